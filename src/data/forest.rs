@@ -1,0 +1,231 @@
+//! The packed forest: the only batch there is (design idea 1).
+//!
+//! Trees are laid end to end in one row of tokens without padding. A token sees its own segment up to itself and
+//! every ancestor segment; positions continue from the parent. Packing never changes which examples form an
+//! optimizer step: a step's trees are cut into micro-batches by a token budget.
+
+use super::tree::{Role, Tree};
+use crate::error::Result;
+
+/// Where one segment lies in the packed row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First token's index in the packed row.
+    pub start: usize,
+    /// Number of tokens; zero for an empty prompt.
+    pub len: usize,
+    /// Index of the parent span, smaller than this span's own.
+    pub parent: Option<usize>,
+    /// Position of the first token: the number of tokens on the path above.
+    pub position: usize,
+    /// Which tree of the forest this belongs to.
+    pub tree: usize,
+}
+
+/// One prediction that a loss may weigh: hidden `row` predicts token `id` for one sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Index of the hidden row that makes the prediction.
+    pub row: u32,
+    /// The token predicted.
+    pub id: u32,
+    /// Index into [`Forest::leaves`]: the sequence it counts for.
+    pub leaf: u32,
+    /// [`Role::Content`] or [`Role::Format`].
+    pub role: Role,
+}
+
+/// One sequence of the forest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// Which tree of the forest.
+    pub tree: usize,
+    /// The leaf's span.
+    pub span: usize,
+    /// The hidden row of the sequence's last trained token (its end-of-turn token), where a reward model is read.
+    /// The last token where nothing is trained.
+    pub end: usize,
+}
+
+/// A packed micro-batch. `T` = number of tokens.
+#[derive(Clone, Debug, Default)]
+pub struct Forest {
+    /// Token ids, `[T]`.
+    pub tokens: Vec<u32>,
+    /// Positions for the rotary embedding, `[T]`.
+    pub positions: Vec<u32>,
+    /// Segments, parents first.
+    pub spans: Vec<Span>,
+    /// Sequences, tree by tree.
+    pub leaves: Vec<Leaf>,
+    /// Every trained prediction, sequence by sequence. A target in a shared segment appears once a sequence.
+    pub targets: Vec<Target>,
+    /// `source` of each tree.
+    pub sources: Vec<usize>,
+}
+
+impl Forest {
+    /// Packs trees in the given order.
+    ///
+    /// # Errors
+    /// A tree that breaks its invariants, or more than 2³² tokens.
+    pub fn pack<'a>(trees: impl IntoIterator<Item = &'a Tree>) -> Result<Self> {
+        let mut forest = Self::default();
+        for tree in trees {
+            tree.check()?;
+            forest.push(tree);
+        }
+        u32::try_from(forest.tokens.len())?;
+        Ok(forest)
+    }
+
+    /// Number of tokens, `T`.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Whether there is nothing to compute.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// Number of trees.
+    pub fn trees(&self) -> usize {
+        self.sources.len()
+    }
+
+    /// The spans above `span` and `span` itself, root first.
+    pub fn path(&self, span: usize) -> Vec<usize> {
+        let mut path = vec![span];
+        while let Some(parent) = self.spans[path[path.len() - 1]].parent {
+            path.push(parent);
+        }
+        path.reverse();
+        path
+    }
+
+    fn push(&mut self, tree: &Tree) {
+        let first_span = self.spans.len();
+        let index = self.sources.len();
+        for segment in &tree.segments {
+            let parent = segment.parent.map(|parent| parent + first_span);
+            let position = parent.map_or(0, |p| self.spans[p].position + self.spans[p].len);
+            let (start, len) = (self.tokens.len(), segment.tokens.len());
+            self.tokens.extend_from_slice(&segment.tokens);
+            self.positions.extend((0..len).map(|offset| (position + offset) as u32));
+            self.spans.push(Span { start, len, parent, position, tree: index });
+        }
+        self.sources.push(tree.source);
+        for leaf in tree.leaves() {
+            self.push_leaf(tree, leaf, first_span, index);
+        }
+    }
+
+    fn push_leaf(&mut self, tree: &Tree, leaf: usize, first_span: usize, tree_index: usize) {
+        let leaf_index = self.leaves.len() as u32;
+        let mut previous: Option<usize> = None;
+        let mut end = None;
+        for segment_index in tree.path(leaf) {
+            let segment = &tree.segments[segment_index];
+            let start = self.spans[first_span + segment_index].start;
+            for (offset, (&id, &role)) in segment.tokens.iter().zip(&segment.roles).enumerate() {
+                if role.trained() {
+                    end = Some(start + offset);
+                    // The very first token of a sequence has nothing to be predicted from.
+                    if let Some(row) = previous {
+                        self.targets.push(Target { row: row as u32, id, leaf: leaf_index, role });
+                    }
+                }
+                previous = Some(start + offset);
+            }
+        }
+        let end = end.or(previous).unwrap_or_default();
+        self.leaves.push(Leaf { tree: tree_index, span: first_span + leaf, end });
+    }
+}
+
+/// Cuts a step's trees into consecutive micro-batches of at most `budget` tokens. A tree larger than the budget
+/// stands alone.
+pub fn micro_batches(trees: &[&Tree], budget: usize) -> Vec<std::ops::Range<usize>> {
+    let mut ranges = Vec::new();
+    let (mut start, mut filled) = (0, 0);
+    for (index, tree) in trees.iter().enumerate() {
+        if index > start && filled + tree.tokens() > budget {
+            ranges.push(start..index);
+            (start, filled) = (index, 0);
+        }
+        filled += tree.tokens();
+    }
+    if start < trees.len() {
+        ranges.push(start..trees.len());
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::tree::Segment;
+    use Role::{Content, Context, Format};
+
+    fn segment(parent: Option<usize>, tokens: &[u32], role: Role) -> Segment {
+        Segment { parent, tokens: tokens.to_vec(), roles: vec![role; tokens.len()] }
+    }
+
+    #[test]
+    fn a_pair_shares_its_prompt_and_restarts_positions() {
+        let mut chosen = segment(Some(0), &[4, 2], Content);
+        chosen.roles[1] = Format;
+        let tree = Tree {
+            segments: vec![
+                segment(None, &[1, 5, 9], Context),
+                chosen,
+                segment(Some(0), &[7], Content),
+            ],
+            source: 3,
+        };
+        let forest = Forest::pack([&tree]).unwrap();
+        assert_eq!(forest.tokens, [1, 5, 9, 4, 2, 7]);
+        assert_eq!(forest.positions, [0, 1, 2, 3, 4, 3]);
+        let target = |row, id, leaf, role| Target { row, id, leaf, role };
+        // The prompt's last row predicts the first token of both children.
+        assert_eq!(
+            forest.targets,
+            [target(2, 4, 0, Content), target(3, 2, 0, Format), target(2, 7, 1, Content)]
+        );
+        assert_eq!(forest.leaves.iter().map(|leaf| leaf.end).collect::<Vec<_>>(), [4, 5]);
+        assert_eq!(forest.sources, [3]);
+    }
+
+    #[test]
+    fn a_target_in_a_shared_prompt_counts_once_a_sequence() {
+        let tree = Tree {
+            segments: vec![
+                segment(None, &[1, 5], Content),
+                segment(Some(0), &[4], Content),
+                segment(Some(0), &[7], Content),
+            ],
+            source: 0,
+        };
+        let forest = Forest::pack([&tree]).unwrap();
+        assert_eq!(forest.targets.iter().filter(|target| target.id == 5).count(), 2);
+        assert_eq!(forest.targets.iter().filter(|target| target.id == 1).count(), 0);
+    }
+
+    #[test]
+    fn micro_batches_keep_order_and_budget() {
+        let trees: Vec<Tree> = [3, 4, 9, 1, 1]
+            .iter()
+            .map(|&len| Tree::sequence(vec![0; len], vec![Content; len], 0))
+            .collect();
+        let trees: Vec<&Tree> = trees.iter().collect();
+        assert_eq!(micro_batches(&trees, 7), [0..2, 2..3, 3..5]);
+        assert_eq!(micro_batches(&[], 7), []);
+    }
+
+    #[test]
+    fn an_empty_response_is_refused() {
+        let tree = Tree::siblings(vec![1], vec![(vec![], vec![])], 12);
+        assert_eq!(tree.check().unwrap_err().to_string(), "row 12: segment 1 is an empty response");
+    }
+}

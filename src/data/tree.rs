@@ -1,0 +1,125 @@
+//! One training example: a small tree of token segments.
+//!
+//! A conversation is one segment; a preference pair is a prompt with two children; a ranked list has one child a
+//! response. Each leaf stands for one *sequence*: the tokens on the path from the root to it.
+
+use crate::error::{Error, Result};
+
+/// What a token is to the losses. Born with the tokens, never derived again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// Seen, never trained: prompts, system turns, tool output, headers.
+    #[default]
+    Context,
+    /// Trained: text that the message's content produced.
+    Content,
+    /// Trained: text that the template produced inside a response, such as the end-of-turn token. The Llama 3
+    /// form of DPO leaves these out of its log-probabilities (Llama 3, section 4.1.4).
+    Format,
+}
+
+impl Role {
+    /// Whether the token carries loss.
+    pub fn trained(self) -> bool {
+        self != Self::Context
+    }
+}
+
+/// A run of tokens with at most one parent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Segment {
+    /// Index of the parent within the same tree; always smaller than this segment's own index.
+    pub parent: Option<usize>,
+    /// Token ids.
+    pub tokens: Vec<u32>,
+    /// One role a token.
+    pub roles: Vec<Role>,
+}
+
+/// One example: segments in topological order, parents first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tree {
+    /// The segments; the first is the root.
+    pub segments: Vec<Segment>,
+    /// Which row of the dataset this came from: names the row in errors and keys caches.
+    pub source: usize,
+}
+
+impl Tree {
+    /// A single sequence.
+    pub fn sequence(tokens: Vec<u32>, roles: Vec<Role>, source: usize) -> Self {
+        Self { segments: vec![Segment { parent: None, tokens, roles }], source }
+    }
+
+    /// A prompt (context only) with one child per response.
+    pub fn siblings(
+        prompt: Vec<u32>,
+        responses: Vec<(Vec<u32>, Vec<Role>)>,
+        source: usize,
+    ) -> Self {
+        let roles = vec![Role::Context; prompt.len()];
+        let mut segments = vec![Segment { parent: None, tokens: prompt, roles }];
+        segments.extend(responses.into_iter().map(|(tokens, roles)| Segment {
+            parent: Some(0),
+            tokens,
+            roles,
+        }));
+        Self { segments, source }
+    }
+
+    /// Number of tokens, shared ones counted once.
+    pub fn tokens(&self) -> usize {
+        self.segments.iter().map(|segment| segment.tokens.len()).sum()
+    }
+
+    /// Indices of the segments without children, in order: one a sequence.
+    pub fn leaves(&self) -> Vec<usize> {
+        let mut is_parent = vec![false; self.segments.len()];
+        for parent in self.segments.iter().filter_map(|segment| segment.parent) {
+            is_parent[parent] = true;
+        }
+        (0..self.segments.len()).filter(|&index| !is_parent[index]).collect()
+    }
+
+    /// Segment indices from the root down to `leaf`.
+    pub fn path(&self, leaf: usize) -> Vec<usize> {
+        let mut path = vec![leaf];
+        while let Some(parent) = self.segments[path[path.len() - 1]].parent {
+            path.push(parent);
+        }
+        path.reverse();
+        path
+    }
+
+    /// Tokens and roles of one sequence, laid end to end.
+    pub fn unroll(&self, leaf: usize) -> (Vec<u32>, Vec<Role>) {
+        let mut tokens = Vec::new();
+        let mut roles = Vec::new();
+        for index in self.path(leaf) {
+            tokens.extend_from_slice(&self.segments[index].tokens);
+            roles.extend_from_slice(&self.segments[index].roles);
+        }
+        (tokens, roles)
+    }
+
+    /// Checks the invariants: parents come first, one role a token, no empty leaf.
+    pub fn check(&self) -> Result<()> {
+        let fail = |message: String| Err(Error::run(message).at(format!("row {}", self.source)));
+        if self.segments.is_empty() {
+            return fail("a tree without segments".to_owned());
+        }
+        for (index, segment) in self.segments.iter().enumerate() {
+            if segment.parent.is_some_and(|parent| parent >= index) {
+                return fail(format!("segment {index} stands before its parent"));
+            }
+            if segment.tokens.len() != segment.roles.len() {
+                let (tokens, roles) = (segment.tokens.len(), segment.roles.len());
+                return fail(format!("segment {index} has {tokens} tokens and {roles} roles"));
+            }
+        }
+        match self.leaves().into_iter().find(|&leaf| self.segments[leaf].tokens.is_empty()) {
+            Some(leaf) => fail(format!("segment {leaf} is an empty response")),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! The `arriero` binary.
+
+fn main() {}
