@@ -1,1 +1,3 @@
-//! (to be written)
+//! AdamW with exportable state, schedules, clipping.
+
+pub mod schedule;

@@ -1,0 +1,180 @@
+//! How to train: the keys that every training stage shares, named as in Hugging Face's `TrainingArguments`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::optim::schedule::Schedule;
+
+/// Training keys, resolved: every field has a value that is used.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Settings {
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Shape of the learning rate after warm-up.
+    pub lr_scheduler_type: Schedule,
+    /// Share of all steps that warm up linearly. Ignored where `warmup_steps` is set.
+    pub warmup_ratio: f64,
+    /// Steps that warm up linearly; 0 leaves it to `warmup_ratio`.
+    pub warmup_steps: usize,
+    /// Decoupled weight decay of matrices. Norm weights and biases are never decayed (Hugging Face grouping).
+    pub weight_decay: f64,
+    /// AdamW's first-moment decay.
+    pub adam_beta1: f64,
+    /// AdamW's second-moment decay.
+    pub adam_beta2: f64,
+    /// AdamW's epsilon.
+    pub adam_epsilon: f64,
+    /// Clip the global gradient norm to this; 0 turns clipping off.
+    pub max_grad_norm: f64,
+    /// Passes over the data. Ignored where `max_steps` is set.
+    pub num_train_epochs: f64,
+    /// Optimizer steps; 0 leaves it to `num_train_epochs`.
+    pub max_steps: usize,
+    /// Examples in a micro-batch as other trainers count them. Only its product with
+    /// `gradient_accumulation_steps`, the examples an optimizer step, changes the result.
+    pub per_device_train_batch_size: usize,
+    /// See `per_device_train_batch_size`.
+    pub gradient_accumulation_steps: usize,
+    /// Token budget that cuts a step's examples into packed micro-batches. Changes memory, never the result.
+    pub max_tokens_per_micro_batch: usize,
+    /// Recompute each block in the backward pass instead of keeping its activations.
+    pub gradient_checkpointing: bool,
+    /// Evaluate every so many steps; 0 evaluates at the end only.
+    pub eval_steps: usize,
+    /// Write a checkpoint every so many steps; 0 writes none before the end.
+    pub save_steps: usize,
+    /// Keep this many checkpoints; older ones are deleted after a newer one is whole.
+    pub save_total_limit: usize,
+    /// Log every so many steps.
+    pub logging_steps: usize,
+    /// Finish with the weights of the best evaluation rather than the last.
+    pub load_best_model_at_end: bool,
+    /// Compute type; `f32` until the bf16 product exists.
+    pub dtype: Precision,
+    /// Element type of the saved weights.
+    pub save_dtype: Precision,
+    /// Prompts of the held-out set to answer at each evaluation, for people to read.
+    pub eval_samples: usize,
+    /// Shuffle the examples anew each epoch.
+    pub shuffle: bool,
+}
+
+/// A floating-point format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit.
+    #[default]
+    #[serde(alias = "float32")]
+    F32,
+    /// bfloat16.
+    #[serde(alias = "bfloat16")]
+    Bf16,
+    /// IEEE half.
+    #[serde(alias = "float16")]
+    F16,
+}
+
+impl Precision {
+    /// Candle's name for it.
+    pub fn dtype(self) -> candle_core::DType {
+        match self {
+            Self::F32 => candle_core::DType::F32,
+            Self::Bf16 => candle_core::DType::BF16,
+            Self::F16 => candle_core::DType::F16,
+        }
+    }
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-5,
+            lr_scheduler_type: Schedule::Cosine,
+            warmup_ratio: 0.03,
+            warmup_steps: 0,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            num_train_epochs: 1.0,
+            max_steps: 0,
+            per_device_train_batch_size: 8,
+            gradient_accumulation_steps: 1,
+            max_tokens_per_micro_batch: 4096,
+            gradient_checkpointing: false,
+            eval_steps: 0,
+            save_steps: 0,
+            save_total_limit: 2,
+            logging_steps: 1,
+            load_best_model_at_end: false,
+            dtype: Precision::F32,
+            save_dtype: Precision::F32,
+            eval_samples: 0,
+            shuffle: true,
+        }
+    }
+}
+
+impl Settings {
+    /// Examples an optimizer step.
+    pub fn examples_per_step(&self) -> usize {
+        self.per_device_train_batch_size * self.gradient_accumulation_steps
+    }
+
+    /// Optimizer steps for `examples` training examples. The last, partial step counts.
+    pub fn total_steps(&self, examples: usize) -> usize {
+        if self.max_steps > 0 {
+            return self.max_steps;
+        }
+        let steps_per_epoch = examples.div_ceil(self.examples_per_step());
+        ((steps_per_epoch as f64) * self.num_train_epochs).ceil() as usize
+    }
+
+    /// Warm-up steps of a run of `total` steps.
+    pub fn warmup(&self, total: usize) -> usize {
+        match self.warmup_steps {
+            0 => (self.warmup_ratio * total as f64).ceil() as usize,
+            steps => steps,
+        }
+    }
+
+    /// Refuses values that cannot train.
+    ///
+    /// # Errors
+    /// Names the key, its value and what was expected.
+    pub fn check(&self) -> Result<()> {
+        let positive = [
+            ("learning_rate", self.learning_rate),
+            ("adam_epsilon", self.adam_epsilon),
+            ("per_device_train_batch_size", self.per_device_train_batch_size as f64),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps as f64),
+            ("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch as f64),
+            ("logging_steps", self.logging_steps as f64),
+            ("num_train_epochs", self.num_train_epochs),
+        ];
+        for (key, value) in positive {
+            if value.is_nan() || value <= 0.0 {
+                return Err(Error::usage(format!("`{key}` is {value}, expected more than 0")));
+            }
+        }
+        for (key, value) in [
+            ("adam_beta1", self.adam_beta1),
+            ("adam_beta2", self.adam_beta2),
+            ("warmup_ratio", self.warmup_ratio),
+        ] {
+            if !(0.0..1.0).contains(&value) {
+                return Err(Error::usage(format!(
+                    "`{key}` is {value}, expected 0 or more and less than 1"
+                )));
+            }
+        }
+        if self.dtype != Precision::F32 {
+            return Err(Error::usage("`dtype` asks for 16-bit products, which do not exist yet")
+                .hint("train with dtype = \"f32\"; save_dtype = \"bf16\" halves the checkpoint"));
+        }
+        Ok(())
+    }
+}
