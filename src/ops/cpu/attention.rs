@@ -1,0 +1,267 @@
+//! Forest attention on the CPU: one unit of work is one query head of one tree.
+//!
+//! For each segment the keys and values of its path are gathered end to end, so that a tile of queries multiplies one
+//! dense block; scores exist for one tile of queries at a time, never `T × T`. The cost is proportional to the visible
+//! pairs. The backward recomputes the scores from the log-sum-exp that the forward kept.
+
+use rayon::prelude::*;
+
+use super::matmul::{Mat, Threads, matmul, matmul_into};
+use super::simd;
+use crate::ops::AttentionPlan;
+
+/// Queries a tile.
+const TILE: usize = 64;
+
+/// Arguments of both passes. Shapes: `q` `[T, H, E]`; `k`, `v` `[T, G, E]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// Who sees whom.
+    pub plan: &'a AttentionPlan,
+    /// `H`.
+    pub heads: usize,
+    /// `G`.
+    pub groups: usize,
+    /// `E`.
+    pub width: usize,
+    /// Queries.
+    pub q: &'a [f32],
+    /// Keys.
+    pub k: &'a [f32],
+    /// Values.
+    pub v: &'a [f32],
+}
+
+/// One head's tokens of one tree, dense.
+struct Unit {
+    tree: usize,
+    head: usize,
+}
+
+impl Inputs<'_> {
+    fn units(&self) -> Vec<Unit> {
+        let trees = self.plan.trees.len();
+        (0..trees).flat_map(|tree| (0..self.heads).map(move |head| Unit { tree, head })).collect()
+    }
+
+    /// First row and number of rows of a tree.
+    fn rows(&self, tree: usize) -> (usize, usize) {
+        let spans = &self.plan.spans[self.plan.trees[tree].clone()];
+        (spans[0].start, spans.iter().map(|span| span.len).sum())
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.width as f32).sqrt()
+    }
+
+    fn group(&self, head: usize) -> usize {
+        head / (self.heads / self.groups)
+    }
+
+    /// Rows of the path to `span`, `span` last.
+    fn path(&self, span: usize) -> Vec<std::ops::Range<usize>> {
+        let mut path = self.plan.ancestors(span);
+        let own = &self.plan.spans[span];
+        path.push(own.start..own.start + own.len);
+        path
+    }
+}
+
+/// Copies one head's rows of `x` (`[T, heads, width]`) end to end.
+fn gather(
+    x: &[f32],
+    path: &[std::ops::Range<usize>],
+    heads: usize,
+    head: usize,
+    width: usize,
+) -> Vec<f32> {
+    let mut out =
+        Vec::with_capacity(path.iter().map(ExactSizeIterator::len).sum::<usize>() * width);
+    for row in path.iter().cloned().flatten() {
+        out.extend_from_slice(&x[(row * heads + head) * width..][..width]);
+    }
+    out
+}
+
+/// Adds rows laid end to end along `path` back to where they lie in a tree that starts at `first`.
+fn scatter(
+    out: &mut [f32],
+    rows: &[f32],
+    path: &[std::ops::Range<usize>],
+    first: usize,
+    width: usize,
+) {
+    for (row, values) in path.iter().cloned().flatten().zip(rows.chunks_exact(width)) {
+        simd::axpy(&mut out[(row - first) * width..][..width], 1.0, values);
+    }
+}
+
+/// Adds a unit's dense rows `[len, E]` into `out` `[T, heads, E]`.
+fn spread(out: &mut [f32], rows: &[f32], first: usize, heads: usize, head: usize, width: usize) {
+    for (offset, values) in rows.chunks_exact(width).enumerate() {
+        simd::axpy(&mut out[((first + offset) * heads + head) * width..][..width], 1.0, values);
+    }
+}
+
+/// Output `[T, H, E]` and log-sum-exp `[units, rows]`, units tree by tree and head by head.
+pub fn forward(inputs: &Inputs<'_>) -> (Vec<f32>, Vec<f32>) {
+    let units = inputs.units();
+    let results: Vec<(Vec<f32>, Vec<f32>)> =
+        units.par_iter().map(|unit| forward_unit(inputs, unit)).collect();
+    let mut out = vec![0.0; inputs.q.len()];
+    let mut log_sum_exp = Vec::with_capacity(inputs.plan.tokens * inputs.heads);
+    for (unit, (rows, lse)) in units.iter().zip(results) {
+        let (first, _) = inputs.rows(unit.tree);
+        spread(&mut out, &rows, first, inputs.heads, unit.head, inputs.width);
+        log_sum_exp.extend(lse);
+    }
+    (out, log_sum_exp)
+}
+
+fn forward_unit(inputs: &Inputs<'_>, unit: &Unit) -> (Vec<f32>, Vec<f32>) {
+    let Inputs { plan, heads, groups, width, q, k, v } = *inputs;
+    let (first, len) = inputs.rows(unit.tree);
+    let (mut out, mut log_sum_exp) = (vec![0.0; len * width], vec![0.0; len]);
+    for index in plan.trees[unit.tree].clone() {
+        let span = &plan.spans[index];
+        let path = inputs.path(index);
+        let group = inputs.group(unit.head);
+        let (keys, values) =
+            (gather(k, &path, groups, group, width), gather(v, &path, groups, group, width));
+        for tile in (0..span.len).step_by(TILE) {
+            let rows = TILE.min(span.len - tile);
+            let seen = span.position + tile + rows;
+            let start = span.start + tile;
+            let queries =
+                Mat::strided(&q[(start * heads + unit.head) * width..], rows, width, heads * width);
+            let mut scores = matmul(queries, Mat::new(&keys, seen, width).t(), Threads::One);
+            for (row, scores) in scores.chunks_exact_mut(seen).enumerate() {
+                let visible = seen - rows + row + 1;
+                log_sum_exp[start - first + row] = softmax(scores, visible, inputs.scale());
+            }
+            let tile_out = &mut out[(start - first) * width..][..rows * width];
+            matmul_into(
+                tile_out,
+                Mat::new(&scores, rows, seen),
+                Mat::new(&values, seen, width),
+                false,
+                Threads::One,
+            );
+        }
+    }
+    (out, log_sum_exp)
+}
+
+/// Softmax over the first `visible` scores, zeros after; returns the log-sum-exp of the scaled scores.
+fn softmax(scores: &mut [f32], visible: usize, scale: f32) -> f32 {
+    let (seen, hidden) = scores.split_at_mut(visible);
+    simd::scale(seen, scale);
+    let max = simd::max(seen);
+    let sum = simd::exp_sub(seen, max);
+    simd::scale(seen, 1.0 / sum);
+    hidden.fill(0.0);
+    max + sum.ln()
+}
+
+/// Gradients of q `[T, H, E]`, k and v `[T, G, E]`.
+pub fn backward(
+    inputs: &Inputs<'_>,
+    log_sum_exp: &[f32],
+    out: &[f32],
+    d_out: &[f32],
+) -> [Vec<f32>; 3] {
+    let units = inputs.units();
+    let mut offset = 0;
+    let offsets: Vec<usize> = units
+        .iter()
+        .map(|unit| {
+            offset += inputs.rows(unit.tree).1;
+            offset - inputs.rows(unit.tree).1
+        })
+        .collect();
+    let results: Vec<[Vec<f32>; 3]> = units
+        .par_iter()
+        .zip(offsets)
+        .map(|(unit, offset)| backward_unit(inputs, unit, &log_sum_exp[offset..], [out, d_out]))
+        .collect();
+    let mut grads = [inputs.q, inputs.k, inputs.v].map(|x| vec![0.0; x.len()]);
+    for (unit, rows) in units.iter().zip(results) {
+        let (first, _) = inputs.rows(unit.tree);
+        let group = inputs.group(unit.head);
+        let [dq, dk, dv] = &mut grads;
+        spread(dq, &rows[0], first, inputs.heads, unit.head, inputs.width);
+        spread(dk, &rows[1], first, inputs.groups, group, inputs.width);
+        spread(dv, &rows[2], first, inputs.groups, group, inputs.width);
+    }
+    grads
+}
+
+fn backward_unit(
+    inputs: &Inputs<'_>,
+    unit: &Unit,
+    log_sum_exp: &[f32],
+    outs: [&[f32]; 2],
+) -> [Vec<f32>; 3] {
+    let Inputs { plan, heads, groups, width, q, k, v } = *inputs;
+    let (first, len) = inputs.rows(unit.tree);
+    let mut grads = [(); 3].map(|()| vec![0.0; len * width]);
+    for index in plan.trees[unit.tree].clone() {
+        let span = &plan.spans[index];
+        let path = inputs.path(index);
+        let group = inputs.group(unit.head);
+        let (keys, values) =
+            (gather(k, &path, groups, group, width), gather(v, &path, groups, group, width));
+        let (mut d_keys, mut d_values) = (vec![0.0; keys.len()], vec![0.0; values.len()]);
+        for tile in (0..span.len).step_by(TILE) {
+            let rows = TILE.min(span.len - tile);
+            let seen = span.position + tile + rows;
+            let start = span.start + tile;
+            let view = |x| {
+                Mat::strided(
+                    slice_from(x, (start * heads + unit.head) * width),
+                    rows,
+                    width,
+                    heads * width,
+                )
+            };
+            let (queries, d_tile) = (view(q), view(outs[1]));
+            let keys = Mat::new(&keys, seen, width);
+            let mut scores = matmul(queries, keys.t(), Threads::One);
+            let d_probs = matmul(d_tile, Mat::new(&values, seen, width).t(), Threads::One);
+            let mut probs = vec![0.0; rows * seen];
+            for row in 0..rows {
+                let visible = seen - rows + row + 1;
+                let at = ((start + row) * heads + unit.head) * width;
+                let mean = simd::dot(&outs[0][at..at + width], &outs[1][at..at + width]);
+                let cells = row * seen..row * seen + visible;
+                let constants = [log_sum_exp[start - first + row], mean, inputs.scale()];
+                simd::scale(&mut scores[cells.clone()], inputs.scale());
+                simd::softmax_grad(
+                    &mut scores[cells.clone()],
+                    &d_probs[cells.clone()],
+                    &mut probs[cells],
+                    constants,
+                );
+                scores[row * seen + visible..(row + 1) * seen].fill(0.0);
+            }
+            let d_scores = Mat::new(&scores, rows, seen);
+            let d_queries = &mut grads[0][(start - first) * width..][..rows * width];
+            matmul_into(d_queries, d_scores, keys, false, Threads::One);
+            matmul_into(&mut d_keys[..seen * width], d_scores.t(), queries, true, Threads::One);
+            matmul_into(
+                &mut d_values[..seen * width],
+                Mat::new(&probs, rows, seen).t(),
+                d_tile,
+                true,
+                Threads::One,
+            );
+        }
+        scatter(&mut grads[1], &d_keys, &path, first, width);
+        scatter(&mut grads[2], &d_values, &path, first, width);
+    }
+    grads
+}
+
+fn slice_from(x: &[f32], start: usize) -> &[f32] {
+    &x[start..]
+}

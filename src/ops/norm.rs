@@ -1,0 +1,135 @@
+//! RMSNorm (Zhang and Sennrich, 2019): `y = x / sqrt(mean(x²) + eps) · w`.
+
+use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::cpu::{self, simd};
+
+/// Normalises each row to unit mean square and scales it.
+///
+/// # Shapes
+/// - `x`: `[T, D]`, `weight`: `[D]`  →  `[T, D]`
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if x.device().is_cpu() && x.dtype() == DType::F32 {
+        let op = RmsNorm { eps: eps as f32, trained: weight.track_op() };
+        return x.contiguous()?.apply_op2(&weight.contiguous()?, op);
+    }
+    plain(x, weight, eps)
+}
+
+/// The plain form.
+pub fn plain(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
+    x.broadcast_div(&(mean + eps)?.sqrt()?)?.broadcast_mul(weight)
+}
+
+struct RmsNorm {
+    eps: f32,
+    trained: bool,
+}
+
+impl RmsNorm {
+    fn inverse_rms(&self, row: &[f32]) -> f32 {
+        1.0 / (simd::dot(row, row) / row.len() as f32 + self.eps).sqrt()
+    }
+}
+
+impl CustomOp2 for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let width = x_layout.shape().dim(D::Minus1)?;
+        let (x, weight) = (cpu::slice(x, x_layout)?, cpu::slice(weight, weight_layout)?);
+        let mut out = vec![0.0; x.len()];
+        out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(16).for_each(|(out, x)| {
+            let scale = self.inverse_rms(x);
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * scale * weight;
+            }
+        });
+        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+    }
+
+    /// With `s = 1/rms`, `x̂ = x·s`, `g = dy·w`:  `dx = s·(g − x̂·mean(g·x̂))`,  `dw = Σ_t dy·x̂`.
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _y: &Tensor,
+        d_y: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let width = weight.dim(0)?;
+        let d_y = d_y.contiguous()?;
+        let (d_x, d_weight) = cpu::with_slice(x, |x| {
+            cpu::with_slice(weight, |weight| {
+                cpu::with_slice(&d_y, |d_y| self.gradients(x, weight, d_y))
+            })
+        })???;
+        let d_weight = match self.trained {
+            true => Some(Tensor::from_vec(d_weight, width, x.device())?),
+            false => None,
+        };
+        Ok((Some(Tensor::from_vec(d_x, x.shape(), x.device())?), d_weight))
+    }
+}
+
+impl RmsNorm {
+    fn gradients(&self, x: &[f32], weight: &[f32], d_y: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        /// Rows a partial sum of `dw`: fixed, so that the order of summation does not depend on the threads.
+        const ROWS: usize = 64;
+        let width = weight.len();
+        let mut d_x = vec![0.0; x.len()];
+        let partials: Vec<Vec<f32>> = d_x
+            .par_chunks_mut(ROWS * width)
+            .zip(x.par_chunks(ROWS * width).zip(d_y.par_chunks(ROWS * width)))
+            .map(|(d_x, (x, d_y))| {
+                let mut d_weight = vec![0.0; width];
+                let mut g = vec![0.0; width];
+                for ((d_x, x), d_y) in d_x
+                    .chunks_exact_mut(width)
+                    .zip(x.chunks_exact(width))
+                    .zip(d_y.chunks_exact(width))
+                {
+                    let scale = self.inverse_rms(x);
+                    for i in 0..width {
+                        g[i] = d_y[i] * weight[i];
+                        d_weight[i] += d_y[i] * x[i] * scale;
+                    }
+                    let mean = simd::dot(&g, x) * scale / width as f32;
+                    for i in 0..width {
+                        d_x[i] = scale * (g[i] - x[i] * scale * mean);
+                    }
+                }
+                d_weight
+            })
+            .collect();
+        let mut d_weight = vec![0.0; width];
+        partials.iter().for_each(|partial| simd::axpy(&mut d_weight, 1.0, partial));
+        (d_x, d_weight)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::linear::tests::{gradients_agree, random};
+
+    #[test]
+    fn both_forms_agree_at_odd_shapes() {
+        for (t, d) in [(1, 3), (5, 17), (130, 64)] {
+            gradients_agree(
+                &[random(1, (t, d)), random(2, d)],
+                |x| rms_norm(&x[0], &x[1], 1e-5),
+                |x| plain(&x[0], &x[1], 1e-5),
+            );
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! Rotary position embedding (Su et al., 2021), half-split form as in Hugging Face's Llama.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::cpu;
+
+/// Cosines and sines of a forest's positions, shared by all blocks. Shape of each: `[T, E/2]`.
+#[derive(Clone, Debug)]
+pub struct Rotary {
+    cos: Arc<Vec<f32>>,
+    sin: Arc<Vec<f32>>,
+    half: usize,
+}
+
+impl Rotary {
+    /// Angles `position · frequency`, computed in f64 and rounded once.
+    pub fn new(frequencies: &[f64], positions: &[u32]) -> Self {
+        let angles: Vec<f64> = positions
+            .iter()
+            .flat_map(|&position| {
+                frequencies.iter().map(move |frequency| f64::from(position) * frequency)
+            })
+            .collect();
+        Self {
+            cos: Arc::new(angles.iter().map(|angle| angle.cos() as f32).collect()),
+            sin: Arc::new(angles.iter().map(|angle| angle.sin() as f32).collect()),
+            half: frequencies.len(),
+        }
+    }
+
+    /// Number of tokens, `T`.
+    pub fn tokens(&self) -> usize {
+        self.cos.len() / self.half.max(1)
+    }
+
+    fn tensors(&self, device: &Device, dtype: DType) -> Result<[Tensor; 2]> {
+        let table = |values: &[f32]| {
+            Tensor::from_slice(values, (self.tokens(), 1, self.half), device)?.to_dtype(dtype)
+        };
+        Ok([table(&self.cos)?, table(&self.sin)?])
+    }
+}
+
+/// Rotates each head of each token by its position's angles.
+///
+/// # Shapes
+/// - `x`: `[T, H, E]`  →  `[T, H, E]`
+pub fn rope(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
+    let (t, _, e) = x.dims3()?;
+    if t != rotary.tokens() || e != 2 * rotary.half {
+        candle_core::bail!(
+            "rope of {} tokens, width {}, got {:?}",
+            rotary.tokens(),
+            2 * rotary.half,
+            x.shape()
+        );
+    }
+    if x.device().is_cpu() && x.dtype() == DType::F32 {
+        return x.contiguous()?.apply_op1(Rope { rotary: rotary.clone(), sign: 1.0 });
+    }
+    plain(x, rotary)
+}
+
+/// The plain form.
+pub fn plain(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
+    let half = rotary.half;
+    let [cos, sin] = rotary.tensors(x.device(), x.dtype())?;
+    let (a, b) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
+    let low = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+    let high = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+    Tensor::cat(&[low, high], D::Minus1)
+}
+
+/// A rotation; its backward is the rotation by the opposite angles.
+struct Rope {
+    rotary: Rotary,
+    sign: f32,
+}
+
+impl CustomOp1 for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (_, heads, width) = layout.shape().dims3()?;
+        let half = self.rotary.half;
+        let x = cpu::slice(x, layout)?;
+        let mut out = vec![0.0; x.len()];
+        out.par_chunks_mut(heads * width)
+            .zip(x.par_chunks(heads * width))
+            .enumerate()
+            .with_min_len(16)
+            .for_each(|(token, (out, x))| {
+                let cos = &self.rotary.cos[token * half..][..half];
+                let sin = &self.rotary.sin[token * half..][..half];
+                for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                    let (low, high) = out.split_at_mut(half);
+                    let (a, b) = x.split_at(half);
+                    for i in 0..half {
+                        let sin = sin[i] * self.sign;
+                        low[i] = a[i] * cos[i] - b[i] * sin;
+                        high[i] = b[i] * cos[i] + a[i] * sin;
+                    }
+                }
+            });
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, d_y: &Tensor) -> Result<Option<Tensor>> {
+        let inverse = Self { rotary: self.rotary.clone(), sign: -self.sign };
+        Ok(Some(d_y.contiguous()?.apply_op1(inverse)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::linear::tests::{gradients_agree, random};
+
+    #[test]
+    fn both_forms_agree() {
+        let frequencies = [1.0, 0.1, 0.01];
+        let rotary = Rotary::new(&frequencies, &[0, 1, 2, 1, 700]);
+        gradients_agree(
+            &[random(1, (5, 2, 6))],
+            |x| rope(&x[0], &rotary),
+            |x| plain(&x[0], &rotary),
+        );
+    }
+}

@@ -1,0 +1,89 @@
+//! SwiGLU (Shazeer, 2020): `silu(gate) · up`.
+
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::cpu::{self, simd};
+
+/// Elements a task.
+const CHUNK: usize = 1 << 14;
+
+/// `silu(gate) · up`, elementwise.
+///
+/// # Shapes
+/// - `gate`, `up`: `[T, F]`  →  `[T, F]`
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if gate.device().is_cpu() && gate.dtype() == DType::F32 {
+        return gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu);
+    }
+    plain(gate, up)
+}
+
+/// The plain form.
+pub fn plain(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gate.silu()? * up
+}
+
+struct SwiGlu;
+
+impl CustomOp2 for SwiGlu {
+    fn name(&self) -> &'static str {
+        "swiglu"
+    }
+
+    fn cpu_fwd(
+        &self,
+        gate: &CpuStorage,
+        gate_layout: &Layout,
+        up: &CpuStorage,
+        up_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (gate, up) = (cpu::slice(gate, gate_layout)?, cpu::slice(up, up_layout)?);
+        let mut out = vec![0.0; gate.len()];
+        out.par_chunks_mut(CHUNK)
+            .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
+            .for_each(|(out, (gate, up))| simd::swiglu(out, gate, up));
+        Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        _out: &Tensor,
+        d_out: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let d_out = d_out.contiguous()?;
+        let (d_gate, d_up) = cpu::with_slice(gate, |gate| {
+            cpu::with_slice(up, |up| cpu::with_slice(&d_out, |d_out| gradients(gate, up, d_out)))
+        })???;
+        let tensor = |values| Tensor::from_vec(values, gate.shape(), gate.device());
+        Ok((Some(tensor(d_gate)?), Some(tensor(d_up)?)))
+    }
+}
+
+fn gradients(gate: &[f32], up: &[f32], d_out: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let (mut d_gate, mut d_up) = (vec![0.0; gate.len()], vec![0.0; gate.len()]);
+    let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(d_out.par_chunks(CHUNK));
+    d_gate.par_chunks_mut(CHUNK).zip(d_up.par_chunks_mut(CHUNK)).zip(inputs).for_each(
+        |((d_gate, d_up), ((gate, up), d_out))| simd::swiglu_grad(d_gate, d_up, [gate, up, d_out]),
+    );
+    (d_gate, d_up)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::linear::tests::{gradients_agree, random};
+
+    #[test]
+    fn both_forms_agree_at_odd_shapes() {
+        for (t, f) in [(1, 1), (3, 7), (41, 513)] {
+            gradients_agree(
+                &[random(1, (t, f)), random(2, (t, f))],
+                |x| swiglu(&x[0], &x[1]),
+                |x| plain(&x[0], &x[1]),
+            );
+        }
+    }
+}
