@@ -1,1 +1,3 @@
-//! (to be written)
+//! What happened, for people and for programs. Reports are made from records on disk, never from live state.
+
+pub mod record;

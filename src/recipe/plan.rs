@@ -1,0 +1,365 @@
+//! The plan: what will run, in order, with every value decided. Pure and printable; the run's `plan.json` and the
+//! hash that decides on reuse are made from it.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::train::Settings;
+
+/// A whole run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Plan {
+    /// The recipe's name.
+    pub name: String,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// How often the list of stages runs.
+    pub rounds: u32,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// The run directory.
+    pub output_dir: PathBuf,
+    /// The stages of all rounds in the order in which they run.
+    pub steps: Vec<Step>,
+}
+
+/// One stage of one round.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Step {
+    /// Name of its directory under `stages/`: number, stage name, and from the second round on `-r2`.
+    pub id: String,
+    /// The stage's name in the recipe.
+    pub name: String,
+    /// The round, counted from 1.
+    pub round: u32,
+    /// Seed of this stage in this round, derived from the run's.
+    pub seed: u64,
+    /// What to do.
+    #[serde(flatten)]
+    pub spec: Spec,
+}
+
+/// What a stage does, with all its settings. Paths and hub ids only: no references are left.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Spec {
+    /// A teacher answers prompts.
+    Synth(Synth),
+    /// Supervised fine-tuning.
+    Sft(Sft),
+    /// Reward-model training.
+    Reward(Reward),
+    /// K scored candidates a prompt.
+    Sample(Sample),
+    /// Best of K as training rows, best and worst as pairs.
+    Select(Select),
+    /// Direct preference optimization.
+    Dpo(Dpo),
+    /// Weighted mean of checkpoints.
+    Average(Average),
+    /// Held-out measures.
+    Eval(Eval),
+}
+
+/// The stage kinds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// See [`Spec::Synth`].
+    Synth,
+    /// See [`Spec::Sft`].
+    Sft,
+    /// See [`Spec::Reward`].
+    Reward,
+    /// See [`Spec::Sample`].
+    Sample,
+    /// See [`Spec::Select`].
+    Select,
+    /// See [`Spec::Dpo`].
+    Dpo,
+    /// See [`Spec::Average`].
+    Average,
+    /// See [`Spec::Eval`].
+    Eval,
+}
+
+/// What a stage leaves in its directory under a fixed name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// What references call it: `"@select.pairs"`.
+    pub name: &'static str,
+    /// The file or directory.
+    pub path: &'static str,
+    /// Whether it is what `"@name"` alone means.
+    pub main: bool,
+}
+
+const CHECKPOINT: Output = Output { name: "checkpoint", path: "checkpoint", main: true };
+const DATA: Output = Output { name: "data", path: "data.jsonl", main: true };
+
+impl Kind {
+    /// Every kind, in the order of the method.
+    pub const ALL: [Self; 8] = [
+        Self::Synth,
+        Self::Sft,
+        Self::Reward,
+        Self::Sample,
+        Self::Select,
+        Self::Dpo,
+        Self::Average,
+        Self::Eval,
+    ];
+
+    /// The kind's name in recipes and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Synth => "synth",
+            Self::Sft => "sft",
+            Self::Reward => "reward",
+            Self::Sample => "sample",
+            Self::Select => "select",
+            Self::Dpo => "dpo",
+            Self::Average => "average",
+            Self::Eval => "eval",
+        }
+    }
+
+    /// What a finished stage of this kind has written.
+    pub fn outputs(self) -> &'static [Output] {
+        match self {
+            Self::Synth | Self::Sample | Self::Eval => &[DATA],
+            Self::Sft | Self::Reward | Self::Dpo | Self::Average => &[CHECKPOINT],
+            Self::Select => &[
+                Output { name: "sft", path: "sft.jsonl", main: false },
+                Output { name: "pairs", path: "pairs.jsonl", main: false },
+            ],
+        }
+    }
+
+    /// Version of what the kind computes. Raise it when equal inputs give other results than before: finished work
+    /// of the older version is then not reused.
+    pub fn version(self) -> u32 {
+        match self {
+            Self::Synth
+            | Self::Sft
+            | Self::Reward
+            | Self::Sample
+            | Self::Select
+            | Self::Dpo
+            | Self::Average
+            | Self::Eval => 1,
+        }
+    }
+}
+
+impl Spec {
+    /// The kind.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Synth(_) => Kind::Synth,
+            Self::Sft(_) => Kind::Sft,
+            Self::Reward(_) => Kind::Reward,
+            Self::Sample(_) => Kind::Sample,
+            Self::Select(_) => Kind::Select,
+            Self::Dpo(_) => Kind::Dpo,
+            Self::Average(_) => Kind::Average,
+            Self::Eval(_) => Kind::Eval,
+        }
+    }
+}
+
+/// One dataset of a stage.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Dataset {
+    /// A file, a directory, or a hub id.
+    pub path: String,
+    /// Which part of a hub dataset.
+    pub split: String,
+    /// How much of it to use: 0.5 is half, 2 is all of it twice.
+    pub fraction: f64,
+    /// Which column of the file is read as which: `{prompt = "question"}`.
+    pub columns: std::collections::BTreeMap<String, String>,
+    /// At most this many rows, from the start; 0 is all.
+    pub limit: usize,
+}
+
+impl Default for Dataset {
+    fn default() -> Self {
+        Self {
+            path: String::new(),
+            split: "train".to_owned(),
+            fraction: 1.0,
+            columns: std::collections::BTreeMap::new(),
+            limit: 0,
+        }
+    }
+}
+
+/// `synth`: a teacher answers prompts. Writes `data.jsonl`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Synth {
+    /// The teacher's checkpoint.
+    pub teacher: String,
+    /// The prompts.
+    pub datasets: Vec<Dataset>,
+    /// How to sample (becomes `generate::Sampling`).
+    pub sampling: Map<String, Value>,
+    /// Only answers that pass all of these are kept (becomes `score::ScorerSpec`).
+    pub scorers: Vec<Value>,
+    /// Keep an answer whose score is at least this, where `scorers` are given.
+    pub min_score: f64,
+}
+
+/// `sft`: supervised fine-tuning. Writes `checkpoint/`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sft {
+    /// The start.
+    pub model_name_or_path: String,
+    /// What to learn.
+    pub datasets: Vec<Dataset>,
+    /// What to evaluate on while training; may be empty.
+    pub eval_datasets: Vec<Dataset>,
+    /// How rows become tokens (becomes `data::prepare::SftOptions`).
+    pub data: Map<String, Value>,
+    /// How to train.
+    pub train: Settings,
+}
+
+/// `reward`: a Bradley-Terry reward model. Writes `checkpoint/`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Reward {
+    /// The start.
+    pub model_name_or_path: String,
+    /// Preferences to learn.
+    pub datasets: Vec<Dataset>,
+    /// Preferences to evaluate on; may be empty.
+    pub eval_datasets: Vec<Dataset>,
+    /// How rows become tokens (becomes `data::prepare::PairOptions`).
+    pub data: Map<String, Value>,
+    /// How to train.
+    pub train: Settings,
+    /// Weight of the squared mean reward of each pair; 0 is off.
+    pub center_rewards_coefficient: f64,
+}
+
+/// `sample`: K candidates a prompt, scored. Writes `data.jsonl`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sample {
+    /// The policy.
+    pub model_name_or_path: String,
+    /// The prompts.
+    pub datasets: Vec<Dataset>,
+    /// How to sample; `num_samples` is K.
+    pub sampling: Map<String, Value>,
+    /// Who judges.
+    pub scorers: Vec<Value>,
+    /// Earlier rounds' `data.jsonl`, whose best candidate of each prompt joins this round's.
+    pub earlier: Vec<String>,
+}
+
+/// `select`: best of K as training rows, best and worst as pairs. Writes `sft.jsonl` and `pairs.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Select {
+    /// `data.jsonl` of `sample` stages.
+    pub datasets: Vec<Dataset>,
+    /// A training row needs at least this score.
+    pub min_score: f64,
+    /// A pair needs at least this distance between its scores.
+    pub min_margin: f64,
+    /// Best candidates a prompt that become training rows.
+    pub best_of: usize,
+    /// Pairs a prompt.
+    pub pairs_per_prompt: usize,
+}
+
+impl Default for Select {
+    fn default() -> Self {
+        Self {
+            datasets: Vec::new(),
+            min_score: f64::MIN,
+            min_margin: 0.0,
+            best_of: 1,
+            pairs_per_prompt: 1,
+        }
+    }
+}
+
+/// `dpo`: direct preference optimization. Writes `checkpoint/`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Dpo {
+    /// The policy's start.
+    pub model_name_or_path: String,
+    /// The frozen reference; empty is the policy's start.
+    pub ref_model_name_or_path: String,
+    /// Preferences to learn.
+    pub datasets: Vec<Dataset>,
+    /// Preferences to evaluate on; may be empty.
+    pub eval_datasets: Vec<Dataset>,
+    /// How rows become tokens (becomes `data::prepare::PairOptions`).
+    pub data: Map<String, Value>,
+    /// How to train.
+    pub train: Settings,
+    /// Strength of the tie to the reference.
+    pub beta: f64,
+    /// The preference loss: `sigmoid`.
+    pub loss_type: String,
+    /// Share of labels taken to be wrong.
+    pub label_smoothing: f64,
+    /// Weight of the chosen side's NLL term (`rpo_alpha`); Llama 3 uses 0.2.
+    pub sft_loss_weight: f64,
+    /// Leave the tokens that the template, not the content, produced out of the preference term (Llama 3, 4.1.4).
+    pub mask_formatting_tokens: bool,
+}
+
+impl Default for Dpo {
+    fn default() -> Self {
+        Self {
+            model_name_or_path: String::new(),
+            ref_model_name_or_path: String::new(),
+            datasets: Vec::new(),
+            eval_datasets: Vec::new(),
+            data: Map::new(),
+            train: Settings::default(),
+            beta: 0.1,
+            loss_type: "sigmoid".to_owned(),
+            label_smoothing: 0.0,
+            sft_loss_weight: 0.2,
+            mask_formatting_tokens: true,
+        }
+    }
+}
+
+/// `average`: weighted mean of checkpoints. Writes `checkpoint/`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Average {
+    /// The checkpoints.
+    pub models: Vec<String>,
+    /// One weight each, summing to 1.
+    pub weights: Vec<f64>,
+}
+
+/// `eval`: held-out measures. Writes `data.jsonl` with every answer; its numbers are in the record.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Eval {
+    /// The policy.
+    pub model_name_or_path: String,
+    /// Held-out prompts with answers.
+    pub datasets: Vec<Dataset>,
+    /// How to sample.
+    pub sampling: Map<String, Value>,
+    /// Who judges.
+    pub scorers: Vec<Value>,
+    /// Model from which KL is measured; empty measures none.
+    pub reference: String,
+}
