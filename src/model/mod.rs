@@ -1,1 +1,22 @@
-//! (to be written)
+//! Llama-family models: configuration, named weights, loading and saving, and the forward pass.
+//!
+//! Weights are a plain ordered map of Hugging Face names to f32 tensors; [`params`] says which names
+//! and shapes a configuration asks for. Nothing here knows of losses or training.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+pub mod checkpoint;
+pub mod config;
+pub mod params;
+mod refusals;
+pub mod rope;
+pub mod tensor_file;
+
+pub use config::{Architecture, Config, Family};
+
+/// The weights of one model under their Hugging Face names, f32, on one device.
+///
+/// An ordered map: sums over parameters and the optimizer's state always go in the same order.
+pub type Weights = BTreeMap<String, Tensor>;

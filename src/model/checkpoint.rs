@@ -1,0 +1,177 @@
+//! Checkpoints: Hugging Face directories, loaded and saved whole.
+//!
+//! Loading refuses what would train into nonsense: missing, unexpected or wrongly shaped tensors,
+//! truncated files, weights that are not finite, and a tokenizer with ids beyond the embedding.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use candle_core::Device;
+use serde_json::Value;
+
+use super::config::{Architecture, Config, ids_of};
+use super::tensor_file::{self, Mapped};
+use super::{Weights, params};
+use crate::error::{Context, Error, Result};
+use crate::store;
+
+/// The file of an unsharded checkpoint.
+pub(super) const SINGLE: &str = "model.safetensors";
+/// The list of a sharded checkpoint's files.
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+
+/// A model in memory: everything that a Hugging Face directory holds.
+#[derive(Clone)]
+pub struct Checkpoint {
+    /// The model's shape and special ids.
+    pub config: Config,
+    /// Exactly the parameters of [`params::shapes`].
+    pub weights: Weights,
+}
+
+impl Checkpoint {
+    /// Reads a Hugging Face directory.
+    ///
+    /// # Errors
+    /// All of [`load_config`] and [`load_weights`].
+    pub fn load_dir(dir: &Path, device: &Device) -> Result<Self> {
+        let config = load_config(dir)?;
+        let weights = load_weights(dir, &config, device)?;
+        Ok(Self { config, weights })
+    }
+}
+
+/// Reads the `config.json` of a Hugging Face directory. The ids of `generation_config.json` that end
+/// a response are added to those of `config.json`: many models list the end of a turn only there.
+///
+/// # Errors
+/// A missing file, and all of [`Config::from_json`].
+pub fn load_config(dir: &Path) -> Result<Config> {
+    let path = dir.join("config.json");
+    let text = store::read_text(&path)?;
+    let mut config = Config::from_json(&text).at(path.display())?;
+    let path = dir.join("generation_config.json");
+    if path.exists() {
+        let value: Value = serde_json::from_str(&store::read_text(&path)?).at(path.display())?;
+        let ends = value.get("eos_token_id").and_then(ids_of).unwrap_or_default();
+        for id in ends {
+            if !config.eos_token_ids.contains(&id) && (id as usize) < config.vocab_size {
+                config.eos_token_ids.push(id);
+            }
+        }
+    }
+    Ok(config)
+}
+
+/// Reads the weights of a Hugging Face directory, single or sharded, as f32 on `device`, and checks
+/// them against `config`.
+///
+/// # Errors
+/// No weights in the directory, a truncated file, missing, unexpected or wrongly shaped tensors,
+/// numbers that are not finite, a tied head that differs from the embedding. Each names its file.
+pub fn load_weights(dir: &Path, config: &Config, device: &Device) -> Result<Weights> {
+    let mut weights = Weights::new();
+    let index = dir.join(INDEX);
+    let (place, files) = if index.exists() {
+        let listed = read_index(&index)?;
+        (index, listed)
+    } else if dir.join(SINGLE).exists() {
+        (dir.join(SINGLE), BTreeMap::from([(SINGLE.to_owned(), BTreeSet::new())]))
+    } else {
+        return Err(no_weights(dir));
+    };
+    for (file, listed) in files {
+        let path = dir.join(file);
+        let mapped = Mapped::open(&path).hint("the checkpoint's index names this file")?;
+        let tensors = mapped.tensors(&path)?;
+        let names = tensors.names();
+        if let Some(lost) = listed.iter().find(|name| !names.contains(&name.as_str())) {
+            return Err(Error::run(format!("missing tensor `{lost}`, which {INDEX} puts here"))
+                .at(path.display()));
+        }
+        check_headers(config, &tensors).at(path.display())?;
+        let names: Vec<&str> = names.into_iter().filter(|name| !is_derived(name)).collect();
+        let read = tensor_file::read_tensors(&path, &tensors, &names, device)?;
+        for (name, tensor) in read {
+            if weights.insert(name.clone(), tensor).is_some() {
+                return Err(Error::run(format!(
+                    "tensor `{name}` is in two files of the checkpoint"
+                ))
+                .at(path.display()));
+            }
+        }
+    }
+    drop_tied_head(config, &mut weights).at(place.display())?;
+    params::check(config, &weights).at(place.display())?;
+    Ok(weights)
+}
+
+/// Shapes are known from the header alone: a wrong one is refused before gigabytes are read.
+fn check_headers(config: &Config, tensors: &safetensors::SafeTensors<'_>) -> Result<()> {
+    let expected = params::shapes(config);
+    for (name, view) in tensors.iter() {
+        if let Some(expected) = expected.get(name)
+            && view.shape() != expected
+        {
+            return Err(params::wrong_shape(name, view.shape(), expected));
+        }
+    }
+    Ok(())
+}
+
+/// Old conversions store the rotary table, which follows from the configuration.
+fn is_derived(name: &str) -> bool {
+    name.ends_with(".rotary_emb.inv_freq")
+}
+
+/// Some writers store the tied head a second time. It is dropped, after a check that it is a copy.
+fn drop_tied_head(config: &Config, weights: &mut Weights) -> Result<()> {
+    if config.architecture == Architecture::SequenceClassification || !config.tie_word_embeddings {
+        return Ok(());
+    }
+    let Some(head) = weights.remove(params::HEAD) else { return Ok(()) };
+    let Some(embedding) = weights.get(params::EMBEDDING) else { return Ok(()) };
+    let same = head.dims() == embedding.dims()
+        && head.ne(embedding)?.to_dtype(candle_core::DType::F32)?.sum_all()?.to_scalar::<f32>()?
+            < 0.5;
+    if same {
+        return Ok(());
+    }
+    Err(Error::run(format!(
+        "`{}` differs from `{}` though tie_word_embeddings is true",
+        params::HEAD,
+        params::EMBEDDING
+    ))
+    .hint("set tie_word_embeddings to false in config.json to use both"))
+}
+
+/// The files of a sharded checkpoint with the tensors that each should hold.
+fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let value: Value = serde_json::from_str(&store::read_text(path)?).at(path.display())?;
+    let map = value
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .ok_or_else(|| Error::run("missing the object `weight_map`").at(path.display()))?;
+    let mut files: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (name, file) in map {
+        // A plain name only: an index from elsewhere must not reach outside its directory.
+        let file = file
+            .as_str()
+            .filter(|file| Path::new(file).file_name().is_some_and(|name| name == *file))
+            .ok_or_else(|| {
+                Error::run(format!("`{name}` is in {file}, expected a file name"))
+                    .at(path.display())
+            })?;
+        files.entry(file.to_owned()).or_default().insert(name.clone());
+    }
+    Ok(files)
+}
+
+fn no_weights(dir: &Path) -> Error {
+    let error = Error::run(format!("neither {SINGLE} nor {INDEX} is there")).at(dir.display());
+    let others = ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"];
+    match others.iter().find(|name| dir.join(name).exists()) {
+        Some(name) => error.hint(format!("convert {name} to safetensors first")),
+        None => error.hint("give a Hugging Face checkpoint directory, a .gguf file or a hub id"),
+    }
+}

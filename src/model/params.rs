@@ -1,0 +1,116 @@
+//! The names and shapes of a model's parameters, as Hugging Face stores them.
+
+use std::collections::BTreeMap;
+
+use super::Weights;
+use super::config::{Architecture, Config};
+use crate::error::{Error, Result, did_you_mean};
+
+/// The embedding, `[V, D]`.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The norm after the last block, `[D]`.
+pub const FINAL_NORM: &str = "model.norm.weight";
+/// The vocabulary projection of an untied language model, `[V, D]`.
+pub const HEAD: &str = "lm_head.weight";
+/// The score head of a reward model, `[1, D]`.
+pub const SCORE: &str = "score.weight";
+
+/// Every parameter of the model with its shape. A tied head is not a parameter of its own.
+///
+/// Projections are stored as `[out, in]`.
+pub fn shapes(config: &Config) -> BTreeMap<String, Vec<usize>> {
+    let hidden = config.hidden_size;
+    let mut shapes = BTreeMap::new();
+    let mut put = |name: &str, shape: &[usize]| shapes.insert(name.to_owned(), shape.to_vec());
+    put(EMBEDDING, &[config.vocab_size, hidden]);
+    put(FINAL_NORM, &[hidden]);
+    match config.architecture {
+        Architecture::CausalLm if !config.tie_word_embeddings => {
+            put(HEAD, &[config.vocab_size, hidden]);
+        }
+        Architecture::CausalLm => {}
+        Architecture::SequenceClassification => {
+            put(SCORE, &[1, hidden]);
+        }
+    }
+    for layer in 0..config.num_hidden_layers {
+        for (name, shape) in layer_shapes(config) {
+            put(&format!("model.layers.{layer}.{name}"), &shape);
+        }
+    }
+    shapes
+}
+
+fn layer_shapes(config: &Config) -> Vec<(&'static str, Vec<usize>)> {
+    let hidden = config.hidden_size;
+    let queries = config.num_attention_heads * config.head_dim;
+    let keys = config.num_key_value_heads * config.head_dim;
+    let inner = config.intermediate_size;
+    let mut shapes = vec![
+        ("input_layernorm.weight", vec![hidden]),
+        ("self_attn.q_proj.weight", vec![queries, hidden]),
+        ("self_attn.k_proj.weight", vec![keys, hidden]),
+        ("self_attn.v_proj.weight", vec![keys, hidden]),
+        ("self_attn.o_proj.weight", vec![hidden, queries]),
+        ("post_attention_layernorm.weight", vec![hidden]),
+        ("mlp.gate_proj.weight", vec![inner, hidden]),
+        ("mlp.up_proj.weight", vec![inner, hidden]),
+        ("mlp.down_proj.weight", vec![hidden, inner]),
+    ];
+    if config.qkv_bias {
+        shapes.push(("self_attn.q_proj.bias", vec![queries]));
+        shapes.push(("self_attn.k_proj.bias", vec![keys]));
+        shapes.push(("self_attn.v_proj.bias", vec![keys]));
+    }
+    if config.output_bias {
+        shapes.push(("self_attn.o_proj.bias", vec![hidden]));
+    }
+    shapes
+}
+
+/// The number of trainable numbers in a model of this shape.
+pub fn count(config: &Config) -> usize {
+    shapes(config).values().map(|shape| shape.iter().product::<usize>()).sum()
+}
+
+/// Checks that the weights are exactly the parameters that the configuration asks for.
+///
+/// # Errors
+/// Names the first missing, unexpected or wrongly shaped tensor, with the count of the others.
+pub fn check(config: &Config, weights: &Weights) -> Result<()> {
+    let found: BTreeMap<&str, &[usize]> =
+        weights.iter().map(|(name, tensor)| (name.as_str(), tensor.dims())).collect();
+    let expected = shapes(config);
+    let unexpected: Vec<&str> =
+        found.keys().copied().filter(|name| !expected.contains_key(*name)).collect();
+    let missing: Vec<&str> =
+        expected.keys().map(String::as_str).filter(|name| !found.contains_key(name)).collect();
+    if let Some(first) = missing.first() {
+        let error = Error::run(format!("missing tensor `{first}`{}", others(missing.len())));
+        return Err(match did_you_mean(first, unexpected.iter().copied()) {
+            Some(near) => error.hint(format!("the file has `{near}`, which is not expected")),
+            None => error.hint("config.json asks for it; is the file of another model?"),
+        });
+    }
+    if let Some(first) = unexpected.first() {
+        return Err(Error::run(format!("unexpected tensor `{first}`{}", others(unexpected.len())))
+            .hint("config.json does not ask for it; is the file of another model?"));
+    }
+    for (name, shape) in &expected {
+        if found.get(name.as_str()).is_some_and(|found| found != shape) {
+            let found = found.get(name.as_str()).copied().unwrap_or_default();
+            return Err(wrong_shape(name, found, shape));
+        }
+    }
+    Ok(())
+}
+
+/// The error of a tensor whose shape is not the one that the configuration asks for.
+pub(super) fn wrong_shape(name: &str, found: &[usize], expected: &[usize]) -> Error {
+    Error::run(format!("tensor `{name}` has shape {found:?}, expected {expected:?}"))
+        .hint("config.json gives the expected shape; are both of the same model?")
+}
+
+fn others(count: usize) -> String {
+    if count > 1 { format!(" (and {} more)", count - 1) } else { String::new() }
+}

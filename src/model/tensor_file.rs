@@ -1,0 +1,179 @@
+//! Safetensors files: read through a memory map into f32 tensors, written one tensor at a time.
+//!
+//! Reading checks what a later step could only notice as a strange loss: a file shorter than its
+//! header says, and numbers that are not finite.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use rayon::prelude::*;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Map, Value, json};
+
+use super::Weights;
+use crate::error::{Context, Error, Result};
+
+/// A safetensors file mapped into memory, its header not yet checked.
+pub(super) struct Mapped {
+    map: Mmap,
+}
+
+impl Mapped {
+    /// Maps the file.
+    ///
+    /// # Errors
+    /// The file cannot be opened; the error names it.
+    #[expect(unsafe_code, reason = "mapping a file is unsafe where another process truncates it")]
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).at(path.display())?;
+        if file.metadata().at(path.display())?.len() == 0 {
+            return Err(Error::run("the file is empty").at(path.display()));
+        }
+        // SAFETY: the map is read-only and private to this process, and checkpoints are replaced by
+        // a rename, never rewritten in place.
+        let map = unsafe { Mmap::map(&file) }.at(path.display())?;
+        Ok(Self { map })
+    }
+
+    /// The file's header, checked against its length.
+    ///
+    /// # Errors
+    /// A broken header, or fewer bytes than it says.
+    pub(super) fn tensors(&self, path: &Path) -> Result<SafeTensors<'_>> {
+        SafeTensors::deserialize(&self.map).map_err(|error| {
+            Error::run(format!("not a whole safetensors file: {error}"))
+                .because(error)
+                .at(path.display())
+                .hint("the file is truncated or damaged: copy or download it again")
+        })
+    }
+}
+
+/// Reads the named tensors of an open file as f32.
+///
+/// # Errors
+/// A type other than f32, f16 or bf16, and a number that is not finite: names file and tensor.
+pub(super) fn read_tensors(
+    path: &Path,
+    tensors: &SafeTensors<'_>,
+    names: &[&str],
+    device: &Device,
+) -> Result<Weights> {
+    let read: Result<Vec<(String, Tensor)>> = names
+        .par_iter()
+        .map(|name| {
+            let place = || format!("{}: tensor `{name}`", path.display());
+            let view = tensors.tensor(name).map_err(Error::from).at(place())?;
+            let values = to_f32(&view).at(place())?;
+            check_finite(&values).at(place())?;
+            let tensor = Tensor::from_vec(values, view.shape(), device).at(place())?;
+            Ok(((*name).to_owned(), tensor))
+        })
+        .collect();
+    Ok(read?.into_iter().collect())
+}
+
+/// Reads every tensor of a safetensors file as f32, `name -> tensor`.
+///
+/// # Errors
+/// As of a checkpoint's files: unreadable, truncated, of an unknown type, or not finite.
+pub fn read(path: &Path, device: &Device) -> Result<Weights> {
+    let mapped = Mapped::open(path)?;
+    let tensors = mapped.tensors(path)?;
+    read_tensors(path, &tensors, &tensors.names(), device)
+}
+
+fn to_f32(view: &TensorView<'_>) -> Result<Vec<f32>> {
+    let bytes = view.data();
+    match view.dtype() {
+        Dtype::F32 => {
+            Ok(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+        }
+        Dtype::F16 => Ok(bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|bytes| f16::from_le_bytes(*bytes).to_f32())
+            .collect()),
+        Dtype::BF16 => Ok(bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|bytes| bf16::from_le_bytes(*bytes).to_f32())
+            .collect()),
+        other => Err(Error::run(format!("type {other:?}, expected F32, F16 or BF16"))
+            .hint("quantised weights are not supported; load the original checkpoint")),
+    }
+}
+
+/// A weight that is not a number spreads to every output of the model; say so at its source.
+pub(super) fn check_finite(values: &[f32]) -> Result<()> {
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(index) => {
+            let count = values.iter().filter(|value| !value.is_finite()).count();
+            Err(Error::run(format!(
+                "{count} of {} weights are not finite, the first ({}) at index {index}",
+                values.len(),
+                values[index]
+            ))
+            .hint("the checkpoint is damaged or its training diverged; use an earlier one"))
+        }
+    }
+}
+
+/// The bytes that one number of a storage type takes.
+pub(super) fn width(dtype: DType) -> usize {
+    dtype.size_in_bytes()
+}
+
+/// Writes tensors as one safetensors file in `dtype` (f32, f16 or bf16), in the order of their names.
+///
+/// # Errors
+/// Another `dtype`, or an I/O error of the writer.
+pub fn write(out: &mut dyn Write, weights: &BTreeMap<&str, &Tensor>, dtype: DType) -> Result<()> {
+    let kind = match dtype {
+        DType::F32 => "F32",
+        DType::F16 => "F16",
+        DType::BF16 => "BF16",
+        other => {
+            return Err(Error::usage(format!("cannot store weights as {}", other.as_str()))
+                .hint("use float32, float16 or bfloat16"));
+        }
+    };
+    let mut header = Map::new();
+    // transformers refuses a file that does not say which framework's layout it has.
+    header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+    let mut offset = 0;
+    for (name, tensor) in weights {
+        let end = offset + tensor.elem_count() * width(dtype);
+        let entry = json!({"dtype": kind, "shape": tensor.dims(), "data_offsets": [offset, end]});
+        header.insert((*name).to_owned(), entry);
+        offset = end;
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' '); // the data begin at a multiple of 8
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    for (name, tensor) in weights {
+        let bytes = to_bytes(tensor, dtype).at(format!("tensor `{name}`"))?;
+        out.write_all(&bytes)?;
+    }
+    Ok(())
+}
+
+fn to_bytes(tensor: &Tensor, dtype: DType) -> Result<Vec<u8>> {
+    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    Ok(match dtype {
+        DType::BF16 => {
+            values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect()
+        }
+        DType::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+    })
+}
