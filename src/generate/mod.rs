@@ -1,1 +1,6 @@
-//! (to be written)
+//! Text from models: sampling settings, the sampler, batched generation with a key/value cache, teachers.
+//!
+//! Knows nothing of stages, scores or files.
+
+pub mod sampler;
+pub mod sampling;

@@ -1,0 +1,335 @@
+//! One row of logits to one token.
+//!
+//! Order of the steps as in Hugging Face's generation: repetition penalty, temperature, top-k, top-p, min-p. Ties go
+//! to the smaller token id, so equal logits and equal draws give equal tokens everywhere.
+
+use rand::Rng;
+use std::cmp::Ordering;
+
+use super::sampling::Sampling;
+use crate::error::{Error, Result};
+
+/// A drawn token and how likely it was.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// The token.
+    pub id: u32,
+    /// Its log-probability under the model alone: the log-softmax of the logits as they came, in nats.
+    pub logprob: f32,
+    /// Its log-probability under the distribution it was drawn from, in nats; 0 where nothing was left to chance.
+    pub sample_logprob: f32,
+}
+
+/// Draws tokens by fixed settings. Holds buffers only: a draw depends on its arguments and the settings alone.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    temperature: f32,
+    top_p: f64,
+    top_k: usize,
+    min_p: f32,
+    penalty: f32,
+    /// Unnormalised probabilities, one a token.
+    weights: Vec<f32>,
+    kept: Vec<u32>,
+    /// Tokens whose logits the penalty changed, with the logits as they came; ordered by id.
+    penalised: Vec<(u32, f32)>,
+}
+
+impl Sampler {
+    /// A sampler with these settings.
+    pub fn new(settings: &Sampling) -> Self {
+        Self {
+            temperature: settings.temperature as f32,
+            top_p: settings.top_p,
+            top_k: settings.top_k,
+            min_p: settings.min_p as f32,
+            penalty: settings.repetition_penalty as f32,
+            weights: Vec::new(),
+            kept: Vec::new(),
+            penalised: Vec::new(),
+        }
+    }
+
+    /// Draws one token. `logits` has one entry a token and is overwritten; `history` is what the repetition penalty
+    /// looks back on, prompt included.
+    ///
+    /// # Errors
+    /// Logits without one finite maximum: the model has diverged.
+    pub fn draw(
+        &mut self,
+        logits: &mut [f32],
+        history: &[u32],
+        rng: &mut impl Rng,
+    ) -> Result<Draw> {
+        let log_sum = log_sum_exp(logits);
+        if !log_sum.is_finite() {
+            return Err(Error::run("the model's logits are not finite")
+                .hint("check the checkpoint's weights for NaN, or lower the learning rate"));
+        }
+        self.penalise(logits, history);
+        let (id, sample_logprob) = match self.temperature {
+            0.0 => (argmax(logits), 0.0),
+            _ => self.draw_by_chance(logits, rng),
+        };
+        let as_it_came = match self.penalised.binary_search_by_key(&id, |&(id, _)| id) {
+            Ok(index) => self.penalised[index].1,
+            Err(_) => logits[id as usize],
+        };
+        Ok(Draw { id, logprob: as_it_came - log_sum, sample_logprob })
+    }
+
+    fn penalise(&mut self, logits: &mut [f32], history: &[u32]) {
+        self.penalised.clear();
+        if self.penalty.to_bits() == 1.0_f32.to_bits() {
+            return;
+        }
+        self.kept.clear();
+        self.kept.extend(history.iter().filter(|&&id| (id as usize) < logits.len()));
+        self.kept.sort_unstable();
+        self.kept.dedup();
+        for &id in &self.kept {
+            let logit = &mut logits[id as usize];
+            self.penalised.push((id, *logit));
+            *logit = if *logit > 0.0 { *logit / self.penalty } else { *logit * self.penalty };
+        }
+    }
+
+    fn draw_by_chance(&mut self, logits: &[f32], rng: &mut impl Rng) -> (u32, f32) {
+        let top = logits[argmax(logits) as usize];
+        let scale = 1.0 / self.temperature;
+        self.weights.clear();
+        self.weights.extend(logits.iter().map(|&logit| ((logit - top) * scale).exp()));
+        let chance: f64 = rng.random();
+        if self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0 {
+            return pick(&self.weights, 0..logits.len() as u32, chance);
+        }
+        self.keep_likely();
+        pick(&self.weights, self.kept.iter().copied(), chance)
+    }
+
+    /// Leaves in `kept` the tokens that top-k, top-p and min-p keep, ordered by id.
+    fn keep_likely(&mut self) {
+        let weights = &self.weights;
+        let likelier = |a: &u32, b: &u32| by_weight(weights, *a, *b);
+        self.kept.clear();
+        let has_top_k = self.top_k > 0 && self.top_k < weights.len();
+        if has_top_k {
+            self.kept.extend(0..weights.len() as u32);
+            self.kept.select_nth_unstable_by(self.top_k - 1, likelier);
+            self.kept.truncate(self.top_k);
+        }
+        if self.top_p < 1.0 {
+            if !has_top_k {
+                likely_enough(weights, self.top_p, &mut self.kept);
+            }
+            self.kept.sort_unstable_by(likelier);
+            let total = if has_top_k { sum(weights, &self.kept) } else { sum_all(weights) };
+            let mut mass = 0.0;
+            let needed = self
+                .kept
+                .iter()
+                .position(|&id| {
+                    mass += f64::from(weights[id as usize]);
+                    mass >= self.top_p * total
+                })
+                .map_or(self.kept.len(), |last| last + 1);
+            self.kept.truncate(needed);
+        } else if !has_top_k {
+            self.kept.extend(0..weights.len() as u32);
+        }
+        // The most likely token has weight 1.
+        let floor = self.min_p;
+        self.kept.retain(|&id| weights[id as usize] >= floor);
+        self.kept.sort_unstable();
+    }
+}
+
+/// Likelier first, then the smaller id.
+fn by_weight(weights: &[f32], a: u32, b: u32) -> Ordering {
+    weights[b as usize].total_cmp(&weights[a as usize]).then(a.cmp(&b))
+}
+
+/// Collects enough of the likeliest tokens to hold `share` of the weight, without sorting the whole vocabulary: the
+/// floor falls until they do.
+fn likely_enough(weights: &[f32], share: f64, kept: &mut Vec<u32>) {
+    let total = sum_all(weights);
+    let mut floor = 1e-2_f32;
+    loop {
+        kept.clear();
+        kept.extend((0..weights.len() as u32).filter(|&id| weights[id as usize] >= floor));
+        if sum(weights, kept) >= share * total || kept.len() == weights.len() {
+            return;
+        }
+        floor = if floor < 1e-30 { 0.0 } else { floor * 1e-3 };
+    }
+}
+
+fn sum(weights: &[f32], kept: &[u32]) -> f64 {
+    kept.iter().map(|&id| f64::from(weights[id as usize])).sum()
+}
+
+fn sum_all(weights: &[f32]) -> f64 {
+    weights.iter().map(|&weight| f64::from(weight)).sum()
+}
+
+/// Inverts the cumulative distribution over `ids` at `chance` in [0, 1). Returns the token and its log-probability.
+fn pick(weights: &[f32], ids: impl Iterator<Item = u32> + Clone, chance: f64) -> (u32, f32) {
+    let total: f64 = ids.clone().map(|id| f64::from(weights[id as usize])).sum();
+    let mut left = chance * total;
+    let mut chosen = 0;
+    for id in ids {
+        let weight = f64::from(weights[id as usize]);
+        if weight > 0.0 {
+            chosen = id;
+            if left < weight {
+                break;
+            }
+        }
+        left -= weight;
+    }
+    (chosen, (f64::from(weights[chosen as usize]) / total).ln() as f32)
+}
+
+/// Index of the largest entry, the first of equals. NaN never wins.
+pub fn argmax(row: &[f32]) -> u32 {
+    let mut best = 0;
+    for (index, value) in row.iter().enumerate() {
+        if *value > row[best] || row[best].is_nan() {
+            best = index;
+        }
+    }
+    best as u32
+}
+
+/// `ln Σ eˣ`, stable.
+pub fn log_sum_exp(row: &[f32]) -> f32 {
+    let top = row.iter().fold(f32::NEG_INFINITY, |top, &value| top.max(value));
+    if !top.is_finite() {
+        return f32::NAN;
+    }
+    let sum: f64 = row.iter().map(|&value| f64::from((value - top).exp())).sum();
+    (f64::from(top) + sum.ln()) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Stream;
+
+    fn probabilities(logits: &[f32], temperature: f64) -> Vec<f64> {
+        let exp: Vec<f64> = logits.iter().map(|&x| (f64::from(x) / temperature).exp()).collect();
+        let total: f64 = exp.iter().sum();
+        exp.iter().map(|x| x / total).collect()
+    }
+
+    /// Draws 20 000 tokens and compares counts with `expected` by a chi-square statistic. The bound is the 99.9 %
+    /// point for up to 8 degrees of freedom; the seed is fixed, so the outcome is too.
+    #[track_caller]
+    fn check(settings: &Sampling, logits: &[f32], expected: &[f64]) {
+        let mut sampler = Sampler::new(settings);
+        let mut rng = Stream::new(11, "test").at(0, 0);
+        let mut counts = vec![0_u32; logits.len()];
+        let draws = 20_000;
+        for _ in 0..draws {
+            let draw = sampler.draw(&mut logits.to_vec(), &[], &mut rng).unwrap();
+            counts[draw.id as usize] += 1;
+            let probability = expected[draw.id as usize];
+            assert!((f64::from(draw.sample_logprob) - probability.ln()).abs() < 1e-5);
+        }
+        let mut chi_square = 0.0;
+        for (count, share) in counts.iter().zip(expected) {
+            let mean = share * f64::from(draws);
+            assert!(mean > 0.0 || *count == 0, "a token without probability was drawn");
+            if mean > 0.0 {
+                chi_square += (f64::from(*count) - mean).powi(2) / mean;
+            }
+        }
+        assert!(chi_square < 26.1, "chi-square {chi_square}, counts {counts:?}");
+    }
+
+    const LOGITS: [f32; 6] = [0.0, 2.0, 1.0, -1.0, 2.0, -3.0];
+
+    fn renormalised(keep: &[usize]) -> Vec<f64> {
+        let all = probabilities(&LOGITS, 1.0);
+        let total: f64 = keep.iter().map(|&id| all[id]).sum();
+        (0..6).map(|id| if keep.contains(&id) { all[id] / total } else { 0.0 }).collect()
+    }
+
+    #[test]
+    fn draws_follow_the_tempered_softmax() {
+        check(&Sampling::default(), &LOGITS, &probabilities(&LOGITS, 1.0));
+        let warm = Sampling { temperature: 2.5, ..Sampling::default() };
+        check(&warm, &LOGITS, &probabilities(&LOGITS, 2.5));
+    }
+
+    // The softmax of LOGITS is 0.0508, 0.3757, 0.1382, 0.0187, 0.3757, 0.0025 (rounded; sum 0.9617 + ...).
+    #[test]
+    fn top_k_keeps_k_and_breaks_ties_by_id() {
+        check(&Sampling { top_k: 3, ..Sampling::default() }, &LOGITS, &renormalised(&[1, 2, 4]));
+        check(&Sampling { top_k: 1, ..Sampling::default() }, &LOGITS, &renormalised(&[1]));
+        check(
+            &Sampling { top_k: 60, ..Sampling::default() },
+            &LOGITS,
+            &renormalised(&[0, 1, 2, 3, 4, 5]),
+        );
+    }
+
+    #[test]
+    fn top_p_keeps_the_fewest_that_reach_the_mass() {
+        // 1 and 4 hold 0.78 together; 2 makes it 0.92.
+        check(&Sampling { top_p: 0.7, ..Sampling::default() }, &LOGITS, &renormalised(&[1, 4]));
+        check(&Sampling { top_p: 0.9, ..Sampling::default() }, &LOGITS, &renormalised(&[1, 2, 4]));
+        check(&Sampling { top_p: 0.01, ..Sampling::default() }, &LOGITS, &renormalised(&[1]));
+    }
+
+    #[test]
+    fn min_p_measures_against_the_likeliest() {
+        // e^-1 = 0.37 of the top survives 0.3, e^-2 = 0.135 does not.
+        check(&Sampling { min_p: 0.3, ..Sampling::default() }, &LOGITS, &renormalised(&[1, 2, 4]));
+        check(&Sampling { min_p: 1.0, ..Sampling::default() }, &LOGITS, &renormalised(&[1, 4]));
+    }
+
+    #[test]
+    fn top_p_looks_at_what_top_k_left() {
+        // Of {1, 2, 4} renormalised, 1 and 4 hold 0.84.
+        let both = Sampling { top_k: 3, top_p: 0.8, ..Sampling::default() };
+        check(&both, &LOGITS, &renormalised(&[1, 4]));
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_equals_and_reports_the_untempered_log_probability() {
+        let mut sampler = Sampler::new(&Sampling::greedy(1));
+        let mut rng = Stream::new(0, "test").at(0, 0);
+        let draw = sampler.draw(&mut LOGITS.to_vec(), &[], &mut rng).unwrap();
+        let expected = probabilities(&LOGITS, 1.0)[1].ln() as f32;
+        assert_eq!((draw.id, draw.sample_logprob.to_bits()), (1, 0.0_f32.to_bits()));
+        assert!((draw.logprob - expected).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_penalty_weakens_seen_tokens_of_either_sign_once() {
+        let settings = Sampling { repetition_penalty: 4.0, ..Sampling::greedy(1) };
+        let mut sampler = Sampler::new(&settings);
+        let mut rng = Stream::new(0, "test").at(0, 0);
+        let mut logits = LOGITS.to_vec();
+        // 1 and 4 fall from 2 to 0.5, 3 from -1 to -4: token 2 at 1.0 wins. An id outside the vocabulary is ignored.
+        let draw = sampler.draw(&mut logits, &[1, 4, 3, 1, 99], &mut rng).unwrap();
+        assert_eq!(draw.id, 2);
+        assert_eq!(logits, [0.0, 0.5, 1.0, -4.0, 0.5, -3.0]);
+        // The reported log-probability is the model's own even of a penalised token.
+        let settings = Sampling { repetition_penalty: 1.01, ..Sampling::greedy(1) };
+        let draw = Sampler::new(&settings).draw(&mut LOGITS.to_vec(), &[4, 1], &mut rng).unwrap();
+        assert!((f64::from(draw.logprob) - probabilities(&LOGITS, 1.0)[1].ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_are_an_error() {
+        let mut sampler = Sampler::new(&Sampling::default());
+        let mut rng = Stream::new(0, "test").at(0, 0);
+        for bad in [f32::NAN, f32::INFINITY] {
+            assert!(sampler.draw(&mut [0.0, bad, 1.0], &[], &mut rng).is_err());
+        }
+        assert!(sampler.draw(&mut [f32::NEG_INFINITY; 3], &[], &mut rng).is_err());
+        assert_eq!(sampler.draw(&mut [f32::NEG_INFINITY, 0.0], &[], &mut rng).unwrap().id, 1);
+    }
+}

@@ -1,0 +1,134 @@
+//! How to sample: the keys of every stage that generates, named as Hugging Face and OpenAI name them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Sampling keys, resolved: every field has a value that is used.
+///
+/// ```
+/// use arriero::generate::sampling::Sampling;
+/// let sampling: Sampling = serde_json::from_str(r#"{"temperature": 0.6, "max_tokens": 32, "stop": "\n\n"}"#)?;
+/// assert_eq!((sampling.max_new_tokens, sampling.stop.len(), sampling.top_p), (32, 1, 1.0));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the most likely token.
+    pub temperature: f64,
+    /// Keeps the fewest most likely tokens that together have this probability; 1 keeps all.
+    pub top_p: f64,
+    /// Keeps this many most likely tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keeps tokens at least this many times as likely as the most likely one; 0 keeps all.
+    pub min_p: f64,
+    /// Divides positive and multiplies negative logits of tokens that the prompt or the answer already has; 1 is
+    /// off (CTRL, Keskar et al. 2019, section 4.1).
+    pub repetition_penalty: f64,
+    /// Most tokens of an answer, the end-of-turn token counted.
+    #[serde(alias = "max_tokens", alias = "max_completion_tokens")]
+    pub max_new_tokens: usize,
+    /// An answer ends before the first of these strings.
+    #[serde(alias = "stop_strings", deserialize_with = "one_or_many")]
+    pub stop: Vec<String>,
+    /// Seed of the draws. Equal seeds give equal answers, whatever they are batched with.
+    pub seed: u64,
+    /// Answers drawn for each prompt.
+    #[serde(alias = "n", alias = "num_return_sequences")]
+    pub num_samples: usize,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            max_new_tokens: 256,
+            stop: Vec::new(),
+            seed: 0,
+            num_samples: 1,
+        }
+    }
+}
+
+impl Sampling {
+    /// The most likely answer, one a prompt.
+    pub fn greedy(max_new_tokens: usize) -> Self {
+        Self { temperature: 0.0, max_new_tokens, ..Self::default() }
+    }
+
+    /// Refuses values that no distribution has.
+    ///
+    /// # Errors
+    /// Names the key, its value and what was expected.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |key: &str, value: f64, expected: &str| {
+            Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
+        };
+        if !self.temperature.is_finite() || self.temperature < 0.0 {
+            return refuse("temperature", self.temperature, "0 or more");
+        }
+        if self.top_p.is_nan() || self.top_p <= 0.0 || self.top_p > 1.0 {
+            return refuse("top_p", self.top_p, "more than 0 and at most 1");
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            return refuse("min_p", self.min_p, "0 to 1");
+        }
+        if !self.repetition_penalty.is_finite() || self.repetition_penalty <= 0.0 {
+            return refuse("repetition_penalty", self.repetition_penalty, "more than 0");
+        }
+        for (key, value) in
+            [("max_new_tokens", self.max_new_tokens), ("num_samples", self.num_samples)]
+        {
+            if value == 0 {
+                return refuse(key, 0.0, "1 or more");
+            }
+        }
+        if self.stop.iter().any(String::is_empty) {
+            return Err(Error::usage("`stop` has an empty string, which would end every answer"));
+        }
+        Ok(())
+    }
+}
+
+/// Accepts one string where a list is meant, as the OpenAI interface does.
+fn one_or_many<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany {
+        One(String),
+        Many(Vec<String>),
+    }
+    Ok(match OneOrMany::deserialize(deserializer)? {
+        OneOrMany::One(stop) => vec![stop],
+        OneOrMany::Many(stops) => stops,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_that_no_distribution_has_are_refused_by_name() {
+        let bad = [
+            (Sampling { temperature: -1.0, ..Sampling::default() }, "temperature"),
+            (Sampling { temperature: f64::NAN, ..Sampling::default() }, "temperature"),
+            (Sampling { top_p: 0.0, ..Sampling::default() }, "top_p"),
+            (Sampling { min_p: 1.5, ..Sampling::default() }, "min_p"),
+            (Sampling { repetition_penalty: 0.0, ..Sampling::default() }, "repetition_penalty"),
+            (Sampling { max_new_tokens: 0, ..Sampling::default() }, "max_new_tokens"),
+            (Sampling { num_samples: 0, ..Sampling::default() }, "num_samples"),
+            (Sampling { stop: vec![String::new()], ..Sampling::default() }, "stop"),
+        ];
+        for (sampling, key) in bad {
+            assert!(sampling.check().unwrap_err().to_string().starts_with(&format!("`{key}`")));
+        }
+        Sampling::default().check().unwrap();
+        Sampling::greedy(8).check().unwrap();
+    }
+}
