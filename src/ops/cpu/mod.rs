@@ -3,6 +3,7 @@
 pub mod alloc;
 pub mod attention;
 pub mod matmul;
+pub mod rows;
 pub mod simd;
 
 use candle_core::{CpuStorage, Layout, Storage, Tensor};

@@ -12,9 +12,9 @@ const LANES: usize = 16;
 
 /// Declares a function compiled for AVX-512, AVX2 and the portable baseline, and its run-time choice.
 macro_rules! multiversion {
-    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:ident) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:ident) => {
         $(#[$doc])*
-        pub fn $name($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
@@ -38,6 +38,8 @@ macro_rules! multiversion {
         }
     };
 }
+
+pub(super) use multiversion;
 
 /// `e^x` to about two units in the last place: range reduction to `[-ln 2 / 2, ln 2 / 2]` and a polynomial.
 /// Below -87.3 the result is 0 to within 1e-38.
