@@ -1,1 +1,103 @@
-//! (to be written)
+//! What a log-probability or a score is worth. Pure functions on numbers, one example at a time; no models.
+//!
+//! A loss has two sides: a scalar function with its hand-derived slope (`sigmoid`, `bradley_terry`), and an
+//! [`Objective`] that applies it to the sequences of a forest. Each loss term returns its own sum and count; counts are
+//! taken over the whole optimizer step before the first backward, so that no split into micro-batches changes a
+//! gradient.
+
+pub mod preference;
+pub mod reward;
+pub mod sft;
+
+use crate::data::forest::Forest;
+use crate::error::Result;
+
+/// Which numbers of a forest an objective reads and weighs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readout {
+    /// The log-probability of each of [`Forest::targets`].
+    Logps,
+    /// The score of each of [`Forest::leaves`], read at its end.
+    Scores,
+}
+
+/// Sums over the whole optimizer step, known before the first backward.
+#[derive(Clone, Debug, Default)]
+pub struct StepTotals {
+    /// One count a term: what its sum is divided by.
+    pub counts: Vec<f64>,
+    /// What [`Objective::statistics`] returned for a coupled objective; empty otherwise.
+    pub statistics: Vec<f64>,
+}
+
+/// A mean in the making: metrics are averaged over the step, not over micro-batches.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Mean {
+    /// What it is called in logs.
+    pub name: &'static str,
+    /// Sum of values.
+    pub sum: f64,
+    /// Number of values.
+    pub count: f64,
+}
+
+/// What an objective says about one micro-batch.
+#[derive(Clone, Debug, Default)]
+pub struct Weighed {
+    /// Gradient of the step's loss with respect to each value read.
+    pub d_values: Vec<f32>,
+    /// One sum a term, not yet divided by its count and not yet weighted.
+    pub sums: Vec<f64>,
+    /// For the log.
+    pub metrics: Vec<Mean>,
+}
+
+/// A method, as far as the training loop is concerned.
+pub trait Objective: Sync {
+    /// Which numbers it reads.
+    fn readout(&self) -> Readout {
+        Readout::Logps
+    }
+
+    /// Its terms by name, each with its weight in the loss: `loss = Σ weight · sum / count`.
+    fn terms(&self) -> Vec<(&'static str, f64)>;
+
+    /// What this micro-batch adds to each term's count.
+    fn counts(&self, forest: &Forest) -> Vec<f64>;
+
+    /// The gradient of each value where it does not depend on the values (SFT): the head then runs in one pass.
+    fn fixed_gradient(&self, _forest: &Forest, _totals: &StepTotals) -> Option<Vec<f32>> {
+        None
+    }
+
+    /// Whether an example's loss depends on the other examples of its step (KTO, BCO, AOT). The loop then reads all
+    /// micro-batches first and hands the values to [`statistics`](Self::statistics).
+    fn coupled(&self) -> bool {
+        false
+    }
+
+    /// The step's statistics, from every micro-batch and its values.
+    fn statistics(&self, _readings: &[(&Forest, &[f32])]) -> Vec<f64> {
+        Vec::new()
+    }
+
+    /// Loss and gradient for the values of one micro-batch.
+    fn weigh(&self, forest: &Forest, values: &[f32], totals: &StepTotals) -> Result<Weighed>;
+}
+
+/// `ln σ(x)`, exact to rounding at both ends.
+///
+/// ```
+/// use arriero::loss::log_sigmoid;
+/// assert_eq!(log_sigmoid(0.0), -std::f64::consts::LN_2);
+/// assert_eq!(log_sigmoid(-800.0), -800.0);
+/// assert!((log_sigmoid(2.5) - log_sigmoid(-2.5) - 2.5).abs() < 1e-15);
+/// ```
+pub fn log_sigmoid(x: f64) -> f64 {
+    x.min(0.0) - (-x.abs()).exp().ln_1p()
+}
+
+/// `σ(x)`, the slope of `-log_sigmoid(-x)`.
+pub fn sigmoid(x: f64) -> f64 {
+    log_sigmoid(x).exp()
+}

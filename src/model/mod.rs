@@ -7,14 +7,20 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
+pub mod block;
 pub mod checkpoint;
 pub mod config;
+pub mod gradients;
+pub mod heads;
 pub mod params;
 mod refusals;
 pub mod rope;
 pub mod tensor_file;
+pub mod transformer;
 
 pub use config::{Architecture, Config, Family};
+pub use gradients::Gradients;
+pub use transformer::Transformer;
 
 /// The weights of one model under their Hugging Face names, f32, on one device.
 ///

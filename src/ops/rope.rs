@@ -16,12 +16,13 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// Angles `position · frequency`, computed in f64 and rounded once.
-    pub fn new(frequencies: &[f64], positions: &[u32]) -> Self {
+    /// Angles `position · frequency`, rounded to f32 as `transformers` does: at long positions that rounding is
+    /// part of the numbers a model was trained with.
+    pub fn new(frequencies: &[f32], positions: &[u32]) -> Self {
         let angles: Vec<f64> = positions
             .iter()
             .flat_map(|&position| {
-                frequencies.iter().map(move |frequency| f64::from(position) * frequency)
+                frequencies.iter().map(move |frequency| f64::from(position as f32 * frequency))
             })
             .collect();
         Self {

@@ -22,17 +22,18 @@ pub enum Schedule {
 impl Schedule {
     /// Factor on the peak learning rate at `step` (counted from 0) of `total`, after `warmup` steps of warm-up.
     ///
-    /// As in `transformers`, warm-up starts at 0 on step 0 and reaches the peak at step `warmup`.
+    /// Warm-up rises from `1 / (warmup + 1)` on the first step to the peak at step `warmup`. Unlike `transformers`,
+    /// whose first step has rate 0, every step moves the weights.
     ///
     /// ```
     /// use arriero::optim::schedule::Schedule;
     /// assert_eq!(Schedule::Linear.factor(0, 3, 0), 1.0);
-    /// assert_eq!(Schedule::Linear.factor(5, 20, 10), 0.5);
+    /// assert_eq!(Schedule::Linear.factor(4, 20, 9), 0.5);
     /// assert!((Schedule::Cosine.factor(5, 10, 0) - 0.5).abs() < 1e-12);
     /// ```
     pub fn factor(self, step: usize, total: usize, warmup: usize) -> f64 {
         if step < warmup {
-            return step as f64 / warmup as f64;
+            return (step + 1) as f64 / (warmup + 1) as f64;
         }
         let span = total.saturating_sub(warmup).max(1) as f64;
         let progress = ((step - warmup) as f64 / span).min(1.0);

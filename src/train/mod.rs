@@ -1,6 +1,15 @@
-//! The one training step, the loop around it, and its checkpoints. Knows no methods: an `Objective` says what a
-//! log-probability is worth.
+//! The one training step, the loop around it, and its checkpoints. Knows no methods: an
+//! [`Objective`](crate::loss::Objective) says what a log-probability is worth.
 
+pub mod checkpoint;
+pub mod fit;
+pub mod learner;
+pub mod order;
+pub mod reference;
 pub mod settings;
+pub mod step;
 
+pub use fit::{Job, fit};
+pub use learner::Learner;
+pub use order::Order;
 pub use settings::{Precision, Settings};

@@ -1,0 +1,116 @@
+//! Gradients of a step, summed over its micro-batches, by parameter name.
+
+use std::collections::BTreeMap;
+
+use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Shape, Tensor};
+use rayon::prelude::*;
+
+use crate::error::Result;
+use crate::ops::{cpu, embed::embed_grad};
+
+/// Elements a partial sum: fixed, so that no sum depends on the number of threads.
+const CHUNK: usize = 1 << 16;
+
+/// Sums of gradients, in name order.
+#[derive(Debug)]
+pub struct Gradients {
+    sums: BTreeMap<String, Tensor>,
+    device: Device,
+}
+
+impl Gradients {
+    /// No gradients yet.
+    pub fn new(device: &Device) -> Self {
+        Self { sums: BTreeMap::new(), device: device.clone() }
+    }
+
+    /// Adds to a parameter's sum. The first gradient is taken as it is, without a copy.
+    pub fn add(&mut self, name: &str, grad: Tensor) -> Result<()> {
+        let Some(sum) = self.sums.remove(name) else {
+            self.sums.insert(name.to_owned(), grad.contiguous()?.detach());
+            return Ok(());
+        };
+        let sum = if self.device.is_cpu() {
+            sum.inplace_op2(&grad.contiguous()?, &AddAssign)?;
+            sum
+        } else {
+            (sum + grad)?.detach()
+        };
+        self.sums.insert(name.to_owned(), sum);
+        Ok(())
+    }
+
+    /// Adds row `t` of `d_x` `[T, D]` to row `rows[t]` of the parameter's sum.
+    pub fn add_rows(
+        &mut self,
+        name: &str,
+        shape: &Shape,
+        rows: &[u32],
+        d_x: &Tensor,
+    ) -> Result<()> {
+        let sum = match self.sums.remove(name) {
+            Some(sum) => sum,
+            None => Tensor::zeros(shape, d_x.dtype(), &self.device)?,
+        };
+        self.sums.insert(name.to_owned(), embed_grad(sum, rows, &d_x.detach())?);
+        Ok(())
+    }
+
+    /// The sum of one parameter.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.sums.get(name)
+    }
+
+    /// All sums, in name order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.sums.iter().map(|(name, grad)| (name.as_str(), grad))
+    }
+
+    /// Euclidean norm over all parameters, accumulated in f64 in one fixed order.
+    pub fn norm(&self) -> Result<f64> {
+        let mut sum = 0.0;
+        for grad in self.sums.values() {
+            sum += square_sum(grad)?;
+        }
+        Ok(sum.sqrt())
+    }
+}
+
+/// Sum of squares of a tensor, in f64.
+pub fn square_sum(tensor: &Tensor) -> Result<f64> {
+    if !tensor.device().is_cpu() {
+        return Ok(f64::from(
+            tensor.sqr()?.sum_all()?.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()?,
+        ));
+    }
+    let partials = cpu::with_slice(tensor, |values| {
+        values
+            .par_chunks(CHUNK)
+            .map(|chunk| chunk.iter().map(|&x| f64::from(x) * f64::from(x)).sum())
+            .collect::<Vec<f64>>()
+    })?;
+    Ok(partials.iter().sum())
+}
+
+struct AddAssign;
+
+impl InplaceOp2 for AddAssign {
+    fn name(&self) -> &'static str {
+        "add-assign"
+    }
+
+    fn cpu_fwd(
+        &self,
+        sum: &mut CpuStorage,
+        sum_layout: &Layout,
+        x: &CpuStorage,
+        x_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let x = cpu::slice(x, x_layout)?;
+        cpu::slice_mut(sum, sum_layout)?
+            .par_chunks_mut(CHUNK)
+            .zip(x.par_chunks(CHUNK))
+            .for_each(|(sum, x)| cpu::simd::axpy(sum, 1.0, x));
+        Ok(())
+    }
+}

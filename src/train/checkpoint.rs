@@ -1,0 +1,122 @@
+//! Checkpoints inside a stage: a complete Hugging Face directory whose f32 weights are the masters, the optimizer's
+//! state, and the cursor. Written to a temporary directory and renamed: a killed write leaves nothing that is read.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, safetensors};
+use serde::{Deserialize, Serialize};
+
+use super::Learner;
+use crate::error::{Context, Result};
+use crate::optim::adamw::AdamW;
+use crate::report::record::Metrics;
+use crate::store;
+
+const OPTIMIZER: &str = "optimizer.safetensors";
+const MASTERS: &str = "masters.safetensors";
+const STATE: &str = "trainer_state.json";
+
+/// Where training stands. With the weights and the optimizer's state, everything that the rest of a run depends on:
+/// the order of examples is a function of the seed and the step.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Optimizer steps taken.
+    pub step: usize,
+    /// Tokens processed.
+    pub tokens: u64,
+    /// Numbers of the first step.
+    pub first: Metrics,
+    /// Numbers of the last step.
+    pub last: Metrics,
+    /// Numbers of the last evaluation.
+    pub eval: Metrics,
+    /// The lowest evaluation loss, where the best weights are kept.
+    pub best: Option<f64>,
+}
+
+/// A checkpoint on disk.
+#[derive(Debug)]
+pub struct Saved {
+    dir: PathBuf,
+}
+
+impl Saved {
+    /// Writes `dir/step-NNNNNN/` atomically.
+    pub fn write(
+        dir: &Path,
+        learner: &Learner,
+        adamw: &AdamW,
+        state: &State,
+        save: &dyn Fn(&Learner, &Path) -> Result<()>,
+    ) -> Result<()> {
+        store::create_dir(dir)?;
+        let target = store::AtomicDir::create(&dir.join(format!("step-{:06}", state.step)))?;
+        save(learner, target.path())?;
+        write_tensors(&learner.weights(), &target.path().join(MASTERS))?;
+        write_tensors(&adamw.export(), &target.path().join(OPTIMIZER))?;
+        store::write_json(&target.path().join(STATE), state)?;
+        target.commit(state)
+    }
+
+    /// The newest whole checkpoint, after clearing away half-written ones.
+    pub fn newest(dir: &Path) -> Result<Option<Self>> {
+        if !dir.is_dir() {
+            return Ok(None);
+        }
+        store::remove_partials(dir)?;
+        Ok(Self::all(dir)?.pop())
+    }
+
+    fn all(dir: &Path) -> Result<Vec<Self>> {
+        let mut steps: Vec<PathBuf> = store::entries(dir)?
+            .into_iter()
+            .filter(|path| {
+                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"))
+            })
+            .filter(|path| path.join(store::MANIFEST).is_file())
+            .collect();
+        steps.sort();
+        Ok(steps.into_iter().map(|dir| Self { dir }).collect())
+    }
+
+    /// Puts weights and optimizer back to where they were.
+    pub fn load(&self, learner: &Learner, adamw: &mut AdamW) -> Result<State> {
+        let state: State = store::read_json(&self.dir.join(STATE))?;
+        let device = learner.model().device();
+        let read = |name: &str| {
+            let path = self.dir.join(name);
+            safetensors::load(&path, device)
+                .at(path.display())
+                .map(|tensors| tensors.into_iter().collect())
+        };
+        learner.set(&read(MASTERS)?).at(self.dir.display())?;
+        adamw.import(state.step as u64, read(OPTIMIZER)?)?;
+        Ok(state)
+    }
+
+    /// Deletes all but the newest `keep` checkpoints.
+    pub fn prune(dir: &Path, keep: usize) -> Result<()> {
+        let all = Self::all(dir)?;
+        let surplus = all.len().saturating_sub(keep.max(1));
+        all[..surplus].iter().try_for_each(|saved| store::remove(&saved.dir))
+    }
+
+    /// Keeps the current weights as the best so far.
+    pub fn write_best(dir: &Path, learner: &Learner) -> Result<()> {
+        write_tensors(&learner.weights(), &dir.join("best.safetensors"))
+    }
+
+    /// Goes back to the best weights.
+    pub fn load_best(dir: &Path, learner: &Learner) -> Result<()> {
+        let path = dir.join("best.safetensors");
+        let tensors = safetensors::load(&path, learner.model().device()).at(path.display())?;
+        learner.set(&tensors.into_iter().collect())
+    }
+}
+
+fn write_tensors(tensors: &crate::model::Weights, path: &Path) -> Result<()> {
+    let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    store::write_atomic_with(path, |out| {
+        crate::model::tensor_file::write(out, &tensors, DType::F32)
+    })
+}

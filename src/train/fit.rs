@@ -1,0 +1,216 @@
+//! The loop around the step: schedule, clipping, evaluation, checkpoints, and the guard against divergence. It knows
+//! only an [`Objective`].
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use super::checkpoint::{Saved, State};
+use super::order::Order;
+use super::step::{self, StepOptions, StepReport};
+use super::{Learner, Settings};
+use crate::data::tree::Tree;
+use crate::error::{Error, Result};
+use crate::loss::Objective;
+use crate::model::transformer::Transformer;
+use crate::optim::adamw::{AdamW, Hyper};
+use crate::optim::clip_factor;
+use crate::report::record::{Events, Metrics};
+
+/// Everything a run of training is given.
+pub struct Job<'a> {
+    /// What to minimise.
+    pub objective: &'a dyn Objective,
+    /// Training examples.
+    pub train: &'a [Tree],
+    /// Held-out examples with their objective; may be empty.
+    pub eval: (&'a dyn Objective, &'a [Tree]),
+    /// How to train.
+    pub settings: &'a Settings,
+    /// Seed of the order of examples.
+    pub seed: u64,
+    /// The stage's directory; checkpoints go to `checkpoints/` in it.
+    pub dir: &'a Path,
+    /// Writes the current weights as a complete Hugging Face directory.
+    pub save: &'a dyn Fn(&Learner, &Path) -> Result<()>,
+    /// Answers a few held-out prompts with the current weights, for people to read. Returns lines to note.
+    pub samples: Option<&'a dyn Fn(&Transformer) -> Result<Vec<String>>>,
+    /// Where progress and numbers go.
+    pub events: &'a dyn Events,
+}
+
+/// Trains to the end, continuing from the newest whole checkpoint in the stage's directory. Returns the final numbers.
+///
+/// A run that was killed and resumed ends with the same bits as one that was not.
+///
+/// # Errors
+/// No examples; a loss or gradient that is not finite, named by step and rows; [`Error::interrupted`] after saving.
+pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
+    job.settings.check()?;
+    if job.train.is_empty() {
+        return Err(Error::run("the dataset is empty: there is nothing to train on"));
+    }
+    let order = Order::new(job.seed, job.train.len(), job.settings);
+    let mut run = Run::resume(learner, job, order)?;
+    while run.state.step < run.order.total_steps() {
+        run.step()?;
+        run.after_step()?;
+    }
+    run.finish()
+}
+
+struct Run<'a> {
+    learner: &'a Learner,
+    job: &'a Job<'a>,
+    order: Order,
+    adamw: AdamW,
+    state: State,
+    started: (Instant, usize),
+}
+
+impl<'a> Run<'a> {
+    fn resume(learner: &'a Learner, job: &'a Job<'a>, order: Order) -> Result<Self> {
+        let settings = job.settings;
+        let mut adamw = AdamW::new(Hyper {
+            beta1: settings.adam_beta1,
+            beta2: settings.adam_beta2,
+            eps: settings.adam_epsilon,
+            weight_decay: settings.weight_decay,
+        });
+        let state = match Saved::newest(&Self::checkpoints(job))? {
+            Some(saved) => {
+                let state = saved.load(learner, &mut adamw)?;
+                job.events.note(&format!("resuming after step {}", state.step));
+                state
+            }
+            None => State::default(),
+        };
+        job.events.resume_after(state.step as u64)?;
+        Ok(Self { learner, job, order, adamw, state, started: (Instant::now(), 0) })
+    }
+
+    fn checkpoints(job: &Job<'_>) -> PathBuf {
+        job.dir.join("checkpoints")
+    }
+
+    /// One optimizer step.
+    fn step(&mut self) -> Result<()> {
+        let settings = self.job.settings;
+        let trees = self.order.trees(self.state.step, self.job.train);
+        let options = StepOptions {
+            max_tokens: settings.max_tokens_per_micro_batch,
+            recompute: settings.gradient_checkpointing,
+        };
+        let at = format!("step {}", self.state.step + 1);
+        let (grads, report) = step::gradients(self.learner, self.job.objective, &trees, options)
+            .map_err(|error| error.at(&at))?;
+        let norm = grads.norm()?;
+        if !norm.is_finite() || !report.loss.is_finite() {
+            let rows: Vec<usize> = trees.iter().map(|tree| tree.source).collect();
+            return Err(Error::run(format!(
+                "loss {} with gradient norm {norm} on rows {rows:?}",
+                report.loss
+            ))
+            .at(at)
+            .hint("no update was made; lower learning_rate, or look at these rows"));
+        }
+        let warmup = settings.warmup(self.order.total_steps());
+        let factor =
+            settings.lr_scheduler_type.factor(self.state.step, self.order.total_steps(), warmup);
+        let lr = settings.learning_rate * factor;
+        self.adamw.step(
+            self.learner.params(),
+            &grads,
+            lr,
+            clip_factor(norm, settings.max_grad_norm),
+        )?;
+        self.state.step += 1;
+        self.state.tokens += report.tokens as u64;
+        self.started.1 += report.tokens;
+        self.log(report, norm, lr)
+    }
+
+    fn log(&mut self, report: StepReport, norm: f64, lr: f64) -> Result<()> {
+        let (step, total) = (self.state.step, self.order.total_steps());
+        let mut metrics = report.metrics;
+        metrics.insert("loss".to_owned(), report.loss);
+        metrics.insert("grad_norm".to_owned(), norm);
+        metrics.insert("learning_rate".to_owned(), lr);
+        metrics.insert("epoch".to_owned(), step as f64 / self.order.steps_per_epoch() as f64);
+        metrics.insert("num_tokens".to_owned(), self.state.tokens as f64);
+        let seconds = self.started.0.elapsed().as_secs_f64();
+        metrics.insert("tokens_per_second".to_owned(), self.started.1 as f64 / seconds.max(1e-9));
+        if self.state.first.is_empty() {
+            self.state.first = metrics.clone();
+        }
+        self.state.last = metrics.clone();
+        let what = format!("loss {:.4}", report.loss);
+        self.job.events.progress(&what, step as u64, total as u64);
+        if step % self.job.settings.logging_steps == 0 || step == total {
+            self.job.events.metrics(step as u64, &metrics)?;
+        }
+        Ok(())
+    }
+
+    /// Evaluation and checkpoints that are due after a step; the answer to Ctrl-C.
+    fn after_step(&mut self) -> Result<()> {
+        let settings = self.job.settings;
+        let step = self.state.step;
+        let due = |every: usize| every > 0 && step.is_multiple_of(every);
+        let last = step == self.order.total_steps();
+        if due(settings.eval_steps) || last {
+            self.evaluate()?;
+        }
+        let interrupted = self.job.events.interrupted();
+        if (due(settings.save_steps) && !last) || interrupted {
+            let dir = Self::checkpoints(self.job);
+            Saved::write(&dir, self.learner, &self.adamw, &self.state, self.job.save)?;
+            Saved::prune(&dir, settings.save_total_limit)?;
+        }
+        if interrupted { Err(Error::interrupted()) } else { Ok(()) }
+    }
+
+    fn evaluate(&mut self) -> Result<()> {
+        let (objective, trees) = self.job.eval;
+        if !trees.is_empty() {
+            let trees: Vec<&Tree> = trees.iter().collect();
+            let budget = self.job.settings.max_tokens_per_micro_batch;
+            let report = step::evaluate(self.learner.model(), objective, &trees, budget)?;
+            let mut metrics = Metrics::from([("eval_loss".to_owned(), report.loss)]);
+            metrics.extend(
+                report.metrics.into_iter().map(|(name, value)| (format!("eval_{name}"), value)),
+            );
+            self.job.events.metrics(self.state.step as u64, &metrics)?;
+            self.state.eval = metrics;
+            if self.job.settings.load_best_model_at_end
+                && self.state.best.is_none_or(|best| report.loss < best)
+            {
+                Saved::write_best(self.job.dir, self.learner)?;
+                self.state.best = Some(report.loss);
+            }
+        }
+        if let Some(samples) = self.job.samples {
+            samples(self.learner.model())?.iter().for_each(|line| self.job.events.note(line));
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Metrics> {
+        if self.job.settings.load_best_model_at_end && self.state.best.is_some() {
+            Saved::load_best(self.job.dir, self.learner)?;
+        }
+        let State { step, tokens, first, last, eval, best } = self.state;
+        let mut metrics: Metrics =
+            first.into_iter().map(|(name, value)| (format!("first_{name}"), value)).collect();
+        metrics.retain(|name, _| {
+            !matches!(name.as_str(), "first_tokens_per_second" | "first_num_tokens" | "first_epoch")
+        });
+        metrics.extend(last);
+        metrics.extend(eval);
+        metrics.insert("steps".to_owned(), step as f64);
+        metrics.insert("num_tokens".to_owned(), tokens as f64);
+        if let Some(best) = best {
+            metrics.insert("best_eval_loss".to_owned(), best);
+        }
+        Ok(metrics)
+    }
+}

@@ -1,0 +1,85 @@
+//! Which examples form which optimizer step: a pure function of (seed, settings, number of examples).
+
+use std::ops::Range;
+
+use super::Settings;
+use crate::data::tree::Tree;
+use crate::rng::Stream;
+
+/// The order of a run. A step never straddles two epochs; an epoch's last step may be partial and still counts.
+#[derive(Clone, Debug)]
+pub struct Order {
+    stream: Stream,
+    examples: usize,
+    per_step: usize,
+    shuffle: bool,
+    total: usize,
+}
+
+impl Order {
+    /// The order of `examples` under `settings`.
+    pub fn new(seed: u64, examples: usize, settings: &Settings) -> Self {
+        Self {
+            stream: Stream::new(seed, "train/shuffle"),
+            examples,
+            per_step: settings.examples_per_step(),
+            shuffle: settings.shuffle,
+            total: settings.total_steps(examples),
+        }
+    }
+
+    /// Steps of the whole run.
+    pub fn total_steps(&self) -> usize {
+        self.total
+    }
+
+    /// Steps of one epoch.
+    pub fn steps_per_epoch(&self) -> usize {
+        self.examples.div_ceil(self.per_step)
+    }
+
+    /// Indices of the examples of `step`, counted from 0.
+    pub fn step(&self, step: usize) -> Vec<usize> {
+        let (epoch, within) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
+        let range = self.range(within);
+        if self.shuffle {
+            self.stream.permutation(epoch as u64, self.examples)[range].to_vec()
+        } else {
+            range.collect()
+        }
+    }
+
+    /// The trees of `step`.
+    pub fn trees<'a>(&self, step: usize, trees: &'a [Tree]) -> Vec<&'a Tree> {
+        self.step(step).into_iter().map(|index| &trees[index]).collect()
+    }
+
+    fn range(&self, within: usize) -> Range<usize> {
+        within * self.per_step..((within + 1) * self.per_step).min(self.examples)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_epoch_sees_every_example_once_in_another_order() {
+        let settings = Settings {
+            per_device_train_batch_size: 3,
+            num_train_epochs: 2.0,
+            ..Settings::default()
+        };
+        let order = Order::new(5, 10, &settings);
+        assert_eq!(order.total_steps(), 8);
+        let epoch = |first: usize| -> Vec<usize> {
+            (first..first + 4).flat_map(|step| order.step(step)).collect()
+        };
+        let (one, two) = (epoch(0), epoch(4));
+        assert_ne!(one, two);
+        for mut seen in [one, two] {
+            seen.sort_unstable();
+            assert_eq!(seen, (0..10).collect::<Vec<_>>());
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! The one training step: forward block by block, the head, then blocks backwards, one micro-batch at a time.
+
+use candle_core::Tensor;
+
+use super::Learner;
+use crate::data::forest::{Forest, micro_batches};
+use crate::data::tree::Tree;
+use crate::error::{Error, Result};
+use crate::loss::{Mean, Objective, Readout, StepTotals, Weighed};
+use crate::model::gradients::Gradients;
+use crate::model::heads;
+use crate::model::transformer::Transformer;
+use crate::ops::head;
+use crate::report::record::Metrics;
+
+/// How a step is computed; changes memory and speed, never what is computed.
+#[derive(Clone, Copy, Debug)]
+pub struct StepOptions {
+    /// Token budget of a micro-batch.
+    pub max_tokens: usize,
+    /// Recompute blocks in the backward pass.
+    pub recompute: bool,
+}
+
+/// What one step (or one evaluation) measured.
+#[derive(Clone, Debug, Default)]
+pub struct StepReport {
+    /// `Σ weight · sum / count` over the objective's terms.
+    pub loss: f64,
+    /// `loss/<term>` for each term, and the objective's metrics as means over the step.
+    pub metrics: Metrics,
+    /// Tokens processed, shared ones once.
+    pub tokens: usize,
+}
+
+/// The gradient of the objective over all `trees`, whatever the micro-batches, and what was measured on the way.
+///
+/// # Errors
+/// A step without anything trained; a value that is not finite, named by its row.
+pub fn gradients(
+    learner: &Learner,
+    objective: &dyn Objective,
+    trees: &[&Tree],
+    options: StepOptions,
+) -> Result<(Gradients, StepReport)> {
+    let model = learner.model();
+    let forests = pack(trees, options.max_tokens)?;
+    let totals = totals(model, objective, &forests)?;
+    let mut grads = Gradients::new(model.device());
+    let mut sums = Sums::new(objective);
+    for forest in &forests {
+        let trace = model.trace(forest, options.recompute)?;
+        let (weighed, d_hidden) =
+            head_step(model, objective, forest, &trace.hidden, &totals, &mut grads)?;
+        sums.add(weighed, forest);
+        model.backward(forest, trace, &d_hidden, &mut grads)?;
+    }
+    Ok((grads, sums.report(objective, &totals)))
+}
+
+/// The same measures without gradients.
+pub fn evaluate(
+    model: &Transformer,
+    objective: &dyn Objective,
+    trees: &[&Tree],
+    max_tokens: usize,
+) -> Result<StepReport> {
+    let forests = pack(trees, max_tokens)?;
+    let totals = totals(model, objective, &forests)?;
+    let mut sums = Sums::new(objective);
+    for forest in &forests {
+        let values = read(model, objective.readout(), forest)?;
+        sums.add(weigh(objective, forest, &values, &totals)?, forest);
+    }
+    Ok(sums.report(objective, &totals))
+}
+
+/// The values an objective reads from one forest: log-probabilities of its targets or scores of its leaves.
+pub fn read(model: &Transformer, readout: Readout, forest: &Forest) -> Result<Vec<f32>> {
+    let hidden = model.hidden(forest)?;
+    match readout {
+        Readout::Logps => Ok(head::logps(&hidden, model.head(), &forest.targets)?),
+        Readout::Scores => heads::scores(&hidden, model.head(), &forest.leaves),
+    }
+}
+
+fn pack(trees: &[&Tree], max_tokens: usize) -> Result<Vec<Forest>> {
+    micro_batches(trees, max_tokens)
+        .into_iter()
+        .map(|range| Forest::pack(trees[range].iter().copied()))
+        .collect()
+}
+
+/// Counts, and the statistics of a coupled objective, over all micro-batches.
+fn totals(
+    model: &Transformer,
+    objective: &dyn Objective,
+    forests: &[Forest],
+) -> Result<StepTotals> {
+    let terms = objective.terms();
+    let mut counts = vec![0.0; terms.len()];
+    for forest in forests {
+        counts.iter_mut().zip(objective.counts(forest)).for_each(|(sum, count)| *sum += count);
+    }
+    for ((term, weight), count) in terms.iter().zip(&counts) {
+        if *weight != 0.0 && *count <= 0.0 {
+            let rows: Vec<_> = forests.iter().flat_map(|forest| &forest.sources).take(4).collect();
+            return Err(Error::run(format!(
+                "nothing is trained by `{term}` in a step of rows {rows:?} …"
+            )));
+        }
+    }
+    let mut totals = StepTotals { counts, statistics: Vec::new() };
+    if objective.coupled() {
+        let values: Vec<Vec<f32>> = forests
+            .iter()
+            .map(|forest| read(model, objective.readout(), forest))
+            .collect::<Result<_>>()?;
+        let readings: Vec<(&Forest, &[f32])> = forests
+            .iter()
+            .zip(&values)
+            .map(|(forest, values)| (forest, values.as_slice()))
+            .collect();
+        totals.statistics = objective.statistics(&readings);
+    }
+    Ok(totals)
+}
+
+/// Reads the head, weighs what it says, and returns the gradient of the hidden states.
+fn head_step(
+    model: &Transformer,
+    objective: &dyn Objective,
+    forest: &Forest,
+    hidden: &Tensor,
+    totals: &StepTotals,
+    grads: &mut Gradients,
+) -> Result<(Weighed, Tensor)> {
+    let weight = model.head();
+    let trained = weight.is_variable();
+    match objective.readout() {
+        Readout::Scores => {
+            let scores = heads::scores(hidden, weight, &forest.leaves)?;
+            let weighed = weigh(objective, forest, &scores, totals)?;
+            let (d_hidden, d_weight) =
+                heads::backward(hidden, weight, &forest.leaves, &weighed.d_values)?;
+            if trained {
+                grads.add(model.head_name(), d_weight)?;
+            }
+            Ok((weighed, d_hidden))
+        }
+        Readout::Logps => {
+            let known = objective.fixed_gradient(forest, totals);
+            let early = match &known {
+                Some(_) => None,
+                None => {
+                    let logps = head::logps(hidden, weight, &forest.targets)?;
+                    Some(weigh(objective, forest, &logps, totals)?)
+                }
+            };
+            let d_logps =
+                known.as_deref().or(early.as_ref().map(|weighed| weighed.d_values.as_slice()));
+            let d_logps = d_logps.unwrap_or_default();
+            let out = head::backward(hidden, weight, &forest.targets, d_logps, trained)?;
+            if let Some(d_weight) = out.d_weight {
+                grads.add(model.head_name(), d_weight)?;
+            }
+            let weighed = match early {
+                Some(weighed) => weighed,
+                None => weigh(objective, forest, &out.logps, totals)?,
+            };
+            Ok((weighed, out.d_hidden))
+        }
+    }
+}
+
+/// Weighs values after checking that all of them are finite.
+fn weigh(
+    objective: &dyn Objective,
+    forest: &Forest,
+    values: &[f32],
+    totals: &StepTotals,
+) -> Result<Weighed> {
+    if let Some(index) = values.iter().position(|value| !value.is_finite()) {
+        let leaf = match objective.readout() {
+            Readout::Logps => forest.targets[index].leaf as usize,
+            Readout::Scores => index,
+        };
+        let row = forest.sources[forest.leaves[leaf].tree];
+        return Err(Error::run(format!("the model's output is {}", values[index]))
+            .at(format!("row {row}"))
+            .hint("the weights have diverged: lower learning_rate, or look for a bad row"));
+    }
+    objective.weigh(forest, values, totals)
+}
+
+/// Running sums of a step.
+struct Sums {
+    terms: Vec<f64>,
+    means: Vec<Mean>,
+    tokens: usize,
+}
+
+impl Sums {
+    fn new(objective: &dyn Objective) -> Self {
+        Self { terms: vec![0.0; objective.terms().len()], means: Vec::new(), tokens: 0 }
+    }
+
+    fn add(&mut self, weighed: Weighed, forest: &Forest) {
+        self.terms.iter_mut().zip(weighed.sums).for_each(|(sum, value)| *sum += value);
+        self.tokens += forest.len();
+        for mean in weighed.metrics {
+            match self.means.iter_mut().find(|known| known.name == mean.name) {
+                Some(known) => {
+                    (known.sum, known.count) = (known.sum + mean.sum, known.count + mean.count)
+                }
+                None => self.means.push(mean),
+            }
+        }
+    }
+
+    fn report(self, objective: &dyn Objective, totals: &StepTotals) -> StepReport {
+        let mut report = StepReport { tokens: self.tokens, ..StepReport::default() };
+        let terms = objective.terms();
+        for (((name, weight), sum), count) in terms.iter().zip(&self.terms).zip(&totals.counts) {
+            let value = sum / count.max(1.0);
+            report.loss += weight * value;
+            if terms.len() > 1 && *weight != 0.0 {
+                report.metrics.insert(format!("loss/{name}"), value);
+            }
+        }
+        for Mean { name, sum, count } in self.means {
+            // A count of zero marks a plain sum.
+            report.metrics.insert(name.to_owned(), if count > 0.0 { sum / count } else { sum });
+        }
+        report
+    }
+}
