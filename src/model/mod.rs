@@ -10,11 +10,16 @@ use candle_core::Tensor;
 pub mod block;
 pub mod checkpoint;
 pub mod config;
+mod gguf;
+mod gguf_tokenizer;
 pub mod gradients;
 pub mod heads;
+pub mod init;
 pub mod params;
 mod refusals;
+mod resize;
 pub mod rope;
+pub mod save;
 pub mod tensor_file;
 pub mod transformer;
 

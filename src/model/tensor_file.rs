@@ -40,6 +40,11 @@ impl Mapped {
         Ok(Self { map })
     }
 
+    /// The whole file.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
     /// The file's header, checked against its length.
     ///
     /// # Errors
@@ -127,11 +132,6 @@ pub(super) fn check_finite(values: &[f32]) -> Result<()> {
     }
 }
 
-/// The bytes that one number of a storage type takes.
-pub(super) fn width(dtype: DType) -> usize {
-    dtype.size_in_bytes()
-}
-
 /// Writes tensors as one safetensors file in `dtype` (f32, f16 or bf16), in the order of their names.
 ///
 /// # Errors
@@ -151,7 +151,7 @@ pub fn write(out: &mut dyn Write, weights: &BTreeMap<&str, &Tensor>, dtype: DTyp
     header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
     let mut offset = 0;
     for (name, tensor) in weights {
-        let end = offset + tensor.elem_count() * width(dtype);
+        let end = offset + tensor.elem_count() * dtype.size_in_bytes();
         let entry = json!({"dtype": kind, "shape": tensor.dims(), "data_offsets": [offset, end]});
         header.insert((*name).to_owned(), entry);
         offset = end;
@@ -167,13 +167,22 @@ pub fn write(out: &mut dyn Write, weights: &BTreeMap<&str, &Tensor>, dtype: DTyp
     Ok(())
 }
 
+/// The tensor's numbers in the storage type. Saving weights that are not finite, or that the
+/// storage type cannot hold, would lose the model silently.
 fn to_bytes(tensor: &Tensor, dtype: DType) -> Result<Vec<u8>> {
     let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    check_finite(&values)?;
     Ok(match dtype {
         DType::BF16 => {
             values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect()
         }
-        DType::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
+        DType::F16 => {
+            if let Some(large) = values.iter().find(|value| f16::from_f32(**value).is_infinite()) {
+                return Err(Error::run(format!("weight {large} is beyond what float16 holds"))
+                    .hint("store as bfloat16 or float32"));
+            }
+            values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect()
+        }
         _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
     })
 }

@@ -1,0 +1,59 @@
+//! Changes of a model's shape that keep what it has learned: more tokens, a score instead of a head.
+
+use candle_core::Tensor;
+
+use super::checkpoint::Checkpoint;
+use super::config::Architecture;
+use super::{init, params};
+use crate::error::{Error, Result};
+
+impl Checkpoint {
+    /// Gives the embedding, and an untied head, `vocab_size` rows, for tokens added to the tokenizer.
+    ///
+    /// New rows are the mean of the old ones: the logit of a new token is then the mean logit, which
+    /// lies below the logit of any token the model favours, so that nothing changes before training.
+    /// A random row of the usual spread can win against every trained token instead.
+    ///
+    /// # Errors
+    /// Fewer rows than there are: removing tokens would shift nothing but lose what was learned.
+    pub fn resize_embeddings(&mut self, vocab_size: usize) -> Result<()> {
+        let old = self.config.vocab_size;
+        if vocab_size < old {
+            return Err(Error::usage(format!(
+                "cannot shrink the embedding from {old} to {vocab_size} rows"
+            )));
+        }
+        if vocab_size == old {
+            return Ok(());
+        }
+        for name in [params::EMBEDDING, params::HEAD] {
+            if let Some(rows) = self.weights.get_mut(name) {
+                let mean = rows.mean_keepdim(0)?; // [1, D]
+                let added = mean.broadcast_as((vocab_size - old, rows.dim(1)?))?;
+                *rows = Tensor::cat(&[&*rows, &added.contiguous()?], 0)?;
+            }
+        }
+        self.config.vocab_size = vocab_size;
+        Ok(())
+    }
+
+    /// The same transformer with a fresh score head `[1, D]` in place of the vocabulary projection.
+    ///
+    /// # Errors
+    /// A tensor operation that fails.
+    pub fn into_reward_model(mut self, seed: u64) -> Result<Self> {
+        if self.config.architecture == Architecture::SequenceClassification {
+            return Ok(self);
+        }
+        let Some(embedding) = self.weights.get(params::EMBEDDING) else {
+            return Err(Error::run(format!("missing tensor `{}`", params::EMBEDDING)));
+        };
+        let device = embedding.device().clone();
+        self.config.architecture = Architecture::SequenceClassification;
+        self.weights.remove(params::HEAD);
+        let shape = [1, self.config.hidden_size];
+        let score = init::tensor(&self.config, params::SCORE, &shape, seed, &device)?;
+        self.weights.insert(params::SCORE.to_owned(), score);
+        Ok(self)
+    }
+}

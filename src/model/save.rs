@@ -1,0 +1,146 @@
+//! Saves a complete Hugging Face directory that transformers loads to the same numbers.
+//!
+//! Weights go into `model.safetensors`, or into shards with an index above a size limit. The
+//! directory appears under its name only when every file is whole and on the disk.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+use serde_json::{Map, Value, json};
+
+use super::checkpoint::{Checkpoint, INDEX, SINGLE};
+use super::config::{Architecture, Config, one_or_list};
+use super::{Weights, params, tensor_file};
+use crate::error::{Context, Error, Result};
+use crate::store::{self, AtomicDir};
+
+/// How weights are written.
+#[derive(Clone, Copy, Debug)]
+pub struct SaveOptions {
+    /// The stored type: f32, f16 or bf16.
+    pub dtype: DType,
+    /// The size in bytes above which weights go into several files.
+    pub shard_bytes: usize,
+}
+
+impl SaveOptions {
+    /// The usual limit of 5 GB a file.
+    pub fn new(dtype: DType) -> Self {
+        Self { dtype, shard_bytes: 5_000_000_000 }
+    }
+}
+
+impl Checkpoint {
+    /// Saves everything to the new directory `dir`.
+    ///
+    /// # Errors
+    /// `dir` is there and not empty, weights that do not fit the configuration or are not finite,
+    /// and I/O errors. Nothing is left behind then.
+    pub fn save(&self, dir: &Path, options: &SaveOptions) -> Result<()> {
+        if !store::entries(dir)?.is_empty() {
+            return Err(Error::run("the directory is not empty")
+                .at(dir.display())
+                .hint("give a new directory for the checkpoint"));
+        }
+        let building = AtomicDir::create(dir)?;
+        self.write_into(building.path(), options)?;
+        store::move_into_place(building.path(), dir)
+    }
+
+    /// Writes the files into a directory that the caller makes atomic, e.g. a stage's output.
+    ///
+    /// # Errors
+    /// As of [`save`](Self::save).
+    pub fn write_into(&self, dir: &Path, options: &SaveOptions) -> Result<()> {
+        params::check(&self.config, &self.weights)?;
+        let mut config = self.config.clone();
+        config.dtype = options.dtype;
+        if config.architecture == Architecture::SequenceClassification {
+            config.pad_token_id = Some(self.reward_pad()?);
+        }
+        write_weights(dir, &self.weights, options)?;
+        if config.architecture == Architecture::CausalLm {
+            let text = generation_config(&config, &config.eos_token_ids);
+            store::write_atomic(&dir.join("generation_config.json"), text.as_bytes())?;
+        }
+        store::write_atomic(&dir.join("config.json"), config.to_json().as_bytes())
+    }
+}
+
+impl Checkpoint {
+    /// The padding id that a reward model is saved with.
+    ///
+    /// transformers scores a row at its last token that is not padding, so the id must be one that no
+    /// row ends with: models whose padding is their end of turn get another one.
+    ///
+    /// # Errors
+    /// No such id is known.
+    fn reward_pad(&self) -> Result<u32> {
+        let ends = &self.config.eos_token_ids;
+        self.config.pad_token_id.filter(|pad| !ends.contains(pad)).ok_or_else(|| {
+            Error::run("no token can serve as padding: every known special token can end a row")
+                .hint("add a padding token to the tokenizer and resize the embedding")
+        })
+    }
+}
+
+/// `generation_config.json`: generation in other programs stops at the same ids as here.
+fn generation_config(config: &Config, ends: &[u32]) -> String {
+    let keys = json!({
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": one_or_list(ends),
+        "pad_token_id": config.pad_token_id,
+    });
+    format!("{keys:#}\n")
+}
+
+/// Writes the weights of a Hugging Face directory, sharded where they exceed the limit.
+///
+/// # Errors
+/// Weights that are not finite, an unknown storage type, I/O errors.
+pub fn write_weights(dir: &Path, weights: &Weights, options: &SaveOptions) -> Result<()> {
+    let shards = shards(weights, options);
+    if let [one] = shards.as_slice() {
+        return write_file(&dir.join(SINGLE), one, options.dtype);
+    }
+    let mut map = Map::new();
+    for (index, shard) in shards.iter().enumerate() {
+        let file = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
+        write_file(&dir.join(&file), shard, options.dtype)?;
+        map.extend(shard.keys().map(|name| ((*name).to_owned(), Value::String(file.clone()))));
+    }
+    let total: usize = weights.values().map(|tensor| bytes(tensor, options.dtype)).sum();
+    let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+    store::write_atomic(&dir.join(INDEX), format!("{index:#}\n").as_bytes())
+}
+
+fn bytes(tensor: &Tensor, dtype: DType) -> usize {
+    tensor.elem_count() * dtype.size_in_bytes()
+}
+
+/// Consecutive groups of at most the limit; a tensor above it has a file of its own.
+fn shards<'a>(weights: &'a Weights, options: &SaveOptions) -> Vec<BTreeMap<&'a str, &'a Tensor>> {
+    let mut shards = vec![BTreeMap::new()];
+    let mut filled = 0;
+    for (name, tensor) in weights {
+        let size = bytes(tensor, options.dtype);
+        if filled > 0 && filled + size > options.shard_bytes {
+            shards.push(BTreeMap::new());
+            filled = 0;
+        }
+        filled += size;
+        if let Some(last) = shards.last_mut() {
+            last.insert(name.as_str(), tensor);
+        }
+    }
+    shards
+}
+
+fn write_file(path: &Path, tensors: &BTreeMap<&str, &Tensor>, dtype: DType) -> Result<()> {
+    let written = store::write_atomic_with(path, |out| {
+        tensor_file::write(out as &mut dyn Write, tensors, dtype)
+    });
+    written.at(path.display())
+}
