@@ -3,6 +3,12 @@
 //! The plan knows no tensors and touches no files: it names every stage of every round, with references such as
 //! `"@sft"` replaced by the paths that those stages will have written.
 
+pub mod file;
+pub mod keys;
 pub mod plan;
+pub mod refs;
+pub mod resolve;
 
+pub use file::RecipeFile;
 pub use plan::{Kind, Plan, Spec, Step};
+pub use resolve::{Resolved, resolve};

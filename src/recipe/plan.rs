@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::error::{Error, Result};
 use crate::train::Settings;
 
 /// A whole run.
@@ -168,17 +169,63 @@ impl Spec {
             Self::Eval(_) => Kind::Eval,
         }
     }
+
+    /// Refuses settings that cannot be acted on.
+    ///
+    /// # Errors
+    /// Names the key, its value and what was expected.
+    pub fn check(&self) -> Result<()> {
+        let (models, datasets): (&[(&str, &String)], Option<&[Dataset]>) = match self {
+            Self::Synth(spec) => (&[("teacher", &spec.teacher)], Some(&spec.datasets)),
+            Self::Sft(spec) => {
+                spec.train.check()?;
+                (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
+            }
+            Self::Reward(spec) => {
+                spec.train.check()?;
+                (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
+            }
+            Self::Sample(spec) => {
+                (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
+            }
+            Self::Select(spec) => (&[], Some(&spec.datasets)),
+            Self::Dpo(spec) => {
+                spec.train.check()?;
+                spec.check()?;
+                (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
+            }
+            Self::Average(spec) => {
+                spec.check()?;
+                (&[], None)
+            }
+            Self::Eval(spec) => {
+                (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
+            }
+        };
+        for (key, model) in models {
+            if model.is_empty() {
+                return Err(Error::usage(format!("`{key}` is missing"))
+                    .hint("a directory, a .gguf file, a hub id, or \"@stage\""));
+            }
+        }
+        if datasets.is_some_and(<[_]>::is_empty) {
+            return Err(Error::usage("`datasets` is missing or leads to nothing")
+                .hint("a file, a hub id, or \"@stage\"; every reference with `?` may be absent"));
+        }
+        Ok(())
+    }
 }
 
 /// One dataset of a stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Dataset {
     /// A file, a directory, or a hub id.
     pub path: String,
     /// Which part of a hub dataset.
     pub split: String,
     /// How much of it to use: 0.5 is half, 2 is all of it twice.
+    #[serde(alias = "weight")]
     pub fraction: f64,
     /// Which column of the file is read as which: `{prompt = "question"}`.
     pub columns: std::collections::BTreeMap<String, String>,
@@ -338,14 +385,59 @@ impl Default for Dpo {
     }
 }
 
+impl Dpo {
+    fn check(&self) -> Result<()> {
+        let refuse = |key: &str, value: f64, expected: &str| {
+            Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
+        };
+        if !self.beta.is_finite() || self.beta <= 0.0 {
+            return refuse("beta", self.beta, "more than 0");
+        }
+        if !(0.0..0.5).contains(&self.label_smoothing) {
+            return refuse("label_smoothing", self.label_smoothing, "0 or more and less than 0.5");
+        }
+        if !self.sft_loss_weight.is_finite() || self.sft_loss_weight < 0.0 {
+            return refuse("sft_loss_weight", self.sft_loss_weight, "0 or more");
+        }
+        if self.loss_type != "sigmoid" {
+            return Err(Error::usage(format!(
+                "`loss_type` is \"{}\", expected \"sigmoid\"",
+                self.loss_type
+            ))
+            .hint("other preference losses do not exist yet"));
+        }
+        Ok(())
+    }
+}
+
 /// `average`: weighted mean of checkpoints. Writes `checkpoint/`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Average {
     /// The checkpoints.
     pub models: Vec<String>,
-    /// One weight each, summing to 1.
+    /// One weight each; none is the same for all.
     pub weights: Vec<f64>,
+}
+
+impl Average {
+    fn check(&self) -> Result<()> {
+        if self.models.is_empty() {
+            return Err(Error::usage("`models` is missing").hint("a list of checkpoints"));
+        }
+        if !self.weights.is_empty() && self.weights.len() != self.models.len() {
+            return Err(Error::usage(format!(
+                "`weights` has {} entries for {} models",
+                self.weights.len(),
+                self.models.len()
+            ))
+            .hint("one weight a model, or none for equal weights"));
+        }
+        if self.weights.iter().any(|weight| !weight.is_finite()) {
+            return Err(Error::usage("`weights` has an entry that is not finite"));
+        }
+        Ok(())
+    }
 }
 
 /// `eval`: held-out measures. Writes `data.jsonl` with every answer; its numbers are in the record.

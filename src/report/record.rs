@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 
@@ -78,4 +79,19 @@ pub struct StageRecord {
     pub metrics: Metrics,
     /// Seconds that the work took, over all processes that worked on it.
     pub wall_s: f64,
+}
+
+/// `manifest.json` of a finished stage: what it is, and what made it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Hash of everything that decides the outputs; equal hash, equal work.
+    pub inputs_hash: String,
+    /// SHA-256 of each input's content, by the path or id that it was read from.
+    pub inputs: BTreeMap<String, String>,
+    /// The resolved settings.
+    pub settings: Value,
+    /// Version of the program that wrote it. For people: not part of the hash.
+    pub program: String,
+    /// The record, with outputs relative to the directory.
+    pub record: StageRecord,
 }

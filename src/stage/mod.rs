@@ -5,6 +5,10 @@
 //! called again with the same directory and continues from what it finds there; only when it returns does the
 //! runner write the manifest and give the directory its final name.
 
+pub mod inputs;
+pub mod rounds;
+pub mod run;
+
 use std::path::PathBuf;
 
 use candle_core::Device;

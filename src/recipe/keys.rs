@@ -1,0 +1,236 @@
+//! Which keys a stage of each kind has, under which other names they are accepted, and of which type they are.
+//!
+//! Keys, types and defaults come from the plan's own structs: what is in [`Spec`] is a key, nothing else is. The names
+//! are those of TRL and Hugging Face; [`ALIASES`] are what axolotl, torchtune, LLaMA-Factory and others call the same.
+
+use indexmap::IndexMap;
+use serde_json::Value;
+
+use super::plan::{self, Kind, Spec};
+use crate::error::{Result, did_you_mean};
+
+/// Other names of keys: (accepted, canonical).
+pub const ALIASES: &[(&str, &str)] = &[
+    ("base_model", "model_name_or_path"),
+    ("model_name", "model_name_or_path"),
+    ("model", "model_name_or_path"),
+    ("checkpoint_dir", "model_name_or_path"),
+    ("ref_model", "ref_model_name_or_path"),
+    ("reference_model", "ref_model_name_or_path"),
+    ("teacher_model_name_or_path", "teacher"),
+    ("teacher_model", "teacher"),
+    ("dataset_name", "datasets"),
+    ("dataset", "datasets"),
+    ("prompts", "datasets"),
+    ("train_dataset", "datasets"),
+    ("eval_dataset", "eval_datasets"),
+    ("test_datasets", "eval_datasets"),
+    ("sequence_len", "max_length"),
+    ("cutoff_len", "max_length"),
+    ("max_seq_len", "max_length"),
+    ("max_seq_length", "max_length"),
+    ("template", "chat_template"),
+    ("chat_template_path", "chat_template"),
+    ("lr", "learning_rate"),
+    ("lr_scheduler", "lr_scheduler_type"),
+    ("micro_batch_size", "per_device_train_batch_size"),
+    ("batch_size", "per_device_train_batch_size"),
+    ("num_epochs", "num_train_epochs"),
+    ("epochs", "num_train_epochs"),
+    ("enable_activation_checkpointing", "gradient_checkpointing"),
+    ("gradient_clipping", "max_grad_norm"),
+    ("torch_dtype", "dtype"),
+    ("rl_beta", "beta"),
+    ("dpo_beta", "beta"),
+    ("pref_beta", "beta"),
+    ("dpo_loss_type", "loss_type"),
+    ("pref_loss", "loss_type"),
+    ("rpo_alpha", "sft_loss_weight"),
+    ("nll_loss_coef", "sft_loss_weight"),
+    ("pref_ftx", "sft_loss_weight"),
+    ("n", "num_samples"),
+    ("num_return_sequences", "num_samples"),
+    ("num_generations", "num_samples"),
+    ("max_tokens", "max_new_tokens"),
+    ("max_completion_tokens", "max_new_tokens"),
+    ("stop_strings", "stop"),
+    ("ref_model", "reference"),
+    ("reference_model", "reference"),
+];
+
+/// Keys, at any depth of a spec, whose text names something to read.
+pub const INPUT_KEYS: [&str; 9] = [
+    "model_name_or_path",
+    "ref_model_name_or_path",
+    "teacher",
+    "reference",
+    "models",
+    "earlier",
+    "path",
+    "reward_model",
+    "chat_template",
+];
+
+/// A key of other trainers that changes nothing here, or nothing while it has one of a few values.
+#[derive(Debug)]
+pub struct Inert {
+    /// The key.
+    pub key: &'static str,
+    /// Values that are accepted, as JSON; none listed accepts all.
+    pub values: &'static [&'static str],
+    /// Why it changes nothing.
+    pub why: &'static str,
+}
+
+/// Keys that are accepted without effect, with a note.
+pub const INERT: &[Inert] = &[
+    Inert { key: "packing", values: &[], why: "rows are always packed, without padding" },
+    Inert { key: "sample_packing", values: &[], why: "rows are always packed, without padding" },
+    Inert { key: "packed", values: &[], why: "rows are always packed, without padding" },
+    Inert { key: "neat_packing", values: &[], why: "rows are always packed, without padding" },
+    Inert { key: "packing_samples", values: &[], why: "rows are always packed, without padding" },
+    Inert {
+        key: "optim",
+        values: &["\"adamw_torch\"", "\"adamw_torch_fused\"", "\"adamw\""],
+        why: "the optimizer is AdamW",
+    },
+    Inert {
+        key: "optimizer",
+        values: &["\"adamw_torch\"", "\"adamw_torch_fused\"", "\"adamw\""],
+        why: "the optimizer is AdamW",
+    },
+    Inert { key: "report_to", values: &[], why: "metrics go to TensorBoard and metrics.jsonl" },
+    Inert { key: "plot_loss", values: &[], why: "the report has the loss curves" },
+    Inert { key: "use_liger_kernel", values: &[], why: "the fused head is always used" },
+    Inert { key: "flash_attention", values: &[], why: "attention is always fused" },
+    Inert { key: "attn_implementation", values: &[], why: "attention is always fused" },
+    Inert { key: "bf16", values: &[], why: "`dtype` says how to compute" },
+    Inert { key: "fp16", values: &["false"], why: "`dtype` says how to compute" },
+    Inert { key: "tf32", values: &[], why: "`dtype` says how to compute" },
+    Inert { key: "use_peft", values: &["false"], why: "all weights are trained" },
+    Inert { key: "load_in_4bit", values: &["false"], why: "all weights are trained" },
+    Inert { key: "load_in_8bit", values: &["false"], why: "all weights are trained" },
+    Inert { key: "finetuning_type", values: &["\"full\""], why: "all weights are trained" },
+    Inert { key: "resume_from_checkpoint", values: &[], why: "a run always resumes by itself" },
+    Inert {
+        key: "precompute_ref_log_probs",
+        values: &[],
+        why: "reference log-probabilities are always computed beforehand",
+    },
+    Inert { key: "reward_model_training", values: &[], why: "`kind` says it" },
+];
+
+/// A known key of a stage kind.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Known {
+    /// The part of the spec that holds it (`train`, `data`, `sampling`), or none.
+    pub section: Option<String>,
+    /// Its default, which also shows its type.
+    pub default: Value,
+}
+
+/// The parts of a spec whose keys are written flat in a stage.
+pub const SECTIONS: [&str; 3] = ["train", "data", "sampling"];
+
+/// All keys of a stage kind, in the order of its struct.
+///
+/// # Errors
+/// A default that JSON cannot hold, which would be a mistake in the program.
+pub fn known(kind: Kind) -> Result<IndexMap<String, Known>> {
+    let mut keys = IndexMap::new();
+    let Value::Object(fields) = default_spec(kind)? else { return Ok(keys) };
+    for (key, default) in fields {
+        match default {
+            Value::Object(section) if SECTIONS.contains(&key.as_str()) => {
+                for (inner, default) in section {
+                    keys.insert(inner, Known { section: Some(key.clone()), default });
+                }
+            }
+            default => {
+                keys.insert(key, Known { section: None, default });
+            }
+        }
+    }
+    keys.shift_remove("kind");
+    Ok(keys)
+}
+
+fn default_spec(kind: Kind) -> Result<Value> {
+    let spec = match kind {
+        Kind::Synth => Spec::Synth(plan::Synth::default()),
+        Kind::Sft => Spec::Sft(plan::Sft::default()),
+        Kind::Reward => Spec::Reward(plan::Reward::default()),
+        Kind::Sample => Spec::Sample(plan::Sample::default()),
+        Kind::Select => Spec::Select(plan::Select::default()),
+        Kind::Dpo => Spec::Dpo(plan::Dpo::default()),
+        Kind::Average => Spec::Average(plan::Average::default()),
+        Kind::Eval => Spec::Eval(plan::Eval::default()),
+    };
+    Ok(serde_json::to_value(&spec)?)
+}
+
+/// The canonical name of `key` among `keys`, where it is known under this or another name.
+pub fn canonical<'a>(key: &'a str, keys: &IndexMap<String, Known>) -> Option<&'a str> {
+    if keys.contains_key(key) {
+        return Some(key);
+    }
+    ALIASES
+        .iter()
+        .find(|(alias, canonical)| *alias == key && keys.contains_key(*canonical))
+        .map(|(_, canonical)| *canonical)
+}
+
+/// "did you mean" for a name among `known`, or the list of what there is.
+pub fn suggestion(name: &str, known: &[&str]) -> String {
+    match did_you_mean(name, known.iter().copied()) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None => format!("there is: {}", known.join(", ")),
+    }
+}
+
+/// What a value of the default's type is called, where `value` is not one.
+pub fn wrong_type(value: &Value, default: &Value) -> Option<&'static str> {
+    let (fits, expected) = match default {
+        Value::Bool(_) => (value.is_boolean(), "true or false"),
+        Value::Number(number) if number.is_f64() => (value.is_number(), "a number"),
+        Value::Number(_) => (value.is_u64(), "a whole number, 0 or more"),
+        Value::String(_) => (value.is_string(), "text"),
+        Value::Array(_) => (value.is_array(), "a list"),
+        Value::Object(_) => (value.is_object(), "a table"),
+        Value::Null => (true, ""),
+    };
+    (!fits).then_some(expected)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn every_alias_leads_to_a_key_of_some_kind_and_hides_none() {
+        let all: Vec<_> = Kind::ALL.iter().map(|&kind| known(kind).unwrap()).collect();
+        for (alias, key) in ALIASES {
+            let known_somewhere = all.iter().any(|keys| keys.contains_key(*key));
+            // Data keys join when the data layer's options do.
+            let of_data = ["max_length", "chat_template", "num_samples", "max_new_tokens", "stop"];
+            assert!(known_somewhere || of_data.contains(key), "{alias} -> {key}");
+        }
+    }
+
+    #[test]
+    fn training_keys_are_flat_and_typed() {
+        let keys = known(Kind::Dpo).unwrap();
+        assert_eq!(keys["learning_rate"].section.as_deref(), Some("train"));
+        assert_eq!(keys["beta"].section, None);
+        assert_eq!(canonical("lr", &keys), Some("learning_rate"));
+        assert_eq!(canonical("rpo_alpha", &keys), Some("sft_loss_weight"));
+        assert_eq!(canonical("learning_rat", &keys), None);
+        assert_eq!(wrong_type(&json!("x"), &keys["learning_rate"].default), Some("a number"));
+        assert_eq!(wrong_type(&json!(1), &keys["learning_rate"].default), None);
+        assert_eq!(
+            wrong_type(&json!(1.5), &keys["max_steps"].default),
+            Some("a whole number, 0 or more")
+        );
+    }
+}

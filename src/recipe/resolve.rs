@@ -1,0 +1,686 @@
+//! From the recipe as written to the plan: names made canonical, defaults filled in, references replaced by paths,
+//! rounds unrolled, every value checked.
+
+use std::path::{Path, PathBuf};
+
+use indexmap::IndexMap;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use super::file::{Entry, Place, RecipeFile, StageTable};
+use super::keys::{self, INERT, Known, suggestion};
+use super::plan::{Kind, Plan, Spec, Step};
+use super::refs::{Done, Scope};
+use crate::error::{Context, Error, Result};
+
+/// Keys at the top of a recipe.
+pub const TOP_KEYS: [&str; 6] = ["name", "description", "seed", "rounds", "device", "output_dir"];
+/// Keys of every stage, whatever its kind.
+const STAGE_KEYS: [&str; 4] = ["name", "kind", "once", "seed"];
+
+/// A plan and what the user should know about how it was made.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// The plan.
+    pub plan: Plan,
+    /// Keys that were accepted without effect.
+    pub notes: Vec<String>,
+}
+
+/// Resolves a recipe. `output_dir` overrides the recipe's.
+///
+/// # Errors
+/// Unknown keys, wrong types, impossible values, references that lead nowhere: each with its line and a hint.
+pub fn resolve(file: &RecipeFile, output_dir: Option<&Path>) -> Result<Resolved> {
+    let top = Top::read(file)?;
+    let mut notes = Vec::new();
+    let stages = file
+        .stages
+        .iter()
+        .map(|table| Stage::read(file, table, &mut notes))
+        .collect::<Result<Vec<_>>>()?;
+    check_names(file, &stages)?;
+    check_defaults(file)?;
+    let output_dir = output_dir.map_or(top.output_dir, Path::to_path_buf);
+    let names: Vec<(String, Kind)> =
+        stages.iter().map(|stage| (stage.name.clone(), stage.kind)).collect();
+    let home = file.path.parent().unwrap_or(Path::new(""));
+
+    let mut steps: Vec<Step> = Vec::new();
+    let mut done: Vec<Done> = Vec::new();
+    for round in 1..=top.rounds {
+        for stage in stages.iter().filter(|stage| round == 1 || !stage.once) {
+            let scope = Scope { stages: &names, done: &done, round, home };
+            let seed = derive_seed(stage.seed.unwrap_or(top.seed), &stage.name, round);
+            let spec = stage.spec(file, &scope, seed)?;
+            let suffix = if round > 1 { format!("-r{round}") } else { String::new() };
+            let id = format!("{:02}-{}{suffix}", steps.len() + 1, stage.name);
+            done.push(Done {
+                name: stage.name.clone(),
+                kind: stage.kind,
+                dir: output_dir.join("stages").join(&id),
+            });
+            steps.push(Step { id, name: stage.name.clone(), round, seed, spec });
+        }
+    }
+    let plan = Plan {
+        name: top.name,
+        seed: top.seed,
+        rounds: top.rounds,
+        device: top.device,
+        output_dir,
+        steps,
+    };
+    notes.sort();
+    notes.dedup();
+    Ok(Resolved { plan, notes })
+}
+
+/// The seed of a stage in a round: 53 bits of a hash, so that every JSON reader keeps it whole.
+fn derive_seed(seed: u64, name: &str, round: u32) -> u64 {
+    let digest = Sha256::digest(format!("{seed}/{name}/{round}"));
+    digest[..8].iter().fold(0, |value, &byte| value << 8 | u64::from(byte)) >> 11
+}
+
+struct Top {
+    name: String,
+    seed: u64,
+    rounds: u32,
+    device: String,
+    output_dir: PathBuf,
+}
+
+impl Top {
+    fn read(file: &RecipeFile) -> Result<Self> {
+        let stem = file.path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let mut top = Self {
+            name: stem,
+            seed: 0,
+            rounds: 1,
+            device: "cpu".to_owned(),
+            output_dir: PathBuf::new(),
+        };
+        for entry in &file.top {
+            top.set(entry).map_err(|error| error.at(file.describe(&entry.place)))?;
+        }
+        if top.output_dir.as_os_str().is_empty() {
+            top.output_dir = Path::new("runs").join(&top.name);
+        }
+        if file.stages.is_empty() {
+            return Err(Error::usage("the recipe has no stages")
+                .at(file.path.display())
+                .hint("write a [[stage]] block with kind = \"sft\" or another kind"));
+        }
+        Ok(top)
+    }
+
+    fn set(&mut self, entry: &Entry) -> Result<()> {
+        let wrong = |expected: &str| {
+            Error::usage(format!("`{}` is {}, expected {expected}", entry.key, entry.value))
+        };
+        let text = || entry.value.as_str().map(str::to_owned).ok_or_else(|| wrong("text"));
+        match entry.key.as_str() {
+            "name" => self.name = text()?,
+            "description" => {
+                text()?;
+            }
+            "seed" => {
+                self.seed =
+                    entry.value.as_u64().ok_or_else(|| wrong("a whole number, 0 or more"))?;
+            }
+            "rounds" => {
+                self.rounds = entry
+                    .value
+                    .as_u64()
+                    .and_then(|rounds| u32::try_from(rounds).ok())
+                    .filter(|rounds| (1..=1000).contains(rounds))
+                    .ok_or_else(|| wrong("a whole number from 1 to 1000"))?;
+            }
+            "device" => self.device = device(&text()?)?,
+            "output_dir" => self.output_dir = PathBuf::from(text()?),
+            other => return Err(unknown_top(other)),
+        }
+        Ok(())
+    }
+}
+
+fn unknown_top(key: &str) -> Error {
+    let error = Error::usage(format!("unknown key `{key}`"));
+    let of_a_stage = Kind::ALL
+        .iter()
+        .filter_map(|&kind| Some((kind, keys::known(kind).ok()?)))
+        .find(|(_, known)| keys::canonical(key, known).is_some());
+    match of_a_stage {
+        Some((kind, _)) => error.hint(format!(
+            "it is a key of stages: write {}.{key} = … on the command line, or put it in [defaults] or a [[stage]]",
+            kind.name()
+        )),
+        None => error.hint(suggestion(key, &TOP_KEYS)),
+    }
+}
+
+/// `cpu` or `cuda:N`.
+fn device(text: &str) -> Result<String> {
+    let wrong = || {
+        Error::usage(format!("`device` is \"{text}\", expected \"cpu\" or \"cuda:N\""))
+            .hint("N counts the GPUs from 0")
+    };
+    match text.split_once(':') {
+        None if text == "cpu" => Ok(text.to_owned()),
+        None if text == "cuda" => Ok("cuda:0".to_owned()),
+        Some(("cuda", index)) => {
+            index.parse::<usize>().map_err(|_| wrong())?;
+            Ok(text.to_owned())
+        }
+        _ => Err(wrong()),
+    }
+}
+
+/// A stage with canonical keys.
+struct Stage {
+    name: String,
+    kind: Kind,
+    once: bool,
+    seed: Option<u64>,
+    line: Place,
+    keys: IndexMap<String, Known>,
+    values: IndexMap<String, (Value, Place)>,
+}
+
+impl Stage {
+    fn read(file: &RecipeFile, table: &StageTable, notes: &mut Vec<String>) -> Result<Self> {
+        let line = Place::Line(table.line);
+        let at = file.describe(&line);
+        let kinds: Vec<&str> = Kind::ALL.iter().map(|kind| kind.name()).collect();
+        let Some(kind) = table.text("kind") else {
+            return Err(Error::usage("the stage has no `kind`")
+                .at(at)
+                .hint(format!("kinds are: {}", kinds.join(", "))));
+        };
+        let Some(kind) = Kind::ALL.into_iter().find(|known| known.name() == kind) else {
+            return Err(Error::usage(format!("unknown stage kind `{kind}`"))
+                .at(at)
+                .hint(suggestion(kind, &kinds)));
+        };
+        let mut stage = Self {
+            name: table.name().to_owned(),
+            kind,
+            once: false,
+            seed: None,
+            line,
+            keys: keys::known(kind)?,
+            values: IndexMap::new(),
+        };
+        for entry in expand(&table.entries) {
+            stage.set(&entry, notes).map_err(|error| stage.locate(file, &entry.place, error))?;
+        }
+        for entry in expand(&file.defaults) {
+            let Some(key) = keys::canonical(&entry.key, &stage.keys) else { continue };
+            if !stage.values.contains_key(key) {
+                stage
+                    .set(&entry, notes)
+                    .map_err(|error| stage.locate(file, &entry.place, error))?;
+            }
+        }
+        Ok(stage)
+    }
+
+    fn locate(&self, file: &RecipeFile, place: &Place, error: Error) -> Error {
+        error.at(format_args!("stage `{}`", self.name)).at(file.describe(place))
+    }
+
+    fn set(&mut self, entry: &Entry, notes: &mut Vec<String>) -> Result<()> {
+        let wrong = |expected: &str| {
+            Error::usage(format!("`{}` is {}, expected {expected}", entry.key, entry.value))
+        };
+        match entry.key.as_str() {
+            "kind" => return Ok(()),
+            "name" => {
+                let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+                return match entry.value.as_str() {
+                    Some(name) if !name.is_empty() && name.chars().all(fits) => Ok(()),
+                    _ => Err(wrong("letters, digits, - and _")),
+                };
+            }
+            "once" => {
+                self.once = entry.value.as_bool().ok_or_else(|| wrong("true or false"))?;
+                return Ok(());
+            }
+            "seed" => {
+                let seed = entry.value.as_u64();
+                self.seed = Some(seed.ok_or_else(|| wrong("a whole number, 0 or more"))?);
+                return Ok(());
+            }
+            _ => {}
+        }
+        let Some(key) = keys::canonical(&entry.key, &self.keys) else {
+            return self.inert(entry, notes);
+        };
+        let value = shaped(key, entry.value.clone(), &self.keys[key].default);
+        if let Some(expected) = keys::wrong_type(&value, &self.keys[key].default) {
+            return Err(wrong(expected));
+        }
+        let key = key.to_owned();
+        if let Some((_, earlier)) = self.values.insert(key.clone(), (value, entry.place.clone()))
+            && matches!((earlier, &entry.place), (Place::Line(_), Place::Line(_)))
+        {
+            return Err(Error::usage(format!("`{}` says `{key}` a second time", entry.key))
+                .hint("keep one of the two"));
+        }
+        Ok(())
+    }
+
+    fn inert(&self, entry: &Entry, notes: &mut Vec<String>) -> Result<()> {
+        let Some(inert) = INERT.iter().find(|inert| inert.key == entry.key) else {
+            let known: Vec<&str> = self.keys.keys().map(String::as_str).chain(STAGE_KEYS).collect();
+            return Err(Error::usage(format!("unknown key `{}`", entry.key)).hint(
+                match crate::error::did_you_mean(&entry.key, known.iter().copied()) {
+                    Some(near) => format!("did you mean `{near}`?"),
+                    None => format!("a {} stage has: {}", self.kind.name(), known.join(", ")),
+                },
+            ));
+        };
+        if !inert.values.is_empty() && !inert.values.contains(&entry.value.to_string().as_str()) {
+            return Err(Error::usage(format!(
+                "`{}` is {}, which is not implemented",
+                entry.key, entry.value
+            ))
+            .hint(inert.why));
+        }
+        notes.push(format!("`{}` has no effect: {}", entry.key, inert.why));
+        Ok(())
+    }
+
+    /// The typed settings of this stage in one round.
+    fn spec(&self, file: &RecipeFile, scope: &Scope<'_>, seed: u64) -> Result<Spec> {
+        let mut object = Map::new();
+        for section in keys::SECTIONS {
+            if self.keys.values().any(|key| key.section.as_deref() == Some(section)) {
+                object.insert(section.to_owned(), Value::Object(Map::new()));
+            }
+        }
+        for (key, (value, place)) in &self.values {
+            let value = inputs(key, value.clone(), scope)
+                .map_err(|error| self.locate(file, place, error.at(format_args!("`{key}`"))))?;
+            match &self.keys[key].section {
+                Some(section) => {
+                    object[section.as_str()][key.as_str()] = value;
+                }
+                None => {
+                    object.insert(key.clone(), value);
+                }
+            }
+        }
+        if self.keys.get("num_samples").is_some_and(|key| key.section.is_some()) {
+            object["sampling"]["seed"] = Value::from(seed);
+        }
+        let spec = self.typed(Value::Object(object)).map_err(|(path, error)| {
+            let key = path.split(['.', '[']).find(|part| self.values.contains_key(*part));
+            let place = key.map_or(&self.line, |key| &self.values[key].1);
+            self.locate(file, place, error)
+        })?;
+        spec.check().map_err(|error| {
+            // Checks start with the key they refuse.
+            let text = error.to_string();
+            let place = text
+                .split('`')
+                .nth(1)
+                .and_then(|key| self.values.get(key))
+                .map_or(&self.line, |(_, place)| place);
+            self.locate(file, place, error)
+        })?;
+        Ok(spec)
+    }
+
+    fn typed(&self, object: Value) -> Result<Spec, (String, Error)> {
+        Ok(match self.kind {
+            Kind::Synth => Spec::Synth(typed(object)?),
+            Kind::Sft => Spec::Sft(typed(object)?),
+            Kind::Reward => Spec::Reward(typed(object)?),
+            Kind::Sample => Spec::Sample(typed(object)?),
+            Kind::Select => Spec::Select(typed(object)?),
+            Kind::Dpo => Spec::Dpo(typed(object)?),
+            Kind::Average => Spec::Average(typed(object)?),
+            Kind::Eval => Spec::Eval(typed(object)?),
+        })
+    }
+}
+
+fn typed<T: DeserializeOwned>(object: Value) -> Result<T, (String, Error)> {
+    serde_path_to_error::deserialize(&object).map_err(|error| {
+        let path = error.path().to_string();
+        let mut key = path.as_str();
+        for section in keys::SECTIONS {
+            key = key.strip_prefix(section).and_then(|key| key.strip_prefix('.')).unwrap_or(key);
+        }
+        let inner = error.inner().to_string();
+        let mut failed = Error::usage(format!("`{key}`: {inner}"));
+        if let Some(near) = near_miss(&inner) {
+            failed = failed.hint(format!("did you mean `{near}`?"));
+        }
+        (path.clone(), failed)
+    })
+}
+
+/// The known name nearest to the unknown one in serde's "unknown variant `a`, expected one of `b`, `c`".
+fn near_miss(message: &str) -> Option<String> {
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    let found = quoted.next()?;
+    let known: Vec<&str> = quoted.collect();
+    crate::error::did_you_mean(found, known).map(str::to_owned)
+}
+
+/// Keys that say two things are written as the keys that say each.
+fn expand(entries: &[Entry]) -> Vec<Entry> {
+    let has = |key: &str| entries.iter().any(|entry| entry.key == key);
+    let mut expanded = Vec::new();
+    let mut scorers = Vec::new();
+    for entry in entries {
+        let with = |key: &str, value: Value| Entry {
+            key: key.to_owned(),
+            value,
+            place: entry.place.clone(),
+        };
+        match (entry.key.as_str(), &entry.value) {
+            // A scorer alone needs no table.
+            ("verifier" | "reward_model", Value::String(_)) if !has("scorers") => {
+                let mut scorer = Map::new();
+                scorer.insert(entry.key.clone(), entry.value.clone());
+                scorers.push(Value::Object(scorer));
+                expanded.retain(|entry: &Entry| entry.key != "scorers");
+                expanded.push(with("scorers", Value::Array(scorers.clone())));
+            }
+            // TRL's list of losses with weights: the preference loss and the NLL term.
+            ("loss_type", Value::Array(losses)) => {
+                let weights = entries.iter().find(|entry| entry.key == "loss_weights");
+                for (at, loss) in losses.iter().enumerate() {
+                    if loss == "sft" {
+                        let weight = weights.and_then(|weights| weights.value.get(at)).cloned();
+                        expanded.push(with("sft_loss_weight", weight.unwrap_or(Value::from(1.0))));
+                    } else {
+                        expanded.push(with("loss_type", loss.clone()));
+                    }
+                }
+            }
+            ("loss_weights", _) if has("loss_type") => {}
+            _ => expanded.push(entry.clone()),
+        }
+    }
+    expanded
+}
+
+/// One value where a list is meant becomes a list of one; datasets and scorers written as text become tables.
+fn shaped(key: &str, value: Value, default: &Value) -> Value {
+    let value = match (default, value) {
+        (Value::Array(_), value @ (Value::String(_) | Value::Number(_) | Value::Object(_))) => {
+            Value::Array(vec![value])
+        }
+        // A list of models where one is meant: the first that exists, see `inputs`.
+        (Value::String(_), Value::Array(list)) if MODEL_KEYS.contains(&key) => {
+            return Value::String(
+                list.iter()
+                    .map(|value| value.as_str().unwrap_or_default())
+                    .collect::<Vec<_>>()
+                    .join(OR),
+            );
+        }
+        (_, value) => value,
+    };
+    let wrap = match key {
+        "datasets" | "eval_datasets" => "path",
+        "scorers" => "verifier",
+        _ => return value,
+    };
+    let Value::Array(list) = value else { return value };
+    list.into_iter()
+        .map(|item| match item {
+            Value::String(text) => {
+                let mut table = Map::new();
+                table.insert(wrap.to_owned(), Value::String(text));
+                Value::Object(table)
+            }
+            other => other,
+        })
+        .collect()
+}
+
+const MODEL_KEYS: [&str; 4] =
+    ["model_name_or_path", "ref_model_name_or_path", "teacher", "reference"];
+/// Between the alternatives of a model; no path has it.
+const OR: &str = "\0";
+
+/// Replaces references and relative paths in the values that name inputs.
+fn inputs(key: &str, value: Value, scope: &Scope<'_>) -> Result<Value> {
+    match (key, value) {
+        (key, Value::String(text)) if MODEL_KEYS.contains(&key) => {
+            first_model(&text, scope).map(Value::String)
+        }
+        ("models" | "earlier", Value::Array(list)) => {
+            let mut paths = Vec::new();
+            for item in list {
+                paths.extend(
+                    scope.paths(item.as_str().unwrap_or_default())?.into_iter().map(Value::String),
+                );
+            }
+            Ok(Value::Array(paths))
+        }
+        ("datasets" | "eval_datasets", Value::Array(list)) => {
+            let mut tables = Vec::new();
+            for item in list {
+                let path = item.get("path").and_then(Value::as_str).unwrap_or_default().to_owned();
+                for path in scope.paths(&path)? {
+                    let mut table = item.clone();
+                    table["path"] = Value::String(path);
+                    tables.push(table);
+                }
+            }
+            Ok(Value::Array(tables))
+        }
+        ("scorers", Value::Array(list)) => {
+            let mut scorers = Vec::new();
+            for mut scorer in list {
+                if let Some(model) = scorer.get("reward_model").and_then(Value::as_str) {
+                    let Some(path) = scope.paths(model)?.pop() else { continue };
+                    scorer["reward_model"] = Value::String(path);
+                }
+                scorers.push(scorer);
+            }
+            Ok(Value::Array(scorers))
+        }
+        (_, value) => Ok(value),
+    }
+}
+
+fn first_model(alternatives: &str, scope: &Scope<'_>) -> Result<String> {
+    for text in alternatives.split(OR).filter(|text| !text.is_empty()) {
+        if let Some(path) = scope.paths(text)?.pop() {
+            return Ok(path);
+        }
+    }
+    // Empty is "none": the spec's check refuses it where a model is needed.
+    Ok(String::new())
+}
+
+fn check_names(file: &RecipeFile, stages: &[Stage]) -> Result<()> {
+    for (at, stage) in stages.iter().enumerate() {
+        if stages[..at].iter().any(|earlier| earlier.name == stage.name) {
+            return Err(Error::usage(format!("a second stage named `{}`", stage.name))
+                .at(file.describe(&stage.line))
+                .hint("give one of them a `name` of its own"));
+        }
+    }
+    Ok(())
+}
+
+fn check_defaults(file: &RecipeFile) -> Result<()> {
+    let all: Vec<_> = Kind::ALL.iter().map(|&kind| keys::known(kind)).collect::<Result<_>>()?;
+    for entry in expand(&file.defaults) {
+        if all.iter().any(|known| keys::canonical(&entry.key, known).is_some())
+            || INERT.iter().any(|inert| inert.key == entry.key)
+        {
+            continue;
+        }
+        let known: Vec<&str> =
+            all.iter().flat_map(|keys| keys.keys()).map(String::as_str).collect();
+        let near = crate::error::did_you_mean(&entry.key, known);
+        return Err(Error::usage(format!("unknown key `{}`", entry.key)).hint(match near {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => "no stage kind has it".to_owned(),
+        }))
+        .at(file.describe(&entry.place));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(text: &str) -> Result<Resolved> {
+        resolve(&RecipeFile::parse(text, Path::new("r.toml"))?, None)
+    }
+
+    #[track_caller]
+    fn refuses(text: &str, expected: &str) {
+        assert_eq!(format!("{:?}", plan(text).unwrap_err()), expected);
+    }
+
+    /// `src` and `src/lib.rs` stand for a model and a dataset: tests run in the package's directory.
+    const SFT: &str =
+        "[[stage]]\nkind = 'sft'\nmodel_name_or_path = 'src'\ndatasets = 'src/lib.rs'\n";
+
+    #[test]
+    fn a_plan_has_every_default_and_unrolls_the_rounds() {
+        let resolved = plan(&format!(
+            "seed = 7\nrounds = 2\n[defaults]\nlr = 2e-4\nbeta = 0.3\n{SFT}sample_packing = true\n[[stage]]\nkind = 'dpo'\nonce = true\nmodel_name_or_path = ['@dpo?', '@sft']\ndatasets = ['src/lib.rs']\n"
+        ))
+        .unwrap();
+        let ids: Vec<&str> = resolved.plan.steps.iter().map(|step| step.id.as_str()).collect();
+        assert_eq!(ids, ["01-sft", "02-dpo", "03-sft-r2"]);
+        assert_eq!(resolved.plan.output_dir, Path::new("runs/r"));
+        let Spec::Dpo(dpo) = &resolved.plan.steps[1].spec else { panic!("not dpo") };
+        assert_eq!(dpo.model_name_or_path, "runs/r/stages/01-sft/checkpoint");
+        assert_eq!(
+            (dpo.beta.to_bits(), dpo.train.learning_rate.to_bits()),
+            (0.3_f64.to_bits(), 2e-4_f64.to_bits())
+        );
+        assert_ne!(resolved.plan.steps[0].seed, resolved.plan.steps[2].seed);
+        assert_eq!(
+            resolved.notes,
+            ["`sample_packing` has no effect: rows are always packed, without padding"]
+        );
+    }
+
+    #[test]
+    fn names_of_other_trainers_are_read_as_ours() {
+        let resolved = plan("[[stage]]\nkind = 'dpo'\nbase_model = 'src'\ndataset_name = 'src/lib.rs'\nmicro_batch_size = 3\nloss_type = ['sigmoid', 'sft']\nloss_weights = [1.0, 0.5]\nlr_scheduler = 'constant_with_warmup'\nepochs = 2\nrl_beta = 0.2\n").unwrap();
+        let Spec::Dpo(dpo) = &resolved.plan.steps[0].spec else { panic!("not dpo") };
+        let shown = (
+            dpo.train.per_device_train_batch_size,
+            &dpo.loss_type[..],
+            dpo.sft_loss_weight,
+            dpo.beta,
+            dpo.train.num_train_epochs,
+        );
+        assert_eq!(format!("{shown:?}"), "(3, \"sigmoid\", 0.5, 0.2, 2.0)");
+    }
+
+    #[test]
+    fn mistakes_are_named_with_line_value_and_way_out() {
+        refuses(
+            &format!("{SFT}learning_rat = 1e-5\n"),
+            "r.toml:5: stage `sft`: unknown key `learning_rat` (hint: did you mean `learning_rate`?)",
+        );
+        refuses(
+            &format!("{SFT}learning_rate = '1e-5'\n"),
+            "r.toml:5: stage `sft`: `learning_rate` is \"1e-5\", expected a number",
+        );
+        refuses(
+            &format!("{SFT}max_steps = 1.5\n"),
+            "r.toml:5: stage `sft`: `max_steps` is 1.5, expected a whole number, 0 or more",
+        );
+        refuses(
+            &format!("{SFT}lr_scheduler_type = 'cosin'\n"),
+            "r.toml:5: stage `sft`: `lr_scheduler_type`: unknown variant `cosin`, expected one of `constant`, `constant_with_warmup`, `linear`, `cosine`, `warmup_stable_decay`, `wsd` (hint: did you mean `cosine`?)",
+        );
+        refuses(
+            &format!("{SFT}learning_rate = -1.0\n"),
+            "r.toml:5: stage `sft`: `learning_rate` is -1, expected more than 0",
+        );
+        refuses(
+            &format!("{SFT}learning_rate = 1e-3\nlr = 1e-4\n"),
+            "r.toml:6: stage `sft`: `lr` says `learning_rate` a second time (hint: keep one of the two)",
+        );
+        refuses(
+            &format!("{SFT}use_peft = true\n"),
+            "r.toml:5: stage `sft`: `use_peft` is true, which is not implemented (hint: all weights are trained)",
+        );
+        refuses(
+            &format!("round = 2\n{SFT}"),
+            "r.toml:1: unknown key `round` (hint: did you mean `rounds`?)",
+        );
+        refuses(
+            &format!("rounds = 0\n{SFT}"),
+            "r.toml:1: `rounds` is 0, expected a whole number from 1 to 1000",
+        );
+        refuses(
+            &format!("device = 'gpu'\n{SFT}"),
+            "r.toml:1: `device` is \"gpu\", expected \"cpu\" or \"cuda:N\" (hint: N counts the GPUs from 0)",
+        );
+        refuses(
+            &format!("learning_rate = 1.0\n{SFT}"),
+            "r.toml:1: unknown key `learning_rate` (hint: it is a key of stages: write sft.learning_rate = … on the command line, or put it in [defaults] or a [[stage]])",
+        );
+        refuses(
+            &format!("[defaults]\nlerning_rate = 1.0\n{SFT}"),
+            "r.toml:2: unknown key `lerning_rate` (hint: did you mean `learning_rate`?)",
+        );
+        refuses(
+            &format!("{SFT}{SFT}"),
+            "r.toml:5: a second stage named `sft` (hint: give one of them a `name` of its own)",
+        );
+        refuses(
+            "[[stage]]\nkind = 'stf'\n",
+            "r.toml:1: unknown stage kind `stf` (hint: did you mean `sft`?)",
+        );
+        refuses(
+            "seed = 1\n",
+            "r.toml: the recipe has no stages (hint: write a [[stage]] block with kind = \"sft\" or another kind)",
+        );
+        refuses(
+            "[[stage]]\nkind = 'sft'\ndatasets = 'src/lib.rs'\n",
+            "r.toml:1: stage `sft`: `model_name_or_path` is missing (hint: a directory, a .gguf file, a hub id, or \"@stage\")",
+        );
+        refuses(
+            "[[stage]]\nkind = 'sft'\nmodel_name_or_path = 'src'\ndatasets = '@sample'\n",
+            "r.toml:4: stage `sft`: `datasets`: `@sample` names no stage of this recipe (hint: there is: sft)",
+        );
+        refuses(
+            "[[stage]]\nkind = 'sft'\nmodel_name_or_path = 'src'\ndatasets = [{path = 'src/lib.rs', fractoin = 2}]\n",
+            "r.toml:4: stage `sft`: `datasets[0].fractoin`: unknown field `fractoin`, expected one of `path`, `split`, `fraction`, `weight`, `columns`, `limit` (hint: did you mean `fraction`?)",
+        );
+    }
+
+    #[test]
+    fn an_output_that_does_not_exist_in_some_round_is_refused_unless_marked() {
+        let later = |mark: &str| {
+            format!(
+                "rounds = 2\n{SFT}[[stage]]\nkind = 'select'\ndatasets = ['src/lib.rs', '@sample{mark}']\n[[stage]]\nkind = 'sample'\nmodel_name_or_path = '@sft'\ndatasets = 'src/lib.rs'\n"
+            )
+        };
+        refuses(
+            &later(""),
+            "r.toml:8: stage `select`: `datasets`: `@sample`: stage `sample` has not run by then in round 1 (hint: move the stage up, or write \"@sample?\" to go without it until then)",
+        );
+        let plan = plan(&later("?")).unwrap().plan;
+        let paths = |at: usize| match &plan.steps[at].spec {
+            Spec::Select(select) => {
+                select.datasets.iter().map(|dataset| dataset.path.clone()).collect::<Vec<_>>()
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(paths(1), ["src/lib.rs"]);
+        assert_eq!(paths(4), ["src/lib.rs", "runs/r/stages/03-sample/data.jsonl"]);
+    }
+}

@@ -1,0 +1,102 @@
+//! What a stage's outputs depend on, as one hash: its settings, the content of everything it reads, its seed, and
+//! the version of its kind. Where things lie and which binary ran is not part of it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+use crate::recipe::keys::INPUT_KEYS;
+use crate::recipe::{Step, refs};
+use crate::store;
+
+/// Content hashes of paths, each computed once a process.
+#[derive(Debug, Default)]
+pub struct Hashes {
+    known: BTreeMap<String, String>,
+}
+
+/// What decides a stage's outputs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Inputs {
+    /// The one hash.
+    pub hash: String,
+    /// Content hash of every input by its path.
+    pub contents: BTreeMap<String, String>,
+    /// The settings as planned, for people.
+    pub settings: Value,
+}
+
+impl Hashes {
+    /// Hashes what `step` depends on.
+    ///
+    /// # Errors
+    /// An input that is not there.
+    pub fn of(&mut self, step: &Step) -> Result<Inputs> {
+        let settings = serde_json::to_value(&step.spec)?;
+        let mut contents = BTreeMap::new();
+        let addressed = self.replace("", settings.clone(), &mut contents)?;
+        let kind = step.spec.kind();
+        let all = json!({
+            "kind": kind.name(),
+            "version": kind.version(),
+            "seed": step.seed,
+            "round": step.round,
+            "settings": addressed,
+        });
+        Ok(Inputs { hash: store::sha256_bytes(all.to_string().as_bytes()), contents, settings })
+    }
+
+    /// Forgets what was known about a path and everything below it, because it has been written anew.
+    pub fn forget(&mut self, path: &Path) {
+        self.known.retain(|known, _| !Path::new(known).starts_with(path));
+    }
+
+    fn replace(
+        &mut self,
+        key: &str,
+        value: Value,
+        contents: &mut BTreeMap<String, String>,
+    ) -> Result<Value> {
+        Ok(match value {
+            Value::String(text) if INPUT_KEYS.contains(&key) && !text.is_empty() => {
+                let hash = self.content(key, &text)?;
+                contents.insert(text, hash.clone());
+                Value::String(hash)
+            }
+            Value::Array(list) => {
+                let list = list.into_iter().map(|item| self.replace(key, item, contents));
+                Value::Array(list.collect::<Result<_>>()?)
+            }
+            Value::Object(table) => {
+                let mut replaced = serde_json::Map::new();
+                for (key, value) in table {
+                    let value = self.replace(&key, value, contents)?;
+                    replaced.insert(key, value);
+                }
+                Value::Object(replaced)
+            }
+            other => other,
+        })
+    }
+
+    fn content(&mut self, key: &str, text: &str) -> Result<String> {
+        if let Some(known) = self.known.get(text) {
+            return Ok(known.clone());
+        }
+        let path = Path::new(text);
+        let hash = if path.exists() {
+            store::sha256_path(path)?
+        } else if key == "chat_template" || refs::is_hub_id(text) {
+            // A built-in template or a hub id stands for itself.
+            text.to_owned()
+        } else {
+            return Err(Error::run(format!("`{text}` is not there"))
+                .at(format_args!("`{key}`"))
+                .hint("an earlier stage's output was removed, or a file was moved"));
+        };
+        self.known.insert(text.to_owned(), hash.clone());
+        Ok(hash)
+    }
+}

@@ -1,0 +1,87 @@
+//! A whole run: every stage of every round in order.
+
+use candle_core::Device;
+
+use super::run::{Shelf, StageFn};
+use super::{Events, StageRecord};
+use crate::error::{Error, Result};
+use crate::recipe::{Plan, Step};
+use crate::store::{self, RunLock};
+
+/// Who watches a run: the terminal, the log files, or a test.
+pub trait Observer {
+    /// A stage begins or continues in `dir`; the events of its work go where this says.
+    fn begin<'a>(
+        &'a self,
+        step: &Step,
+        dir: &std::path::Path,
+        resumes: bool,
+    ) -> Result<Box<dyn Events + 'a>>;
+
+    /// A stage is finished, or was taken over.
+    fn end(&self, step: &Step, record: &StageRecord);
+
+    /// Whether the user asked to stop.
+    fn interrupted(&self) -> bool;
+}
+
+/// Runs the plan in its run directory: finished work is taken over, begun work continued. `recipe` is the recipe as
+/// written, which is kept with the run.
+///
+/// # Errors
+/// The first stage that fails; another process in the same directory; an interrupt. What was finished is kept.
+pub fn run_plan(
+    plan: &Plan,
+    recipe: &str,
+    observer: &dyn Observer,
+    stage: &StageFn<'_>,
+) -> Result<Vec<StageRecord>> {
+    let device = device(&plan.device)?;
+    let run = &plan.output_dir;
+    let _lock = RunLock::acquire(run)?;
+    store::remove_partials(run)?;
+    store::write_atomic(&run.join("recipe.toml"), recipe.as_bytes())?;
+    store::write_json(&run.join("plan.json"), plan)?;
+    let mut shelf = Shelf::open(run)?;
+    let mut records = Vec::new();
+    for step in &plan.steps {
+        if observer.interrupted() {
+            return Err(Error::interrupted());
+        }
+        let (inputs, found) = shelf.look_up(step)?;
+        let record = if found {
+            shelf.reuse(step, &inputs)?
+        } else {
+            let (dir, resumes) = shelf.work_dir(step, &inputs)?;
+            let events = observer.begin(step, &dir, resumes)?;
+            shelf.execute(step, inputs, &device, events.as_ref(), stage)?
+        };
+        observer.end(step, &record);
+        records.push(record);
+    }
+    Ok(records)
+}
+
+/// The device that `cpu` or `cuda:N` names.
+///
+/// # Errors
+/// This binary has no CUDA, or there is no such GPU.
+pub fn device(name: &str) -> Result<Device> {
+    match name.strip_prefix("cuda:") {
+        None => Ok(Device::Cpu),
+        Some(_) if !cfg!(feature = "cuda") => Err(Error::usage(format!(
+            "`device` is \"{name}\", but this program was built for the CPU alone"
+        ))
+        .hint("build the other one with `cargo build --release --features cuda`")),
+        Some(index) => {
+            let index = index.parse().map_err(|_| {
+                Error::usage(format!("`device` is \"{name}\", expected \"cuda:N\""))
+            })?;
+            Device::new_cuda(index).map_err(|error| {
+                Error::from(error)
+                    .at(name)
+                    .hint("`nvidia-smi` lists the GPUs; device = \"cpu\" works without")
+            })
+        }
+    }
+}

@@ -1,0 +1,407 @@
+//! One stage of a run: taken over if its work exists, continued if it was begun, done otherwise.
+//!
+//! A stage works in `stages/<id>.work/`, which survives a kill. When it is finished, every file is flushed, the
+//! manifest is written last, and the directory gets its final name. Work that another recipe's stage of the same
+//! name displaces moves to `stages/earlier/` and is found there by its hash.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+
+use super::inputs::{Hashes, Inputs};
+use super::{Events, Metrics, StageContext, StageRecord};
+use crate::error::{Context, Error, Result};
+use crate::recipe::{Spec, Step};
+use crate::report::record::Manifest;
+use crate::store::{self, MANIFEST};
+
+/// What executes a stage: [`run_stage`](super::run_stage), or a fake one in tests.
+pub type StageFn<'a> = dyn Fn(&StageContext<'_>, &Spec) -> Result<Metrics> + 'a;
+
+/// The stages of one run directory.
+pub struct Shelf {
+    stages: PathBuf,
+    /// Where the finished work of each inputs hash lies.
+    finished: BTreeMap<String, PathBuf>,
+    hashes: Hashes,
+}
+
+/// What a work directory was begun for.
+#[derive(Serialize, Deserialize)]
+struct Begun {
+    inputs_hash: String,
+    /// Seconds that earlier processes worked on it.
+    wall_s: f64,
+}
+
+const BEGUN: &str = "begun.json";
+
+impl Shelf {
+    /// Opens the run's `stages/`, sweeping up what killed processes left half-written. The caller holds the run's
+    /// lock.
+    pub fn open(run: &Path) -> Result<Self> {
+        let stages = run.join("stages");
+        store::create_dir(&stages)?;
+        let mut finished = BTreeMap::new();
+        for dir in [stages.join("earlier"), stages.clone()] {
+            store::remove_partials(&dir)?;
+            for entry in store::entries(&dir)? {
+                if is_work(&entry) {
+                    sweep(&entry)?;
+                } else if entry.join(MANIFEST).is_file() {
+                    // A manifest of another version of the program that cannot be read is no finished work.
+                    if let Ok(manifest) = store::read_json::<Manifest>(&entry.join(MANIFEST)) {
+                        finished.insert(manifest.inputs_hash, entry);
+                    }
+                }
+            }
+        }
+        Ok(Self { stages, finished, hashes: Hashes::default() })
+    }
+
+    /// The hash of what `step` depends on, and whether its work is there already.
+    pub fn look_up(&mut self, step: &Step) -> Result<(Inputs, bool)> {
+        let inputs = self.hashes.of(step).at(format_args!("stage `{}`", step.name))?;
+        let found = self.finished.get(&inputs.hash).is_some_and(|dir| is_whole(dir, step));
+        Ok((inputs, found))
+    }
+
+    /// Takes over the finished work of `inputs`.
+    pub fn reuse(&mut self, step: &Step, inputs: &Inputs) -> Result<StageRecord> {
+        let target = self.stages.join(&step.id);
+        let found = self.finished.get(&inputs.hash).cloned().unwrap_or_else(|| target.clone());
+        if found != target {
+            self.clear(&target)?;
+            store::move_into_place(&found, &target)?;
+            self.finished.insert(inputs.hash.clone(), target.clone());
+            self.hashes.forget(&target);
+        }
+        let manifest: Manifest = store::read_json(&target.join(MANIFEST))?;
+        Ok(StageRecord { reused: true, round: step.round, ..in_place(manifest.record, &target) })
+    }
+
+    /// Where `step` works, with what an earlier process of equal inputs left there.
+    pub fn work_dir(&self, step: &Step, inputs: &Inputs) -> Result<(PathBuf, bool)> {
+        let work = self.stages.join(format!("{}.work", step.id));
+        let begun = work.join(BEGUN);
+        let resumes =
+            store::read_json::<Begun>(&begun).is_ok_and(|begun| begun.inputs_hash == inputs.hash);
+        if !resumes {
+            store::remove(&work)?;
+            store::create_dir(&work)?;
+            store::write_json(&begun, &Begun { inputs_hash: inputs.hash.clone(), wall_s: 0.0 })?;
+        }
+        Ok((work, resumes))
+    }
+
+    /// Runs `step` in its work directory and shelves the result.
+    pub fn execute(
+        &mut self,
+        step: &Step,
+        inputs: Inputs,
+        device: &Device,
+        events: &dyn Events,
+        stage: &StageFn<'_>,
+    ) -> Result<StageRecord> {
+        let (work, _) = self.work_dir(step, &inputs)?;
+        let before: Begun = store::read_json(&work.join(BEGUN))?;
+        let started = Instant::now();
+        let context = StageContext {
+            dir: work.clone(),
+            round: step.round,
+            seed: step.seed,
+            device: device.clone(),
+            events,
+        };
+        let outcome = stage(&context, &step.spec);
+        let wall_s = before.wall_s + started.elapsed().as_secs_f64();
+        let metrics = match outcome {
+            Ok(metrics) => metrics,
+            Err(error) => {
+                // Only the time is lost where this cannot be written; the stage's own error matters more.
+                let _ = store::write_json(&work.join(BEGUN), &Begun { wall_s, ..before });
+                return Err(error.at(format_args!("stage `{}`, round {}", step.name, step.round)));
+            }
+        };
+        self.shelve(step, inputs, &work, metrics, wall_s)
+    }
+
+    fn shelve(
+        &mut self,
+        step: &Step,
+        inputs: Inputs,
+        work: &Path,
+        metrics: Metrics,
+        wall_s: f64,
+    ) -> Result<StageRecord> {
+        let kind = step.spec.kind();
+        let mut outputs = BTreeMap::new();
+        for output in kind.outputs() {
+            if !work.join(output.path).exists() {
+                return Err(Error::run(format!(
+                    "stage `{}` ended without its output `{}`",
+                    step.name, output.path
+                )));
+            }
+            outputs.insert(output.name.to_owned(), PathBuf::from(output.path));
+        }
+        let record = StageRecord {
+            name: step.name.clone(),
+            kind: kind.name().to_owned(),
+            round: step.round,
+            reused: false,
+            outputs,
+            weights_sha256: weights_hash(&work.join("checkpoint"))?,
+            metrics,
+            wall_s,
+        };
+        let manifest = Manifest {
+            inputs_hash: inputs.hash.clone(),
+            inputs: inputs.contents,
+            settings: inputs.settings,
+            program: format!("arriero {}", env!("CARGO_PKG_VERSION")),
+            record: record.clone(),
+        };
+        store::finish_dir(work, &manifest)?;
+        let target = self.stages.join(&step.id);
+        self.clear(&target)?;
+        store::move_into_place(work, &target)?;
+        // Not earlier: a work directory without it would be thrown away after a kill.
+        store::remove(&target.join(BEGUN))?;
+        self.finished.insert(inputs.hash, target.clone());
+        self.hashes.forget(&target);
+        Ok(in_place(record, &target))
+    }
+
+    /// Moves other finished work out of the way of `target`.
+    fn clear(&mut self, target: &Path) -> Result<()> {
+        if !target.exists() {
+            return Ok(());
+        }
+        let Ok(manifest) = store::read_json::<Manifest>(&target.join(MANIFEST)) else {
+            return store::remove(target);
+        };
+        let earlier = self.stages.join("earlier");
+        store::create_dir(&earlier)?;
+        let aside = earlier.join(&manifest.inputs_hash[..16.min(manifest.inputs_hash.len())]);
+        store::move_into_place(target, &aside)?;
+        self.finished.insert(manifest.inputs_hash, aside);
+        self.hashes.forget(target);
+        Ok(())
+    }
+}
+
+fn in_place(record: StageRecord, dir: &Path) -> StageRecord {
+    let outputs = record.outputs.into_iter().map(|(name, path)| (name, dir.join(path))).collect();
+    StageRecord { outputs, ..record }
+}
+
+fn is_work(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "work")
+}
+
+fn is_whole(dir: &Path, step: &Step) -> bool {
+    step.spec.kind().outputs().iter().all(|output| dir.join(output.path).exists())
+}
+
+/// Removes partial files and directories at any depth of a work directory.
+fn sweep(dir: &Path) -> Result<()> {
+    store::remove_partials(dir)?;
+    for entry in store::entries(dir)? {
+        if entry.is_dir() && !entry.is_symlink() {
+            sweep(&entry)?;
+        }
+    }
+    Ok(())
+}
+
+/// SHA-256 of a checkpoint's weights: of the one file, or of its shards' hashes in order.
+pub fn weights_hash(checkpoint: &Path) -> Result<Option<String>> {
+    let mut hashes = Vec::new();
+    for path in store::entries(checkpoint)? {
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            hashes.push(store::sha256_file(&path)?);
+        }
+    }
+    Ok(match &hashes[..] {
+        [] => None,
+        [one] => Some(one.clone()),
+        many => Some(store::sha256_bytes(many.concat().as_bytes())),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::recipe::{RecipeFile, resolve};
+    use crate::report::record::Silent;
+    use crate::stage::rounds::{Observer, run_plan};
+
+    struct Nobody;
+
+    impl Observer for Nobody {
+        fn begin<'a>(&'a self, _: &Step, _: &Path, _: bool) -> Result<Box<dyn Events + 'a>> {
+            Ok(Box::new(Silent))
+        }
+        fn end(&self, _: &Step, _: &StageRecord) {}
+        fn interrupted(&self) -> bool {
+            false
+        }
+    }
+
+    const RECIPE: &str = "
+        rounds = 2
+        [[stage]]
+        kind = 'synth'
+        once = true
+        teacher = '.'
+        datasets = 'prompts.jsonl'
+        [[stage]]
+        kind = 'sft'
+        model_name_or_path = ['@sft?', '.']
+        datasets = ['@synth', '@select.sft*?']
+        [[stage]]
+        kind = 'select'
+        datasets = '@synth'
+    ";
+
+    struct Home {
+        dir: tempfile::TempDir,
+        /// Ids of the stages that were executed, in order.
+        ran: RefCell<Vec<String>>,
+        /// Stages started, over all runs.
+        started: AtomicUsize,
+    }
+
+    impl Home {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("prompts.jsonl"), "{}\n").unwrap();
+            std::fs::write(dir.path().join("weights"), "w").unwrap();
+            Self { dir, ran: RefCell::new(Vec::new()), started: AtomicUsize::new(0) }
+        }
+
+        /// Runs the recipe, failing in the stage that is started as number `fails_at`; returns who ran and who was
+        /// reused.
+        fn run(&self, recipe: &str, fails_at: usize) -> (Result<Vec<StageRecord>>, Vec<String>) {
+            let base = self.dir.path().join("base");
+            store::write_atomic(&base.join("model.safetensors"), b"w").unwrap();
+            let recipe = recipe.replace("'.'", &format!("'{}'", base.display()));
+            let file = RecipeFile::parse(&recipe, &self.dir.path().join("r.toml")).unwrap();
+            let plan = resolve(&file, Some(&self.dir.path().join("run"))).unwrap().plan;
+            self.ran.borrow_mut().clear();
+            let records = run_plan(&plan, &recipe, &Nobody, &|context, spec| {
+                let begun = self.started.fetch_add(1, Ordering::Relaxed);
+                let ledger = context.dir.join("ledger.jsonl");
+                store::JsonlWriter::open(&ledger)?.write("row")?;
+                if begun == fails_at {
+                    return Err(Error::run("killed"));
+                }
+                let name = context.dir.file_stem().unwrap().to_string_lossy().into_owned();
+                self.ran.borrow_mut().push(name);
+                for output in spec.kind().outputs() {
+                    let path = context.dir.join(output.path);
+                    let path = if output.path == "checkpoint" {
+                        path.join("model.safetensors")
+                    } else {
+                        path
+                    };
+                    let content =
+                        format!("{} {}", serde_json::to_string(spec)?.len(), context.seed);
+                    store::write_atomic(&path, content.as_bytes())?;
+                }
+                Ok([("rows".to_owned(), store::read_ledger::<String>(&ledger)?.len() as f64)]
+                    .into())
+            });
+            (records, self.ran.borrow().clone())
+        }
+    }
+
+    const NEVER: usize = usize::MAX;
+    const ALL: [&str; 5] = ["01-synth", "02-sft", "03-select", "04-sft-r2", "05-select-r2"];
+
+    #[test]
+    fn a_run_does_every_stage_once_and_a_second_run_reuses_them_all() {
+        let home = Home::new();
+        let (first, ran) = home.run(RECIPE, NEVER);
+        assert_eq!(ran, ALL);
+        let (second, ran) = home.run(RECIPE, NEVER);
+        assert!(ran.is_empty());
+        let (first, second) = (first.unwrap(), second.unwrap());
+        assert!(second.iter().all(|record| record.reused));
+        assert!(first[1].weights_sha256.is_some() && first[0].weights_sha256.is_none());
+        for (first, second) in first.iter().zip(&second) {
+            assert_eq!(StageRecord { reused: true, ..first.clone() }, *second);
+            assert!(first.outputs.values().all(|path| path.exists()));
+        }
+        let run = home.dir.path().join("run");
+        assert!(run.join("plan.json").exists() && run.join("recipe.toml").exists());
+        assert!(!run.join("stages/01-synth/begun.json").exists());
+    }
+
+    #[test]
+    fn a_stage_that_was_cut_short_continues_in_its_own_directory() {
+        let home = Home::new();
+        let (failed, ran) = home.run(RECIPE, 2);
+        assert_eq!(failed.unwrap_err().to_string(), "stage `select`, round 1: killed");
+        assert_eq!(ran, ALL[..2]);
+        let (records, ran) = home.run(RECIPE, NEVER);
+        assert_eq!(ran, ALL[2..]);
+        // Its ledger has the row of both processes.
+        assert_eq!(records.unwrap()[2].metrics["rows"].to_bits(), 2.0_f64.to_bits());
+    }
+
+    #[test]
+    fn a_changed_setting_reruns_the_stage_and_what_depends_on_it_and_changing_back_reuses() {
+        let home = Home::new();
+        home.run(RECIPE, NEVER).0.unwrap();
+        let changed = RECIPE.replace("kind = 'sft'", "kind = 'sft'\nlearning_rate = 0.125");
+        assert_eq!(home.run(&changed, NEVER).1, ["02-sft", "04-sft-r2"]);
+        assert!(home.run(RECIPE, NEVER).1.is_empty());
+        assert!(home.run(&changed, NEVER).1.is_empty());
+    }
+
+    #[test]
+    fn work_is_found_after_a_stage_is_put_in_front_of_it() {
+        let home = Home::new();
+        home.run(RECIPE, NEVER).0.unwrap();
+        let longer = RECIPE.replacen(
+            "[[stage]]",
+            "[[stage]]\nkind = 'average'\nmodels = ['.']\nonce = true\n[[stage]]",
+            1,
+        );
+        assert_eq!(home.run(&longer, NEVER).1, ["01-average"]);
+        assert!(home.run(RECIPE, NEVER).1.is_empty());
+    }
+
+    #[test]
+    fn an_edited_output_reruns_what_reads_it() {
+        let home = Home::new();
+        home.run(RECIPE, NEVER).0.unwrap();
+        store::write_atomic(&home.dir.path().join("run/stages/03-select/sft.jsonl"), b"new")
+            .unwrap();
+        assert_eq!(home.run(RECIPE, NEVER).1, ["04-sft-r2"]);
+        store::remove(&home.dir.path().join("run/stages/03-select/sft.jsonl")).unwrap();
+        assert_eq!(home.run(RECIPE, NEVER).1, ["03-select"]);
+    }
+
+    /// The hash decides which finished work is taken over. Where this fails, a key, a default or a version has
+    /// changed: see that old work may still be reused, raise [`Kind::version`](crate::recipe::Kind::version) if not, then update the table.
+    #[test]
+    fn the_version_of_each_kind_is_raised_on_purpose() {
+        let versions: Vec<String> = crate::recipe::Kind::ALL
+            .iter()
+            .map(|kind| format!("{} {}", kind.name(), kind.version()))
+            .collect();
+        insta::assert_snapshot!(
+            versions.join(", "),
+            @"synth 1, sft 1, reward 1, sample 1, select 1, dpo 1, average 1, eval 1"
+        );
+    }
+}
