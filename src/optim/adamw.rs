@@ -24,6 +24,8 @@ pub struct Hyper {
     pub eps: f64,
     /// Decoupled weight decay of the decayed group.
     pub weight_decay: f64,
+    /// Which parameters are decayed, by name: usually [`is_decayed`].
+    pub decayed: fn(&str) -> bool,
 }
 
 /// The optimizer's state: both moments of each trained parameter, and the number of steps taken.
@@ -85,9 +87,9 @@ impl AdamW {
     }
 
     fn update(&self, name: &str, lr: f64, grad_scale: f64) -> Update {
-        let Hyper { beta1, beta2, eps, weight_decay } = self.hyper;
+        let Hyper { beta1, beta2, eps, weight_decay, decayed } = self.hyper;
         let steps = self.steps as i32;
-        let decay = if is_decayed(name) { weight_decay } else { 0.0 };
+        let decay = if decayed(name) { weight_decay } else { 0.0 };
         Update {
             beta1: beta1 as f32,
             beta2: beta2 as f32,
@@ -247,7 +249,8 @@ mod tests {
     use super::*;
     use crate::ops::linear::tests::{distance, random};
 
-    const HYPER: Hyper = Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    const HYPER: Hyper =
+        Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decayed: is_decayed };
 
     fn grads(index: u64) -> Gradients {
         let mut grads = Gradients::new(&candle_core::Device::Cpu);

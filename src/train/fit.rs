@@ -12,7 +12,7 @@ use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::Objective;
 use crate::model::transformer::Transformer;
-use crate::optim::adamw::{AdamW, Hyper};
+use crate::optim::adamw::{AdamW, Hyper, is_decayed};
 use crate::optim::clip_factor;
 use crate::report::record::{Events, Metrics};
 
@@ -75,6 +75,7 @@ impl<'a> Run<'a> {
             beta2: settings.adam_beta2,
             eps: settings.adam_epsilon,
             weight_decay: settings.weight_decay,
+            decayed: is_decayed,
         });
         let state = match Saved::newest(&Self::checkpoints(job))? {
             Some(saved) => {

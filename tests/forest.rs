@@ -1,0 +1,286 @@
+//! The forest property: packing, sharing and splitting never change a loss or a gradient.
+
+use std::collections::BTreeMap;
+
+use arriero::data::forest::Forest;
+use arriero::data::tree::{Role, Segment, Tree};
+use arriero::loss::preference::{Dpo, PairLogps};
+use arriero::loss::reward::Reward;
+use arriero::loss::sft::Sft;
+use arriero::loss::{Objective, Readout};
+use arriero::model::checkpoint::Checkpoint;
+use arriero::model::{Architecture, Config, Gradients, Transformer, Weights};
+use arriero::optim::adamw::{AdamW, Hyper, is_decayed};
+use arriero::rng::Stream;
+use arriero::train::Learner;
+use arriero::train::step::{self, StepOptions, StepReport};
+use candle_core::{Device, Tensor};
+use rand::Rng;
+
+const OPTIONS: StepOptions = StepOptions { max_tokens: 1 << 20, recompute: false };
+
+fn base() -> (Config, Weights) {
+    let dir = std::path::Path::new("tests/fixtures/goldens/model_untied");
+    let checkpoint = Checkpoint::load_dir(dir, &Device::Cpu).unwrap();
+    (checkpoint.config, checkpoint.weights)
+}
+
+fn reward_base() -> (Config, Weights) {
+    let (mut config, mut weights) = base();
+    config.architecture = Architecture::SequenceClassification;
+    weights.remove("lm_head.weight");
+    let score = Stream::new(3, "score").normal(0, config.hidden_size, 0.1);
+    weights.insert(
+        "score.weight".to_owned(),
+        Tensor::from_vec(score, (1, config.hidden_size), &Device::Cpu).unwrap(),
+    );
+    (config, weights)
+}
+
+fn tokens(rng: &mut impl Rng, len: usize) -> Vec<u32> {
+    (0..len).map(|_| rng.random_range(3..512)).collect()
+}
+
+/// A random tree: depth three or more, one-token segments, and a segment that is a prefix of its sibling.
+fn random_tree(seed: u64) -> Tree {
+    let mut rng = Stream::new(seed, "tree").at(0, 0);
+    let mut segments: Vec<Segment> = Vec::new();
+    for index in 0..rng.random_range(4..9_usize) {
+        let parent = match index {
+            0 => None,
+            1..=3 => Some(index - 1),
+            _ => Some(rng.random_range(0..index)),
+        };
+        let len = if index % 3 == 1 { 1 } else { rng.random_range(1..9) };
+        let tokens = tokens(&mut rng, len);
+        let roles =
+            tokens.iter().map(|_| if rng.random_bool(0.7) { Role::Content } else { Role::Context });
+        segments.push(Segment { parent, roles: roles.collect(), tokens });
+    }
+    // A sibling that starts with the same tokens as segment 2 and goes on.
+    let mut twin = segments[2].clone();
+    twin.tokens.extend(tokens(&mut rng, 2));
+    twin.roles.extend([Role::Content, Role::Format]);
+    segments.push(twin);
+    Tree { segments, source: seed as usize }
+}
+
+/// Each sequence of a tree as a tree of its own.
+fn unrolled(trees: &[Tree]) -> Vec<Tree> {
+    let sequence = |tree: &Tree, leaf| {
+        let (tokens, roles) = tree.unroll(leaf);
+        Tree::sequence(tokens, roles, tree.source)
+    };
+    trees
+        .iter()
+        .flat_map(|tree| tree.leaves().into_iter().map(move |leaf| sequence(tree, leaf)))
+        .collect()
+}
+
+/// The same siblings under an empty root, so that nothing is shared.
+fn unshared(trees: &[Tree]) -> Vec<Tree> {
+    let split = |tree: &Tree| {
+        let responses = tree.leaves().into_iter().map(|leaf| tree.unroll(leaf)).collect();
+        Tree::siblings(Vec::new(), responses, tree.source)
+    };
+    trees.iter().map(split).collect()
+}
+
+fn run(
+    learner: &Learner,
+    objective: &dyn Objective,
+    trees: &[Tree],
+    options: StepOptions,
+) -> (Gradients, StepReport) {
+    step::gradients(learner, objective, &trees.iter().collect::<Vec<_>>(), options).unwrap()
+}
+
+fn norm(tensor: &Tensor) -> f64 {
+    arriero::model::gradients::square_sum(&tensor.contiguous().unwrap()).unwrap().sqrt()
+}
+
+#[track_caller]
+fn same(a: &(Gradients, StepReport), b: &(Gradients, StepReport)) {
+    assert!((a.1.loss - b.1.loss).abs() <= 1e-5 * b.1.loss.abs(), "loss {} {}", a.1.loss, b.1.loss);
+    assert_eq!(a.0.iter().count(), b.0.iter().count());
+    for (name, grad) in a.0.iter() {
+        let other = b.0.get(name).unwrap();
+        let distance = norm(&(grad - other).unwrap()) / norm(other).max(1e-20);
+        assert!(distance <= 1e-5, "{name}: {distance:.2e}");
+    }
+}
+
+fn pair(seed: u64) -> Tree {
+    let mut rng = Stream::new(seed, "pair").at(0, 0);
+    let prompt_len = rng.random_range(1..12);
+    let prompt = tokens(&mut rng, prompt_len);
+    let response = |rng: &mut _| {
+        let len = Rng::random_range(rng, 1..14);
+        let mut tokens = tokens(rng, len);
+        let mut roles = vec![Role::Content; len];
+        tokens.push(2);
+        roles.push(Role::Format);
+        (tokens, roles)
+    };
+    let responses = vec![response(&mut rng), response(&mut rng)];
+    Tree::siblings(prompt, responses, seed as usize)
+}
+
+fn dpo(mask_formatting_tokens: bool, trees: &[Tree]) -> Dpo {
+    let reference = trees
+        .iter()
+        .map(|tree| {
+            (tree.source, PairLogps { chosen: -40.0 - tree.source as f64, rejected: -42.0 })
+        })
+        .collect();
+    Dpo { beta: 0.1, label_smoothing: 0.0, sft_weight: 0.2, mask_formatting_tokens, reference }
+}
+
+#[test]
+fn sft_over_trees_equals_the_sequences_one_by_one() {
+    let (config, weights) = base();
+    let learner = Learner::new(&config, &weights).unwrap();
+    for seed in 0..6 {
+        let trees = [random_tree(seed), random_tree(seed + 100)];
+        assert!(trees[0].leaves().iter().any(|&leaf| trees[0].path(leaf).len() >= 3));
+        let packed = run(&learner, &Sft, &trees, OPTIONS);
+        let apart =
+            run(&learner, &Sft, &unrolled(&trees), StepOptions { max_tokens: 1, recompute: true });
+        same(&packed, &apart);
+    }
+}
+
+#[test]
+fn dpo_with_a_shared_prompt_equals_separate_rows() {
+    let (config, weights) = base();
+    let learner = Learner::new(&config, &weights).unwrap();
+    let trees: Vec<Tree> = (0..5).map(pair).collect();
+    for masked in [false, true] {
+        let objective = dpo(masked, &trees);
+        let shared = run(&learner, &objective, &trees, OPTIONS);
+        same(
+            &shared,
+            &run(
+                &learner,
+                &objective,
+                &unshared(&trees),
+                StepOptions { max_tokens: 1, recompute: true },
+            ),
+        );
+    }
+}
+
+#[test]
+fn reward_models_score_siblings_as_separate_rows() {
+    let (config, weights) = reward_base();
+    let learner = Learner::new(&config, &weights).unwrap();
+    let mut trees: Vec<Tree> = (0..4).map(pair).collect();
+    let third = (vec![9, 8, 2], vec![Role::Content, Role::Content, Role::Format]);
+    trees[0].segments.push(Segment { parent: Some(0), tokens: third.0, roles: third.1 });
+    let objective = Reward { center_coefficient: 0.01 };
+    let shared = run(&learner, &objective, &trees, OPTIONS);
+    same(
+        &shared,
+        &run(
+            &learner,
+            &objective,
+            &unshared(&trees),
+            StepOptions { max_tokens: 1, recompute: true },
+        ),
+    );
+}
+
+#[test]
+fn no_split_into_micro_batches_changes_a_gradient() {
+    let (config, weights) = base();
+    let learner = Learner::new(&config, &weights).unwrap();
+    let trees: Vec<Tree> = (0..8).map(pair).collect();
+    let objective = dpo(true, &trees);
+    let whole = run(&learner, &objective, &trees, OPTIONS);
+    let longest = trees.iter().map(Tree::tokens).max().unwrap();
+    for max_tokens in [1, longest * 2, longest * 4] {
+        same(
+            &run(&learner, &objective, &trees, StepOptions { max_tokens, recompute: false }),
+            &whole,
+        );
+    }
+}
+
+#[test]
+fn every_parameter_moves_and_frozen_ones_keep_their_bits() {
+    for (config, weights) in [base(), reward_base()] {
+        let trees: Vec<Tree> = (0..4).map(pair).collect();
+        let objective: Box<dyn Objective> = match config.architecture {
+            Architecture::CausalLm => Box::new(dpo(true, &trees)),
+            Architecture::SequenceClassification => Box::new(Reward::default()),
+        };
+        let frozen =
+            |name: &str| name.starts_with("model.layers.0.") || name == "model.embed_tokens.weight";
+        for freeze in [false, true] {
+            let learner =
+                Learner::with_frozen(&config, &weights, |name| freeze && frozen(name)).unwrap();
+            let (grads, _) = run(&learner, objective.as_ref(), &trees, OPTIONS);
+            let hyper = Hyper {
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+                weight_decay: 0.0,
+                decayed: is_decayed,
+            };
+            AdamW::new(hyper).step(learner.params(), &grads, 1e-3, 1.0).unwrap();
+            let moved = learner.weights();
+            assert_eq!(
+                moved.len(),
+                weights.keys().filter(|name| !(freeze && frozen(name))).count()
+            );
+            for (name, tensor) in &moved {
+                let change = norm(&(tensor - &weights[name]).unwrap());
+                assert!(change > 0.0, "{name} did not move");
+            }
+        }
+    }
+}
+
+/// The end-of-turn token is a formatting token: its log-probability belongs to the NLL term, not to the DPO term.
+#[test]
+fn the_end_of_turn_token_enters_the_nll_and_not_the_preference_term() {
+    let (config, weights) = base();
+    let model = Transformer::new(&config, &weights).unwrap();
+    let trees = [pair(1)];
+    let forest = Forest::pack(&trees).unwrap();
+    let mut logps = step::read(&model, Readout::Logps, &forest).unwrap();
+    let objective = dpo(true, &trees);
+    let totals =
+        arriero::loss::StepTotals { counts: objective.counts(&forest), statistics: Vec::new() };
+    let before = objective.weigh(&forest, &logps, &totals).unwrap();
+    let at = forest
+        .targets
+        .iter()
+        .position(|target| target.leaf == 0 && target.role == Role::Format)
+        .unwrap();
+    logps[at] -= 1.5;
+    let after = objective.weigh(&forest, &logps, &totals).unwrap();
+    assert_eq!(before.sums[0].to_bits(), after.sums[0].to_bits());
+    assert!((after.sums[1] - before.sums[1] - 1.5).abs() < 1e-5);
+}
+
+/// With the reference equal to the policy every margin is exactly zero; one step later it is not.
+#[test]
+fn dpo_starts_at_ln_two_exactly_and_moves() {
+    let (config, weights) = base();
+    let learner = Learner::new(&config, &weights).unwrap();
+    let trees: Vec<Tree> = (0..5).map(pair).collect();
+    let forest = Forest::pack(&trees).unwrap();
+    let mut objective = Dpo { reference: BTreeMap::new(), sft_weight: 0.0, ..dpo(true, &trees) };
+    let logps = step::read(learner.model(), Readout::Logps, &forest).unwrap();
+    let pairs = objective.pair_logps(&forest, &logps).unwrap();
+    objective.reference = forest.sources.iter().copied().zip(pairs).collect();
+    let (grads, report) = run(&learner, &objective, &trees, OPTIONS);
+    assert_eq!(report.metrics["rewards/margins"].to_bits(), 0.0_f64.to_bits());
+    assert_eq!(report.loss.to_bits(), std::f64::consts::LN_2.to_bits());
+    let hyper =
+        Hyper { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, decayed: is_decayed };
+    AdamW::new(hyper).step(learner.params(), &grads, 1e-3, 1.0).unwrap();
+    let (_, report) = run(&learner, &objective, &trees, OPTIONS);
+    assert!(report.metrics["rewards/margins"] > 0.0 && report.loss < std::f64::consts::LN_2);
+}
