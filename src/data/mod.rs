@@ -1,4 +1,15 @@
 //! Text in, trees of tokens out: readers, chat templates, masks, packing. Knows no tensors.
 
 pub mod forest;
+mod jsonl;
+mod marks;
+mod parquet;
+mod paths;
+pub mod prepare;
+pub mod read;
+pub mod record;
+pub mod render;
+pub mod template;
+pub mod tokenizer;
+mod tokenizer_files;
 pub mod tree;

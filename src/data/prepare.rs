@@ -1,0 +1,540 @@
+//! Rows become trees: rendered, tokenised, masked and cut to length.
+//!
+//! Tokens after the last trained one of a sequence change nothing and are left out.
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::record::{Message, Record, Row, Side};
+use super::render::{self, Request};
+use super::tokenizer::ChatTokenizer;
+use super::tree::{Role, Tree};
+use crate::error::{Error, Result};
+
+/// What to do with a sequence longer than `max_length`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Truncation {
+    /// Keep the first tokens.
+    #[default]
+    KeepStart,
+    /// Keep the last tokens.
+    KeepEnd,
+    /// Leave the row out, and count it.
+    Drop,
+    /// Refuse the row.
+    Error,
+}
+
+/// What to do with a row that cannot be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnBadRow {
+    /// Stop.
+    #[default]
+    Error,
+    /// Leave it out, count it and list it.
+    Skip,
+}
+
+/// How conversations and completions become sequences. Keys as in TRL and axolotl.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SftOptions {
+    /// Longest sequence in tokens; `None` is no limit.
+    #[serde(
+        alias = "sequence_len",
+        alias = "cutoff_len",
+        alias = "max_seq_len",
+        alias = "max_seq_length"
+    )]
+    pub max_length: Option<usize>,
+    /// What happens to longer ones.
+    #[serde(alias = "truncation_mode")]
+    pub truncation: Truncation,
+    /// Train assistant messages only. TRL's default is false; a model should not learn to write its prompts
+    /// (Llama 3, section 4.1.3), so it is true here.
+    pub assistant_only_loss: bool,
+    /// For prompt and completion: train the completion only.
+    pub completion_only_loss: bool,
+    /// Roles whose messages are trained, instead of the assistant's.
+    pub roles_to_train: Option<Vec<String>>,
+    /// Train the last response of a conversation only.
+    pub final_response_only: bool,
+    /// Accepted for recipes written elsewhere: trees are always packed.
+    #[serde(
+        alias = "sample_packing",
+        alias = "packed",
+        alias = "neat_packing",
+        alias = "packing_samples"
+    )]
+    pub packing: bool,
+    /// Parse special tokens that a message quotes, as transformers does.
+    pub parse_special_in_content: bool,
+    /// What happens to rows that cannot be used.
+    pub on_bad_row: OnBadRow,
+    /// Further variables for the chat template.
+    pub chat_template_kwargs: Map<String, Value>,
+}
+
+impl Default for SftOptions {
+    fn default() -> Self {
+        Self {
+            max_length: Some(1024),
+            truncation: Truncation::KeepStart,
+            assistant_only_loss: true,
+            completion_only_loss: true,
+            roles_to_train: None,
+            final_response_only: false,
+            packing: true,
+            parse_special_in_content: false,
+            on_bad_row: OnBadRow::Error,
+            chat_template_kwargs: Map::new(),
+        }
+    }
+}
+
+/// How preference rows become trees. Keys as in TRL.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PairOptions {
+    /// Longest sequence (prompt and longest response) in tokens; `None` is no limit.
+    #[serde(
+        alias = "sequence_len",
+        alias = "cutoff_len",
+        alias = "max_seq_len",
+        alias = "max_seq_length"
+    )]
+    pub max_length: Option<usize>,
+    /// `keep_start` and `keep_end` both cut the prompt from its left, once for all responses, and then the ends of
+    /// responses.
+    #[serde(alias = "truncation_mode")]
+    pub truncation: Truncation,
+    /// Parse special tokens that a message quotes, as transformers does.
+    pub parse_special_in_content: bool,
+    /// What happens to rows that cannot be used.
+    pub on_bad_row: OnBadRow,
+    /// Further variables for the chat template.
+    pub chat_template_kwargs: Map<String, Value>,
+}
+
+impl Default for PairOptions {
+    fn default() -> Self {
+        Self {
+            max_length: Some(1024),
+            truncation: Truncation::KeepStart,
+            parse_special_in_content: false,
+            on_bad_row: OnBadRow::Error,
+            chat_template_kwargs: Map::new(),
+        }
+    }
+}
+
+/// What became of the rows.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrepareReport {
+    /// Rows read.
+    pub rows: usize,
+    /// Rows left out: where they stand, and why.
+    pub skipped: Vec<(String, String)>,
+    /// Rows cut to length.
+    pub truncated: usize,
+    /// Tokens of all trees, shared ones once.
+    pub tokens: usize,
+    /// Trained tokens of all trees.
+    pub trained_tokens: usize,
+}
+
+/// Trees and the account of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prepared {
+    /// One tree a usable row; [`Tree::source`] is the row's index.
+    pub trees: Vec<Tree>,
+    /// The account.
+    pub report: PrepareReport,
+}
+
+/// A usable row's tree, or why the settings leave it out.
+enum Outcome {
+    Tree(Tree, bool),
+    Dropped(String),
+}
+
+/// Ids with one role each.
+type Tokens = (Vec<u32>, Vec<Role>);
+
+/// One sequence a row, for supervised fine-tuning.
+///
+/// # Errors
+/// With `on_bad_row = "error"`, the first row that cannot be used, by file and line; no usable row at all.
+pub fn sft_trees(
+    rows: &[Row],
+    tokenizer: &ChatTokenizer,
+    options: &SftOptions,
+) -> Result<Prepared> {
+    prepare(rows, options.on_bad_row, |index, row| sft_tree(index, row, tokenizer, options))
+}
+
+/// A prompt with 2..n responses, best first, a row.
+///
+/// # Errors
+/// As [`sft_trees`].
+pub fn pair_trees(
+    rows: &[Row],
+    tokenizer: &ChatTokenizer,
+    options: &PairOptions,
+) -> Result<Prepared> {
+    prepare(rows, options.on_bad_row, |index, row| pair_tree(index, row, tokenizer, options))
+}
+
+fn prepare(
+    rows: &[Row],
+    on_bad_row: OnBadRow,
+    tree: impl Fn(usize, &Row) -> Result<Outcome> + Sync,
+) -> Result<Prepared> {
+    let outcomes: Vec<Result<Outcome>> =
+        rows.par_iter().enumerate().map(|(index, row)| tree(index, row)).collect();
+    let mut prepared = Prepared::default();
+    prepared.report.rows = rows.len();
+    for (row, outcome) in rows.iter().zip(outcomes) {
+        match outcome {
+            Ok(Outcome::Tree(tree, truncated)) => {
+                prepared.report.truncated += usize::from(truncated);
+                prepared.report.tokens += tree.tokens();
+                let roles = tree.segments.iter().flat_map(|segment| &segment.roles);
+                prepared.report.trained_tokens += roles.filter(|role| role.trained()).count();
+                prepared.trees.push(tree);
+            }
+            Ok(Outcome::Dropped(why)) => prepared.report.skipped.push((row.place.clone(), why)),
+            Err(error) if on_bad_row == OnBadRow::Skip => {
+                prepared.report.skipped.push((row.place.clone(), error.to_string()));
+            }
+            Err(error) => {
+                return Err(error
+                    .at(&row.place)
+                    .hint("on_bad_row = \"skip\" leaves such rows out"));
+            }
+        }
+    }
+    if prepared.trees.is_empty() {
+        let error = Error::run(format!("none of {} rows can be used", rows.len()));
+        return Err(match prepared.report.skipped.first() {
+            Some((place, why)) => error.hint(format!("the first, {place}: {why}")),
+            None => error.hint("the dataset is empty; check its path, split and filters"),
+        });
+    }
+    Ok(prepared)
+}
+
+fn sft_tree(
+    index: usize,
+    row: &Row,
+    tokenizer: &ChatTokenizer,
+    options: &SftOptions,
+) -> Result<Outcome> {
+    let (mut ids, mut roles) = sft_tokens(row, tokenizer, options)?;
+    let keep = 1 + roles.iter().rposition(|role| role.trained()).ok_or_else(untrained)?;
+    ids.truncate(keep);
+    roles.truncate(keep);
+    let limit = options.max_length.unwrap_or(usize::MAX);
+    let truncated = ids.len() > limit;
+    if truncated {
+        let why = too_long(ids.len(), limit);
+        match options.truncation {
+            Truncation::KeepStart => {
+                ids.truncate(limit);
+                roles.truncate(limit);
+            }
+            Truncation::KeepEnd => {
+                ids.drain(..ids.len() - limit);
+                roles.drain(..roles.len() - limit);
+            }
+            Truncation::Drop => return Ok(Outcome::Dropped(why)),
+            Truncation::Error => return Err(Error::run(why).hint(TOO_LONG_HINT)),
+        }
+    }
+    // The first token has nothing to be predicted from.
+    match roles.iter().skip(1).rposition(|role| role.trained()) {
+        Some(last) => {
+            ids.truncate(last + 2);
+            roles.truncate(last + 2);
+        }
+        None if truncated => {
+            return Err(Error::run(format!("no trained token is left of the first {limit}"))
+                .hint("raise max_length, or set truncation = \"drop\" or \"keep_end\""));
+        }
+        None => return Err(untrained()),
+    }
+    Ok(Outcome::Tree(Tree::sequence(ids, roles, index), truncated))
+}
+
+const TOO_LONG_HINT: &str =
+    "raise max_length, or set truncation to \"keep_start\", \"keep_end\" or \"drop\"";
+
+fn too_long(tokens: usize, limit: usize) -> String {
+    format!("{tokens} tokens, expected at most max_length = {limit}")
+}
+
+fn untrained() -> Error {
+    Error::run("no token of this row is trained").hint(
+        "a row needs a response with text; check roles, `training` flags and the mask settings",
+    )
+}
+
+fn sft_tokens(row: &Row, tokenizer: &ChatTokenizer, options: &SftOptions) -> Result<Tokens> {
+    match &row.record {
+        Record::Conversation(messages) => {
+            conversation(row, messages, 0, !options.assistant_only_loss, (tokenizer, options))
+        }
+        Record::Completion { prompt, completion } => {
+            answered(row, prompt, completion, tokenizer, options)
+        }
+        Record::Preference { prompt, responses } => match responses.first() {
+            Some(chosen) => answered(row, prompt, chosen, tokenizer, options),
+            None => Err(untrained()),
+        },
+        Record::Text(text) => {
+            let ids = text_ids(tokenizer, text, options.parse_special_in_content, true)?;
+            let roles = text_roles(tokenizer, &ids);
+            Ok((ids, roles))
+        }
+        Record::Prompt(_) => Err(Error::run("a prompt without a response cannot be trained on")
+            .hint("add a column `completion`, or use `messages` with an assistant turn")),
+    }
+}
+
+/// A prompt with its one response, as text or as messages.
+fn answered(
+    row: &Row,
+    prompt: &Side,
+    response: &Side,
+    tokenizer: &ChatTokenizer,
+    options: &SftOptions,
+) -> Result<Tokens> {
+    if let (Side::Text(prompt), Side::Text(response)) = (prompt, response) {
+        let parse = options.parse_special_in_content;
+        let mut ids = prompt_text_ids(tokenizer, prompt, parse)?;
+        let mut roles = match options.completion_only_loss {
+            true => vec![Role::Context; ids.len()],
+            false => vec![Role::Content; ids.len()],
+        };
+        let response = text_ids(tokenizer, response, parse, false)?;
+        roles.extend(text_roles(tokenizer, &response));
+        ids.extend(response);
+        return Ok((ids, roles));
+    }
+    let mut messages = prompt.clone().into_messages("user");
+    let first = messages.len();
+    messages.extend(response.clone().into_messages("assistant"));
+    conversation(row, &messages, first, !options.completion_only_loss, (tokenizer, options))
+}
+
+/// Renders a conversation; messages before `first` are context.
+fn conversation(
+    row: &Row,
+    messages: &[Message],
+    first: usize,
+    everything: bool,
+    (tokenizer, options): (&ChatTokenizer, &SftOptions),
+) -> Result<Tokens> {
+    let kwargs = merged(&options.chat_template_kwargs, &row.template_kwargs);
+    let request = Request {
+        messages,
+        tools: row.tools.as_ref(),
+        kwargs: &kwargs,
+        add_generation_prompt: false,
+    };
+    let rendered = render::render(tokenizer, request)?;
+    let encoded = rendered.encode(tokenizer, options.parse_special_in_content)?;
+    if everything && options.roles_to_train.is_none() {
+        let turn = render::Turn { message: 0, span: 0..rendered.text.len() };
+        let roles = rendered.roles(&encoded, &[turn], messages);
+        return Ok((encoded.ids, roles));
+    }
+    let trains = |role: &str| match &options.roles_to_train {
+        Some(roles) => roles.iter().any(|name| name == role),
+        None => role == "assistant",
+    };
+    let last = messages.iter().rposition(|message| trains(message.role()));
+    let wanted = |index: usize| {
+        let message = &messages[index];
+        let by_role =
+            trains(message.role()) && (!options.final_response_only || Some(index) == last);
+        index >= first && message.training().unwrap_or(by_role)
+    };
+    let turns = rendered.turns(tokenizer, request, wanted)?;
+    let roles = rendered.roles(&encoded, &turns, messages);
+    Ok((encoded.ids, roles))
+}
+
+fn merged(base: &Map<String, Value>, row: &Map<String, Value>) -> Map<String, Value> {
+    let mut kwargs = base.clone();
+    kwargs.extend(row.iter().map(|(key, value)| (key.clone(), value.clone())));
+    kwargs
+}
+
+/// Ids of plain text: `bos` before it where the tokenizer asks for one (never two).
+fn prompt_text_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool) -> Result<Vec<u32>> {
+    let mut ids = plain_ids(tokenizer, text, parse)?;
+    if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.settings().add_bos)
+        && ids.first() != Some(&bos)
+    {
+        ids.insert(0, bos);
+    }
+    Ok(ids)
+}
+
+/// Ids of a plain text to train, closed by `eos`.
+fn text_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool, begins: bool) -> Result<Vec<u32>> {
+    let mut ids = match begins {
+        true => prompt_text_ids(tokenizer, text, parse)?,
+        false => plain_ids(tokenizer, text, parse)?,
+    };
+    if let Some(eos) = tokenizer.eos().filter(|eos| ids.last() != Some(eos)) {
+        ids.push(eos);
+    }
+    Ok(ids)
+}
+
+fn plain_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool) -> Result<Vec<u32>> {
+    if parse { tokenizer.encode_special(text) } else { Ok(tokenizer.encode_inert(text)?.ids) }
+}
+
+/// All content but the closing `eos`.
+fn text_roles(tokenizer: &ChatTokenizer, ids: &[u32]) -> Vec<Role> {
+    let mut roles = vec![Role::Content; ids.len()];
+    if let (Some(last), Some(role)) = (ids.last(), roles.last_mut())
+        && tokenizer.eos() == Some(*last)
+    {
+        *role = Role::Format;
+    }
+    roles
+}
+
+fn pair_tree(
+    index: usize,
+    row: &Row,
+    tokenizer: &ChatTokenizer,
+    options: &PairOptions,
+) -> Result<Outcome> {
+    let Record::Preference { prompt, responses } = &row.record else {
+        return Err(Error::run(format!("a row of {} is no preference", row.record.name()))
+            .hint("preferences need `chosen` and `rejected`, or `responses` ranked best first"));
+    };
+    if responses.len() < 2 {
+        return Err(Error::run(format!("{} response, expected two or more", responses.len())));
+    }
+    let texts: Option<Vec<&str>> = responses
+        .iter()
+        .map(|side| match side {
+            Side::Text(text) if matches!(prompt, Side::Text(_)) => Some(text.as_str()),
+            _ => None,
+        })
+        .collect();
+    let (prompt, responses) = match (prompt, texts) {
+        (Side::Text(prompt), Some(texts)) => {
+            let parse = options.parse_special_in_content;
+            let response = |text: &&str| {
+                let ids = text_ids(tokenizer, text, parse, false)?;
+                let roles = text_roles(tokenizer, &ids);
+                Ok((ids, roles))
+            };
+            let prompt = prompt_text_ids(tokenizer, prompt, parse)?;
+            (prompt, texts.iter().map(response).collect::<Result<Vec<Tokens>>>()?)
+        }
+        _ => chat_siblings(row, prompt, responses, tokenizer, options)?,
+    };
+    fit_siblings(index, prompt, responses, options)
+}
+
+/// The prompt's ids and each response's, from conversations that share the prompt.
+fn chat_siblings(
+    row: &Row,
+    prompt: &Side,
+    responses: &[Side],
+    tokenizer: &ChatTokenizer,
+    options: &PairOptions,
+) -> Result<(Vec<u32>, Vec<Tokens>)> {
+    let kwargs = merged(&options.chat_template_kwargs, &row.template_kwargs);
+    let prompt = prompt.clone().into_messages("user");
+    let parse = options.parse_special_in_content;
+    let mut shared: Option<(String, Vec<u32>)> = None;
+    let mut siblings = Vec::new();
+    for response in responses {
+        let mut messages = prompt.clone();
+        messages.extend(response.clone().into_messages("assistant"));
+        let tools = row.tools.as_ref();
+        let request =
+            Request { messages: &messages, tools, kwargs: &kwargs, add_generation_prompt: false };
+        let rendered = render::render(tokenizer, request)?;
+        let wanted = |index: usize| {
+            let message = &messages[index];
+            index >= prompt.len() && message.training().unwrap_or(message.role() == "assistant")
+        };
+        let turns = rendered.turns(tokenizer, request, wanted)?;
+        let (Some(first), Some(last)) = (turns.first(), turns.last()) else {
+            return Err(untrained());
+        };
+        let (start, end) = (first.span.start, last.span.end);
+        let text = &rendered.text[..start];
+        match &shared {
+            None => {
+                let ids = rendered.encode_range(tokenizer, 0..start, parse)?.ids;
+                shared = Some((text.to_owned(), ids));
+            }
+            Some((before, _)) if before == text => {}
+            Some(_) => {
+                return Err(Error::run(
+                    "the chat template renders the prompt differently before each response",
+                )
+                .hint("give the shared turns as `prompt`, and one assistant turn a response"));
+            }
+        }
+        let encoded = rendered.encode_range(tokenizer, start..end, parse)?;
+        let roles = rendered.roles(&encoded, &turns, &messages);
+        siblings.push((encoded.ids, roles));
+    }
+    Ok((shared.map(|(_, ids)| ids).unwrap_or_default(), siblings))
+}
+
+/// Cuts prompt and responses to length and makes the tree.
+fn fit_siblings(
+    index: usize,
+    mut prompt: Vec<u32>,
+    mut responses: Vec<Tokens>,
+    options: &PairOptions,
+) -> Result<Outcome> {
+    for (ids, roles) in &mut responses {
+        let keep = 1 + roles.iter().rposition(|role| role.trained()).ok_or_else(untrained)?;
+        ids.truncate(keep);
+        roles.truncate(keep);
+    }
+    let longest = responses.iter().map(|(ids, _)| ids.len()).max().unwrap_or(0);
+    let limit = options.max_length.unwrap_or(usize::MAX);
+    let truncated = prompt.len() + longest > limit;
+    if truncated {
+        let why = too_long(prompt.len() + longest, limit);
+        match options.truncation {
+            Truncation::Drop => return Ok(Outcome::Dropped(why)),
+            Truncation::Error => return Err(Error::run(why).hint(TOO_LONG_HINT)),
+            Truncation::KeepStart | Truncation::KeepEnd => {}
+        }
+        // The prompt gives way first, but for the one token that the first response token is predicted from.
+        let keep = limit.saturating_sub(longest).max(1).min(prompt.len());
+        prompt.drain(..prompt.len() - keep);
+        let room = limit - keep.min(limit);
+        for (ids, roles) in &mut responses {
+            ids.truncate(room);
+            roles.truncate(room);
+        }
+    }
+    let first = usize::from(prompt.is_empty());
+    if responses.iter().any(|(_, roles)| !roles.iter().skip(first).any(|role| role.trained())) {
+        return Err(Error::run(format!(
+            "no trained token of a response is left within max_length = {limit}"
+        ))
+        .hint("raise max_length"));
+    }
+    Ok(Outcome::Tree(Tree::siblings(prompt, responses, index), truncated))
+}

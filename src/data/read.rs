@@ -1,0 +1,351 @@
+//! Datasets from files: JSON lines (also gzipped), JSON arrays and Parquet; a file, a directory or a glob.
+//!
+//! The format of each row is found by its columns; see [`Format`]. Rows come in the order of the files' names and of
+//! the rows in them.
+
+use std::path::Path;
+
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::prepare::OnBadRow;
+use super::record::{Message, Record, Row, Side, kind};
+use crate::error::{Context, Error, Result};
+
+/// How to read.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ReadOptions {
+    /// Column names of this dataset: canonical name → its name here.
+    pub columns: IndexMap<String, String>,
+    /// Which split to take where the files' names say so (`train`, `test`, …).
+    pub split: Option<String>,
+    /// The format, where columns of several are present.
+    #[serde(rename = "type")]
+    pub format: Option<Format>,
+    /// What happens to rows that cannot be used.
+    pub on_bad_row: OnBadRow,
+}
+
+/// The formats of rows, in the order in which they are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// `chosen` and `rejected` (and `edited`), or `responses` ranked best first; `prompt` explicit or what they share.
+    #[serde(alias = "dpo", alias = "pairs")]
+    Preference,
+    /// `messages` of `role` and `content`.
+    #[serde(alias = "chat_template", alias = "chat", alias = "openai")]
+    Messages,
+    /// `conversations` of `from` and `value`.
+    #[serde(alias = "sharegpt")]
+    Conversations,
+    /// `prompt` and `completion`.
+    #[serde(alias = "input_output")]
+    PromptCompletion,
+    /// `instruction`, optional `input` and `system`, `output`.
+    #[serde(alias = "alpaca")]
+    Instruction,
+    /// `prompt` alone.
+    Prompt,
+    /// `text`.
+    #[serde(alias = "completion", alias = "pretrain")]
+    Text,
+}
+
+/// Rows, and those that were left out.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Dataset {
+    /// In the order of the source.
+    pub rows: Vec<Row>,
+    /// Where the rows stand that were left out, and why.
+    pub skipped: Vec<(String, String)>,
+}
+
+/// Reads a file, a directory of files or a glob.
+///
+/// # Errors
+/// No such file, no rows, or (with `on_bad_row = "error"`) the first bad row by file and line.
+pub fn read(path: &str, options: &ReadOptions) -> Result<Dataset> {
+    let mut dataset = Dataset::default();
+    for file in super::paths::files(path, options.split.as_deref())? {
+        for (place, value) in values(&file)? {
+            let row = value.and_then(|value| from_value(value, &place, options));
+            match row {
+                Ok(row) => dataset.rows.push(row),
+                Err(error) if options.on_bad_row == OnBadRow::Skip => {
+                    dataset.skipped.push((place, error.to_string()));
+                }
+                Err(error) => return Err(error.at(place)),
+            }
+        }
+    }
+    if dataset.rows.is_empty() {
+        let error = Error::run(format!("{path}: no rows"));
+        return Err(match dataset.skipped.first() {
+            Some((place, why)) => error.hint(format!("the first, {place}: {why}")),
+            None => error.hint("the dataset is empty; check its path and split"),
+        });
+    }
+    Ok(dataset)
+}
+
+/// One row, before its columns are looked at.
+pub(super) type Raw = (String, Result<Value>);
+
+fn values(file: &Path) -> Result<Vec<Raw>> {
+    if file.extension().is_some_and(|extension| extension == "parquet") {
+        return super::parquet::values(file);
+    }
+    super::jsonl::values(file)
+}
+
+/// Makes a row of one JSON object. `place` names it in errors.
+///
+/// # Errors
+/// Not an object, columns of no known format, or a column of a wrong type.
+pub fn from_value(value: Value, place: &str, options: &ReadOptions) -> Result<Row> {
+    let Value::Object(mut columns) = value else {
+        return Err(Error::run(format!("a row is {}, expected an object", kind(&value))));
+    };
+    for (canonical, actual) in &options.columns {
+        if let Some(value) = columns.shift_remove(actual) {
+            columns.insert(canonical.clone(), value);
+        }
+    }
+    // A null column is an absent one: Parquet and merged sets give every row every column.
+    columns.retain(|_, value| !value.is_null());
+    let format = options.format.map_or_else(|| detect(&columns), Ok)?;
+    let record = record(format, &mut columns)?;
+    let mut row = Row::new(place, record);
+    row.tools = columns.shift_remove("tools").map(tools).transpose()?;
+    row.margin = columns.shift_remove("margin").map(margin).transpose()?;
+    row.template_kwargs = match columns.shift_remove("chat_template_kwargs") {
+        None => Map::new(),
+        Some(Value::Object(kwargs)) => kwargs,
+        Some(other) => return Err(wrong_type("chat_template_kwargs", &other, "an object")),
+    };
+    row.extra = columns;
+    Ok(row)
+}
+
+fn detect(columns: &Map<String, Value>) -> Result<Format> {
+    let has = |name: &str| columns.contains_key(name);
+    let answers = has("chosen") && has("rejected");
+    Ok(if answers || (has("responses") && has("prompt")) {
+        Format::Preference
+    } else if has("messages") {
+        Format::Messages
+    } else if has("conversations") {
+        Format::Conversations
+    } else if has("prompt") && has("completion") {
+        Format::PromptCompletion
+    } else if has("instruction") && has("output") {
+        Format::Instruction
+    } else if has("prompt") {
+        Format::Prompt
+    } else if has("text") {
+        Format::Text
+    } else {
+        let found: Vec<&str> = columns.keys().map(String::as_str).collect();
+        return Err(Error::run(format!("columns of no known format: {}", found.join(", "))).hint(
+            "known: messages; conversations; prompt + completion; chosen + rejected; instruction + output; prompt; \
+             text. Name yours with `columns`, e.g. columns = { prompt = \"question\" }",
+        ));
+    })
+}
+
+fn record(format: Format, columns: &mut Map<String, Value>) -> Result<Record> {
+    match format {
+        Format::Preference => preference(columns),
+        Format::Messages => messages(columns, "messages").map(Record::Conversation),
+        Format::Conversations => messages(columns, "conversations").map(Record::Conversation),
+        Format::PromptCompletion => Ok(Record::Completion {
+            prompt: side(columns, "prompt")?,
+            completion: side(columns, "completion")?,
+        }),
+        Format::Instruction => instruction(columns),
+        Format::Prompt => {
+            let prompt = side(columns, "prompt")?;
+            if prompt.is_empty() {
+                return Err(Error::run("`prompt` is empty"));
+            }
+            Ok(Record::Prompt(prompt))
+        }
+        Format::Text => text(columns, "text").map(Record::Text),
+    }
+}
+
+fn take(columns: &mut Map<String, Value>, name: &str) -> Result<Value> {
+    columns.shift_remove(name).ok_or_else(|| {
+        let known: Vec<&str> = columns.keys().map(String::as_str).collect();
+        Error::run(format!("no column `{name}`")).hint(format!("found: {}", known.join(", ")))
+    })
+}
+
+fn side(columns: &mut Map<String, Value>, name: &str) -> Result<Side> {
+    Side::from_value(take(columns, name)?).at(format!("`{name}`"))
+}
+
+fn text(columns: &mut Map<String, Value>, name: &str) -> Result<String> {
+    match take(columns, name)? {
+        Value::String(text) => Ok(text),
+        other => Err(wrong_type(name, &other, "text")),
+    }
+}
+
+fn wrong_type(name: &str, found: &Value, expected: &str) -> Error {
+    Error::run(format!("`{name}` is {}, expected {expected}", kind(found)))
+}
+
+fn messages(columns: &mut Map<String, Value>, name: &str) -> Result<Vec<Message>> {
+    let mut messages = match side(columns, name)? {
+        Side::Messages(messages) if !messages.is_empty() => messages,
+        Side::Messages(_) => return Err(Error::run(format!("`{name}` is an empty list"))),
+        Side::Text(_) => {
+            return Err(Error::run(format!("`{name}` is a string, expected a list of messages")));
+        }
+    };
+    if let Some(Value::String(system)) = columns.get("system")
+        && messages[0].role() != "system"
+    {
+        messages.insert(0, Message::new("system", system.clone()));
+        columns.shift_remove("system");
+    }
+    Ok(messages)
+}
+
+fn instruction(columns: &mut Map<String, Value>) -> Result<Record> {
+    let mut question = text(columns, "instruction")?;
+    if columns.contains_key("input") {
+        let input = text(columns, "input")?;
+        if !input.is_empty() {
+            question = format!("{question}\n\n{input}");
+        }
+    }
+    let mut messages = Vec::new();
+    if columns.contains_key("system") {
+        messages.push(Message::new("system", text(columns, "system")?));
+    }
+    messages.push(Message::new("user", question));
+    messages.push(Message::new("assistant", text(columns, "output")?));
+    Ok(Record::Conversation(messages))
+}
+
+fn preference(columns: &mut Map<String, Value>) -> Result<Record> {
+    let mut responses = Vec::new();
+    if columns.contains_key("chosen") {
+        for name in ["edited", "chosen", "rejected"] {
+            if name != "edited" || columns.contains_key(name) {
+                responses.push(side(columns, name)?);
+            }
+        }
+    } else {
+        match take(columns, "responses")? {
+            Value::Array(list) => {
+                for value in list {
+                    responses.push(Side::from_value(value).at("`responses`")?);
+                }
+            }
+            other => return Err(wrong_type("responses", &other, "a list, best first")),
+        }
+    }
+    if responses.len() < 2 {
+        return Err(Error::run(format!("{} response, expected two or more", responses.len())));
+    }
+    let prompt = match columns.contains_key("prompt") {
+        true => side(columns, "prompt")?,
+        false => Side::Text(String::new()),
+    };
+    // Some sets repeat the prompt inside both conversations: with or without the column, what is shared is prompt.
+    let prompt = if prompt.is_empty() {
+        implicit_prompt(&mut responses)?
+    } else {
+        repeated(prompt, &mut responses)
+    };
+    if let Some(empty) = responses.iter().position(Side::is_empty) {
+        return Err(Error::run(format!("response {empty} is empty")));
+    }
+    Ok(Record::Preference { prompt, responses })
+}
+
+/// Cuts what all responses begin with and returns it.
+fn implicit_prompt(responses: &mut [Side]) -> Result<Side> {
+    let texts: Option<Vec<&str>> = responses
+        .iter()
+        .map(|side| if let Side::Text(text) = side { Some(text.as_str()) } else { None })
+        .collect();
+    if let Some(texts) = texts {
+        let mut shared = texts[0];
+        for text in &texts[1..] {
+            let same = shared.char_indices().zip(text.chars()).find(|((_, a), b)| a != b);
+            let end = same.map_or(shared.len().min(text.len()), |((at, _), _)| at);
+            shared = &shared[..end];
+        }
+        // The space before a word belongs to it: that is how tokenizers see it.
+        let prompt = shared.strip_suffix(' ').unwrap_or(shared).to_owned();
+        for side in responses.iter_mut() {
+            if let Side::Text(text) = side {
+                text.drain(..prompt.len());
+            }
+        }
+        return different(Side::Text(prompt), responses);
+    }
+    let mut lists: Vec<&mut Vec<Message>> = responses
+        .iter_mut()
+        .map(|side| match side {
+            Side::Messages(messages) => Ok(messages),
+            Side::Text(_) => {
+                Err(Error::run("responses are text and messages, expected the same of all"))
+            }
+        })
+        .collect::<Result<_>>()?;
+    let first = lists[0].clone();
+    let shared = lists
+        .iter()
+        .map(|list| list.iter().zip(&first).take_while(|(a, b)| a == b).count())
+        .min()
+        .unwrap_or(0);
+    for list in &mut lists {
+        list.drain(..shared);
+    }
+    different(Side::Messages(first[..shared].to_vec()), responses)
+}
+
+fn different(prompt: Side, responses: &[Side]) -> Result<Side> {
+    if responses.iter().any(Side::is_empty) {
+        return Err(Error::run("chosen and rejected do not differ")
+            .hint("without a `prompt`, what both begin with is taken as the prompt"));
+    }
+    Ok(prompt)
+}
+
+/// Cuts the prompt from responses that repeat it as messages.
+fn repeated(prompt: Side, responses: &mut [Side]) -> Side {
+    let starts = prompt.clone().into_messages("user");
+    let whole = |side: &Side| matches!(side, Side::Messages(list) if list.len() > starts.len() && list.starts_with(&starts));
+    if !responses.iter().all(whole) {
+        return prompt;
+    }
+    for side in responses {
+        if let Side::Messages(list) = side {
+            list.drain(..starts.len());
+        }
+    }
+    Side::Messages(starts)
+}
+
+/// Tools as a list; some sets store them as JSON text.
+fn tools(value: Value) -> Result<Value> {
+    match value {
+        Value::Array(_) => Ok(value),
+        Value::String(text) => serde_json::from_str(&text)
+            .map_err(|error| Error::run(format!("`tools` is text that is not JSON: {error}"))),
+        other => Err(wrong_type("tools", &other, "a list of tool descriptions")),
+    }
+}
+
+fn margin(value: Value) -> Result<f64> {
+    value.as_f64().ok_or_else(|| wrong_type("margin", &value, "a number"))
+}

@@ -1,0 +1,258 @@
+//! One row of a dataset: messages, pairs or plain text, with the place that it came from.
+//!
+//! A row keeps what it does not understand ([`Row::extra`], [`Message::fields`]), so that a chat template sees every
+//! field of a message and a later stage every column of a row. Reading files is `read`'s business.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// One message of a conversation, as the chat template sees it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Message {
+    fields: Map<String, Value>,
+}
+
+impl Message {
+    /// A message of `role` with text `content`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        let mut fields = Map::new();
+        fields.insert("role".to_owned(), Value::String(role.into()));
+        fields.insert("content".to_owned(), Value::String(content.into()));
+        Self { fields }
+    }
+
+    /// Reads one message object: `role`/`content` or `from`/`value`; `human` becomes `user`, `gpt` and `bot` become
+    /// `assistant`.
+    ///
+    /// # Errors
+    /// Not an object, or no role.
+    pub fn from_value(value: Value) -> Result<Self> {
+        let Value::Object(mut fields) = value else {
+            let found = kind(&value);
+            return Err(Error::run(format!("a message is {found}, expected an object"))
+                .hint("write {\"role\": \"user\", \"content\": \"…\"}"));
+        };
+        for (from, to) in [("from", "role"), ("value", "content")] {
+            if !fields.contains_key(to)
+                && let Some(value) = fields.shift_remove(from)
+            {
+                fields.insert(to.to_owned(), value);
+            }
+        }
+        let Some(Value::String(role)) = fields.get_mut("role") else {
+            return Err(Error::run("a message has no role")
+                .hint("each message needs `role` and `content` (or `from` and `value`)"));
+        };
+        if let Some(canonical) = canonical_role(role) {
+            canonical.clone_into(role);
+        }
+        // Parquet gives every message every key of the schema; an absent one reads as null.
+        fields.retain(|key, value| key == "content" || !value.is_null());
+        Ok(Self { fields })
+    }
+
+    /// `system`, `user`, `assistant`, `tool`, …
+    pub fn role(&self) -> &str {
+        self.fields.get("role").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The content where it is plain text, or the joined text parts of a list of parts.
+    pub fn text(&self) -> String {
+        match self.fields.get("content") {
+            Some(Value::String(text)) => text.clone(),
+            Some(Value::Array(parts)) => {
+                parts.iter().filter_map(|part| part.get("text").and_then(Value::as_str)).collect()
+            }
+            _ => String::new(),
+        }
+    }
+
+    /// Whether this very message is to be trained, where its row says so (`training` or `train`).
+    pub fn training(&self) -> Option<bool> {
+        ["training", "train"].iter().find_map(|key| self.fields.get(*key).and_then(Value::as_bool))
+    }
+
+    /// Every field, in the order of the source.
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+
+    /// The same, to add to: `tool_calls`, `name`, …
+    pub fn fields_mut(&mut self) -> &mut Map<String, Value> {
+        &mut self.fields
+    }
+}
+
+fn canonical_role(role: &str) -> Option<&'static str> {
+    match role {
+        "human" | "Human" | "USER" | "User" => Some("user"),
+        "gpt" | "bot" | "chatgpt" | "model" | "ASSISTANT" | "Assistant" => Some("assistant"),
+        "SYSTEM" | "System" => Some("system"),
+        _ => None,
+    }
+}
+
+/// A prompt or a response: plain text, or messages.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Side {
+    /// Text that no chat template touches.
+    Text(String),
+    /// Messages for the chat template.
+    Messages(Vec<Message>),
+}
+
+impl Side {
+    /// Reads a string, one message or a list of messages. `role` names the speaker of strings inside a list.
+    ///
+    /// # Errors
+    /// Anything else.
+    pub fn from_value(value: Value) -> Result<Self> {
+        match value {
+            Value::String(text) => Ok(Self::Text(text)),
+            Value::Array(list) => {
+                list.into_iter().map(Message::from_value).collect::<Result<_>>().map(Self::Messages)
+            }
+            object @ Value::Object(_) => Ok(Self::Messages(vec![Message::from_value(object)?])),
+            other => Err(Error::run(format!(
+                "found {}, expected text or a list of messages",
+                kind(&other)
+            ))),
+        }
+    }
+
+    /// Whether there is no text and no message.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Text(text) => text.is_empty(),
+            Self::Messages(messages) => messages.is_empty(),
+        }
+    }
+
+    /// The messages; plain text counts as one message of `role`.
+    pub fn into_messages(self, role: &str) -> Vec<Message> {
+        match self {
+            Self::Text(text) => vec![Message::new(role, text)],
+            Self::Messages(messages) => messages,
+        }
+    }
+}
+
+/// What a row holds.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Record {
+    /// A conversation (`messages`, `conversations`, `instruction`/`input`/`output`).
+    Conversation(Vec<Message>),
+    /// A prompt and the one response to it.
+    Completion {
+        /// What comes before.
+        prompt: Side,
+        /// What is trained.
+        completion: Side,
+    },
+    /// A prompt and 2..n responses, best first.
+    Preference {
+        /// Shared by all responses; may be empty text.
+        prompt: Side,
+        /// Best first: `[edited,] chosen, rejected`, or `responses`.
+        responses: Vec<Side>,
+    },
+    /// Text to train on as it is.
+    Text(String),
+    /// A prompt without a response.
+    Prompt(Side),
+}
+
+impl Record {
+    /// What the format is called in messages to the user.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Conversation(_) => "messages",
+            Self::Completion { .. } => "prompt and completion",
+            Self::Preference { .. } => "prompt, chosen and rejected",
+            Self::Text(_) => "text",
+            Self::Prompt(_) => "prompt",
+        }
+    }
+}
+
+/// One row of a dataset.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// Where it stands: `file:line`.
+    pub place: String,
+    /// What it holds.
+    pub record: Record,
+    /// Tool descriptions for the chat template.
+    pub tools: Option<Value>,
+    /// By how much the chosen response is better, where an annotator said so.
+    pub margin: Option<f64>,
+    /// Further variables for the chat template (`chat_template_kwargs`).
+    pub template_kwargs: Map<String, Value>,
+    /// All other columns, such as `answer`.
+    pub extra: Map<String, Value>,
+}
+
+impl Row {
+    /// A row without further columns.
+    pub fn new(place: impl Into<String>, record: Record) -> Self {
+        Self {
+            place: place.into(),
+            record,
+            tools: None,
+            margin: None,
+            template_kwargs: Map::new(),
+            extra: Map::new(),
+        }
+    }
+
+    /// The messages to answer: the prompt, or a conversation up to its last assistant turn. A text prompt is one
+    /// user message.
+    ///
+    /// # Errors
+    /// A `text` row, or a conversation without a message to answer.
+    pub fn prompt_messages(&self) -> Result<Vec<Message>> {
+        let messages = match &self.record {
+            Record::Conversation(messages) => {
+                let mut messages = messages.clone();
+                while messages.last().is_some_and(|message| message.role() == "assistant") {
+                    messages.pop();
+                }
+                messages
+            }
+            Record::Completion { prompt, .. }
+            | Record::Preference { prompt, .. }
+            | Record::Prompt(prompt) => prompt.clone().into_messages("user"),
+            Record::Text(_) => Vec::new(),
+        };
+        if messages.is_empty() {
+            return Err(Error::run(format!("a row of {} has no prompt", self.record.name()))
+                .at(&self.place)
+                .hint("prompts come from `prompt`, or from `messages` before the last answer"));
+        }
+        Ok(messages)
+    }
+
+    /// The column `answer`, as text.
+    pub fn answer(&self) -> Option<String> {
+        match self.extra.get("answer")? {
+            Value::String(text) => Some(text.clone()),
+            Value::Null => None,
+            other => Some(other.to_string()),
+        }
+    }
+}
+
+/// What JSON calls the type of `value`, with its article.
+pub(crate) fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
