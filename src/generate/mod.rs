@@ -2,5 +2,13 @@
 //!
 //! Knows nothing of stages, scores or files.
 
+pub mod cache;
+pub mod decode;
+pub mod engine;
+pub mod plain;
 pub mod sampler;
 pub mod sampling;
+mod stop;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,140 @@
+//! Keys and values of what was already read, in pages; samples of one prompt share its pages.
+
+use std::sync::Arc;
+
+/// Positions a page.
+pub const PAGE: usize = 16;
+
+/// How a model's cache is laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheShape {
+    /// Blocks of the model.
+    pub layers: usize,
+    /// Key/value heads, `G`.
+    pub heads: usize,
+    /// Width of a head, `E`.
+    pub width: usize,
+}
+
+impl CacheShape {
+    /// Numbers a page holds: keys and values of [`PAGE`] positions in every layer and head.
+    fn page_len(self) -> usize {
+        self.layers * 2 * self.heads * PAGE * self.width
+    }
+
+    /// Bytes a position takes.
+    pub fn bytes_a_token(self) -> usize {
+        self.page_len() / PAGE * size_of::<f32>()
+    }
+}
+
+/// The cache of one segment, prompt or sample, on the CPU in f32. A page is `[layers, 2, G, PAGE, E]`.
+#[derive(Debug)]
+pub struct PagedCache {
+    shape: CacheShape,
+    /// What this segment continues: all of it is visible.
+    parent: Option<Arc<PagedCache>>,
+    /// Position of the first token.
+    start: usize,
+    len: usize,
+    pages: Vec<Vec<f32>>,
+}
+
+/// Keys or values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Rotated keys.
+    Keys = 0,
+    /// Values.
+    Values = 1,
+}
+
+impl PagedCache {
+    /// An empty segment that continues `parent`.
+    pub fn new(shape: CacheShape, parent: Option<Arc<Self>>) -> Self {
+        let start = parent.as_ref().map_or(0, |parent| parent.end());
+        Self { shape, parent, start, len: 0, pages: Vec::new() }
+    }
+
+    /// Position after the last token.
+    pub fn end(&self) -> usize {
+        self.start + self.len
+    }
+
+    /// Makes room for `count` more tokens and returns the position of the first.
+    pub fn extend(&mut self, count: usize) -> usize {
+        let first = self.end();
+        self.len += count;
+        while self.pages.len() * PAGE < self.len {
+            self.pages.push(vec![0.0; self.shape.page_len()]);
+        }
+        first
+    }
+
+    /// Stores one token's keys or values of one layer, `[G, E]`, at `position`, which [`extend`](Self::extend) gave.
+    pub fn write(&mut self, layer: usize, part: Part, position: usize, values: &[f32]) {
+        let CacheShape { heads, width, .. } = self.shape;
+        let own = position - self.start;
+        let page = &mut self.pages[own / PAGE];
+        for (head, values) in values.chunks_exact(width).enumerate() {
+            let tile = ((layer * 2 + part as usize) * heads + head) * PAGE + own % PAGE;
+            page[tile * width..][..width].copy_from_slice(values);
+        }
+    }
+
+    /// Visits the keys or values of one layer and head up to and including `position`, tile by tile: the root's
+    /// first, each segment from its start, at most [`PAGE`] rows of width `E` at a time.
+    pub fn visit<'a>(
+        &'a self,
+        tile: (usize, Part, usize),
+        position: usize,
+        see: &mut impl FnMut(&'a [f32]),
+    ) {
+        if let Some(parent) = &self.parent {
+            parent.visit(tile, position, see);
+        }
+        let (layer, part, head) = tile;
+        let CacheShape { heads, width, .. } = self.shape;
+        let visible = (position + 1).saturating_sub(self.start).min(self.len);
+        for (index, page) in self.pages.iter().enumerate().take(visible.div_ceil(PAGE)) {
+            let rows = (visible - index * PAGE).min(PAGE);
+            let start = ((layer * 2 + part as usize) * heads + head) * PAGE * width;
+            see(&page[start..][..rows * width]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sample_sees_the_prompt_and_itself_up_to_its_position() {
+        let shape = CacheShape { layers: 2, heads: 2, width: 1 };
+        let fill = |cache: &mut PagedCache, count: usize| {
+            let first = cache.extend(count);
+            for position in first..first + count {
+                for layer in 0..2 {
+                    let value = (position * 10 + layer) as f32;
+                    cache.write(layer, Part::Keys, position, &[value, value + 0.5]);
+                    cache.write(layer, Part::Values, position, &[-value, -value - 0.5]);
+                }
+            }
+        };
+        let mut prompt = PagedCache::new(shape, None);
+        fill(&mut prompt, 19);
+        let prompt = Arc::new(prompt);
+        let mut sample = PagedCache::new(shape, Some(Arc::clone(&prompt)));
+        fill(&mut sample, 1);
+        fill(&mut sample, 2);
+        let read = |cache: &PagedCache, tile, position| {
+            let mut seen = Vec::new();
+            cache.visit(tile, position, &mut |rows| seen.extend_from_slice(rows));
+            seen
+        };
+        let keys: Vec<f32> = (0..21).map(|position| (position * 10 + 1) as f32 + 0.5).collect();
+        assert_eq!(read(&sample, (1, Part::Keys, 1), 20), keys);
+        assert_eq!(read(&prompt, (0, Part::Values, 0), 1), [0.0, -10.0]);
+        assert_eq!((prompt.end(), sample.end()), (19, 22));
+    }
+}

@@ -1,0 +1,324 @@
+//! The forward pass of generation: new tokens of many sequences at once against their caches.
+//!
+//! [`CpuDecoder`] keeps the row rule of [`rows`](crate::ops::cpu::rows): logits of a sequence are the same bits
+//! whatever it is batched with. [`PlainDecoder`](super::plain::PlainDecoder) runs on every device.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::cache::{CacheShape, PagedCache, Part};
+use crate::error::{Error, Result};
+use crate::model::{Architecture, Config, Weights};
+use crate::ops::cpu::{self, rows, simd};
+
+/// New tokens of one sequence.
+#[derive(Debug)]
+pub struct Feed<'a, C> {
+    /// The sequence's cache; the tokens are added to it.
+    pub cache: &'a mut C,
+    /// At least one token.
+    pub tokens: &'a [u32],
+}
+
+/// A model that reads tokens into caches and predicts the next ones.
+pub trait Decoder {
+    /// Keys and values of one sequence.
+    type Cache: Send + Sync;
+
+    /// An empty cache that continues `parent`.
+    fn cache(&self, parent: Option<Arc<Self::Cache>>) -> Self::Cache;
+
+    /// Reads each feed's tokens. `logits` becomes `[feeds, V]`: the predictions after each feed's last token.
+    ///
+    /// # Errors
+    /// The device fails, or a token lies outside the vocabulary.
+    fn forward(&self, feeds: &mut [Feed<'_, Self::Cache>], logits: &mut Vec<f32>) -> Result<()>;
+
+    /// The vocabulary's size, `V`.
+    fn vocab_size(&self) -> usize;
+}
+
+/// One block's weights.
+#[derive(Clone, Debug)]
+pub(super) struct Layer {
+    pub(super) input_norm: Tensor,
+    pub(super) qkv: [(Tensor, Option<Tensor>); 3],
+    pub(super) o: (Tensor, Option<Tensor>),
+    pub(super) post_norm: Tensor,
+    pub(super) gate: Tensor,
+    pub(super) up: Tensor,
+    pub(super) down: Tensor,
+}
+
+/// The weights of a causal language model in the order of the forward pass. Tensors are shared, not copied.
+#[derive(Clone, Debug)]
+pub(super) struct Parts {
+    pub(super) config: Config,
+    pub(super) embedding: Tensor,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Tensor,
+    pub(super) head: Tensor,
+    pub(super) frequencies: Vec<f32>,
+}
+
+impl Parts {
+    pub(super) fn new(config: &Config, weights: &Weights) -> Result<Self> {
+        if config.architecture != Architecture::CausalLm {
+            return Err(Error::usage("a reward model cannot write text")
+                .hint("give a causal language model here"));
+        }
+        let get = |name: &str| -> Result<Tensor> {
+            let tensor =
+                weights.get(name).ok_or_else(|| Error::run("missing from the weights").at(name))?;
+            Ok(tensor.detach().contiguous()?)
+        };
+        let head =
+            if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let layer = |index: usize| -> Result<Layer> {
+            let at = |name: &str| get(&format!("model.layers.{index}.{name}"));
+            let linear = |name: &str, bias: bool| -> Result<(Tensor, Option<Tensor>)> {
+                let bias = if bias { Some(at(&format!("{name}.bias"))?) } else { None };
+                Ok((at(&format!("{name}.weight"))?, bias))
+            };
+            Ok(Layer {
+                input_norm: at("input_layernorm.weight")?,
+                qkv: [
+                    linear("self_attn.q_proj", config.qkv_bias)?,
+                    linear("self_attn.k_proj", config.qkv_bias)?,
+                    linear("self_attn.v_proj", config.qkv_bias)?,
+                ],
+                o: linear("self_attn.o_proj", config.output_bias)?,
+                post_norm: at("post_attention_layernorm.weight")?,
+                gate: at("mlp.gate_proj.weight")?,
+                up: at("mlp.up_proj.weight")?,
+                down: at("mlp.down_proj.weight")?,
+            })
+        };
+        Ok(Self {
+            embedding: get("model.embed_tokens.weight")?,
+            layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            norm: get("model.norm.weight")?,
+            head: get(head)?,
+            frequencies: config.rope.inverse_frequencies(config.head_dim),
+            config: config.clone(),
+        })
+    }
+
+    /// Refuses token ids that the embedding does not have.
+    pub(super) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        let size = self.config.vocab_size;
+        match tokens.iter().find(|&&token| token as usize >= size) {
+            Some(token) => Err(Error::run(format!("token {token}, the model has {size}"))
+                .hint("this tokenizer does not belong to this model")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The forward pass on the CPU in f32 with kernels that keep the row rule.
+#[derive(Clone, Debug)]
+pub struct CpuDecoder {
+    parts: Parts,
+}
+
+/// Cosines and sines of the rows' positions, `[M, E/2]` each.
+struct Angles {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Angles {
+    /// Rounded to f32 before the cosine is taken, as [`Rotary`](crate::ops::Rotary) does.
+    fn new(frequencies: &[f32], positions: &[usize]) -> Self {
+        let angles = || {
+            positions.iter().flat_map(|&p| frequencies.iter().map(move |f| f64::from(p as f32 * f)))
+        };
+        Self {
+            cos: angles().map(|angle| angle.cos() as f32).collect(),
+            sin: angles().map(|angle| angle.sin() as f32).collect(),
+        }
+    }
+
+    /// Rotates every head of `x`, `[M, heads · E]`, in place.
+    fn rotate(&self, x: &mut [f32], row_len: usize, half: usize) {
+        for (row, x) in x.chunks_exact_mut(row_len).enumerate() {
+            let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
+            for head in x.chunks_exact_mut(2 * half) {
+                let (low, high) = head.split_at_mut(half);
+                for i in 0..half {
+                    let (a, b) = (low[i], high[i]);
+                    low[i] = a * cos[i] - b * sin[i];
+                    high[i] = b * cos[i] + a * sin[i];
+                }
+            }
+        }
+    }
+}
+
+impl CpuDecoder {
+    /// Takes the weights of a causal language model. They are shared, not copied.
+    ///
+    /// # Errors
+    /// A missing tensor, or a reward model.
+    pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
+        Ok(Self { parts: Parts::new(config, weights)? })
+    }
+
+    /// How this model's caches are laid out.
+    pub fn cache_shape(&self) -> CacheShape {
+        let config = &self.parts.config;
+        CacheShape {
+            layers: config.num_hidden_layers,
+            heads: config.num_key_value_heads,
+            width: config.head_dim,
+        }
+    }
+
+    fn linear(&self, x: &[f32], (weight, bias): (&Tensor, Option<&Tensor>)) -> Result<Vec<f32>> {
+        let (out_width, width) = weight.dims2()?;
+        let mut out = vec![0.0; x.len() / width * out_width];
+        cpu::with_slice(weight, |weight| rows::linear(&mut out, x, weight, width))?;
+        if let Some(bias) = bias {
+            cpu::with_slice(bias, |bias| {
+                for row in out.chunks_exact_mut(out_width) {
+                    simd::axpy(row, 1.0, bias);
+                }
+            })?;
+        }
+        Ok(out)
+    }
+
+    fn norm(&self, x: &[f32], weight: &Tensor) -> Result<Vec<f32>> {
+        let eps = self.parts.config.rms_norm_eps as f32;
+        Ok(cpu::with_slice(weight, |weight| {
+            let mut out = Vec::with_capacity(x.len());
+            for row in x.chunks_exact(weight.len()) {
+                let scale = 1.0 / (simd::dot(row, row) / row.len() as f32 + eps).sqrt();
+                out.extend(row.iter().zip(weight).map(|(x, weight)| x * scale * weight));
+            }
+            out
+        })?)
+    }
+
+    /// One block. `x`: `[M, D]`; `places`: feed and position of each row.
+    fn block(
+        &self,
+        index: usize,
+        x: &mut [f32],
+        feeds: &mut [Feed<'_, PagedCache>],
+        places: &[(usize, usize)],
+        angles: &Angles,
+    ) -> Result<()> {
+        let layer = &self.parts.layers[index];
+        let half = self.parts.frequencies.len();
+        let normed = self.norm(x, &layer.input_norm)?;
+        let project = |i: usize| self.linear(&normed, (&layer.qkv[i].0, layer.qkv[i].1.as_ref()));
+        let (mut q, mut k, v) = (project(0)?, project(1)?, project(2)?);
+        let (q_len, kv_len) = (q.len() / places.len(), k.len() / places.len());
+        angles.rotate(&mut q, q_len, half);
+        angles.rotate(&mut k, kv_len, half);
+        for (row, &(feed, position)) in places.iter().enumerate() {
+            let cache = &mut feeds[feed].cache;
+            cache.write(index, Part::Keys, position, &k[row * kv_len..][..kv_len]);
+            cache.write(index, Part::Values, position, &v[row * kv_len..][..kv_len]);
+        }
+        let group = self.parts.config.group_size();
+        let feeds = &*feeds;
+        let mut mixed = vec![0.0; q.len()];
+        mixed.par_chunks_mut(q_len).zip(q.par_chunks(q_len)).zip(places).for_each(
+            |((out, q), &(feed, position))| {
+                let heads = out.chunks_exact_mut(2 * half).zip(q.chunks_exact(2 * half));
+                for (head, (out, q)) in heads.enumerate() {
+                    attend(out, q, feeds[feed].cache, (index, head / group), position);
+                }
+            },
+        );
+        add(x, &self.linear(&mixed, (&layer.o.0, layer.o.1.as_ref()))?);
+        let normed = self.norm(x, &layer.post_norm)?;
+        let gate = self.linear(&normed, (&layer.gate, None))?;
+        let up = self.linear(&normed, (&layer.up, None))?;
+        let mut active = vec![0.0; gate.len()];
+        simd::swiglu(&mut active, &gate, &up);
+        add(x, &self.linear(&active, (&layer.down, None))?);
+        Ok(())
+    }
+}
+
+fn add(x: &mut [f32], y: &[f32]) {
+    simd::axpy(x, 1.0, y);
+}
+
+/// One head of one row: `out = softmax(q · Kᵀ / √E) · V` over everything up to `position`.
+fn attend(
+    out: &mut [f32],
+    query: &[f32],
+    cache: &PagedCache,
+    (layer, head): (usize, usize),
+    position: usize,
+) {
+    let width = query.len();
+    let scale = 1.0 / (width as f32).sqrt();
+    let mut probs = vec![0.0; position + 1];
+    let mut done = 0;
+    cache.visit((layer, Part::Keys, head), position, &mut |keys| {
+        let count = keys.len() / width;
+        rows::scores(&mut probs[done..][..count], query, keys, scale);
+        done += count;
+    });
+    let top = simd::max(&probs);
+    let sum = simd::exp_sub(&mut probs, top);
+    out.fill(0.0);
+    let mut done = 0;
+    cache.visit((layer, Part::Values, head), position, &mut |values| {
+        let count = values.len() / width;
+        rows::mix(out, &probs[done..][..count], values);
+        done += count;
+    });
+    simd::scale(out, 1.0 / sum);
+}
+
+impl Decoder for CpuDecoder {
+    type Cache = PagedCache;
+
+    fn cache(&self, parent: Option<Arc<PagedCache>>) -> PagedCache {
+        PagedCache::new(self.cache_shape(), parent)
+    }
+
+    fn forward(&self, feeds: &mut [Feed<'_, PagedCache>], logits: &mut Vec<f32>) -> Result<()> {
+        let parts = &self.parts;
+        let width = parts.config.hidden_size;
+        let mut places = Vec::new();
+        let mut x = Vec::new();
+        for (index, feed) in feeds.iter_mut().enumerate() {
+            parts.check_tokens(feed.tokens)?;
+            let first = feed.cache.extend(feed.tokens.len());
+            places.extend((0..feed.tokens.len()).map(|offset| (index, first + offset)));
+            cpu::with_slice(&parts.embedding, |table| {
+                for &token in feed.tokens {
+                    x.extend_from_slice(&table[token as usize * width..][..width]);
+                }
+            })?;
+        }
+        let positions: Vec<usize> = places.iter().map(|&(_, position)| position).collect();
+        let angles = Angles::new(&parts.frequencies, &positions);
+        for index in 0..parts.layers.len() {
+            self.block(index, &mut x, feeds, &places, &angles)?;
+        }
+        let mut last = Vec::with_capacity(feeds.len() * width);
+        let mut end = 0;
+        for feed in feeds.iter() {
+            end += feed.tokens.len();
+            last.extend_from_slice(&x[(end - 1) * width..end * width]);
+        }
+        let last = self.norm(&last, &parts.norm)?;
+        logits.resize(feeds.len() * parts.config.vocab_size, 0.0);
+        cpu::with_slice(&parts.head, |head| rows::linear(logits, &last, head, width))?;
+        Ok(())
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.parts.config.vocab_size
+    }
+}

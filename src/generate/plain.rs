@@ -1,0 +1,159 @@
+//! The forward pass of generation in plain Candle: correct on every device, one sequence's attention at a time.
+
+use std::sync::Arc;
+
+use candle_core::{D, DType, Device, Tensor};
+
+use super::decode::{Decoder, Feed, Layer, Parts};
+use crate::error::Result;
+use crate::model::{Config, Weights};
+use crate::ops::{self, Rotary};
+
+/// Keys and values of one segment: one pair of `[len, G, E]` a layer.
+#[derive(Debug)]
+pub struct TensorCache {
+    parent: Option<Arc<TensorCache>>,
+    start: usize,
+    len: usize,
+    layers: Vec<Option<[Tensor; 2]>>,
+}
+
+impl TensorCache {
+    fn end(&self) -> usize {
+        self.start + self.len
+    }
+
+    /// Keys and values of all that is visible, the root's first.
+    fn gather(&self, layer: usize) -> Vec<[Tensor; 2]> {
+        let mut parts = self.parent.as_ref().map_or_else(Vec::new, |parent| parent.gather(layer));
+        parts.extend(self.layers[layer].clone());
+        parts
+    }
+}
+
+/// A causal language model on any device.
+#[derive(Clone, Debug)]
+pub struct PlainDecoder {
+    parts: Parts,
+    device: Device,
+}
+
+impl PlainDecoder {
+    /// Takes the weights of a causal language model. They are shared, not copied.
+    ///
+    /// # Errors
+    /// A missing tensor, or a reward model.
+    pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
+        let parts = Parts::new(config, weights)?;
+        let device = parts.embedding.device().clone();
+        Ok(Self { parts, device })
+    }
+
+    fn block(
+        &self,
+        index: usize,
+        x: &Tensor,
+        feeds: &mut [Feed<'_, TensorCache>],
+        rotary: &Rotary,
+    ) -> Result<Tensor> {
+        let config = &self.parts.config;
+        let Layer { input_norm, qkv, o, post_norm, gate, up, down } = &self.parts.layers[index];
+        let rows = x.dim(0)?;
+        let normed = ops::rms_norm(x, input_norm, config.rms_norm_eps)?;
+        let heads =
+            [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads];
+        let project = |i: usize| {
+            ops::linear(&normed, &qkv[i].0, qkv[i].1.as_ref())?.reshape((
+                rows,
+                heads[i],
+                config.head_dim,
+            ))
+        };
+        let (q, k, v) =
+            (ops::rope(&project(0)?, rotary)?, ops::rope(&project(1)?, rotary)?, project(2)?);
+        let mut mixed = Vec::with_capacity(feeds.len());
+        let mut first = 0;
+        for feed in feeds.iter_mut() {
+            let count = feed.tokens.len();
+            let own = [k.narrow(0, first, count)?, v.narrow(0, first, count)?];
+            let old = &mut feed.cache.layers[index];
+            *old = Some(match old.take() {
+                Some([keys, values]) => {
+                    [Tensor::cat(&[&keys, &own[0]], 0)?, Tensor::cat(&[&values, &own[1]], 0)?]
+                }
+                None => own,
+            });
+            let seen = feed.cache.gather(index);
+            let keys = Tensor::cat(&seen.iter().map(|[keys, _]| keys).collect::<Vec<_>>(), 0)?;
+            let values =
+                Tensor::cat(&seen.iter().map(|[_, values]| values).collect::<Vec<_>>(), 0)?;
+            mixed.push(self.attend(&q.narrow(0, first, count)?, &keys, &values)?);
+            first += count;
+        }
+        let mixed = Tensor::cat(&mixed, 0)?;
+        let x = (x + ops::linear(&mixed, &o.0, o.1.as_ref())?)?;
+        let normed = ops::rms_norm(&x, post_norm, config.rms_norm_eps)?;
+        let active =
+            ops::swiglu(&ops::linear(&normed, gate, None)?, &ops::linear(&normed, up, None)?)?;
+        Ok((&x + ops::linear(&active, down, None)?)?)
+    }
+
+    /// Causal attention of the last rows of a sequence over all of it.
+    ///
+    /// # Shapes
+    /// - `q`: `[M, H, E]`, `keys`, `values`: `[T, G, E]`  →  `[M, H·E]`
+    fn attend(&self, q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
+        let ((m, h, e), (t, g, _)) = (q.dims3()?, keys.dims3()?);
+        // Row r of head group i stands at r · (H/G) + i, so that the shared keys need no copies.
+        let q = q.reshape((m, g, h / g, e))?.permute((1, 0, 2, 3))?.contiguous()?;
+        let q = q.reshape((g, m * (h / g), e))?;
+        let keys = keys.permute((1, 2, 0))?.contiguous()?;
+        let values = values.permute((1, 0, 2))?.contiguous()?;
+        let scores = (q.matmul(&keys)? / (e as f64).sqrt())?;
+        let hidden = (0..m).flat_map(|row| {
+            (0..h / g).flat_map(move |_| {
+                (0..t).map(move |column| if column + m > row + t { f32::NEG_INFINITY } else { 0.0 })
+            })
+        });
+        let mask = Tensor::from_iter(hidden, &self.device)?.reshape((1, m * (h / g), t))?;
+        let probs = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
+        let mixed = probs.matmul(&values)?.reshape((g, m, h / g, e))?;
+        Ok(mixed.permute((1, 0, 2, 3))?.contiguous()?.reshape((m, h * e))?)
+    }
+}
+
+impl Decoder for PlainDecoder {
+    type Cache = TensorCache;
+
+    fn cache(&self, parent: Option<Arc<TensorCache>>) -> TensorCache {
+        let start = parent.as_ref().map_or(0, |parent| parent.end());
+        TensorCache { parent, start, len: 0, layers: vec![None; self.parts.layers.len()] }
+    }
+
+    fn forward(&self, feeds: &mut [Feed<'_, TensorCache>], logits: &mut Vec<f32>) -> Result<()> {
+        let parts = &self.parts;
+        let (mut tokens, mut positions, mut last) = (Vec::new(), Vec::new(), Vec::new());
+        for feed in feeds.iter_mut() {
+            parts.check_tokens(feed.tokens)?;
+            let first = feed.cache.end() as u32;
+            tokens.extend_from_slice(feed.tokens);
+            positions.extend((0..feed.tokens.len() as u32).map(|offset| first + offset));
+            last.push(tokens.len() as u32 - 1);
+            feed.cache.len += feed.tokens.len();
+        }
+        let rotary = Rotary::new(&parts.frequencies, &positions);
+        let mut x = parts.embedding.index_select(&Tensor::new(tokens, &self.device)?, 0)?;
+        for index in 0..parts.layers.len() {
+            x = self.block(index, &x, feeds, &rotary)?;
+        }
+        let last = x.index_select(&Tensor::new(last, &self.device)?, 0)?;
+        let last = ops::rms_norm(&last, &parts.norm, parts.config.rms_norm_eps)?;
+        let predicted = ops::linear(&last, &parts.head, None)?.to_dtype(DType::F32)?;
+        *logits = predicted.flatten_all()?.to_vec1()?;
+        Ok(())
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.parts.config.vocab_size
+    }
+}

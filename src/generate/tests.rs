@@ -1,0 +1,250 @@
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::Device;
+
+use super::decode::{CpuDecoder, Decoder, Feed};
+use super::engine::{Answer, Engine, Finish, Limits, Prompt, Vocabulary};
+use super::plain::PlainDecoder;
+use super::sampler::argmax;
+use super::sampling::Sampling;
+use crate::data::forest::Forest;
+use crate::data::tree::{Role, Tree};
+use crate::error::Result;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::transformer::Transformer;
+
+/// Byte tokens; 256 and above are the pieces of `pieces`.
+#[derive(Default)]
+struct Bytes {
+    ends: Vec<u32>,
+    pieces: Vec<&'static str>,
+}
+
+impl Vocabulary for Bytes {
+    fn text(&self, ids: &[u32]) -> String {
+        let mut bytes = Vec::new();
+        for &id in ids {
+            match u8::try_from(id) {
+                Ok(byte) => bytes.push(byte),
+                Err(_) => bytes.extend(
+                    self.pieces.get(id as usize - 256).copied().unwrap_or_default().as_bytes(),
+                ),
+            }
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    fn ends(&self) -> &[u32] {
+        &self.ends
+    }
+}
+
+/// Says a fixed text whatever it is asked.
+struct Parrot {
+    says: Vec<u32>,
+}
+
+impl Decoder for Parrot {
+    type Cache = (usize, usize);
+
+    fn cache(&self, parent: Option<Arc<(usize, usize)>>) -> (usize, usize) {
+        let start = parent.map_or(0, |parent| parent.1);
+        (start, start)
+    }
+
+    fn forward(&self, feeds: &mut [Feed<'_, (usize, usize)>], logits: &mut Vec<f32>) -> Result<()> {
+        logits.clear();
+        for feed in feeds {
+            feed.cache.1 += feed.tokens.len();
+            // The prompt has one token.
+            let said = feed.cache.1 - 1;
+            let mut row = vec![0.0; self.vocab_size()];
+            row[self.says[said % self.says.len()] as usize] = 9.0;
+            logits.extend(row);
+        }
+        Ok(())
+    }
+
+    fn vocab_size(&self) -> usize {
+        300
+    }
+}
+
+const WIDE: Limits =
+    Limits { max_batch: 8, max_prefill: 64, cache_tokens: 4096, max_positions: 256 };
+
+#[track_caller]
+fn parrot(says: &[u32], stop: &[&str], vocabulary: &Bytes) -> Answer {
+    let sampling = Sampling {
+        stop: stop.iter().map(|&stop| stop.to_owned()).collect(),
+        ..Sampling::greedy(40)
+    };
+    let engine = Engine { decoder: &Parrot { says: says.to_vec() }, vocabulary, limits: WIDE };
+    let prompts = [Prompt { index: 0, tokens: vec![7] }];
+    engine.answers(&prompts, &sampling).unwrap().remove(0).remove(0)
+}
+
+fn ids(text: &str) -> Vec<u32> {
+    text.bytes().map(u32::from).collect()
+}
+
+#[test]
+fn an_end_token_ends_the_answer_and_is_no_text() {
+    let vocabulary = Bytes { ends: vec![0, 1], ..Bytes::default() };
+    let answer = parrot(&[104, 105, 1, 9], &[], &vocabulary);
+    assert_eq!((answer.text.as_str(), answer.finish), ("hi", Finish::Stop));
+    assert_eq!(answer.ids, [104, 105, 1]);
+    assert_eq!((answer.logprobs.len(), answer.sample_logprobs.len()), (3, 3));
+    let at_once = parrot(&[0], &[], &vocabulary);
+    assert_eq!((at_once.text.as_str(), at_once.ids.len()), ("", 1));
+}
+
+#[test]
+fn max_new_tokens_ends_the_answer_by_length() {
+    let answer = parrot(&ids("ab"), &[], &Bytes::default());
+    assert_eq!((answer.text.len(), answer.finish), (40, Finish::Length));
+}
+
+#[test]
+fn a_stop_string_is_found_across_token_edges() {
+    let vocabulary = Bytes { ends: vec![], pieces: vec!["one ST", "OP two", "O"] };
+    for says in [ids("one STOP two"), vec![256, 257], vec![256, 258, 80, 33]] {
+        let answer = parrot(&says, &["STOP"], &vocabulary);
+        assert_eq!((answer.text.as_str(), answer.finish), ("one ", Finish::Stop));
+    }
+    // The first of several in the text wins, wherever it stands in the list.
+    assert_eq!(parrot(&[256, 257], &["two", "STOP", "E"], &vocabulary).text, "one ");
+    assert_eq!(
+        parrot(&ids("long before it, é: end"), &["é:"], &vocabulary).text,
+        "long before it, "
+    );
+    // Half of a character is not yet a stop.
+    let answer = parrot(&[97, 0xc3, 0xa8, 98, 0xc3, 0xa9], &["é"], &vocabulary);
+    assert_eq!(answer.text, "aèb");
+}
+
+#[test]
+fn a_prompt_without_room_for_an_answer_is_refused() {
+    let engine = Engine {
+        decoder: &Parrot { says: vec![1] },
+        vocabulary: &Bytes::default(),
+        limits: Limits { max_positions: 4, ..WIDE },
+    };
+    for tokens in [vec![], vec![1, 2, 3, 4]] {
+        let prompts = [Prompt { index: 0, tokens }];
+        let refused = engine.answers(&prompts, &Sampling::greedy(4)).unwrap_err();
+        assert!(refused.to_string().starts_with("prompt 0: "), "{refused}");
+    }
+    let prompts = [Prompt { index: 0, tokens: vec![1, 2] }];
+    let answer = &engine.answers(&prompts, &Sampling::greedy(9)).unwrap()[0][0];
+    assert_eq!((answer.ids.len(), answer.finish), (2, Finish::Length));
+}
+
+fn golden(name: &str) -> Checkpoint {
+    let folder = std::env::var_os("ARRIERO_GOLDENS").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens"),
+        PathBuf::from,
+    );
+    Checkpoint::load_dir(&folder.join(name), &Device::Cpu).unwrap()
+}
+
+/// Log-probabilities after `tokens`, by the transformer over the whole sequence.
+fn whole_forward(model: &Transformer, tokens: &[u32]) -> Vec<f32> {
+    let tree = Tree::sequence(tokens.to_vec(), vec![Role::Context; tokens.len()], 0);
+    let hidden = model.hidden(&Forest::pack([&tree]).unwrap()).unwrap();
+    let last = hidden.narrow(0, tokens.len() - 1, 1).unwrap();
+    let logits = last.matmul(&model.head().t().unwrap()).unwrap();
+    candle_nn::ops::log_softmax(&logits, 1).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn greedy_answers_of_golden_models_are_the_argmax_of_the_whole_forward() {
+    for name in ["model_tied", "model_untied", "model_llama3rope"] {
+        let checkpoint = golden(name);
+        let decoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+        let model = Transformer::new(&checkpoint.config, &checkpoint.weights).unwrap();
+        let engine = Engine { decoder: &decoder, vocabulary: &Bytes::default(), limits: WIDE };
+        let prompts =
+            [Prompt { index: 0, tokens: (3..40).collect() }, Prompt { index: 1, tokens: vec![17] }];
+        let answers = engine.answers(&prompts, &Sampling::greedy(20)).unwrap();
+        for (prompt, answers) in prompts.iter().zip(&answers) {
+            let mut tokens = prompt.tokens.clone();
+            for (&id, &logprob) in answers[0].ids.iter().zip(&answers[0].logprobs) {
+                let expected = whole_forward(&model, &tokens);
+                assert_eq!(id, argmax(&expected), "{name}");
+                assert!((logprob - expected[id as usize]).abs() < 1e-4, "{name}");
+                tokens.push(id);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_plain_decoder_predicts_what_the_cpu_decoder_does_on_a_golden_model() {
+    let checkpoint = golden("model_llama3rope");
+    let cpu = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let plain = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
+        let (mut logits, mut all) = (Vec::new(), Vec::new());
+        let mut prompt = decoder.cache(None);
+        decoder
+            .forward(&mut [Feed { cache: &mut prompt, tokens: &[5, 9, 30] }], &mut logits)
+            .unwrap();
+        decoder.forward(&mut [Feed { cache: &mut prompt, tokens: &[8, 7] }], &mut logits).unwrap();
+        all.extend_from_slice(&logits);
+        let prompt = Arc::new(prompt);
+        let mut samples = [decoder.cache(Some(Arc::clone(&prompt))), decoder.cache(Some(prompt))];
+        for tokens in [[11, 12], [40, 41]] {
+            let mut feeds: Vec<_> = samples
+                .iter_mut()
+                .zip(tokens.chunks(1))
+                .map(|(cache, tokens)| Feed { cache, tokens })
+                .collect();
+            decoder.forward(&mut feeds, &mut logits).unwrap();
+            all.extend_from_slice(&logits);
+        }
+        all
+    }
+    let (cpu, plain) = (predict(&cpu), predict(&plain));
+    assert_eq!(cpu.len(), plain.len());
+    let worst = cpu.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst < 1e-4, "off by {worst}");
+}
+
+#[test]
+fn an_answer_of_a_golden_model_is_the_same_whatever_it_is_batched_with() {
+    let checkpoint = golden("model_untied");
+    let decoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let vocabulary = Bytes { ends: (0..40).collect(), ..Bytes::default() };
+    let prompts: Vec<Prompt> = (0..9_u32)
+        .map(|index| Prompt {
+            index: u64::from(index),
+            tokens: (0..=3 * index).map(|i| 40 + (i * 31 + index) % 400).collect(),
+        })
+        .collect();
+    let sampling = Sampling {
+        num_samples: 3,
+        max_new_tokens: 24,
+        top_p: 0.95,
+        seed: 5,
+        repetition_penalty: 1.1,
+        ..Sampling::default()
+    };
+    let engine = |limits| Engine { decoder: &decoder, vocabulary: &vocabulary, limits };
+    let reference = engine(WIDE).answers(&prompts, &sampling).unwrap();
+    assert!(reference[0][0].ids != reference[0][1].ids, "samples of a prompt differ");
+    let narrow = [
+        Limits { max_batch: 1, ..WIDE },
+        Limits { max_batch: 5, max_prefill: 7, ..WIDE },
+        Limits { cache_tokens: 90, ..WIDE },
+    ];
+    for limits in narrow {
+        assert!(engine(limits).answers(&prompts, &sampling).unwrap() == reference, "{limits:?}");
+    }
+    // A resumed run answers the rest of the prompts alone.
+    let rest = engine(WIDE).answers(&prompts[6..], &sampling).unwrap();
+    assert!(rest == reference[6..]);
+    let other = Sampling { seed: 6, ..sampling };
+    assert!(engine(WIDE).answers(&prompts, &other).unwrap() != reference);
+}
