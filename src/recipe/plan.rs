@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::generate::sampling::Sampling;
 use crate::train::Settings;
 
 /// A whole run.
@@ -176,7 +177,10 @@ impl Spec {
     /// Names the key, its value and what was expected.
     pub fn check(&self) -> Result<()> {
         let (models, datasets): (&[(&str, &String)], Option<&[Dataset]>) = match self {
-            Self::Synth(spec) => (&[("teacher", &spec.teacher)], Some(&spec.datasets)),
+            Self::Synth(spec) => {
+                spec.sampling.check()?;
+                (&[("teacher", &spec.teacher)], Some(&spec.datasets))
+            }
             Self::Sft(spec) => {
                 spec.train.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
@@ -186,6 +190,7 @@ impl Spec {
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
             Self::Sample(spec) => {
+                spec.sampling.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
             Self::Select(spec) => (&[], Some(&spec.datasets)),
@@ -199,6 +204,7 @@ impl Spec {
                 (&[], None)
             }
             Self::Eval(spec) => {
+                spec.sampling.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
         };
@@ -253,8 +259,8 @@ pub struct Synth {
     pub teacher: String,
     /// The prompts.
     pub datasets: Vec<Dataset>,
-    /// How to sample (becomes `generate::Sampling`).
-    pub sampling: Map<String, Value>,
+    /// How to sample.
+    pub sampling: Sampling,
     /// Only answers that pass all of these are kept (becomes `score::ScorerSpec`).
     pub scorers: Vec<Value>,
     /// Keep an answer whose score is at least this, where `scorers` are given.
@@ -304,7 +310,7 @@ pub struct Sample {
     /// The prompts.
     pub datasets: Vec<Dataset>,
     /// How to sample; `num_samples` is K.
-    pub sampling: Map<String, Value>,
+    pub sampling: Sampling,
     /// Who judges.
     pub scorers: Vec<Value>,
     /// Earlier rounds' `data.jsonl`, whose best candidate of each prompt joins this round's.
@@ -441,7 +447,7 @@ impl Average {
 }
 
 /// `eval`: held-out measures. Writes `data.jsonl` with every answer; its numbers are in the record.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Eval {
     /// The policy.
@@ -449,9 +455,21 @@ pub struct Eval {
     /// Held-out prompts with answers.
     pub datasets: Vec<Dataset>,
     /// How to sample.
-    pub sampling: Map<String, Value>,
+    pub sampling: Sampling,
     /// Who judges.
     pub scorers: Vec<Value>,
     /// Model from which KL is measured; empty measures none.
     pub reference: String,
+}
+
+impl Default for Eval {
+    fn default() -> Self {
+        Self {
+            model_name_or_path: String::new(),
+            datasets: Vec::new(),
+            sampling: Sampling::greedy(Sampling::default().max_new_tokens),
+            scorers: Vec::new(),
+            reference: String::new(),
+        }
+    }
 }

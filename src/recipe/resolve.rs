@@ -294,12 +294,7 @@ impl Stage {
 
     /// The typed settings of this stage in one round.
     fn spec(&self, file: &RecipeFile, scope: &Scope<'_>, seed: u64) -> Result<Spec> {
-        let mut object = Map::new();
-        for section in keys::SECTIONS {
-            if self.keys.values().any(|key| key.section.as_deref() == Some(section)) {
-                object.insert(section.to_owned(), Value::Object(Map::new()));
-            }
-        }
+        let mut object = keys::default_spec(self.kind)?;
         for (key, (value, place)) in &self.values {
             let value = inputs(key, value.clone(), scope)
                 .map_err(|error| self.locate(file, place, error.at(format_args!("`{key}`"))))?;
@@ -308,14 +303,14 @@ impl Stage {
                     object[section.as_str()][key.as_str()] = value;
                 }
                 None => {
-                    object.insert(key.clone(), value);
+                    object[key.as_str()] = value;
                 }
             }
         }
         if self.keys.get("num_samples").is_some_and(|key| key.section.is_some()) {
             object["sampling"]["seed"] = Value::from(seed);
         }
-        let spec = self.typed(Value::Object(object)).map_err(|(path, error)| {
+        let spec = self.typed(object).map_err(|(path, error)| {
             let key = path.split(['.', '[']).find(|part| self.values.contains_key(*part));
             let place = key.map_or(&self.line, |key| &self.values[key].1);
             self.locate(file, place, error)

@@ -119,7 +119,8 @@ impl Shelf {
         let outcome = stage(&context, &step.spec);
         let wall_s = before.wall_s + started.elapsed().as_secs_f64();
         let metrics = match outcome {
-            Ok(metrics) => metrics,
+            // JSON has no NaN: such a number would make the manifest unreadable.
+            Ok(metrics) => metrics.into_iter().filter(|(_, value)| value.is_finite()).collect(),
             Err(error) => {
                 // Only the time is lost where this cannot be written; the stage's own error matters more.
                 let _ = store::write_json(&work.join(BEGUN), &Begun { wall_s, ..before });
