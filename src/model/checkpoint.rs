@@ -10,8 +10,11 @@ use candle_core::Device;
 use serde_json::Value;
 
 use super::config::{Architecture, Config, ids_of};
+use super::gguf::Gguf;
+use super::source::{self, Source};
 use super::tensor_file::{self, Mapped};
-use super::{Weights, params};
+use super::{Weights, gguf_tokenizer, params};
+use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::store;
 
@@ -27,18 +30,96 @@ pub struct Checkpoint {
     pub config: Config,
     /// Exactly the parameters of [`params::shapes`].
     pub weights: Weights,
+    /// The tokenizer with its chat template, where there is one.
+    pub tokenizer: Option<ChatTokenizer>,
+}
+
+/// What to load.
+#[derive(Clone, Debug, Default)]
+pub struct LoadOptions {
+    /// Branch, tag or commit of a hub repository; `main` where absent.
+    pub revision: Option<String>,
 }
 
 impl Checkpoint {
+    /// Loads a directory, a GGUF file or a hub repository (see [`source::resolve`]), in f32.
+    ///
+    /// # Errors
+    /// No such model, one that is not supported, and damaged files.
+    pub fn load(name_or_path: &str, device: &Device, options: &LoadOptions) -> Result<Self> {
+        match source::resolve(name_or_path, options.revision.as_deref())? {
+            Source::Directory(dir) => Self::load_dir(&dir, device),
+            Source::Gguf(path) => Self::load_gguf(&path, device),
+        }
+    }
+
     /// Reads a Hugging Face directory.
     ///
     /// # Errors
-    /// All of [`load_config`] and [`load_weights`].
+    /// All of [`load_config`] and [`load_weights`], and a tokenizer that is broken or has ids beyond
+    /// the embedding.
     pub fn load_dir(dir: &Path, device: &Device) -> Result<Self> {
         let config = load_config(dir)?;
+        let tokenizer = dir.join("tokenizer.json").exists().then(|| ChatTokenizer::from_dir(dir));
+        let tokenizer = tokenizer.transpose()?;
+        check_vocabulary(&config, tokenizer.as_ref()).at(dir.display())?;
         let weights = load_weights(dir, &config, device)?;
-        Ok(Self { config, weights })
+        Ok(Self { config, weights, tokenizer })
     }
+
+    /// Reads a GGUF file: weights, configuration, tokenizer and chat template.
+    ///
+    /// # Errors
+    /// An architecture, tokenizer or feature that is not supported, and damaged files.
+    pub fn load_gguf(path: &Path, device: &Device) -> Result<Self> {
+        let gguf = Gguf::open(path)?;
+        let read = || {
+            let config = gguf.config()?;
+            let tokenizer = gguf_tokenizer::chat_tokenizer(&gguf)?;
+            check_vocabulary(&config, Some(&tokenizer))?;
+            let weights = gguf.weights(&config, device)?;
+            Ok::<_, Error>(Self { config, weights, tokenizer: Some(tokenizer) })
+        };
+        read().at(path.display())
+    }
+
+    /// The model's tokenizer.
+    ///
+    /// # Errors
+    /// The checkpoint has none.
+    pub fn tokenizer(&self) -> Result<&ChatTokenizer> {
+        self.tokenizer.as_ref().ok_or_else(|| {
+            Error::run("the checkpoint has no tokenizer.json")
+                .hint("copy the tokenizer files of its base model beside config.json")
+        })
+    }
+
+    /// Every id that ends a response: the model's and the tokenizer's.
+    pub fn ends(&self) -> Vec<u32> {
+        let mut ends = self.config.eos_token_ids.clone();
+        for id in self.tokenizer.iter().flat_map(ChatTokenizer::ends) {
+            if !ends.contains(id) {
+                ends.push(*id);
+            }
+        }
+        ends
+    }
+}
+
+/// An id without a row in the embedding would fail only when a text happens to hold its token.
+pub(super) fn check_vocabulary(config: &Config, tokenizer: Option<&ChatTokenizer>) -> Result<()> {
+    let ids = tokenizer.map_or(0, ChatTokenizer::vocab_size);
+    if ids <= config.vocab_size {
+        return Ok(());
+    }
+    Err(Error::run(format!(
+        "the tokenizer has ids up to {}, the model's vocabulary only {} rows",
+        ids - 1,
+        config.vocab_size
+    ))
+    .hint(
+        "the tokenizer is of another model, or has added tokens and the embedding needs resizing",
+    ))
 }
 
 /// Reads the `config.json` of a Hugging Face directory. The ids of `generation_config.json` that end

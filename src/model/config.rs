@@ -142,7 +142,7 @@ impl Config {
         Ok(config)
     }
 
-    fn check_sizes(&self) -> Result<()> {
+    pub(super) fn check_sizes(&self) -> Result<()> {
         let (heads, groups) = (self.num_attention_heads, self.num_key_value_heads);
         if heads % groups != 0 {
             return Err(Error::run(format!(

@@ -116,7 +116,7 @@ impl Gguf {
         let embedding = info("token_embd.weight")
             .ok_or_else(|| Error::run("missing tensor `token_embd.weight`"))?;
         let (vocab_size, _) = embedding.shape.dims2()?;
-        Ok(Config {
+        let config = Config {
             family,
             architecture: Architecture::CausalLm,
             vocab_size,
@@ -141,7 +141,9 @@ impl Gguf {
             pad_token_id: self.token_id("padding_token_id"),
             dtype: DType::F32,
             other: Map::new(),
-        })
+        };
+        config.check_sizes()?;
+        Ok(config)
     }
 
     /// The special token id under `tokenizer.ggml.<name>`.

@@ -19,6 +19,7 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, NormalizerWrapper, SplitDelimiterBehavior, Tokenizer};
 
 use super::gguf::Gguf;
+use crate::data::tokenizer::{ChatTokenizer, TokenizerSettings};
 use crate::error::{Context, Error, Result};
 
 /// Words with an optional leading mark, runs of one to three digits, punctuation, line ends, spaces.
@@ -36,11 +37,35 @@ mod kind {
     pub(super) const USER_DEFINED: i64 = 4;
 }
 
+/// The file's tokenizer with its chat template and special ids.
+///
+/// # Errors
+/// All of [`tokenizer`], a template that does not compile, special ids outside the vocabulary.
+pub(super) fn chat_tokenizer(gguf: &Gguf) -> Result<ChatTokenizer> {
+    let tokenizer = tokenizer(gguf)?;
+    let template = gguf.text("tokenizer.chat_template").map(str::to_owned);
+    let mut ends = gguf.end_ids();
+    // Many files name only the end of a text; the template shows what ends a turn.
+    for name in ["<|im_end|>", "<|eot_id|>", "<|eom_id|>"] {
+        let used = template.as_deref().is_some_and(|template| template.contains(name));
+        ends.extend(tokenizer.token_to_id(name).filter(|id| used && !ends.contains(id)));
+    }
+    let settings = TokenizerSettings {
+        chat_template: template,
+        bos: gguf.token_id("bos_token_id"),
+        eos: gguf.token_id("eos_token_id"),
+        pad: gguf.token_id("padding_token_id"),
+        ends,
+        add_bos: wants_bos(gguf),
+    };
+    ChatTokenizer::new(tokenizer, settings)
+}
+
 /// The file's tokenizer.
 ///
 /// # Errors
 /// A vocabulary or a pre-tokenizer that is not supported, or a broken one.
-pub(super) fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
+fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
     let tokens = texts(gguf, "tokenizer.ggml.tokens")?;
     if tokens.is_empty() {
         return Err(Error::run("the file has no tokenizer"));
@@ -100,7 +125,7 @@ fn cut(pre: &str, tokenizer: &mut Tokenizer) -> Result<()> {
         "smollm" => vec![Digits::new(true).into(), bytes(true)],
         "default" | "gpt-2" => vec![bytes(true)],
         "qwen2" => {
-            tokenizer.with_normalizer(Some(NFC));
+            tokenizer.with_normalizer(Some(NFC))?;
             vec![split(QWEN2_CUT)?.into(), bytes(false)]
         }
         name if is_llama3(name) => vec![split(LLAMA3_CUT)?.into(), bytes(false)],
@@ -138,7 +163,7 @@ fn sentence_piece(gguf: &Gguf, vocab: Vocab, tokens: &[String]) -> Result<Tokeni
         decoders.push(Strip::new(' ', 1, 0).into());
     }
     steps.push(Replace::new(" ", SPACE)?.into());
-    tokenizer.with_normalizer(Some(Normalizers::new(steps)));
+    tokenizer.with_normalizer(Some(Normalizers::new(steps)))?;
     tokenizer.with_decoder(Some(Decoders::new(decoders)));
     Ok(tokenizer)
 }
@@ -205,7 +230,7 @@ fn add_bos(gguf: &Gguf, tokens: &[String], tokenizer: &mut Tokenizer) -> Result<
 }
 
 /// Whether plain text begins with the first token; SentencePiece models do so by default.
-pub(super) fn wants_bos(gguf: &Gguf) -> bool {
+fn wants_bos(gguf: &Gguf) -> bool {
     let set = gguf.get("tokenizer.ggml.add_bos_token").and_then(|value| value.to_bool().ok());
     set.unwrap_or_else(|| gguf.text("tokenizer.ggml.model") == Some("llama"))
 }

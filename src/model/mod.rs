@@ -14,12 +14,14 @@ mod gguf;
 mod gguf_tokenizer;
 pub mod gradients;
 pub mod heads;
+pub mod hub;
 pub mod init;
 pub mod params;
 mod refusals;
 mod resize;
 pub mod rope;
 pub mod save;
+pub mod source;
 pub mod tensor_file;
 pub mod transformer;
 

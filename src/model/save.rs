@@ -10,9 +10,10 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::checkpoint::{Checkpoint, INDEX, SINGLE};
+use super::checkpoint::{Checkpoint, INDEX, SINGLE, check_vocabulary};
 use super::config::{Architecture, Config, one_or_list};
 use super::{Weights, params, tensor_file};
+use crate::data::tokenizer::{ChatTokenizer, TokenizerSettings};
 use crate::error::{Context, Error, Result};
 use crate::store::{self, AtomicDir};
 
@@ -61,8 +62,9 @@ impl Checkpoint {
             config.pad_token_id = Some(self.reward_pad()?);
         }
         write_weights(dir, &self.weights, options)?;
+        self.write_tokenizer(dir, &config)?;
         if config.architecture == Architecture::CausalLm {
-            let text = generation_config(&config, &config.eos_token_ids);
+            let text = generation_config(&config, &self.ends());
             store::write_atomic(&dir.join("generation_config.json"), text.as_bytes())?;
         }
         store::write_atomic(&dir.join("config.json"), config.to_json().as_bytes())
@@ -73,17 +75,51 @@ impl Checkpoint {
     /// The padding id that a reward model is saved with.
     ///
     /// transformers scores a row at its last token that is not padding, so the id must be one that no
-    /// row ends with: models whose padding is their end of turn get another one.
+    /// row ends with: models whose padding is their end of turn get another one. Taken is the first of:
+    /// the padding of the model or the tokenizer, a special token named after padding, any special
+    /// token that the chat template does not use. None of these ends a row.
     ///
     /// # Errors
-    /// No such id is known.
-    fn reward_pad(&self) -> Result<u32> {
-        let ends = &self.config.eos_token_ids;
-        self.config.pad_token_id.filter(|pad| !ends.contains(pad)).ok_or_else(|| {
-            Error::run("no token can serve as padding: every known special token can end a row")
+    /// There is no such token.
+    pub fn reward_pad(&self) -> Result<u32> {
+        let ends = self.ends();
+        let set = [self.config.pad_token_id, self.tokenizer.as_ref().and_then(ChatTokenizer::pad)];
+        let unused = self.tokenizer.as_ref().map(unused_specials).unwrap_or_default();
+        let candidates = set.into_iter().flatten().chain(unused);
+        let fits = |id: &u32| !ends.contains(id) && (*id as usize) < self.config.vocab_size;
+        candidates.into_iter().find(fits).ok_or_else(|| {
+            Error::run("no token can serve as padding: every special token may end a row")
                 .hint("add a padding token to the tokenizer and resize the embedding")
         })
     }
+
+    fn write_tokenizer(&self, dir: &Path, config: &Config) -> Result<()> {
+        let Some(tokenizer) = &self.tokenizer else { return Ok(()) };
+        check_vocabulary(config, Some(tokenizer))?;
+        if config.architecture == Architecture::CausalLm {
+            return tokenizer.save(dir);
+        }
+        // Rows must be padded with the id that the model takes for padding.
+        let settings = tokenizer.settings().clone();
+        let settings = TokenizerSettings { pad: config.pad_token_id, ..settings };
+        ChatTokenizer::new(tokenizer.inner().clone(), settings)?.save(dir)
+    }
+}
+
+/// Special tokens that neither begin a text nor stand in the chat template; padding first.
+fn unused_specials(tokenizer: &ChatTokenizer) -> Vec<u32> {
+    let template = tokenizer.settings().chat_template.clone().unwrap_or_default();
+    let mut unused: Vec<(bool, u32)> = tokenizer
+        .inner()
+        .get_added_tokens_decoder()
+        .into_iter()
+        .filter(|(id, token)| {
+            token.special && Some(*id) != tokenizer.bos() && !template.contains(&token.content)
+        })
+        .map(|(id, token)| (!token.content.to_lowercase().contains("pad"), id))
+        .collect();
+    unused.sort_unstable(); // the map has no order of its own
+    unused.into_iter().map(|(_, id)| id).collect()
 }
 
 /// `generation_config.json`: generation in other programs stops at the same ids as here.
