@@ -4,9 +4,10 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::data::prepare::{PairOptions, SftOptions};
 use crate::generate::sampling::Sampling;
 use crate::train::Settings;
 
@@ -277,8 +278,12 @@ pub struct Sft {
     pub datasets: Vec<Dataset>,
     /// What to evaluate on while training; may be empty.
     pub eval_datasets: Vec<Dataset>,
-    /// How rows become tokens (becomes `data::prepare::SftOptions`).
-    pub data: Map<String, Value>,
+    /// How rows become tokens.
+    pub data: SftOptions,
+    /// A built-in chat template or a Jinja file, for models that have none; empty keeps the model's own.
+    pub chat_template: String,
+    /// Begin with random weights: `model_name_or_path` holds a configuration and a tokenizer only.
+    pub random_init: bool,
     /// How to train.
     pub train: Settings,
 }
@@ -293,8 +298,10 @@ pub struct Reward {
     pub datasets: Vec<Dataset>,
     /// Preferences to evaluate on; may be empty.
     pub eval_datasets: Vec<Dataset>,
-    /// How rows become tokens (becomes `data::prepare::PairOptions`).
-    pub data: Map<String, Value>,
+    /// How rows become tokens.
+    pub data: PairOptions,
+    /// A built-in chat template or a Jinja file, for models that have none; empty keeps the model's own.
+    pub chat_template: String,
     /// How to train.
     pub train: Settings,
     /// Weight of the squared mean reward of each pair; 0 is off.
@@ -357,8 +364,10 @@ pub struct Dpo {
     pub datasets: Vec<Dataset>,
     /// Preferences to evaluate on; may be empty.
     pub eval_datasets: Vec<Dataset>,
-    /// How rows become tokens (becomes `data::prepare::PairOptions`).
-    pub data: Map<String, Value>,
+    /// How rows become tokens.
+    pub data: PairOptions,
+    /// A built-in chat template or a Jinja file, for models that have none; empty keeps the model's own.
+    pub chat_template: String,
     /// How to train.
     pub train: Settings,
     /// Strength of the tie to the reference.
@@ -380,7 +389,8 @@ impl Default for Dpo {
             ref_model_name_or_path: String::new(),
             datasets: Vec::new(),
             eval_datasets: Vec::new(),
-            data: Map::new(),
+            data: PairOptions::default(),
+            chat_template: String::new(),
             train: Settings::default(),
             beta: 0.1,
             loss_type: "sigmoid".to_owned(),

@@ -5,9 +5,13 @@
 //! called again with the same directory and continues from what it finds there; only when it returns does the
 //! runner write the manifest and give the directory its final name.
 
+pub mod dpo;
 pub mod inputs;
+pub mod reward;
 pub mod rounds;
 pub mod run;
+pub mod sft;
+pub mod training;
 
 use std::path::PathBuf;
 
@@ -32,9 +36,11 @@ pub struct StageContext<'a> {
 }
 
 /// Runs one stage: the one place that knows which function belongs to which kind.
-pub fn run_stage(_context: &StageContext<'_>, spec: &Spec) -> Result<Metrics> {
+pub fn run_stage(context: &StageContext<'_>, spec: &Spec) -> Result<Metrics> {
     match spec {
-        // Spec::Sft(spec) => sft::run(context, spec), …
+        Spec::Sft(spec) => sft::run(context, spec),
+        Spec::Reward(spec) => reward::run(context, spec),
+        Spec::Dpo(spec) => dpo::run(context, spec),
         _ => Err(Error::run(format!("stage kind `{}` is not built yet", spec.kind().name()))),
     }
 }

@@ -11,7 +11,6 @@ use super::{Learner, Settings};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::Objective;
-use crate::model::transformer::Transformer;
 use crate::optim::adamw::{AdamW, Hyper, is_decayed};
 use crate::optim::clip_factor;
 use crate::report::record::{Events, Metrics};
@@ -33,7 +32,7 @@ pub struct Job<'a> {
     /// Writes the current weights as a complete Hugging Face directory.
     pub save: &'a dyn Fn(&Learner, &Path) -> Result<()>,
     /// Answers a few held-out prompts with the current weights, for people to read. Returns lines to note.
-    pub samples: Option<&'a dyn Fn(&Transformer) -> Result<Vec<String>>>,
+    pub samples: Option<&'a dyn Fn(&Learner) -> Result<Vec<String>>>,
     /// Where progress and numbers go.
     pub events: &'a dyn Events,
 }
@@ -190,7 +189,7 @@ impl<'a> Run<'a> {
             }
         }
         if let Some(samples) = self.job.samples {
-            samples(self.learner.model())?.iter().for_each(|line| self.job.events.note(line));
+            samples(self.learner)?.iter().for_each(|line| self.job.events.note(line));
         }
         Ok(())
     }

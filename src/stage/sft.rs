@@ -1,0 +1,46 @@
+//! Supervised fine-tuning (Llama 3, section 4.1.3): cross-entropy on the response tokens of a dataset.
+
+use super::training::{self, Work};
+use super::{Metrics, StageContext};
+use crate::data::prepare::sft_trees;
+use crate::data::record::Row;
+use crate::data::tree::Tree;
+use crate::error::Result;
+use crate::loss::sft::Sft;
+use crate::model::checkpoint::Checkpoint;
+use crate::recipe::plan;
+
+/// Trains the start on the dataset. Input: a checkpoint and rows. Output: `checkpoint/`.
+pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
+    let start = match spec.random_init {
+        true => training::random(context, &spec.model_name_or_path, &spec.chat_template)?,
+        false => training::load(context, &spec.model_name_or_path, &spec.chat_template)?,
+    };
+    let (_, train) = trees(context, &start, spec, &spec.datasets)?;
+    let (held_out_rows, held_out) = trees(context, &start, spec, &spec.eval_datasets)?;
+    let samples = &held_out_rows[..spec.train.eval_samples.min(held_out_rows.len())];
+    let work = Work {
+        start: &start,
+        objective: &Sft,
+        train: &train,
+        eval: (&Sft, &held_out),
+        samples,
+        settings: &spec.train,
+    };
+    training::fit(context, &work)
+}
+
+fn trees(
+    context: &StageContext<'_>,
+    start: &Checkpoint,
+    spec: &plan::Sft,
+    datasets: &[plan::Dataset],
+) -> Result<(Vec<Row>, Vec<Tree>)> {
+    if datasets.is_empty() {
+        return Ok(Default::default());
+    }
+    let rows = training::rows(context, datasets, spec.data.on_bad_row)?;
+    let prepared = sft_trees(&rows, start.tokenizer()?, &spec.data)?;
+    let trees = training::checked(context, prepared, &rows, start)?;
+    Ok((rows, trees))
+}

@@ -1,0 +1,193 @@
+//! What the three training stages share: load the start, read rows into trees, fit, save. No method is known here.
+
+use candle_core::DType;
+use sha2::{Digest, Sha256};
+
+use super::StageContext;
+use crate::data::prepare::{OnBadRow, PrepareReport, Prepared};
+use crate::data::read::{ReadOptions, read};
+use crate::data::record::Row;
+use crate::data::tokenizer::ChatTokenizer;
+use crate::data::tree::Tree;
+use crate::error::{Context, Error, Result};
+use crate::loss::Objective;
+use crate::model::Weights;
+use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::model::save::SaveOptions;
+use crate::recipe::plan::Dataset;
+use crate::report::record::Metrics;
+use crate::rng::Stream;
+use crate::train::{self, Job, Learner, Settings};
+
+/// Loads a checkpoint and, where one is named, gives its tokenizer another chat template.
+pub fn load(context: &StageContext<'_>, model: &str, chat_template: &str) -> Result<Checkpoint> {
+    let mut checkpoint = Checkpoint::load(model, &context.device, &LoadOptions::default())?;
+    set_template(&mut checkpoint, chat_template)?;
+    Ok(checkpoint)
+}
+
+/// A model of random weights from a directory that has a configuration and a tokenizer.
+pub fn random(context: &StageContext<'_>, dir: &str, chat_template: &str) -> Result<Checkpoint> {
+    let dir = std::path::Path::new(dir);
+    let config = crate::model::checkpoint::load_config(dir)?;
+    let weights = crate::model::init::random(&config, context.seed, &context.device)?;
+    let mut checkpoint =
+        Checkpoint { config, weights, tokenizer: Some(ChatTokenizer::from_dir(dir)?) };
+    set_template(&mut checkpoint, chat_template)?;
+    Ok(checkpoint)
+}
+
+fn set_template(checkpoint: &mut Checkpoint, chat_template: &str) -> Result<()> {
+    if !chat_template.is_empty() {
+        checkpoint.tokenizer =
+            Some(checkpoint.tokenizer()?.with_template(chat_template).at("chat_template")?);
+    }
+    Ok(())
+}
+
+/// Reads and joins datasets. A fraction below 1 takes a seeded part, above 1 repeats.
+pub fn rows(
+    context: &StageContext<'_>,
+    datasets: &[Dataset],
+    on_bad_row: OnBadRow,
+) -> Result<Vec<Row>> {
+    let mut all = Vec::new();
+    for (index, dataset) in datasets.iter().enumerate() {
+        let options = ReadOptions {
+            columns: dataset.columns.clone().into_iter().collect(),
+            split: Some(dataset.split.clone()),
+            on_bad_row,
+            ..ReadOptions::default()
+        };
+        let mut found = read(&dataset.path, &options)?;
+        note_skipped(context, &dataset.path, &found.skipped);
+        if dataset.limit > 0 {
+            found.rows.truncate(dataset.limit);
+        }
+        let order = Stream::new(context.seed, "mix").permutation(index as u64, found.rows.len());
+        let wanted = (found.rows.len() as f64 * dataset.fraction).round() as usize;
+        if dataset.fraction == 1.0 {
+            all.append(&mut found.rows);
+        } else {
+            all.extend(order.iter().cycle().take(wanted).map(|&place| found.rows[place].clone()));
+        }
+    }
+    Ok(all)
+}
+
+/// Says what preparation left out and refuses rows that the model has no positions for.
+pub fn checked(
+    context: &StageContext<'_>,
+    prepared: Prepared,
+    rows: &[Row],
+    start: &Checkpoint,
+) -> Result<Vec<Tree>> {
+    let PrepareReport { skipped, truncated, .. } = &prepared.report;
+    note_skipped(context, "preparation", skipped);
+    if *truncated > 0 {
+        context.events.note(&format!("{truncated} rows were cut to max_length"));
+    }
+    let positions = start.config.max_position_embeddings;
+    for tree in &prepared.trees {
+        let longest =
+            |leaf| tree.path(leaf).iter().map(|&segment| tree.segments[segment].tokens.len()).sum();
+        let longest: usize = tree.leaves().into_iter().map(longest).max().unwrap_or(0);
+        if longest > positions {
+            let place = rows.get(tree.source).map_or("a row", |row| row.place.as_str());
+            return Err(Error::run(format!(
+                "{longest} tokens, the model has {positions} positions"
+            ))
+            .at(place)
+            .hint(format!("set max_length = {positions} or less")));
+        }
+    }
+    Ok(prepared.trees)
+}
+
+fn note_skipped(context: &StageContext<'_>, what: &str, skipped: &[(String, String)]) {
+    const SHOWN: usize = 5;
+    if skipped.is_empty() {
+        return;
+    }
+    let rows: Vec<String> =
+        skipped.iter().take(SHOWN).map(|(place, why)| format!("  {place}: {why}")).collect();
+    let more = if skipped.len() > SHOWN { "\n  …" } else { "" };
+    context.events.note(&format!(
+        "{what}: {} rows were skipped\n{}{more}",
+        skipped.len(),
+        rows.join("\n")
+    ));
+}
+
+/// What a stage trains, and on what.
+pub struct Work<'a> {
+    /// The start; its configuration and tokenizer are saved with the result.
+    pub start: &'a Checkpoint,
+    /// What to minimise.
+    pub objective: &'a dyn Objective,
+    /// Training examples.
+    pub train: &'a [Tree],
+    /// Held-out examples and their objective.
+    pub eval: (&'a dyn Objective, &'a [Tree]),
+    /// Prompts to answer at each evaluation, for people to read.
+    pub samples: &'a [Row],
+    /// How to train.
+    pub settings: &'a Settings,
+}
+
+/// Trains and writes `checkpoint/`.
+pub fn fit(context: &StageContext<'_>, work: &Work<'_>) -> Result<Metrics> {
+    let learner = Learner::new(&work.start.config, &work.start.weights)?;
+    let checkpoint = |learner: &Learner| Checkpoint {
+        config: work.start.config.clone(),
+        weights: learner.weights(),
+        tokenizer: work.start.tokenizer.clone(),
+    };
+    let save = |learner: &Learner, dir: &std::path::Path| {
+        checkpoint(learner).write_into(dir, &SaveOptions::new(DType::F32))
+    };
+    let job = Job {
+        objective: work.objective,
+        train: work.train,
+        eval: work.eval,
+        settings: work.settings,
+        seed: context.seed,
+        dir: &context.dir,
+        save: &save,
+        samples: None,
+        events: context.events,
+    };
+    let mut metrics = train::fit(&learner, &job)?;
+    metrics.insert("examples".to_owned(), work.train.len() as f64);
+    let target = context.dir.join("checkpoint");
+    crate::store::remove(&target)?;
+    checkpoint(&learner).save(&target, &SaveOptions::new(work.settings.save_dtype.dtype()))?;
+    Ok(metrics)
+}
+
+/// SHA-256 over names and elements of all weights.
+pub fn weights_sha256(weights: &Weights) -> Result<String> {
+    let mut hasher = Sha256::new();
+    for (name, tensor) in weights {
+        hasher.update(name);
+        for value in tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()? {
+            hasher.update(value.to_le_bytes());
+        }
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Preference rows as trees: a prompt with its responses, best first.
+pub fn preferences(
+    context: &StageContext<'_>,
+    start: &Checkpoint,
+    datasets: &[Dataset],
+    options: &crate::data::prepare::PairOptions,
+) -> Result<Vec<Tree>> {
+    if datasets.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = rows(context, datasets, options.on_bad_row)?;
+    let prepared = crate::data::prepare::pair_trees(&rows, start.tokenizer()?, options)?;
+    checked(context, prepared, &rows, start)
+}
