@@ -1,1 +1,286 @@
-//! (to be written)
+//! Who judges answers: verifiers that check them, reward models that rank them, and the selection made of it.
+
+pub mod candidates;
+pub mod reward_model;
+pub mod select;
+pub mod verifiers;
+
+use candle_core::Device;
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::data::record::Message;
+use crate::error::{Context, Error, Result};
+use reward_model::RewardModel;
+use verifiers::{Check, Verifier};
+
+/// One judge as a recipe names it: a verifier or a reward model, and the weight of its score in the sum.
+///
+/// ```
+/// use arriero::score::ScorerSpec;
+/// let spec: ScorerSpec = serde_json::from_str(r#"{"verifier": "length", "max": 80, "weight": 0.5}"#)?;
+/// assert_eq!(spec.label(), "length");
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScorerSpec {
+    /// Which check to make.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verifier: Option<Check>,
+    /// A reward model's checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reward_model: Option<String>,
+    /// The score's name in the rows; the verifier's name or `reward` where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Weight in the sum.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// `regex`: what the answer must match somewhere. `exact` and `number`: where in the answer to look, the first
+    /// group or the whole match.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pattern: Option<String>,
+    /// `contains`: what must occur, all of it; the row's `answer` where empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub values: Vec<String>,
+    /// `length`: fewest characters.
+    #[serde(default)]
+    pub min: usize,
+    /// `length`: most characters.
+    #[serde(default = "unlimited")]
+    pub max: usize,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+fn unlimited() -> usize {
+    usize::MAX
+}
+
+impl ScorerSpec {
+    /// A verifier without further settings.
+    pub fn verifier(check: Check) -> Self {
+        Self {
+            verifier: Some(check),
+            reward_model: None,
+            name: None,
+            weight: 1.0,
+            pattern: None,
+            values: Vec::new(),
+            min: 0,
+            max: usize::MAX,
+        }
+    }
+
+    /// The score's name in the rows.
+    pub fn label(&self) -> &str {
+        match (&self.name, self.verifier) {
+            (Some(name), _) => name,
+            (None, Some(check)) => check.name(),
+            (None, None) => "reward",
+        }
+    }
+
+    /// Refuses what names no judge or two, or settings that the judge cannot use.
+    ///
+    /// # Errors
+    /// Says which.
+    pub fn check(&self) -> Result<()> {
+        if !self.weight.is_finite() {
+            let weight = self.weight;
+            return Err(Error::usage(format!("`weight` is {weight}, expected a number")));
+        }
+        match (self.verifier, &self.reward_model) {
+            (Some(check), None) => Verifier::new(check, self).map(|_| ()),
+            (None, Some(_)) => Ok(()),
+            (None, None) => {
+                Err(Error::usage("a scorer names neither `verifier` nor `reward_model`")
+                    .hint("write {verifier = \"exact\"} or {reward_model = \"@reward\"}"))
+            }
+            (Some(_), Some(_)) => {
+                Err(Error::usage("a scorer names both `verifier` and `reward_model`")
+                    .hint("make two scorers of it, each with its weight"))
+            }
+        }
+    }
+
+    /// Builds the judge. Reward models are loaded onto `device`.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check), and what loading a checkpoint can fail with.
+    pub fn build(&self, device: &Device) -> Result<Box<dyn Scorer>> {
+        self.check()?;
+        Ok(match (self.verifier, &self.reward_model) {
+            (Some(check), _) => Box::new(Verifier::new(check, self)?),
+            (None, Some(path)) => Box::new(RewardModel::load(path, device)?),
+            (None, None) => return Err(Error::usage("a scorer without a judge")),
+        })
+    }
+}
+
+/// A prompt with the answers to judge.
+#[derive(Clone, Copy, Debug)]
+pub struct Question<'a> {
+    /// Names the row in errors.
+    pub place: &'a str,
+    /// What was asked.
+    pub prompt: &'a [Message],
+    /// Tool descriptions for the chat template.
+    pub tools: Option<&'a Value>,
+    /// The right answer, where the row has one.
+    pub answer: Option<&'a str>,
+}
+
+/// One judgement.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// Higher is better. A verifier's is 1 or 0.
+    pub value: f64,
+    /// What it rests on, for people to read.
+    pub why: String,
+}
+
+/// Judges answers.
+pub trait Scorer {
+    /// One score an answer, each depending on the question and that answer alone.
+    ///
+    /// # Errors
+    /// The row lacks what the judge needs.
+    fn score(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>>;
+
+    /// Whether a score below 1 means that the answer is wrong.
+    fn verifies(&self) -> bool;
+}
+
+/// All judges of a stage.
+pub struct Panel {
+    judges: Vec<Judge>,
+}
+
+struct Judge {
+    label: String,
+    weight: f64,
+    scorer: Box<dyn Scorer>,
+}
+
+/// What the judges say of one answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Verdict {
+    /// Every judge's score by its name.
+    pub scores: IndexMap<String, f64>,
+    /// The weighted sum.
+    pub score: f64,
+    /// Whether every verifier accepts it; `None` where no judge verifies.
+    pub passed: Option<bool>,
+}
+
+impl Panel {
+    /// Builds the judges of a recipe's `scorers`.
+    ///
+    /// # Errors
+    /// A judge that cannot be built, by its place in the list; two of one name.
+    pub fn new(specs: &[Value], device: &Device) -> Result<Self> {
+        let mut judges: Vec<Judge> = Vec::new();
+        for (index, spec) in specs.iter().enumerate() {
+            let place = || format!("scorers[{index}]");
+            let spec: ScorerSpec = serde_path_to_error::deserialize(spec)
+                .map_err(|error| Error::usage(error.inner()).at(place()))?;
+            let label = spec.label().to_owned();
+            if judges.iter().any(|judge| judge.label == label) {
+                return Err(Error::usage(format!("two scorers are called `{label}`"))
+                    .at(place())
+                    .hint("give one of them another `name`"));
+            }
+            let scorer = spec.build(device).at(place())?;
+            judges.push(Judge { label, weight: spec.weight, scorer });
+        }
+        Ok(Self { judges })
+    }
+
+    /// Whether nobody judges.
+    pub fn is_empty(&self) -> bool {
+        self.judges.is_empty()
+    }
+
+    /// Every judge's word on every answer.
+    ///
+    /// # Errors
+    /// A judge's error, by its name.
+    pub fn judge(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Verdict>> {
+        let mut verdicts = vec![Verdict::default(); answers.len()];
+        for judge in &self.judges {
+            let scores = judge
+                .scorer
+                .score(question, answers)
+                .at(format_args!("{}: scorer `{}`", question.place, judge.label))?;
+            for (verdict, score) in verdicts.iter_mut().zip(scores) {
+                if !score.value.is_finite() {
+                    let value = score.value;
+                    return Err(Error::run(format!("a score of {value}"))
+                        .at(format_args!("{}: scorer `{}`", question.place, judge.label))
+                        .hint("the reward model has diverged; lower its learning rate"));
+                }
+                verdict.scores.insert(judge.label.clone(), score.value);
+                verdict.score += judge.weight * score.value;
+                if judge.scorer.verifies() {
+                    verdict.passed = Some(verdict.passed.unwrap_or(true) && score.value >= 1.0);
+                }
+            }
+        }
+        Ok(verdicts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn panel(specs: &[Value]) -> Result<Panel> {
+        Panel::new(specs, &Device::Cpu)
+    }
+
+    #[test]
+    fn scores_are_weighed_and_every_verifier_must_agree() {
+        let panel = panel(&[
+            json!({"verifier": "exact"}),
+            json!({"verifier": "length", "max": 3, "weight": 0.5}),
+        ])
+        .unwrap();
+        let question = Question { place: "p:1", prompt: &[], tools: None, answer: Some("paris") };
+        let verdicts = panel.judge(&question, &["Paris", "no", "Paris."]).unwrap();
+        let brief: Vec<_> = verdicts.iter().map(|v| (v.score, v.passed)).collect();
+        assert_eq!(brief, [(1.0, Some(false)), (0.5, Some(false)), (1.0, Some(false))]);
+        assert_eq!(verdicts[0].scores.keys().collect::<Vec<_>>(), ["exact", "length"]);
+    }
+
+    #[test]
+    fn a_spec_that_cannot_judge_is_refused_with_its_place() {
+        for (spec, part) in [
+            (json!({}), "neither"),
+            (json!({"verifier": "exact", "reward_model": "x"}), "both"),
+            (json!({"verifier": "regex"}), "pattern"),
+            (json!({"verifier": "regex", "pattern": "("}), "("),
+            (json!({"verifier": "exakt"}), "exakt"),
+            (json!({"verifier": "exact", "wieght": 2}), "wieght"),
+            (json!({"verifier": "length", "min": 5, "max": 4}), "min"),
+        ] {
+            let error = panel(&[spec]).err().unwrap().to_string();
+            assert!(error.starts_with("scorers[0]: ") && error.contains(part), "{error}");
+        }
+        let twice = [json!({"verifier": "exact"}), json!({"verifier": "exact"})];
+        assert!(panel(&twice).err().unwrap().to_string().contains("two scorers"));
+    }
+
+    #[test]
+    fn a_row_without_an_answer_is_named() {
+        let panel = panel(&[json!({"verifier": "number"})]).unwrap();
+        let question = Question { place: "p:7", prompt: &[], tools: None, answer: None };
+        let error = panel.judge(&question, &["4"]).unwrap_err().to_string();
+        assert!(error.starts_with("p:7: scorer `number`: "), "{error}");
+    }
+}
