@@ -273,3 +273,6 @@ fn failed(place: &str, error: ApiError) -> Error {
         failed.hint("check the connection and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses the cache alone")
     }
 }
+
+#[cfg(test)]
+mod tests;
