@@ -176,6 +176,8 @@ pub struct Verdict {
     pub score: f64,
     /// Whether every verifier accepts it; `None` where no judge verifies.
     pub passed: Option<bool>,
+    /// What the judges that do not verify say together, weighted; `None` where there are none.
+    pub reward: Option<f64>,
 }
 
 impl Panel {
@@ -228,6 +230,9 @@ impl Panel {
                 verdict.score += judge.weight * score.value;
                 if judge.scorer.verifies() {
                     verdict.passed = Some(verdict.passed.unwrap_or(true) && score.value >= 1.0);
+                } else {
+                    let reward = verdict.reward.unwrap_or(0.0) + judge.weight * score.value;
+                    verdict.reward = Some(reward);
                 }
             }
         }

@@ -9,7 +9,7 @@ use crate::data::record::{Message, Record, Row, Side};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::model::Architecture;
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::model::heads;
 use crate::model::transformer::Transformer;
 
@@ -23,14 +23,13 @@ pub struct RewardModel {
 }
 
 impl RewardModel {
-    /// Loads a checkpoint directory.
+    /// Loads a checkpoint: a directory or a hub id.
     ///
     /// # Errors
     /// What loading can fail with; a checkpoint without a score head or without a tokenizer.
     pub fn load(path: &str, device: &Device) -> Result<Self> {
-        let dir = std::path::Path::new(path);
-        let checkpoint = Checkpoint::load_dir(dir, device)?;
-        let tokenizer = ChatTokenizer::from_dir(dir)?;
+        let checkpoint = Checkpoint::load(path, device, &LoadOptions::default())?;
+        let tokenizer = checkpoint.tokenizer().at(path)?.clone();
         Self::new(&checkpoint, tokenizer).at(path)
     }
 

@@ -5,19 +5,25 @@
 //! called again with the same directory and continues from what it finds there; only when it returns does the
 //! runner write the manifest and give the directory its final name.
 
+pub mod average;
 pub mod dpo;
+pub mod eval;
+pub mod generation;
 pub mod inputs;
 pub mod reward;
 pub mod rounds;
 pub mod run;
+pub mod sample;
+pub mod select;
 pub mod sft;
+pub mod synth;
 pub mod training;
 
 use std::path::PathBuf;
 
 use candle_core::Device;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::recipe::Spec;
 pub use crate::report::record::{Events, Metrics, StageRecord};
 
@@ -41,6 +47,10 @@ pub fn run_stage(context: &StageContext<'_>, spec: &Spec) -> Result<Metrics> {
         Spec::Sft(spec) => sft::run(context, spec),
         Spec::Reward(spec) => reward::run(context, spec),
         Spec::Dpo(spec) => dpo::run(context, spec),
-        _ => Err(Error::run(format!("stage kind `{}` is not built yet", spec.kind().name()))),
+        Spec::Synth(spec) => synth::run(context, spec),
+        Spec::Sample(spec) => sample::run(context, spec),
+        Spec::Select(spec) => select::run(context, spec),
+        Spec::Average(spec) => average::run(context, spec),
+        Spec::Eval(spec) => eval::run(context, spec),
     }
 }

@@ -1,0 +1,164 @@
+//! What the stages that generate share: the policy, the questions, the ledger that survives a kill, the judging.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::{StageContext, training};
+use crate::data::prepare::OnBadRow;
+use crate::data::record::Row;
+use crate::error::{Context, Error, Result};
+use crate::generate::engine::Answer;
+use crate::generate::local::{Asked, LocalModel};
+use crate::recipe::plan::Dataset;
+use crate::score::candidates::{Candidate, Candidates};
+use crate::score::{Panel, Question, Verdict};
+use crate::store::{self, JsonlWriter};
+
+/// Loads a model that writes text.
+pub fn load(context: &StageContext<'_>, model: &str) -> Result<LocalModel> {
+    LocalModel::new(&training::load(context, model, "")?).at(model)
+}
+
+/// Reads the rows whose prompts are to be answered.
+pub fn rows(context: &StageContext<'_>, datasets: &[Dataset]) -> Result<Vec<Row>> {
+    training::rows(context, datasets, OnBadRow::Error)
+}
+
+/// What the given rows ask.
+pub fn questions(rows: &[Row], wanted: &[usize]) -> Result<Vec<Asked>> {
+    wanted.iter().map(|&index| Asked::from_row(index, &rows[index])).collect()
+}
+
+#[derive(Deserialize, Serialize)]
+struct Entry<T> {
+    index: usize,
+    result: T,
+}
+
+/// Takes one result: its place among all, and the result.
+pub type Keep<'a, T> = dyn FnMut(usize, T) -> Result<()> + 'a;
+
+/// Does `count` pieces of work, each once: what an earlier, killed process finished stands in the ledger. `work` is
+/// given the places of the pieces that are left and reports each finished one. Returns all results by place.
+///
+/// # Errors
+/// The work's, and [`Error::interrupted`] between two pieces.
+pub fn once_each<T: Serialize + DeserializeOwned>(
+    context: &StageContext<'_>,
+    count: usize,
+    work: &mut dyn FnMut(&[usize], &mut Keep<'_, T>) -> Result<()>,
+) -> Result<Vec<T>> {
+    let path = context.dir.join("ledger.jsonl");
+    let mut is_done = vec![false; count];
+    for entry in store::read_ledger::<Entry<serde_json::Value>>(&path)? {
+        if let Some(done) = is_done.get_mut(entry.index) {
+            *done = true;
+        }
+    }
+    let left: Vec<usize> = (0..count).filter(|&index| !is_done[index]).collect();
+    if !left.is_empty() {
+        let mut done = count - left.len();
+        let mut ledger = JsonlWriter::open(&path)?;
+        context.events.progress("prompts", done as u64, count as u64);
+        context.events.check_interrupt()?;
+        work(&left, &mut |index, result| {
+            ledger.write(&Entry { index, result })?;
+            done += 1;
+            context.events.progress("prompts", done as u64, count as u64);
+            context.events.check_interrupt()
+        })?;
+        ledger.sync()?;
+    }
+    // Read back even what was just made, so that numbers go through the same text whoever made them.
+    let mut entries: Vec<Entry<T>> = store::read_ledger(&path)?;
+    entries.sort_by_key(|entry| entry.index);
+    entries.dedup_by_key(|entry| entry.index);
+    if entries.len() != count {
+        return Err(Error::run(format!("{} results, expected {count}", entries.len()))
+            .at(path.display())
+            .hint("remove the stage's directory and run again"));
+    }
+    Ok(entries.into_iter().map(|entry| entry.result).collect())
+}
+
+/// Writes the stage's `data.jsonl` whole and drops the ledger.
+///
+/// # Errors
+/// No rows to write: a later stage could not use the file.
+pub fn write_rows<T: Serialize>(context: &StageContext<'_>, name: &str, rows: &[T]) -> Result<()> {
+    let mut text = Vec::new();
+    for row in rows {
+        serde_json::to_writer(&mut text, row)?;
+        text.push(b'\n');
+    }
+    store::write_atomic(&context.dir.join(name), &text)
+}
+
+/// Removes the ledger once its content stands in the outputs.
+pub fn close_ledger(context: &StageContext<'_>) -> Result<()> {
+    store::remove(&context.dir.join("ledger.jsonl"))
+}
+
+/// Judges answers to one row.
+pub fn judge(panel: &Panel, asked: &Asked, row: &Row, texts: &[&str]) -> Result<Vec<Verdict>> {
+    let answer = row.answer();
+    let question = Question {
+        place: &asked.place,
+        prompt: &asked.messages,
+        tools: asked.tools.as_ref(),
+        answer: answer.as_deref(),
+    };
+    panel.judge(&question, texts)
+}
+
+/// One row's answers with what the judges say; `earlier` candidates are judged anew beside them.
+pub fn candidates(
+    panel: &Panel,
+    asked: &Asked,
+    row: &Row,
+    (answers, origin): (&[Answer], &str),
+    earlier: &[Candidate],
+) -> Result<(Candidates, Vec<Verdict>)> {
+    let texts: Vec<&str> = answers
+        .iter()
+        .map(|answer| answer.text.as_str())
+        .chain(earlier.iter().map(|candidate| candidate.text.as_str()))
+        .collect();
+    let verdicts = judge(panel, asked, row, &texts)?;
+    let drawn = answers.iter().enumerate().map(|(sample, answer)| Candidate {
+        text: answer.text.clone(),
+        tokens: answer.ids.len(),
+        finish: answer.finish,
+        logprob_sum: answer.logprob_sum(),
+        scores: indexmap::IndexMap::new(),
+        score: 0.0,
+        passed: None,
+        origin: format!("{origin}/{sample}"),
+    });
+    let candidates = drawn
+        .chain(earlier.iter().cloned())
+        .zip(&verdicts)
+        .map(|(candidate, verdict)| Candidate {
+            scores: verdict.scores.clone(),
+            score: verdict.score,
+            passed: verdict.passed,
+            ..candidate
+        })
+        .collect();
+    let row = Candidates {
+        prompt: asked.messages.clone(),
+        answer: row.answer().unwrap_or_default(),
+        tools: asked.tools.clone(),
+        candidates,
+    };
+    Ok((row, verdicts))
+}
+
+/// The mean of some numbers; `None` of none.
+pub fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let (mut sum, mut count) = (0.0, 0_usize);
+    for value in values {
+        (sum, count) = (sum + value, count + 1);
+    }
+    (count > 0).then(|| sum / count as f64)
+}

@@ -1,0 +1,54 @@
+//! Rejection sampling's choice (Llama 3, section 4.2.2): the best candidate is learned, best against worst is
+//! preferred.
+
+use std::path::Path;
+
+use super::generation::{self, mean};
+use super::{Metrics, StageContext};
+use crate::error::{Error, Result};
+use crate::recipe::plan;
+use crate::score::candidates::Candidates;
+use crate::score::select::{Outcome, PairRow, Rules, SftRow, select};
+use crate::store;
+
+/// Chooses from every prompt's candidates. Input: `sample` stages' rows. Output: `sft.jsonl` and `pairs.jsonl`.
+pub fn run(context: &StageContext<'_>, spec: &plan::Select) -> Result<Metrics> {
+    let rules = Rules {
+        min_score: spec.min_score,
+        min_margin: spec.min_margin,
+        best_of: spec.best_of,
+        pairs_per_prompt: spec.pairs_per_prompt,
+    };
+    let mut rows: Vec<Candidates> = Vec::new();
+    for dataset in &spec.datasets {
+        rows.extend(store::read_ledger(Path::new(&dataset.path))?);
+    }
+    let chosen: Vec<_> = rows.iter().map(|row| select(row, &rules)).collect();
+    let count = |outcome| chosen.iter().filter(|one| one.outcome == outcome).count() as f64;
+    let counts = [Outcome::Identical, Outcome::AllFailed, Outcome::TooClose].map(count);
+    let (sft, pairs): (Vec<_>, Vec<_>) = chosen.into_iter().map(|one| (one.sft, one.pairs)).unzip();
+    let sft: Vec<SftRow> = sft.into_iter().flatten().collect();
+    let pairs: Vec<PairRow> = pairs.into_iter().flatten().collect();
+    if sft.is_empty() && pairs.is_empty() {
+        return Err(Error::run(format!("nothing was chosen from {} prompts", rows.len()))
+            .hint("every candidate failed or was cut off: check the scorers and max_new_tokens of `sample`"));
+    }
+    generation::write_rows(context, "sft.jsonl", &sft)?;
+    generation::write_rows(context, "pairs.jsonl", &pairs)?;
+
+    let margins = pairs.iter().map(|pair| pair.score_chosen - pair.score_rejected);
+    let mut metrics = Metrics::from(
+        [
+            ("prompts", rows.len() as f64),
+            ("sft_rows", sft.len() as f64),
+            ("pairs", pairs.len() as f64),
+            ("identical", counts[0]),
+            ("all_failed", counts[1]),
+            ("too_close", counts[2]),
+        ]
+        .map(|(name, value)| (name.to_owned(), value)),
+    );
+    metrics.extend(mean(margins).map(|margin| ("margin".to_owned(), margin)));
+    metrics.extend(mean(sft.iter().map(|row| row.score)).map(|score| ("score".to_owned(), score)));
+    Ok(metrics)
+}

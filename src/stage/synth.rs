@@ -1,0 +1,108 @@
+//! A teacher answers prompts (Llama 3, section 4.2.3): what the student later learns by heart.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::generation::{self, mean};
+use super::{Metrics, StageContext};
+use crate::data::record::{Message, Row};
+use crate::error::{Error, Result};
+use crate::generate::engine::{Answer, Finish};
+use crate::generate::local::{Asked, Teacher};
+use crate::recipe::plan;
+use crate::score::Panel;
+
+/// One taught conversation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Taught {
+    /// The prompt and the teacher's answer.
+    pub messages: Vec<Message>,
+    /// Tool descriptions for the chat template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tools: Option<Value>,
+    /// The right answer; empty where the prompt's row has none.
+    pub answer: String,
+    /// Where it comes from.
+    pub meta: Meta,
+}
+
+/// Where a taught conversation comes from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Meta {
+    /// The prompt's file and line.
+    pub source: String,
+    /// The sample's number.
+    pub sample: usize,
+    /// The judges' weighted sum.
+    pub score: f64,
+    /// Tokens of the answer.
+    pub tokens: usize,
+}
+
+/// Lets the teacher answer every prompt and keeps what the judges accept. Input: a checkpoint and prompts. Output:
+/// `data.jsonl`.
+pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
+    let teacher = generation::load(context, &spec.teacher)?;
+    let panel = Panel::new(&spec.scorers, &context.device)?;
+    let rows = generation::rows(context, &spec.datasets)?;
+
+    let taught = generation::once_each(context, rows.len(), &mut |left, keep| {
+        let asked = generation::questions(&rows, left)?;
+        teacher.answer(&asked, &spec.sampling, &mut |place, answers| {
+            let row = &rows[left[place]];
+            keep(left[place], accepted(&panel, &asked[place], row, &answers, spec.min_score)?)
+        })
+    })?;
+
+    let taught: Vec<Taught> = taught.into_iter().flatten().collect();
+    if taught.is_empty() {
+        return Err(Error::run(format!("none of the answers to {} prompts was kept", rows.len()))
+            .hint("raise max_new_tokens if answers are cut off, lower min_score, or check the verifier"));
+    }
+    generation::write_rows(context, "data.jsonl", &taught)?;
+    generation::close_ledger(context)?;
+    let drawn = rows.len() * spec.sampling.num_samples;
+    Ok(Metrics::from([
+        ("prompts".to_owned(), rows.len() as f64),
+        ("rows".to_owned(), taught.len() as f64),
+        ("kept".to_owned(), taught.len() as f64 / drawn as f64),
+        (
+            "mean_length".to_owned(),
+            mean(taught.iter().map(|row| row.meta.tokens as f64)).unwrap_or(0.0),
+        ),
+    ]))
+}
+
+/// The whole, different, accepted answers to one prompt.
+fn accepted(
+    panel: &Panel,
+    asked: &Asked,
+    row: &Row,
+    answers: &[Answer],
+    min_score: f64,
+) -> Result<Vec<Taught>> {
+    let texts: Vec<&str> = answers.iter().map(|answer| answer.text.as_str()).collect();
+    let verdicts = generation::judge(panel, asked, row, &texts)?;
+    let mut kept: Vec<Taught> = Vec::new();
+    for (sample, (answer, verdict)) in answers.iter().zip(verdicts).enumerate() {
+        let right =
+            verdict.passed != Some(false) && (panel.is_empty() || verdict.score >= min_score);
+        let mut messages = asked.messages.clone();
+        messages.push(Message::new("assistant", answer.text.as_str()));
+        let is_new = kept.iter().all(|kept| kept.messages != messages);
+        if right && is_new && answer.finish == Finish::Stop {
+            kept.push(Taught {
+                messages,
+                tools: asked.tools.clone(),
+                answer: row.answer().unwrap_or_default(),
+                meta: Meta {
+                    source: row.place.clone(),
+                    sample,
+                    score: verdict.score,
+                    tokens: answer.ids.len(),
+                },
+            });
+        }
+    }
+    Ok(kept)
+}
