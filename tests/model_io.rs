@@ -1,5 +1,13 @@
 //! Checkpoints of other programs read and written, against the files that those programs made.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::disallowed_methods,
+    reason = "helpers of tests: damaged files are written on purpose"
+)]
+
 use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
@@ -12,6 +20,7 @@ use arriero::model::{Architecture, Config};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
+use proptest::prelude::*;
 use serde_json::json;
 
 const CPU: Device = Device::Cpu;
@@ -533,4 +542,71 @@ fn smollm2_loads_from_gguf_with_its_own_tokenizer() {
     let again = Checkpoint::load_dir(&path, &CPU).unwrap();
     assert_eq!(again.config.pad_token_id, again.tokenizer().unwrap().pad());
     assert_eq!(again.tokenizer().unwrap().encode("Hi 2024!"), tokenizer.encode("Hi 2024!"));
+}
+
+/// Llama-style SentencePiece pieces in a GGUF file: the merges follow from the scores.
+#[test]
+fn a_sentence_piece_vocabulary_is_read_from_its_scores() {
+    let mut gguf = Gguf::of(&golden_model("model_tied"));
+    let mut pieces = vec!["<unk>".to_owned(), "<s>".to_owned(), "</s>".to_owned()];
+    pieces.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
+    let words = ["▁", "h", "i", "t", "▁h", "it", "hi", "▁hi", "▁hit"];
+    let first = pieces.len() as u32;
+    pieces.extend(words.map(str::to_owned));
+    let kinds = (0..pieces.len()).map(|id| match id {
+        0 => 2,
+        1 | 2 => 3,
+        3..259 => 6,
+        _ => 1,
+    });
+    let kinds = kinds.map(Value::I32).collect();
+    // Better scores merge first: `it` before `▁h`, so that ` hit` is `▁h` + `it` only by its last merge.
+    let scores = [-9.0, -9.0, -9.0, -9.0, -3.0, -1.0, -4.0, -5.0, -6.0];
+    let scores = std::iter::repeat_n(0.0, first as usize).chain(scores).map(Value::F32).collect();
+    gguf.set("tokenizer.ggml.model", Value::String("llama".into()));
+    gguf.set(
+        "tokenizer.ggml.tokens",
+        Value::Array(pieces.into_iter().map(Value::String).collect()),
+    );
+    gguf.set("tokenizer.ggml.token_type", Value::Array(kinds));
+    gguf.set("tokenizer.ggml.scores", Value::Array(scores));
+    let tokenizer = gguf.load(GgmlDType::F32).unwrap().tokenizer.unwrap();
+    let id = |word: &str| first + words.iter().position(|w| *w == word).unwrap() as u32;
+    assert_eq!(tokenizer.encode_special("hit").unwrap(), [id("▁hit")]);
+    assert_eq!(tokenizer.encode_special("hi hi").unwrap(), [id("▁hi"), id("▁hi")]);
+    // What no piece covers is spelt in bytes, and reads back.
+    let ids = tokenizer.encode_special("hit é").unwrap();
+    assert_eq!(ids, [id("▁hit"), id("▁"), 3 + 0xC3, 3 + 0xA9]);
+    assert_eq!(tokenizer.decode(&ids, true), "hit é");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(20) })]
+    /// Any finite weights of any small shape, in any number of files, come back to the same bits.
+    #[test]
+    fn saved_weights_load_to_the_same_bits(
+        layers in 1_usize..4,
+        groups in 1_usize..3,
+        tied in any::<bool>(),
+        shard_bytes in 1_usize..20_000,
+        seed in any::<u64>(),
+        scale in prop_oneof![Just(1e-30_f64), Just(1.0), Just(1e30)],
+    ) {
+        let keys = json!({
+            "model_type": "llama", "vocab_size": 20, "hidden_size": 12, "intermediate_size": 10,
+            "num_hidden_layers": layers, "num_attention_heads": 2 * groups, "head_dim": 6,
+            "num_key_value_heads": groups, "tie_word_embeddings": tied, "initializer_range": scale,
+        });
+        let config = Config::from_json(&keys.to_string()).unwrap();
+        let weights = arriero::model::init::random(&config, seed, &CPU).unwrap();
+        let model = Checkpoint { config, weights, tokenizer: None };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model");
+        model.save(&path, &SaveOptions { shard_bytes, ..f32_options() }).unwrap();
+        let again = Checkpoint::load_dir(&path, &CPU).unwrap();
+        assert_same_weights(&model.weights, &again.weights);
+        // JSON keeps this one number only to its last digit but one.
+        let initializer_range = model.config.initializer_range;
+        prop_assert_eq!(model.config, Config { initializer_range, ..again.config });
+    }
 }

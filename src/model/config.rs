@@ -149,7 +149,7 @@ impl Config {
                 "num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
             )));
         }
-        if self.head_dim == 0 || self.head_dim % 2 != 0 {
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             return Err(Error::run(format!(
                 "head_dim {}, expected an even number above zero for rotary positions",
                 self.head_dim
@@ -262,8 +262,9 @@ fn architecture(family: Family, keys: &mut Keys) -> Result<Architecture> {
         _ => return Err(Keys::wrong("architectures", &names, "a list of names")),
     };
     let architecture = match (family, name) {
-        (_, None) | (Family::Llama, Some("LlamaForCausalLM")) => Architecture::CausalLm,
-        (Family::Qwen2, Some("Qwen2ForCausalLM")) => Architecture::CausalLm,
+        (_, None)
+        | (Family::Llama, Some("LlamaForCausalLM"))
+        | (Family::Qwen2, Some("Qwen2ForCausalLM")) => Architecture::CausalLm,
         (Family::Llama, Some("LlamaForSequenceClassification"))
         | (Family::Qwen2, Some("Qwen2ForSequenceClassification")) => {
             Architecture::SequenceClassification

@@ -143,6 +143,11 @@ impl Hub {
     }
 }
 
+/// Whether a file's name says that it is a GGUF file.
+pub(super) fn is_gguf(name: &str) -> bool {
+    Path::new(name).extension().is_some_and(|ending| ending == "gguf")
+}
+
 /// The local files of one split of a data set on the hub that the environment describes.
 ///
 /// # Errors
@@ -216,7 +221,7 @@ impl Files {
         let error = Error::run(format!("no config.json with {SINGLE} or {INDEX}")).at(&self.place);
         match &self.remote {
             None => error.hint("HF_HUB_OFFLINE is set and the cache does not hold the model"),
-            Some(remote) => match remote.names.iter().find(|name| name.ends_with(".gguf")) {
+            Some(remote) => match remote.names.iter().find(|name| is_gguf(name)) {
                 Some(file) => error.hint(format!("ask for a GGUF file: `org/name:{file}`")),
                 None => error.hint(format!("the repository has: {}", list(&remote.names))),
             },

@@ -34,7 +34,7 @@ pub(super) fn tensor(
     let count = shape.iter().product();
     let values = if name.ends_with("norm.weight") {
         vec![1.0; count]
-    } else if name.ends_with(".bias") {
+    } else if name.rsplit('.').next() == Some("bias") {
         vec![0.0; count]
     } else {
         let stream = Stream::new(seed, &format!("init/{name}"));

@@ -11,16 +11,16 @@ use crate::error::{Error, Result};
 /// One key with the values under which it changes nothing.
 struct Neutral {
     key: &'static str,
-    is_neutral: fn(&Value) -> bool,
+    accepts: fn(&Value) -> bool,
     expected: &'static str,
 }
 
 const fn neutral(
     key: &'static str,
-    is_neutral: fn(&Value) -> bool,
+    accepts: fn(&Value) -> bool,
     expected: &'static str,
 ) -> Neutral {
-    Neutral { key, is_neutral, expected }
+    Neutral { key, accepts, expected }
 }
 
 const NEUTRAL: &[Neutral] = &[
@@ -55,9 +55,9 @@ const NEUTRAL: &[Neutral] = &[
 /// # Errors
 /// The first such key, with its value and the value that is supported.
 pub(super) fn check(family: Family, keys: &Map<String, Value>) -> Result<()> {
-    for Neutral { key, is_neutral, expected } in NEUTRAL {
+    for Neutral { key, accepts, expected } in NEUTRAL {
         let value = keys.get(*key).unwrap_or(&Value::Null);
-        if !value.is_null() && !is_neutral(value) {
+        if !value.is_null() && !accepts(value) {
             return Err(refuse(key, value, expected));
         }
     }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::hub::Hub;
+use super::hub::{Hub, is_gguf};
 use crate::error::{Error, Result, did_you_mean};
 use crate::store;
 
@@ -66,8 +66,8 @@ fn is_hub_name(name: &str) -> bool {
         begins && letters
     };
     let is_id = id.split_once('/').is_some_and(|(org, name)| allowed(org) && allowed(name));
-    let is_file = file.is_none_or(|file| file.ends_with(".gguf"));
-    is_id && is_file && (file.is_some() || !id.ends_with(".gguf"))
+    let is_file = file.is_none_or(is_gguf);
+    is_id && is_file && (file.is_some() || !is_gguf(id))
 }
 
 /// `runs/mine` is a mistyped path, not a hub id, where `runs` is a directory here.

@@ -216,7 +216,9 @@ fn a_split_of_a_data_set_is_found_by_its_name() {
     let train = hub.dataset("org/rows", "train", &[]).unwrap();
     assert_eq!(train.len(), 2);
     assert!(train[0].ends_with("data/train-00000-of-00002.parquet"), "{train:?}");
-    train.iter().for_each(|path| assert_content(path));
+    for path in &train {
+        assert_content(path);
+    }
     assert_eq!(hub.dataset("org/rows", "test", &[]).unwrap().len(), 1);
     let named = hub.dataset("org/rows", "train", &["extra.jsonl".to_owned()]).unwrap();
     assert!(named[0].ends_with("extra.jsonl"));
