@@ -1,0 +1,74 @@
+//! A real model: SmolLM2-135M-Instruct from its GGUF file. `scripts/fetch-smollm2` installs it; the tests fail where
+//! it is absent.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use arriero::data::forest::Forest;
+use arriero::data::record::Message;
+use arriero::data::tree::{Role, Tree};
+use arriero::generate::engine::{Finish, Prompt};
+use arriero::generate::local::LocalModel;
+use arriero::generate::sampling::Sampling;
+use arriero::model::checkpoint::Checkpoint;
+use arriero::model::transformer::Transformer;
+use arriero::ops::head::logps;
+use candle_core::Device;
+
+const PROMPT: [u32; 16] =
+    [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198];
+
+fn checkpoint() -> &'static Checkpoint {
+    static LOADED: OnceLock<Checkpoint> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let folder = std::env::var_os("ARRIERO_SMOLLM2").map_or_else(
+            || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("data/smollm2"),
+            PathBuf::from,
+        );
+        let path = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+        assert!(path.exists(), "{} is absent: run scripts/fetch-smollm2", path.display());
+        Checkpoint::load_gguf(&path, &Device::Cpu).unwrap()
+    })
+}
+
+fn question() -> Vec<Message> {
+    // The template adds its own system turn where none is given; the reference prompt has an explicit user turn only.
+    vec![Message::new("user", "What is the capital of France?")]
+}
+
+#[test]
+fn the_golden_prompt_has_its_ids() {
+    let tokenizer = checkpoint().tokenizer().unwrap();
+    let ids = tokenizer.prompt_ids(&question(), None).unwrap();
+    assert!(ids.ends_with(&PROMPT), "{ids:?}");
+    let plain =
+        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n";
+    assert_eq!(tokenizer.encode_special(plain).unwrap(), PROMPT);
+}
+
+#[test]
+fn the_golden_prompt_has_its_mean_nll() {
+    let Checkpoint { config, weights, .. } = checkpoint();
+    let model = Transformer::new(config, weights).unwrap();
+    let tree = Tree::sequence(PROMPT.to_vec(), vec![Role::Content; PROMPT.len()], 0);
+    let forest = Forest::pack([&tree]).unwrap();
+    let logps = logps(&model.hidden(&forest).unwrap(), model.head(), &forest.targets).unwrap();
+    assert_eq!(logps.len(), PROMPT.len() - 1);
+    let nll = -logps.iter().sum::<f32>() / logps.len() as f32;
+    assert!((nll - 2.1724).abs() < 0.002, "mean NLL {nll}");
+}
+
+#[test]
+fn the_golden_prompt_has_its_greedy_answer() {
+    let model = LocalModel::new(checkpoint()).unwrap();
+    let prompts = [Prompt { index: 0, tokens: PROMPT.to_vec() }];
+    let mut answers = Vec::new();
+    model
+        .run(&prompts, &Sampling::greedy(24), &mut |_, drawn| {
+            answers.extend(drawn);
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(answers[0].text, "The capital of France is Paris.");
+    assert_eq!((answers[0].ids.last(), answers[0].finish), (Some(&2), Finish::Stop));
+}
