@@ -1,3 +1,8 @@
 //! The `arriero` binary.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    arriero::ops::cpu::alloc::keep_memory();
+    arriero::cli::main()
+}

@@ -1,1 +1,127 @@
-//! (to be written)
+//! The command line: one file a command. Knows recipes, runs and reports, no tensors.
+//!
+//! What a command was asked for goes to standard output, everything else to standard error. The exit status is 0 when
+//! the work is done, 1 when it failed, 2 when the recipe or the arguments are wrong, 130 after Ctrl-C.
+
+mod chat;
+mod doctor;
+mod estimate;
+mod interrupt;
+mod output;
+mod plan;
+mod recipes;
+mod report;
+mod run;
+mod validate;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::error::{Error, Kind, Result};
+
+/// Post-training for Llama-family models: SFT, reward models, rejection sampling, DPO, from one recipe.
+#[derive(Debug, Parser)]
+#[command(name = "arriero", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a recipe; a run that was stopped continues where it was
+    Run(run::RunArgs),
+    /// List the recipes that come with the program
+    Ls,
+    /// Copy a recipe, to change it
+    Cp(recipes::CpArgs),
+    /// Check a recipe: types, steps, memory, and a few rows with the trained tokens marked
+    Validate(validate::ValidateArgs),
+    /// Print what a recipe will do, every value decided, as JSON
+    Plan(RecipeArgs),
+    /// Write report.md and report.html of a run and print its measures
+    Report(report::ReportArgs),
+    /// Talk to a model
+    Chat(chat::ChatArgs),
+    /// Show what this machine and this build offer
+    Doctor,
+    /// Let a teacher answer prompts
+    Synth(run::StageArgs),
+    /// Fine-tune on demonstrations
+    Sft(run::StageArgs),
+    /// Train a reward model on preferences
+    Reward(run::StageArgs),
+    /// Draw and score several answers a prompt
+    Sample(run::StageArgs),
+    /// Choose training rows and preference pairs from scored answers
+    Select(run::StageArgs),
+    /// Train on preference pairs by direct preference optimization
+    Dpo(run::StageArgs),
+    /// Average the weights of checkpoints
+    Average(run::StageArgs),
+    /// Measure a model on held-out prompts
+    Eval(run::StageArgs),
+}
+
+/// A recipe and changes to it.
+#[derive(Debug, Args)]
+struct RecipeArgs {
+    /// A recipe file, or the name of one that `arriero ls` lists
+    recipe: String,
+    /// Changes: key=value, stage.key=value (for example rounds=1 dpo.beta=0.2)
+    #[arg(value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// The run directory, instead of the recipe's
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// Runs the program and returns its exit status.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come this way too; clap knows which stream they belong to.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    match dispatch(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::error(&error);
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+fn exit_code(error: &Error) -> u8 {
+    match error.kind() {
+        Kind::Run => 1,
+        Kind::Usage => 2,
+        Kind::Interrupted => 130,
+    }
+}
+
+fn dispatch(command: Command) -> Result<()> {
+    match command {
+        Command::Run(args) => run::run(&args),
+        Command::Ls => recipes::ls(),
+        Command::Cp(args) => recipes::cp(&args),
+        Command::Validate(args) => validate::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Report(args) => report::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Doctor => doctor::run(),
+        Command::Synth(args) => run::stage("synth", &args),
+        Command::Sft(args) => run::stage("sft", &args),
+        Command::Reward(args) => run::stage("reward", &args),
+        Command::Sample(args) => run::stage("sample", &args),
+        Command::Select(args) => run::stage("select", &args),
+        Command::Dpo(args) => run::stage("dpo", &args),
+        Command::Average(args) => run::stage("average", &args),
+        Command::Eval(args) => run::stage("eval", &args),
+    }
+}

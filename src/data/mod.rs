@@ -4,7 +4,7 @@ pub mod forest;
 mod jsonl;
 mod marks;
 mod parquet;
-mod paths;
+pub(crate) mod paths;
 pub mod prepare;
 pub mod read;
 pub mod record;

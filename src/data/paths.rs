@@ -10,7 +10,7 @@ const ENDINGS: [&str; 5] = [".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parque
 
 /// The files of a path: itself, the data files of a directory, or those that a glob (`*`, `**`, `?`) matches; in
 /// the order of their names. With a split, those files whose name or folder has it as a word, if any file has.
-pub(super) fn files(path: &str, split: Option<&str>) -> Result<Vec<PathBuf>> {
+pub(crate) fn files(path: &str, split: Option<&str>) -> Result<Vec<PathBuf>> {
     let direct = Path::new(path);
     if direct.is_file() {
         return Ok(vec![direct.to_owned()]);

@@ -17,6 +17,7 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("checkpoint_dir", "model_name_or_path"),
     ("ref_model", "ref_model_name_or_path"),
     ("reference_model", "ref_model_name_or_path"),
+    ("truncation_mode", "truncation"),
     ("teacher_model_name_or_path", "teacher"),
     ("teacher_model", "teacher"),
     ("dataset_name", "datasets"),
@@ -117,6 +118,11 @@ pub const INERT: &[Inert] = &[
         values: &[],
         why: "reference log-probabilities are always computed beforehand",
     },
+    Inert {
+        key: "train_on_eos",
+        values: &["\"turn\"", "\"all\"", "true"],
+        why: "the end-of-turn token of a trained message is always trained",
+    },
     Inert { key: "reward_model_training", values: &[], why: "`kind` says it" },
 ];
 
@@ -216,9 +222,7 @@ mod tests {
         let all: Vec<_> = Kind::ALL.iter().map(|&kind| known(kind).unwrap()).collect();
         for (alias, key) in ALIASES {
             let known_somewhere = all.iter().any(|keys| keys.contains_key(*key));
-            // Data keys join when the data layer's options do.
-            let of_data = ["max_length", "chat_template"];
-            assert!(known_somewhere || of_data.contains(key), "{alias} -> {key}");
+            assert!(known_somewhere, "{alias} -> {key}");
         }
     }
 

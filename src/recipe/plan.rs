@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::error::{Error, Result};
 use crate::data::prepare::{PairOptions, SftOptions};
+use crate::data::read::Format;
+use crate::error::{Error, Result};
 use crate::generate::sampling::Sampling;
 use crate::train::Settings;
 
@@ -229,13 +230,16 @@ impl Spec {
 pub struct Dataset {
     /// A file, a directory, or a hub id.
     pub path: String,
-    /// Which part of a hub dataset.
+    /// Which part of a directory or hub dataset.
     pub split: String,
     /// How much of it to use: 0.5 is half, 2 is all of it twice.
     #[serde(alias = "weight")]
     pub fraction: f64,
     /// Which column of the file is read as which: `{prompt = "question"}`.
     pub columns: std::collections::BTreeMap<String, String>,
+    /// The format of its rows, where they have columns of several.
+    #[serde(rename = "type")]
+    pub format: Option<Format>,
     /// At most this many rows, from the start; 0 is all.
     pub limit: usize,
 }
@@ -247,6 +251,7 @@ impl Default for Dataset {
             split: "train".to_owned(),
             fraction: 1.0,
             columns: std::collections::BTreeMap::new(),
+            format: None,
             limit: 0,
         }
     }

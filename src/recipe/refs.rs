@@ -114,7 +114,7 @@ impl Scope<'_> {
         if beside.exists() {
             return Ok(beside.display().to_string());
         }
-        if is_hub_id(text) {
+        if is_hub_id(text) || text.contains(['*', '?']) {
             return Ok(text.to_owned());
         }
         let named = text.trim_end_matches(['*', '?']);

@@ -258,7 +258,9 @@ impl Stage {
             return self.inert(entry, notes);
         };
         let value = shaped(key, entry.value.clone(), &self.keys[key].default);
-        if let Some(expected) = keys::wrong_type(&value, &self.keys[key].default) {
+        if let Some(expected) = keys::wrong_type(&value, &self.keys[key].default)
+            && !value.is_null()
+        {
             return Err(wrong(expected));
         }
         let key = key.to_owned();
@@ -399,6 +401,14 @@ fn expand(entries: &[Entry]) -> Vec<Entry> {
                 }
             }
             ("loss_weights", _) if has("loss_type") => {}
+            // axolotl and torchtune ask the opposite question.
+            ("train_on_inputs" | "train_on_input" | "train_on_prompt", Value::Bool(all)) => {
+                expanded.push(with("assistant_only_loss", Value::Bool(!all)));
+                expanded.push(with("completion_only_loss", Value::Bool(!all)));
+            }
+            ("mask_history", Value::Bool(_)) => {
+                expanded.push(with("final_response_only", entry.value.clone()));
+            }
             _ => expanded.push(entry.clone()),
         }
     }
@@ -411,6 +421,8 @@ fn shaped(key: &str, value: Value, default: &Value) -> Value {
         (Value::Array(_), value @ (Value::String(_) | Value::Number(_) | Value::Object(_))) => {
             Value::Array(vec![value])
         }
+        // TOML has no null: no limit is written 0.
+        (_, value) if key == "max_length" && value == 0 => return Value::Null,
         // A list of models where one is meant: the first that exists, see `inputs`.
         (Value::String(_), Value::Array(list)) if MODEL_KEYS.contains(&key) => {
             return Value::String(
@@ -450,6 +462,11 @@ fn inputs(key: &str, value: Value, scope: &Scope<'_>) -> Result<Value> {
     match (key, value) {
         (key, Value::String(text)) if MODEL_KEYS.contains(&key) => {
             first_model(&text, scope).map(Value::String)
+        }
+        ("chat_template", Value::String(text)) => {
+            let beside = scope.home.join(&text);
+            let there = !text.is_empty() && !Path::new(&text).exists() && beside.is_file();
+            Ok(Value::String(if there { beside.display().to_string() } else { text }))
         }
         ("models" | "earlier", Value::Array(list)) => {
             let mut paths = Vec::new();

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::data::paths;
 use crate::error::{Error, Result};
 use crate::recipe::keys::INPUT_KEYS;
 use crate::recipe::{Step, refs};
@@ -88,6 +89,12 @@ impl Hashes {
         let path = Path::new(text);
         let hash = if path.exists() {
             store::sha256_path(path)?
+        } else if text.contains(['*', '?']) {
+            let mut files = String::new();
+            for file in paths::files(text, None)? {
+                files.push_str(&store::sha256_file(&file)?);
+            }
+            store::sha256_bytes(files.as_bytes())
         } else if key == "chat_template" || refs::is_hub_id(text) {
             // A built-in template or a hub id stands for itself.
             text.to_owned()

@@ -56,8 +56,8 @@ pub fn rows(
         let options = ReadOptions {
             columns: dataset.columns.clone().into_iter().collect(),
             split: Some(dataset.split.clone()),
+            format: dataset.format,
             on_bad_row,
-            ..ReadOptions::default()
         };
         let mut found = read(&dataset.path, &options)?;
         note_skipped(context, &dataset.path, &found.skipped);

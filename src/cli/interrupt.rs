@@ -1,0 +1,31 @@
+//! Ctrl-C: the first asks the running stage to save and stop, the second ends the program at once.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::output;
+use crate::error::{Error, Result};
+
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// Begins to listen, and returns the flag that Ctrl-C sets.
+pub(super) fn listen() -> Result<&'static AtomicBool> {
+    let listening = ctrlc::try_set_handler(|| {
+        if ASKED.swap(true, Ordering::Relaxed) {
+            leave();
+        }
+        output::note("stopping after this step; press Ctrl-C again to stop at once");
+    });
+    match listening {
+        // A second run in one process listens already.
+        Ok(()) | Err(ctrlc::Error::MultipleHandlers) => Ok(&ASKED),
+        Err(error) => Err(Error::run(format!("cannot listen for Ctrl-C: {error}"))),
+    }
+}
+
+#[expect(
+    clippy::exit,
+    reason = "the user asked twice; what is on the disk is whole at every moment"
+)]
+fn leave() {
+    std::process::exit(130);
+}

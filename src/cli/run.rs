@@ -1,0 +1,89 @@
+//! `arriero run`, and one command for each stage kind, which runs a recipe of that one stage.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{RecipeArgs, doctor, interrupt, output, recipes};
+use crate::error::Result;
+use crate::recipe::{Plan, RecipeFile, resolve};
+use crate::report::progress::Progress;
+use crate::report::record::StageRecord;
+use crate::stage;
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// End standard output with one line of JSON: stages, seconds, peak memory
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct StageArgs {
+    /// Settings, as in a recipe: model_name_or_path=… datasets=… learning_rate=1e-5
+    #[arg(value_name = "KEY=VALUE")]
+    settings: Vec<String>,
+    /// The run directory
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// End standard output with one line of JSON: stages, seconds, peak memory
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs a recipe.
+pub(super) fn run(args: &RunArgs) -> Result<()> {
+    let (file, resolved) = recipes::resolved(&args.recipe)?;
+    execute(&file, &resolved.plan, args.json)
+}
+
+/// Runs one stage without a recipe.
+pub(super) fn stage(kind: &str, args: &StageArgs) -> Result<()> {
+    let mut file = RecipeFile::of_one_stage(kind);
+    file.apply(&args.settings)?;
+    let resolved = resolve(&file, args.out.as_deref())?;
+    for note in &resolved.notes {
+        output::note(&format!("note: {note}"));
+    }
+    file.text = args
+        .settings
+        .iter()
+        .fold(format!("# arriero {kind}\n"), |text, setting| format!("{text}# {setting}\n"));
+    execute(&file, &resolved.plan, args.json)
+}
+
+fn execute(file: &RecipeFile, plan: &Plan, json: bool) -> Result<()> {
+    let started = Instant::now();
+    let progress = Progress::new(plan.steps.len(), interrupt::listen()?);
+    let records = stage::rounds::run_plan(plan, &file.text, &progress, &stage::run_stage)?;
+    let table = crate::report::write(&plan.output_dir)?;
+    if !table.is_empty() {
+        output::line(table.trim_end());
+    }
+    output::note(&format!("{0}: report.md, report.html, stages/", plan.output_dir.display()));
+    if json {
+        output::line(&summary(&records, started.elapsed().as_secs_f64()).to_string());
+    }
+    Ok(())
+}
+
+fn summary(records: &[StageRecord], wall_s: f64) -> Value {
+    let stages: Vec<Value> = records
+        .iter()
+        .map(|record| {
+            json!({
+                "name": record.name,
+                "kind": record.kind,
+                "round": record.round,
+                "reused": record.reused,
+                "weights_sha256": record.weights_sha256,
+                "metrics": record.metrics,
+            })
+        })
+        .collect();
+    json!({"stages": stages, "wall_s": wall_s, "peak_rss_bytes": doctor::peak_rss_bytes()})
+}

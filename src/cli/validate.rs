@@ -1,0 +1,229 @@
+//! `arriero validate`: what a recipe will do, how many steps and how much memory that takes, and a few rows as the
+//! model will see them, with the trained tokens marked. Loads no weights and writes nothing.
+
+use std::io::IsTerminal;
+
+use anstyle::{AnsiColor, Style};
+use clap::Args;
+
+use super::{RecipeArgs, estimate, output, recipes};
+use crate::data::prepare::{OnBadRow, PairOptions, Prepared, SftOptions, pair_trees, sft_trees};
+use crate::data::read::{ReadOptions, read};
+use crate::data::record::Row;
+use crate::data::tokenizer::ChatTokenizer;
+use crate::data::tree::Tree;
+use crate::error::Result;
+use crate::recipe::plan::Dataset;
+use crate::recipe::{Plan, Spec, Step};
+use crate::train::Settings;
+
+#[derive(Debug, Args)]
+pub(super) struct ValidateArgs {
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// Rows to show of each training stage
+    #[arg(long, default_value_t = 2)]
+    rows: usize,
+}
+
+/// Checks a recipe and prints what there is to know before it runs.
+pub(super) fn run(args: &ValidateArgs) -> Result<()> {
+    let (file, resolved) = recipes::resolved(&args.recipe)?;
+    let plan = &resolved.plan;
+    output::line(&format!(
+        "{}: {} stages in {} rounds, seed {}, device {}, run directory {}",
+        file.path.display(),
+        plan.steps.len(),
+        plan.rounds,
+        plan.seed,
+        plan.device,
+        plan.output_dir.display()
+    ));
+    for step in &plan.steps {
+        describe(plan, step)?;
+    }
+    for step in plan.steps.iter().filter(|step| step.round == 1) {
+        preview(plan, step, args.rows)?;
+    }
+    Ok(())
+}
+
+fn describe(plan: &Plan, step: &Step) -> Result<()> {
+    output::line(&format!("\n{} ({})", step.id, step.spec.kind().name()));
+    if let Some(training) = Training::of(&step.spec) {
+        let rows = training.rows()?;
+        let steps = match &rows {
+            Some(rows) => {
+                let steps = training.settings.total_steps(rows.len());
+                format!(
+                    "{} rows, {steps} steps of {}",
+                    rows.len(),
+                    training.settings.examples_per_step()
+                )
+            }
+            None if training.settings.max_steps > 0 => {
+                format!("{} steps", training.settings.max_steps)
+            }
+            None => "steps depend on the output of an earlier stage".to_owned(),
+        };
+        let memory = match estimate::config(plan, training.model) {
+            Some(config) => format!(
+                "{:.1} M parameters in f32, about {} at the peak",
+                estimate::parameters(&config) as f64 / 1e6,
+                estimate::bytes(estimate::training_bytes(&config, training.settings))
+            ),
+            None => "memory depends on a model that is not here yet".to_owned(),
+        };
+        output::line(&format!("  {steps}; {memory}"));
+    }
+    let settings = serde_json::to_value(&step.spec)?;
+    for (key, value) in settings.as_object().into_iter().flatten().filter(|(key, _)| *key != "kind")
+    {
+        match value {
+            serde_json::Value::Object(section) => {
+                let keys: Vec<String> =
+                    section.iter().map(|(key, value)| format!("{key} = {value}")).collect();
+                output::line(&format!("  {key}: {}", keys.join(", ")));
+            }
+            value => output::line(&format!("  {key} = {value}")),
+        }
+    }
+    Ok(())
+}
+
+enum DataKeys<'a> {
+    Sft(&'a SftOptions),
+    Pairs(&'a PairOptions),
+}
+
+/// What the training stages have in common.
+struct Training<'a> {
+    model: &'a str,
+    datasets: &'a [Dataset],
+    chat_template: &'a str,
+    settings: &'a Settings,
+    data: DataKeys<'a>,
+}
+
+impl<'a> Training<'a> {
+    fn of(spec: &'a Spec) -> Option<Self> {
+        let (model, datasets, chat_template, settings, data) = match spec {
+            Spec::Sft(s) => (
+                &s.model_name_or_path,
+                &s.datasets,
+                &s.chat_template,
+                &s.train,
+                DataKeys::Sft(&s.data),
+            ),
+            Spec::Reward(s) => (
+                &s.model_name_or_path,
+                &s.datasets,
+                &s.chat_template,
+                &s.train,
+                DataKeys::Pairs(&s.data),
+            ),
+            Spec::Dpo(s) => (
+                &s.model_name_or_path,
+                &s.datasets,
+                &s.chat_template,
+                &s.train,
+                DataKeys::Pairs(&s.data),
+            ),
+            _ => return None,
+        };
+        Some(Self { model, datasets, chat_template, settings, data })
+    }
+
+    fn on_bad_row(&self) -> OnBadRow {
+        match self.data {
+            DataKeys::Sft(options) => options.on_bad_row,
+            DataKeys::Pairs(options) => options.on_bad_row,
+        }
+    }
+
+    /// The rows, where every dataset is on this machine already.
+    fn rows(&self) -> Result<Option<Vec<Row>>> {
+        let mut rows = Vec::new();
+        for dataset in self.datasets {
+            if !std::path::Path::new(&dataset.path).exists() {
+                return Ok(None);
+            }
+            let options = ReadOptions {
+                columns: dataset.columns.clone().into_iter().collect(),
+                split: Some(dataset.split.clone()),
+                format: dataset.format,
+                on_bad_row: self.on_bad_row(),
+            };
+            let mut found = read(&dataset.path, &options)?.rows;
+            if dataset.limit > 0 {
+                found.truncate(dataset.limit);
+            }
+            let wanted = (found.len() as f64 * dataset.fraction).round() as usize;
+            rows.extend(found.iter().cycle().take(wanted).cloned());
+        }
+        Ok(Some(rows))
+    }
+
+    fn prepare(&self, rows: &[Row], tokenizer: &ChatTokenizer) -> Result<Prepared> {
+        match self.data {
+            DataKeys::Sft(options) => sft_trees(rows, tokenizer, options),
+            DataKeys::Pairs(options) => pair_trees(rows, tokenizer, options),
+        }
+    }
+}
+
+/// Prints the first rows of a training stage as the model will see them.
+fn preview(plan: &Plan, step: &Step, count: usize) -> Result<()> {
+    let Some(training) = Training::of(&step.spec).filter(|_| count > 0) else { return Ok(()) };
+    let Some(dir) = estimate::origin(plan, training.model) else { return Ok(()) };
+    let Some(mut rows) = training.rows()? else { return Ok(()) };
+    if !dir.join("tokenizer.json").is_file() {
+        return Ok(());
+    }
+    let mut tokenizer = ChatTokenizer::from_dir(&dir)?;
+    if !training.chat_template.is_empty() {
+        tokenizer = tokenizer.with_template(training.chat_template)?;
+    }
+    rows.truncate(count);
+    let prepared = training.prepare(&rows, &tokenizer)?;
+    for tree in &prepared.trees {
+        let place = rows.get(tree.source).map_or("", |row| row.place.as_str());
+        output::line(&format!("\n{} {place}: {} tokens", step.id, tree.tokens()));
+        output::line(&render(tree, &tokenizer, std::io::stdout().is_terminal()));
+    }
+    if !prepared.trees.is_empty() {
+        let how = if std::io::stdout().is_terminal() { "green" } else { "between ⟦ and ⟧" };
+        output::line(&format!("(trained tokens are {how})"));
+    }
+    Ok(())
+}
+
+/// A tree as text, one segment after the other, with its trained runs marked.
+fn render(tree: &Tree, tokenizer: &ChatTokenizer, colour: bool) -> String {
+    let green = Style::new().fg_color(Some(AnsiColor::Green.into())).bold();
+    let (open, close) = if colour {
+        (green.render().to_string(), green.render_reset().to_string())
+    } else {
+        ("⟦".to_owned(), "⟧".to_owned())
+    };
+    let mut text = String::new();
+    for (number, segment) in tree.segments.iter().enumerate() {
+        if number > 0 {
+            text.push_str(&format!("\n  [{number}] "));
+        }
+        let mut start = 0;
+        while start < segment.tokens.len() {
+            let trained = segment.roles[start].trained();
+            let run =
+                segment.roles[start..].iter().take_while(|role| role.trained() == trained).count();
+            let words = tokenizer.decode(&segment.tokens[start..start + run], false);
+            if trained {
+                text.push_str(&format!("{open}{words}{close}"));
+            } else {
+                text.push_str(&words);
+            }
+            start += run;
+        }
+    }
+    text
+}
