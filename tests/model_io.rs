@@ -2,7 +2,6 @@
 
 #![expect(
     clippy::unwrap_used,
-    clippy::expect_used,
     clippy::panic,
     clippy::disallowed_methods,
     reason = "helpers of tests: damaged files are written on purpose"
@@ -133,7 +132,7 @@ fn damaged_checkpoints_are_refused_with_file_and_tensor() {
     );
     check_refused(
         |_, model| {
-            drop(model.weights.insert(norm.into(), Tensor::ones(3, DType::F32, &CPU).unwrap()))
+            drop(model.weights.insert(norm.into(), Tensor::ones(3, DType::F32, &CPU).unwrap()));
         },
         &[norm, "[3]", "[64]", file],
     );
@@ -149,10 +148,15 @@ fn damaged_checkpoints_are_refused_with_file_and_tensor() {
     }
     check_refused(
         |_, model| {
-            drop(model.weights.insert(norm.into(), Tensor::ones(64, DType::U32, &CPU).unwrap()))
+            drop(model.weights.insert(norm.into(), Tensor::ones(64, DType::U32, &CPU).unwrap()));
         },
         &[norm, "U32"],
     );
+}
+
+#[test]
+fn truncated_files_and_broken_indices_are_refused() {
+    let (norm, file) = ("model.norm.weight", "model.safetensors");
     check_refused(
         |path, model| {
             write_raw(&path.join(file), model);
