@@ -14,7 +14,7 @@ import reasoning_gym
 SEED = 20
 HELD_OUT, PROMPTS, TRAIN = 100, 150, 600
 ASK = "\nReply with the answer only."
-# Task -> settings. SmolLM2-135M-Instruct answers between a tenth and a half of each.
+# Task -> settings. SmolLM2-135M-Instruct was right on about 17, 8, 25 (up to 20) and 10 % of a dozen questions each.
 TASKS = {
     "chain_sum": dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
     "products": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),

@@ -1,0 +1,263 @@
+//! What transformers and TRL make of our files. `scripts/test` installs them and sets `ARRIERO_PEERS`; without it these
+//! tests say so and pass, with it a missing program is a failure. `scripts/test --peers` adds TRL.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use arriero::data::forest::Forest;
+use arriero::data::record::Message;
+use arriero::data::tree::{Role, Tree};
+use arriero::generate::engine::Finish;
+use arriero::loss::Readout;
+use arriero::model::checkpoint::{Checkpoint, LoadOptions};
+use arriero::model::save::SaveOptions;
+use arriero::model::{Architecture, Transformer, Weights};
+use arriero::score::candidates::{Candidate, Candidates};
+use arriero::score::select::{Rules, select};
+use arriero::train::step;
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn goldens() -> PathBuf {
+    env::var_os("ARRIERO_GOLDENS")
+        .map_or_else(|| root().join("tests/fixtures/goldens"), PathBuf::from)
+}
+
+/// The Python that has the peers; `None` where nobody asked for them.
+fn python(switch: &str) -> Option<PathBuf> {
+    if env::var_os(switch).is_none_or(|value| value != "1") {
+        println!("not run: {switch} is not 1; scripts/test sets it");
+        return None;
+    }
+    let python = env::var_os("ARRIERO_PYTHON")
+        .map_or_else(|| root().join(".venv/bin/python"), PathBuf::from);
+    assert!(
+        python.exists(),
+        "{switch} is set, but there is no {}: run scripts/test",
+        python.display()
+    );
+    Some(python)
+}
+
+/// Runs a script of tests/peers and returns what it printed.
+fn script(python: &Path, name: &str, arguments: &[&Path]) -> String {
+    let output = Command::new(python)
+        .arg(root().join("tests/peers").join(name))
+        .args(arguments)
+        .env("HF_HUB_OFFLINE", "1")
+        .env("CUDA_VISIBLE_DEVICES", "")
+        .output()
+        .unwrap();
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{name}:\n{out}\n{err}");
+    out.into_owned()
+}
+
+/// SmolLM2 as `scripts/fetch-smollm2` installed it. Part of the tests: its absence is a failure.
+fn smollm2() -> Checkpoint {
+    let folder =
+        env::var_os("ARRIERO_SMOLLM2").map_or_else(|| root().join("data/smollm2"), PathBuf::from);
+    let path = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    assert!(path.exists(), "there is no {}: run scripts/fetch-smollm2", path.display());
+    Checkpoint::load(path.to_str().unwrap(), &Device::Cpu, &LoadOptions::default()).unwrap()
+}
+
+/// Saves the model, has transformers run the rows, and gives back its tensors and what it printed.
+fn in_transformers(python: &Path, model: &Checkpoint, rows: &[Vec<u32>]) -> (Weights, Value) {
+    let dir = tempfile::tempdir().unwrap();
+    let (saved, ids, out) =
+        (dir.path().join("model"), dir.path().join("ids.json"), dir.path().join("out.safetensors"));
+    model.save(&saved, &SaveOptions::new(DType::F32)).unwrap();
+    fs::write(&ids, serde_json::to_vec(rows).unwrap()).unwrap();
+    let printed = script(python, "load_in_transformers.py", &[&saved, &ids, &out]);
+    let tensors = candle_core::safetensors::load(&out, &Device::Cpu).unwrap().into_iter().collect();
+    (tensors, serde_json::from_str(printed.lines().last().unwrap()).unwrap())
+}
+
+fn sequences(rows: &[Vec<u32>]) -> Vec<Tree> {
+    let tree = |(row, tokens): (usize, &Vec<u32>)| {
+        Tree::sequence(tokens.clone(), vec![Role::Content; tokens.len()], row)
+    };
+    rows.iter().enumerate().map(tree).collect()
+}
+
+#[track_caller]
+fn assert_same_logits(python: &Path, model: &Checkpoint, rows: &[Vec<u32>], what: &str) {
+    let (theirs, about) = in_transformers(python, model, rows);
+    assert_eq!(about["missing"], serde_json::json!([]), "{what}");
+    assert_eq!(about["unexpected"], serde_json::json!([]), "{what}");
+    assert_eq!(about["end_ids"], serde_json::json!(model.ends()), "{what}");
+    let transformer = Transformer::new(&model.config, &model.weights).unwrap();
+    let forest = Forest::pack(&sequences(rows)).unwrap();
+    let hidden = transformer.hidden(&forest).unwrap();
+    let mut start = 0;
+    for (row, tokens) in rows.iter().enumerate() {
+        let hidden = hidden.narrow(0, start, tokens.len()).unwrap();
+        let logits = hidden.matmul(&transformer.head().t().unwrap()).unwrap();
+        let apart = largest_difference(&logits, &theirs[&format!("logits.{row}")]);
+        assert!(apart <= 1e-4, "{what}, row {row}: logits differ by {apart}");
+        start += tokens.len();
+    }
+}
+
+fn largest_difference(one: &Tensor, two: &Tensor) -> f32 {
+    (one - two).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+}
+
+/// Rows of unequal length over the vocabulary, none with an id below `lowest`.
+fn some_rows(vocab: u32, lowest: u32) -> Vec<Vec<u32>> {
+    [13, 5, 29]
+        .iter()
+        .map(|len| (0..*len).map(|at| lowest + (at * 7919 + len * 31) % (vocab - lowest)).collect())
+        .collect()
+}
+
+#[test]
+fn golden_models_give_transformers_the_same_logits() {
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    for name in ["model_tied", "model_untied", "model_llama3rope"] {
+        let model = Checkpoint::load_dir(&goldens().join(name), &Device::Cpu).unwrap();
+        let rows = some_rows(model.config.vocab_size as u32, 3);
+        assert_same_logits(&python, &model, &rows, name);
+    }
+}
+
+#[test]
+fn smollm2_saved_from_gguf_gives_transformers_the_same_logits() {
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    let model = smollm2();
+    assert_same_logits(&python, &model, &conversations(&model), "SmolLM2");
+}
+
+/// Real conversations of unequal length, each ending with the end of turn and the line feed left out.
+fn conversations(model: &Checkpoint) -> Vec<Vec<u32>> {
+    let tokenizer = model.tokenizer().unwrap();
+    let prompt = tokenizer
+        .prompt_ids(&[Message::new("user", "What is the capital of France?")], None)
+        .unwrap();
+    let end = model.ends()[0];
+    let reply = |text: &str| {
+        let mut row = prompt.clone();
+        row.extend(tokenizer.encode(text));
+        row.push(end);
+        row
+    };
+    vec![
+        reply("The capital of France is Paris."),
+        reply("Paris"),
+        reply("I do not know, but it may well be Lyon or Nice."),
+    ]
+}
+
+#[track_caller]
+fn assert_same_scores(python: &Path, model: &Checkpoint, rows: &[Vec<u32>], prompt: usize) {
+    assert_eq!(model.config.architecture, Architecture::SequenceClassification);
+    let (theirs, about) = in_transformers(python, model, rows);
+    let pad = about["pad_token_id"].as_u64().unwrap() as u32;
+    assert!(rows.iter().all(|row| row.last() != Some(&pad)), "the padding {pad} ends a row");
+    let responses = rows.iter().map(|row| {
+        let tokens = row[prompt..].to_vec();
+        let roles = vec![Role::Content; tokens.len()];
+        (tokens, roles)
+    });
+    let tree = Tree::siblings(rows[0][..prompt].to_vec(), responses.collect(), 0);
+    let transformer = Transformer::new(&model.config, &model.weights).unwrap();
+    for (what, trees) in [("separate rows", sequences(rows)), ("a tree", vec![tree])] {
+        let forest = Forest::pack(&trees).unwrap();
+        let ours = step::read(&transformer, Readout::Scores, &forest).unwrap();
+        for name in ["scores", "scores_alone"] {
+            let theirs = theirs[name].to_vec1::<f32>().unwrap();
+            for (ours, theirs) in ours.iter().zip(&theirs) {
+                assert!((ours - theirs).abs() <= 1e-4, "{what}, {name}: {ours} and {theirs}");
+            }
+            assert_eq!(ours.len(), theirs.len());
+        }
+    }
+}
+
+#[test]
+fn golden_reward_model_scores_padded_rows_as_transformers_does() {
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    let model = Checkpoint::load_dir(&goldens().join("model_reward"), &Device::Cpu).unwrap();
+    let mut rows = some_rows(model.config.vocab_size as u32, 3);
+    let shared: Vec<u32> = rows[1][..3].to_vec();
+    for row in &mut rows {
+        row.splice(..3, shared.iter().copied());
+    }
+    assert_same_scores(&python, &model, &rows, 3);
+}
+
+#[test]
+fn smollm2_reward_model_scores_padded_rows_as_transformers_does() {
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    let model = smollm2();
+    let rows = conversations(&model);
+    let shared = (0..rows[0].len())
+        .take_while(|&at| rows.iter().all(|row| row.get(at) == rows[0].get(at)))
+        .count();
+    // Its padding is its end of turn; the saved model must not take that.
+    assert_same_scores(&python, &model.into_reward_model(7).unwrap(), &rows, shared);
+}
+
+/// A prompt with a right, a wrong and a chatty answer, scored by two judges.
+fn candidates(row: usize) -> Candidates {
+    let drawn = |(number, (text, score)): (usize, (String, f64))| Candidate {
+        tokens: text.len(),
+        text,
+        finish: Finish::Stop,
+        logprob_sum: -1.5,
+        scores: [("number".to_owned(), score), ("@reward".to_owned(), score - 0.25)]
+            .into_iter()
+            .collect(),
+        score,
+        passed: Some(score > 0.5),
+        origin: format!("r1/{number}"),
+    };
+    let answers = [
+        ((row + 2).to_string(), 1.0),
+        ((row + 3).to_string(), 0.0),
+        ("It is hard to say.".to_owned(), 0.0),
+    ];
+    Candidates {
+        prompt: vec![Message::new("user", format!("What is {row} + 2?"))],
+        answer: (row + 2).to_string(),
+        tools: None,
+        candidates: answers.into_iter().enumerate().map(drawn).collect(),
+    }
+}
+
+fn write_lines<'a, T: serde::Serialize + 'a>(path: &Path, rows: impl Iterator<Item = &'a T>) {
+    let lines: String = rows.map(|row| serde_json::to_string(row).unwrap() + "\n").collect();
+    assert!(!lines.is_empty());
+    fs::write(path, lines).unwrap();
+}
+
+#[test]
+fn trl_trains_on_what_select_writes() {
+    let Some(python) = python("ARRIERO_PEERS_TRL") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let chosen: Vec<_> = (0..4).map(|row| select(&candidates(row), &Rules::default())).collect();
+    write_lines(&dir.path().join("sft.jsonl"), chosen.iter().flat_map(|one| &one.sft));
+    write_lines(&dir.path().join("pairs.jsonl"), chosen.iter().flat_map(|one| &one.pairs));
+    let model = goldens().join("model_untied");
+    let printed = script(
+        &python,
+        "train_in_trl.py",
+        &[
+            &model,
+            &dir.path().join("sft.jsonl"),
+            &dir.path().join("pairs.jsonl"),
+            &dir.path().join("out"),
+        ],
+    );
+    let about: Value = serde_json::from_str(printed.lines().last().unwrap()).unwrap();
+    assert!(about["sft_loss"].as_f64().unwrap().is_finite());
+    let dpo = about["dpo_loss"].as_f64().unwrap();
+    assert!((dpo - 2f64.ln()).abs() < 1e-3, "the first DPO loss is {dpo}, expected ln 2");
+}
