@@ -12,4 +12,7 @@ pub mod render;
 pub mod template;
 pub mod tokenizer;
 mod tokenizer_files;
+mod train_tokenizer;
 pub mod tree;
+
+pub use train_tokenizer::train_tokenizer;
