@@ -3,9 +3,11 @@
 pub mod forest;
 mod jsonl;
 mod marks;
+pub mod mix;
 mod parquet;
 pub(crate) mod paths;
 pub mod prepare;
+pub mod preview;
 pub mod read;
 pub mod record;
 pub mod render;
@@ -16,3 +18,6 @@ mod train_tokenizer;
 pub mod tree;
 
 pub use train_tokenizer::train_tokenizer;
+
+#[cfg(test)]
+mod tests;

@@ -137,15 +137,13 @@ impl ChatTokenizer {
         super::tokenizer_files::write(dir, &self.inner.full, &self.inner.settings)
     }
 
-    /// The same tokenizer with another chat template.
+    /// The same tokenizer with another chat template: a built-in name, a path, or Jinja text.
     ///
     /// # Errors
-    /// A template that does not compile.
-    pub fn with_template(&self, source: &str) -> Result<Self> {
-        let settings = TokenizerSettings {
-            chat_template: Some(source.to_owned()),
-            ..self.inner.settings.clone()
-        };
+    /// Neither a known name nor a readable file, or a template that does not compile.
+    pub fn with_template(&self, template: &str) -> Result<Self> {
+        let chat_template = Some(super::template::resolve(template)?);
+        let settings = TokenizerSettings { chat_template, ..self.inner.settings.clone() };
         Self::new(self.inner.full.clone(), settings)
     }
 

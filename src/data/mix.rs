@@ -1,0 +1,115 @@
+//! Several datasets become one: taken in fractions, shuffled, split, always in the same way for the same seed.
+
+use super::record::Row;
+use crate::error::{Error, Result};
+use crate::rng::Stream;
+
+/// Takes a fraction of each dataset and shuffles all of them together.
+///
+/// Of a fraction below one, a random part is taken; above one, the dataset is repeated whole, and then a random part
+/// of it (Llama 3, section 4.1.3: good sources are seen several times, others less than once). Which rows are taken
+/// of a dataset depends on the seed, its place in the list and its length alone.
+///
+/// # Errors
+/// A fraction that is negative or not a number, or nothing left.
+pub fn mix(parts: Vec<(Vec<Row>, f64)>, seed: u64) -> Result<Vec<Row>> {
+    let mut mixed = Vec::new();
+    for (index, (rows, fraction)) in parts.into_iter().enumerate() {
+        if !fraction.is_finite() || fraction < 0.0 {
+            return Err(Error::usage(format!(
+                "datasets[{index}]: fraction = {fraction}, expected 0 or more"
+            )));
+        }
+        let whole = fraction.floor() as usize;
+        let part = (fraction.fract() * rows.len() as f64).round() as usize;
+        for _ in 0..whole {
+            mixed.extend_from_slice(&rows);
+        }
+        let order = Stream::new(seed, "mix/take").permutation(index as u64, rows.len());
+        let mut taken: Vec<usize> = order.into_iter().take(part).collect();
+        taken.sort_unstable();
+        mixed.extend(taken.into_iter().map(|row| rows[row].clone()));
+    }
+    if mixed.is_empty() {
+        return Err(Error::run("no rows are left after mixing").hint("raise `fraction`"));
+    }
+    let order = Stream::new(seed, "mix/shuffle").permutation(0, mixed.len());
+    Ok(order.into_iter().map(|row| mixed[row].clone()).collect())
+}
+
+/// How much to hold out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum HeldOut {
+    /// A share of all rows, in (0, 1).
+    Fraction(f64),
+    /// A number of rows.
+    Count(usize),
+}
+
+/// Splits rows into those to train on and those held out, both in their first order.
+///
+/// # Errors
+/// A split that leaves either side empty.
+pub fn split(rows: Vec<Row>, held_out: HeldOut, seed: u64) -> Result<(Vec<Row>, Vec<Row>)> {
+    let total = rows.len();
+    let count = match held_out {
+        HeldOut::Fraction(fraction) => (fraction * total as f64).round() as usize,
+        HeldOut::Count(count) => count,
+    };
+    if count == 0 || count >= total {
+        return Err(Error::usage(format!(
+            "{held_out:?} of {total} rows leaves one side of the split empty"
+        )));
+    }
+    let mut is_held_out = vec![false; total];
+    for row in Stream::new(seed, "mix/split").permutation(0, total).into_iter().take(count) {
+        is_held_out[row] = true;
+    }
+    let (mut train, mut held) = (Vec::new(), Vec::new());
+    for (row, out) in rows.into_iter().zip(is_held_out) {
+        if out { held.push(row) } else { train.push(row) }
+    }
+    Ok((train, held))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::record::Record;
+
+    fn rows(name: &str, count: usize) -> Vec<Row> {
+        (0..count)
+            .map(|index| Row::new(format!("{name}:{index}"), Record::Text(String::new())))
+            .collect()
+    }
+
+    fn places(rows: &[Row]) -> Vec<&str> {
+        let mut places: Vec<&str> = rows.iter().map(|row| row.place.as_str()).collect();
+        places.sort_unstable();
+        places
+    }
+
+    #[test]
+    fn fractions_repeat_and_thin_out() {
+        let mixed = mix(vec![(rows("a", 10), 2.5), (rows("b", 10), 0.3)], 7).unwrap();
+        assert_eq!(mixed.iter().filter(|row| row.place.starts_with('a')).count(), 25);
+        assert_eq!(mixed.iter().filter(|row| row.place.starts_with('b')).count(), 3);
+        let again = mix(vec![(rows("a", 10), 2.5), (rows("b", 10), 0.3)], 7).unwrap();
+        assert_eq!(mixed, again);
+        assert_ne!(mixed, mix(vec![(rows("a", 10), 2.5), (rows("b", 10), 0.3)], 8).unwrap());
+        assert!(mix(vec![(rows("a", 2), -1.0)], 7).is_err());
+        assert!(mix(vec![(rows("a", 2), 0.0)], 7).is_err());
+    }
+
+    #[test]
+    fn a_split_loses_and_repeats_nothing() {
+        let (train, held) = split(rows("a", 10), HeldOut::Fraction(0.2), 1).unwrap();
+        assert_eq!((train.len(), held.len()), (8, 2));
+        let mut all = train.clone();
+        all.extend(held);
+        let whole = rows("a", 10);
+        assert_eq!(places(&all), places(&whole));
+        assert_eq!(split(rows("a", 10), HeldOut::Count(2), 1).unwrap().0, train);
+        assert!(split(rows("a", 3), HeldOut::Count(3), 1).is_err());
+    }
+}
