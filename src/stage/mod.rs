@@ -54,3 +54,6 @@ pub fn run_stage(context: &StageContext<'_>, spec: &Spec) -> Result<Metrics> {
         Spec::Eval(spec) => eval::run(context, spec),
     }
 }
+
+#[cfg(test)]
+mod generation_tests;

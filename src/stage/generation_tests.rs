@@ -1,0 +1,261 @@
+//! The generating stages on a random model over bytes, in a temporary directory.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::{DType, Device};
+use serde_json::{Value, json};
+use tokenizers::models::bpe::BPE;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, Tokenizer};
+
+use super::{StageContext, run_stage};
+use crate::data::template;
+use crate::data::tokenizer::{ChatTokenizer, TokenizerSettings};
+use crate::error::Kind;
+use crate::generate::sampling::Sampling;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::save::SaveOptions;
+use crate::model::{Config, init};
+use crate::recipe::Spec;
+use crate::recipe::plan::{self, Dataset};
+use crate::report::record::{Events, Metrics, Silent};
+use crate::store;
+
+fn byte_tokenizer() -> ChatTokenizer {
+    let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
+    alphabet.sort_unstable();
+    let vocab: Vec<(String, u32)> =
+        alphabet.iter().zip(0..).map(|(c, id)| (c.to_string(), id)).collect();
+    let bpe = BPE::builder()
+        .vocab_and_merges(vocab.into_iter().collect::<ahash_map::Vocab>(), vec![])
+        .build()
+        .unwrap();
+    let mut tokenizer = Tokenizer::new(bpe);
+    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, false)));
+    tokenizer.with_decoder(Some(ByteLevel::default()));
+    tokenizer
+        .add_special_tokens(
+            ["<|im_start|>", "<|im_end|>", "<|pad|>"].map(|text| AddedToken::from(text, true)),
+        )
+        .unwrap();
+    let settings = TokenizerSettings {
+        chat_template: Some(template::resolve("chatml").unwrap()),
+        bos: None,
+        ends: vec![257],
+        eos: Some(257),
+        pad: Some(258),
+        add_bos: false,
+    };
+    ChatTokenizer::new(tokenizer, settings).unwrap()
+}
+
+/// The map type that the tokenizer's builder takes.
+mod ahash_map {
+    pub(super) type Vocab = tokenizers::models::bpe::Vocab;
+}
+
+fn save_model(dir: &Path, seed: u64, reward: bool) -> String {
+    let text = json!({
+        "model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "initializer_range": 0.3, "max_position_embeddings": 128, "eos_token_id": 257,
+        "tie_word_embeddings": true,
+    });
+    let config = Config::from_json(&text.to_string()).unwrap();
+    let weights = init::random(&config, seed, &Device::Cpu).unwrap();
+    let mut checkpoint = Checkpoint { config, weights, tokenizer: Some(byte_tokenizer()) };
+    if reward {
+        checkpoint = checkpoint.into_reward_model(seed).unwrap();
+    }
+    checkpoint.save(dir, &SaveOptions::new(DType::F32)).unwrap();
+    dir.display().to_string()
+}
+
+fn prompts(dir: &Path, count: usize) -> Vec<Dataset> {
+    let path = dir.join("prompts.jsonl");
+    let rows: Vec<String> = (0..count)
+        .map(|i| json!({"prompt": format!("say {i}"), "answer": "0"}).to_string())
+        .collect();
+    store::write_atomic(&path, rows.join("\n").as_bytes()).unwrap();
+    vec![Dataset { path: path.display().to_string(), ..Dataset::default() }]
+}
+
+fn run(dir: PathBuf, spec: &Spec, events: &dyn Events) -> crate::Result<Metrics> {
+    store::create_dir(&dir)?;
+    let context = StageContext { dir, round: 1, seed: 3, device: Device::Cpu, events };
+    run_stage(&context, spec)
+}
+
+/// Interrupts after some prompts.
+struct StopAfter(u64, AtomicU64);
+
+impl Events for StopAfter {
+    fn progress(&self, _what: &str, done: u64, _total: u64) {
+        self.1.store(done, Ordering::Relaxed);
+    }
+    fn metrics(&self, _step: u64, _values: &Metrics) -> crate::Result<()> {
+        Ok(())
+    }
+    fn resume_after(&self, _step: u64) -> crate::Result<()> {
+        Ok(())
+    }
+    fn note(&self, _text: &str) {}
+    fn interrupted(&self) -> bool {
+        self.1.load(Ordering::Relaxed) >= self.0
+    }
+}
+
+fn sampling(samples: usize) -> Sampling {
+    Sampling { num_samples: samples, max_new_tokens: 12, seed: 9, ..Sampling::default() }
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    store::read_ledger(path).unwrap()
+}
+
+#[test]
+fn sampling_that_was_stopped_and_torn_ends_in_the_same_file() {
+    let home = tempfile::tempdir().unwrap();
+    let policy = save_model(&home.path().join("policy"), 1, false);
+    let reward = save_model(&home.path().join("reward"), 2, true);
+    let spec = Spec::Sample(plan::Sample {
+        model_name_or_path: policy,
+        datasets: prompts(home.path(), 7),
+        sampling: sampling(3),
+        scorers: vec![
+            json!({"reward_model": reward}),
+            json!({"verifier": "length", "max": 5, "weight": 0.1}),
+        ],
+        ..plan::Sample::default()
+    });
+    let whole = home.path().join("whole");
+    let metrics = run(whole.clone(), &spec, &Silent).unwrap();
+    assert!((metrics["candidates"] - 21.0).abs() < 1e-9);
+
+    let torn = home.path().join("torn");
+    for stop in [2, 4] {
+        let stopped = run(torn.clone(), &spec, &StopAfter(stop, AtomicU64::new(0))).unwrap_err();
+        assert_eq!(stopped.kind(), Kind::Interrupted);
+        // A kill in the middle of a line.
+        let ledger = torn.join("ledger.jsonl");
+        let bytes = std::fs::read(&ledger).unwrap();
+        std::fs::write(&ledger, &bytes[..bytes.len() - 9]).unwrap();
+    }
+    run(torn.clone(), &spec, &Silent).unwrap();
+    let read = |dir: &Path| std::fs::read(dir.join("data.jsonl")).unwrap();
+    assert_eq!(read(&torn), read(&whole));
+    assert!(!torn.join("ledger.jsonl").exists());
+}
+
+#[test]
+fn sampled_rows_are_selected_with_the_earlier_round_and_evaluated_against_a_reference() {
+    let home = tempfile::tempdir().unwrap();
+    let policy = save_model(&home.path().join("policy"), 1, false);
+    let reward = save_model(&home.path().join("reward"), 2, true);
+    let datasets = prompts(home.path(), 4);
+    let scorers = vec![json!({"reward_model": reward})];
+    let sample = |seed, earlier| {
+        Spec::Sample(plan::Sample {
+            model_name_or_path: policy.clone(),
+            datasets: datasets.clone(),
+            sampling: Sampling { seed, stop: vec!["\u{fffd}".to_owned()], ..sampling(4) },
+            scorers: scorers.clone(),
+            earlier,
+        })
+    };
+    run(home.path().join("s1"), &sample(1, vec![]), &Silent).unwrap();
+    let first = home.path().join("s1/data.jsonl");
+    run(home.path().join("s2"), &sample(2, vec![first.display().to_string()]), &Silent).unwrap();
+    let second = home.path().join("s2/data.jsonl");
+    for (old, new) in lines(&first).iter().zip(lines(&second)) {
+        let candidates = new["candidates"].as_array().unwrap();
+        assert_eq!(candidates.len(), 5);
+        let old = old["candidates"].as_array().unwrap();
+        // The same answer under the same judge has the same score.
+        assert!(
+            old.iter().any(|old| old["text"] == candidates[4]["text"]
+                && old["score"] == candidates[4]["score"])
+        );
+    }
+    let select = Spec::Select(plan::Select {
+        datasets: vec![Dataset { path: second.display().to_string(), ..Dataset::default() }],
+        ..plan::Select::default()
+    });
+    let metrics = run(home.path().join("sel"), &select, &Silent).unwrap();
+    assert!(metrics["pairs"] > 0.0 && metrics["margin"] > 0.0, "{metrics:?}");
+    let pair = &lines(&home.path().join("sel/pairs.jsonl"))[0];
+    assert_eq!(pair["chosen"][0]["role"], "assistant");
+
+    let eval = |reference: &str| {
+        let spec = Spec::Eval(plan::Eval {
+            model_name_or_path: policy.clone(),
+            datasets: datasets.clone(),
+            sampling: sampling(2),
+            scorers: vec![json!({"verifier": "contains"}), scorers[0].clone()],
+            reference: reference.to_owned(),
+        });
+        run(home.path().join(format!("eval-{}", reference.len())), &spec, &Silent).unwrap()
+    };
+    let own = eval(&policy);
+    assert!(own["kl"].abs() < 1e-4 && own.contains_key("best_of_k_accuracy"), "{own:?}");
+    let other = save_model(&home.path().join("other-policy"), 5, false);
+    assert!(eval(&other)["kl"] > 0.1);
+    assert!(!eval("").contains_key("kl"));
+}
+
+#[test]
+fn a_teacher_keeps_whole_answers_that_the_judges_accept() {
+    let home = tempfile::tempdir().unwrap();
+    let synth = |scorers: Vec<Value>| {
+        let dir = home.path().join("teacher");
+        let teacher =
+            if dir.exists() { dir.display().to_string() } else { save_model(&dir, 1, false) };
+        Spec::Synth(plan::Synth {
+            teacher,
+            datasets: prompts(home.path(), 6),
+            sampling: Sampling { stop: vec!["\u{fffd}".to_owned()], ..sampling(4) },
+            scorers,
+            ..plan::Synth::default()
+        })
+    };
+    let all = run(home.path().join("a"), &synth(vec![]), &Silent).unwrap();
+    let short = json!({"verifier": "length", "max": 2});
+    let some = run(home.path().join("b"), &synth(vec![short]), &Silent).unwrap();
+    assert!(some["rows"] < all["rows"], "{some:?} {all:?}");
+    for row in lines(&home.path().join("b/data.jsonl")) {
+        assert_eq!(row["messages"][1]["role"], "assistant");
+        assert!(row["messages"][1]["content"].as_str().unwrap().chars().count() <= 2);
+        assert_eq!(row["answer"], "0");
+    }
+    let impossible = json!({"verifier": "regex", "pattern": "impossible"});
+    let error = run(home.path().join("c"), &synth(vec![impossible]), &Silent).unwrap_err();
+    assert!(error.to_string().starts_with("none of the answers to 6 prompts"), "{error}");
+}
+
+#[test]
+fn an_average_lies_between_its_models_and_refuses_strangers() {
+    let home = tempfile::tempdir().unwrap();
+    let models = vec![
+        save_model(&home.path().join("a"), 1, false),
+        save_model(&home.path().join("b"), 2, false),
+    ];
+    let average =
+        |models: Vec<String>| Spec::Average(plan::Average { models, weights: vec![3.0, 1.0] });
+    run(home.path().join("avg"), &average(models.clone()), &Silent).unwrap();
+    let values = |dir: &Path| -> Vec<f32> {
+        let checkpoint = Checkpoint::load_dir(dir, &Device::Cpu).unwrap();
+        checkpoint.weights["model.embed_tokens.weight"].flatten_all().unwrap().to_vec1().unwrap()
+    };
+    let (a, b) = (values(Path::new(&models[0])), values(Path::new(&models[1])));
+    let mean = values(&home.path().join("avg/checkpoint"));
+    assert!((0..mean.len()).all(|i| (mean[i] - 0.75 * a[i] - 0.25 * b[i]).abs() < 1e-6));
+    let reward = save_model(&home.path().join("r"), 2, true);
+    let error =
+        run(home.path().join("x"), &average(vec![models[0].clone(), reward]), &Silent).unwrap_err();
+    assert!(
+        error.to_string().contains("score.weight")
+            || error.to_string().contains("number of tensors"),
+        "{error}"
+    );
+}
