@@ -41,6 +41,7 @@ pub enum OnBadRow {
 /// How conversations and completions become sequences. Keys as in TRL and axolotl.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of a recipe, named by others")]
 pub struct SftOptions {
     /// Longest sequence in tokens; `None` is no limit.
     #[serde(
@@ -315,10 +316,11 @@ fn answered(
     if let (Side::Text(prompt), Side::Text(response)) = (prompt, response) {
         let parse = options.parse_special_in_content;
         let mut ids = prompt_text_ids(tokenizer, prompt, parse)?;
-        let mut roles = match options.completion_only_loss {
-            true => vec![Role::Context; ids.len()],
-            false => vec![Role::Content; ids.len()],
-        };
+        let mut roles =
+            vec![
+                if options.completion_only_loss { Role::Context } else { Role::Content };
+                ids.len()
+            ];
         let response = text_ids(tokenizer, response, parse, false)?;
         roles.extend(text_roles(tokenizer, &response));
         ids.extend(response);
@@ -387,9 +389,10 @@ fn prompt_text_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool) -> Result
 
 /// Ids of a plain text to train, closed by `eos`.
 fn text_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool, begins: bool) -> Result<Vec<u32>> {
-    let mut ids = match begins {
-        true => prompt_text_ids(tokenizer, text, parse)?,
-        false => plain_ids(tokenizer, text, parse)?,
+    let mut ids = if begins {
+        prompt_text_ids(tokenizer, text, parse)?
+    } else {
+        plain_ids(tokenizer, text, parse)?
     };
     if let Some(eos) = tokenizer.eos().filter(|eos| ids.last() != Some(eos)) {
         ids.push(eos);

@@ -12,7 +12,8 @@ pub fn preview(tree: &Tree, tokenizer: &ChatTokenizer, colour: bool) -> String {
     let mut text = String::new();
     for (index, &leaf) in leaves.iter().enumerate() {
         if leaves.len() > 1 {
-            text.push_str(&format!("--- response {} of {}\n", index + 1, leaves.len()));
+            let (number, count) = (index + 1, leaves.len());
+            text.extend(["--- response ", &number.to_string(), " of ", &count.to_string(), "\n"]);
         }
         let (ids, roles) = tree.unroll(leaf);
         let mut start = 0;

@@ -120,7 +120,7 @@ pub fn from_value(value: Value, place: &str, options: &ReadOptions) -> Result<Ro
     let record = record(format, &mut columns)?;
     let mut row = Row::new(place, record);
     row.tools = columns.shift_remove("tools").map(tools).transpose()?;
-    row.margin = columns.shift_remove("margin").map(margin).transpose()?;
+    row.margin = columns.shift_remove("margin").map(|value| margin(&value)).transpose()?;
     row.template_kwargs = match columns.shift_remove("chat_template_kwargs") {
         None => Map::new(),
         Some(Value::Object(kwargs)) => kwargs,
@@ -254,9 +254,10 @@ fn preference(columns: &mut Map<String, Value>) -> Result<Record> {
     if responses.len() < 2 {
         return Err(Error::run(format!("{} response, expected two or more", responses.len())));
     }
-    let prompt = match columns.contains_key("prompt") {
-        true => side(columns, "prompt")?,
-        false => Side::Text(String::new()),
+    let prompt = if columns.contains_key("prompt") {
+        side(columns, "prompt")?
+    } else {
+        Side::Text(String::new())
     };
     // Some sets repeat the prompt inside both conversations: with or without the column, what is shared is prompt.
     let prompt = if prompt.is_empty() {
@@ -346,6 +347,6 @@ fn tools(value: Value) -> Result<Value> {
     }
 }
 
-fn margin(value: Value) -> Result<f64> {
-    value.as_f64().ok_or_else(|| wrong_type("margin", &value, "a number"))
+fn margin(value: &Value) -> Result<f64> {
+    value.as_f64().ok_or_else(|| wrong_type("margin", value, "a number"))
 }

@@ -192,6 +192,7 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
 }
 
 /// `json.dumps(value, ensure_ascii=False, indent=…)`: unlike Jinja's own, nothing is escaped for HTML.
+#[expect(clippy::needless_pass_by_value, reason = "filters get their arguments by value")]
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
     let fail = |why: String| minijinja::Error::new(ErrorKind::InvalidOperation, why);
     let indent: Option<usize> = options.get("indent")?;

@@ -1,5 +1,7 @@
 //! Tests that run through readers, templates, masks and truncation together.
 
+#![expect(clippy::disallowed_methods, reason = "tests write broken files on purpose")]
+
 use std::sync::Arc;
 
 use proptest::prelude::*;

@@ -10,13 +10,13 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::record::Message;
 use super::render::{self, Request};
 use super::template::Template;
 use crate::error::{Context, Error, Result};
+use crate::store::sha256_bytes;
 
 /// What a tokenizer file does not say: the template and the roles of special tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,7 +197,8 @@ impl ChatTokenizer {
 
     /// SHA-256 of the chat template's source.
     pub fn template_hash(&self) -> String {
-        hex(&Sha256::digest(self.inner.settings.chat_template.as_deref().unwrap_or_default()))
+        let source = self.inner.settings.chat_template.as_deref().unwrap_or_default();
+        sha256_bytes(source.as_bytes())
     }
 
     /// SHA-256 of everything that decides which ids come out.
@@ -373,12 +374,6 @@ fn special_tokens(tokenizer: &Tokenizer, named: &BTreeMap<u32, String>) -> Vec<S
 }
 
 fn content_hash(tokenizer: &Tokenizer, settings: &TokenizerSettings) -> Result<String> {
-    let mut hasher = Sha256::new();
-    hasher.update(tokenizer.to_string(false)?);
-    hasher.update(json!(settings).to_string());
-    Ok(hex(&hasher.finalize()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let content = tokenizer.to_string(false)? + &json!(settings).to_string();
+    Ok(sha256_bytes(content.as_bytes()))
 }
