@@ -229,7 +229,7 @@ fn set(entries: &mut Vec<Entry>, entry: Entry) {
 }
 
 /// A value on the command line is TOML where it can be read as such, else text.
-fn argument_value(text: &str) -> Value {
+pub(crate) fn argument_value(text: &str) -> Value {
     let line = format!("v = {text}");
     match DeTable::parse(&line) {
         Ok(table) if table.get_ref().len() == 1 => table

@@ -8,8 +8,9 @@ use serde_json::Value;
 
 use crate::data::prepare::{PairOptions, SftOptions};
 use crate::data::read::Format;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::generate::sampling::Sampling;
+use crate::score::ScorerSpec;
 use crate::train::Settings;
 
 /// A whole run.
@@ -180,6 +181,7 @@ impl Spec {
     pub fn check(&self) -> Result<()> {
         let (models, datasets): (&[(&str, &String)], Option<&[Dataset]>) = match self {
             Self::Synth(spec) => {
+                check_scorers(&spec.scorers)?;
                 spec.sampling.check()?;
                 (&[("teacher", &spec.teacher)], Some(&spec.datasets))
             }
@@ -192,6 +194,7 @@ impl Spec {
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
             Self::Sample(spec) => {
+                check_scorers(&spec.scorers)?;
                 spec.sampling.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
@@ -206,6 +209,7 @@ impl Spec {
                 (&[], None)
             }
             Self::Eval(spec) => {
+                check_scorers(&spec.scorers)?;
                 spec.sampling.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
@@ -222,6 +226,17 @@ impl Spec {
         }
         Ok(())
     }
+}
+
+/// Scorers stay as written for the stage, which loads their models; whether they can be built is known here.
+fn check_scorers(scorers: &[Value]) -> Result<()> {
+    for (index, scorer) in scorers.iter().enumerate() {
+        let place = format!("`scorers`[{index}]");
+        let spec: ScorerSpec = serde_path_to_error::deserialize(scorer)
+            .map_err(|error| super::resolve::misread(&error.inner().to_string()).at(&place))?;
+        spec.check().at(&place).map_err(Error::as_usage)?;
+    }
+    Ok(())
 }
 
 /// One dataset of a stage.
@@ -267,7 +282,7 @@ pub struct Synth {
     pub datasets: Vec<Dataset>,
     /// How to sample.
     pub sampling: Sampling,
-    /// Only answers that pass all of these are kept (becomes `score::ScorerSpec`).
+    /// Only answers that pass all of these are kept (see [`ScorerSpec`]).
     pub scorers: Vec<Value>,
     /// Keep an answer whose score is at least this, where `scorers` are given.
     pub min_score: f64,

@@ -351,13 +351,18 @@ fn typed<T: DeserializeOwned>(object: Value) -> Result<T, (String, Error)> {
         for section in keys::SECTIONS {
             key = key.strip_prefix(section).and_then(|key| key.strip_prefix('.')).unwrap_or(key);
         }
-        let inner = error.inner().to_string();
-        let mut failed = Error::usage(format!("`{key}`: {inner}"));
-        if let Some(near) = near_miss(&inner) {
-            failed = failed.hint(format!("did you mean `{near}`?"));
-        }
+        let failed = misread(&error.inner().to_string()).at(format_args!("`{key}`"));
         (path.clone(), failed)
     })
+}
+
+/// Serde's message as an error, with the nearest name where one is unknown.
+pub(super) fn misread(message: &str) -> Error {
+    let failed = Error::usage(message);
+    match near_miss(message) {
+        Some(near) => failed.hint(format!("did you mean `{near}`?")),
+        None => failed,
+    }
 }
 
 /// The known name nearest to the unknown one in serde's "unknown variant `a`, expected one of `b`, `c`".
@@ -670,7 +675,24 @@ mod tests {
         );
         refuses(
             "[[stage]]\nkind = 'sft'\nmodel_name_or_path = 'src'\ndatasets = [{path = 'src/lib.rs', fractoin = 2}]\n",
-            "r.toml:4: stage `sft`: `datasets[0].fractoin`: unknown field `fractoin`, expected one of `path`, `split`, `fraction`, `weight`, `columns`, `limit` (hint: did you mean `fraction`?)",
+            "r.toml:4: stage `sft`: `datasets[0].fractoin`: unknown field `fractoin`, expected one of `path`, `split`, `fraction`, `weight`, `columns`, `type`, `limit` (hint: did you mean `fraction`?)",
+        );
+    }
+
+    #[test]
+    fn scorers_are_checked_before_anything_runs() {
+        let sample =
+            "[[stage]]\nkind = 'sample'\nmodel_name_or_path = 'src'\ndatasets = 'src/lib.rs'\n";
+        plan(&format!("{sample}scorers = ['exact', {{reward_model = 'src', weight = 2}}]\n"))
+            .unwrap();
+        plan(&format!("{sample}verifier = 'number'\n")).unwrap();
+        refuses(
+            &format!("{sample}verifier = 'nummber'\n"),
+            "r.toml:5: stage `sample`: `scorers`[0]: unknown variant `nummber`, expected one of `exact`, `exact_answer`, `exact_match`, `gsm8k`, `math`, `number`, `regex`, `length`, `contains` (hint: did you mean `number`?)",
+        );
+        refuses(
+            &format!("{sample}scorers = [{{weight = 1.0}}]\n"),
+            "r.toml:5: stage `sample`: `scorers`[0]: a scorer names neither `verifier` nor `reward_model` (hint: write {verifier = \"exact\"} or {reward_model = \"@reward\"})",
         );
     }
 

@@ -1,0 +1,157 @@
+//! The command line as a user meets it: help, mistakes, exit statuses, and a run from beginning to end.
+
+use std::path::Path;
+
+use assert_cmd::Command;
+
+/// Runs `arriero` and returns (exit status, standard output, standard error).
+fn arriero(arguments: &[&str]) -> (i32, String, String) {
+    let output = Command::cargo_bin("arriero").unwrap().args(arguments).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+/// Fails unless `arriero` refuses the arguments with status 2 and exactly this text.
+#[track_caller]
+fn refuses(arguments: &[&str], expected: &str) {
+    let (status, stdout, stderr) = arriero(arguments);
+    assert_eq!((status, stdout.as_str(), stderr.trim_end()), (2, "", expected));
+}
+
+const RECIPE: &str = "tests/fixtures/recipes/select.toml";
+
+#[test]
+fn help_lists_every_command() {
+    let (status, stdout, _) = arriero(&["--help"]);
+    assert_eq!(status, 0);
+    let commands: Vec<&str> = stdout
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    insta::assert_snapshot!(
+        commands.join(" "),
+        @"run ls cp validate plan report chat doctor synth sft reward sample select dpo average eval help"
+    );
+}
+
+#[test]
+fn mistakes_exit_with_two_and_a_way_out() {
+    refuses(
+        &["run", RECIPE, "select.min_scor=1"],
+        "error: `select.min_scor=1`: stage `select`: unknown key `min_scor`\nhint: did you mean `min_score`?",
+    );
+    refuses(
+        &["run", RECIPE, "select.best_of=many"],
+        "error: `select.best_of=many`: stage `select`: `best_of` is \"many\", expected a whole number, 0 or more",
+    );
+    refuses(
+        &["run", RECIPE, "round=2"],
+        "error: `round=2`: unknown key `round`\nhint: did you mean `rounds`?",
+    );
+    refuses(
+        &["run", RECIPE, "select.datasets=@sample"],
+        "error: `select.datasets=@sample`: stage `select`: `datasets`: `@sample` names no stage of this recipe\nhint: there is: select",
+    );
+    refuses(
+        &["run", "missing.toml"],
+        "error: no recipe `missing.toml`\nhint: `arriero ls` lists the recipes that come with the program",
+    );
+    refuses(
+        &["report", "tests"],
+        "error: `tests` is not a run directory\nhint: it has no plan.json; `arriero run` writes runs under runs/",
+    );
+    let (status, _, stderr) = arriero(&["valdate"]);
+    assert_eq!(status, 2);
+    assert!(stderr.contains("'validate'"), "{stderr}");
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_program_without_cuda_says_how_to_build_one_with_it() {
+    let run = tempfile::tempdir().unwrap();
+    let out = run.path().to_str().unwrap();
+    refuses(
+        &["run", RECIPE, "device=cuda:1", "--out", out],
+        "error: `device` is \"cuda:1\", but this program was built for the CPU alone\nhint: build the other one with `cargo build --release --features cuda`",
+    );
+}
+
+#[test]
+fn a_recipe_runs_reports_and_is_reused() {
+    let run = tempfile::tempdir().unwrap();
+    let out = run.path().to_str().unwrap();
+    let (status, stdout, stderr) = arriero(&["run", RECIPE, "--out", out, "--json"]);
+    assert_eq!(status, 0, "{stderr}");
+    let summary = |stdout: &str| -> serde_json::Value {
+        serde_json::from_str(stdout.lines().last().unwrap()).unwrap()
+    };
+    let first = summary(&stdout);
+    assert_eq!(first["stages"][0]["name"], "select");
+    assert_eq!(first["stages"][0]["reused"], false);
+    assert!(first["peak_rss_bytes"].as_u64().unwrap() > 0);
+    for file in
+        ["recipe.toml", "plan.json", "report.md", "report.html", "stages/01-select/pairs.jsonl"]
+    {
+        assert!(run.path().join(file).is_file(), "{file}");
+    }
+    let (status, stdout, _) = arriero(&["run", RECIPE, "--out", out, "--json"]);
+    assert_eq!(
+        (status, &summary(&stdout)["stages"][0]["reused"]),
+        (0, &serde_json::Value::Bool(true))
+    );
+    let (_, stdout, _) = arriero(&["run", RECIPE, "select.best_of=2", "--out", out, "--json"]);
+    assert_eq!(summary(&stdout)["stages"][0]["reused"], false);
+    assert_eq!(arriero(&["report", out]).0, 0);
+}
+
+#[test]
+fn a_second_process_on_the_same_run_is_refused() {
+    let run = tempfile::tempdir().unwrap();
+    let _lock = arriero::store::RunLock::acquire(run.path()).unwrap();
+    let (status, _, stderr) = arriero(&["run", RECIPE, "--out", run.path().to_str().unwrap()]);
+    assert_eq!(status, 1);
+    let expected = format!(
+        "error: {}: in use by another process {}\nhint: wait until it ends, or give this run another directory with --out",
+        run.path().display(),
+        std::process::id()
+    );
+    assert_eq!(stderr.trim_end(), expected);
+}
+
+#[test]
+fn one_stage_runs_without_a_recipe() {
+    let run = tempfile::tempdir().unwrap();
+    let out = run.path().to_str().unwrap();
+    let data = "datasets=tests/fixtures/recipes/candidates.jsonl";
+    let (status, _, stderr) = arriero(&["select", data, "best_of=1", "--out", out]);
+    assert_eq!(status, 0, "{stderr}");
+    assert!(run.path().join("stages/01-select/sft.jsonl").is_file());
+}
+
+#[test]
+fn recipes_are_copied_once_and_validated() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = dir.path().join("mine.toml");
+    let copy = copy.to_str().unwrap();
+    assert_eq!(arriero(&["cp", RECIPE, copy]).0, 0);
+    assert!(Path::new(copy).is_file());
+    let (status, _, stderr) = arriero(&["cp", RECIPE, copy]);
+    assert!(status == 2 && stderr.contains("is already there"), "{stderr}");
+    let (status, stdout, _) = arriero(&["validate", RECIPE]);
+    assert_eq!(status, 0);
+    assert!(stdout.contains("01-select (select)") && stdout.contains("best_of = 1"), "{stdout}");
+    let (status, stdout, _) = arriero(&["plan", RECIPE, "seed=3"]);
+    assert_eq!(status, 0);
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&stdout).unwrap()["seed"], 3);
+}
+
+#[test]
+fn doctor_and_ls_answer() {
+    let (status, stdout, _) = arriero(&["doctor"]);
+    assert_eq!(status, 0);
+    assert!(stdout.contains("HF_HOME") && stdout.contains("cuda"), "{stdout}");
+    assert_eq!(arriero(&["ls"]).0, 0);
+}
