@@ -153,7 +153,7 @@ impl RecipeFile {
             place: Place::Argument(kind.to_owned()),
         };
         Self {
-            path: PathBuf::from("the command line"),
+            path: PathBuf::from(kind),
             stages: vec![StageTable { entries: vec![entry], line: 0 }],
             ..Self::default()
         }
@@ -162,6 +162,7 @@ impl RecipeFile {
     /// What error messages call `place`.
     pub fn describe(&self, place: &Place) -> String {
         match place {
+            Place::Line(0) => self.path.display().to_string(),
             Place::Line(line) => format!("{}:{line}", self.path.display()),
             Place::Argument(argument) => format!("`{argument}`"),
         }
@@ -192,7 +193,7 @@ impl RecipeFile {
         };
         let Some((stage, key)) = key.split_once('.') else {
             let target = match &mut self.stages[..] {
-                [only] if only.line == 0 && !super::resolve::TOP_KEYS.contains(&key) => {
+                [only] if only.line == 0 && !super::top::TOP_KEYS.contains(&key) => {
                     &mut only.entries
                 }
                 _ => &mut self.top,

@@ -8,6 +8,8 @@ pub mod keys;
 pub mod plan;
 pub mod refs;
 pub mod resolve;
+mod shape;
+pub mod top;
 
 pub use file::RecipeFile;
 pub use plan::{Kind, Plan, Spec, Step};

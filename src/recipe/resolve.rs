@@ -1,21 +1,21 @@
 //! From the recipe as written to the plan: names made canonical, defaults filled in, references replaced by paths,
 //! rounds unrolled, every value checked.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use indexmap::IndexMap;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::file::{Entry, Place, RecipeFile, StageTable};
 use super::keys::{self, INERT, Known, suggestion};
 use super::plan::{Kind, Plan, Spec, Step};
 use super::refs::{Done, Scope};
+use super::shape::{expand, inputs, shaped};
+use super::top::Top;
 use crate::error::{Context, Error, Result};
 
-/// Keys at the top of a recipe.
-pub const TOP_KEYS: [&str; 6] = ["name", "description", "seed", "rounds", "device", "output_dir"];
 /// Keys of every stage, whatever its kind.
 const STAGE_KEYS: [&str; 4] = ["name", "kind", "once", "seed"];
 
@@ -81,100 +81,6 @@ pub fn resolve(file: &RecipeFile, output_dir: Option<&Path>) -> Result<Resolved>
 fn derive_seed(seed: u64, name: &str, round: u32) -> u64 {
     let digest = Sha256::digest(format!("{seed}/{name}/{round}"));
     digest[..8].iter().fold(0, |value, &byte| value << 8 | u64::from(byte)) >> 11
-}
-
-struct Top {
-    name: String,
-    seed: u64,
-    rounds: u32,
-    device: String,
-    output_dir: PathBuf,
-}
-
-impl Top {
-    fn read(file: &RecipeFile) -> Result<Self> {
-        let stem = file.path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let mut top = Self {
-            name: stem,
-            seed: 0,
-            rounds: 1,
-            device: "cpu".to_owned(),
-            output_dir: PathBuf::new(),
-        };
-        for entry in &file.top {
-            top.set(entry).map_err(|error| error.at(file.describe(&entry.place)))?;
-        }
-        if top.output_dir.as_os_str().is_empty() {
-            top.output_dir = Path::new("runs").join(&top.name);
-        }
-        if file.stages.is_empty() {
-            return Err(Error::usage("the recipe has no stages")
-                .at(file.path.display())
-                .hint("write a [[stage]] block with kind = \"sft\" or another kind"));
-        }
-        Ok(top)
-    }
-
-    fn set(&mut self, entry: &Entry) -> Result<()> {
-        let wrong = |expected: &str| {
-            Error::usage(format!("`{}` is {}, expected {expected}", entry.key, entry.value))
-        };
-        let text = || entry.value.as_str().map(str::to_owned).ok_or_else(|| wrong("text"));
-        match entry.key.as_str() {
-            "name" => self.name = text()?,
-            "description" => {
-                text()?;
-            }
-            "seed" => {
-                self.seed =
-                    entry.value.as_u64().ok_or_else(|| wrong("a whole number, 0 or more"))?;
-            }
-            "rounds" => {
-                self.rounds = entry
-                    .value
-                    .as_u64()
-                    .and_then(|rounds| u32::try_from(rounds).ok())
-                    .filter(|rounds| (1..=1000).contains(rounds))
-                    .ok_or_else(|| wrong("a whole number from 1 to 1000"))?;
-            }
-            "device" => self.device = device(&text()?)?,
-            "output_dir" => self.output_dir = PathBuf::from(text()?),
-            other => return Err(unknown_top(other)),
-        }
-        Ok(())
-    }
-}
-
-fn unknown_top(key: &str) -> Error {
-    let error = Error::usage(format!("unknown key `{key}`"));
-    let of_a_stage = Kind::ALL
-        .iter()
-        .filter_map(|&kind| Some((kind, keys::known(kind).ok()?)))
-        .find(|(_, known)| keys::canonical(key, known).is_some());
-    match of_a_stage {
-        Some((kind, _)) => error.hint(format!(
-            "it is a key of stages: write {}.{key} = … on the command line, or put it in [defaults] or a [[stage]]",
-            kind.name()
-        )),
-        None => error.hint(suggestion(key, &TOP_KEYS)),
-    }
-}
-
-/// `cpu` or `cuda:N`.
-fn device(text: &str) -> Result<String> {
-    let wrong = || {
-        Error::usage(format!("`device` is \"{text}\", expected \"cpu\" or \"cuda:N\""))
-            .hint("N counts the GPUs from 0")
-    };
-    match text.split_once(':') {
-        None if text == "cpu" => Ok(text.to_owned()),
-        None if text == "cuda" => Ok("cuda:0".to_owned()),
-        Some(("cuda", index)) => {
-            index.parse::<usize>().map_err(|_| wrong())?;
-            Ok(text.to_owned())
-        }
-        _ => Err(wrong()),
-    }
 }
 
 /// A stage with canonical keys.
@@ -371,152 +277,6 @@ fn near_miss(message: &str) -> Option<String> {
     let found = quoted.next()?;
     let known: Vec<&str> = quoted.collect();
     crate::error::did_you_mean(found, known).map(str::to_owned)
-}
-
-/// Keys that say two things are written as the keys that say each.
-fn expand(entries: &[Entry]) -> Vec<Entry> {
-    let has = |key: &str| entries.iter().any(|entry| entry.key == key);
-    let mut expanded = Vec::new();
-    let mut scorers = Vec::new();
-    for entry in entries {
-        let with = |key: &str, value: Value| Entry {
-            key: key.to_owned(),
-            value,
-            place: entry.place.clone(),
-        };
-        match (entry.key.as_str(), &entry.value) {
-            // A scorer alone needs no table.
-            ("verifier" | "reward_model", Value::String(_)) if !has("scorers") => {
-                let mut scorer = Map::new();
-                scorer.insert(entry.key.clone(), entry.value.clone());
-                scorers.push(Value::Object(scorer));
-                expanded.retain(|entry: &Entry| entry.key != "scorers");
-                expanded.push(with("scorers", Value::Array(scorers.clone())));
-            }
-            // TRL's list of losses with weights: the preference loss and the NLL term.
-            ("loss_type", Value::Array(losses)) => {
-                let weights = entries.iter().find(|entry| entry.key == "loss_weights");
-                for (at, loss) in losses.iter().enumerate() {
-                    if loss == "sft" {
-                        let weight = weights.and_then(|weights| weights.value.get(at)).cloned();
-                        expanded.push(with("sft_loss_weight", weight.unwrap_or(Value::from(1.0))));
-                    } else {
-                        expanded.push(with("loss_type", loss.clone()));
-                    }
-                }
-            }
-            ("loss_weights", _) if has("loss_type") => {}
-            // axolotl and torchtune ask the opposite question.
-            ("train_on_inputs" | "train_on_input" | "train_on_prompt", Value::Bool(all)) => {
-                expanded.push(with("assistant_only_loss", Value::Bool(!all)));
-                expanded.push(with("completion_only_loss", Value::Bool(!all)));
-            }
-            ("mask_history", Value::Bool(_)) => {
-                expanded.push(with("final_response_only", entry.value.clone()));
-            }
-            _ => expanded.push(entry.clone()),
-        }
-    }
-    expanded
-}
-
-/// One value where a list is meant becomes a list of one; datasets and scorers written as text become tables.
-fn shaped(key: &str, value: Value, default: &Value) -> Value {
-    let value = match (default, value) {
-        (Value::Array(_), value @ (Value::String(_) | Value::Number(_) | Value::Object(_))) => {
-            Value::Array(vec![value])
-        }
-        // TOML has no null: no limit is written 0.
-        (_, value) if key == "max_length" && value == 0 => return Value::Null,
-        // A list of models where one is meant: the first that exists, see `inputs`.
-        (Value::String(_), Value::Array(list)) if MODEL_KEYS.contains(&key) => {
-            return Value::String(
-                list.iter()
-                    .map(|value| value.as_str().unwrap_or_default())
-                    .collect::<Vec<_>>()
-                    .join(OR),
-            );
-        }
-        (_, value) => value,
-    };
-    let wrap = match key {
-        "datasets" | "eval_datasets" => "path",
-        "scorers" => "verifier",
-        _ => return value,
-    };
-    let Value::Array(list) = value else { return value };
-    list.into_iter()
-        .map(|item| match item {
-            Value::String(text) => {
-                let mut table = Map::new();
-                table.insert(wrap.to_owned(), Value::String(text));
-                Value::Object(table)
-            }
-            other => other,
-        })
-        .collect()
-}
-
-const MODEL_KEYS: [&str; 4] =
-    ["model_name_or_path", "ref_model_name_or_path", "teacher", "reference"];
-/// Between the alternatives of a model; no path has it.
-const OR: &str = "\0";
-
-/// Replaces references and relative paths in the values that name inputs.
-fn inputs(key: &str, value: Value, scope: &Scope<'_>) -> Result<Value> {
-    match (key, value) {
-        (key, Value::String(text)) if MODEL_KEYS.contains(&key) => {
-            first_model(&text, scope).map(Value::String)
-        }
-        ("chat_template", Value::String(text)) => {
-            let beside = scope.home.join(&text);
-            let there = !text.is_empty() && !Path::new(&text).exists() && beside.is_file();
-            Ok(Value::String(if there { beside.display().to_string() } else { text }))
-        }
-        ("models" | "earlier", Value::Array(list)) => {
-            let mut paths = Vec::new();
-            for item in list {
-                paths.extend(
-                    scope.paths(item.as_str().unwrap_or_default())?.into_iter().map(Value::String),
-                );
-            }
-            Ok(Value::Array(paths))
-        }
-        ("datasets" | "eval_datasets", Value::Array(list)) => {
-            let mut tables = Vec::new();
-            for item in list {
-                let path = item.get("path").and_then(Value::as_str).unwrap_or_default().to_owned();
-                for path in scope.paths(&path)? {
-                    let mut table = item.clone();
-                    table["path"] = Value::String(path);
-                    tables.push(table);
-                }
-            }
-            Ok(Value::Array(tables))
-        }
-        ("scorers", Value::Array(list)) => {
-            let mut scorers = Vec::new();
-            for mut scorer in list {
-                if let Some(model) = scorer.get("reward_model").and_then(Value::as_str) {
-                    let Some(path) = scope.paths(model)?.pop() else { continue };
-                    scorer["reward_model"] = Value::String(path);
-                }
-                scorers.push(scorer);
-            }
-            Ok(Value::Array(scorers))
-        }
-        (_, value) => Ok(value),
-    }
-}
-
-fn first_model(alternatives: &str, scope: &Scope<'_>) -> Result<String> {
-    for text in alternatives.split(OR).filter(|text| !text.is_empty()) {
-        if let Some(path) = scope.paths(text)?.pop() {
-            return Ok(path);
-        }
-    }
-    // Empty is "none": the spec's check refuses it where a model is needed.
-    Ok(String::new())
 }
 
 fn check_names(file: &RecipeFile, stages: &[Stage]) -> Result<()> {

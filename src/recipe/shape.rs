@@ -1,0 +1,155 @@
+//! The shapes in which values may be written, brought to the one that the plan has; references become paths.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::file::Entry;
+use super::refs::Scope;
+use crate::error::Result;
+
+/// Keys that say two things are written as the keys that say each.
+pub(super) fn expand(entries: &[Entry]) -> Vec<Entry> {
+    let has = |key: &str| entries.iter().any(|entry| entry.key == key);
+    let mut expanded = Vec::new();
+    let mut scorers = Vec::new();
+    for entry in entries {
+        let with = |key: &str, value: Value| Entry {
+            key: key.to_owned(),
+            value,
+            place: entry.place.clone(),
+        };
+        match (entry.key.as_str(), &entry.value) {
+            // A scorer alone needs no table.
+            ("verifier" | "reward_model", Value::String(_)) if !has("scorers") => {
+                let mut scorer = Map::new();
+                scorer.insert(entry.key.clone(), entry.value.clone());
+                scorers.push(Value::Object(scorer));
+                expanded.retain(|entry: &Entry| entry.key != "scorers");
+                expanded.push(with("scorers", Value::Array(scorers.clone())));
+            }
+            // TRL's list of losses with weights: the preference loss and the NLL term.
+            ("loss_type", Value::Array(losses)) => {
+                let weights = entries.iter().find(|entry| entry.key == "loss_weights");
+                for (at, loss) in losses.iter().enumerate() {
+                    if loss == "sft" {
+                        let weight = weights.and_then(|weights| weights.value.get(at)).cloned();
+                        expanded.push(with("sft_loss_weight", weight.unwrap_or(Value::from(1.0))));
+                    } else {
+                        expanded.push(with("loss_type", loss.clone()));
+                    }
+                }
+            }
+            ("loss_weights", _) if has("loss_type") => {}
+            // axolotl and torchtune ask the opposite question.
+            ("train_on_inputs" | "train_on_input" | "train_on_prompt", Value::Bool(all)) => {
+                expanded.push(with("assistant_only_loss", Value::Bool(!all)));
+                expanded.push(with("completion_only_loss", Value::Bool(!all)));
+            }
+            ("mask_history", Value::Bool(_)) => {
+                expanded.push(with("final_response_only", entry.value.clone()));
+            }
+            _ => expanded.push(entry.clone()),
+        }
+    }
+    expanded
+}
+
+/// One value where a list is meant becomes a list of one; datasets and scorers written as text become tables.
+pub(super) fn shaped(key: &str, value: Value, default: &Value) -> Value {
+    let value = match (default, value) {
+        (Value::Array(_), value @ (Value::String(_) | Value::Number(_) | Value::Object(_))) => {
+            Value::Array(vec![value])
+        }
+        // TOML has no null: no limit is written 0.
+        (_, value) if key == "max_length" && value == 0 => return Value::Null,
+        // A list of models where one is meant: the first that exists, see `inputs`.
+        (Value::String(_), Value::Array(list)) if MODEL_KEYS.contains(&key) => {
+            return Value::String(
+                list.iter()
+                    .map(|value| value.as_str().unwrap_or_default())
+                    .collect::<Vec<_>>()
+                    .join(OR),
+            );
+        }
+        (_, value) => value,
+    };
+    let wrap = match key {
+        "datasets" | "eval_datasets" => "path",
+        "scorers" => "verifier",
+        _ => return value,
+    };
+    let Value::Array(list) = value else { return value };
+    list.into_iter()
+        .map(|item| match item {
+            Value::String(text) => {
+                let mut table = Map::new();
+                table.insert(wrap.to_owned(), Value::String(text));
+                Value::Object(table)
+            }
+            other => other,
+        })
+        .collect()
+}
+
+const MODEL_KEYS: [&str; 4] =
+    ["model_name_or_path", "ref_model_name_or_path", "teacher", "reference"];
+/// Between the alternatives of a model; no path has it.
+const OR: &str = "\0";
+
+/// Replaces references and relative paths in the values that name inputs.
+pub(super) fn inputs(key: &str, value: Value, scope: &Scope<'_>) -> Result<Value> {
+    match (key, value) {
+        (key, Value::String(text)) if MODEL_KEYS.contains(&key) => {
+            first_model(&text, scope).map(Value::String)
+        }
+        ("chat_template", Value::String(text)) => {
+            let beside = scope.home.join(&text);
+            let there = !text.is_empty() && !Path::new(&text).exists() && beside.is_file();
+            Ok(Value::String(if there { beside.display().to_string() } else { text }))
+        }
+        ("models" | "earlier", Value::Array(list)) => {
+            let mut paths = Vec::new();
+            for item in list {
+                paths.extend(
+                    scope.paths(item.as_str().unwrap_or_default())?.into_iter().map(Value::String),
+                );
+            }
+            Ok(Value::Array(paths))
+        }
+        ("datasets" | "eval_datasets", Value::Array(list)) => {
+            let mut tables = Vec::new();
+            for item in list {
+                let path = item.get("path").and_then(Value::as_str).unwrap_or_default().to_owned();
+                for path in scope.paths(&path)? {
+                    let mut table = item.clone();
+                    table["path"] = Value::String(path);
+                    tables.push(table);
+                }
+            }
+            Ok(Value::Array(tables))
+        }
+        ("scorers", Value::Array(list)) => {
+            let mut scorers = Vec::new();
+            for mut scorer in list {
+                if let Some(model) = scorer.get("reward_model").and_then(Value::as_str) {
+                    let Some(path) = scope.paths(model)?.pop() else { continue };
+                    scorer["reward_model"] = Value::String(path);
+                }
+                scorers.push(scorer);
+            }
+            Ok(Value::Array(scorers))
+        }
+        (_, value) => Ok(value),
+    }
+}
+
+fn first_model(alternatives: &str, scope: &Scope<'_>) -> Result<String> {
+    for text in alternatives.split(OR).filter(|text| !text.is_empty()) {
+        if let Some(path) = scope.paths(text)?.pop() {
+            return Ok(path);
+        }
+    }
+    // Empty is "none": the spec's check refuses it where a model is needed.
+    Ok(String::new())
+}
