@@ -1,5 +1,7 @@
 //! The command line as a user meets it: help, mistakes, exit statuses, and a run from beginning to end.
 
+#![expect(clippy::unwrap_used, reason = "a test program; a failure here is a failed test")]
+
 use std::path::Path;
 
 use assert_cmd::Command;

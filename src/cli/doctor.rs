@@ -1,10 +1,9 @@
 //! `arriero doctor`: what this machine and this build offer.
 
 use super::output;
-use crate::error::Result;
 
 /// Prints one line a fact.
-pub(super) fn run() -> Result<()> {
+pub(super) fn run() {
     let memory = kibibytes("/proc/meminfo", "MemTotal:");
     let free = kibibytes("/proc/meminfo", "MemAvailable:");
     let gib = |bytes: Option<u64>| {
@@ -29,7 +28,6 @@ pub(super) fn run() -> Result<()> {
     for (name, value) in facts {
         output::line(&format!("{name:<14}  {value}"));
     }
-    Ok(())
 }
 
 fn cuda() -> &'static str {

@@ -108,13 +108,19 @@ fn exit_code(error: &Error) -> u8 {
 fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Run(args) => run::run(&args),
-        Command::Ls => recipes::ls(),
+        Command::Ls => {
+            recipes::ls();
+            Ok(())
+        }
         Command::Cp(args) => recipes::cp(&args),
         Command::Validate(args) => validate::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Chat(args) => chat::run(&args),
-        Command::Doctor => doctor::run(),
+        Command::Doctor => {
+            doctor::run();
+            Ok(())
+        }
         Command::Synth(args) => run::stage("synth", &args),
         Command::Sft(args) => run::stage("sft", &args),
         Command::Reward(args) => run::stage("reward", &args),

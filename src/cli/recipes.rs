@@ -25,13 +25,12 @@ pub(super) struct CpArgs {
 }
 
 /// Lists names and first comment lines.
-pub(super) fn ls() -> Result<()> {
+pub(super) fn ls() {
     let width = EMBEDDED.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, text) in EMBEDDED {
         let about = text.lines().next().unwrap_or_default().trim_start_matches('#').trim();
         output::line(format!("{name:<width$}  {about}").trim_end());
     }
-    Ok(())
 }
 
 /// Writes a recipe to a file.

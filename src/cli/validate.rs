@@ -209,7 +209,7 @@ fn render(tree: &Tree, tokenizer: &ChatTokenizer, colour: bool) -> String {
     let mut text = String::new();
     for (number, segment) in tree.segments.iter().enumerate() {
         if number > 0 {
-            text.push_str(&format!("\n  [{number}] "));
+            text.extend(["\n  [", &number.to_string(), "] "]);
         }
         let mut start = 0;
         while start < segment.tokens.len() {
@@ -218,7 +218,7 @@ fn render(tree: &Tree, tokenizer: &ChatTokenizer, colour: bool) -> String {
                 segment.roles[start..].iter().take_while(|role| role.trained() == trained).count();
             let words = tokenizer.decode(&segment.tokens[start..start + run], false);
             if trained {
-                text.push_str(&format!("{open}{words}{close}"));
+                text.extend([open.as_str(), &words, &close]);
             } else {
                 text.push_str(&words);
             }

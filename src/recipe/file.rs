@@ -105,7 +105,7 @@ impl RecipeFile {
                     recipe.defaults = entries(defaults, &line);
                 }
                 ("stage" | "stages", DeValue::Array(stages)) => {
-                    for stage in stages.iter() {
+                    for stage in stages {
                         recipe.stages.push(recipe.stage(stage, &line)?);
                     }
                 }

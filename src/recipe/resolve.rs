@@ -218,7 +218,7 @@ impl Stage {
         if self.keys.get("num_samples").is_some_and(|key| key.section.is_some()) {
             object["sampling"]["seed"] = Value::from(seed);
         }
-        let spec = self.typed(object).map_err(|(path, error)| {
+        let spec = self.typed(&object).map_err(|(path, error)| {
             let key = path.split(['.', '[']).find(|part| self.values.contains_key(*part));
             let place = key.map_or(&self.line, |key| &self.values[key].1);
             self.locate(file, place, error)
@@ -236,7 +236,7 @@ impl Stage {
         Ok(spec)
     }
 
-    fn typed(&self, object: Value) -> Result<Spec, (String, Error)> {
+    fn typed(&self, object: &Value) -> Result<Spec, (String, Error)> {
         Ok(match self.kind {
             Kind::Synth => Spec::Synth(typed(object)?),
             Kind::Sft => Spec::Sft(typed(object)?),
@@ -250,8 +250,8 @@ impl Stage {
     }
 }
 
-fn typed<T: DeserializeOwned>(object: Value) -> Result<T, (String, Error)> {
-    serde_path_to_error::deserialize(&object).map_err(|error| {
+fn typed<T: DeserializeOwned>(object: &Value) -> Result<T, (String, Error)> {
+    serde_path_to_error::deserialize(object).map_err(|error| {
         let path = error.path().to_string();
         let mut key = path.as_str();
         for section in keys::SECTIONS {
@@ -393,6 +393,10 @@ mod tests {
             &format!("{SFT}use_peft = true\n"),
             "r.toml:5: stage `sft`: `use_peft` is true, which is not implemented (hint: all weights are trained)",
         );
+    }
+
+    #[test]
+    fn mistakes_outside_the_settings_are_named_too() {
         refuses(
             &format!("round = 2\n{SFT}"),
             "r.toml:1: unknown key `round` (hint: did you mean `rounds`?)",

@@ -208,8 +208,7 @@ mod tests {
     }
 
     fn unmask(crc: u32) -> u32 {
-        let rotated = crc.wrapping_sub(0xa282_ead8);
-        rotated >> 17 | rotated << 15
+        crc.wrapping_sub(0xa282_ead8).rotate_left(15)
     }
 
     /// Every scalar of an event file: (step, tag, value).
@@ -284,7 +283,7 @@ mod tests {
         let cut = tempfile::tempdir().unwrap();
         write(&mut MetricsLog::open(cut.path()).unwrap(), 1..=5);
         let bytes = std::fs::read(cut.path().join(METRICS)).unwrap();
-        std::fs::write(cut.path().join(METRICS), &bytes[..bytes.len() - 3]).unwrap();
+        store::write_atomic(&cut.path().join(METRICS), &bytes[..bytes.len() - 3]).unwrap();
         let mut log = MetricsLog::open(cut.path()).unwrap();
         log.resume_after(2).unwrap();
         write(&mut log, 3..=6);

@@ -27,11 +27,6 @@ impl<'a> Progress<'a> {
         Self { interrupted, steps, terminal: std::io::stderr().is_terminal() }
     }
 
-    fn line(&self, text: &str) {
-        // Nobody is left to tell when standard error is closed.
-        let _ = writeln!(std::io::stderr(), "{text}");
-    }
-
     fn title(&self, step: &Step) -> String {
         // The number in the id counts the stages of the run.
         let number = step.id.split('-').next().unwrap_or_default();
@@ -45,9 +40,9 @@ impl Observer for Progress<'_> {
     fn begin<'a>(&'a self, step: &Step, dir: &Path, resumes: bool) -> Result<Box<dyn Events + 'a>> {
         let title = self.title(step);
         if resumes {
-            self.line(&format!("{title}: continuing"));
+            line(&format!("{title}: continuing"));
         } else if !self.terminal {
-            self.line(&format!("{title}: started"));
+            line(&format!("{title}: started"));
         }
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         // The template is a constant; a mistake in it would leave indicatif's own.
@@ -74,14 +69,17 @@ impl Observer for Progress<'_> {
             .iter()
             .filter_map(|name| Some(format!("{name} {}", short(*record.metrics.get(*name)?))))
             .collect();
-        self.line(
-            &format!("{}: {how} {}", self.title(step), numbers.join(", ")).trim_end().to_owned(),
-        );
+        line(format!("{}: {how} {}", self.title(step), numbers.join(", ")).trim_end());
     }
 
     fn interrupted(&self) -> bool {
         self.interrupted.load(Ordering::Relaxed)
     }
+}
+
+fn line(text: &str) {
+    // Nobody is left to tell when standard error is closed.
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Four significant digits.
@@ -147,7 +145,7 @@ impl Events for StageEvents<'_> {
     }
 
     fn note(&self, text: &str) {
-        self.bar.suspend(|| self.progress.line(&format!("  {text}")));
+        self.bar.suspend(|| line(&format!("  {text}")));
     }
 
     fn interrupted(&self) -> bool {

@@ -66,13 +66,12 @@ impl Summary {
             let id = text(step, "id");
             let dir = run.join("stages").join(&id);
             let path = dir.join(MANIFEST);
-            let manifest = match path.is_file() {
-                true => Some(
-                    store::read_json(&path)
-                        .hint("remove this stage's directory, then run again")?,
-                ),
-                false => None,
-            };
+            let manifest = path
+                .is_file()
+                .then(|| {
+                    store::read_json(&path).hint("remove this stage's directory, then run again")
+                })
+                .transpose()?;
             let steps = metrics::read(&dir)?;
             stages.push(Finished {
                 name: text(step, "name"),

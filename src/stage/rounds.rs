@@ -2,11 +2,14 @@
 
 use candle_core::Device;
 
-use super::run::{Shelf, StageFn};
-use super::{Events, StageRecord};
+use super::run::Shelf;
+use super::{Events, Metrics, StageContext, StageRecord};
 use crate::error::{Error, Result};
-use crate::recipe::{Plan, Step};
+use crate::recipe::{Plan, Spec, Step};
 use crate::store::{self, RunLock};
+
+/// What executes a stage: [`run_stage`](super::run_stage), or a fake one in tests.
+pub type StageFn<'a> = dyn Fn(&StageContext<'_>, &Spec) -> Result<Metrics> + 'a;
 
 /// Who watches a run: the terminal, the log files, or a test.
 pub trait Observer {
@@ -54,7 +57,16 @@ pub fn run_plan(
         } else {
             let (dir, resumes) = shelf.work_dir(step, &inputs)?;
             let events = observer.begin(step, &dir, resumes)?;
-            shelf.execute(step, inputs, &device, events.as_ref(), stage)?
+            shelf.execute(step, inputs, &|dir| {
+                let context = StageContext {
+                    dir,
+                    round: step.round,
+                    seed: step.seed,
+                    device: device.clone(),
+                    events: events.as_ref(),
+                };
+                stage(&context, &step.spec)
+            })?
         };
         observer.end(step, &record);
         records.push(record);

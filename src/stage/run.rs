@@ -8,18 +8,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
 use super::inputs::{Hashes, Inputs};
-use super::{Events, Metrics, StageContext, StageRecord};
+use super::{Metrics, StageRecord};
 use crate::error::{Context, Error, Result};
-use crate::recipe::{Spec, Step};
+use crate::recipe::Step;
 use crate::report::record::Manifest;
 use crate::store::{self, MANIFEST};
-
-/// What executes a stage: [`run_stage`](super::run_stage), or a fake one in tests.
-pub type StageFn<'a> = dyn Fn(&StageContext<'_>, &Spec) -> Result<Metrics> + 'a;
 
 /// The stages of one run directory.
 pub struct Shelf {
@@ -97,47 +93,39 @@ impl Shelf {
         Ok((work, resumes))
     }
 
-    /// Runs `step` in its work directory and shelves the result.
+    /// Does the work of `step` in its work directory and shelves the result.
     pub fn execute(
         &mut self,
         step: &Step,
         inputs: Inputs,
-        device: &Device,
-        events: &dyn Events,
-        stage: &StageFn<'_>,
+        work: &dyn Fn(PathBuf) -> Result<Metrics>,
     ) -> Result<StageRecord> {
-        let (work, _) = self.work_dir(step, &inputs)?;
-        let before: Begun = store::read_json(&work.join(BEGUN))?;
+        let (dir, _) = self.work_dir(step, &inputs)?;
+        let before: Begun = store::read_json(&dir.join(BEGUN))?;
         let started = Instant::now();
-        let context = StageContext {
-            dir: work.clone(),
-            round: step.round,
-            seed: step.seed,
-            device: device.clone(),
-            events,
-        };
-        let outcome = stage(&context, &step.spec);
+        let outcome = work(dir.clone());
         let wall_s = before.wall_s + started.elapsed().as_secs_f64();
-        let metrics = match outcome {
-            // JSON has no NaN: such a number would make the manifest unreadable.
-            Ok(metrics) => metrics.into_iter().filter(|(_, value)| value.is_finite()).collect(),
+        match outcome {
+            Ok(metrics) => self.shelve(step, inputs, metrics, wall_s),
             Err(error) => {
                 // Only the time is lost where this cannot be written; the stage's own error matters more.
-                let _ = store::write_json(&work.join(BEGUN), &Begun { wall_s, ..before });
-                return Err(error.at(format_args!("stage `{}`, round {}", step.name, step.round)));
+                let _ = store::write_json(&dir.join(BEGUN), &Begun { wall_s, ..before });
+                Err(error.at(format_args!("stage `{}`, round {}", step.name, step.round)))
             }
-        };
-        self.shelve(step, inputs, &work, metrics, wall_s)
+        }
     }
 
     fn shelve(
         &mut self,
         step: &Step,
         inputs: Inputs,
-        work: &Path,
-        metrics: Metrics,
+        mut metrics: Metrics,
         wall_s: f64,
     ) -> Result<StageRecord> {
+        // JSON has no NaN: such a number would make the manifest unreadable.
+        metrics.retain(|_, value| value.is_finite());
+        let work = self.stages.join(format!("{}.work", step.id));
+        let work = work.as_path();
         let kind = step.spec.kind();
         let mut outputs = BTreeMap::new();
         for output in kind.outputs() {
@@ -241,7 +229,7 @@ mod tests {
 
     use super::*;
     use crate::recipe::{RecipeFile, resolve};
-    use crate::report::record::Silent;
+    use crate::report::record::{Events, Silent};
     use crate::stage::rounds::{Observer, run_plan};
 
     struct Nobody;
@@ -283,8 +271,7 @@ mod tests {
     impl Home {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
-            std::fs::write(dir.path().join("prompts.jsonl"), "{}\n").unwrap();
-            std::fs::write(dir.path().join("weights"), "w").unwrap();
+            store::write_atomic(&dir.path().join("prompts.jsonl"), b"{}\n").unwrap();
             Self { dir, ran: RefCell::new(Vec::new()), started: AtomicUsize::new(0) }
         }
 
