@@ -18,6 +18,10 @@ use crate::error::{Context, Error, Result};
 /// Name of the file that a finished directory has and an unfinished one lacks.
 pub const MANIFEST: &str = "manifest.json";
 
+/// What to do about a full disk.
+pub const FULL_DISK: &str =
+    "free space on this disk, then run the same command again: finished work is kept";
+
 const PARTIAL: &str = ".partial-";
 
 /// Turns an I/O error into one that names the path, with a hint where the disk is full or not writable.
@@ -25,9 +29,7 @@ pub fn io_error(path: &Path, error: io::Error) -> Error {
     let kind = error.kind();
     let failed = Error::from(error).at(path.display());
     match kind {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => failed.hint(
-            "free space on this disk, then run the same command again: finished work is kept",
-        ),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => failed.hint(FULL_DISK),
         io::ErrorKind::PermissionDenied => failed.hint("check who may write here"),
         _ => failed,
     }

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use crate::error::Error;
+use crate::store;
 
 /// Prints one line of what the user asked for.
 pub(super) fn line(text: &str) {
@@ -18,7 +19,9 @@ pub(super) fn note(text: &str) {
 /// Prints an error and its hint.
 pub(super) fn error(error: &Error) {
     note(&format!("error: {error}"));
-    if let Some(hint) = error.hint_text() {
+    // Libraries report a full disk in words only; the way out is the same wherever it happened.
+    let full = error.to_string().contains("No space left on device");
+    if let Some(hint) = error.hint_text().or(full.then_some(store::FULL_DISK)) {
         note(&format!("hint: {hint}"));
     }
 }

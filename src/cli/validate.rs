@@ -3,15 +3,14 @@
 
 use std::io::IsTerminal;
 
-use anstyle::{AnsiColor, Style};
 use clap::Args;
 
 use super::{RecipeArgs, estimate, output, recipes};
 use crate::data::prepare::{OnBadRow, PairOptions, Prepared, SftOptions, pair_trees, sft_trees};
+use crate::data::preview;
 use crate::data::read::{ReadOptions, read};
 use crate::data::record::Row;
 use crate::data::tokenizer::ChatTokenizer;
-use crate::data::tree::Tree;
 use crate::error::Result;
 use crate::recipe::plan::Dataset;
 use crate::recipe::{Plan, Spec, Step};
@@ -43,7 +42,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
         describe(plan, step)?;
     }
     for step in plan.steps.iter().filter(|step| step.round == 1) {
-        preview(plan, step, args.rows)?;
+        show_rows(plan, step, args.rows)?;
     }
     Ok(())
 }
@@ -173,7 +172,7 @@ impl<'a> Training<'a> {
 }
 
 /// Prints the first rows of a training stage as the model will see them.
-fn preview(plan: &Plan, step: &Step, count: usize) -> Result<()> {
+fn show_rows(plan: &Plan, step: &Step, count: usize) -> Result<()> {
     let Some(training) = Training::of(&step.spec).filter(|_| count > 0) else { return Ok(()) };
     let Some(dir) = estimate::origin(plan, training.model) else { return Ok(()) };
     let Some(mut rows) = training.rows()? else { return Ok(()) };
@@ -185,45 +184,16 @@ fn preview(plan: &Plan, step: &Step, count: usize) -> Result<()> {
         tokenizer = tokenizer.with_template(training.chat_template)?;
     }
     rows.truncate(count);
+    let colour = std::io::stdout().is_terminal();
     let prepared = training.prepare(&rows, &tokenizer)?;
     for tree in &prepared.trees {
         let place = rows.get(tree.source).map_or("", |row| row.place.as_str());
         output::line(&format!("\n{} {place}: {} tokens", step.id, tree.tokens()));
-        output::line(&render(tree, &tokenizer, std::io::stdout().is_terminal()));
+        output::line(preview::preview(tree, &tokenizer, colour).trim_end());
     }
     if !prepared.trees.is_empty() {
-        let how = if std::io::stdout().is_terminal() { "green" } else { "between ⟦ and ⟧" };
-        output::line(&format!("(trained tokens are {how})"));
+        let how = if colour { "green and yellow" } else { "in [[ ]] and {{ }}" };
+        output::line(&format!("(trained: content and what the template adds, {how})"));
     }
     Ok(())
-}
-
-/// A tree as text, one segment after the other, with its trained runs marked.
-fn render(tree: &Tree, tokenizer: &ChatTokenizer, colour: bool) -> String {
-    let green = Style::new().fg_color(Some(AnsiColor::Green.into())).bold();
-    let (open, close) = if colour {
-        (green.render().to_string(), green.render_reset().to_string())
-    } else {
-        ("⟦".to_owned(), "⟧".to_owned())
-    };
-    let mut text = String::new();
-    for (number, segment) in tree.segments.iter().enumerate() {
-        if number > 0 {
-            text.extend(["\n  [", &number.to_string(), "] "]);
-        }
-        let mut start = 0;
-        while start < segment.tokens.len() {
-            let trained = segment.roles[start].trained();
-            let run =
-                segment.roles[start..].iter().take_while(|role| role.trained() == trained).count();
-            let words = tokenizer.decode(&segment.tokens[start..start + run], false);
-            if trained {
-                text.extend([open.as_str(), &words, &close]);
-            } else {
-                text.push_str(&words);
-            }
-            start += run;
-        }
-    }
-    text
 }
