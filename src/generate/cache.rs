@@ -33,7 +33,7 @@ impl CacheShape {
 pub struct PagedCache {
     shape: CacheShape,
     /// What this segment continues: all of it is visible.
-    parent: Option<Arc<PagedCache>>,
+    parent: Option<Arc<Self>>,
     /// Position of the first token.
     start: usize,
     len: usize,

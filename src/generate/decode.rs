@@ -123,6 +123,13 @@ pub struct CpuDecoder {
     parts: Parts,
 }
 
+/// The new tokens of one forward pass.
+struct Rows {
+    /// Feed and position of each.
+    places: Vec<(usize, usize)>,
+    angles: Angles,
+}
+
 /// Cosines and sines of the rows' positions, `[M, E/2]` each.
 struct Angles {
     cos: Vec<f32>,
@@ -176,20 +183,6 @@ impl CpuDecoder {
         }
     }
 
-    fn linear(&self, x: &[f32], (weight, bias): (&Tensor, Option<&Tensor>)) -> Result<Vec<f32>> {
-        let (out_width, width) = weight.dims2()?;
-        let mut out = vec![0.0; x.len() / width * out_width];
-        cpu::with_slice(weight, |weight| rows::linear(&mut out, x, weight, width))?;
-        if let Some(bias) = bias {
-            cpu::with_slice(bias, |bias| {
-                for row in out.chunks_exact_mut(out_width) {
-                    simd::axpy(row, 1.0, bias);
-                }
-            })?;
-        }
-        Ok(out)
-    }
-
     fn norm(&self, x: &[f32], weight: &Tensor) -> Result<Vec<f32>> {
         let eps = self.parts.config.rms_norm_eps as f32;
         Ok(cpu::with_slice(weight, |weight| {
@@ -202,25 +195,25 @@ impl CpuDecoder {
         })?)
     }
 
-    /// One block. `x`: `[M, D]`; `places`: feed and position of each row.
+    /// One block. `x`: `[M, D]`.
     fn block(
         &self,
         index: usize,
         x: &mut [f32],
         feeds: &mut [Feed<'_, PagedCache>],
-        places: &[(usize, usize)],
-        angles: &Angles,
+        rows: &Rows,
     ) -> Result<()> {
+        let Rows { places, angles } = rows;
         let layer = &self.parts.layers[index];
         let half = self.parts.frequencies.len();
         let normed = self.norm(x, &layer.input_norm)?;
-        let project = |i: usize| self.linear(&normed, (&layer.qkv[i].0, layer.qkv[i].1.as_ref()));
+        let project = |i: usize| linear(&normed, (&layer.qkv[i].0, layer.qkv[i].1.as_ref()));
         let (mut q, mut k, v) = (project(0)?, project(1)?, project(2)?);
         let (q_len, kv_len) = (q.len() / places.len(), k.len() / places.len());
         angles.rotate(&mut q, q_len, half);
         angles.rotate(&mut k, kv_len, half);
         for (row, &(feed, position)) in places.iter().enumerate() {
-            let cache = &mut feeds[feed].cache;
+            let cache = &mut *feeds[feed].cache;
             cache.write(index, Part::Keys, position, &k[row * kv_len..][..kv_len]);
             cache.write(index, Part::Values, position, &v[row * kv_len..][..kv_len]);
         }
@@ -235,15 +228,30 @@ impl CpuDecoder {
                 }
             },
         );
-        add(x, &self.linear(&mixed, (&layer.o.0, layer.o.1.as_ref()))?);
+        add(x, &linear(&mixed, (&layer.o.0, layer.o.1.as_ref()))?);
         let normed = self.norm(x, &layer.post_norm)?;
-        let gate = self.linear(&normed, (&layer.gate, None))?;
-        let up = self.linear(&normed, (&layer.up, None))?;
+        let gate = linear(&normed, (&layer.gate, None))?;
+        let up = linear(&normed, (&layer.up, None))?;
         let mut active = vec![0.0; gate.len()];
         simd::swiglu(&mut active, &gate, &up);
-        add(x, &self.linear(&active, (&layer.down, None))?);
+        add(x, &linear(&active, (&layer.down, None))?);
         Ok(())
     }
+}
+
+/// `x · wᵀ + b`, the row rule kept.
+fn linear(x: &[f32], (weight, bias): (&Tensor, Option<&Tensor>)) -> Result<Vec<f32>> {
+    let (out_width, width) = weight.dims2()?;
+    let mut out = vec![0.0; x.len() / width * out_width];
+    cpu::with_slice(weight, |weight| rows::linear(&mut out, x, weight, width))?;
+    if let Some(bias) = bias {
+        cpu::with_slice(bias, |bias| {
+            for row in out.chunks_exact_mut(out_width) {
+                simd::axpy(row, 1.0, bias);
+            }
+        })?;
+    }
+    Ok(out)
 }
 
 fn add(x: &mut [f32], y: &[f32]) {
@@ -302,9 +310,9 @@ impl Decoder for CpuDecoder {
             })?;
         }
         let positions: Vec<usize> = places.iter().map(|&(_, position)| position).collect();
-        let angles = Angles::new(&parts.frequencies, &positions);
+        let rows = Rows { angles: Angles::new(&parts.frequencies, &positions), places };
         for index in 0..parts.layers.len() {
-            self.block(index, &mut x, feeds, &places, &angles)?;
+            self.block(index, &mut x, feeds, &rows)?;
         }
         let mut last = Vec::with_capacity(feeds.len() * width);
         let mut end = 0;

@@ -315,13 +315,11 @@ impl<D: Decoder> Run<'_, '_, D> {
         let draw = running.sampler.draw(&mut logits, &running.history, &mut running.rng)?;
         running.take(draw);
         self.reserved += room;
-        match self.ended(&running) {
-            Some((finish, text)) => self.finish(running, finish, text),
-            None => {
-                self.running.push(running);
-                Ok(())
-            }
+        if let Some((finish, text)) = self.ended(&running) {
+            return self.finish(running, finish, text);
         }
+        self.running.push(running);
+        Ok(())
     }
 
     /// One token for every answer under way.

@@ -12,7 +12,7 @@ use crate::ops::{self, Rotary};
 /// Keys and values of one segment: one pair of `[len, G, E]` a layer.
 #[derive(Debug)]
 pub struct TensorCache {
-    parent: Option<Arc<TensorCache>>,
+    parent: Option<Arc<Self>>,
     start: usize,
     len: usize,
     layers: Vec<Option<[Tensor; 2]>>,

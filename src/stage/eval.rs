@@ -32,7 +32,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
     let rows = generation::rows(context, &spec.datasets)?;
     let reference = reference(context, &spec.reference, &policy)?;
 
-    let measured = generation::once_each(context, rows.len(), &mut |left, keep| {
+    let measured = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;
         policy.answer(&asked, &spec.sampling, &mut |place, answers| {
             let (asked, row) = (&asked[place], &rows[left[place]]);
@@ -77,8 +77,7 @@ fn kl(
 ) -> Result<f64> {
     let ids: Vec<&[u32]> = answers.iter().map(|answer| answer.ids.as_slice()).collect();
     let logprobs = answer_logprobs(reference, &policy.prompt_ids(asked)?, &ids)?;
-    let pairs =
-        answers.iter().map(|answer| &answer.logprobs).flatten().zip(logprobs.iter().flatten());
+    let pairs = answers.iter().flat_map(|answer| &answer.logprobs).zip(logprobs.iter().flatten());
     Ok(pairs.map(|(policy, reference)| f64::from(*policy) - f64::from(*reference)).sum())
 }
 

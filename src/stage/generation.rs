@@ -46,7 +46,7 @@ pub type Keep<'a, T> = dyn FnMut(usize, T) -> Result<()> + 'a;
 pub fn once_each<T: Serialize + DeserializeOwned>(
     context: &StageContext<'_>,
     count: usize,
-    work: &mut dyn FnMut(&[usize], &mut Keep<'_, T>) -> Result<()>,
+    work: impl FnOnce(&[usize], &mut Keep<'_, T>) -> Result<()>,
 ) -> Result<Vec<T>> {
     let path = context.dir.join("ledger.jsonl");
     let mut is_done = vec![false; count];

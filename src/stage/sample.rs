@@ -22,7 +22,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
     let earlier = earlier_best(&spec.earlier)?;
     let origin = format!("round {}", context.round);
 
-    let sampled = generation::once_each(context, rows.len(), &mut |left, keep| {
+    let sampled = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;
         policy.answer(&asked, &spec.sampling, &mut |place, answers| {
             let asked = &asked[place];

@@ -46,7 +46,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
     let panel = Panel::new(&spec.scorers, &context.device)?;
     let rows = generation::rows(context, &spec.datasets)?;
 
-    let taught = generation::once_each(context, rows.len(), &mut |left, keep| {
+    let taught = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;
         teacher.answer(&asked, &spec.sampling, &mut |place, answers| {
             let row = &rows[left[place]];

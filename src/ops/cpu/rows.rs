@@ -2,6 +2,10 @@
 //! whatever else is in the batch. Sums run over the inner dimension in one order for every batch size.
 
 #![expect(
+    clippy::inline_always,
+    reason = "a body must be compiled within each instruction set's own function"
+)]
+#![expect(
     unsafe_code,
     reason = "functions compiled for a CPU feature may only be called where it was detected"
 )]
@@ -10,25 +14,29 @@ use rayon::prelude::*;
 
 use super::simd::multiversion;
 
-/// Rows of the left matrix in one register tile.
-const PANEL: usize = 32;
-/// Rows of the weight in one register tile.
-const TILE: usize = 8;
+/// Rows of the left matrix in one register tile, and of the weight: 32 x 8, or 16 x 16 for small batches.
+const WIDE: usize = 32;
+const NARROW: usize = 16;
 /// Weight rows of one parallel task.
 const TASK: usize = 64;
 
-type Tile = [[f32; PANEL]; TILE];
+/// Sums of `M` rows of the left matrix with `N` rows of the weight.
+type Tile<const M: usize, const N: usize> = [[f32; M]; N];
 
 /// One tile of `w · xᵀ`: `tile[n][m] = Σ_k w[n][k] · panel[k][m]`, summed in the order of `k`.
 #[inline(always)]
-fn tile_body(tile: &mut Tile, panel: &[f32], weights: [&[f32]; TILE]) {
-    let width = panel.len() / PANEL;
+fn tile_body<const M: usize, const N: usize>(
+    tile: &mut Tile<M, N>,
+    panel: &[f32],
+    weights: [&[f32]; N],
+) {
+    let width = panel.len() / M;
     let weights = weights.map(|row| &row[..width]);
-    let mut sums = [[0.0_f32; PANEL]; TILE];
-    for (k, x) in panel.chunks_exact(PANEL).enumerate() {
-        for n in 0..TILE {
+    let mut sums = [[0.0_f32; M]; N];
+    for (k, x) in panel.chunks_exact(M).enumerate() {
+        for n in 0..N {
             let weight = weights[n][k];
-            for m in 0..PANEL {
+            for m in 0..M {
                 sums[n][m] = weight.mul_add(x[m], sums[n][m]);
             }
         }
@@ -70,7 +78,10 @@ fn mix_body(out: &mut [f32], weights: &[f32], values: &[f32]) {
 }
 
 multiversion! {
-    fn tile(tile: &mut Tile, panel: &[f32], weights: [&[f32]; TILE]) = tile_body
+    fn wide_tile(tile: &mut Tile<WIDE, 8>, panel: &[f32], weights: [&[f32]; 8]) = tile_body
+}
+multiversion! {
+    fn narrow_tile(tile: &mut Tile<NARROW, 16>, panel: &[f32], weights: [&[f32]; 16]) = tile_body
 }
 multiversion! {
     /// `scores[i] = scale · query · keys[i]`; `keys` holds rows as wide as `query`.
@@ -94,22 +105,37 @@ pub fn linear(out: &mut [f32], x: &[f32], weight: &[f32], width: usize) {
     if m == 0 || n == 0 {
         return;
     }
-    let panels = m.div_ceil(PANEL);
-    let padded = panels * PANEL;
-    let columns = transposed_panels(x, m, width);
+    if m <= NARROW {
+        blocked(out, x, weight, width, narrow_tile);
+    } else {
+        blocked(out, x, weight, width, wide_tile);
+    }
+}
+
+/// [`linear`] in tiles of one size. The size changes nothing in the sums.
+fn blocked<const M: usize, const N: usize>(
+    out: &mut [f32],
+    x: &[f32],
+    weight: &[f32],
+    width: usize,
+    tile: impl Fn(&mut Tile<M, N>, &[f32], [&[f32]; N]) + Sync,
+) {
+    let (m, n) = (x.len() / width, weight.len() / width);
+    let padded = m.div_ceil(M) * M;
+    let columns = transposed_panels::<M>(x, m, width);
     let mut product = vec![0.0_f32; n * padded];
     let task = |(index, out): (usize, &mut [f32])| {
         let first = index * TASK;
-        let mut sums = [[0.0; PANEL]; TILE];
-        for (group, out) in out.chunks_mut(TILE * padded).enumerate() {
-            let row = first + group * TILE;
+        let mut sums = [[0.0; M]; N];
+        for (group, out) in out.chunks_mut(N * padded).enumerate() {
+            let row = first + group * N;
             // Past the last row the tile repeats it; the copies are not stored.
-            let rows: [&[f32]; TILE] =
+            let rows: [&[f32]; N] =
                 std::array::from_fn(|i| &weight[(row + i).min(n - 1) * width..][..width]);
-            for (panel, columns) in columns.chunks_exact(width * PANEL).enumerate() {
+            for (panel, columns) in columns.chunks_exact(width * M).enumerate() {
                 tile(&mut sums, columns, rows);
                 for (out, sums) in out.chunks_exact_mut(padded).zip(&sums) {
-                    out[panel * PANEL..][..PANEL].copy_from_slice(sums);
+                    out[panel * M..][..M].copy_from_slice(sums);
                 }
             }
         }
@@ -122,13 +148,13 @@ pub fn linear(out: &mut [f32], x: &[f32], weight: &[f32], width: usize) {
     untranspose(out, &product, n, padded);
 }
 
-/// `x` as panels of [`PANEL`] rows, each transposed to `[width, PANEL]` and padded with zeros.
-fn transposed_panels(x: &[f32], m: usize, width: usize) -> Vec<f32> {
-    let mut columns = vec![0.0; m.div_ceil(PANEL) * PANEL * width];
-    for (panel, rows) in columns.chunks_exact_mut(width * PANEL).zip(x.chunks(PANEL * width)) {
+/// `x` as panels of `M` rows, each transposed to `[width, M]` and padded with zeros.
+fn transposed_panels<const M: usize>(x: &[f32], m: usize, width: usize) -> Vec<f32> {
+    let mut columns = vec![0.0; m.div_ceil(M) * M * width];
+    for (panel, rows) in columns.chunks_exact_mut(width * M).zip(x.chunks(M * width)) {
         for (offset, row) in rows.chunks_exact(width).enumerate() {
             for (k, value) in row.iter().enumerate() {
-                panel[k * PANEL + offset] = *value;
+                panel[k * M + offset] = *value;
             }
         }
     }
