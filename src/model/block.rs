@@ -122,10 +122,10 @@ impl Block {
     /// Everything after attention: output projection, residual, feed-forward, residual.
     /// Shapes: `x` `[T, D]`, `seen` `[T, H, E]` -> `[T, D]`.
     pub fn finish(&self, x: &Tensor, seen: &Tensor) -> Result<Tensor> {
-        let x = (x + self.o.forward(&seen.flatten_from(1)?)?)?;
+        let x = ops::residual(x, &self.o.forward(&seen.flatten_from(1)?)?)?;
         let normed = ops::rms_norm(&x, &self.post_norm, self.eps)?;
         let hidden = ops::swiglu(&self.gate.forward(&normed)?, &self.up.forward(&normed)?)?;
-        x + self.down.forward(&hidden)?
+        ops::residual(&x, &self.down.forward(&hidden)?)
     }
 
     /// Trained tensors by name, in name order.

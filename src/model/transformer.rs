@@ -197,8 +197,7 @@ fn vector_jacobian(
     trained: &[(String, Tensor)],
     grads: &mut Gradients,
 ) -> Result<Tensor> {
-    // The value of the sum is never used; its gradient with respect to `output` is exactly `d_output`.
-    let mut store = (output * d_output)?.sum_all()?.backward()?;
+    let mut store = ops::residual::vjp_root(output, d_output)?.backward()?;
     for (name, tensor) in trained {
         let grad = store
             .remove(tensor)

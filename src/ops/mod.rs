@@ -14,11 +14,13 @@ pub mod embed;
 pub mod head;
 pub mod linear;
 pub mod norm;
+pub mod residual;
 pub mod rope;
 pub mod swiglu;
 
 pub use attention::{AttentionPlan, attention};
 pub use linear::linear;
 pub use norm::rms_norm;
+pub use residual::residual;
 pub use rope::{Rotary, rope};
 pub use swiglu::swiglu;

@@ -1,0 +1,111 @@
+//! The two elementwise steps around a block: the residual sum, and the start of its backward.
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::cpu;
+
+const CHUNK: usize = 1 << 14;
+
+/// `x + y`. Shapes: equal, any.
+pub fn residual(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() && x.dtype() == DType::F32 && x.shape() == y.shape() {
+        return x.contiguous()?.apply_op2(&y.contiguous()?, Add);
+    }
+    x + y
+}
+
+/// A scalar whose gradient with respect to `output` is exactly `d_output`: the root of a vector-Jacobian product.
+/// Its own value means nothing.
+pub fn vjp_root(output: &Tensor, d_output: &Tensor) -> Result<Tensor> {
+    if output.device().is_cpu() {
+        return output.apply_op1(Root { d_output: d_output.clone() });
+    }
+    (output * d_output)?.sum_all()
+}
+
+struct Add;
+
+impl CustomOp2 for Add {
+    fn name(&self) -> &'static str {
+        "residual"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        y: &CpuStorage,
+        y_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let mut out = cpu::slice(x, x_layout)?.to_vec();
+        let y = cpu::slice(y, y_layout)?;
+        out.par_chunks_mut(CHUNK)
+            .zip(y.par_chunks(CHUNK))
+            .for_each(|(out, y)| cpu::simd::axpy(out, 1.0, y));
+        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        _x: &Tensor,
+        _y: &Tensor,
+        _out: &Tensor,
+        d: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(d.clone()), Some(d.clone())))
+    }
+}
+
+struct Root {
+    d_output: Tensor,
+}
+
+impl CustomOp1 for Root {
+    fn name(&self) -> &'static str {
+        "vjp-root"
+    }
+
+    fn cpu_fwd(&self, output: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        if layout.shape() != self.d_output.shape() {
+            candle_core::bail!(
+                "a gradient of {:?} for an output of {:?}",
+                self.d_output.shape(),
+                layout.shape()
+            );
+        }
+        let zero = match output {
+            CpuStorage::F64(_) => CpuStorage::F64(vec![0.0]),
+            _ => CpuStorage::F32(vec![0.0]),
+        };
+        Ok((zero, Shape::from(())))
+    }
+
+    fn bwd(&self, _output: &Tensor, _root: &Tensor, _d: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.d_output.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::linear::tests::{gradients_agree, random};
+
+    #[test]
+    fn both_forms_agree() {
+        gradients_agree(
+            &[random(1, (3, 7)), random(2, (3, 7))],
+            |x| residual(&x[0], &x[1]),
+            |x| &x[0] + &x[1],
+        );
+    }
+
+    #[test]
+    fn the_root_hands_its_gradient_through() {
+        let output = candle_core::Var::from_tensor(&random(1, (3, 7))).unwrap();
+        let d_output = random(2, (3, 7));
+        let grads = vjp_root(&output, &d_output).unwrap().backward().unwrap();
+        let (ours, given) = (grads.get(&output).unwrap(), &d_output);
+        assert_eq!(ours.to_vec2::<f32>().unwrap(), given.to_vec2::<f32>().unwrap());
+    }
+}
