@@ -9,7 +9,8 @@ static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// Begins to listen, and returns the flag that Ctrl-C sets.
 pub(super) fn listen() -> Result<&'static AtomicBool> {
-    let listening = ctrlc::try_set_handler(|| {
+    // Also where a shell started this in the background with SIGINT ignored: SIGTERM must still save.
+    let listening = ctrlc::set_handler(|| {
         if ASKED.swap(true, Ordering::Relaxed) {
             leave();
         }
