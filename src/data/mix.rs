@@ -4,31 +4,36 @@ use super::record::Row;
 use crate::error::{Error, Result};
 use crate::rng::Stream;
 
-/// Takes a fraction of each dataset and shuffles all of them together.
+/// Takes a fraction of dataset `index`, in its own order.
 ///
 /// Of a fraction below one, a random part is taken; above one, the dataset is repeated whole, and then a random part
 /// of it (Llama 3, section 4.1.3: good sources are seen several times, others less than once). Which rows are taken
-/// of a dataset depends on the seed, its place in the list and its length alone.
+/// depends on the seed, the dataset's place in the list and its length alone.
+///
+/// # Errors
+/// A fraction that is negative or not a number.
+pub fn take(rows: Vec<Row>, fraction: f64, index: usize, seed: u64) -> Result<Vec<Row>> {
+    if !fraction.is_finite() || fraction < 0.0 {
+        return Err(Error::usage(format!(
+            "datasets[{index}]: fraction = {fraction}, expected 0 or more"
+        )));
+    }
+    let part = (fraction.fract() * rows.len() as f64).round() as usize;
+    let order = Stream::new(seed, "mix/take").permutation(index as u64, rows.len());
+    let mut places: Vec<usize> = order.into_iter().take(part).collect();
+    places.sort_unstable();
+    let repeated = std::iter::repeat_n(&rows, fraction.floor() as usize).flatten();
+    Ok(repeated.chain(places.into_iter().map(|place| &rows[place])).cloned().collect())
+}
+
+/// Takes a fraction of each dataset (see [`take`]) and shuffles all of them together.
 ///
 /// # Errors
 /// A fraction that is negative or not a number, or nothing left.
 pub fn mix(parts: Vec<(Vec<Row>, f64)>, seed: u64) -> Result<Vec<Row>> {
     let mut mixed = Vec::new();
     for (index, (rows, fraction)) in parts.into_iter().enumerate() {
-        if !fraction.is_finite() || fraction < 0.0 {
-            return Err(Error::usage(format!(
-                "datasets[{index}]: fraction = {fraction}, expected 0 or more"
-            )));
-        }
-        let whole = fraction.floor() as usize;
-        let part = (fraction.fract() * rows.len() as f64).round() as usize;
-        for _ in 0..whole {
-            mixed.extend_from_slice(&rows);
-        }
-        let order = Stream::new(seed, "mix/take").permutation(index as u64, rows.len());
-        let mut taken: Vec<usize> = order.into_iter().take(part).collect();
-        taken.sort_unstable();
-        mixed.extend(taken.into_iter().map(|row| rows[row].clone()));
+        mixed.extend(take(rows, fraction, index, seed)?);
     }
     if mixed.is_empty() {
         return Err(Error::run("no rows are left after mixing").hint("raise `fraction`"));

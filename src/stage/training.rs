@@ -4,19 +4,21 @@ use candle_core::DType;
 use sha2::{Digest, Sha256};
 
 use super::StageContext;
+use crate::data::mix::take;
 use crate::data::prepare::{OnBadRow, PrepareReport, Prepared};
 use crate::data::read::{ReadOptions, read};
 use crate::data::record::Row;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::data::tree::Tree;
 use crate::error::{Context, Error, Result};
+use crate::generate::local::{Asked, LocalModel, Teacher};
+use crate::generate::sampling::Sampling;
 use crate::loss::Objective;
 use crate::model::Weights;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::model::save::SaveOptions;
 use crate::recipe::plan::Dataset;
 use crate::report::record::Metrics;
-use crate::rng::Stream;
 use crate::train::{self, Job, Learner, Settings};
 
 /// Loads a checkpoint and, where one is named, gives its tokenizer another chat template.
@@ -45,7 +47,7 @@ fn set_template(checkpoint: &mut Checkpoint, chat_template: &str) -> Result<()> 
     Ok(())
 }
 
-/// Reads and joins datasets. A fraction below 1 takes a seeded part, above 1 repeats.
+/// Reads and joins datasets, in their own order: training shuffles examples anew each epoch.
 pub fn rows(
     context: &StageContext<'_>,
     datasets: &[Dataset],
@@ -64,13 +66,13 @@ pub fn rows(
         if dataset.limit > 0 {
             found.rows.truncate(dataset.limit);
         }
-        let order = Stream::new(context.seed, "mix").permutation(index as u64, found.rows.len());
-        let wanted = (found.rows.len() as f64 * dataset.fraction).round() as usize;
-        if dataset.fraction == 1.0 {
-            all.append(&mut found.rows);
-        } else {
-            all.extend(order.iter().cycle().take(wanted).map(|&place| found.rows[place].clone()));
-        }
+        all.extend(take(found.rows, dataset.fraction, index, context.seed)?);
+    }
+    if all.is_empty() {
+        let paths: Vec<&str> = datasets.iter().map(|dataset| dataset.path.as_str()).collect();
+        return Err(Error::run("no rows")
+            .at(paths.join(", "))
+            .hint("raise `fraction`, or look at the file"));
     }
     Ok(all)
 }
@@ -146,6 +148,7 @@ pub fn fit(context: &StageContext<'_>, work: &Work<'_>) -> Result<Metrics> {
     let save = |learner: &Learner, dir: &std::path::Path| {
         checkpoint(learner).write_into(dir, &SaveOptions::new(DType::F32))
     };
+    let samples = |learner: &Learner| answers(&checkpoint(learner), work.samples);
     let job = Job {
         objective: work.objective,
         train: work.train,
@@ -154,7 +157,7 @@ pub fn fit(context: &StageContext<'_>, work: &Work<'_>) -> Result<Metrics> {
         seed: context.seed,
         dir: &context.dir,
         save: &save,
-        samples: None,
+        samples: (!work.samples.is_empty()).then_some(&samples),
         events: context.events,
     };
     let mut metrics = train::fit(&learner, &job)?;
@@ -163,6 +166,20 @@ pub fn fit(context: &StageContext<'_>, work: &Work<'_>) -> Result<Metrics> {
     crate::store::remove(&target)?;
     checkpoint(&learner).save(&target, &SaveOptions::new(work.settings.save_dtype.dtype()))?;
     Ok(metrics)
+}
+
+/// Greedy answers to the sample prompts, one line each.
+fn answers(checkpoint: &Checkpoint, rows: &[Row]) -> Result<Vec<String>> {
+    let model = LocalModel::new(checkpoint)?;
+    let asked = rows.iter().enumerate().map(|(index, row)| Asked::from_row(index, row));
+    let asked: Vec<Asked> = asked.collect::<Result<_>>()?;
+    let mut lines = vec![String::new(); asked.len()];
+    model.answer(&asked, &Sampling::greedy(64), &mut |place, answers| {
+        let text = answers.first().map_or("", |answer| answer.text.trim());
+        lines[place] = format!("{}: {text}", asked[place].place);
+        Ok(())
+    })?;
+    Ok(lines)
 }
 
 /// SHA-256 over names and elements of all weights.
