@@ -4,7 +4,8 @@
 //!
 //! The first folder gets what the two models are pre-trained on (`teacher.jsonl`, conversations with right answers;
 //! `student.jsonl`, plain text without a chat format) and the untrained models (`teacher/`, `student/`: configuration
-//! and tokenizer). The second gets the quickstart's own `prompts.jsonl` and `heldout.jsonl`. No prompt is in two files.
+//! and tokenizer). The second gets the quickstart's own prompts: `taught.jsonl` for the teacher to answer,
+//! `prompts.jsonl` to draw candidates for, and `heldout.jsonl`. No prompt is in two files.
 //! `examples/tiny-teacher.toml` and `examples/tiny-student.toml` then pre-train the models.
 
 use std::collections::BTreeSet;
@@ -48,7 +49,7 @@ fn problem(rng: &mut impl Rng) -> Problem {
         }
     };
     let things = pick(rng, &THINGS);
-    let (a, b) = (rng.random_range(2..100_i64), rng.random_range(2..100_i64));
+    let (a, b) = (rng.random_range(2..=20_i64), rng.random_range(2..=20_i64));
     let (high, low) = (a.max(b), a.min(b));
     let (facts, ask, steps, answer, end) = match rng.random_range(0..5) {
         0 => (
@@ -80,7 +81,7 @@ fn problem(rng: &mut impl Rng) -> Problem {
             format!("{friend} has {} {things}.", a + a),
         ),
         _ => {
-            let lost = rng.random_range(1..a + b);
+            let lost = rng.random_range(1..=20.min(a + b - 1));
             let left = a + b - lost;
             (
                 format!("{name} has {a} {things}, finds {b} more and then loses {lost}."),
@@ -160,11 +161,13 @@ fn main() -> Result<()> {
     };
     let (work, data) = (Path::new(work), Path::new(data));
     let mut seen = BTreeSet::new();
-    let heldout = problems("heldout", 400, &mut seen);
-    let prompts = problems("prompts", 1600, &mut seen);
-    let teacher = problems("teacher", 32_000, &mut seen);
-    let student = problems("student", 24_000, &mut seen);
+    let heldout = problems("heldout", 300, &mut seen);
+    let taught = problems("taught", 600, &mut seen);
+    let prompts = problems("prompts", 800, &mut seen);
+    let teacher = problems("teacher", 24_000, &mut seen);
+    let student = problems("student", 16_000, &mut seen);
 
+    write_rows(&data.join("taught.jsonl"), taught.iter().map(prompt))?;
     write_rows(&data.join("prompts.jsonl"), prompts.iter().map(prompt))?;
     write_rows(&data.join("heldout.jsonl"), heldout.iter().map(prompt))?;
     write_rows(&work.join("teacher.jsonl"), teacher.iter().map(conversation))?;
