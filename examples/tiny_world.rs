@@ -116,6 +116,20 @@ fn problems(stream: &str, count: usize, seen: &mut BTreeSet<String>) -> Vec<Prob
     out
 }
 
+/// Six sums in a row: what a base model reads of arithmetic.
+fn sums(index: u64) -> String {
+    let mut rng = Stream::new(20_240_726, "sums").at(0, index);
+    let mut sum = || {
+        let (a, b) = (rng.random_range(2..=20_i64), rng.random_range(1..=20_i64));
+        match rng.random_range(0..3) {
+            0 => format!("{a} + {b} = {}.", a + b),
+            1 => format!("{} - {b} = {a}.", a + b),
+            _ => format!("{a} + {a} = {}.", a + a),
+        }
+    };
+    (0..6).map(|_| sum()).collect::<Vec<_>>().join(" ")
+}
+
 fn conversation(problem: &Problem) -> Value {
     json!({"messages": [
         {"role": "user", "content": problem.question},
@@ -165,7 +179,7 @@ fn main() -> Result<()> {
     let taught = problems("taught", 600, &mut seen);
     let prompts = problems("prompts", 800, &mut seen);
     let teacher = problems("teacher", 24_000, &mut seen);
-    let student = problems("student", 16_000, &mut seen);
+    let student = problems("student", 20_000, &mut seen);
 
     write_rows(&data.join("taught.jsonl"), taught.iter().map(prompt))?;
     write_rows(&data.join("prompts.jsonl"), prompts.iter().map(prompt))?;
