@@ -179,16 +179,15 @@ fn main() -> Result<()> {
     let taught = problems("taught", 600, &mut seen);
     let prompts = problems("prompts", 800, &mut seen);
     let teacher = problems("teacher", 24_000, &mut seen);
-    let student = problems("student", 20_000, &mut seen);
+    let student = problems("student", 24_000, &mut seen);
 
     write_rows(&data.join("taught.jsonl"), taught.iter().map(prompt))?;
     write_rows(&data.join("prompts.jsonl"), prompts.iter().map(prompt))?;
     write_rows(&data.join("heldout.jsonl"), heldout.iter().map(prompt))?;
     write_rows(&work.join("teacher.jsonl"), teacher.iter().map(conversation))?;
-    write_rows(
-        &work.join("student.jsonl"),
-        student.iter().map(|problem| json!({"text": problem.story})),
-    )?;
+    let stories = student.iter().map(|problem| problem.story.clone());
+    let texts = stories.chain((0..20_000).map(sums)).map(|text| json!({"text": text}));
+    write_rows(&work.join("student.jsonl"), texts)?;
     let test = problems("test", 300, &mut seen);
     write_rows(&work.join("test.jsonl"), test.iter().map(conversation))?;
 
