@@ -145,7 +145,7 @@ fn prompt(problem: &Problem) -> Value {
 }
 
 fn write_rows(path: &Path, rows: impl Iterator<Item = Value>) -> Result<()> {
-    let text: String = rows.map(|row| format!("{row}\n")).collect();
+    let text: String = rows.flat_map(|row| [row.to_string(), "\n".to_owned()]).collect();
     store::write_atomic(path, text.as_bytes())
 }
 

@@ -1,5 +1,10 @@
 //! The forest property: packing, sharing and splitting never change a loss or a gradient.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test program; a failure here is a failed test"
+)]
+
 use std::collections::BTreeMap;
 
 use arriero::data::forest::Forest;

@@ -1,6 +1,12 @@
 //! The numbers of TRL and transformers, reproduced. The folder comes from `ARRIERO_GOLDENS`; file names and formats are
 //! those of `tests/fixtures/goldens/README.md`, shapes are read from the files.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test program; a failure here is a failed test"
+)]
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

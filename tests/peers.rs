@@ -1,6 +1,13 @@
 //! What transformers and TRL make of our files. `scripts/test` installs them and sets `ARRIERO_PEERS`; without it these
 //! tests say so and pass, with it a missing program is a failure. `scripts/test --peers` adds TRL.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    reason = "a test program; a failure here is a failed test"
+)]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};

@@ -180,32 +180,32 @@ fn greedy_answers_of_golden_models_are_the_argmax_of_the_whole_forward() {
     }
 }
 
+/// Logits of a prompt in two parts and of two samples that share it.
+fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
+    let (mut logits, mut all) = (Vec::new(), Vec::new());
+    let mut prompt = decoder.cache(None);
+    decoder.forward(&mut [Feed { cache: &mut prompt, tokens: &[5, 9, 30] }], &mut logits).unwrap();
+    decoder.forward(&mut [Feed { cache: &mut prompt, tokens: &[8, 7] }], &mut logits).unwrap();
+    all.extend_from_slice(&logits);
+    let prompt = Arc::new(prompt);
+    let mut samples = [decoder.cache(Some(Arc::clone(&prompt))), decoder.cache(Some(prompt))];
+    for tokens in [[11, 12], [40, 41]] {
+        let mut feeds: Vec<_> = samples
+            .iter_mut()
+            .zip(tokens.chunks(1))
+            .map(|(cache, tokens)| Feed { cache, tokens })
+            .collect();
+        decoder.forward(&mut feeds, &mut logits).unwrap();
+        all.extend_from_slice(&logits);
+    }
+    all
+}
+
 #[test]
 fn the_plain_decoder_predicts_what_the_cpu_decoder_does_on_a_golden_model() {
     let checkpoint = golden("model_llama3rope");
     let cpu = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let plain = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
-    fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
-        let (mut logits, mut all) = (Vec::new(), Vec::new());
-        let mut prompt = decoder.cache(None);
-        decoder
-            .forward(&mut [Feed { cache: &mut prompt, tokens: &[5, 9, 30] }], &mut logits)
-            .unwrap();
-        decoder.forward(&mut [Feed { cache: &mut prompt, tokens: &[8, 7] }], &mut logits).unwrap();
-        all.extend_from_slice(&logits);
-        let prompt = Arc::new(prompt);
-        let mut samples = [decoder.cache(Some(Arc::clone(&prompt))), decoder.cache(Some(prompt))];
-        for tokens in [[11, 12], [40, 41]] {
-            let mut feeds: Vec<_> = samples
-                .iter_mut()
-                .zip(tokens.chunks(1))
-                .map(|(cache, tokens)| Feed { cache, tokens })
-                .collect();
-            decoder.forward(&mut feeds, &mut logits).unwrap();
-            all.extend_from_slice(&logits);
-        }
-        all
-    }
     let (cpu, plain) = (predict(&cpu), predict(&plain));
     assert_eq!(cpu.len(), plain.len());
     let worst = cpu.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

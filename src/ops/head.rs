@@ -92,7 +92,7 @@ fn run(
 /// Targets grouped by hidden row.
 struct Rows {
     /// Hidden rows with at least one target, ascending.
-    rows: Vec<u32>,
+    hidden: Vec<u32>,
     /// Where each row's targets start in `order`; one more entry than rows.
     starts: Vec<usize>,
     /// (index of the target, its token id), row by row.
@@ -112,7 +112,7 @@ impl Rows {
         }
         starts.push(sorted.len());
         Self {
-            rows,
+            hidden: rows,
             starts,
             order: sorted.into_iter().map(|index| (index, targets[index].id)).collect(),
         }
@@ -143,10 +143,10 @@ fn on_cpu(inputs: &Dense<'_>, rows: &Rows, d: Option<(&[f32], bool)>) -> Result<
     let mut d_weight = d.and_then(|(_, wanted)| wanted.then(|| vec![0.0; vocab * width]));
     let weight = Mat::new(w, vocab, width);
     let chunk = Rows::chunk(vocab);
-    for first in (0..rows.rows.len()).step_by(chunk) {
-        let slots = first..(first + chunk).min(rows.rows.len());
+    for first in (0..rows.hidden.len()).step_by(chunk) {
+        let slots = first..(first + chunk).min(rows.hidden.len());
         let mut x = Vec::with_capacity(slots.len() * width);
-        rows.rows[slots.clone()]
+        rows.hidden[slots.clone()]
             .iter()
             .for_each(|&row| x.extend_from_slice(&h[row as usize * width..][..width]));
         let x = Mat::new(&x, slots.len(), width);
@@ -160,7 +160,7 @@ fn on_cpu(inputs: &Dense<'_>, rows: &Rows, d: Option<(&[f32], bool)>) -> Result<
         let d_logits = Mat::new(&logits, slots.len(), vocab);
         if let Some(d_hidden) = &mut d_hidden {
             let d_x = matmul(d_logits, weight, Threads::All);
-            for (&row, d_x) in rows.rows[slots].iter().zip(d_x.chunks_exact(width)) {
+            for (&row, d_x) in rows.hidden[slots].iter().zip(d_x.chunks_exact(width)) {
                 d_hidden[row as usize * width..][..width].copy_from_slice(d_x);
             }
         }
@@ -197,7 +197,9 @@ fn row_on_cpu(
     if let Some(d_logps) = d_logps {
         let total: f32 = targets.iter().map(|&(index, _)| d_logps[index]).sum();
         simd::scale(logits, -total / sum);
-        targets.iter().for_each(|&(index, id)| logits[id as usize] += d_logps[index]);
+        for &(index, id) in targets {
+            logits[id as usize] += d_logps[index];
+        }
     }
     targets.iter().zip(picked).map(|(&(index, _), logit)| (index, logit - log_sum_exp)).collect()
 }
@@ -217,9 +219,9 @@ fn plain(
         _ => None,
     };
     let chunk = Rows::chunk(vocab);
-    for first in (0..rows.rows.len()).step_by(chunk) {
-        let slots = first..(first + chunk).min(rows.rows.len());
-        let ids = Tensor::from_slice(&rows.rows[slots.clone()], slots.len(), device)?;
+    for first in (0..rows.hidden.len()).step_by(chunk) {
+        let slots = first..(first + chunk).min(rows.hidden.len());
+        let ids = Tensor::from_slice(&rows.hidden[slots.clone()], slots.len(), device)?;
         let x = hidden.index_select(&ids, 0)?;
         let log_probs =
             candle_nn::ops::log_softmax(&x.matmul(&weight.t()?)?.to_dtype(DType::F32)?, D::Minus1)?;

@@ -73,10 +73,8 @@ impl CustomOp2 for RmsNorm {
                 cpu::with_slice(&d_y, |d_y| self.gradients(x, weight, d_y))
             })
         })???;
-        let d_weight = match self.trained {
-            true => Some(Tensor::from_vec(d_weight, width, x.device())?),
-            false => None,
-        };
+        let d_weight =
+            if self.trained { Some(Tensor::from_vec(d_weight, width, x.device())?) } else { None };
         Ok((Some(Tensor::from_vec(d_x, x.shape(), x.device())?), d_weight))
     }
 }
@@ -112,7 +110,9 @@ impl RmsNorm {
             })
             .collect();
         let mut d_weight = vec![0.0; width];
-        partials.iter().for_each(|partial| simd::axpy(&mut d_weight, 1.0, partial));
+        for partial in &partials {
+            simd::axpy(&mut d_weight, 1.0, partial);
+        }
         (d_x, d_weight)
     }
 }

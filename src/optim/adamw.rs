@@ -44,7 +44,7 @@ struct Moments {
 
 /// Whether a parameter is decayed: matrices are, norm weights and biases are not (Hugging Face's grouping).
 pub fn is_decayed(name: &str) -> bool {
-    !name.ends_with(".bias") && !name.contains("norm")
+    name.rsplit('.').next() != Some("bias") && !name.contains("norm")
 }
 
 impl AdamW {

@@ -141,14 +141,22 @@ fn may_win(candidate: &Candidate) -> bool {
     candidate.finish == Finish::Stop && candidate.passed != Some(false)
 }
 
-/// Different texts, best first; of equal texts the best scored, of equal scores the first drawn.
+/// Different texts, best first, of equal scores the first drawn. Of equal texts one that may win, then the best scored,
+/// then the first drawn: an answer that was cut off must not hide the same answer finished.
 fn ranked(candidates: &[Candidate]) -> Vec<&Candidate> {
-    let mut ranked: Vec<&Candidate> = candidates.iter().collect();
-    // The sort is stable: the order of drawing settles ties.
-    ranked.sort_by(|a, b| b.score.total_cmp(&a.score));
-    let mut seen = std::collections::BTreeSet::new();
-    ranked.retain(|candidate| seen.insert(candidate.text.trim()));
-    ranked
+    let mut kept: IndexMap<&str, (usize, &Candidate)> = IndexMap::new();
+    for (drawn, candidate) in candidates.iter().enumerate() {
+        let known = kept.entry(candidate.text.trim()).or_insert((drawn, candidate));
+        let better = may_win(candidate)
+            .cmp(&may_win(known.1))
+            .then(candidate.score.total_cmp(&known.1.score));
+        if better.is_gt() {
+            *known = (drawn, candidate);
+        }
+    }
+    let mut ranked: Vec<(usize, &Candidate)> = kept.into_values().collect();
+    ranked.sort_by(|a, b| b.1.score.total_cmp(&a.1.score).then(a.0.cmp(&b.0)));
+    ranked.into_iter().map(|(_, candidate)| candidate).collect()
 }
 
 fn assistant(candidate: &Candidate) -> Message {

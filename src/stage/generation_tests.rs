@@ -140,7 +140,7 @@ fn sampling_that_was_stopped_and_torn_ends_in_the_same_file() {
         // A kill in the middle of a line.
         let ledger = torn.join("ledger.jsonl");
         let bytes = std::fs::read(&ledger).unwrap();
-        std::fs::write(&ledger, &bytes[..bytes.len() - 9]).unwrap();
+        crate::store::write_atomic(&ledger, &bytes[..bytes.len() - 9]).unwrap();
     }
     run(torn.clone(), &spec, &Silent).unwrap();
     let read = |dir: &Path| std::fs::read(dir.join("data.jsonl")).unwrap();

@@ -12,9 +12,10 @@ use crate::recipe::plan;
 
 /// Trains the start on the dataset. Input: a checkpoint and rows. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
-    let start = match spec.random_init {
-        true => training::random(context, &spec.model_name_or_path, &spec.chat_template)?,
-        false => training::load(context, &spec.model_name_or_path, &spec.chat_template)?,
+    let start = if spec.random_init {
+        training::random(context, &spec.model_name_or_path, &spec.chat_template)?
+    } else {
+        training::load(context, &spec.model_name_or_path, &spec.chat_template)?
     };
     let (_, train) = trees(context, &start, spec, &spec.datasets)?;
     let (held_out_rows, held_out) = trees(context, &start, spec, &spec.eval_datasets)?;

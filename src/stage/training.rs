@@ -191,7 +191,7 @@ pub fn weights_sha256(weights: &Weights) -> Result<String> {
             hasher.update(value.to_le_bytes());
         }
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(crate::store::hex(&hasher.finalize()))
 }
 
 /// Preference rows as trees: a prompt with its responses, best first.

@@ -15,6 +15,9 @@ use crate::optim::adamw::{AdamW, Hyper, is_decayed};
 use crate::optim::clip_factor;
 use crate::report::record::{Events, Metrics};
 
+/// Answers prompts with the current weights; returns lines to note.
+pub type Samples<'a> = dyn Fn(&Learner) -> Result<Vec<String>> + 'a;
+
 /// Everything a run of training is given.
 pub struct Job<'a> {
     /// What to minimise.
@@ -32,7 +35,7 @@ pub struct Job<'a> {
     /// Writes the current weights as a complete Hugging Face directory.
     pub save: &'a dyn Fn(&Learner, &Path) -> Result<()>,
     /// Answers a few held-out prompts with the current weights, for people to read. Returns lines to note.
-    pub samples: Option<&'a dyn Fn(&Learner) -> Result<Vec<String>>>,
+    pub samples: Option<&'a Samples<'a>>,
     /// Where progress and numbers go.
     pub events: &'a dyn Events,
 }

@@ -88,7 +88,7 @@ fn key(request: &Request<'_>, objective: &Dpo) -> String {
             hasher.update(format!("{tree:?}"));
         }
     }
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    store::hex(&hasher.finalize())
 }
 
 fn read(path: &Path, trees: &[Tree]) -> Result<BTreeMap<usize, PairLogps>> {

@@ -51,7 +51,7 @@ pub fn gradients(
     for forest in &forests {
         let trace = model.trace(forest, options.recompute)?;
         let (weighed, d_hidden) =
-            head_step(model, objective, forest, &trace.hidden, &totals, &mut grads)?;
+            head_step(model, objective, (forest, &trace.hidden), &totals, &mut grads)?;
         sums.add(weighed, forest);
         model.backward(forest, trace, &d_hidden, &mut grads)?;
     }
@@ -130,8 +130,7 @@ fn totals(
 fn head_step(
     model: &Transformer,
     objective: &dyn Objective,
-    forest: &Forest,
-    hidden: &Tensor,
+    (forest, hidden): (&Forest, &Tensor),
     totals: &StepTotals,
     grads: &mut Gradients,
 ) -> Result<(Weighed, Tensor)> {
@@ -150,12 +149,11 @@ fn head_step(
         }
         Readout::Logps => {
             let known = objective.fixed_gradient(forest, totals);
-            let early = match &known {
-                Some(_) => None,
-                None => {
-                    let logps = head::logps(hidden, weight, &forest.targets)?;
-                    Some(weigh(objective, forest, &logps, totals)?)
-                }
+            let early = if known.is_some() {
+                None
+            } else {
+                let logps = head::logps(hidden, weight, &forest.targets)?;
+                Some(weigh(objective, forest, &logps, totals)?)
             };
             let d_logps =
                 known.as_deref().or(early.as_ref().map(|weighed| weighed.d_values.as_slice()));
@@ -211,7 +209,8 @@ impl Sums {
         for mean in weighed.metrics {
             match self.means.iter_mut().find(|known| known.name == mean.name) {
                 Some(known) => {
-                    (known.sum, known.count) = (known.sum + mean.sum, known.count + mean.count)
+                    known.sum += mean.sum;
+                    known.count += mean.count;
                 }
                 None => self.means.push(mean),
             }

@@ -96,8 +96,14 @@ fn scatter(
     }
 }
 
-/// Adds a unit's dense rows `[len, E]` into `out` `[T, heads, E]`.
-fn spread(out: &mut [f32], rows: &[f32], first: usize, heads: usize, head: usize, width: usize) {
+/// Adds the dense rows `[len, E]` of head `head` of `heads` into `out` `[T, heads, E]`.
+fn spread(
+    out: &mut [f32],
+    rows: &[f32],
+    first: usize,
+    (head, heads): (usize, usize),
+    width: usize,
+) {
     for (offset, values) in rows.chunks_exact(width).enumerate() {
         simd::axpy(&mut out[((first + offset) * heads + head) * width..][..width], 1.0, values);
     }
@@ -112,7 +118,7 @@ pub fn forward(inputs: &Inputs<'_>) -> (Vec<f32>, Vec<f32>) {
     let mut log_sum_exp = Vec::with_capacity(inputs.plan.tokens * inputs.heads);
     for (unit, (rows, lse)) in units.iter().zip(results) {
         let (first, _) = inputs.rows(unit.tree);
-        spread(&mut out, &rows, first, inputs.heads, unit.head, inputs.width);
+        spread(&mut out, &rows, first, (unit.head, inputs.heads), inputs.width);
         log_sum_exp.extend(lse);
     }
     (out, log_sum_exp)
@@ -189,9 +195,9 @@ pub fn backward(
         let (first, _) = inputs.rows(unit.tree);
         let group = inputs.group(unit.head);
         let [dq, dk, dv] = &mut grads;
-        spread(dq, &rows[0], first, inputs.heads, unit.head, inputs.width);
-        spread(dk, &rows[1], first, inputs.groups, group, inputs.width);
-        spread(dv, &rows[2], first, inputs.groups, group, inputs.width);
+        spread(dq, &rows[0], first, (unit.head, inputs.heads), inputs.width);
+        spread(dk, &rows[1], first, (group, inputs.groups), inputs.width);
+        spread(dv, &rows[2], first, (group, inputs.groups), inputs.width);
     }
     grads
 }

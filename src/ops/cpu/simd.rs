@@ -7,6 +7,10 @@
     unsafe_code,
     reason = "functions compiled for a CPU feature may only be called where it was detected"
 )]
+#![expect(
+    clippy::inline_always,
+    reason = "a body is compiled for an instruction set only inside the function that enables it"
+)]
 
 const LANES: usize = 16;
 
