@@ -1,9 +1,6 @@
 //! The forest property: packing, sharing and splitting never change a loss or a gradient.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test program; a failure here is a failed test"
-)]
+#![expect(clippy::unwrap_used, reason = "a test program; a failure here is a failed test")]
 
 use std::collections::BTreeMap;
 
