@@ -1,5 +1,11 @@
 //! Chat templates, masks and ids against the reference numbers in `ARRIERO_GOLDENS`.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test program; a failure here is a failed test"
+)]
+
 use std::path::PathBuf;
 
 use arriero::data::record::Message;

@@ -1,6 +1,8 @@
 //! A real model: SmolLM2-135M-Instruct from its GGUF file. `scripts/fetch-smollm2` installs it; the tests fail where
 //! it is absent.
 
+#![expect(clippy::unwrap_used, reason = "a test program; a failure here is a failed test")]
+
 use std::path::PathBuf;
 use std::sync::OnceLock;
 

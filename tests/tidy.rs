@@ -2,6 +2,12 @@
 //!
 //! Reads the sources as text, so it relies on rustfmt's layout: an item closes at the indentation it opened at.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::case_sensitive_file_extension_comparisons,
+    reason = "a test program; a failure here is a failed test"
+)]
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -12,7 +12,7 @@ use crate::rng::Stream;
 ///
 /// # Errors
 /// A fraction that is negative or not a number.
-pub fn take(rows: Vec<Row>, fraction: f64, index: usize, seed: u64) -> Result<Vec<Row>> {
+pub fn take(rows: &[Row], fraction: f64, index: usize, seed: u64) -> Result<Vec<Row>> {
     if !fraction.is_finite() || fraction < 0.0 {
         return Err(Error::usage(format!(
             "datasets[{index}]: fraction = {fraction}, expected 0 or more"
@@ -22,7 +22,7 @@ pub fn take(rows: Vec<Row>, fraction: f64, index: usize, seed: u64) -> Result<Ve
     let order = Stream::new(seed, "mix/take").permutation(index as u64, rows.len());
     let mut places: Vec<usize> = order.into_iter().take(part).collect();
     places.sort_unstable();
-    let repeated = std::iter::repeat_n(&rows, fraction.floor() as usize).flatten();
+    let repeated = std::iter::repeat_n(rows, fraction.floor() as usize).flatten();
     Ok(repeated.chain(places.into_iter().map(|place| &rows[place])).cloned().collect())
 }
 
@@ -33,7 +33,7 @@ pub fn take(rows: Vec<Row>, fraction: f64, index: usize, seed: u64) -> Result<Ve
 pub fn mix(parts: Vec<(Vec<Row>, f64)>, seed: u64) -> Result<Vec<Row>> {
     let mut mixed = Vec::new();
     for (index, (rows, fraction)) in parts.into_iter().enumerate() {
-        mixed.extend(take(rows, fraction, index, seed)?);
+        mixed.extend(take(&rows, fraction, index, seed)?);
     }
     if mixed.is_empty() {
         return Err(Error::run("no rows are left after mixing").hint("raise `fraction`"));

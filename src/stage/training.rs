@@ -66,7 +66,7 @@ pub fn rows(
         if dataset.limit > 0 {
             found.rows.truncate(dataset.limit);
         }
-        all.extend(take(found.rows, dataset.fraction, index, context.seed)?);
+        all.extend(take(&found.rows, dataset.fraction, index, context.seed)?);
     }
     if all.is_empty() {
         let paths: Vec<&str> = datasets.iter().map(|dataset| dataset.path.as_str()).collect();
