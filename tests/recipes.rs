@@ -1,10 +1,6 @@
 //! The program end to end on a recipe in small: run, run again, and kill -9 at every kind of moment.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test program; a failure here is a failed test"
-)]
+#![expect(clippy::unwrap_used, reason = "a test program; a failure here is a failed test")]
 
 use std::path::Path;
 use std::process::{Command, Stdio};
