@@ -7,7 +7,6 @@ use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::preference::Dpo;
 use crate::model::Transformer;
-use crate::model::checkpoint::Checkpoint;
 use crate::recipe::plan;
 use crate::train::Order;
 use crate::train::reference::{Request, reference_logps};
@@ -27,8 +26,11 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
         "" => start.clone(),
         other => training::load(context, other, &spec.chat_template)?,
     };
-    let objective = against(context, spec, &reference, &train)?;
-    let held_out_objective = against(context, spec, &reference, &held_out)?;
+    let weights_hash = training::weights_sha256(&reference.weights)?;
+    // Plain tensors: no graph, no optimizer.
+    let reference = Transformer::new(&reference.config, &reference.weights)?;
+    let objective = against(context, spec, (&reference, &weights_hash), &train)?;
+    let held_out_objective = against(context, spec, (&reference, &weights_hash), &held_out)?;
     drop(reference);
 
     let work = Work {
@@ -46,7 +48,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
 fn against(
     context: &StageContext<'_>,
     spec: &plan::Dpo,
-    reference: &Checkpoint,
+    (model, weights_hash): (&Transformer, &str),
     pairs: &[Tree],
 ) -> Result<Dpo> {
     let mut objective = Dpo {
@@ -60,9 +62,8 @@ fn against(
         return Ok(objective);
     }
     let request = Request {
-        // Plain tensors: no graph, no optimizer.
-        model: &Transformer::new(&reference.config, &reference.weights)?,
-        weights_hash: &training::weights_sha256(&reference.weights)?,
+        model,
+        weights_hash,
         trees: pairs,
         order: &Order::new(context.seed, pairs.len(), &spec.train),
         settings: &spec.train,

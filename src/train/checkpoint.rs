@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize};
 
 use super::Learner;
 use crate::error::{Context, Result};
+use crate::model::checkpoint::load_weights;
 use crate::optim::adamw::AdamW;
 use crate::report::record::Metrics;
 use crate::store;
 
 const OPTIMIZER: &str = "optimizer.safetensors";
-const MASTERS: &str = "masters.safetensors";
 const STATE: &str = "trainer_state.json";
 
 /// Where training stands. With the weights and the optimizer's state, everything that the rest of a run depends on:
@@ -52,7 +52,6 @@ impl Saved {
         store::create_dir(dir)?;
         let target = store::AtomicDir::create(&dir.join(format!("step-{:06}", state.step)))?;
         save(learner, target.path())?;
-        write_tensors(&learner.weights(), &target.path().join(MASTERS))?;
         write_tensors(&adamw.export(), &target.path().join(OPTIMIZER))?;
         store::write_json(&target.path().join(STATE), state)?;
         target.commit(state)
@@ -82,15 +81,12 @@ impl Saved {
     /// Puts weights and optimizer back to where they were.
     pub fn load(&self, learner: &Learner, adamw: &mut AdamW) -> Result<State> {
         let state: State = store::read_json(&self.dir.join(STATE))?;
-        let device = learner.model().device();
-        let read = |name: &str| {
-            let path = self.dir.join(name);
-            safetensors::load(&path, device)
-                .at(path.display())
-                .map(|tensors| tensors.into_iter().collect())
-        };
-        learner.set(&read(MASTERS)?).at(self.dir.display())?;
-        adamw.import(state.step as u64, read(OPTIMIZER)?)?;
+        let model = learner.model();
+        let weights = load_weights(&self.dir, model.config(), model.device())?;
+        learner.set(&weights).at(self.dir.display())?;
+        let path = self.dir.join(OPTIMIZER);
+        let moments = safetensors::load(&path, model.device()).at(path.display())?;
+        adamw.import(state.step as u64, moments.into_iter().collect())?;
         Ok(state)
     }
 
