@@ -239,6 +239,27 @@ fn a_resized_embedding_keeps_its_rows_and_adds_their_mean() {
 }
 
 #[test]
+fn added_tokens_have_ids_rows_and_survive_saving() {
+    let mut model = Checkpoint::load_dir(std::path::Path::new("data/tiny/student"), &CPU).unwrap();
+    let (rows, before) = (model.config.vocab_size, model.tokenizer().unwrap().vocab_size());
+    let known = model.tokenizer().unwrap().token(0).unwrap();
+    let wanted = ["<|tool|>".to_owned(), known, "<|think|>".to_owned()];
+    assert_eq!(model.add_tokens(&wanted).unwrap(), 2);
+    assert_eq!(model.config.vocab_size, rows.max(before + 2), "spare rows are used first");
+    let more: Vec<String> = (0..rows).map(|index| format!("<|more-{index}|>")).collect();
+    assert_eq!(model.add_tokens(&more).unwrap(), rows);
+    assert_eq!(model.config.vocab_size, before + 2 + rows);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("more");
+    model.save(&path, &SaveOptions::new(DType::F32)).unwrap();
+    let again = Checkpoint::load_dir(&path, &CPU).unwrap();
+    let tokenizer = again.tokenizer().unwrap();
+    assert_eq!(tokenizer.encode_special("<|think|>").unwrap(), [before as u32 + 1]);
+    assert!(tokenizer.encode("<|think|>").len() > 1, "what a user writes stays text");
+    assert!(model.add_tokens(&[String::new()]).is_err());
+}
+
+#[test]
 fn a_reward_model_is_saved_without_a_head_and_with_padding_that_ends_no_row() {
     let mut model = golden_model("model_untied").into_reward_model(3).unwrap();
     let dir = tempfile::tempdir().unwrap();

@@ -21,7 +21,12 @@ fn finish(out: &Path) -> Vec<(String, u64, bool, String)> {
     let done = arriero(out).output().unwrap();
     let stderr = String::from_utf8_lossy(&done.stderr);
     assert!(done.status.success(), "{stderr}");
-    let stdout = String::from_utf8(done.stdout).unwrap();
+    stages(&done.stdout)
+}
+
+/// The stages of a run's summary, the last line that it printed.
+fn stages(stdout: &[u8]) -> Vec<(String, u64, bool, String)> {
+    let stdout = String::from_utf8(stdout.to_vec()).unwrap();
     let summary: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
     let stage = |stage: &Value| {
         let text = |key: &str| stage[key].as_str().unwrap_or("").to_owned();
@@ -39,13 +44,15 @@ fn weights(stages: &[(String, u64, bool, String)]) -> Vec<(String, u64, String)>
     stages.iter().map(|(name, round, _, hash)| (name.clone(), *round, hash.clone())).collect()
 }
 
-/// Whether a path below `dir` contains all of `parts`.
+/// Whether a path below `dir` contains all of `parts`; a file counts once something is in it.
 fn appeared(dir: &Path, parts: &[&str]) -> bool {
     let Ok(entries) = std::fs::read_dir(dir) else { return false };
     entries.flatten().any(|entry| {
         let path = entry.path();
         let text = path.to_string_lossy();
-        parts.iter().all(|part| text.contains(part)) || (path.is_dir() && appeared(&path, parts))
+        let found = || path.is_dir() || path.metadata().is_ok_and(|file| file.len() > 0);
+        parts.iter().all(|part| text.contains(part)) && found()
+            || path.is_dir() && appeared(&path, parts)
     })
 }
 
@@ -84,17 +91,55 @@ fn a_run_repeats_resumes_after_kills_and_refuses_a_second_process() {
     }
 
     let killed = dir.path().join("killed");
-    let moments: [&[&str]; 6] = [
-        &["synth.work", "begun"],     // the teacher is about to answer, or answers
-        &["sft.work", "step-000020"], // a training step after the first checkpoint
-        &["sft.work", "partial"],     // a checkpoint is being written
-        &["sample.work"],             // candidates are drawn
-        &["select.work"],             // pairs are chosen
-        &["r2", ".work"],             // the second round has begun
+    let moments: [&[&str]; 9] = [
+        &["synth.work", "ledger"],     // the teacher has answered a prompt
+        &["sft.work", "step-000020/"], // a training step after the first checkpoint
+        &["sft.work", "partial"],      // a checkpoint is being written
+        &["sample.work", "ledger"],    // candidates of a prompt are drawn
+        &["select.work"],              // pairs are chosen
+        &["reward.work", "step-"],     // the reward model has a checkpoint
+        &["dpo.work", "partial"],      // a checkpoint is being written
+        &["eval.work", "ledger"],      // a held-out prompt is judged
+        &["sft-r2.work"],              // the second round has begun
     ];
-    let hits = moments.iter().filter(|parts| kill_when(&killed, parts)).count();
-    assert!(hits >= 5, "only {hits} kills hit");
+    let missed: Vec<_> = moments.iter().filter(|parts| !kill_when(&killed, parts)).collect();
+    // Whoever chooses pairs may be done before anyone looks.
+    assert!(missed.iter().all(|parts| parts[0] == "select.work"), "not killed at {missed:?}");
     assert_eq!(weights(&finish(&killed)), weights(&first));
+    let left: Vec<_> = std::fs::read_dir(killed.join("stages/02-sft"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(!left.iter().any(|name| name == "checkpoints"), "scratch is left: {left:?}");
+}
+
+/// Runs in a file system of 8 MiB, which fills up while the first checkpoint is written, then in one with room.
+const FULL: &str = r#"
+    mount -t tmpfs -o size=8m full "$1" || exit 90
+    "$2" run "$3" --out "$1/run"
+    [ $? = 1 ] || exit 91
+    mount -o remount,size=1g "$1" || exit 92
+    exec "$2" run "$3" --json --out "$1/run"
+"#;
+
+#[test]
+fn a_full_disk_stops_the_run_with_a_hint_and_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, whole) = (dir.path().join("disk"), dir.path().join("whole"));
+    std::fs::create_dir(&disk).unwrap();
+    // A name space of its own may mount without being root.
+    let done = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", FULL, "sh"])
+        .arg(&disk)
+        .args([env!("CARGO_BIN_EXE_arriero"), RECIPE, "--json"])
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{:?}: {stderr}", done.status);
+    assert!(stderr.contains("No space left on device") && stderr.contains("hint: "), "{stderr}");
+    let after = stages(&done.stdout);
+    assert_eq!(after.iter().filter(|(.., reused, _)| *reused).count(), 1, "the teacher's answers");
+    assert_eq!(weights(&after), weights(&finish(&whole)));
 }
 
 #[test]
@@ -125,5 +170,7 @@ fn an_interrupted_run_exits_130_and_resumes() {
     assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
     let status = child.wait().unwrap();
     assert_eq!(status.code(), Some(130));
-    assert_eq!(finish(&out).len(), 13);
+    assert!(appeared(&out, &["sft.work", "step-"]), "what was trained is not saved");
+    let resumed = finish(&out);
+    assert_eq!(weights(&resumed), weights(&finish(&dir.path().join("whole"))));
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::model::checkpoint::load_config;
+use crate::model::checkpoint::peek;
 use crate::model::config::Config;
 use crate::recipe::{Plan, Spec};
 use crate::train::Settings;
@@ -40,13 +40,14 @@ pub(super) fn training_bytes(config: &Config, settings: &Settings) -> u64 {
     parameters(config) * 4 * ELEMENT + boundaries + blocks + head
 }
 
-/// The directory from which a stage's first model comes: outputs of stages that have not run yet are followed back to
-/// where they start.
+/// The directory or GGUF file from which a stage's first model comes: outputs of stages that have not run yet are
+/// followed back to where they start.
 pub(super) fn origin(plan: &Plan, model: &str) -> Option<PathBuf> {
     let mut model = model;
     for _ in 0..=plan.steps.len() {
         let path = Path::new(model);
-        if path.join("config.json").is_file() {
+        let is_gguf = path.extension().is_some_and(|ending| ending == "gguf");
+        if path.join("config.json").is_file() || is_gguf && path.is_file() {
             return Some(path.to_path_buf());
         }
         let step = plan
@@ -66,7 +67,7 @@ pub(super) fn origin(plan: &Plan, model: &str) -> Option<PathBuf> {
 
 /// The configuration of the model that a stage starts from, where it is on this machine.
 pub(super) fn config(plan: &Plan, model: &str) -> Option<Config> {
-    load_config(&origin(plan, model)?).ok()
+    Some(peek(&origin(plan, model)?).ok()?.0)
 }
 
 /// Bytes for people.

@@ -12,6 +12,7 @@ use crate::data::read::{ReadOptions, read};
 use crate::data::record::Row;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::Result;
+use crate::model::checkpoint::peek;
 use crate::recipe::plan::Dataset;
 use crate::recipe::{Plan, Spec, Step};
 use crate::train::Settings;
@@ -174,12 +175,9 @@ impl<'a> Training<'a> {
 /// Prints the first rows of a training stage as the model will see them.
 fn show_rows(plan: &Plan, step: &Step, count: usize) -> Result<()> {
     let Some(training) = Training::of(&step.spec).filter(|_| count > 0) else { return Ok(()) };
-    let Some(dir) = estimate::origin(plan, training.model) else { return Ok(()) };
+    let Some(origin) = estimate::origin(plan, training.model) else { return Ok(()) };
     let Some(mut rows) = training.rows()? else { return Ok(()) };
-    if !dir.join("tokenizer.json").is_file() {
-        return Ok(());
-    }
-    let mut tokenizer = ChatTokenizer::from_dir(&dir)?;
+    let (_, Some(mut tokenizer)) = peek(&origin)? else { return Ok(()) };
     if !training.chat_template.is_empty() {
         tokenizer = tokenizer.with_template(training.chat_template)?;
     }

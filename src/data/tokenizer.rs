@@ -114,6 +114,22 @@ impl ChatTokenizer {
         Ok(Self { inner: Arc::new(inner) })
     }
 
+    /// The same tokenizer with more special tokens, and how many of them it did not have before.
+    ///
+    /// # Errors
+    /// An empty token.
+    pub fn with_special_tokens(&self, tokens: &[String]) -> Result<(Self, usize)> {
+        if tokens.iter().any(|token| token.trim().is_empty()) {
+            return Err(Error::usage(format!("an empty token among {tokens:?}"))
+                .hint("write tokens as the template has them, e.g. \"<|tool|>\""));
+        }
+        let mut full = self.inner.full.clone();
+        let before = full.get_vocab_size(true);
+        full.add_special_tokens(tokens.iter().map(|token| AddedToken::from(token.clone(), true)))?;
+        let added = full.get_vocab_size(true) - before;
+        Ok((Self::new(full, self.inner.settings.clone())?, added))
+    }
+
     /// Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`, `special_tokens_map.json` and the end
     /// ids of `generation_config.json` and `config.json`, as Hugging Face lays them out.
     ///

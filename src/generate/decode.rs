@@ -1,6 +1,6 @@
 //! The forward pass of generation: new tokens of many sequences at once against their caches.
 //!
-//! [`CpuDecoder`] keeps the row rule of [`rows`](crate::ops::cpu::rows): logits of a sequence are the same bits
+//! [`CpuDecoder`] keeps the row rule (see [`matmul`](crate::ops::cpu::matmul)): logits of a sequence are the same bits
 //! whatever it is batched with. [`PlainDecoder`](super::plain::PlainDecoder) runs on every device.
 
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use super::cache::{CacheShape, PagedCache, Part};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Config, Weights};
+use crate::ops::cpu::matmul::{Mat, Threads, matmul_into};
 use crate::ops::cpu::{self, rows, simd};
 
 /// New tokens of one sequence.
@@ -243,7 +244,7 @@ impl CpuDecoder {
 fn linear(x: &[f32], (weight, bias): (&Tensor, Option<&Tensor>)) -> Result<Vec<f32>> {
     let (out_width, width) = weight.dims2()?;
     let mut out = vec![0.0; x.len() / width * out_width];
-    cpu::with_slice(weight, |weight| rows::linear(&mut out, x, weight, width))?;
+    cpu::with_slice(weight, |weight| product(&mut out, x, weight, width))?;
     if let Some(bias) = bias {
         cpu::with_slice(bias, |bias| {
             for row in out.chunks_exact_mut(out_width) {
@@ -252,6 +253,13 @@ fn linear(x: &[f32], (weight, bias): (&Tensor, Option<&Tensor>)) -> Result<Vec<f
         })?;
     }
     Ok(out)
+}
+
+/// `x · wᵀ` of dense rows as wide as `width`.
+fn product(out: &mut [f32], x: &[f32], weight: &[f32], width: usize) {
+    let x = Mat::new(x, x.len() / width, width);
+    let weight = Mat::new(weight, weight.len() / width, width);
+    matmul_into(out, x, weight.t(), false, Threads::All);
 }
 
 fn add(x: &mut [f32], y: &[f32]) {
@@ -322,7 +330,7 @@ impl Decoder for CpuDecoder {
         }
         let last = self.norm(&last, &parts.norm)?;
         logits.resize(feeds.len() * parts.config.vocab_size, 0.0);
-        cpu::with_slice(&parts.head, |head| rows::linear(logits, &last, head, width))?;
+        cpu::with_slice(&parts.head, |head| product(logits, &last, head, width))?;
         Ok(())
     }
 

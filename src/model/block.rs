@@ -20,6 +20,8 @@ pub struct Layout {
 /// A weight matrix `[O, I]` with an optional bias `[O]`.
 #[derive(Clone, Debug)]
 pub struct Projection {
+    /// The weight's name among the model's parameters.
+    pub name: String,
     /// `[O, I]`.
     pub weight: Tensor,
     /// `[O]`.
@@ -27,6 +29,11 @@ pub struct Projection {
 }
 
 impl Projection {
+    /// The bias's name among the model's parameters.
+    pub fn bias_name(&self) -> String {
+        format!("{}.bias", self.name.trim_end_matches(".weight"))
+    }
+
     /// `x · Wᵀ + b`. Shapes: `[T, I] -> [T, O]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::linear(x, &self.weight, self.bias.as_ref())
@@ -36,17 +43,19 @@ impl Projection {
 /// One block's weights. Cheap to clone: tensors are shared.
 #[derive(Clone, Debug)]
 pub struct Block {
-    input_norm: Tensor,
-    q: Projection,
-    k: Projection,
-    v: Projection,
-    o: Projection,
-    post_norm: Tensor,
-    gate: Projection,
-    up: Projection,
-    down: Projection,
-    head_dim: usize,
-    eps: f64,
+    /// What its parameters' names begin with.
+    pub(super) prefix: String,
+    pub(super) input_norm: Tensor,
+    pub(super) q: Projection,
+    pub(super) k: Projection,
+    pub(super) v: Projection,
+    pub(super) o: Projection,
+    pub(super) post_norm: Tensor,
+    pub(super) gate: Projection,
+    pub(super) up: Projection,
+    pub(super) down: Projection,
+    pub(super) head_dim: usize,
+    pub(super) eps: f64,
     /// The tensors above that are trained, by name.
     trained: Vec<(String, Tensor)>,
 }
@@ -67,7 +76,8 @@ impl Block {
         };
         let projection = |name: &str, bias: bool| -> crate::Result<Projection> {
             let bias = if bias { Some(get(&format!("{name}.bias"))?) } else { None };
-            Ok(Projection { weight: get(&format!("{name}.weight"))?, bias })
+            let weight = get(&format!("{name}.weight"))?;
+            Ok(Projection { name: format!("{prefix}{name}.weight"), weight, bias })
         };
         let trained = weights
             .range(prefix.clone()..)
@@ -88,40 +98,21 @@ impl Block {
             head_dim: config.head_dim,
             eps: config.rms_norm_eps,
             trained,
+            prefix,
         })
     }
 
-    /// The block over a packed forest. Shapes: `[T, D] -> [T, D]`.
+    /// The block over a packed forest, as a graph of ops. Shapes: `[T, D] -> [T, D]`.
     pub fn forward(&self, x: &Tensor, layout: &Layout) -> Result<Tensor> {
-        Ok(self.forward_with_cache(x, layout)?.0)
-    }
-
-    /// As [`forward`](Self::forward), with the rotated keys and the values, `[T, G, E]` each, for a cache.
-    pub fn forward_with_cache(
-        &self,
-        x: &Tensor,
-        layout: &Layout,
-    ) -> Result<(Tensor, Tensor, Tensor)> {
-        let (q, k, v) = self.project(x, &layout.rotary)?;
-        let seen = ops::attention(&q, &k, &v, &layout.attention)?;
-        Ok((self.finish(x, &seen)?, k, v))
-    }
-
-    /// Normalised input's queries `[T, H, E]`, keys and values `[T, G, E]`, rotated to their positions.
-    pub fn project(&self, x: &Tensor, rotary: &Rotary) -> Result<(Tensor, Tensor, Tensor)> {
         let normed = ops::rms_norm(x, &self.input_norm, self.eps)?;
         let heads = |y: Tensor| -> Result<Tensor> {
             let (t, width) = y.dims2()?;
             y.reshape((t, width / self.head_dim, self.head_dim))
         };
-        let q = ops::rope(&heads(self.q.forward(&normed)?)?, rotary)?;
-        let k = ops::rope(&heads(self.k.forward(&normed)?)?, rotary)?;
-        Ok((q, k, heads(self.v.forward(&normed)?)?))
-    }
-
-    /// Everything after attention: output projection, residual, feed-forward, residual.
-    /// Shapes: `x` `[T, D]`, `seen` `[T, H, E]` -> `[T, D]`.
-    pub fn finish(&self, x: &Tensor, seen: &Tensor) -> Result<Tensor> {
+        let q = ops::rope(&heads(self.q.forward(&normed)?)?, &layout.rotary)?;
+        let k = ops::rope(&heads(self.k.forward(&normed)?)?, &layout.rotary)?;
+        let v = heads(self.v.forward(&normed)?)?;
+        let seen = ops::attention(&q, &k, &v, &layout.attention)?;
         let x = ops::residual(x, &self.o.forward(&seen.flatten_from(1)?)?)?;
         let normed = ops::rms_norm(&x, &self.post_norm, self.eps)?;
         let hidden = ops::swiglu(&self.gate.forward(&normed)?, &self.up.forward(&normed)?)?;

@@ -106,6 +106,21 @@ impl Checkpoint {
     }
 }
 
+/// Configuration and tokenizer of a model on this machine: a directory or a GGUF file. No weights are read.
+///
+/// # Errors
+/// Files that are missing, damaged or not supported.
+pub fn peek(path: &Path) -> Result<(Config, Option<ChatTokenizer>)> {
+    if path.is_dir() {
+        let has_tokenizer = path.join("tokenizer.json").is_file();
+        let tokenizer = has_tokenizer.then(|| ChatTokenizer::from_dir(path)).transpose()?;
+        return Ok((load_config(path)?, tokenizer));
+    }
+    let gguf = Gguf::open(path)?;
+    let read = || Ok::<_, Error>((gguf.config()?, Some(gguf_tokenizer::chat_tokenizer(&gguf)?)));
+    read().at(path.display())
+}
+
 /// An id without a row in the embedding would fail only when a text happens to hold its token.
 pub(super) fn check_vocabulary(config: &Config, tokenizer: Option<&ChatTokenizer>) -> Result<()> {
     let ids = tokenizer.map_or(0, ChatTokenizer::vocab_size);

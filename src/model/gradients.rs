@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, Device, InplaceOp1, InplaceOp2, Layout, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::error::Result;
+use crate::ops::cpu::matmul::{Mat, Threads, matmul, matmul_into};
 use crate::ops::{cpu, embed::embed_grad};
 
 /// Elements a partial sum: fixed, so that no sum depends on the number of threads.
@@ -36,6 +37,17 @@ impl Gradients {
         } else {
             (sum + grad)?.detach()
         };
+        self.sums.insert(name.to_owned(), sum);
+        Ok(())
+    }
+
+    /// Adds the product `a · b` to a parameter's sum, on the CPU.
+    pub fn add_product(&mut self, name: &str, a: Mat<'_>, b: Mat<'_>) -> Result<()> {
+        if let Some(sum) = self.sums.get(name) {
+            return Ok(sum.inplace_op1(&AddProduct { a, b })?);
+        }
+        let product = matmul(a, b, Threads::All);
+        let sum = Tensor::from_vec(product, (a.rows(), b.cols()), &self.device)?;
         self.sums.insert(name.to_owned(), sum);
         Ok(())
     }
@@ -90,6 +102,22 @@ pub fn square_sum(tensor: &Tensor) -> Result<f64> {
             .collect::<Vec<f64>>()
     })?;
     Ok(partials.iter().sum())
+}
+
+struct AddProduct<'a> {
+    a: Mat<'a>,
+    b: Mat<'a>,
+}
+
+impl InplaceOp1 for AddProduct<'_> {
+    fn name(&self) -> &'static str {
+        "add-product"
+    }
+
+    fn cpu_fwd(&self, sum: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        matmul_into(cpu::slice_mut(sum, layout)?, self.a, self.b, true, Threads::All);
+        Ok(())
+    }
 }
 
 struct AddAssign;

@@ -119,6 +119,21 @@ impl Hub {
         chosen.iter().map(|name| files.get(name)).collect()
     }
 
+    /// The commit that a repository's main branch is at: online the server's, offline the cache's.
+    ///
+    /// # Errors
+    /// No such repository, a failed connection, or a repository that the cache does not hold.
+    pub fn commit(&self, id: &str, kind: RepoType) -> Result<String> {
+        let files = self.open(id, kind, None)?;
+        if let Some(remote) = files.remote {
+            return Ok(remote.commit);
+        }
+        let main = self.cache.join(Repo::new(id.to_owned(), kind).folder_name()).join("refs/main");
+        store::read_text(&main).map(|text| text.trim().to_owned()).map_err(|error| {
+            error.at(files.place).hint("HF_HUB_OFFLINE is set and the cache does not hold it")
+        })
+    }
+
     fn open(&self, id: &str, kind: RepoType, revision: Option<&str>) -> Result<Files> {
         let revision = revision.unwrap_or("main").to_owned();
         let repo = Repo::with_revision(id.to_owned(), kind, revision);
@@ -154,6 +169,16 @@ pub(super) fn is_gguf(name: &str) -> bool {
 /// As of [`Hub::dataset`].
 pub fn dataset(id: &str, split: &str, names: &[String]) -> Result<Vec<PathBuf>> {
     Hub::from_env()?.dataset(id, split, names)
+}
+
+/// The commit at which a model (`org/name`, `org/name:file.gguf`) or a data set of the hub would be read now.
+///
+/// # Errors
+/// As of [`Hub::commit`].
+pub fn commit(name: &str, is_dataset: bool) -> Result<String> {
+    let kind = if is_dataset { RepoType::Dataset } else { RepoType::Model };
+    let id = name.split_once(':').map_or(name, |(id, _)| id);
+    Hub::from_env()?.commit(id, kind)
 }
 
 /// The files of one revision of one repository.

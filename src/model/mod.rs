@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 pub mod block;
+mod block_cpu;
 pub mod checkpoint;
 pub mod config;
 mod gguf;

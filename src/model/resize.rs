@@ -37,6 +37,19 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Adds special tokens to the tokenizer and rows to the embedding; returns how many were new.
+    ///
+    /// # Errors
+    /// An empty token, a checkpoint without tokenizer.
+    pub fn add_tokens(&mut self, tokens: &[String]) -> Result<usize> {
+        let (tokenizer, added) = self.tokenizer()?.with_special_tokens(tokens)?;
+        // An embedding may have spare rows beyond the tokenizer's ids, often to reach a round number.
+        let rows = self.config.vocab_size.max(tokenizer.vocab_size());
+        self.resize_embeddings(rows)?;
+        self.tokenizer = Some(tokenizer);
+        Ok(added)
+    }
+
     /// The same transformer with a fresh score head `[1, D]` in place of the vocabulary projection.
     ///
     /// # Errors

@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::block::{Block, Layout};
+use super::block_cpu::Kept;
 use super::gradients::Gradients;
 use super::params::{EMBEDDING, FINAL_NORM, HEAD, SCORE};
 use super::{Architecture, Config, Weights};
 use crate::data::forest::Forest;
 use crate::error::{Error, Result};
-use crate::ops::{self, AttentionPlan, Rotary};
+use crate::ops::{self, AttentionPlan, Rotary, cpu, norm};
 
 /// A model ready to run. Its tensors are those of the given weights: where they are variables, the model is trained.
 #[derive(Clone, Debug)]
@@ -27,12 +28,28 @@ pub struct Transformer {
 #[derive(Debug)]
 pub struct Trace {
     layout: Layout,
-    /// Input of each block, then of the final norm: leaves of each block's own graph.
-    inputs: Vec<Var>,
-    /// Output of each block with its graph; empty where blocks are recomputed.
-    outputs: Vec<Tensor>,
+    form: Form,
     /// Final hidden states, `[T, D]`, without a graph.
     pub hidden: Tensor,
+}
+
+/// The two forms of a pass over the blocks.
+#[derive(Debug)]
+enum Form {
+    /// By hand, on the CPU.
+    Cpu {
+        /// Input of each block, then of the final norm, `[T, D]` each.
+        inputs: Vec<Vec<f32>>,
+        /// What each block kept; empty where blocks are recomputed.
+        kept: Vec<Kept>,
+    },
+    /// Candle's graph, one a block.
+    Graph {
+        /// Input of each block, then of the final norm: leaves of each block's own graph.
+        inputs: Vec<Var>,
+        /// Output of each block with its graph; empty where blocks are recomputed.
+        outputs: Vec<Tensor>,
+    },
 }
 
 impl Transformer {
@@ -128,36 +145,79 @@ impl Transformer {
     pub fn hidden(&self, forest: &Forest) -> Result<Tensor> {
         let layout = self.layout(forest)?;
         let mut x = self.embed(&forest.tokens)?;
-        for block in &self.blocks {
-            x = block.forward(&x, &layout)?.detach();
+        if self.is_by_hand() {
+            let mut rows = x.flatten_all()?.to_vec1::<f32>()?;
+            for block in &self.blocks {
+                rows = block.forward_cpu(&rows, &layout)?.0;
+            }
+            x = Tensor::from_vec(rows, x.shape(), self.device())?;
+        } else {
+            for block in &self.blocks {
+                x = block.forward(&x, &layout)?.detach();
+            }
         }
         Ok(self.final_norm(&x)?.detach())
     }
 
-    /// Forward pass for training: each block has its own graph, cut at its input. With `recompute`, no graph is kept
-    /// and the backward runs each block again.
+    /// Whether blocks run in the form of [`block_cpu`](super::block_cpu).
+    fn is_by_hand(&self) -> bool {
+        self.device().is_cpu() && self.embedding.dtype() == DType::F32
+    }
+
+    /// Forward pass for training. With `recompute`, only the input of each block is kept, and the backward runs each
+    /// block again.
     pub fn trace(&self, forest: &Forest, recompute: bool) -> Result<Trace> {
         let layout = self.layout(forest)?;
-        let mut inputs = vec![Var::from_tensor(&self.embed(&forest.tokens)?)?];
+        let x = self.embed(&forest.tokens)?;
+        let (form, last) = if self.is_by_hand() {
+            self.trace_by_hand(&x, &layout, recompute)?
+        } else {
+            self.trace_graphs(&x, &layout, recompute)?
+        };
+        let hidden = self.final_norm(&last)?.detach();
+        Ok(Trace { layout, form, hidden })
+    }
+
+    fn trace_by_hand(
+        &self,
+        x: &Tensor,
+        layout: &Layout,
+        recompute: bool,
+    ) -> Result<(Form, Tensor)> {
+        let mut inputs = vec![x.flatten_all()?.to_vec1::<f32>()?];
+        let mut kept = Vec::new();
+        for (index, block) in self.blocks.iter().enumerate() {
+            let (output, keep) = block.forward_cpu(&inputs[index], layout)?;
+            inputs.push(output);
+            if !recompute {
+                kept.push(keep);
+            }
+        }
+        let last = Tensor::from_slice(&inputs[self.blocks.len()], x.shape(), self.device())?;
+        Ok((Form::Cpu { inputs, kept }, last))
+    }
+
+    fn trace_graphs(&self, x: &Tensor, layout: &Layout, recompute: bool) -> Result<(Form, Tensor)> {
+        let mut inputs = vec![Var::from_tensor(x)?];
         let mut outputs = Vec::new();
         for block in &self.blocks {
             let input = &inputs[inputs.len() - 1];
             let output = if recompute {
-                block.forward(&input.as_tensor().detach(), &layout)?
+                block.forward(&input.as_tensor().detach(), layout)?
             } else {
-                block.forward(input, &layout)?
+                block.forward(input, layout)?
             };
             inputs.push(Var::from_tensor(&output.detach())?);
             if !recompute {
                 outputs.push(output);
             }
         }
-        let hidden = self.final_norm(&inputs[inputs.len() - 1].as_tensor().detach())?.detach();
-        Ok(Trace { layout, inputs, outputs, hidden })
+        let last = inputs[inputs.len() - 1].as_tensor().detach();
+        Ok((Form::Graph { inputs, outputs }, last))
     }
 
     /// Backward pass: from the gradient of the hidden states `[T, D]` to every trained parameter, last block first.
-    /// Each block's graph is freed as soon as its gradients are taken.
+    /// What a block kept is freed as soon as its gradients are taken.
     pub fn backward(
         &self,
         forest: &Forest,
@@ -165,28 +225,75 @@ impl Transformer {
         d_hidden: &Tensor,
         grads: &mut Gradients,
     ) -> Result<()> {
-        let Trace { layout, mut inputs, mut outputs, hidden } = trace;
+        let Trace { layout, form, hidden } = trace;
         drop(hidden);
-        let mut pop_input =
-            || inputs.pop().ok_or_else(|| Error::run("a trace without the block's input"));
-        let input = pop_input()?;
-        let output = ops::rms_norm(&input, &self.norm, self.config.rms_norm_eps)?;
-        let norm = [(FINAL_NORM.to_owned(), self.norm.clone())];
-        let trained = if self.norm.is_variable() { &norm[..] } else { &[] };
-        let mut d_x = vector_jacobian(&input, &output, d_hidden, trained, grads)?;
-        for block in self.blocks.iter().rev() {
-            let input = pop_input()?;
-            let output = match outputs.pop() {
-                Some(output) => output,
-                None => block.forward(&input, &layout)?,
-            };
-            d_x = vector_jacobian(&input, &output, &d_x, block.trained(), grads)?;
-        }
+        let d_x = match form {
+            Form::Cpu { inputs, kept } => {
+                self.backward_by_hand((inputs, kept), &layout, d_hidden, grads)?
+            }
+            Form::Graph { inputs, outputs } => {
+                self.backward_graphs((inputs, outputs), &layout, d_hidden, grads)?
+            }
+        };
         if self.embedding.is_variable() {
             grads.add_rows(EMBEDDING, self.embedding.shape(), &forest.tokens, &d_x)?;
         }
         Ok(())
     }
+
+    fn backward_by_hand(
+        &self,
+        (mut inputs, mut kept): (Vec<Vec<f32>>, Vec<Kept>),
+        layout: &Layout,
+        d_hidden: &Tensor,
+        grads: &mut Gradients,
+    ) -> Result<Tensor> {
+        let eps = self.config.rms_norm_eps as f32;
+        let last = inputs.pop().ok_or_else(no_input)?;
+        let d_hidden = d_hidden.contiguous()?;
+        let (mut d_x, d_norm) = cpu::with_slice(&self.norm, |weight| {
+            cpu::with_slice(&d_hidden, |d| norm::gradients(&last, weight, d, eps))
+        })??;
+        if self.norm.is_variable() {
+            grads.add(FINAL_NORM, Tensor::from_vec(d_norm, self.norm.shape(), self.device())?)?;
+        }
+        for block in self.blocks.iter().rev() {
+            let input = inputs.pop().ok_or_else(no_input)?;
+            let keep = match kept.pop() {
+                Some(keep) => keep,
+                None => block.forward_cpu(&input, layout)?.1,
+            };
+            d_x = block.backward_cpu((&input, keep), d_x, layout, grads)?;
+        }
+        Ok(Tensor::from_vec(d_x, d_hidden.shape(), self.device())?)
+    }
+
+    fn backward_graphs(
+        &self,
+        (mut inputs, mut outputs): (Vec<Var>, Vec<Tensor>),
+        layout: &Layout,
+        d_hidden: &Tensor,
+        grads: &mut Gradients,
+    ) -> Result<Tensor> {
+        let input = inputs.pop().ok_or_else(no_input)?;
+        let output = ops::rms_norm(&input, &self.norm, self.config.rms_norm_eps)?;
+        let norm = [(FINAL_NORM.to_owned(), self.norm.clone())];
+        let trained = if self.norm.is_variable() { &norm[..] } else { &[] };
+        let mut d_x = vector_jacobian(&input, &output, d_hidden, trained, grads)?;
+        for block in self.blocks.iter().rev() {
+            let input = inputs.pop().ok_or_else(no_input)?;
+            let output = match outputs.pop() {
+                Some(output) => output,
+                None => block.forward(&input, layout)?,
+            };
+            d_x = vector_jacobian(&input, &output, &d_x, block.trained(), grads)?;
+        }
+        Ok(d_x)
+    }
+}
+
+fn no_input() -> Error {
+    Error::run("a trace without the block's input")
 }
 
 /// One block's vector-Jacobian product: adds the gradients of its trained tensors, returns that of its input.
@@ -205,4 +312,77 @@ fn vector_jacobian(
         grads.add(name, grad)?;
     }
     store.remove(input).ok_or_else(|| Error::run("a block's input got no gradient"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::tree::{Role, Tree};
+    use crate::model::init;
+    use crate::ops::linear::tests::{distance, random};
+
+    /// Grouped heads, biases on queries, keys and values, and no size that is a multiple of a tile.
+    fn model() -> Transformer {
+        let config = Config::from_json(
+            r#"{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 60, "num_hidden_layers": 2,
+            "intermediate_size": 77, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 50,
+            "tie_word_embeddings": false, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "hidden_act": "silu"}"#,
+        )
+        .unwrap();
+        let weights = init::random(&config, 3, &Device::Cpu).unwrap();
+        let weights = weights.iter().map(|(name, tensor)| {
+            // Biases begin at zero: moved, so that what depends on them shows.
+            let moved = (tensor + (random(7, tensor.shape()) * 0.05).unwrap()).unwrap();
+            (name.clone(), Var::from_tensor(&moved).unwrap().into_inner())
+        });
+        Transformer::new(&config, &weights.collect()).unwrap()
+    }
+
+    fn forest() -> Forest {
+        let tokens =
+            |len: u32, step: u32| (0..len).map(|i| (i * step + 3) % 50).collect::<Vec<_>>();
+        let response = |len, step| (tokens(len, step), vec![Role::Content; len as usize]);
+        let trees = [
+            Tree::siblings(tokens(9, 7), vec![response(5, 3), response(70, 11)], 0),
+            Tree::sequence(tokens(13, 5), vec![Role::Content; 13], 1),
+        ];
+        Forest::pack(&trees).unwrap()
+    }
+
+    #[test]
+    fn the_hand_written_backward_is_the_graphs() {
+        let (model, forest) = (model(), forest());
+        let layout = model.layout(&forest).unwrap();
+        let x = model.embed(&forest.tokens).unwrap();
+        let d_hidden = random(11, (forest.len(), 60));
+        let run = |form: Form| {
+            let mut grads = Gradients::new(&Device::Cpu);
+            let d_x = match form {
+                Form::Cpu { inputs, kept } => {
+                    model.backward_by_hand((inputs, kept), &layout, &d_hidden, &mut grads)
+                }
+                Form::Graph { inputs, outputs } => {
+                    model.backward_graphs((inputs, outputs), &layout, &d_hidden, &mut grads)
+                }
+            };
+            (d_x.unwrap(), grads)
+        };
+        let (graph, expected_last) = model.trace_graphs(&x, &layout, false).unwrap();
+        let (expected_d_x, expected) = run(graph);
+        for recompute in [false, true] {
+            let (form, last) = model.trace_by_hand(&x, &layout, recompute).unwrap();
+            assert!(distance(&last, &expected_last) < 1e-6);
+            let (d_x, grads) = run(form);
+            assert!(distance(&d_x, &expected_d_x) < 1e-5);
+            let names = |grads: &Gradients| {
+                grads.iter().map(|(name, _)| name.to_owned()).collect::<Vec<_>>()
+            };
+            assert_eq!(names(&grads), names(&expected));
+            assert_eq!(grads.iter().count(), 2 * 12 + 1);
+            for (name, grad) in grads.iter() {
+                let distance = distance(grad, expected.get(name).unwrap());
+                assert!(distance < 1e-5, "{name}: {distance}");
+            }
+        }
+    }
 }

@@ -28,10 +28,8 @@ struct RmsNorm {
     trained: bool,
 }
 
-impl RmsNorm {
-    fn inverse_rms(&self, row: &[f32]) -> f32 {
-        1.0 / (simd::dot(row, row) / row.len() as f32 + self.eps).sqrt()
-    }
+fn inverse_rms(row: &[f32], eps: f32) -> f32 {
+    1.0 / (simd::dot(row, row) / row.len() as f32 + eps).sqrt()
 }
 
 impl CustomOp2 for RmsNorm {
@@ -46,19 +44,10 @@ impl CustomOp2 for RmsNorm {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let width = x_layout.shape().dim(D::Minus1)?;
         let (x, weight) = (cpu::slice(x, x_layout)?, cpu::slice(weight, weight_layout)?);
-        let mut out = vec![0.0; x.len()];
-        out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(16).for_each(|(out, x)| {
-            let scale = self.inverse_rms(x);
-            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-                *out = x * scale * weight;
-            }
-        });
-        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+        Ok((CpuStorage::F32(forward(x, weight, self.eps)), x_layout.shape().clone()))
     }
 
-    /// With `s = 1/rms`, `x̂ = x·s`, `g = dy·w`:  `dx = s·(g − x̂·mean(g·x̂))`,  `dw = Σ_t dy·x̂`.
     fn bwd(
         &self,
         x: &Tensor,
@@ -70,7 +59,7 @@ impl CustomOp2 for RmsNorm {
         let d_y = d_y.contiguous()?;
         let (d_x, d_weight) = cpu::with_slice(x, |x| {
             cpu::with_slice(weight, |weight| {
-                cpu::with_slice(&d_y, |d_y| self.gradients(x, weight, d_y))
+                cpu::with_slice(&d_y, |d_y| gradients(x, weight, d_y, self.eps))
             })
         })???;
         let d_weight =
@@ -79,42 +68,54 @@ impl CustomOp2 for RmsNorm {
     }
 }
 
-impl RmsNorm {
-    fn gradients(&self, x: &[f32], weight: &[f32], d_y: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        /// Rows a partial sum of `dw`: fixed, so that the order of summation does not depend on the threads.
-        const ROWS: usize = 64;
-        let width = weight.len();
-        let mut d_x = vec![0.0; x.len()];
-        let partials: Vec<Vec<f32>> = d_x
-            .par_chunks_mut(ROWS * width)
-            .zip(x.par_chunks(ROWS * width).zip(d_y.par_chunks(ROWS * width)))
-            .map(|(d_x, (x, d_y))| {
-                let mut d_weight = vec![0.0; width];
-                let mut g = vec![0.0; width];
-                for ((d_x, x), d_y) in d_x
-                    .chunks_exact_mut(width)
-                    .zip(x.chunks_exact(width))
-                    .zip(d_y.chunks_exact(width))
-                {
-                    let scale = self.inverse_rms(x);
-                    for i in 0..width {
-                        g[i] = d_y[i] * weight[i];
-                        d_weight[i] += d_y[i] * x[i] * scale;
-                    }
-                    let mean = simd::dot(&g, x) * scale / width as f32;
-                    for i in 0..width {
-                        d_x[i] = scale * (g[i] - x[i] * scale * mean);
-                    }
-                }
-                d_weight
-            })
-            .collect();
-        let mut d_weight = vec![0.0; width];
-        for partial in &partials {
-            simd::axpy(&mut d_weight, 1.0, partial);
+/// The norm of each row over plain numbers. Shapes: `x` `[T, D]`, `weight` `[D]` -> `[T, D]`.
+pub(crate) fn forward(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let width = weight.len();
+    let mut out = vec![0.0; x.len()];
+    out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(16).for_each(|(out, x)| {
+        let scale = inverse_rms(x, eps);
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * weight;
         }
-        (d_x, d_weight)
+    });
+    out
+}
+
+/// Gradients of `x` `[T, D]` and `weight` `[D]`.
+///
+/// With `s = 1/rms`, `x̂ = x·s`, `g = dy·w`:  `dx = s·(g − x̂·mean(g·x̂))`,  `dw = Σ_t dy·x̂`.
+pub(crate) fn gradients(x: &[f32], weight: &[f32], d_y: &[f32], eps: f32) -> (Vec<f32>, Vec<f32>) {
+    /// Rows a partial sum of `dw`: fixed, so that the order of summation does not depend on the threads.
+    const ROWS: usize = 64;
+    let width = weight.len();
+    let mut d_x = vec![0.0; x.len()];
+    let partials: Vec<Vec<f32>> = d_x
+        .par_chunks_mut(ROWS * width)
+        .zip(x.par_chunks(ROWS * width).zip(d_y.par_chunks(ROWS * width)))
+        .map(|(d_x, (x, d_y))| {
+            let mut d_weight = vec![0.0; width];
+            let mut g = vec![0.0; width];
+            for ((d_x, x), d_y) in
+                d_x.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(d_y.chunks_exact(width))
+            {
+                let scale = inverse_rms(x, eps);
+                for i in 0..width {
+                    g[i] = d_y[i] * weight[i];
+                    d_weight[i] += d_y[i] * x[i] * scale;
+                }
+                let mean = simd::dot(&g, x) * scale / width as f32;
+                for i in 0..width {
+                    d_x[i] = scale * (g[i] - x[i] * scale * mean);
+                }
+            }
+            d_weight
+        })
+        .collect();
+    let mut d_weight = vec![0.0; width];
+    for partial in &partials {
+        simd::axpy(&mut d_weight, 1.0, partial);
     }
+    (d_x, d_weight)
 }
 
 #[cfg(test)]

@@ -24,6 +24,11 @@ pub fn vjp_root(output: &Tensor, d_output: &Tensor) -> Result<Tensor> {
     (output * d_output)?.sum_all()
 }
 
+/// `x += y` over plain numbers.
+pub(crate) fn add(x: &mut [f32], y: &[f32]) {
+    x.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(x, y)| cpu::simd::axpy(x, 1.0, y));
+}
+
 struct Add;
 
 impl CustomOp2 for Add {
@@ -40,9 +45,7 @@ impl CustomOp2 for Add {
     ) -> Result<(CpuStorage, Shape)> {
         let mut out = cpu::slice(x, x_layout)?.to_vec();
         let y = cpu::slice(y, y_layout)?;
-        out.par_chunks_mut(CHUNK)
-            .zip(y.par_chunks(CHUNK))
-            .for_each(|(out, y)| cpu::simd::axpy(out, 1.0, y));
+        add(&mut out, y);
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }
 

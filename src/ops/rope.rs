@@ -75,6 +75,24 @@ pub fn plain(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
     Tensor::cat(&[low, high], D::Minus1)
 }
 
+/// Rotates every head of `x`, `[T, H, E]`, in place; by the opposite angles where `sign` is -1.
+pub(crate) fn rotate(x: &mut [f32], rotary: &Rotary, sign: f32) {
+    let half = rotary.half;
+    let row = x.len() / rotary.tokens().max(1);
+    x.par_chunks_mut(row.max(1)).enumerate().with_min_len(16).for_each(|(token, x)| {
+        let cos = &rotary.cos[token * half..][..half];
+        let sin = &rotary.sin[token * half..][..half];
+        for x in x.chunks_exact_mut(2 * half) {
+            let (low, high) = x.split_at_mut(half);
+            for i in 0..half {
+                let (a, b, sin) = (low[i], high[i], sin[i] * sign);
+                low[i] = a * cos[i] - b * sin;
+                high[i] = b * cos[i] + a * sin;
+            }
+        }
+    });
+}
+
 /// A rotation; its backward is the rotation by the opposite angles.
 struct Rope {
     rotary: Rotary,
@@ -87,27 +105,8 @@ impl CustomOp1 for Rope {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (_, heads, width) = layout.shape().dims3()?;
-        let half = self.rotary.half;
-        let x = cpu::slice(x, layout)?;
-        let mut out = vec![0.0; x.len()];
-        out.par_chunks_mut(heads * width)
-            .zip(x.par_chunks(heads * width))
-            .enumerate()
-            .with_min_len(16)
-            .for_each(|(token, (out, x))| {
-                let cos = &self.rotary.cos[token * half..][..half];
-                let sin = &self.rotary.sin[token * half..][..half];
-                for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                    let (low, high) = out.split_at_mut(half);
-                    let (a, b) = x.split_at(half);
-                    for i in 0..half {
-                        let sin = sin[i] * self.sign;
-                        low[i] = a[i] * cos[i] - b[i] * sin;
-                        high[i] = b[i] * cos[i] + a[i] * sin;
-                    }
-                }
-            });
+        let mut out = cpu::slice(x, layout)?.to_vec();
+        rotate(&mut out, &self.rotary, self.sign);
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 

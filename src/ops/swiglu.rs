@@ -39,11 +39,7 @@ impl CustomOp2 for SwiGlu {
         up_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (cpu::slice(gate, gate_layout)?, cpu::slice(up, up_layout)?);
-        let mut out = vec![0.0; gate.len()];
-        out.par_chunks_mut(CHUNK)
-            .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
-            .for_each(|(out, (gate, up))| simd::swiglu(out, gate, up));
-        Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
+        Ok((CpuStorage::F32(forward(gate, up)), gate_layout.shape().clone()))
     }
 
     fn bwd(
@@ -62,7 +58,17 @@ impl CustomOp2 for SwiGlu {
     }
 }
 
-fn gradients(gate: &[f32], up: &[f32], d_out: &[f32]) -> (Vec<f32>, Vec<f32>) {
+/// `silu(gate) · up` over plain numbers.
+pub(crate) fn forward(gate: &[f32], up: &[f32]) -> Vec<f32> {
+    let mut out = vec![0.0; gate.len()];
+    out.par_chunks_mut(CHUNK)
+        .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
+        .for_each(|(out, (gate, up))| simd::swiglu(out, gate, up));
+    out
+}
+
+/// Gradients of gate and up.
+pub(crate) fn gradients(gate: &[f32], up: &[f32], d_out: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let (mut d_gate, mut d_up) = (vec![0.0; gate.len()], vec![0.0; gate.len()]);
     let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(d_out.par_chunks(CHUNK));
     d_gate.par_chunks_mut(CHUNK).zip(d_up.par_chunks_mut(CHUNK)).zip(inputs).for_each(

@@ -302,6 +302,9 @@ pub struct Sft {
     pub data: SftOptions,
     /// A built-in chat template or a Jinja file, for models that have none; empty keeps the model's own.
     pub chat_template: String,
+    /// Special tokens to add to the tokenizer, with rows in the embedding (the mean of the old ones); those that it
+    /// has already stay as they are.
+    pub added_tokens: Vec<String>,
     /// Begin with random weights: `model_name_or_path` holds a configuration and a tokenizer only.
     pub random_init: bool,
     /// How to train.

@@ -155,7 +155,15 @@ pub fn is_hub_id(text: &str) -> bool {
             && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
     let file = [".jsonl", ".json", ".gz", ".parquet", ".gguf", ".toml", ".txt"];
-    match text.split_once('/') {
+    // A GGUF file of a repository: `owner/name:file.gguf`.
+    let id = match text.split_once(':') {
+        Some((id, file)) => match Path::new(file).extension() {
+            Some(ending) if ending == "gguf" => id,
+            _ => return false,
+        },
+        None => text,
+    };
+    match id.split_once('/') {
         Some((owner, name)) => {
             part(owner) && part(name) && !file.iter().any(|end| name.ends_with(end))
         }

@@ -7,7 +7,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::data::paths;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::model::hub;
 use crate::recipe::keys::INPUT_KEYS;
 use crate::recipe::{Step, refs};
 use crate::store;
@@ -95,9 +96,12 @@ impl Hashes {
                 files.push_str(&store::sha256_file(&file)?);
             }
             store::sha256_bytes(files.as_bytes())
-        } else if key == "chat_template" || refs::is_hub_id(text) {
-            // A built-in template or a hub id stands for itself.
+        } else if key == "chat_template" {
+            // A built-in template stands for itself.
             text.to_owned()
+        } else if refs::is_hub_id(text) {
+            // A branch moves: what was made from an earlier commit is not made from this one.
+            format!("{text}@{}", hub::commit(text, key == "path").at(format_args!("`{key}`"))?)
         } else {
             return Err(Error::run(format!("`{text}` is not there"))
                 .at(format_args!("`{key}`"))

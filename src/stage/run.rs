@@ -35,6 +35,9 @@ struct Begun {
 
 const BEGUN: &str = "begun.json";
 
+/// What only unfinished work needs: a finished stage has its `checkpoint/`, and nothing continues from optimizer state.
+const SCRATCH: [&str; 3] = [BEGUN, "checkpoints", "best.safetensors"];
+
 impl Shelf {
     /// Opens the run's `stages/`, sweeping up what killed processes left half-written. The caller holds the run's
     /// lock.
@@ -159,7 +162,9 @@ impl Shelf {
         self.clear(&target)?;
         store::move_into_place(work, &target)?;
         // Not earlier: a work directory without it would be thrown away after a kill.
-        store::remove(&target.join(BEGUN))?;
+        for name in SCRATCH {
+            store::remove(&target.join(name))?;
+        }
         self.finished.insert(inputs.hash, target.clone());
         self.hashes.forget(&target);
         Ok(in_place(record, &target))

@@ -5,18 +5,21 @@ use super::{Metrics, StageContext};
 use crate::data::prepare::sft_trees;
 use crate::data::record::Row;
 use crate::data::tree::Tree;
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::loss::sft::Sft;
 use crate::model::checkpoint::Checkpoint;
 use crate::recipe::plan;
 
 /// Trains the start on the dataset. Input: a checkpoint and rows. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
-    let start = if spec.random_init {
+    let mut start = if spec.random_init {
         training::random(context, &spec.model_name_or_path, &spec.chat_template)?
     } else {
         training::load(context, &spec.model_name_or_path, &spec.chat_template)?
     };
+    if !spec.added_tokens.is_empty() {
+        start.add_tokens(&spec.added_tokens).at("`added_tokens`")?;
+    }
     let (_, train) = trees(context, &start, spec, &spec.datasets)?;
     let (held_out_rows, held_out) = trees(context, &start, spec, &spec.eval_datasets)?;
     let samples = &held_out_rows[..spec.train.eval_samples.min(held_out_rows.len())];

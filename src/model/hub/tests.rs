@@ -161,6 +161,11 @@ fn a_model_is_fetched_once_and_then_served_from_the_cache() {
     let before = server.asked();
     assert_eq!(hub.model("org/tiny", None).unwrap(), dir);
     assert_eq!(server.asked(), before + 1, "only the list of files is asked again");
+    assert_eq!(hub.commit("org/tiny", RepoType::Model).unwrap(), "c0ffee");
+    let offline = server.hub(home.path(), &[("HF_HUB_OFFLINE", "1")]);
+    assert_eq!(offline.commit("org/tiny", RepoType::Model).unwrap(), "c0ffee");
+    let error = offline.commit("org/other", RepoType::Model).unwrap_err();
+    assert!(error.hint_text().unwrap().contains("HF_HUB_OFFLINE"), "{error:?}");
     *server.commit.lock().unwrap() = "beef".to_owned();
     let moved = hub.model("org/tiny", None).unwrap();
     assert_ne!(moved, dir, "a branch that moved is fetched anew");

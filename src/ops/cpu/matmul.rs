@@ -1,17 +1,38 @@
-//! The f32 matrix product: one safe door to the `gemm` crate. The product backend is this file alone.
+//! The f32 matrix product: packed, cut to the caches, on all cores. The product backend is this file and `kernel`.
+//!
+//! Every result is the same bits whatever the other rows and columns are and however many threads work on them (see
+//! [`kernel`](super::kernel) for the order of summation). Large products pack both matrices, after Goto and van de
+//! Geijn (2008); products with few rows on the left read the right matrix where it lies, once.
 
-#![expect(unsafe_code, reason = "the gemm crate takes raw pointers; bounds are checked here")]
+#![expect(unsafe_code, reason = "tiles are raw pointers; bounds are checked where views are made")]
 
-use gemm::Parallelism;
+use rayon::prelude::*;
+
+use super::isa::Isa;
+use super::kernel::{KC, Kernel, Left, Place};
+use super::pack::{pack, with_left, with_right};
+
+/// Rows of the left matrix that stay in a core's second-level cache, in tiles.
+const LEFT_TILES: usize = 16;
+/// Columns of the right matrix that are packed at a time; `KC` rows of them fit the shared cache.
+const NC: usize = 3072;
+/// Strips of the right matrix that one task packs.
+const PACK: usize = 8;
+/// Rows up to which the right matrix is read where it lies: packing it would cost more than it saves.
+const FEW: usize = 96;
+/// Elements of the largest tile of any kernel.
+const TILE: usize = 12 * 32;
+/// Multiply-adds below which a second thread does not pay.
+const SMALL: usize = 1 << 17;
 
 /// A read-only matrix view: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Mat<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    pub(super) data: &'a [f32],
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) row_stride: usize,
+    pub(super) col_stride: usize,
 }
 
 impl<'a> Mat<'a> {
@@ -41,6 +62,26 @@ impl<'a> Mat<'a> {
             ..self
         }
     }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Rows `first..first + rows` and columns `from..from + cols`.
+    fn block(self, (first, rows): (usize, usize), (from, cols): (usize, usize)) -> Self {
+        let start = if rows == 0 || cols == 0 {
+            0
+        } else {
+            first * self.row_stride + from * self.col_stride
+        };
+        Self { data: &self.data[start..], rows, cols, ..self }
+    }
 }
 
 /// How many threads a product may use.
@@ -66,82 +107,362 @@ pub fn matmul_into(out: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool, th
         b.rows,
         b.cols
     );
+    let place = Place { data: out.as_mut_ptr(), stride: b.cols, add: accumulate };
     // SAFETY: `out` holds exactly the product's elements.
-    unsafe { product(out.as_mut_ptr(), a, b, accumulate, threads) }
+    unsafe { product(&Kernel::of(Isa::current()), a, b, place, threads) }
 }
 
 /// `a · b` in a fresh buffer that is never zeroed first. Shape `[a.rows, b.cols]`, row-major.
 pub fn matmul(a: Mat<'_>, b: Mat<'_>, threads: Threads) -> Vec<f32> {
     let len = a.rows * b.cols;
-    if a.cols == 0 {
-        return vec![0.0; len];
-    }
     let mut out = Vec::with_capacity(len);
-    // SAFETY: the capacity is the product's size, and a product that does not accumulate writes every element
-    // without reading it.
+    let place = Place { data: out.as_mut_ptr(), stride: b.cols, add: false };
+    // SAFETY: the capacity is the product's size, and a product that does not add writes every element without
+    // reading it.
     unsafe {
-        product(out.as_mut_ptr(), a, b, false, threads);
+        product(&Kernel::of(Isa::current()), a, b, place, threads);
         out.set_len(len);
     }
     out
 }
 
 /// # Safety
-/// `out` must be valid for writes of `a.rows * b.cols` elements, initialised where `accumulate` is set.
-unsafe fn product(out: *mut f32, a: Mat<'_>, b: Mat<'_>, accumulate: bool, threads: Threads) {
+/// `place` covers `[a.rows, b.cols]`, initialised where it is added to; nobody else reads or writes it.
+unsafe fn product(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, threads: Threads) {
     assert_eq!(a.cols, b.rows, "product of {}x{} and {}x{}", a.rows, a.cols, b.rows, b.cols);
-    let parallelism = match threads {
-        Threads::One => Parallelism::None,
-        Threads::All => Parallelism::Rayon(rayon::current_num_threads()),
-    };
-    // SAFETY: `Mat` checked that its data covers its shape; `out` is the caller's promise.
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    if m == 0 || n == 0 {
+        return;
+    }
+    let threads = if m * n * k < SMALL { Threads::One } else { threads };
+    // SAFETY: the caller's promise, handed on.
     unsafe {
-        gemm::gemm(
-            a.rows,
-            b.cols,
-            a.cols,
-            out,
-            1,
-            b.cols as isize,
-            accumulate,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            parallelism,
-        );
+        if k == 0 {
+            let rows = if place.add { 0 } else { m };
+            (0..rows).for_each(|i| place.data.add(i * place.stride).write_bytes(0, n));
+        } else if m <= FEW && b.row_stride == 1 {
+            few_rows(kernel, a, b, place, threads);
+        } else {
+            blocked(kernel, a, b, place, threads);
+        }
+    }
+}
+
+/// A pointer that tasks on several threads may use, each in a part of its own.
+#[derive(Clone, Copy)]
+struct Shared(Place);
+
+// SAFETY: a place is only memory; `blocked` and `few_rows` give each task rows or columns of its own.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// The part of the place that starts at (row, column).
+    ///
+    /// # Safety
+    /// The place covers it.
+    unsafe fn at(self, row: usize, column: usize) -> Place {
+        // SAFETY: the caller's promise.
+        Place { data: unsafe { self.0.data.add(row * self.0.stride + column) }, ..self.0 }
+    }
+}
+
+/// Calls `task` with `0..count`, on this thread or on all.
+fn each(count: usize, threads: Threads, task: impl Fn(usize) + Sync + Send) {
+    match threads {
+        Threads::One => (0..count).for_each(task),
+        Threads::All => (0..count).into_par_iter().for_each(task),
+    }
+}
+
+/// # Safety
+/// As [`product`].
+unsafe fn blocked(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, threads: Threads) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    let out = Shared(place);
+    let mc = LEFT_TILES * kernel.rows;
+    let blocks = m.div_ceil(mc);
+    for from in (0..n).step_by(NC) {
+        let columns = NC.min(n - from);
+        let strips = columns.div_ceil(kernel.columns);
+        // Where there are few blocks of rows, columns are shared out too, so that every thread has work.
+        let slices = if threads == Threads::All { 8_usize.div_ceil(blocks) } else { 1 };
+        let slice = strips.div_ceil(slices);
+        for first in (0..k).step_by(KC) {
+            let depth = KC.min(k - first);
+            let right = b.block((first, depth), (from, columns)).t();
+            let strip_len = kernel.columns * depth;
+            with_right(strips * strip_len, |packed| {
+                match threads {
+                    Threads::One => pack(right, kernel.columns, packed),
+                    Threads::All => {
+                        packed.par_chunks_mut(PACK * strip_len).enumerate().for_each(|(i, to)| {
+                            let row = i * PACK * kernel.columns;
+                            let rows = (PACK * kernel.columns).min(columns - row);
+                            pack(right.block((row, rows), (0, depth)), kernel.columns, to);
+                        });
+                    }
+                }
+                let packed = &*packed;
+                each(blocks * slices, threads, |task| {
+                    let (row, strip) = (task / slices * mc, task % slices * slice);
+                    let left = a.block((row, mc.min(m - row)), (first, depth));
+                    let start = (strip * kernel.columns).min(columns);
+                    let end = ((strip + slice) * kernel.columns).min(columns);
+                    let right = &packed[(strip * strip_len).min(packed.len())..];
+                    // SAFETY: each task has rows and columns of its own, and they lie within `out`.
+                    unsafe {
+                        let place =
+                            Place { add: place.add || first > 0, ..out.at(row, from + start) };
+                        panel(kernel, left, (right, end - start), place);
+                    }
+                });
+            });
+        }
+    }
+}
+
+/// A block of rows against packed strips of `columns` columns.
+///
+/// # Safety
+/// `right` holds the strips; `place` covers `[left.rows, columns]`.
+unsafe fn panel(kernel: &Kernel, left: Mat<'_>, (right, columns): (&[f32], usize), place: Place) {
+    let depth = left.cols;
+    let (tile_rows, tile_columns) = (kernel.rows, kernel.columns);
+    with_left(left.rows.div_ceil(tile_rows) * tile_rows * depth, |packed| {
+        pack(left, tile_rows, packed);
+        for from in (0..columns).step_by(tile_columns) {
+            let strip = right[from * depth..][..tile_columns * depth].as_ptr();
+            for row in (0..left.rows).step_by(tile_rows) {
+                let data = packed[row * depth..][..tile_rows * depth].as_ptr();
+                let size = (tile_rows.min(left.rows - row), tile_columns.min(columns - from));
+                // SAFETY: both strips hold `depth` rows, and the tile lies within the place.
+                unsafe {
+                    let place = Place { data: place.data.add(row * place.stride + from), ..place };
+                    let left = Left { data, row_stride: 1, k_stride: tile_rows };
+                    if size == (tile_rows, tile_columns) {
+                        (kernel.packed)(depth, left, strip, place);
+                    } else {
+                        edge(kernel, (depth, left, strip), place, size);
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// A tile that sticks out of the result: computed aside, then its inner part is stored.
+///
+/// # Safety
+/// As for [`panel`]; `place` covers `size`.
+unsafe fn edge(
+    kernel: &Kernel,
+    (depth, left, strip): (usize, Left, *const f32),
+    place: Place,
+    (rows, columns): (usize, usize),
+) {
+    let mut tile = [0.0_f32; TILE];
+    let aside = Place { data: tile.as_mut_ptr(), stride: kernel.columns, add: false };
+    // SAFETY: `tile` has room for the kernel's tile, and `place` for its inner part.
+    unsafe {
+        (kernel.packed)(depth, left, strip, aside);
+        for (i, tile) in tile.chunks_exact(kernel.columns).take(rows).enumerate() {
+            let row = place.data.add(i * place.stride);
+            for (j, value) in tile.iter().take(columns).enumerate() {
+                let to = row.add(j);
+                to.write(if place.add { *to + value } else { *value });
+            }
+        }
+    }
+}
+
+/// A product with few rows: the transposed product, whose left matrix is `bᵀ` where it lies.
+///
+/// # Safety
+/// As [`product`]; the columns of `b` have their elements side by side.
+unsafe fn few_rows(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, threads: Threads) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    let (rows, columns, tile) = if m <= kernel.narrow_columns {
+        (kernel.narrow_rows, kernel.narrow_columns, kernel.narrow)
+    } else {
+        (kernel.rows, kernel.columns, kernel.strided)
+    };
+    let out = Shared(place);
+    with_right(m.div_ceil(columns) * columns * k, |packed| {
+        pack(a, columns, packed);
+        let packed = &*packed;
+        // Rows of `bᵀ` a task: enough for the threads to share without waiting, few enough to balance.
+        let share = rows * 8;
+        each(n.div_ceil(share), threads, |task| {
+            for first in (task * share..((task + 1) * share).min(n)).step_by(rows) {
+                let height = rows.min(n - first);
+                let left = b.t().block((first, height), (0, k));
+                let mut padded = Vec::new();
+                let left = if height == rows {
+                    Left { data: left.data.as_ptr(), row_stride: b.col_stride, k_stride: 1 }
+                } else {
+                    padded.resize(rows * k, 0.0);
+                    pack(left, rows, &mut padded);
+                    Left { data: padded.as_ptr(), row_stride: 1, k_stride: rows }
+                };
+                for (strip, right) in packed.chunks_exact(columns * k).enumerate() {
+                    let width = columns.min(m - strip * columns);
+                    // SAFETY: the left rows and the strip hold `k` elements each; a task has columns of its own.
+                    unsafe {
+                        let place = out.at(strip * columns, first);
+                        let size = (height, width);
+                        let mut sums = [0.0_f32; TILE];
+                        if place.add {
+                            transposed(&mut sums, size, columns, place, |sum, to| *sum = to.read());
+                        }
+                        column_tile((tile, columns), (left, right, k), &mut sums, place.add);
+                        transposed(&mut sums, size, columns, place, |sum, to| to.write(*sum));
+                    }
+                }
+            }
+        });
+    });
+}
+
+/// All of one tile's sums, block by block, aside.
+///
+/// # Safety
+/// `left` covers the tile's rows and `k`; `right` is a strip of `k`.
+unsafe fn column_tile(
+    (tile, columns): (super::kernel::Tile, usize),
+    (left, right, k): (Left, &[f32], usize),
+    sums: &mut [f32; TILE],
+    add: bool,
+) {
+    for first in (0..k).step_by(KC) {
+        let depth = KC.min(k - first);
+        let place = Place { data: sums.as_mut_ptr(), stride: columns, add: add || first > 0 };
+        // SAFETY: `sums` has room for any kernel's tile; the rest is the caller's promise.
+        unsafe {
+            let left = Left { data: left.data.add(first * left.k_stride), ..left };
+            tile(depth, left, right[first * columns..].as_ptr(), place);
+        }
+    }
+}
+
+/// Calls `visit` with each sum of a tile and its place in the transposed result.
+///
+/// # Safety
+/// `place` covers `[width, height]`.
+unsafe fn transposed(
+    sums: &mut [f32; TILE],
+    (height, width): (usize, usize),
+    columns: usize,
+    place: Place,
+    visit: impl Fn(&mut f32, *mut f32),
+) {
+    for j in 0..width {
+        for i in 0..height {
+            // SAFETY: the caller's promise.
+            let to = unsafe { place.data.add(j * place.stride + i) };
+            visit(&mut sums[i * columns + j], to);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::kernel::REHEARSAL;
     use super::*;
+    use crate::rng::Stream;
+
+    fn random(index: u64, len: usize) -> Vec<f32> {
+        Stream::new(9, "matmul").normal(index, len, 1.0)
+    }
+
+    fn kernels() -> Vec<Kernel> {
+        let supported = Isa::ALL.into_iter().filter(|isa| isa.is_supported());
+        supported.map(Kernel::of).chain([REHEARSAL]).collect()
+    }
+
+    fn run(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, add: bool, threads: Threads) -> Vec<f32> {
+        let mut out = vec![if add { 1.0 } else { f32::NAN }; a.rows * b.cols];
+        let place = Place { data: out.as_mut_ptr(), stride: b.cols, add };
+        // SAFETY: `out` holds exactly the product's elements.
+        unsafe { product(kernel, a, b, place, threads) };
+        out
+    }
+
+    /// The order of summation that the module promises, one result at a time.
+    fn exact(a: Mat<'_>, b: Mat<'_>) -> Vec<f32> {
+        let value = |i: usize, j: usize| {
+            let product = |sum: f32, k: usize| {
+                a.data[i * a.row_stride + k * a.col_stride]
+                    .mul_add(b.data[k * b.row_stride + j * b.col_stride], sum)
+            };
+            let blocks = (0..a.cols).step_by(KC);
+            let sums = blocks.map(|first| (first..(first + KC).min(a.cols)).fold(0.0, product));
+            sums.reduce(|sum, block| sum + block).unwrap_or(0.0)
+        };
+        (0..a.rows * b.cols).map(|ij| value(ij / b.cols, ij % b.cols)).collect()
+    }
 
     #[test]
-    fn products_of_every_orientation_agree_with_the_definition() {
-        let a: Vec<f32> = (0..15).map(|i| i as f32 * 0.5 - 2.0).collect();
-        let b: Vec<f32> = (0..20).map(|i| 1.0 - i as f32 * 0.25).collect();
-        let expected: Vec<f32> =
-            (0..12).map(|ij| (0..5).map(|k| a[ij / 4 * 5 + k] * b[k * 4 + ij % 4]).sum()).collect();
-        assert_eq!(matmul(Mat::new(&a, 3, 5), Mat::new(&b, 5, 4), Threads::One), expected);
-        let transposed: Vec<f32> = (0..20).map(|i| b[i % 5 * 4 + i / 5]).collect();
-        let mut out = vec![1.0; 12];
-        matmul_into(
-            &mut out,
-            Mat::new(&a, 3, 5),
-            Mat::new(&transposed, 4, 5).t(),
-            true,
-            Threads::All,
-        );
-        assert!(
-            out.iter().zip(&expected).all(|(out, expected)| (out - expected - 1.0).abs() < 1e-5)
+    fn every_orientation_and_odd_shape_is_the_promised_sum_bit_for_bit() {
+        let shapes = [
+            (1, 1, 1),
+            (2, 3, 0),
+            (5, 7, 3),
+            (13, 33, 17),
+            (97, 50, 31),
+            (1, 40, 600),
+            (101, 19, 300),
+        ];
+        for (m, n, k) in shapes {
+            let (a, b) = (random(1, m * k), random(2, k * n));
+            for kernel in kernels() {
+                for left in [Mat::new(&a, m, k), Mat::new(&a, k, m).t()] {
+                    for right in [Mat::new(&b, k, n), Mat::new(&b, n, k).t()] {
+                        let expected = exact(left, right);
+                        let one = run(&kernel, left, right, false, Threads::One);
+                        assert!(one == expected, "{m}x{n}x{k} in tiles of {}", kernel.rows);
+                        assert!(run(&kernel, left, right, false, Threads::All) == expected);
+                        let more = run(&kernel, left, right, true, Threads::All);
+                        let close =
+                            |(more, expected): (&f32, &f32)| (more - 1.0 - expected).abs() < 1e-4;
+                        assert!(more.iter().zip(&expected).all(close));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_is_the_same_bits_for_any_number_of_rows_and_threads() {
+        let (n, k) = (70, 577);
+        let (a, b) = (random(3, 2048 * k), random(4, n * k));
+        let weight = Mat::new(&b, n, k).t();
+        let all = matmul(Mat::new(&a, 2048, k), weight, Threads::All);
+        let start = random(7, 2048 * n);
+        let mut sums = start.clone();
+        matmul_into(&mut sums, Mat::new(&a, 2048, k), weight, true, Threads::All);
+        for m in [1, 3, 16, 17, 96, 97, 2048] {
+            for threads in [Threads::One, Threads::All] {
+                let a = Mat::new(&a, m, k);
+                assert!(matmul(a, weight, threads) == all[..m * n], "{m} rows, {threads:?}");
+                let mut sum = start[..m * n].to_vec();
+                matmul_into(&mut sum, a, weight, true, threads);
+                assert!(sum == sums[..m * n], "{m} rows added, {threads:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn views_with_gaps_are_read_right() {
+        let data = random(5, 40 * 11);
+        let view = Mat::strided(&data, 40, 5, 11);
+        let dense: Vec<f32> = data.chunks(11).flat_map(|row| row[..5].to_vec()).collect();
+        let other = random(6, 5 * 9);
+        let right = Mat::new(&other, 5, 9);
+        assert_eq!(
+            matmul(view, right, Threads::One),
+            matmul(Mat::new(&dense, 40, 5), right, Threads::One)
         );
     }
 }

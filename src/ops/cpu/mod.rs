@@ -2,9 +2,13 @@
 
 pub mod alloc;
 pub mod attention;
+pub mod isa;
+mod kernel;
 pub mod matmul;
+mod pack;
 pub mod rows;
 pub mod simd;
+mod vector;
 
 use candle_core::{CpuStorage, Layout, Storage, Tensor};
 

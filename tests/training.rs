@@ -1,0 +1,276 @@
+//! Training as a whole: every method reaches what it is for, a run that stops anywhere ends with the same bits, and
+//! numbers that are not finite are named with their step and rows.
+
+#![expect(clippy::unwrap_used, reason = "a test program; a failure here is a failed test")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arriero::data::tree::{Role, Tree};
+use arriero::error::Result;
+use arriero::loss::Objective;
+use arriero::loss::preference::Dpo;
+use arriero::loss::reward::Reward;
+use arriero::loss::sft::Sft;
+use arriero::model::checkpoint::Checkpoint;
+use arriero::model::save::SaveOptions;
+use arriero::model::{Config, Transformer, Weights};
+use arriero::optim::schedule::Schedule;
+use arriero::report::record::{Events, Metrics, Silent};
+use arriero::rng::Stream;
+use arriero::train::order::Order;
+use arriero::train::reference::{Request, reference_logps};
+use arriero::train::{self, Job, Learner, Settings};
+use candle_core::{DType, Device};
+use rand::Rng;
+
+fn start() -> Checkpoint {
+    let dir = Path::new("tests/fixtures/goldens/model_untied");
+    Checkpoint::load_dir(dir, &Device::Cpu).unwrap()
+}
+
+fn settings() -> Settings {
+    Settings {
+        learning_rate: 3e-3,
+        lr_scheduler_type: Schedule::Constant,
+        warmup_ratio: 0.0,
+        per_device_train_batch_size: 8,
+        max_steps: 60,
+        max_tokens_per_micro_batch: 128,
+        ..Settings::default()
+    }
+}
+
+fn random_tokens(stream: u64, index: usize, len: usize) -> Vec<u32> {
+    let mut rng = Stream::new(stream, "training").at(index as u64, 0);
+    (0..len).map(|_| rng.random_range(3..512)).collect()
+}
+
+/// Prompts of 5 tokens with an answer of 6.
+fn conversations(count: usize) -> Vec<Tree> {
+    let roles = [vec![Role::Context; 5], vec![Role::Content; 6]].concat();
+    (0..count)
+        .map(|index| Tree::sequence(random_tokens(1, index, 11), roles.clone(), index))
+        .collect()
+}
+
+/// Prompts of 5 tokens with two answers; the better one has `planted` somewhere.
+fn pairs(count: usize, planted: u32) -> Vec<Tree> {
+    let answer = |index: usize, side: usize| {
+        let mut tokens = random_tokens(2, 2 * index + side, 4 + (index + side) % 3);
+        tokens.retain(|&token| token != planted);
+        if side == 0 {
+            tokens.insert(index % 3, planted);
+        }
+        let roles = vec![Role::Content; tokens.len()];
+        (tokens, roles)
+    };
+    (0..count)
+        .map(|index| {
+            let responses = vec![answer(index, 0), answer(index, 1)];
+            Tree::siblings(random_tokens(3, index, 5), responses, index)
+        })
+        .collect()
+}
+
+/// Asks to stop once the given step is done.
+struct StopAfter {
+    steps: u64,
+    seen: AtomicU64,
+}
+
+impl Events for StopAfter {
+    fn progress(&self, _what: &str, done: u64, _total: u64) {
+        self.seen.store(done, Ordering::Relaxed);
+    }
+    fn metrics(&self, _step: u64, _values: &Metrics) -> Result<()> {
+        Ok(())
+    }
+    fn resume_after(&self, _step: u64) -> Result<()> {
+        Ok(())
+    }
+    fn note(&self, _text: &str) {}
+    fn interrupted(&self) -> bool {
+        self.seen.load(Ordering::Relaxed) == self.steps
+    }
+}
+
+struct Trained {
+    outcome: Result<Metrics>,
+    weights: Weights,
+}
+
+fn fit(
+    (config, weights): (&Config, &Weights),
+    objective: &dyn Objective,
+    (trees, held_out): (&[Tree], &[Tree]),
+    settings: &Settings,
+    (dir, events): (&Path, &dyn Events),
+) -> Trained {
+    let learner = Learner::new(config, weights).unwrap();
+    let save = |learner: &Learner, dir: &Path| {
+        let weights = learner.weights();
+        Checkpoint { config: config.clone(), weights, tokenizer: None }
+            .write_into(dir, &SaveOptions::new(DType::F32))
+    };
+    let job = Job {
+        objective,
+        train: trees,
+        eval: (objective, held_out),
+        settings,
+        seed: 11,
+        dir,
+        save: &save,
+        samples: None,
+        events,
+    };
+    let outcome = train::fit(&learner, &job);
+    Trained { outcome, weights: learner.weights() }
+}
+
+fn bits(weights: &Weights) -> BTreeMap<String, Vec<u32>> {
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect();
+    weights
+        .iter()
+        .map(|(name, tensor)| {
+            (name.clone(), bits(tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap()))
+        })
+        .collect()
+}
+
+#[test]
+fn sft_learns_eight_conversations_by_heart() {
+    let (start, dir) = (start(), tempfile::tempdir().unwrap());
+    let trees = conversations(8);
+    let trained = fit(
+        (&start.config, &start.weights),
+        &Sft,
+        (&trees, &[]),
+        &settings(),
+        (dir.path(), &Silent),
+    );
+    let metrics = trained.outcome.unwrap();
+    assert!(metrics["first_loss"] > 4.0 && metrics["loss"] < 0.05, "{metrics:?}");
+}
+
+#[test]
+fn dpo_tells_the_sides_of_eight_pairs_apart() {
+    let (start, dir) = (start(), tempfile::tempdir().unwrap());
+    let trees = pairs(8, 77);
+    let settings = Settings { learning_rate: 3e-4, ..settings() };
+    let mut objective = Dpo {
+        beta: 0.1,
+        label_smoothing: 0.0,
+        sft_weight: 0.0,
+        mask_formatting_tokens: true,
+        reference: BTreeMap::new(),
+    };
+    let reference = Transformer::new(&start.config, &start.weights).unwrap();
+    let request = Request {
+        model: &reference,
+        weights_hash: "start",
+        trees: &trees,
+        order: &Order::new(11, trees.len(), &settings),
+        settings: &settings,
+        dir: dir.path(),
+        events: &Silent,
+    };
+    objective.reference = reference_logps(&request, &objective).unwrap();
+    let trained = fit(
+        (&start.config, &start.weights),
+        &objective,
+        (&trees, &[]),
+        &settings,
+        (dir.path(), &Silent),
+    );
+    let metrics = trained.outcome.unwrap();
+    let ln_2 = std::f64::consts::LN_2;
+    assert!((metrics["first_loss"] - ln_2).abs() < 1e-12, "{metrics:?}");
+    assert_eq!(metrics["first_rewards/margins"].to_bits(), 0.0_f64.to_bits(), "{metrics:?}");
+    assert!(metrics["rewards/accuracies"] > 0.999 && metrics["loss"] < 0.3, "{metrics:?}");
+}
+
+#[test]
+fn a_reward_model_finds_a_planted_token_in_answers_it_has_not_seen() {
+    let (start, dir) = (start().into_reward_model(5).unwrap(), tempfile::tempdir().unwrap());
+    let all = pairs(544, 77);
+    let settings = Settings { learning_rate: 1e-3, max_steps: 128, ..settings() };
+    let trained = fit(
+        (&start.config, &start.weights),
+        &Reward::default(),
+        (&all[..512], &all[512..]),
+        &settings,
+        (dir.path(), &Silent),
+    );
+    let metrics = trained.outcome.unwrap();
+    assert!(metrics["eval_accuracy"] > 0.9, "{metrics:?}");
+}
+
+#[test]
+fn training_that_is_stopped_and_resumed_ends_with_the_same_bits() {
+    let start = start();
+    let trees = conversations(20);
+    let settings = Settings {
+        max_steps: 9,
+        per_device_train_batch_size: 4,
+        save_steps: 2,
+        eval_steps: 2,
+        load_best_model_at_end: true,
+        ..settings()
+    };
+    let model = (&start.config, &start.weights);
+    let data = (&trees[..16], &trees[16..]);
+    let whole_dir = tempfile::tempdir().unwrap();
+    let whole = fit(model, &Sft, data, &settings, (whole_dir.path(), &Silent));
+    for stop in [1, 2, 5, 9] {
+        let dir = tempfile::tempdir().unwrap();
+        let events = StopAfter { steps: stop, seen: AtomicU64::new(0) };
+        let stopped = fit(model, &Sft, data, &settings, (dir.path(), &events));
+        assert!(stopped.outcome.is_err(), "was not stopped after step {stop}");
+        let resumed = fit(model, &Sft, data, &settings, (dir.path(), &Silent));
+        assert_eq!(bits(&resumed.weights), bits(&whole.weights), "stopped after step {stop}");
+        let number = |trained: &Trained| {
+            let metrics = trained.outcome.as_ref().unwrap();
+            [metrics["loss"].to_bits(), metrics["best_eval_loss"].to_bits()]
+        };
+        assert_eq!(number(&resumed), number(&whole), "stopped after step {stop}");
+    }
+}
+
+#[test]
+fn numbers_that_are_not_finite_are_named_with_step_and_rows() {
+    let (mut start, dir) = (start(), tempfile::tempdir().unwrap());
+    // One embedding row is poisoned: the row of the data that holds it is the one to name.
+    let mut trees = conversations(8);
+    trees[6].segments[0].tokens[2] = 511;
+    let name = "model.embed_tokens.weight";
+    let mut rows = start.weights[name].to_vec2::<f32>().unwrap();
+    trees.iter().enumerate().for_each(|(index, tree)| {
+        assert!(index == 6 || !tree.segments[0].tokens.contains(&511), "another row has the token");
+    });
+    rows[511].fill(f32::NAN);
+    let poisoned = candle_core::Tensor::new(rows, &Device::Cpu).unwrap();
+    start.weights.insert(name.to_owned(), poisoned);
+    let trained = fit(
+        (&start.config, &start.weights),
+        &Sft,
+        (&trees, &[]),
+        &settings(),
+        (dir.path(), &Silent),
+    );
+    let error = format!("{:?}", trained.outcome.unwrap_err());
+    assert!(error.contains("step 1") && error.contains("row 6"), "{error}");
+}
+
+#[test]
+fn a_step_that_diverges_makes_no_update_and_says_so() {
+    let (start, dir) = (start(), tempfile::tempdir().unwrap());
+    let trees = conversations(8);
+    let settings = Settings { learning_rate: 1e30, max_grad_norm: 0.0, ..settings() };
+    let trained =
+        fit((&start.config, &start.weights), &Sft, (&trees, &[]), &settings, (dir.path(), &Silent));
+    let error = trained.outcome.unwrap_err();
+    assert!(error.to_string().starts_with("step 2"), "{error}");
+    assert!(error.hint_text().unwrap().contains("learning_rate"), "{error:?}");
+}
