@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use arriero::ops::cpu::isa::Isa;
 use assert_cmd::Command;
 
 /// Runs `arriero` and returns (exit status, standard output, standard error).
@@ -35,7 +36,7 @@ fn help_lists_every_command() {
         .collect();
     insta::assert_snapshot!(
         commands.join(" "),
-        @"run ls cp validate plan report chat doctor synth sft reward sample select dpo average eval help"
+        @"run ls cp validate plan report chat doctor bench synth sft reward sample select dpo average eval help"
     );
 }
 
@@ -123,6 +124,43 @@ fn a_second_process_on_the_same_run_is_refused() {
     assert_eq!(stderr.trim_end(), expected);
 }
 
+/// One step of SFT with the kernels of an instruction set; its summary, or the refusal.
+fn train_with(isa: &str) -> (i32, String, String) {
+    let run = tempfile::tempdir().unwrap();
+    let output = Command::cargo_bin("arriero")
+        .unwrap()
+        .env("ARRIERO_ISA", isa)
+        .args(["sft", "model_name_or_path=data/tiny/student", "chat_template=chatml", "--json"])
+        .args(["datasets=tests/fixtures/recipes/conversations.jsonl", "max_steps=1", "--out"])
+        .arg(run.path())
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn a_step_of_training_has_the_same_bits_on_every_instruction_set() {
+    let hash = |isa: &str| -> String {
+        let (status, stdout, stderr) = train_with(isa);
+        assert_eq!(status, 0, "{isa}: {stderr}");
+        let summary: serde_json::Value =
+            serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+        summary["stages"][0]["weights_sha256"].as_str().unwrap().to_owned()
+    };
+    let expected = hash("");
+    for isa in Isa::ALL {
+        if isa.is_supported() {
+            assert_eq!(hash(isa.name()), expected, "{}", isa.name());
+        } else {
+            let (status, _, stderr) = train_with(isa.name());
+            assert!(status == 2 && stderr.contains("which this processor lacks"), "{stderr}");
+        }
+    }
+    let (status, _, stderr) = train_with("avx3");
+    assert!(status == 2 && stderr.contains("hint: did you mean `avx2`?"), "{stderr}");
+}
+
 #[test]
 fn one_stage_runs_without_a_recipe() {
     let run = tempfile::tempdir().unwrap();
@@ -148,6 +186,25 @@ fn recipes_are_copied_once_and_validated() {
     let (status, stdout, _) = arriero(&["plan", RECIPE, "seed=3"]);
     assert_eq!(status, 0);
     assert_eq!(serde_json::from_str::<serde_json::Value>(&stdout).unwrap()["seed"], 3);
+}
+
+#[test]
+fn chat_answers_line_by_line_and_keeps_the_conversation() {
+    let output = Command::cargo_bin("arriero")
+        .unwrap()
+        .args(["chat", "data/tiny/teacher", "temperature=0.0"])
+        .write_stdin(
+            "Tom has 6 eggs and finds 8 more. How many eggs does Tom have now?\n\
+             Ben has 9 pens and gives 4 to Iris. How many pens does Ben have left?\n",
+        )
+        .output()
+        .unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<&str> = stdout.lines().collect();
+    assert!(output.status.success() && lines.len() == 2, "{stdout}");
+    assert!(lines[0].contains("6 + 8 = 14") && lines[1].contains("pens"), "{stdout}");
+    let (status, _, stderr) = arriero(&["chat", "data/tiny/teachr"]);
+    assert!(status == 1 && stderr.contains("did you mean `teacher`?"), "{stderr}");
 }
 
 #[test]

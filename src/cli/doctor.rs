@@ -1,6 +1,7 @@
 //! `arriero doctor`: what this machine and this build offer.
 
 use super::output;
+use crate::ops::cpu::isa::{self, Isa};
 
 /// Prints one line a fact.
 pub(super) fn run() {
@@ -16,6 +17,7 @@ pub(super) fn run() {
     let facts = [
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
         ("build", if cfg!(debug_assertions) { "debug (slow)" } else { "release" }.to_owned()),
+        ("kernels", format!("{} ({} can choose)", Isa::current().name(), isa::VARIABLE)),
         ("cpu features", cpu_features()),
         ("threads", rayon::current_num_threads().to_string()),
         ("memory", format!("{} total, {} available", gib(memory), gib(free))),

@@ -3,6 +3,7 @@
 //! What a command was asked for goes to standard output, everything else to standard error. The exit status is 0 when
 //! the work is done, 1 when it failed, 2 when the recipe or the arguments are wrong, 130 after Ctrl-C.
 
+mod bench;
 mod chat;
 mod doctor;
 mod estimate;
@@ -20,6 +21,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::error::{Error, Kind, Result};
+use crate::ops::cpu::isa::Isa;
 
 /// Post-training for Llama-family models: SFT, reward models, rejection sampling, DPO, from one recipe.
 #[derive(Debug, Parser)]
@@ -47,6 +49,8 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Show what this machine and this build offer
     Doctor,
+    /// Measure how fast this machine trains and samples with a model
+    Bench(bench::BenchArgs),
     /// Let a teacher answer prompts
     Synth(run::StageArgs),
     /// Fine-tune on demonstrations
@@ -88,7 +92,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
-    match dispatch(cli.command) {
+    match Isa::from_env().and_then(|_| dispatch(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output::error(&error);
@@ -117,6 +121,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Plan(args) => plan::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Doctor => {
             doctor::run();
             Ok(())

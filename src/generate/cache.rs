@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-/// Positions a page.
-pub const PAGE: usize = 16;
+use crate::ops::cpu::rows::TILE;
+
+/// Positions a page: as many keys as the attention of a row reads side by side.
+pub const PAGE: usize = TILE;
 
 /// How a model's cache is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +30,8 @@ impl CacheShape {
     }
 }
 
-/// The cache of one segment, prompt or sample, on the CPU in f32. A page is `[layers, 2, G, PAGE, E]`.
+/// The cache of one segment, prompt or sample, on the CPU in f32. A page has a tile for each
+/// layer, part and head: values as `[PAGE, E]`, keys transposed to `[E, PAGE]`.
 #[derive(Debug)]
 pub struct PagedCache {
     shape: CacheShape,
@@ -77,18 +80,25 @@ impl PagedCache {
         let own = position - self.start;
         let page = &mut self.pages[own / PAGE];
         for (head, values) in values.chunks_exact(width).enumerate() {
-            let tile = ((layer * 2 + part as usize) * heads + head) * PAGE + own % PAGE;
-            page[tile * width..][..width].copy_from_slice(values);
+            let start = ((layer * 2 + part as usize) * heads + head) * PAGE * width;
+            let tile = &mut page[start..][..PAGE * width];
+            match part {
+                Part::Keys => {
+                    let places = tile.iter_mut().skip(own % PAGE).step_by(PAGE);
+                    places.zip(values).for_each(|(place, value)| *place = *value);
+                }
+                Part::Values => tile[own % PAGE * width..][..width].copy_from_slice(values),
+            }
         }
     }
 
     /// Visits the keys or values of one layer and head up to and including `position`, tile by tile: the root's
-    /// first, each segment from its start, at most [`PAGE`] rows of width `E` at a time.
+    /// first, each segment from its start. A tile comes whole, with how many of its [`PAGE`] positions are visible.
     pub fn visit<'a>(
         &'a self,
         tile: (usize, Part, usize),
         position: usize,
-        see: &mut impl FnMut(&'a [f32]),
+        see: &mut impl FnMut(usize, &'a [f32]),
     ) {
         if let Some(parent) = &self.parent {
             parent.visit(tile, position, see);
@@ -99,7 +109,7 @@ impl PagedCache {
         for (index, page) in self.pages.iter().enumerate().take(visible.div_ceil(PAGE)) {
             let rows = (visible - index * PAGE).min(PAGE);
             let start = ((layer * 2 + part as usize) * heads + head) * PAGE * width;
-            see(&page[start..][..rows * width]);
+            see(rows, &page[start..][..PAGE * width]);
         }
     }
 }
@@ -129,7 +139,7 @@ mod tests {
         fill(&mut sample, 2);
         let read = |cache: &PagedCache, tile, position| {
             let mut seen = Vec::new();
-            cache.visit(tile, position, &mut |rows| seen.extend_from_slice(rows));
+            cache.visit(tile, position, &mut |rows, tile| seen.extend_from_slice(&tile[..rows]));
             seen
         };
         let keys: Vec<f32> = (0..21).map(|position| (position * 10 + 1) as f32 + 0.5).collect();

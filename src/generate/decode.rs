@@ -1,7 +1,7 @@
 //! The forward pass of generation: new tokens of many sequences at once against their caches.
 //!
 //! [`CpuDecoder`] keeps the row rule (see [`matmul`](crate::ops::cpu::matmul)): logits of a sequence are the same bits
-//! whatever it is batched with. [`PlainDecoder`](super::plain::PlainDecoder) runs on every device.
+//! whatever it is batched with, and the bits that training computes for equal weights and segments. [`PlainDecoder`](super::plain::PlainDecoder) runs on every device.
 
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::model::{Architecture, Config, Weights};
 use crate::ops::cpu::matmul::{Mat, Threads, matmul_into};
 use crate::ops::cpu::{self, rows, simd};
+use crate::ops::{Rotary, norm, residual, rope, swiglu};
 
 /// New tokens of one sequence.
 #[derive(Debug)]
@@ -128,41 +129,7 @@ pub struct CpuDecoder {
 struct Rows {
     /// Feed and position of each.
     places: Vec<(usize, usize)>,
-    angles: Angles,
-}
-
-/// Cosines and sines of the rows' positions, `[M, E/2]` each.
-struct Angles {
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-}
-
-impl Angles {
-    /// Rounded to f32 before the cosine is taken, as [`Rotary`](crate::ops::Rotary) does.
-    fn new(frequencies: &[f32], positions: &[usize]) -> Self {
-        let angles = || {
-            positions.iter().flat_map(|&p| frequencies.iter().map(move |f| f64::from(p as f32 * f)))
-        };
-        Self {
-            cos: angles().map(|angle| angle.cos() as f32).collect(),
-            sin: angles().map(|angle| angle.sin() as f32).collect(),
-        }
-    }
-
-    /// Rotates every head of `x`, `[M, heads · E]`, in place.
-    fn rotate(&self, x: &mut [f32], row_len: usize, half: usize) {
-        for (row, x) in x.chunks_exact_mut(row_len).enumerate() {
-            let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
-            for head in x.chunks_exact_mut(2 * half) {
-                let (low, high) = head.split_at_mut(half);
-                for i in 0..half {
-                    let (a, b) = (low[i], high[i]);
-                    low[i] = a * cos[i] - b * sin[i];
-                    high[i] = b * cos[i] + a * sin[i];
-                }
-            }
-        }
-    }
+    rotary: Rotary,
 }
 
 impl CpuDecoder {
@@ -186,14 +153,7 @@ impl CpuDecoder {
 
     fn norm(&self, x: &[f32], weight: &Tensor) -> Result<Vec<f32>> {
         let eps = self.parts.config.rms_norm_eps as f32;
-        Ok(cpu::with_slice(weight, |weight| {
-            let mut out = Vec::with_capacity(x.len());
-            for row in x.chunks_exact(weight.len()) {
-                let scale = 1.0 / (simd::dot(row, row) / row.len() as f32 + eps).sqrt();
-                out.extend(row.iter().zip(weight).map(|(x, weight)| x * scale * weight));
-            }
-            out
-        })?)
+        Ok(cpu::with_slice(weight, |weight| norm::forward(x, weight, eps))?)
     }
 
     /// One block. `x`: `[M, D]`.
@@ -204,15 +164,15 @@ impl CpuDecoder {
         feeds: &mut [Feed<'_, PagedCache>],
         rows: &Rows,
     ) -> Result<()> {
-        let Rows { places, angles } = rows;
+        let Rows { places, rotary } = rows;
         let layer = &self.parts.layers[index];
         let half = self.parts.frequencies.len();
         let normed = self.norm(x, &layer.input_norm)?;
         let project = |i: usize| linear(&normed, (&layer.qkv[i].0, layer.qkv[i].1.as_ref()));
         let (mut q, mut k, v) = (project(0)?, project(1)?, project(2)?);
         let (q_len, kv_len) = (q.len() / places.len(), k.len() / places.len());
-        angles.rotate(&mut q, q_len, half);
-        angles.rotate(&mut k, kv_len, half);
+        rope::rotate(&mut q, rotary, 1.0);
+        rope::rotate(&mut k, rotary, 1.0);
         for (row, &(feed, position)) in places.iter().enumerate() {
             let cache = &mut *feeds[feed].cache;
             cache.write(index, Part::Keys, position, &k[row * kv_len..][..kv_len]);
@@ -229,13 +189,11 @@ impl CpuDecoder {
                 }
             },
         );
-        add(x, &linear(&mixed, (&layer.o.0, layer.o.1.as_ref()))?);
+        residual::add(x, &linear(&mixed, (&layer.o.0, layer.o.1.as_ref()))?);
         let normed = self.norm(x, &layer.post_norm)?;
         let gate = linear(&normed, (&layer.gate, None))?;
         let up = linear(&normed, (&layer.up, None))?;
-        let mut active = vec![0.0; gate.len()];
-        simd::swiglu(&mut active, &gate, &up);
-        add(x, &linear(&active, (&layer.down, None))?);
+        residual::add(x, &linear(&swiglu::forward(&gate, &up), (&layer.down, None))?);
         Ok(())
     }
 }
@@ -262,10 +220,6 @@ fn product(out: &mut [f32], x: &[f32], weight: &[f32], width: usize) {
     matmul_into(out, x, weight.t(), false, Threads::All);
 }
 
-fn add(x: &mut [f32], y: &[f32]) {
-    simd::axpy(x, 1.0, y);
-}
-
 /// One head of one row: `out = softmax(q · Kᵀ / √E) · V` over everything up to `position`.
 fn attend(
     out: &mut [f32],
@@ -278,21 +232,20 @@ fn attend(
     let scale = 1.0 / (width as f32).sqrt();
     let mut probs = vec![0.0; position + 1];
     let mut done = 0;
-    cache.visit((layer, Part::Keys, head), position, &mut |keys| {
-        let count = keys.len() / width;
+    cache.visit((layer, Part::Keys, head), position, &mut |count, keys| {
         rows::scores(&mut probs[done..][..count], query, keys, scale);
         done += count;
     });
     let top = simd::max(&probs);
     let sum = simd::exp_sub(&mut probs, top);
-    out.fill(0.0);
+    simd::scale(&mut probs, 1.0 / sum);
+    let mut mixture = rows::Mixture::new(out);
     let mut done = 0;
-    cache.visit((layer, Part::Values, head), position, &mut |values| {
-        let count = values.len() / width;
-        rows::mix(out, &probs[done..][..count], values);
+    cache.visit((layer, Part::Values, head), position, &mut |count, values| {
+        mixture.add(&probs[done..][..count], &values[..count * width]);
         done += count;
     });
-    simd::scale(out, 1.0 / sum);
+    mixture.finish();
 }
 
 impl Decoder for CpuDecoder {
@@ -317,8 +270,8 @@ impl Decoder for CpuDecoder {
                 }
             })?;
         }
-        let positions: Vec<usize> = places.iter().map(|&(_, position)| position).collect();
-        let rows = Rows { angles: Angles::new(&parts.frequencies, &positions), places };
+        let positions: Vec<u32> = places.iter().map(|&(_, position)| position as u32).collect();
+        let rows = Rows { rotary: Rotary::new(&parts.frequencies, &positions), places };
         for index in 0..parts.layers.len() {
             self.block(index, &mut x, feeds, &rows)?;
         }

@@ -8,6 +8,7 @@ use std::cmp::Ordering;
 
 use super::sampling::Sampling;
 use crate::error::{Error, Result};
+use crate::ops::head::log_sum_exp;
 
 /// A drawn token and how likely it was.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -199,16 +200,6 @@ pub fn argmax(row: &[f32]) -> u32 {
         }
     }
     best as u32
-}
-
-/// `ln Σ eˣ`, stable.
-pub fn log_sum_exp(row: &[f32]) -> f32 {
-    let top = row.iter().fold(f32::NEG_INFINITY, |top, &value| top.max(value));
-    if !top.is_finite() {
-        return f32::NAN;
-    }
-    let sum: f64 = row.iter().map(|&value| f64::from((value - top).exp())).sum();
-    (f64::from(top) + sum.ln()) as f32
 }
 
 #[cfg(test)]

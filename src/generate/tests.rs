@@ -13,6 +13,7 @@ use crate::data::tree::{Role, Tree};
 use crate::error::Result;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::transformer::Transformer;
+use crate::ops::head;
 
 /// Byte tokens; 256 and above are the pieces of `pieces`.
 #[derive(Default)]
@@ -177,6 +178,44 @@ fn greedy_answers_of_golden_models_are_the_argmax_of_the_whole_forward() {
                 tokens.push(id);
             }
         }
+    }
+}
+
+#[test]
+fn log_probabilities_of_samples_are_the_trainers_bit_for_bit() {
+    for name in ["model_tied", "model_untied", "model_llama3rope"] {
+        let mut checkpoint = golden(name);
+        checkpoint.config.max_position_embeddings = 512;
+        let decoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+        let model = Transformer::new(&checkpoint.config, &checkpoint.weights).unwrap();
+        let limits = Limits { max_positions: 512, ..WIDE };
+        let engine = Engine { decoder: &decoder, vocabulary: &Bytes::default(), limits };
+        // One prompt longer than a block of the order of summation.
+        let prompts = [1_u32, 37, 300].map(|len| Prompt {
+            index: u64::from(len),
+            tokens: (0..len).map(|i| 3 + (i * 29 + len) % 500).collect(),
+        });
+        let sampling =
+            Sampling { num_samples: 3, max_new_tokens: 30, seed: 8, ..Sampling::default() };
+        let answers = engine.answers(&prompts, &sampling).unwrap();
+        let tree = |(prompt, answers): (&Prompt, &Vec<Answer>)| {
+            let child =
+                |answer: &Answer| (answer.ids.clone(), vec![Role::Content; answer.ids.len()]);
+            Tree::siblings(prompt.tokens.clone(), answers.iter().map(child).collect(), 0)
+        };
+        let trees: Vec<Tree> = prompts.iter().zip(&answers).map(tree).collect();
+        let forest = Forest::pack(&trees).unwrap();
+        let hidden = model.hidden(&forest).unwrap();
+        let logps = head::logps(&hidden, model.head(), &forest.targets).unwrap();
+        let mut expected = vec![Vec::new(); forest.leaves.len()];
+        for (target, logp) in forest.targets.iter().zip(logps) {
+            expected[target.leaf as usize].push(logp.to_bits());
+        }
+        let bits = |answer: &Answer| -> Vec<u32> {
+            answer.logprobs.iter().map(|logprob| logprob.to_bits()).collect()
+        };
+        let found: Vec<Vec<u32>> = answers.iter().flatten().map(bits).collect();
+        assert!(found == expected, "{name}");
     }
 }
 

@@ -180,6 +180,17 @@ fn on_cpu(inputs: &Dense<'_>, rows: &Rows, d: Option<(&[f32], bool)>) -> Result<
     Ok((logps, grads))
 }
 
+/// `ln Σ e^x` of one row of logits: what every log-probability subtracts, in training and in sampling. Not finite where
+/// the row is not.
+pub fn log_sum_exp(row: &[f32]) -> f32 {
+    let max = simd::max(row);
+    log_of_sum(max, simd::sum_exp_sub(row, max))
+}
+
+fn log_of_sum(max: f32, sum: f32) -> f32 {
+    max + sum.ln()
+}
+
 /// Reads one row's targets; where a gradient is asked for, turns the logits into `d logits` in place:
 /// `Σ_n d_n · (onehot(id_n) − softmax)`.
 fn row_on_cpu(
@@ -193,7 +204,7 @@ fn row_on_cpu(
         Some(_) => simd::exp_sub(logits, max),
         None => simd::sum_exp_sub(logits, max),
     };
-    let log_sum_exp = max + sum.ln();
+    let log_sum_exp = log_of_sum(max, sum);
     if let Some(d_logps) = d_logps {
         let total: f32 = targets.iter().map(|&(index, _)| d_logps[index]).sum();
         simd::scale(logits, -total / sum);

@@ -147,14 +147,15 @@ impl Kind {
     /// of the older version is then not reused.
     pub fn version(self) -> u32 {
         match self {
+            // 2: products with an order of summation of their own; `select` prefers a finished answer.
             Self::Synth
             | Self::Sft
             | Self::Reward
             | Self::Sample
             | Self::Select
             | Self::Dpo
-            | Self::Average
-            | Self::Eval => 1,
+            | Self::Eval => 2,
+            Self::Average => 1,
         }
     }
 }

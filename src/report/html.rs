@@ -156,6 +156,7 @@ mod tests {
             inputs: std::collections::BTreeMap::new(),
             settings: json!({}),
             program: "arriero 0.0.0".to_owned(),
+            isa: "avx2".to_owned(),
             record,
         };
         let stage = |id: &str, manifest| Finished {

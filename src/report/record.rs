@@ -92,6 +92,9 @@ pub struct Manifest {
     pub settings: Value,
     /// Version of the program that wrote it. For people: not part of the hash.
     pub program: String,
+    /// The instruction set of the kernels that made it. For people: in f32 all give the same bits.
+    #[serde(default)]
+    pub isa: String,
     /// The record, with outputs relative to the directory.
     pub record: StageRecord,
 }

@@ -6,6 +6,7 @@
 //! runner write the manifest and give the directory its final name.
 
 pub mod average;
+pub mod bench;
 pub mod dpo;
 pub mod eval;
 pub mod generation;

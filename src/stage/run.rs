@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::inputs::{Hashes, Inputs};
 use super::{Metrics, StageRecord};
 use crate::error::{Context, Error, Result};
+use crate::ops::cpu::isa::Isa;
 use crate::recipe::Step;
 use crate::report::record::Manifest;
 use crate::store::{self, MANIFEST};
@@ -155,6 +156,7 @@ impl Shelf {
             inputs: inputs.contents,
             settings: inputs.settings,
             program: format!("arriero {}", env!("CARGO_PKG_VERSION")),
+            isa: Isa::current().name().to_owned(),
             record: record.clone(),
         };
         store::finish_dir(work, &manifest)?;
@@ -394,7 +396,7 @@ mod tests {
             .collect();
         insta::assert_snapshot!(
             versions.join(", "),
-            @"synth 1, sft 1, reward 1, sample 1, select 1, dpo 1, average 1, eval 1"
+            @"synth 2, sft 2, reward 2, sample 2, select 2, dpo 2, average 1, eval 2"
         );
     }
 }
