@@ -92,15 +92,15 @@ fn a_run_repeats_resumes_after_kills_and_refuses_a_second_process() {
 
     let killed = dir.path().join("killed");
     let moments: [&[&str]; 9] = [
-        &["synth.work", "ledger"],     // the teacher has answered a prompt
-        &["sft.work", "step-000020/"], // a training step after the first checkpoint
-        &["sft.work", "partial"],      // a checkpoint is being written
-        &["sample.work", "ledger"],    // candidates of a prompt are drawn
-        &["-select"],                  // pairs are chosen, or just were
-        &["reward.work", "step-"],     // the reward model has a checkpoint
-        &["dpo.work", "partial"],      // a checkpoint is being written
-        &["eval.work", "ledger"],      // a held-out prompt is judged
-        &["sft-r2.work"],              // the second round has begun
+        &["synth.work", "ledger"],              // the teacher has answered a prompt
+        &["sft.work", "step-000020/"],          // a training step after the first checkpoint
+        &["sft.work", "partial"],               // a checkpoint is being written
+        &["sample.work", "ledger"],             // candidates of a prompt are drawn
+        &["-select"],                           // pairs are chosen, or just were
+        &["reward.work", "checkpoint.partial"], // the reward model is being written
+        &["dpo.work", "checkpoint.partial"],    // the policy is being written
+        &["eval.work", "ledger"],               // a held-out prompt is judged
+        &["sft-r2.work"],                       // the second round has begun
     ];
     for parts in moments {
         assert!(kill_when(&killed, parts), "the run ended before it was killed at {parts:?}");

@@ -30,12 +30,16 @@ pub(super) fn training_bytes(config: &Config, settings: &Settings) -> u64 {
     /// Logits that exist at once in the chunked head.
     const HEAD: u64 = 12 << 20;
     let tokens = settings.max_tokens_per_micro_batch as u64;
-    let h = config.hidden_size as u64;
+    let (h, f) = (config.hidden_size as u64, config.intermediate_size as u64);
+    let q = (config.num_attention_heads * config.head_dim) as u64;
     let kv = (config.num_key_value_heads * config.head_dim) as u64;
-    let block = tokens * (7 * h + 2 * kv + 4 * config.intermediate_size as u64) * ELEMENT;
+    // What a block keeps (`model::block_cpu`): queries and what they saw, keys and values, the sum between, gate and up.
+    let kept = tokens * (2 * q + 2 * kv + h + 2 * f) * ELEMENT;
+    // Norms, the activation and gradients while one block is taken back.
+    let working = tokens * (6 * h + 4 * f) * ELEMENT;
     let layers = config.num_hidden_layers as u64;
-    let boundaries = 2 * layers * tokens * h * ELEMENT / 2;
-    let blocks = if settings.gradient_checkpointing { block } else { layers * block };
+    let boundaries = (layers + 1) * tokens * h * ELEMENT;
+    let blocks = working + if settings.gradient_checkpointing { kept } else { layers * kept };
     let head = 2 * HEAD.min(tokens * config.vocab_size as u64) * ELEMENT;
     parameters(config) * 4 * ELEMENT + boundaries + blocks + head
 }
