@@ -92,13 +92,22 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
-    match Isa::from_env().and_then(|_| dispatch(cli.command)) {
+    match on_a_worker(|| Isa::from_env().and_then(|_| dispatch(cli.command))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output::error(&error);
             ExitCode::from(exit_code(&error))
         }
     }
+}
+
+/// Runs the program on one of rayon's own threads. A parallel loop that starts there begins at once and shares with the
+/// others; started from any other thread it would hand everything over and sleep, twice a loop.
+fn on_a_worker<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    const STACK: usize = 16 << 20;
+    // Where a pool exists already, its threads serve as well.
+    let _ = rayon::ThreadPoolBuilder::new().stack_size(STACK).build_global();
+    rayon::scope(|_| work())
 }
 
 fn exit_code(error: &Error) -> u8 {

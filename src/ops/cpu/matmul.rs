@@ -23,7 +23,7 @@ const FEW: usize = 96;
 /// Elements of the largest tile of any kernel.
 const TILE: usize = 12 * 32;
 /// Multiply-adds below which a second thread does not pay.
-const SMALL: usize = 1 << 17;
+const SMALL: usize = 1 << 20;
 
 /// A read-only matrix view: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]
