@@ -20,7 +20,7 @@ use crate::loss::reward::Reward;
 use crate::loss::sft::Sft;
 use crate::model::Transformer;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
-use crate::optim::adamw::{AdamW, Hyper, is_decayed};
+use crate::optim::adamw::AdamW;
 use crate::optim::clip_factor;
 use crate::report::record::Silent;
 use crate::rng::Stream;
@@ -147,13 +147,7 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
     };
     let learner = Learner::new(&start.config, &start.weights)?;
     drop(start);
-    let mut adamw = AdamW::new(Hyper {
-        beta1: settings.adam_beta1,
-        beta2: settings.adam_beta2,
-        eps: settings.adam_epsilon,
-        weight_decay: settings.weight_decay,
-        decayed: is_decayed,
-    });
+    let mut adamw = AdamW::new(settings.hyper());
     let borrowed: Vec<&Tree> = trees.iter().collect();
     let cut = StepOptions {
         max_tokens: settings.max_tokens_per_micro_batch,

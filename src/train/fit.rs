@@ -11,7 +11,7 @@ use super::{Learner, Settings};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::Objective;
-use crate::optim::adamw::{AdamW, Hyper, is_decayed};
+use crate::optim::adamw::AdamW;
 use crate::optim::clip_factor;
 use crate::report::record::{Events, Metrics};
 
@@ -72,13 +72,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn resume(learner: &'a Learner, job: &'a Job<'a>, order: Order) -> Result<Self> {
         let settings = job.settings;
-        let mut adamw = AdamW::new(Hyper {
-            beta1: settings.adam_beta1,
-            beta2: settings.adam_beta2,
-            eps: settings.adam_epsilon,
-            weight_decay: settings.weight_decay,
-            decayed: is_decayed,
-        });
+        let mut adamw = AdamW::new(settings.hyper());
         let state = match Saved::newest(&Self::checkpoints(job))? {
             Some(saved) => {
                 let state = saved.load(learner, &mut adamw)?;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::optim::adamw::{Hyper, is_decayed};
 use crate::optim::schedule::Schedule;
 
 /// Training keys, resolved: every field has a value that is used.
@@ -122,6 +123,17 @@ impl Settings {
     /// Examples an optimizer step.
     pub fn examples_per_step(&self) -> usize {
         self.per_device_train_batch_size * self.gradient_accumulation_steps
+    }
+
+    /// AdamW's constants.
+    pub fn hyper(&self) -> Hyper {
+        Hyper {
+            beta1: self.adam_beta1,
+            beta2: self.adam_beta2,
+            eps: self.adam_epsilon,
+            weight_decay: self.weight_decay,
+            decayed: is_decayed,
+        }
     }
 
     /// Optimizer steps for `examples` training examples. The last, partial step counts.
