@@ -11,9 +11,8 @@ use rayon::prelude::*;
 use super::cache::{CacheShape, PagedCache, Part};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Config, Weights};
-use crate::ops::cpu::matmul::{Mat, Threads, matmul_into};
 use crate::ops::cpu::{self, rows, simd};
-use crate::ops::{Rotary, norm, residual, rope, swiglu};
+use crate::ops::{Rotary, linear, norm, residual, rope, swiglu};
 
 /// New tokens of one sequence.
 #[derive(Debug)]
@@ -168,7 +167,7 @@ impl CpuDecoder {
         let layer = &self.parts.layers[index];
         let half = self.parts.frequencies.len();
         let normed = self.norm(x, &layer.input_norm)?;
-        let project = |i: usize| linear(&normed, (&layer.qkv[i].0, layer.qkv[i].1.as_ref()));
+        let project = |i: usize| apply(&normed, &layer.qkv[i]);
         let (mut q, mut k, v) = (project(0)?, project(1)?, project(2)?);
         let (q_len, kv_len) = (q.len() / places.len(), k.len() / places.len());
         rope::rotate(&mut q, rotary, 1.0);
@@ -189,35 +188,17 @@ impl CpuDecoder {
                 }
             },
         );
-        residual::add(x, &linear(&mixed, (&layer.o.0, layer.o.1.as_ref()))?);
+        residual::add(x, &apply(&mixed, &layer.o)?);
         let normed = self.norm(x, &layer.post_norm)?;
-        let gate = linear(&normed, (&layer.gate, None))?;
-        let up = linear(&normed, (&layer.up, None))?;
-        residual::add(x, &linear(&swiglu::forward(&gate, &up), (&layer.down, None))?);
+        let gate = linear::forward(&normed, &layer.gate, None)?;
+        let up = linear::forward(&normed, &layer.up, None)?;
+        residual::add(x, &linear::forward(&swiglu::forward(&gate, &up), &layer.down, None)?);
         Ok(())
     }
 }
 
-/// `x · wᵀ + b`, the row rule kept.
-fn linear(x: &[f32], (weight, bias): (&Tensor, Option<&Tensor>)) -> Result<Vec<f32>> {
-    let (out_width, width) = weight.dims2()?;
-    let mut out = vec![0.0; x.len() / width * out_width];
-    cpu::with_slice(weight, |weight| product(&mut out, x, weight, width))?;
-    if let Some(bias) = bias {
-        cpu::with_slice(bias, |bias| {
-            for row in out.chunks_exact_mut(out_width) {
-                simd::axpy(row, 1.0, bias);
-            }
-        })?;
-    }
-    Ok(out)
-}
-
-/// `x · wᵀ` of dense rows as wide as `width`.
-fn product(out: &mut [f32], x: &[f32], weight: &[f32], width: usize) {
-    let x = Mat::new(x, x.len() / width, width);
-    let weight = Mat::new(weight, weight.len() / width, width);
-    matmul_into(out, x, weight.t(), false, Threads::All);
+fn apply(x: &[f32], (weight, bias): &(Tensor, Option<Tensor>)) -> Result<Vec<f32>> {
+    Ok(linear::forward(x, weight, bias.as_ref())?)
 }
 
 /// One head of one row: `out = softmax(q · Kᵀ / √E) · V` over everything up to `position`.
@@ -282,8 +263,7 @@ impl Decoder for CpuDecoder {
             last.extend_from_slice(&x[(end - 1) * width..end * width]);
         }
         let last = self.norm(&last, &parts.norm)?;
-        logits.resize(feeds.len() * parts.config.vocab_size, 0.0);
-        cpu::with_slice(&parts.head, |head| product(logits, &last, head, width))?;
+        *logits = linear::forward(&last, &parts.head, None)?;
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use super::gradients::Gradients;
 use crate::error::Result;
 use crate::ops::cpu::attention::{self, Inputs};
 use crate::ops::cpu::matmul::{Mat, Threads, matmul, matmul_into};
-use crate::ops::{cpu, norm, residual, rope, swiglu};
+use crate::ops::{cpu, linear, norm, residual, rope, swiglu};
 
 /// What a block's backward needs of its forward, besides the block's input.
 #[derive(Debug)]
@@ -51,14 +51,7 @@ impl Projection {
 
     /// `x · Wᵀ + b`. Shapes: `[T, I] -> [T, O]`.
     fn apply(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let x = rows_of(x, self.width());
-        let mut y = self.with_weight(|weight| matmul(x, weight.t(), Threads::All))?;
-        if let Some(bias) = &self.bias {
-            cpu::with_slice(bias, |bias| {
-                y.chunks_exact_mut(bias.len()).for_each(|y| cpu::simd::axpy(y, 1.0, bias));
-            })?;
-        }
-        Ok(y)
+        Ok(linear::forward(x, &self.weight, self.bias.as_ref())?)
     }
 
     /// `d_x += d_y · W`. Shapes: `d_y` `[T, O]`, `d_x` `[T, I]`.

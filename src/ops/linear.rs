@@ -37,6 +37,21 @@ pub fn plain(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
 }
 
+/// `x · Wᵀ + b` over plain numbers; `x` holds rows `[T, I]`.
+pub(crate) fn forward(x: &[f32], weight: &Tensor, bias: Option<&Tensor>) -> Result<Vec<f32>> {
+    let (outer, inner) = weight.dims2()?;
+    let x = Mat::new(x, x.len() / inner, inner);
+    let mut y = cpu::with_slice(weight, |weight| {
+        matmul(x, Mat::new(weight, outer, inner).t(), Threads::All)
+    })?;
+    if let Some(bias) = bias {
+        cpu::with_slice(bias, |bias| {
+            y.chunks_exact_mut(outer).for_each(|y| cpu::simd::axpy(y, 1.0, bias));
+        })?;
+    }
+    Ok(y)
+}
+
 struct Linear {
     trained: bool,
 }
