@@ -10,6 +10,7 @@ use arriero::loss::preference::{Dpo, PairLogps};
 use arriero::loss::reward::Reward;
 use arriero::loss::sft::Sft;
 use arriero::loss::{Objective, Readout};
+use arriero::model::Precision;
 use arriero::model::checkpoint::Checkpoint;
 use arriero::model::{Architecture, Config, Gradients, Transformer, Weights};
 use arriero::optim::adamw::{AdamW, Hyper, is_decayed};
@@ -219,8 +220,10 @@ fn every_parameter_moves_and_frozen_ones_keep_their_bits() {
         let frozen =
             |name: &str| name.starts_with("model.layers.0.") || name == "model.embed_tokens.weight";
         for freeze in [false, true] {
-            let learner =
-                Learner::with_frozen(&config, &weights, |name| freeze && frozen(name)).unwrap();
+            let learner = Learner::with(&config, weights.clone(), Precision::F32, |name| {
+                freeze && frozen(name)
+            })
+            .unwrap();
             let (grads, _) = run(&learner, objective.as_ref(), &trees, OPTIONS);
             let hyper = Hyper {
                 beta1: 0.9,

@@ -114,8 +114,13 @@ fn check_grads(grads: &Gradients, file: &str) {
 /// than the steps reach.
 fn check_weights(learner: &Learner, file: &str, bound: f64) {
     for (name, expected) in tensors(file) {
-        let ours =
-            learner.params()[&name].as_tensor().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let ours = learner.params()[&name]
+            .master
+            .as_tensor()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap();
         let expected = expected.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let errors: Vec<f64> =
             ours.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs())).collect();

@@ -19,7 +19,7 @@ use crate::stage::rounds::device;
 pub(super) struct ChatArgs {
     /// A checkpoint directory, a .gguf file, or a hub id
     model: String,
-    /// Settings: system=… chat_template=… device=cpu temperature=0.7 max_new_tokens=256
+    /// Settings: system=… chat_template=… device=cpu dtype=bf16 temperature=0.7 max_new_tokens=256
     #[arg(value_name = "KEY=VALUE")]
     settings: Vec<String>,
 }
@@ -36,7 +36,8 @@ struct Setup {
 pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let setup = setup(&args.settings)?;
     let device = device(&setup.device)?;
-    let mut checkpoint = Checkpoint::load(&args.model, &device, &LoadOptions::default())?;
+    let mut checkpoint = Checkpoint::load(&args.model, &device, &LoadOptions::default())?
+        .computed_in(setup.sampling.dtype)?;
     if let Some(template) = &setup.chat_template {
         checkpoint.tokenizer =
             Some(checkpoint.tokenizer()?.with_template(template).at("chat_template")?);

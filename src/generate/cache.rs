@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::ops::cpu::Element;
 use crate::ops::cpu::rows::TILE;
 
 /// Positions a page: as many keys as the attention of a row reads side by side.
@@ -24,23 +25,23 @@ impl CacheShape {
         self.layers * 2 * self.heads * PAGE * self.width
     }
 
-    /// Bytes a position takes.
-    pub fn bytes_a_token(self) -> usize {
-        self.page_len() / PAGE * size_of::<f32>()
+    /// Bytes a position takes in a cache of `E`.
+    pub fn bytes_a_token<E>(self) -> usize {
+        self.page_len() / PAGE * size_of::<E>()
     }
 }
 
-/// The cache of one segment, prompt or sample, on the CPU in f32. A page has a tile for each
+/// The cache of one segment, prompt or sample, on the CPU. A page has a tile for each
 /// layer, part and head: values as `[PAGE, E]`, keys transposed to `[E, PAGE]`.
 #[derive(Debug)]
-pub struct PagedCache {
+pub struct PagedCache<E = f32> {
     shape: CacheShape,
     /// What this segment continues: all of it is visible.
     parent: Option<Arc<Self>>,
     /// Position of the first token.
     start: usize,
     len: usize,
-    pages: Vec<Vec<f32>>,
+    pages: Vec<Vec<E>>,
 }
 
 /// Keys or values.
@@ -52,7 +53,7 @@ pub enum Part {
     Values = 1,
 }
 
-impl PagedCache {
+impl<E: Element> PagedCache<E> {
     /// An empty segment that continues `parent`.
     pub fn new(shape: CacheShape, parent: Option<Arc<Self>>) -> Self {
         let start = parent.as_ref().map_or(0, |parent| parent.end());
@@ -69,13 +70,13 @@ impl PagedCache {
         let first = self.end();
         self.len += count;
         while self.pages.len() * PAGE < self.len {
-            self.pages.push(vec![0.0; self.shape.page_len()]);
+            self.pages.push(vec![E::default(); self.shape.page_len()]);
         }
         first
     }
 
     /// Stores one token's keys or values of one layer, `[G, E]`, at `position`, which [`extend`](Self::extend) gave.
-    pub fn write(&mut self, layer: usize, part: Part, position: usize, values: &[f32]) {
+    pub fn write(&mut self, layer: usize, part: Part, position: usize, values: &[E]) {
         let CacheShape { heads, width, .. } = self.shape;
         let own = position - self.start;
         let page = &mut self.pages[own / PAGE];
@@ -98,7 +99,7 @@ impl PagedCache {
         &'a self,
         tile: (usize, Part, usize),
         position: usize,
-        see: &mut impl FnMut(usize, &'a [f32]),
+        see: &mut impl FnMut(usize, &'a [E]),
     ) {
         if let Some(parent) = &self.parent {
             parent.visit(tile, position, see);

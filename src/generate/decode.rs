@@ -3,6 +3,7 @@
 //! [`CpuDecoder`] keeps the row rule (see [`matmul`](crate::ops::cpu::matmul)): logits of a sequence are the same bits
 //! whatever it is batched with, and the bits that training computes for equal weights and segments. [`PlainDecoder`](super::plain::PlainDecoder) runs on every device.
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -11,7 +12,7 @@ use rayon::prelude::*;
 use super::cache::{CacheShape, PagedCache, Part};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Config, Weights};
-use crate::ops::cpu::{self, rows, simd};
+use crate::ops::cpu::{self, Element, rows, simd};
 use crate::ops::{Rotary, linear, norm, residual, rope, swiglu};
 
 /// New tokens of one sequence.
@@ -118,10 +119,11 @@ impl Parts {
     }
 }
 
-/// The forward pass on the CPU in f32 with kernels that keep the row rule.
+/// The forward pass on the CPU with kernels that keep the row rule. `E` is the type of its matrices, and of its caches.
 #[derive(Clone, Debug)]
-pub struct CpuDecoder {
+pub struct CpuDecoder<E = f32> {
     parts: Parts,
+    elements: PhantomData<E>,
 }
 
 /// The new tokens of one forward pass.
@@ -131,13 +133,18 @@ struct Rows {
     rotary: Rotary,
 }
 
-impl CpuDecoder {
+impl<E: Element> CpuDecoder<E> {
     /// Takes the weights of a causal language model. They are shared, not copied.
     ///
     /// # Errors
-    /// A missing tensor, or a reward model.
+    /// A missing tensor, matrices of another type, or a reward model.
     pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
-        Ok(Self { parts: Parts::new(config, weights)? })
+        let parts = Parts::new(config, weights)?;
+        let found = parts.embedding.dtype();
+        if found != E::DTYPE {
+            return Err(Error::run(format!("weights of {found:?}, expected {:?}", E::DTYPE)));
+        }
+        Ok(Self { parts, elements: PhantomData })
     }
 
     /// How this model's caches are laid out.
@@ -150,7 +157,7 @@ impl CpuDecoder {
         }
     }
 
-    fn norm(&self, x: &[f32], weight: &Tensor) -> Result<Vec<f32>> {
+    fn norm(&self, x: &[f32], weight: &Tensor) -> Result<Vec<E>> {
         let eps = self.parts.config.rms_norm_eps as f32;
         Ok(cpu::with_slice(weight, |weight| norm::forward(x, weight, eps))?)
     }
@@ -160,7 +167,7 @@ impl CpuDecoder {
         &self,
         index: usize,
         x: &mut [f32],
-        feeds: &mut [Feed<'_, PagedCache>],
+        feeds: &mut [Feed<'_, PagedCache<E>>],
         rows: &Rows,
     ) -> Result<()> {
         let Rows { places, rotary } = rows;
@@ -168,10 +175,13 @@ impl CpuDecoder {
         let half = self.parts.frequencies.len();
         let normed = self.norm(x, &layer.input_norm)?;
         let project = |i: usize| apply(&normed, &layer.qkv[i]);
-        let (mut q, mut k, v) = (project(0)?, project(1)?, project(2)?);
+        let rotated = |i: usize| -> Result<Vec<E>> {
+            let mut y = project(i)?;
+            rope::rotate(&mut y, rotary, 1.0);
+            Ok(E::rounded(y))
+        };
+        let (q, k, v) = (rotated(0)?, rotated(1)?, E::rounded(project(2)?));
         let (q_len, kv_len) = (q.len() / places.len(), k.len() / places.len());
-        rope::rotate(&mut q, rotary, 1.0);
-        rope::rotate(&mut k, rotary, 1.0);
         for (row, &(feed, position)) in places.iter().enumerate() {
             let cache = &mut *feeds[feed].cache;
             cache.write(index, Part::Keys, position, &k[row * kv_len..][..kv_len]);
@@ -179,42 +189,44 @@ impl CpuDecoder {
         }
         let group = self.parts.config.group_size();
         let feeds = &*feeds;
-        let mut mixed = vec![0.0; q.len()];
-        mixed.par_chunks_mut(q_len).zip(q.par_chunks(q_len)).zip(places).for_each(
-            |((out, q), &(feed, position))| {
+        let mut mixed = vec![E::default(); q.len()];
+        mixed.par_chunks_mut(q_len).zip(q.par_chunks(q_len)).zip(places).for_each_init(
+            <[Vec<f32>; 3]>::default,
+            |[a, b, tile], ((out, q), &(feed, position))| {
                 let heads = out.chunks_exact_mut(2 * half).zip(q.chunks_exact(2 * half));
                 for (head, (out, q)) in heads.enumerate() {
-                    attend(out, q, feeds[feed].cache, (index, head / group), position);
+                    let (place, q) = ((&*feeds[feed].cache, index, head / group), E::widen(q, a));
+                    E::write(out, b, |out| attend(out, q, place, position, tile));
                 }
             },
         );
         residual::add(x, &apply(&mixed, &layer.o)?);
         let normed = self.norm(x, &layer.post_norm)?;
-        let gate = linear::forward(&normed, &layer.gate, None)?;
-        let up = linear::forward(&normed, &layer.up, None)?;
+        let gate = E::rounded(linear::forward(&normed, &layer.gate, None)?);
+        let up = E::rounded(linear::forward(&normed, &layer.up, None)?);
         residual::add(x, &linear::forward(&swiglu::forward(&gate, &up), &layer.down, None)?);
         Ok(())
     }
 }
 
-fn apply(x: &[f32], (weight, bias): &(Tensor, Option<Tensor>)) -> Result<Vec<f32>> {
+fn apply<E: Element>(x: &[E], (weight, bias): &(Tensor, Option<Tensor>)) -> Result<Vec<f32>> {
     Ok(linear::forward(x, weight, bias.as_ref())?)
 }
 
 /// One head of one row: `out = softmax(q · Kᵀ / √E) · V` over everything up to `position`.
-fn attend(
+fn attend<E: Element>(
     out: &mut [f32],
     query: &[f32],
-    cache: &PagedCache,
-    (layer, head): (usize, usize),
+    (cache, layer, head): (&PagedCache<E>, usize, usize),
     position: usize,
+    tile: &mut Vec<f32>,
 ) {
     let width = query.len();
     let scale = 1.0 / (width as f32).sqrt();
     let mut probs = vec![0.0; position + 1];
     let mut done = 0;
     cache.visit((layer, Part::Keys, head), position, &mut |count, keys| {
-        rows::scores(&mut probs[done..][..count], query, keys, scale);
+        rows::scores(&mut probs[done..][..count], query, E::widen(keys, tile), scale);
         done += count;
     });
     let top = simd::max(&probs);
@@ -223,20 +235,21 @@ fn attend(
     let mut mixture = rows::Mixture::new(out);
     let mut done = 0;
     cache.visit((layer, Part::Values, head), position, &mut |count, values| {
-        mixture.add(&probs[done..][..count], &values[..count * width]);
+        let values = E::widen(&values[..count * width], tile);
+        mixture.add(&probs[done..][..count], values);
         done += count;
     });
     mixture.finish();
 }
 
-impl Decoder for CpuDecoder {
-    type Cache = PagedCache;
+impl<E: Element> Decoder for CpuDecoder<E> {
+    type Cache = PagedCache<E>;
 
-    fn cache(&self, parent: Option<Arc<PagedCache>>) -> PagedCache {
+    fn cache(&self, parent: Option<Arc<PagedCache<E>>>) -> PagedCache<E> {
         PagedCache::new(self.cache_shape(), parent)
     }
 
-    fn forward(&self, feeds: &mut [Feed<'_, PagedCache>], logits: &mut Vec<f32>) -> Result<()> {
+    fn forward(&self, feeds: &mut [Feed<'_, PagedCache<E>>], logits: &mut Vec<f32>) -> Result<()> {
         let parts = &self.parts;
         let width = parts.config.hidden_size;
         let mut places = Vec::new();
@@ -245,9 +258,10 @@ impl Decoder for CpuDecoder {
             parts.check_tokens(feed.tokens)?;
             let first = feed.cache.extend(feed.tokens.len());
             places.extend((0..feed.tokens.len()).map(|offset| (index, first + offset)));
-            cpu::with_slice(&parts.embedding, |table| {
+            cpu::with_slice::<E, _>(&parts.embedding, |table| {
                 for &token in feed.tokens {
-                    x.extend_from_slice(&table[token as usize * width..][..width]);
+                    let row = &table[token as usize * width..][..width];
+                    x.extend(row.iter().map(|x| x.widened()));
                 }
             })?;
         }

@@ -1,5 +1,7 @@
 //! A model in this process that answers prompts: the local teacher, and the policy that is sampled.
 
+use candle_core::DType;
+use half::bf16;
 use serde_json::{Map, Value};
 
 use super::decode::CpuDecoder;
@@ -77,6 +79,7 @@ pub struct LocalModel {
 
 enum Backend {
     Cpu(CpuDecoder),
+    Bf16(CpuDecoder<bf16>),
     Plain(PlainDecoder),
 }
 
@@ -96,20 +99,21 @@ impl Vocabulary for Words {
 }
 
 impl LocalModel {
-    /// Takes a checkpoint's weights, which are shared, not copied.
+    /// Takes a checkpoint's weights, which are shared, not copied, and computes in their type.
     ///
     /// # Errors
     /// A reward model, or a checkpoint without tokenizer.
     pub fn new(checkpoint: &Checkpoint) -> Result<Self> {
         let Checkpoint { config, weights, .. } = checkpoint;
         let on_cpu = weights.values().all(|tensor| tensor.device().is_cpu());
-        let backend = if on_cpu {
-            Backend::Cpu(CpuDecoder::new(config, weights)?)
-        } else {
-            Backend::Plain(PlainDecoder::new(config, weights)?)
+        let in_bf16 = weights.values().any(|tensor| tensor.dtype() == DType::BF16);
+        let (backend, element) = match (on_cpu, in_bf16) {
+            (true, true) => (Backend::Bf16(CpuDecoder::new(config, weights)?), 2),
+            (true, false) => (Backend::Cpu(CpuDecoder::new(config, weights)?), 4),
+            (false, _) => (Backend::Plain(PlainDecoder::new(config, weights)?), 4),
         };
         let bytes_a_token =
-            config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4;
+            config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * element;
         let limits = Limits {
             max_batch: MAX_BATCH,
             max_prefill: MAX_PREFILL,
@@ -149,6 +153,9 @@ impl LocalModel {
         let (vocabulary, limits) = (&self.words, self.limits);
         match &self.backend {
             Backend::Cpu(decoder) => {
+                Engine { decoder, vocabulary, limits }.run(prompts, sampling, done)
+            }
+            Backend::Bf16(decoder) => {
                 Engine { decoder, vocabulary, limits }.run(prompts, sampling, done)
             }
             Backend::Plain(decoder) => {

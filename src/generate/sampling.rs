@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::model::Precision;
 
 /// Sampling keys, resolved: every field has a value that is used.
 ///
@@ -37,6 +38,9 @@ pub struct Sampling {
     /// Answers drawn for each prompt.
     #[serde(alias = "n", alias = "num_return_sequences")]
     pub num_samples: usize,
+    /// What the model computes with: `f32` or `bf16`.
+    #[serde(alias = "torch_dtype")]
+    pub dtype: Precision,
 }
 
 impl Default for Sampling {
@@ -51,6 +55,7 @@ impl Default for Sampling {
             stop: Vec::new(),
             seed: 0,
             num_samples: 1,
+            dtype: Precision::F32,
         }
     }
 }
@@ -91,7 +96,7 @@ impl Sampling {
         if self.stop.iter().any(String::is_empty) {
             return Err(Error::usage("`stop` has an empty string, which would end every answer"));
         }
-        Ok(())
+        self.dtype.check_compute()
     }
 }
 

@@ -11,8 +11,10 @@ use super::sampling::Sampling;
 use crate::data::forest::Forest;
 use crate::data::tree::{Role, Tree};
 use crate::error::Result;
+use crate::model::Precision;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::transformer::Transformer;
+use crate::ops::cpu::Element;
 use crate::ops::head;
 
 /// Byte tokens; 256 and above are the pieces of `pieces`.
@@ -163,7 +165,7 @@ fn whole_forward(model: &Transformer, tokens: &[u32]) -> Vec<f32> {
 fn greedy_answers_of_golden_models_are_the_argmax_of_the_whole_forward() {
     for name in ["model_tied", "model_untied", "model_llama3rope"] {
         let checkpoint = golden(name);
-        let decoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+        let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
         let model = Transformer::new(&checkpoint.config, &checkpoint.weights).unwrap();
         let engine = Engine { decoder: &decoder, vocabulary: &Bytes::default(), limits: WIDE };
         let prompts =
@@ -183,10 +185,16 @@ fn greedy_answers_of_golden_models_are_the_argmax_of_the_whole_forward() {
 
 #[test]
 fn log_probabilities_of_samples_are_the_trainers_bit_for_bit() {
+    samples_have_the_trainers_bits::<f32>(Precision::F32);
+    samples_have_the_trainers_bits::<half::bf16>(Precision::Bf16);
+}
+
+fn samples_have_the_trainers_bits<E: Element>(precision: Precision) {
     for name in ["model_tied", "model_untied", "model_llama3rope"] {
-        let mut checkpoint = golden(name);
+        let mut checkpoint = golden(name).computed_in(precision).unwrap();
         checkpoint.config.max_position_embeddings = 512;
-        let decoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+        let decoder: CpuDecoder<E> =
+            CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
         let model = Transformer::new(&checkpoint.config, &checkpoint.weights).unwrap();
         let limits = Limits { max_positions: 512, ..WIDE };
         let engine = Engine { decoder: &decoder, vocabulary: &Bytes::default(), limits };
@@ -215,7 +223,7 @@ fn log_probabilities_of_samples_are_the_trainers_bit_for_bit() {
             answer.logprobs.iter().map(|logprob| logprob.to_bits()).collect()
         };
         let found: Vec<Vec<u32>> = answers.iter().flatten().map(bits).collect();
-        assert!(found == expected, "{name}");
+        assert!(found == expected, "{name} in {precision:?}");
     }
 }
 
@@ -243,7 +251,7 @@ fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
 #[test]
 fn the_plain_decoder_predicts_what_the_cpu_decoder_does_on_a_golden_model() {
     let checkpoint = golden("model_llama3rope");
-    let cpu = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let cpu: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let plain = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let (cpu, plain) = (predict(&cpu), predict(&plain));
     assert_eq!(cpu.len(), plain.len());
@@ -254,7 +262,7 @@ fn the_plain_decoder_predicts_what_the_cpu_decoder_does_on_a_golden_model() {
 #[test]
 fn an_answer_of_a_golden_model_is_the_same_whatever_it_is_batched_with() {
     let checkpoint = golden("model_untied");
-    let decoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let vocabulary = Bytes { ends: (0..40).collect(), ..Bytes::default() };
     let prompts: Vec<Prompt> = (0..9_u32)
         .map(|index| Prompt {

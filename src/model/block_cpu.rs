@@ -3,35 +3,47 @@
 //! The same mathematics as [`Block::forward`] over plain buffers: gradients of weights are accumulated by the products
 //! themselves, residual sums happen in place, and what is cheap (norms, the activation) is computed again rather than
 //! kept. The graph form is its twin in the tests and runs on other devices. Why by hand: `docs/decisions/0006`.
+//!
+//! In bf16 everything that enters a product is bf16: weights, normed rows, queries, keys, values, what attention saw, the
+//! feed-forward's inner rows, and the gradients of each product's output. The residual stream, sums, norms, softmax and
+//! the gradients of weights are f32.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
+use half::bf16;
 
 use super::block::{Block, Layout, Projection};
 use super::gradients::Gradients;
 use crate::error::Result;
+use crate::ops::cpu::Element;
 use crate::ops::cpu::attention::{self, Inputs};
 use crate::ops::cpu::matmul::{Mat, Threads, matmul, matmul_into};
 use crate::ops::{cpu, linear, norm, residual, rope, swiglu};
 
 /// What a block's backward needs of its forward, besides the block's input.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub(super) enum Kept {
+    F32(Activations<f32>),
+    Bf16(Activations<bf16>),
+}
+
+#[derive(Debug)]
+pub(super) struct Activations<E> {
     /// Rotated queries `[T, H, E]`, rotated keys and values `[T, G, E]`.
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
+    q: Vec<E>,
+    k: Vec<E>,
+    v: Vec<E>,
     /// What attention saw, `[T, H, E]`, and its log-sum-exps.
-    seen: Vec<f32>,
+    seen: Vec<E>,
     log_sum_exp: Vec<f32>,
     /// The sum after attention, `[T, D]`.
     middle: Vec<f32>,
     /// `[T, F]` each.
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    gate: Vec<E>,
+    up: Vec<E>,
 }
 
 /// `x` as rows of `width`.
-fn rows_of(x: &[f32], width: usize) -> Mat<'_> {
+fn rows_of<E: Element>(x: &[E], width: usize) -> Mat<'_, E> {
     Mat::new(x, x.len() / width, width)
 }
 
@@ -44,18 +56,18 @@ impl Projection {
         self.weight.dims()[1]
     }
 
-    fn with_weight<R>(&self, read: impl FnOnce(Mat<'_>) -> R) -> Result<R> {
+    fn with_weight<E: Element, R>(&self, read: impl FnOnce(Mat<'_, E>) -> R) -> Result<R> {
         let (rows, width) = (self.rows(), self.width());
         Ok(cpu::with_slice(&self.weight, |weight| read(Mat::new(weight, rows, width)))?)
     }
 
     /// `x · Wᵀ + b`. Shapes: `[T, I] -> [T, O]`.
-    fn apply(&self, x: &[f32]) -> Result<Vec<f32>> {
+    fn apply<E: Element>(&self, x: &[E]) -> Result<Vec<f32>> {
         Ok(linear::forward(x, &self.weight, self.bias.as_ref())?)
     }
 
     /// `d_x += d_y · W`. Shapes: `d_y` `[T, O]`, `d_x` `[T, I]`.
-    fn pull_back(&self, d_y: &[f32], d_x: &mut Vec<f32>) -> Result<()> {
+    fn pull_back<E: Element>(&self, d_y: &[E], d_x: &mut Vec<f32>) -> Result<()> {
         let d_y = rows_of(d_y, self.rows());
         self.with_weight(|weight| {
             if d_x.is_empty() {
@@ -67,7 +79,7 @@ impl Projection {
     }
 
     /// Adds the gradients of weight and bias, where they are trained.
-    fn add_gradients(&self, x: &[f32], d_y: &[f32], grads: &mut Gradients) -> Result<()> {
+    fn add_gradients<E: Element>(&self, x: &[E], d_y: &[E], grads: &mut Gradients) -> Result<()> {
         if self.weight.is_variable() {
             let d_y = rows_of(d_y, self.rows()).t();
             grads.add_product(&self.name, d_y, rows_of(x, self.width()))?;
@@ -75,7 +87,10 @@ impl Projection {
         match &self.bias {
             Some(bias) if bias.is_variable() => {
                 let mut sum = vec![0.0; self.rows()];
-                d_y.chunks_exact(sum.len()).for_each(|d_y| cpu::simd::axpy(&mut sum, 1.0, d_y));
+                let mut scratch = Vec::new();
+                for d_y in d_y.chunks_exact(sum.len()) {
+                    cpu::simd::axpy(&mut sum, 1.0, E::widen(d_y, &mut scratch));
+                }
                 grads.add(&self.bias_name(), Tensor::from_vec(sum, self.rows(), bias.device())?)
             }
             _ => Ok(()),
@@ -84,23 +99,40 @@ impl Projection {
 }
 
 impl Block {
-    /// The block over a packed forest. Shapes: `[T, D] -> [T, D]`.
+    /// The block over a packed forest, in the type of its weights. Shapes: `[T, D] -> [T, D]`.
     pub(super) fn forward_cpu(&self, x: &[f32], layout: &Layout) -> Result<(Vec<f32>, Kept)> {
-        let normed = self.norm(x, &self.input_norm)?;
-        let (mut q, mut k) = (self.q.apply(&normed)?, self.k.apply(&normed)?);
-        let v = self.v.apply(&normed)?;
+        if self.q.weight.dtype() == DType::BF16 {
+            let (y, kept) = self.forward_in::<bf16>(x, layout)?;
+            return Ok((y, Kept::Bf16(kept)));
+        }
+        let (y, kept) = self.forward_in::<f32>(x, layout)?;
+        Ok((y, Kept::F32(kept)))
+    }
+
+    fn forward_in<E: Element>(
+        &self,
+        x: &[f32],
+        layout: &Layout,
+    ) -> Result<(Vec<f32>, Activations<E>)> {
+        let normed = self.norm::<E>(x, &self.input_norm)?;
+        let rotated = |projection: &Projection| -> Result<Vec<E>> {
+            let mut y = projection.apply(&normed)?;
+            rope::rotate(&mut y, &layout.rotary, 1.0);
+            Ok(E::rounded(y))
+        };
+        let (q, k) = (rotated(&self.q)?, rotated(&self.k)?);
+        let v = E::rounded(self.v.apply(&normed)?);
         drop(normed);
-        rope::rotate(&mut q, &layout.rotary, 1.0);
-        rope::rotate(&mut k, &layout.rotary, 1.0);
         let (seen, log_sum_exp) = attention::forward(&self.inputs(&q, &k, &v, layout));
         let mut middle = self.o.apply(&seen)?;
         residual::add(&mut middle, x);
-        let normed = self.norm(&middle, &self.post_norm)?;
-        let (gate, up) = (self.gate.apply(&normed)?, self.up.apply(&normed)?);
+        let normed = self.norm::<E>(&middle, &self.post_norm)?;
+        let gate = E::rounded(self.gate.apply(&normed)?);
+        let up = E::rounded(self.up.apply(&normed)?);
         drop(normed);
         let mut y = self.down.apply(&swiglu::forward(&gate, &up))?;
         residual::add(&mut y, &middle);
-        Ok((y, Kept { q, k, v, seen, log_sum_exp, middle, gate, up }))
+        Ok((y, Activations { q, k, v, seen, log_sum_exp, middle, gate, up }))
     }
 
     /// From the gradient of the block's output to that of its input `x`, `[T, D]` each; adds the gradients of what is
@@ -112,40 +144,58 @@ impl Block {
         layout: &Layout,
         grads: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        let Kept { q, k, v, seen, log_sum_exp, middle, gate, up } = kept;
+        match kept {
+            Kept::F32(kept) => self.backward_in((x, kept), d_y, layout, grads),
+            Kept::Bf16(kept) => self.backward_in((x, kept), d_y, layout, grads),
+        }
+    }
+
+    fn backward_in<E: Element>(
+        &self,
+        (x, kept): (&[f32], Activations<E>),
+        d_y: Vec<f32>,
+        layout: &Layout,
+        grads: &mut Gradients,
+    ) -> Result<Vec<f32>> {
+        let Activations { q, k, v, seen, log_sum_exp, middle, gate, up } = kept;
         let d_middle = self.feed_forward_backward((&middle, gate, up), d_y, grads)?;
 
-        self.o.add_gradients(&seen, &d_middle, grads)?;
+        let d = E::rounded_from(&d_middle);
+        self.o.add_gradients(&seen, &d, grads)?;
         let mut d_seen = Vec::new();
-        self.o.pull_back(&d_middle, &mut d_seen)?;
+        self.o.pull_back(&d, &mut d_seen)?;
+        drop(d);
         let inputs = self.inputs(&q, &k, &v, layout);
         let [mut d_q, mut d_k, d_v] = attention::backward(&inputs, &log_sum_exp, &seen, &d_seen);
         drop((q, k, v, seen, d_seen));
         rope::rotate(&mut d_q, &layout.rotary, -1.0);
         rope::rotate(&mut d_k, &layout.rotary, -1.0);
 
-        let normed = self.norm(x, &self.input_norm)?;
+        let normed = self.norm::<E>(x, &self.input_norm)?;
         let mut d_normed = Vec::new();
-        for (projection, d) in [(&self.q, &d_q), (&self.k, &d_k), (&self.v, &d_v)] {
-            projection.add_gradients(&normed, d, grads)?;
-            projection.pull_back(d, &mut d_normed)?;
+        for (projection, d) in [(&self.q, d_q), (&self.k, d_k), (&self.v, d_v)] {
+            let d = E::rounded(d);
+            projection.add_gradients(&normed, &d, grads)?;
+            projection.pull_back(&d, &mut d_normed)?;
         }
         self.norm_backward((x, &self.input_norm, "input_layernorm"), &d_normed, d_middle, grads)
     }
 
     /// The second half of the backward; returns the gradient of the sum after attention.
-    fn feed_forward_backward(
+    fn feed_forward_backward<E: Element>(
         &self,
-        (middle, gate, up): (&[f32], Vec<f32>, Vec<f32>),
+        (middle, gate, up): (&[f32], Vec<E>, Vec<E>),
         d_y: Vec<f32>,
         grads: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        self.down.add_gradients(&swiglu::forward(&gate, &up), &d_y, grads)?;
+        let d = E::rounded_from(&d_y);
+        self.down.add_gradients(&swiglu::forward(&gate, &up), &d, grads)?;
         let mut d_hidden = Vec::new();
-        self.down.pull_back(&d_y, &mut d_hidden)?;
+        self.down.pull_back(&d, &mut d_hidden)?;
+        drop(d);
         let (d_gate, d_up) = swiglu::gradients(&gate, &up, &d_hidden);
         drop((gate, up, d_hidden));
-        let normed = self.norm(middle, &self.post_norm)?;
+        let normed = self.norm::<E>(middle, &self.post_norm)?;
         let mut d_normed = Vec::new();
         for (projection, d) in [(&self.gate, &d_gate), (&self.up, &d_up)] {
             projection.add_gradients(&normed, d, grads)?;
@@ -174,17 +224,17 @@ impl Block {
         Ok(past)
     }
 
-    fn norm(&self, x: &[f32], weight: &Tensor) -> Result<Vec<f32>> {
+    fn norm<E: Element>(&self, x: &[f32], weight: &Tensor) -> Result<Vec<E>> {
         Ok(cpu::with_slice(weight, |weight| norm::forward(x, weight, self.eps as f32))?)
     }
 
-    fn inputs<'a>(
+    fn inputs<'a, E>(
         &self,
-        q: &'a [f32],
-        k: &'a [f32],
-        v: &'a [f32],
+        q: &'a [E],
+        k: &'a [E],
+        v: &'a [E],
         layout: &'a Layout,
-    ) -> Inputs<'a> {
+    ) -> Inputs<'a, E> {
         let row = layout.attention.tokens.max(1) * self.head_dim;
         Inputs {
             plan: &layout.attention,

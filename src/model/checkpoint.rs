@@ -13,7 +13,7 @@ use super::config::{Architecture, Config, ids_of};
 use super::gguf::Gguf;
 use super::source::{self, Source};
 use super::tensor_file::{self, Mapped};
-use super::{Weights, gguf_tokenizer, params};
+use super::{Precision, Weights, gguf_tokenizer, params};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::store;
@@ -51,6 +51,14 @@ impl Checkpoint {
             Source::Directory(dir) => Self::load_dir(&dir, device),
             Source::Gguf(path) => Self::load_gguf(&path, device),
         }
+    }
+
+    /// The same model, to be computed with in another format.
+    ///
+    /// # Errors
+    /// A format that is not computed with, or not on this device.
+    pub fn computed_in(self, precision: Precision) -> Result<Self> {
+        Ok(Self { weights: precision.cast(self.weights)?, ..self })
     }
 
     /// Reads a Hugging Face directory.

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{CpuStorage, Device, InplaceOp1, InplaceOp2, Layout, Shape, Tensor};
+use candle_core::{Device, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::error::Result;
+use crate::ops::cpu::Element;
 use crate::ops::cpu::matmul::{Mat, Threads, matmul, matmul_into};
-use crate::ops::{cpu, embed::embed_grad};
+use crate::ops::{cpu, embed::embed_grad, residual};
 
 /// Elements a partial sum: fixed, so that no sum depends on the number of threads.
 const CHUNK: usize = 1 << 16;
@@ -32,7 +33,10 @@ impl Gradients {
             return Ok(());
         };
         let sum = if self.device.is_cpu() {
-            sum.inplace_op2(&grad.contiguous()?, &AddAssign)?;
+            let grad = grad.contiguous()?;
+            cpu::with_slice_mut(&sum, |sum| {
+                cpu::with_slice(&grad, |grad| residual::add(sum, grad))
+            })??;
             sum
         } else {
             (sum + grad)?.detach()
@@ -42,9 +46,14 @@ impl Gradients {
     }
 
     /// Adds the product `a · b` to a parameter's sum, on the CPU.
-    pub fn add_product(&mut self, name: &str, a: Mat<'_>, b: Mat<'_>) -> Result<()> {
+    pub fn add_product<E: Element>(
+        &mut self,
+        name: &str,
+        a: Mat<'_, E>,
+        b: Mat<'_, E>,
+    ) -> Result<()> {
         if let Some(sum) = self.sums.get(name) {
-            return Ok(sum.inplace_op1(&AddProduct { a, b })?);
+            return Ok(cpu::with_slice_mut(sum, |sum| matmul_into(sum, a, b, true, Threads::All))?);
         }
         let product = matmul(a, b, Threads::All);
         let sum = Tensor::from_vec(product, (a.rows(), b.cols()), &self.device)?;
@@ -95,50 +104,11 @@ pub fn square_sum(tensor: &Tensor) -> Result<f64> {
             tensor.sqr()?.sum_all()?.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()?,
         ));
     }
-    let partials = cpu::with_slice(tensor, |values| {
+    let partials = cpu::with_slice::<f32, _>(tensor, |values| {
         values
             .par_chunks(CHUNK)
             .map(|chunk| chunk.iter().map(|&x| f64::from(x) * f64::from(x)).sum())
             .collect::<Vec<f64>>()
     })?;
     Ok(partials.iter().sum())
-}
-
-struct AddProduct<'a> {
-    a: Mat<'a>,
-    b: Mat<'a>,
-}
-
-impl InplaceOp1 for AddProduct<'_> {
-    fn name(&self) -> &'static str {
-        "add-product"
-    }
-
-    fn cpu_fwd(&self, sum: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        matmul_into(cpu::slice_mut(sum, layout)?, self.a, self.b, true, Threads::All);
-        Ok(())
-    }
-}
-
-struct AddAssign;
-
-impl InplaceOp2 for AddAssign {
-    fn name(&self) -> &'static str {
-        "add-assign"
-    }
-
-    fn cpu_fwd(
-        &self,
-        sum: &mut CpuStorage,
-        sum_layout: &Layout,
-        x: &CpuStorage,
-        x_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let x = cpu::slice(x, x_layout)?;
-        cpu::slice_mut(sum, sum_layout)?
-            .par_chunks_mut(CHUNK)
-            .zip(x.par_chunks(CHUNK))
-            .for_each(|(sum, x)| cpu::simd::axpy(sum, 1.0, x));
-        Ok(())
-    }
 }

@@ -18,6 +18,7 @@ pub mod heads;
 pub mod hub;
 pub mod init;
 pub mod params;
+mod precision;
 mod refusals;
 mod resize;
 pub mod rope;
@@ -28,9 +29,10 @@ pub mod transformer;
 
 pub use config::{Architecture, Config, Family};
 pub use gradients::Gradients;
+pub use precision::Precision;
 pub use transformer::Transformer;
 
-/// The weights of one model under their Hugging Face names, f32, on one device.
+/// The weights of one model under their Hugging Face names, on one device: f32, or as [`Precision::cast`] makes them.
 ///
 /// An ordered map: sums over parameters and the optimizer's state always go in the same order.
 pub type Weights = BTreeMap<String, Tensor>;

@@ -154,7 +154,7 @@ impl CustomOp3 for ForestAttention {
             Ok(kept) => kept,
             Err(poisoned) => poisoned.into_inner(),
         };
-        let grads = cpu::with_slice(q, |q| {
+        let grads = cpu::with_slice::<f32, _>(q, |q| {
             cpu::with_slice(k, |k| {
                 cpu::with_slice(v, |v| {
                     cpu::with_slice(out, |out| {

@@ -1,10 +1,10 @@
 //! Token embedding: rows of a table, and the sparse gradient into it.
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::cpu;
 
-/// Rows of `table` for each token.
+/// Rows of `table` for each token, in f32: where the residual stream starts.
 ///
 /// # Shapes
 /// - `table`: `[V, D]`, `tokens`: `T` ids  →  `[T, D]`
@@ -17,7 +17,7 @@ pub fn embed(table: &Tensor, tokens: &[u32]) -> Result<Tensor> {
         candle_core::bail!("token id {id} is beyond the vocabulary of {vocab}");
     }
     let ids = Tensor::from_slice(tokens, tokens.len(), table.device())?;
-    table.detach().index_select(&ids, 0)
+    table.detach().index_select(&ids, 0)?.to_dtype(DType::F32)
 }
 
 /// Adds the embedding's gradient into `d_table`: row `tokens[t]` gains row `t` of `d_x`. Returns the sum.
@@ -28,37 +28,18 @@ pub fn embed(table: &Tensor, tokens: &[u32]) -> Result<Tensor> {
 /// - `d_table`: `[V, D]`, `d_x`: `[T, D]`  →  `[V, D]`
 pub fn embed_grad(d_table: Tensor, tokens: &[u32], d_x: &Tensor) -> Result<Tensor> {
     if d_table.device().is_cpu() {
-        d_table.inplace_op2(&d_x.contiguous()?, &AddRows { rows: tokens })?;
+        let (width, d_x) = (d_x.dim(1)?, d_x.contiguous()?);
+        cpu::with_slice_mut(&d_table, |table| {
+            cpu::with_slice(&d_x, |d_x: &[f32]| {
+                for (&row, d_x) in tokens.iter().zip(d_x.chunks_exact(width)) {
+                    cpu::simd::axpy(&mut table[row as usize * width..][..width], 1.0, d_x);
+                }
+            })
+        })??;
         return Ok(d_table);
     }
     let ids = Tensor::from_slice(tokens, tokens.len(), d_table.device())?;
     d_table.index_add(&ids, d_x, 0)
-}
-
-struct AddRows<'a> {
-    rows: &'a [u32],
-}
-
-impl InplaceOp2 for AddRows<'_> {
-    fn name(&self) -> &'static str {
-        "add-rows"
-    }
-
-    fn cpu_fwd(
-        &self,
-        out: &mut CpuStorage,
-        out_layout: &Layout,
-        x: &CpuStorage,
-        x_layout: &Layout,
-    ) -> Result<()> {
-        let width = x_layout.shape().dims2()?.1;
-        let x = cpu::slice(x, x_layout)?;
-        let out = cpu::slice_mut(out, out_layout)?;
-        for (&row, x) in self.rows.iter().zip(x.chunks_exact(width)) {
-            cpu::simd::axpy(&mut out[row as usize * width..][..width], 1.0, x);
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

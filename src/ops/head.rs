@@ -6,10 +6,11 @@
 //! gradient is known beforehand (SFT), `backward` alone is a single pass, as it returns the log-probabilities too.
 
 use candle_core::{D, DType, Result, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
 use super::cpu::{
-    self,
+    self, Element,
     matmul::{Mat, Threads, matmul, matmul_into},
     simd,
 };
@@ -81,10 +82,12 @@ fn run(
     }
     let rows = Rows::new(targets);
     let (hidden, weight) = (hidden.detach().contiguous()?, weight.detach().contiguous()?);
-    if hidden.device().is_cpu() && hidden.dtype() == DType::F32 {
-        return cpu::with_slice(&hidden, |h| {
-            cpu::with_slice(&weight, |w| on_cpu(&Dense { h, w, t, width, vocab }, &rows, d))
-        })??;
+    if hidden.device().is_cpu() {
+        let sizes = [t, width, vocab];
+        return match weight.dtype() {
+            DType::BF16 => on_cpu::<bf16>((&hidden, &weight), sizes, &rows, d),
+            _ => on_cpu::<f32>((&hidden, &weight), sizes, &rows, d),
+        };
     }
     plain(&hidden, &weight, &rows, d)
 }
@@ -128,15 +131,31 @@ impl Rows {
 }
 
 /// Contiguous inputs on the CPU.
-struct Dense<'a> {
+struct Dense<'a, E> {
     h: &'a [f32],
-    w: &'a [f32],
+    w: &'a [E],
     t: usize,
     width: usize,
     vocab: usize,
 }
 
-fn on_cpu(inputs: &Dense<'_>, rows: &Rows, d: Option<(&[f32], bool)>) -> Result<(Vec<f32>, Grads)> {
+fn on_cpu<E: Element>(
+    (hidden, weight): (&Tensor, &Tensor),
+    [t, width, vocab]: [usize; 3],
+    rows: &Rows,
+    d: Option<(&[f32], bool)>,
+) -> Result<(Vec<f32>, Grads)> {
+    cpu::with_slice(hidden, |h| {
+        cpu::with_slice::<E, _>(weight, |w| by_chunks(&Dense { h, w, t, width, vocab }, rows, d))
+    })??
+}
+
+/// Products in the weight's type, logits and their softmax in f32.
+fn by_chunks<E: Element>(
+    inputs: &Dense<'_, E>,
+    rows: &Rows,
+    d: Option<(&[f32], bool)>,
+) -> Result<(Vec<f32>, Grads)> {
     let Dense { h, w, t, width, vocab } = *inputs;
     let mut logps = vec![0.0; rows.order.len()];
     let mut d_hidden = d.map(|_| vec![0.0; t * width]);
@@ -149,6 +168,7 @@ fn on_cpu(inputs: &Dense<'_>, rows: &Rows, d: Option<(&[f32], bool)>) -> Result<
         rows.hidden[slots.clone()]
             .iter()
             .for_each(|&row| x.extend_from_slice(&h[row as usize * width..][..width]));
+        let x = E::rounded(x);
         let x = Mat::new(&x, slots.len(), width);
         let mut logits = matmul(x, weight.t(), Threads::All);
         let found: Vec<Vec<(usize, f32)>> = logits
@@ -157,12 +177,12 @@ fn on_cpu(inputs: &Dense<'_>, rows: &Rows, d: Option<(&[f32], bool)>) -> Result<
             .map(|(logits, slot)| row_on_cpu(logits, rows.targets(slot), d.map(|(d, _)| d)))
             .collect();
         found.into_iter().flatten().for_each(|(index, logp)| logps[index] = logp);
-        let d_logits = Mat::new(&logits, slots.len(), vocab);
-        if let Some(d_hidden) = &mut d_hidden {
-            let d_x = matmul(d_logits, weight, Threads::All);
-            for (&row, d_x) in rows.hidden[slots].iter().zip(d_x.chunks_exact(width)) {
-                d_hidden[row as usize * width..][..width].copy_from_slice(d_x);
-            }
+        let Some(d_hidden) = &mut d_hidden else { continue };
+        let d_logits = E::rounded_from(&logits);
+        let d_logits = Mat::new(&d_logits, slots.len(), vocab);
+        let d_x = matmul(d_logits, weight, Threads::All);
+        for (&row, d_x) in rows.hidden[slots].iter().zip(d_x.chunks_exact(width)) {
+            d_hidden[row as usize * width..][..width].copy_from_slice(d_x);
         }
         if let Some(d_weight) = &mut d_weight {
             matmul_into(d_weight, d_logits.t(), x, true, Threads::All);

@@ -3,11 +3,12 @@
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
 use super::cpu::{
-    self,
+    self, Element,
     matmul::{Mat, Threads, matmul},
 };
 
-/// `x · Wᵀ`, plus the bias where there is one. A weight that is not trained costs no gradient work.
+/// `x · Wᵀ`, plus the bias where there is one. A weight that is not trained costs no gradient work. Rows meet a weight of
+/// another type in that type; the result is in theirs.
 ///
 /// # Shapes
 /// - `x`: `[T, I]`, `weight`: `[O, I]`, `bias`: `[O]`  →  `[T, O]`
@@ -20,7 +21,9 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             weight.shape()
         );
     }
-    let y = if x.device().is_cpu() && x.dtype() == DType::F32 {
+    let y = if weight.dtype() != x.dtype() {
+        plain(&x.to_dtype(weight.dtype())?, weight)?.to_dtype(x.dtype())?
+    } else if x.device().is_cpu() && x.dtype() == DType::F32 {
         let op = Linear { trained: weight.track_op() };
         x.contiguous()?.apply_op2(&weight.contiguous()?, op)?
     } else {
@@ -37,8 +40,12 @@ pub fn plain(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
 }
 
-/// `x · Wᵀ + b` over plain numbers; `x` holds rows `[T, I]`.
-pub(crate) fn forward(x: &[f32], weight: &Tensor, bias: Option<&Tensor>) -> Result<Vec<f32>> {
+/// `x · Wᵀ + b` over plain numbers of the weight's type, summed in f32; `x` holds rows `[T, I]`, the bias is f32.
+pub(crate) fn forward<E: Element>(
+    x: &[E],
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Vec<f32>> {
     let (outer, inner) = weight.dims2()?;
     let x = Mat::new(x, x.len() / inner, inner);
     let mut y = cpu::with_slice(weight, |weight| {
@@ -70,7 +77,7 @@ impl CustomOp2 for Linear {
     ) -> Result<(CpuStorage, Shape)> {
         let (t, inner) = x_layout.shape().dims2()?;
         let (outer, _) = weight_layout.shape().dims2()?;
-        let x = Mat::new(cpu::slice(x, x_layout)?, t, inner);
+        let x = Mat::<f32>::new(cpu::slice(x, x_layout)?, t, inner);
         let weight = Mat::new(cpu::slice(weight, weight_layout)?, outer, inner);
         Ok((CpuStorage::F32(matmul(x, weight.t(), Threads::All)), (t, outer).into()))
     }
@@ -86,13 +93,13 @@ impl CustomOp2 for Linear {
         let (t, outer) = d_y.dims2()?;
         let inner = x.dim(1)?;
         let device = x.device();
-        let d_x = cpu::with_slice(&d_y, |d_y| {
+        let d_x = cpu::with_slice::<f32, _>(&d_y, |d_y| {
             cpu::with_slice(weight, |weight| {
                 matmul(Mat::new(d_y, t, outer), Mat::new(weight, outer, inner), Threads::All)
             })
         })??;
         let d_weight = if self.trained {
-            let d_weight = cpu::with_slice(&d_y, |d_y| {
+            let d_weight = cpu::with_slice::<f32, _>(&d_y, |d_y| {
                 cpu::with_slice(x, |x| {
                     matmul(Mat::new(d_y, t, outer).t(), Mat::new(x, t, inner), Threads::All)
                 })

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::cpu::{self, simd};
+use super::cpu::{self, Element, simd};
 
 /// Normalises each row to unit mean square and scales it.
 ///
@@ -68,15 +68,18 @@ impl CustomOp2 for RmsNorm {
     }
 }
 
-/// The norm of each row over plain numbers. Shapes: `x` `[T, D]`, `weight` `[D]` -> `[T, D]`.
-pub(crate) fn forward(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+/// The norm of each row over plain numbers, rounded to `E`. Shapes: `x` `[T, D]`, `weight` `[D]` -> `[T, D]`.
+pub(crate) fn forward<E: Element>(x: &[f32], weight: &[f32], eps: f32) -> Vec<E> {
     let width = weight.len();
-    let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(16).for_each(|(out, x)| {
+    let mut out = vec![E::default(); x.len()];
+    let rows = out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(16);
+    rows.for_each_init(Vec::new, |scratch, (out, x)| {
         let scale = inverse_rms(x, eps);
-        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-            *out = x * scale * weight;
-        }
+        E::write(out, scratch, |out| {
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * scale * weight;
+            }
+        });
     });
     out
 }

@@ -3,10 +3,12 @@
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::cpu::{self, simd};
+use super::cpu::{self, Element, simd};
 
-/// Elements a task.
-const CHUNK: usize = 1 << 14;
+/// Elements at a time: widened copies of all inputs stay in the first cache.
+const CHUNK: usize = 1 << 10;
+/// Chunks a task.
+const TASK: usize = 16;
 
 /// `silu(gate) · up`, elementwise.
 ///
@@ -50,7 +52,7 @@ impl CustomOp2 for SwiGlu {
         d_out: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let d_out = d_out.contiguous()?;
-        let (d_gate, d_up) = cpu::with_slice(gate, |gate| {
+        let (d_gate, d_up) = cpu::with_slice::<f32, _>(gate, |gate| {
             cpu::with_slice(up, |up| cpu::with_slice(&d_out, |d_out| gradients(gate, up, d_out)))
         })???;
         let tensor = |values| Tensor::from_vec(values, gate.shape(), gate.device());
@@ -59,20 +61,32 @@ impl CustomOp2 for SwiGlu {
 }
 
 /// `silu(gate) · up` over plain numbers.
-pub(crate) fn forward(gate: &[f32], up: &[f32]) -> Vec<f32> {
-    let mut out = vec![0.0; gate.len()];
-    out.par_chunks_mut(CHUNK)
-        .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
-        .for_each(|(out, (gate, up))| simd::swiglu(out, gate, up));
+pub(crate) fn forward<E: Element>(gate: &[E], up: &[E]) -> Vec<E> {
+    let mut out = vec![E::default(); gate.len()];
+    let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK));
+    out.par_chunks_mut(CHUNK).zip(inputs).with_min_len(TASK).for_each_init(
+        <[Vec<f32>; 3]>::default,
+        |[a, b, c], (out, (gate, up))| {
+            let (gate, up) = (E::widen(gate, a), E::widen(up, b));
+            E::write(out, c, |out| simd::swiglu(out, gate, up));
+        },
+    );
     out
 }
 
 /// Gradients of gate and up.
-pub(crate) fn gradients(gate: &[f32], up: &[f32], d_out: &[f32]) -> (Vec<f32>, Vec<f32>) {
-    let (mut d_gate, mut d_up) = (vec![0.0; gate.len()], vec![0.0; gate.len()]);
+pub(crate) fn gradients<E: Element>(gate: &[E], up: &[E], d_out: &[f32]) -> (Vec<E>, Vec<E>) {
+    let (mut d_gate, mut d_up) = (vec![E::default(); gate.len()], vec![E::default(); gate.len()]);
     let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(d_out.par_chunks(CHUNK));
-    d_gate.par_chunks_mut(CHUNK).zip(d_up.par_chunks_mut(CHUNK)).zip(inputs).for_each(
-        |((d_gate, d_up), ((gate, up), d_out))| simd::swiglu_grad(d_gate, d_up, [gate, up, d_out]),
+    let outputs = d_gate.par_chunks_mut(CHUNK).zip(d_up.par_chunks_mut(CHUNK));
+    outputs.zip(inputs).with_min_len(TASK).for_each_init(
+        <[Vec<f32>; 4]>::default,
+        |[a, b, c, d], ((d_gate, d_up), ((gate, up), d_out))| {
+            let inputs = [E::widen(gate, a), E::widen(up, b), d_out];
+            E::write(d_gate, c, |d_gate| {
+                E::write(d_up, d, |d_up| simd::swiglu_grad(d_gate, d_up, inputs));
+            });
+        },
     );
     (d_gate, d_up)
 }

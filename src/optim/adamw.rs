@@ -4,12 +4,14 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor, Var};
+use candle_core::Tensor;
+use half::bf16;
 use rayon::prelude::*;
 
+use super::Param;
 use crate::error::{Error, Result};
 use crate::model::gradients::Gradients;
-use crate::ops::cpu;
+use crate::ops::cpu::{self, adamw::Update};
 
 const CHUNK: usize = 1 << 16;
 
@@ -61,7 +63,7 @@ impl AdamW {
     /// Updates every parameter that has a gradient. `grad_scale` multiplies the gradients first (clipping).
     pub fn step(
         &mut self,
-        params: &BTreeMap<String, Var>,
+        params: &BTreeMap<String, Param>,
         grads: &Gradients,
         lr: f64,
         grad_scale: f64,
@@ -72,12 +74,12 @@ impl AdamW {
                 .get(name)
                 .ok_or_else(|| Error::run("a gradient without a parameter").at(name))?;
             if !self.moments.contains_key(name) {
-                let zeros = || param.as_tensor().detach().zeros_like();
+                let zeros = || param.master.as_tensor().detach().zeros_like();
                 self.moments.insert(name.to_owned(), Moments { first: zeros()?, second: zeros()? });
             }
             let update = self.update(name, lr, grad_scale);
             let Some(moments) = self.moments.get_mut(name) else { continue };
-            if param.device().is_cpu() {
+            if param.master.device().is_cpu() {
                 update.on_cpu(param, grad, moments)?;
             } else {
                 update.plain(param, grad, moments)?;
@@ -86,11 +88,11 @@ impl AdamW {
         Ok(())
     }
 
-    fn update(&self, name: &str, lr: f64, grad_scale: f64) -> Update {
+    fn update(&self, name: &str, lr: f64, grad_scale: f64) -> Step {
         let Hyper { beta1, beta2, eps, weight_decay, decayed } = self.hyper;
         let steps = self.steps as i32;
         let decay = if decayed(name) { weight_decay } else { 0.0 };
-        Update {
+        Step(Update {
             beta1: beta1 as f32,
             beta2: beta2 as f32,
             grad_scale: grad_scale as f32,
@@ -98,7 +100,7 @@ impl AdamW {
             step_size: (lr / (1.0 - beta1.powi(steps))) as f32,
             root_correction: (1.0 - beta2.powi(steps)).sqrt() as f32,
             eps: eps as f32,
-        }
+        })
     }
 
     /// Both moments of every parameter, named `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` as in PyTorch.
@@ -139,107 +141,58 @@ impl AdamW {
     }
 }
 
-/// One parameter's update, all constants folded.
-#[derive(Clone, Copy)]
-struct Update {
-    beta1: f32,
-    beta2: f32,
-    grad_scale: f32,
-    shrink: f32,
-    step_size: f32,
-    root_correction: f32,
-    eps: f32,
-}
+/// One parameter's update.
+struct Step(Update);
 
-impl Update {
-    fn on_cpu(self, param: &Var, grad: &Tensor, moments: &Moments) -> Result<()> {
-        moments.first.inplace_op2(
-            grad,
-            &Blend { decay: self.beta1, scale: self.grad_scale, square: false },
-        )?;
-        moments.second.inplace_op2(
-            grad,
-            &Blend { decay: self.beta2, scale: self.grad_scale, square: true },
-        )?;
-        param.as_tensor().inplace_op3(&moments.first, &moments.second, &Apply(self))?;
-        Ok(())
-    }
-
-    fn plain(self, param: &Var, grad: &Tensor, moments: &mut Moments) -> Result<()> {
-        let grad = (grad * f64::from(self.grad_scale))?;
-        moments.first =
-            ((&moments.first * f64::from(self.beta1))? + (&grad * f64::from(1.0 - self.beta1))?)?;
-        moments.second = ((&moments.second * f64::from(self.beta2))?
-            + (grad.sqr()? * f64::from(1.0 - self.beta2))?)?;
-        let root =
-            ((moments.second.sqrt()? / f64::from(self.root_correction))? + f64::from(self.eps))?;
-        let kept = (param.as_tensor().detach() * f64::from(self.shrink))?;
-        param.set(&(kept - ((&moments.first / root)? * f64::from(self.step_size))?)?)?;
-        Ok(())
-    }
-}
-
-/// `m = decay · m + (1 − decay) · g` or with `g²`.
-struct Blend {
-    decay: f32,
-    scale: f32,
-    square: bool,
-}
-
-impl InplaceOp2 for Blend {
-    fn name(&self) -> &'static str {
-        "adamw-moment"
-    }
-
-    fn cpu_fwd(
-        &self,
-        moment: &mut CpuStorage,
-        moment_layout: &Layout,
-        grad: &CpuStorage,
-        grad_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let grad = cpu::slice(grad, grad_layout)?;
-        let moment = cpu::slice_mut(moment, moment_layout)?;
-        moment.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK)).for_each(|(moment, grad)| {
-            for (moment, grad) in moment.iter_mut().zip(grad) {
-                let grad = grad * self.scale;
-                let value = if self.square { grad * grad } else { grad };
-                *moment = self.decay * *moment + (1.0 - self.decay) * value;
+impl Step {
+    /// One pass over the master, its moments and, where there is one, its bf16 copy.
+    fn on_cpu(self, param: &Param, grad: &Tensor, moments: &Moments) -> Result<()> {
+        match &param.copy {
+            Some(copy) => {
+                cpu::with_slice_mut(copy, |copy| self.with_copy(param, copy, grad, moments))?
             }
-        });
+            None => self.with_copy(param, &mut [], grad, moments),
+        }
+    }
+
+    fn with_copy(
+        self,
+        param: &Param,
+        copy: &mut [bf16],
+        grad: &Tensor,
+        moments: &Moments,
+    ) -> Result<()> {
+        let constants = self.0;
+        let mut pass = |param: &mut [f32], first: &mut [f32], second: &mut [f32], grad: &[f32]| {
+            let mut copies: Vec<&mut [bf16]> = copy.chunks_mut(CHUNK).collect();
+            copies.resize_with(param.len().div_ceil(CHUNK), Default::default);
+            param
+                .par_chunks_mut(CHUNK)
+                .zip(first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK)))
+                .zip(grad.par_chunks(CHUNK).zip(copies))
+                .for_each(|((param, (first, second)), (grad, copy))| {
+                    cpu::adamw::update(param, [first, second], grad, copy, constants);
+                });
+        };
+        cpu::with_slice_mut(&param.master, |param| {
+            cpu::with_slice_mut(&moments.first, |first| {
+                cpu::with_slice_mut(&moments.second, |second| {
+                    cpu::with_slice(grad, |grad| pass(param, first, second, grad))
+                })
+            })
+        })????;
         Ok(())
     }
-}
 
-struct Apply(Update);
-
-impl candle_core::InplaceOp3 for Apply {
-    fn name(&self) -> &'static str {
-        "adamw-apply"
-    }
-
-    fn cpu_fwd(
-        &self,
-        param: &mut CpuStorage,
-        param_layout: &Layout,
-        first: &CpuStorage,
-        first_layout: &Layout,
-        second: &CpuStorage,
-        second_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let Update { shrink, step_size, root_correction, eps, .. } = self.0;
-        let (first, second) =
-            (cpu::slice(first, first_layout)?, cpu::slice(second, second_layout)?);
-        let param = cpu::slice_mut(param, param_layout)?;
-        param
-            .par_chunks_mut(CHUNK)
-            .zip(first.par_chunks(CHUNK).zip(second.par_chunks(CHUNK)))
-            .for_each(|(param, (first, second))| {
-                for ((param, first), second) in param.iter_mut().zip(first).zip(second) {
-                    *param = *param * shrink
-                        - step_size * first / (second.sqrt() / root_correction + eps);
-                }
-            });
+    fn plain(self, param: &Param, grad: &Tensor, moments: &mut Moments) -> Result<()> {
+        let Update { beta1, beta2, grad_scale, shrink, step_size, root_correction, eps } = self.0;
+        let grad = (grad * f64::from(grad_scale))?;
+        moments.first = ((&moments.first * f64::from(beta1))? + (&grad * f64::from(1.0 - beta1))?)?;
+        moments.second =
+            ((&moments.second * f64::from(beta2))? + (grad.sqr()? * f64::from(1.0 - beta2))?)?;
+        let root = ((moments.second.sqrt()? / f64::from(root_correction))? + f64::from(eps))?;
+        let kept = (param.master.as_tensor().detach() * f64::from(shrink))?;
+        param.set(&(kept - ((&moments.first / root)? * f64::from(step_size))?)?)?;
         Ok(())
     }
 }
@@ -262,7 +215,7 @@ mod tests {
     #[test]
     fn steps_follow_the_definition() {
         let start = random(7, (3, 5));
-        let params = BTreeMap::from([("w.weight".to_owned(), Var::from_tensor(&start).unwrap())]);
+        let params = BTreeMap::from([("w.weight".to_owned(), Param::new(&start).unwrap())]);
         let mut adamw = AdamW::new(HYPER);
         let mut expected: Vec<f64> = start
             .flatten_all()
@@ -287,7 +240,7 @@ mod tests {
                 expected[i] -= 0.01 * 0.1 * expected[i] + 0.01 * m_hat / (v_hat.sqrt() + 1e-8);
             }
         }
-        let ours = params["w.weight"].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let ours = params["w.weight"].master.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         for (ours, expected) in ours.iter().zip(&expected) {
             assert!((f64::from(*ours) - expected).abs() < 1e-6, "{ours} {expected}");
         }
@@ -296,7 +249,7 @@ mod tests {
     #[test]
     fn the_plain_form_agrees_and_state_survives_export() {
         let start = random(7, (3, 5));
-        let (ours, plain) = (Var::from_tensor(&start).unwrap(), Var::from_tensor(&start).unwrap());
+        let (ours, plain) = (Param::new(&start).unwrap(), Param::new(&start).unwrap());
         let params = BTreeMap::from([("w.weight".to_owned(), ours.clone())]);
         let mut adamw = AdamW::new(HYPER);
         let zeros = start.zeros_like().unwrap();
@@ -309,6 +262,6 @@ mod tests {
             let update = adamw.update("w.weight", 0.01, 1.0);
             update.plain(&plain, grads(step).get("w.weight").unwrap(), &mut moments).unwrap();
         }
-        assert!(distance(&ours, &plain) < 1e-6);
+        assert!(distance(&ours.master, &plain.master) < 1e-6);
     }
 }

@@ -1,7 +1,10 @@
 //! AdamW with exportable state, schedules, clipping.
 
 pub mod adamw;
+mod param;
 pub mod schedule;
+
+pub use param::Param;
 
 /// Factor that brings a gradient of this norm down to `max_norm`; 1 where it is smaller or clipping is off.
 /// As PyTorch's `clip_grad_norm_`: `max_norm / (norm + 1e-6)`, at most 1.

@@ -27,21 +27,22 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
         other => training::load(context, other, &spec.chat_template)?,
     };
     let weights_hash = training::weights_sha256(&reference.weights)?;
-    // Plain tensors: no graph, no optimizer.
+    // Plain tensors: no graph, no optimizer. Computed in the policy's type, so that equal weights give equal numbers.
+    let reference = reference.computed_in(spec.train.dtype)?;
     let reference = Transformer::new(&reference.config, &reference.weights)?;
     let objective = against(context, spec, (&reference, &weights_hash), &train)?;
     let held_out_objective = against(context, spec, (&reference, &weights_hash), &held_out)?;
     drop(reference);
 
     let work = Work {
-        start: &start,
+        start,
         objective: &objective,
         train: &train,
         eval: (&held_out_objective, &held_out),
         samples: &[],
         settings: &spec.train,
     };
-    training::fit(context, &work)
+    training::fit(context, work)
 }
 
 /// The objective with the reference's log-probabilities of these pairs.

@@ -27,10 +27,10 @@ pub struct Measured {
 
 /// Answers and judges the held-out prompts. Input: a checkpoint, rows, a reference. Output: `data.jsonl`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
-    let policy = generation::load(context, &spec.model_name_or_path)?;
+    let policy = generation::load(context, &spec.model_name_or_path, spec.sampling.dtype)?;
     let panel = Panel::new(&spec.scorers, &context.device)?;
     let rows = generation::rows(context, &spec.datasets)?;
-    let reference = reference(context, &spec.reference, &policy)?;
+    let reference = reference(context, spec, &policy)?;
 
     let measured = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;
@@ -54,9 +54,10 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
 /// Loads the reference, which must read the policy's tokens.
 fn reference(
     context: &StageContext<'_>,
-    name: &str,
+    spec: &plan::Eval,
     policy: &LocalModel,
 ) -> Result<Option<Transformer>> {
+    let name = &spec.reference;
     if name.is_empty() {
         return Ok(None);
     }
@@ -64,6 +65,7 @@ fn reference(
     if checkpoint.tokenizer().at(name)?.vocab_size() != policy.tokenizer().vocab_size() {
         return Err(Error::run("the reference has another vocabulary than the policy").at(name));
     }
+    let checkpoint = checkpoint.computed_in(spec.sampling.dtype)?;
     Ok(Some(Transformer::new(&checkpoint.config, &checkpoint.weights)?))
 }
 

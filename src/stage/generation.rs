@@ -9,14 +9,15 @@ use crate::data::record::Row;
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::Answer;
 use crate::generate::local::{Asked, LocalModel};
+use crate::model::Precision;
 use crate::recipe::plan::Dataset;
 use crate::score::candidates::{Candidate, Candidates};
 use crate::score::{Panel, Question, Verdict};
 use crate::store::{self, JsonlWriter};
 
 /// Loads a model that writes text.
-pub fn load(context: &StageContext<'_>, model: &str) -> Result<LocalModel> {
-    LocalModel::new(&training::load(context, model, "")?).at(model)
+pub fn load(context: &StageContext<'_>, model: &str, dtype: Precision) -> Result<LocalModel> {
+    LocalModel::new(&training::load(context, model, "")?.computed_in(dtype)?).at(model)
 }
 
 /// Reads the rows whose prompts are to be answered.

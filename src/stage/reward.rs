@@ -15,12 +15,12 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     let held_out = training::preferences(context, &start, &spec.eval_datasets, &spec.data)?;
     let objective = Reward { center_coefficient: spec.center_rewards_coefficient };
     let work = Work {
-        start: &start,
+        start,
         objective: &objective,
         train: &train,
         eval: (&objective, &held_out),
         samples: &[],
         settings: &spec.train,
     };
-    training::fit(context, &work)
+    training::fit(context, work)
 }

@@ -24,14 +24,14 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
     let (held_out_rows, held_out) = trees(context, &start, spec, &spec.eval_datasets)?;
     let samples = &held_out_rows[..spec.train.eval_samples.min(held_out_rows.len())];
     let work = Work {
-        start: &start,
+        start,
         objective: &Sft,
         train: &train,
         eval: (&Sft, &held_out),
         samples,
         settings: &spec.train,
     };
-    training::fit(context, &work)
+    training::fit(context, work)
 }
 
 fn trees(

@@ -123,8 +123,9 @@ fn note_skipped(context: &StageContext<'_>, what: &str, skipped: &[(String, Stri
 
 /// What a stage trains, and on what.
 pub struct Work<'a> {
-    /// The start; its configuration and tokenizer are saved with the result.
-    pub start: &'a Checkpoint,
+    /// The start; its configuration and tokenizer are saved with the result. Its weights are freed once the masters are
+    /// made, so nobody else should hold them.
+    pub start: Checkpoint,
     /// What to minimise.
     pub objective: &'a dyn Objective,
     /// Training examples.
@@ -138,17 +139,20 @@ pub struct Work<'a> {
 }
 
 /// Trains and writes `checkpoint/`.
-pub fn fit(context: &StageContext<'_>, work: &Work<'_>) -> Result<Metrics> {
-    let learner = Learner::new(&work.start.config, &work.start.weights)?;
+pub fn fit(context: &StageContext<'_>, work: Work<'_>) -> Result<Metrics> {
+    let Checkpoint { config, weights, tokenizer } = work.start;
+    let learner = Learner::with(&config, weights, work.settings.dtype, |_| false)?;
     let checkpoint = |learner: &Learner| Checkpoint {
-        config: work.start.config.clone(),
+        config: config.clone(),
         weights: learner.weights(),
-        tokenizer: work.start.tokenizer.clone(),
+        tokenizer: tokenizer.clone(),
     };
     let save = |learner: &Learner, dir: &std::path::Path| {
         checkpoint(learner).write_into(dir, &SaveOptions::new(DType::F32))
     };
-    let samples = |learner: &Learner| answers(&checkpoint(learner), work.samples);
+    let samples = |learner: &Learner| {
+        answers(&checkpoint(learner).computed_in(work.settings.dtype)?, work.samples)
+    };
     let job = Job {
         objective: work.objective,
         train: work.train,

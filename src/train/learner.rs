@@ -1,47 +1,55 @@
-//! A model whose weights move: named variables, and a transformer that reads them.
+//! A model whose weights move: named parameters, and a transformer that reads them.
 
 use std::collections::BTreeMap;
 
-use candle_core::Var;
-
-use crate::error::Result;
+use crate::error::{Context, Error, Result};
 use crate::model::transformer::Transformer;
-use crate::model::{Config, Weights};
+use crate::model::{Config, Precision, Weights};
+use crate::optim::Param;
 
-/// A model in training. The weights are f32 masters; the transformer shares their storage.
+/// A model in training. The weights are f32 masters; the transformer shares their storage, or that of their bf16
+/// copies.
 #[derive(Debug)]
 pub struct Learner {
-    params: BTreeMap<String, Var>,
+    params: BTreeMap<String, Param>,
     model: Transformer,
 }
 
 impl Learner {
-    /// Takes a copy of `weights`, all of them trained.
+    /// Takes a copy of `weights`, all of them trained, computing in f32.
     ///
     /// # Errors
     /// Names a tensor that is missing.
     pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
-        Self::with_frozen(config, weights, |_| false)
+        Self::with(config, weights.clone(), Precision::F32, |_| false)
     }
 
-    /// Takes a copy of `weights`; those whose name is `frozen` keep their bits and cost no gradient work.
-    pub fn with_frozen(
+    /// Takes a copy of `weights`, one tensor after the other, so that the given ones are freed on the way where nobody
+    /// else holds them. Matrices are computed with in `dtype`. Parameters whose name is `frozen` keep their bits and cost
+    /// no gradient work.
+    ///
+    /// # Errors
+    /// Names a tensor that is missing.
+    pub fn with(
         config: &Config,
-        weights: &Weights,
+        weights: Weights,
+        dtype: Precision,
         frozen: impl Fn(&str) -> bool,
     ) -> Result<Self> {
-        let mut params = BTreeMap::new();
+        let mut trained = BTreeMap::new();
         let mut tensors = Weights::new();
         for (name, tensor) in weights {
-            if frozen(name) {
-                tensors.insert(name.clone(), tensor.detach());
+            dtype.check_device(tensor.device())?;
+            let dtype = dtype.of(&name, &tensor);
+            if frozen(&name) {
+                tensors.insert(name, tensor.detach().to_dtype(dtype)?);
                 continue;
             }
-            let var = Var::from_tensor(tensor)?;
-            tensors.insert(name.clone(), var.as_tensor().clone());
-            params.insert(name.clone(), var);
+            let param = Param::computed_in(&tensor, dtype)?;
+            tensors.insert(name.clone(), param.computed().clone());
+            trained.insert(name, param);
         }
-        Ok(Self { params, model: Transformer::new(config, &tensors)? })
+        Ok(Self { params: trained, model: Transformer::new(config, &tensors)? })
     }
 
     /// The model as it is now.
@@ -49,14 +57,15 @@ impl Learner {
         &self.model
     }
 
-    /// Trained variables, in name order.
-    pub fn params(&self) -> &BTreeMap<String, Var> {
+    /// Trained parameters, in name order.
+    pub fn params(&self) -> &BTreeMap<String, Param> {
         &self.params
     }
 
-    /// Trained weights as plain tensors that share storage with the variables.
+    /// Trained masters as plain tensors that share storage with the variables.
     pub fn weights(&self) -> Weights {
-        self.params.iter().map(|(name, var)| (name.clone(), var.as_tensor().detach())).collect()
+        let master = |param: &Param| param.master.as_tensor().detach();
+        self.params.iter().map(|(name, param)| (name.clone(), master(param))).collect()
     }
 
     /// Overwrites trained weights.
@@ -64,13 +73,12 @@ impl Learner {
     /// # Errors
     /// Names a tensor that is missing or has another shape.
     pub fn set(&self, weights: &Weights) -> Result<()> {
-        use crate::error::{Context, Error};
-        for (name, var) in &self.params {
+        for (name, param) in &self.params {
             let tensor = weights
                 .get(name)
                 .ok_or_else(|| Error::run("missing from the saved weights").at(name))?;
             // A checkpoint of this very model may alias the variable's storage.
-            var.set(&tensor.copy()?).at(name)?;
+            param.set(&tensor.copy()?).at(name)?;
         }
         Ok(())
     }

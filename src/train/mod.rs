@@ -12,4 +12,4 @@ pub mod step;
 pub use fit::{Job, fit};
 pub use learner::Learner;
 pub use order::Order;
-pub use settings::{Precision, Settings};
+pub use settings::Settings;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::model::Precision;
 use crate::optim::adamw::{Hyper, is_decayed};
 use crate::optim::schedule::Schedule;
 
@@ -51,7 +52,7 @@ pub struct Settings {
     pub logging_steps: usize,
     /// Finish with the weights of the best evaluation rather than the last.
     pub load_best_model_at_end: bool,
-    /// Compute type; `f32` until the bf16 product exists.
+    /// What products compute with: `f32`, or `bf16` with f32 masters, sums, norms and softmax.
     pub dtype: Precision,
     /// Element type of the saved weights.
     pub save_dtype: Precision,
@@ -59,33 +60,6 @@ pub struct Settings {
     pub eval_samples: usize,
     /// Shuffle the examples anew each epoch.
     pub shuffle: bool,
-}
-
-/// A floating-point format.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// 32-bit.
-    #[default]
-    #[serde(alias = "float32")]
-    F32,
-    /// bfloat16.
-    #[serde(alias = "bfloat16")]
-    Bf16,
-    /// IEEE half.
-    #[serde(alias = "float16")]
-    F16,
-}
-
-impl Precision {
-    /// Candle's name for it.
-    pub fn dtype(self) -> candle_core::DType {
-        match self {
-            Self::F32 => candle_core::DType::F32,
-            Self::Bf16 => candle_core::DType::BF16,
-            Self::F16 => candle_core::DType::F16,
-        }
-    }
 }
 
 impl Default for Settings {
@@ -183,10 +157,6 @@ impl Settings {
                 )));
             }
         }
-        if self.dtype != Precision::F32 {
-            return Err(Error::usage("`dtype` asks for 16-bit products, which do not exist yet")
-                .hint("train with dtype = \"f32\"; save_dtype = \"bf16\" halves the checkpoint"));
-        }
-        Ok(())
+        self.dtype.check_compute()
     }
 }

@@ -6,6 +6,7 @@
 
 use rayon::prelude::*;
 
+use super::element::Element;
 use super::matmul::{Mat, Threads, matmul, matmul_into};
 use super::simd;
 use crate::ops::AttentionPlan;
@@ -13,9 +14,9 @@ use crate::ops::AttentionPlan;
 /// Queries a tile.
 const TILE: usize = 64;
 
-/// Arguments of both passes. Shapes: `q` `[T, H, E]`; `k`, `v` `[T, G, E]`.
+/// Arguments of both passes. Shapes: `q` `[T, H, E]`; `k`, `v` `[T, G, E]`. Arithmetic is in f32 whatever the elements.
 #[derive(Clone, Copy, Debug)]
-pub struct Inputs<'a> {
+pub struct Inputs<'a, N = f32> {
     /// Who sees whom.
     pub plan: &'a AttentionPlan,
     /// `H`.
@@ -25,11 +26,11 @@ pub struct Inputs<'a> {
     /// `E`.
     pub width: usize,
     /// Queries.
-    pub q: &'a [f32],
+    pub q: &'a [N],
     /// Keys.
-    pub k: &'a [f32],
+    pub k: &'a [N],
     /// Values.
-    pub v: &'a [f32],
+    pub v: &'a [N],
 }
 
 /// One head's tokens of one tree, dense.
@@ -38,7 +39,7 @@ struct Unit {
     head: usize,
 }
 
-impl Inputs<'_> {
+impl<N: Element> Inputs<'_, N> {
     fn units(&self) -> Vec<Unit> {
         let trees = self.plan.trees.len();
         (0..trees).flat_map(|tree| (0..self.heads).map(move |head| Unit { tree, head })).collect()
@@ -67,18 +68,18 @@ impl Inputs<'_> {
     }
 }
 
-/// Copies one head's rows of `x` (`[T, heads, width]`) end to end.
-fn gather(
-    x: &[f32],
-    path: &[std::ops::Range<usize>],
-    heads: usize,
-    head: usize,
+/// Copies one head's rows of `x` (`[T, heads, width]`) end to end, widened.
+fn gather<N: Element>(
+    x: &[N],
+    rows: impl Iterator<Item = usize>,
+    (head, heads): (usize, usize),
     width: usize,
 ) -> Vec<f32> {
-    let mut out =
-        Vec::with_capacity(path.iter().map(ExactSizeIterator::len).sum::<usize>() * width);
-    for row in path.iter().cloned().flatten() {
-        out.extend_from_slice(&x[(row * heads + head) * width..][..width]);
+    let mut out = Vec::new();
+    for row in rows {
+        let end = out.len();
+        out.resize(end + width, 0.0);
+        N::widen_into(&mut out[end..], &x[(row * heads + head) * width..][..width]);
     }
     out
 }
@@ -110,21 +111,24 @@ fn spread(
 }
 
 /// Output `[T, H, E]` and log-sum-exp `[units, rows]`, units tree by tree and head by head.
-pub fn forward(inputs: &Inputs<'_>) -> (Vec<f32>, Vec<f32>) {
+pub fn forward<N: Element>(inputs: &Inputs<'_, N>) -> (Vec<N>, Vec<f32>) {
     let units = inputs.units();
     let results: Vec<(Vec<f32>, Vec<f32>)> =
         units.par_iter().map(|unit| forward_unit(inputs, unit)).collect();
-    let mut out = vec![0.0; inputs.q.len()];
+    let Inputs { heads, width, .. } = *inputs;
+    let mut out = vec![N::default(); inputs.q.len()];
     let mut log_sum_exp = Vec::with_capacity(inputs.plan.tokens * inputs.heads);
     for (unit, (rows, lse)) in units.iter().zip(results) {
         let (first, _) = inputs.rows(unit.tree);
-        spread(&mut out, &rows, first, (unit.head, inputs.heads), inputs.width);
+        for (row, values) in (first..).zip(rows.chunks_exact(width)) {
+            N::round_into(&mut out[(row * heads + unit.head) * width..][..width], values);
+        }
         log_sum_exp.extend(lse);
     }
     (out, log_sum_exp)
 }
 
-fn forward_unit(inputs: &Inputs<'_>, unit: &Unit) -> (Vec<f32>, Vec<f32>) {
+fn forward_unit<N: Element>(inputs: &Inputs<'_, N>, unit: &Unit) -> (Vec<f32>, Vec<f32>) {
     let Inputs { plan, heads, groups, width, q, k, v } = *inputs;
     let (first, len) = inputs.rows(unit.tree);
     let (mut out, mut log_sum_exp) = (vec![0.0; len * width], vec![0.0; len]);
@@ -132,14 +136,14 @@ fn forward_unit(inputs: &Inputs<'_>, unit: &Unit) -> (Vec<f32>, Vec<f32>) {
         let span = &plan.spans[index];
         let path = inputs.path(index);
         let group = inputs.group(unit.head);
-        let (keys, values) =
-            (gather(k, &path, groups, group, width), gather(v, &path, groups, group, width));
+        let along = |x| gather(x, path.iter().cloned().flatten(), (group, groups), width);
+        let (keys, values) = (along(k), along(v));
         for tile in (0..span.len).step_by(TILE) {
             let rows = TILE.min(span.len - tile);
             let seen = span.position + tile + rows;
             let start = span.start + tile;
-            let queries =
-                Mat::strided(&q[(start * heads + unit.head) * width..], rows, width, heads * width);
+            let queries = gather(q, start..start + rows, (unit.head, heads), width);
+            let queries = Mat::new(&queries, rows, width);
             let mut scores = matmul(queries, Mat::new(&keys, seen, width).t(), Threads::One);
             for (row, scores) in scores.chunks_exact_mut(seen).enumerate() {
                 let visible = seen - rows + row + 1;
@@ -170,10 +174,10 @@ fn softmax(scores: &mut [f32], visible: usize, scale: f32) -> f32 {
 }
 
 /// Gradients of q `[T, H, E]`, k and v `[T, G, E]`.
-pub fn backward(
-    inputs: &Inputs<'_>,
+pub fn backward<N: Element>(
+    inputs: &Inputs<'_, N>,
     log_sum_exp: &[f32],
-    out: &[f32],
+    out: &[N],
     d_out: &[f32],
 ) -> [Vec<f32>; 3] {
     let units = inputs.units();
@@ -188,7 +192,7 @@ pub fn backward(
     let results: Vec<[Vec<f32>; 3]> = units
         .par_iter()
         .zip(offsets)
-        .map(|(unit, offset)| backward_unit(inputs, unit, &log_sum_exp[offset..], [out, d_out]))
+        .map(|(unit, offset)| backward_unit(inputs, unit, &log_sum_exp[offset..], (out, d_out)))
         .collect();
     let mut grads = [inputs.q, inputs.k, inputs.v].map(|x| vec![0.0; x.len()]);
     for (unit, rows) in units.iter().zip(results) {
@@ -202,11 +206,11 @@ pub fn backward(
     grads
 }
 
-fn backward_unit(
-    inputs: &Inputs<'_>,
+fn backward_unit<N: Element>(
+    inputs: &Inputs<'_, N>,
     unit: &Unit,
     log_sum_exp: &[f32],
-    outs: [&[f32]; 2],
+    (out, d_out): (&[N], &[f32]),
 ) -> [Vec<f32>; 3] {
     let Inputs { plan, heads, groups, width, q, k, v } = *inputs;
     let (first, len) = inputs.rows(unit.tree);
@@ -215,30 +219,27 @@ fn backward_unit(
         let span = &plan.spans[index];
         let path = inputs.path(index);
         let group = inputs.group(unit.head);
-        let (keys, values) =
-            (gather(k, &path, groups, group, width), gather(v, &path, groups, group, width));
+        let along = |x| gather(x, path.iter().cloned().flatten(), (group, groups), width);
+        let (keys, values) = (along(k), along(v));
         let (mut d_keys, mut d_values) = (vec![0.0; keys.len()], vec![0.0; values.len()]);
         for tile in (0..span.len).step_by(TILE) {
             let rows = TILE.min(span.len - tile);
             let seen = span.position + tile + rows;
             let start = span.start + tile;
-            let view = |x| {
-                Mat::strided(
-                    slice_from(x, (start * heads + unit.head) * width),
-                    rows,
-                    width,
-                    heads * width,
-                )
-            };
-            let (queries, d_tile) = (view(q), view(outs[1]));
+            let (here, of) = (start..start + rows, (unit.head, heads));
+            let queries = gather(q, here.clone(), of, width);
+            let out_tile = gather(out, here.clone(), of, width);
+            let d_tile = gather(d_out, here, of, width);
+            let (queries, d_out) = (Mat::new(&queries, rows, width), &d_tile);
+            let d_tile = Mat::new(&d_tile, rows, width);
             let keys = Mat::new(&keys, seen, width);
             let mut scores = matmul(queries, keys.t(), Threads::One);
             let d_probs = matmul(d_tile, Mat::new(&values, seen, width).t(), Threads::One);
             let mut probs = vec![0.0; rows * seen];
             for row in 0..rows {
                 let visible = seen - rows + row + 1;
-                let at = ((start + row) * heads + unit.head) * width;
-                let mean = simd::dot(&outs[0][at..at + width], &outs[1][at..at + width]);
+                let at = row * width..(row + 1) * width;
+                let mean = simd::dot(&out_tile[at.clone()], &d_out[at]);
                 let cells = row * seen..row * seen + visible;
                 let constants = [log_sum_exp[start - first + row], mean, inputs.scale()];
                 simd::scale(&mut scores[cells.clone()], inputs.scale());
@@ -266,8 +267,4 @@ fn backward_unit(
         scatter(&mut grads[2], &d_values, &path, first, width);
     }
     grads
-}
-
-fn slice_from(x: &[f32], start: usize) -> &[f32] {
-    &x[start..]
 }

@@ -4,9 +4,11 @@
 //! *packed*: columns in strips as wide as a tile, each strip `[K, columns]` in one piece. The left matrix is packed
 //! likewise in strips of `[K, rows]`, or read where it lies, row by row.
 //!
-//! **Order of summation.** A result is a sum over blocks of [`KC`] products, each block a chain of fused
-//! multiply-adds in order, the blocks added in order. Tile sizes, threads and the rest of the batch do not enter: this
-//! is the row rule.
+//! The inner dimension is counted in *units* of four bytes: one f32, or a pair of bf16.
+//!
+//! **Order of summation.** A result is a sum over blocks of [`KC`] units, each block a chain of fused multiply-adds in
+//! order (of a pair, the second product first), the blocks added in order. Tile sizes, threads and the rest of the batch
+//! do not enter: this is the row rule.
 
 #![expect(
     unsafe_code,
@@ -14,20 +16,75 @@
     reason = "raw tiles and functions that may only be called where an instruction set was detected"
 )]
 
-use super::isa::Isa;
-use super::vector::{Plain, Vector};
+use half::bf16;
 
-/// Products in one chain. Part of what a result is: changing it changes last bits everywhere.
+use super::isa::Isa;
+use super::vector::{Operand, Plain, Single, Vector, Widened};
+
+/// Units in one chain. Part of what a result is: changing it changes last bits everywhere.
 pub(super) const KC: usize = 288;
 
-/// The left matrix of a tile.
+/// Bytes of a unit.
+pub(super) const UNIT: usize = 4;
+
+/// What the kernels must know of an element type; no other type can be one.
+pub trait Numbers: Copy + Default + Send + Sync + 'static {
+    /// What a tile reads of the inner dimension at a time, four bytes. Every bit pattern is one.
+    type Unit: Copy + Default + Send + Sync;
+    /// Elements in a unit.
+    const PER_UNIT: usize;
+    /// A unit of neighbours along the inner dimension; the second is ignored where a unit is one element.
+    fn unit(first: Self, second: Self) -> Self::Unit;
+    /// The tiles of an instruction set that the processor has.
+    fn kernel(isa: Isa) -> Kernel;
+}
+
+impl Numbers for f32 {
+    type Unit = Self;
+    const PER_UNIT: usize = 1;
+    #[inline]
+    fn unit(first: Self, _second: Self) -> Self {
+        first
+    }
+    fn kernel(isa: Isa) -> Kernel {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Avx512Bf16 => x86::AVX512,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => x86::AVX2,
+            _ => PORTABLE,
+        }
+    }
+}
+
+impl Numbers for bf16 {
+    type Unit = [Self; 2];
+    const PER_UNIT: usize = 2;
+    #[inline]
+    fn unit(first: Self, second: Self) -> [Self; 2] {
+        [first, second]
+    }
+    fn kernel(isa: Isa) -> Kernel {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => x86::AVX512_BF16,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => x86::AVX512_WIDENED,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => x86::AVX2_WIDENED,
+            _ => PORTABLE_WIDENED,
+        }
+    }
+}
+
+/// The left matrix of a tile. Distances are in bytes: rows of bf16 need not begin at a unit's boundary.
 #[derive(Clone, Copy)]
 pub(super) struct Left {
-    /// Element (0, 0).
-    pub(super) data: *const f32,
+    /// Unit (0, 0).
+    pub(super) data: *const u8,
     /// Distance between rows.
     pub(super) row_stride: usize,
-    /// Distance between columns.
+    /// Distance between units.
     pub(super) k_stride: usize,
 }
 
@@ -40,15 +97,17 @@ pub(super) struct Place {
     pub(super) add: bool,
 }
 
-/// One tile: `(k, left, strip of the right matrix, place)`.
+/// One tile: `(units, left, strip of the right matrix, place)`.
 ///
 /// # Safety
-/// The instruction set is there; `left` covers `rows × k`, the strip `k × columns`, the place `rows × columns`.
-pub(super) type Tile = unsafe fn(usize, Left, *const f32, Place);
+/// The instruction set is there; `left` covers `rows × units`, the strip `units × columns`, the place
+/// `rows × columns`.
+pub(super) type Tile = unsafe fn(usize, Left, *const u8, Place);
 
-/// The tiles of one instruction set.
+/// The tiles of one instruction set and element type.
 #[derive(Clone, Copy)]
-pub(super) struct Kernel {
+#[expect(missing_debug_implementations, reason = "function pointers say nothing")]
+pub struct Kernel {
     /// Rows and columns of `packed` and `strided`.
     pub(super) rows: usize,
     pub(super) columns: usize,
@@ -63,51 +122,37 @@ pub(super) struct Kernel {
     pub(super) narrow: Tile,
 }
 
-impl Kernel {
-    /// The tiles of an instruction set that the processor has.
-    pub(super) fn of(isa: Isa) -> Self {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx512Bf16 => x86::AVX512,
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => x86::AVX2,
-            _ => PORTABLE,
-        }
-    }
-}
-
 /// Adds or stores one tile. `PACKED` fixes the left matrix's strides at compile time.
 #[inline(always)]
-unsafe fn tile<V: Vector, const ROWS: usize, const REGISTERS: usize, const PACKED: bool>(
-    k: usize,
+unsafe fn tile<O: Operand, const ROWS: usize, const REGISTERS: usize, const PACKED: bool>(
+    units: usize,
     left: Left,
-    strip: *const f32,
+    strip: *const u8,
     place: Place,
 ) {
-    let (row_stride, k_stride) = if PACKED { (1, ROWS) } else { (left.row_stride, left.k_stride) };
+    let lanes = O::Sum::LANES;
+    let (row_stride, k_stride) =
+        if PACKED { (UNIT, ROWS * UNIT) } else { (left.row_stride, left.k_stride) };
     // SAFETY: all reads and writes stay within what the caller promised of `left`, `strip` and `place`.
     unsafe {
-        let mut sums = [[V::splat(0.0); REGISTERS]; ROWS];
+        let mut sums = [[O::Sum::splat(0.0); REGISTERS]; ROWS];
         let (mut a, mut b) = (left.data, strip);
-        for _ in 0..k {
-            let mut columns = [V::splat(0.0); REGISTERS];
-            for (j, column) in columns.iter_mut().enumerate() {
-                *column = V::load(b.add(j * V::LANES));
-            }
+        for _ in 0..units {
+            let columns: [O; REGISTERS] = std::array::from_fn(|j| O::load(b.add(j * lanes * UNIT)));
             for (i, sums) in sums.iter_mut().enumerate() {
-                let value = V::splat(*a.add(i * row_stride));
+                let value = O::splat(a.add(i * row_stride));
                 for (sum, column) in sums.iter_mut().zip(columns) {
                     *sum = value.fma(column, *sum);
                 }
             }
             a = a.add(k_stride);
-            b = b.add(REGISTERS * V::LANES);
+            b = b.add(REGISTERS * lanes * UNIT);
         }
         for (i, sums) in sums.iter().enumerate() {
             let row = place.data.add(i * place.stride);
             for (j, sum) in sums.iter().enumerate() {
-                let to = row.add(j * V::LANES);
-                let value = if place.add { V::load(to).add(*sum) } else { *sum };
+                let to = row.add(j * lanes);
+                let value = if place.add { O::Sum::load(to).add(*sum) } else { *sum };
                 value.store(to);
             }
         }
@@ -116,32 +161,32 @@ unsafe fn tile<V: Vector, const ROWS: usize, const REGISTERS: usize, const PACKE
 
 /// Declares the three tiles of an instruction set.
 macro_rules! tiles {
-    ($(#[$doc:meta])* $name:ident = $vector:ty, $rows:literal x $registers:literal, narrow $narrow:literal $(, $feature:literal)?) => {
+    ($(#[$doc:meta])* $name:ident = $operand:ty, $rows:literal x $registers:literal, narrow $narrow:literal $(, $feature:literal)?) => {
         $(#[$doc])*
         pub(in crate::ops::cpu) const $name: Kernel = {
-            type V = $vector;
+            type O = $operand;
             $(#[target_feature(enable = $feature)])?
-            unsafe fn packed(k: usize, left: Left, strip: *const f32, place: Place) {
+            unsafe fn packed(units: usize, left: Left, strip: *const u8, place: Place) {
                 // SAFETY: the caller's promise.
-                unsafe { tile::<V, $rows, $registers, true>(k, left, strip, place) }
+                unsafe { tile::<O, $rows, $registers, true>(units, left, strip, place) }
             }
             $(#[target_feature(enable = $feature)])?
-            unsafe fn strided(k: usize, left: Left, strip: *const f32, place: Place) {
+            unsafe fn strided(units: usize, left: Left, strip: *const u8, place: Place) {
                 // SAFETY: the caller's promise.
-                unsafe { tile::<V, $rows, $registers, false>(k, left, strip, place) }
+                unsafe { tile::<O, $rows, $registers, false>(units, left, strip, place) }
             }
             $(#[target_feature(enable = $feature)])?
-            unsafe fn narrow(k: usize, left: Left, strip: *const f32, place: Place) {
+            unsafe fn narrow(units: usize, left: Left, strip: *const u8, place: Place) {
                 // SAFETY: the caller's promise.
-                unsafe { tile::<V, $narrow, 1, false>(k, left, strip, place) }
+                unsafe { tile::<O, $narrow, 1, false>(units, left, strip, place) }
             }
             Kernel {
                 rows: $rows,
-                columns: $registers * V::LANES,
+                columns: $registers * <O as Operand>::Sum::LANES,
                 packed,
                 strided,
                 narrow_rows: $narrow,
-                narrow_columns: V::LANES,
+                narrow_columns: <O as Operand>::Sum::LANES,
                 narrow,
             }
         };
@@ -150,7 +195,11 @@ macro_rules! tiles {
 
 tiles! {
     /// Sixteen registers of four lanes are what any machine has.
-    PORTABLE = Plain<8>, 4 x 1, narrow 4
+    PORTABLE = Single<Plain<8>>, 4 x 1, narrow 4
+}
+tiles! {
+    /// The same for bf16.
+    PORTABLE_WIDENED = Widened<Plain<8>>, 4 x 1, narrow 4
 }
 
 /// AVX-512's shapes in plain Rust, so that tests cover them on every machine.
@@ -158,23 +207,38 @@ tiles! {
 mod rehearsal {
     use super::*;
     tiles! {
-        REHEARSAL = Plain<16>, 12 x 2, narrow 12
+        REHEARSAL = Single<Plain<16>>, 12 x 2, narrow 12
+    }
+    tiles! {
+        REHEARSAL_WIDENED = Widened<Plain<16>>, 12 x 2, narrow 12
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::vector::{Avx2, Avx512, Vector};
+    use super::super::vector::{Avx2, Avx512, Operand, Pairs, Single, Vector, Widened};
     use super::{Kernel, Left, Place, tile};
     tiles! {
         /// 12 of 16 registers hold sums.
-        AVX2 = Avx2, 6 x 2, narrow 12, "avx2,fma"
+        AVX2 = Single<Avx2>, 6 x 2, narrow 12, "avx2,fma"
+    }
+    tiles! {
+        /// 8 of 16 registers hold sums; what is multiplied takes two registers each.
+        AVX2_WIDENED = Widened<Avx2>, 4 x 2, narrow 8, "avx2,fma"
     }
     tiles! {
         /// 24 of 32 registers hold sums.
-        AVX512 = Avx512, 12 x 2, narrow 12, "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"
+        AVX512 = Single<Avx512>, 12 x 2, narrow 12, "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"
+    }
+    tiles! {
+        /// The same for bf16, widened.
+        AVX512_WIDENED = Widened<Avx512>, 12 x 2, narrow 12, "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"
+    }
+    tiles! {
+        /// The same for bf16, multiplied in pairs.
+        AVX512_BF16 = Pairs, 12 x 2, narrow 12, "avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma"
     }
 }
 
 #[cfg(test)]
-pub(super) use rehearsal::REHEARSAL;
+pub(super) use rehearsal::{REHEARSAL, REHEARSAL_WIDENED};

@@ -1,4 +1,5 @@
-//! The f32 matrix product: packed, cut to the caches, on all cores. The product backend is this file and `kernel`.
+//! The matrix product, of f32 or of bf16 with sums in f32: packed, cut to the caches, on all cores. The product backend
+//! is this file and `kernel`.
 //!
 //! Every result is the same bits whatever the other rows and columns are and however many threads work on them (see
 //! [`kernel`](super::kernel) for the order of summation). Large products pack both matrices, after Goto and van de
@@ -8,8 +9,9 @@
 
 use rayon::prelude::*;
 
+use super::element::Element;
 use super::isa::Isa;
-use super::kernel::{KC, Kernel, Left, Place};
+use super::kernel::{KC, Kernel, Left, Numbers, Place, UNIT};
 use super::pack::{pack, with_left, with_right};
 
 /// Rows of the left matrix that stay in a core's second-level cache, in tiles.
@@ -27,17 +29,17 @@ const SMALL: usize = 1 << 20;
 
 /// A read-only matrix view: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]
-pub struct Mat<'a> {
-    pub(super) data: &'a [f32],
+pub struct Mat<'a, E = f32> {
+    pub(super) data: &'a [E],
     pub(super) rows: usize,
     pub(super) cols: usize,
     pub(super) row_stride: usize,
     pub(super) col_stride: usize,
 }
 
-impl<'a> Mat<'a> {
+impl<'a, E: Numbers> Mat<'a, E> {
     /// A dense row-major matrix over the front of `data`.
-    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+    pub fn new(data: &'a [E], rows: usize, cols: usize) -> Self {
         Self::strided(data, rows, cols, cols)
     }
 
@@ -45,7 +47,7 @@ impl<'a> Mat<'a> {
     ///
     /// # Panics
     /// Where `data` is too short: the caller's shapes are wrong.
-    pub fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+    pub fn strided(data: &'a [E], rows: usize, cols: usize, row_stride: usize) -> Self {
         let needed = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
         assert!(data.len() >= needed, "matrix {rows}x{cols} over {} elements", data.len());
         Self { data, rows, cols, row_stride, col_stride: 1 }
@@ -73,6 +75,11 @@ impl<'a> Mat<'a> {
         self.cols
     }
 
+    /// Units of a row.
+    pub(super) fn units(&self) -> usize {
+        self.cols.div_ceil(E::PER_UNIT)
+    }
+
     /// Rows `first..first + rows` and columns `from..from + cols`.
     fn block(self, (first, rows): (usize, usize), (from, cols): (usize, usize)) -> Self {
         let start = if rows == 0 || cols == 0 {
@@ -97,7 +104,13 @@ pub enum Threads {
 ///
 /// # Panics
 /// Where the inner dimensions differ or `out` has another size: the caller's shapes are wrong.
-pub fn matmul_into(out: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool, threads: Threads) {
+pub fn matmul_into<E: Element>(
+    out: &mut [f32],
+    a: Mat<'_, E>,
+    b: Mat<'_, E>,
+    accumulate: bool,
+    threads: Threads,
+) {
     assert_eq!(
         out.len(),
         a.rows * b.cols,
@@ -109,18 +122,18 @@ pub fn matmul_into(out: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool, th
     );
     let place = Place { data: out.as_mut_ptr(), stride: b.cols, add: accumulate };
     // SAFETY: `out` holds exactly the product's elements.
-    unsafe { product(&Kernel::of(Isa::current()), a, b, place, threads) }
+    unsafe { product(&E::kernel(Isa::current()), a, b, place, threads) }
 }
 
 /// `a · b` in a fresh buffer that is never zeroed first. Shape `[a.rows, b.cols]`, row-major.
-pub fn matmul(a: Mat<'_>, b: Mat<'_>, threads: Threads) -> Vec<f32> {
+pub fn matmul<E: Element>(a: Mat<'_, E>, b: Mat<'_, E>, threads: Threads) -> Vec<f32> {
     let len = a.rows * b.cols;
     let mut out = Vec::with_capacity(len);
     let place = Place { data: out.as_mut_ptr(), stride: b.cols, add: false };
     // SAFETY: the capacity is the product's size, and a product that does not add writes every element without
     // reading it.
     unsafe {
-        product(&Kernel::of(Isa::current()), a, b, place, threads);
+        product(&E::kernel(Isa::current()), a, b, place, threads);
         out.set_len(len);
     }
     out
@@ -128,7 +141,13 @@ pub fn matmul(a: Mat<'_>, b: Mat<'_>, threads: Threads) -> Vec<f32> {
 
 /// # Safety
 /// `place` covers `[a.rows, b.cols]`, initialised where it is added to; nobody else reads or writes it.
-unsafe fn product(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, threads: Threads) {
+unsafe fn product<E: Numbers>(
+    kernel: &Kernel,
+    a: Mat<'_, E>,
+    b: Mat<'_, E>,
+    place: Place,
+    threads: Threads,
+) {
     assert_eq!(a.cols, b.rows, "product of {}x{} and {}x{}", a.rows, a.cols, b.rows, b.cols);
     let (m, n, k) = (a.rows, b.cols, a.cols);
     if m == 0 || n == 0 {
@@ -178,7 +197,13 @@ fn each(count: usize, threads: Threads, task: impl Fn(usize) + Sync + Send) {
 
 /// # Safety
 /// As [`product`].
-unsafe fn blocked(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, threads: Threads) {
+unsafe fn blocked<E: Numbers>(
+    kernel: &Kernel,
+    a: Mat<'_, E>,
+    b: Mat<'_, E>,
+    place: Place,
+    threads: Threads,
+) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let out = Shared(place);
     let mc = LEFT_TILES * kernel.rows;
@@ -189,11 +214,11 @@ unsafe fn blocked(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, threads
         // Where there are few blocks of rows, columns are shared out too, so that every thread has work.
         let slices = if threads == Threads::All { 8_usize.div_ceil(blocks) } else { 1 };
         let slice = strips.div_ceil(slices);
-        for first in (0..k).step_by(KC) {
-            let depth = KC.min(k - first);
+        for first in (0..k).step_by(KC * E::PER_UNIT) {
+            let depth = (KC * E::PER_UNIT).min(k - first);
             let right = b.block((first, depth), (from, columns)).t();
-            let strip_len = kernel.columns * depth;
-            with_right(strips * strip_len, |packed| {
+            let strip_len = kernel.columns * right.units();
+            with_right::<E, _>(strips * strip_len, |packed| {
                 match threads {
                     Threads::One => pack(right, kernel.columns, packed),
                     Threads::All => {
@@ -227,20 +252,25 @@ unsafe fn blocked(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, threads
 ///
 /// # Safety
 /// `right` holds the strips; `place` covers `[left.rows, columns]`.
-unsafe fn panel(kernel: &Kernel, left: Mat<'_>, (right, columns): (&[f32], usize), place: Place) {
-    let depth = left.cols;
+unsafe fn panel<E: Numbers>(
+    kernel: &Kernel,
+    left: Mat<'_, E>,
+    (right, columns): (&[E::Unit], usize),
+    place: Place,
+) {
+    let depth = left.units();
     let (tile_rows, tile_columns) = (kernel.rows, kernel.columns);
-    with_left(left.rows.div_ceil(tile_rows) * tile_rows * depth, |packed| {
+    with_left::<E, _>(left.rows.div_ceil(tile_rows) * tile_rows * depth, |packed| {
         pack(left, tile_rows, packed);
         for from in (0..columns).step_by(tile_columns) {
-            let strip = right[from * depth..][..tile_columns * depth].as_ptr();
+            let strip = right[from * depth..][..tile_columns * depth].as_ptr().cast();
             for row in (0..left.rows).step_by(tile_rows) {
-                let data = packed[row * depth..][..tile_rows * depth].as_ptr();
+                let data = packed[row * depth..][..tile_rows * depth].as_ptr().cast();
                 let size = (tile_rows.min(left.rows - row), tile_columns.min(columns - from));
                 // SAFETY: both strips hold `depth` rows, and the tile lies within the place.
                 unsafe {
                     let place = Place { data: place.data.add(row * place.stride + from), ..place };
-                    let left = Left { data, row_stride: 1, k_stride: tile_rows };
+                    let left = Left { data, row_stride: UNIT, k_stride: tile_rows * UNIT };
                     if size == (tile_rows, tile_columns) {
                         (kernel.packed)(depth, left, strip, place);
                     } else {
@@ -258,7 +288,7 @@ unsafe fn panel(kernel: &Kernel, left: Mat<'_>, (right, columns): (&[f32], usize
 /// As for [`panel`]; `place` covers `size`.
 unsafe fn edge(
     kernel: &Kernel,
-    (depth, left, strip): (usize, Left, *const f32),
+    (depth, left, strip): (usize, Left, *const u8),
     place: Place,
     (rows, columns): (usize, usize),
 ) {
@@ -281,15 +311,21 @@ unsafe fn edge(
 ///
 /// # Safety
 /// As [`product`]; the columns of `b` have their elements side by side.
-unsafe fn few_rows(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, threads: Threads) {
-    let (m, n, k) = (a.rows, b.cols, a.cols);
+unsafe fn few_rows<E: Numbers>(
+    kernel: &Kernel,
+    a: Mat<'_, E>,
+    b: Mat<'_, E>,
+    place: Place,
+    threads: Threads,
+) {
+    let (m, n, k, units) = (a.rows, b.cols, a.cols, a.units());
     let (rows, columns, tile) = if m <= kernel.narrow_columns {
         (kernel.narrow_rows, kernel.narrow_columns, kernel.narrow)
     } else {
         (kernel.rows, kernel.columns, kernel.strided)
     };
     let out = Shared(place);
-    with_right(m.div_ceil(columns) * columns * k, |packed| {
+    with_right::<E, _>(m.div_ceil(columns) * columns * units, |packed| {
         pack(a, columns, packed);
         let packed = &*packed;
         // Rows of `bᵀ` a task: enough for the threads to share without waiting, few enough to balance.
@@ -299,16 +335,17 @@ unsafe fn few_rows(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, thread
                 let height = rows.min(n - first);
                 let left = b.t().block((first, height), (0, k));
                 let mut padded = Vec::new();
-                let left = if height == rows {
-                    Left { data: left.data.as_ptr(), row_stride: b.col_stride, k_stride: 1 }
+                let left = if height == rows && k.is_multiple_of(E::PER_UNIT) {
+                    let row_stride = b.col_stride * size_of::<E>();
+                    Left { data: left.data.as_ptr().cast(), row_stride, k_stride: UNIT }
                 } else {
-                    padded.resize(rows * k, 0.0);
+                    padded.resize(rows * units, E::Unit::default());
                     pack(left, rows, &mut padded);
-                    Left { data: padded.as_ptr(), row_stride: 1, k_stride: rows }
+                    Left { data: padded.as_ptr().cast(), row_stride: UNIT, k_stride: rows * UNIT }
                 };
-                for (strip, right) in packed.chunks_exact(columns * k).enumerate() {
+                for (strip, right) in packed.chunks_exact(columns * units).enumerate() {
                     let width = columns.min(m - strip * columns);
-                    // SAFETY: the left rows and the strip hold `k` elements each; a task has columns of its own.
+                    // SAFETY: the left rows and the strip hold `units` each; a task has columns of its own.
                     unsafe {
                         let place = out.at(strip * columns, first);
                         let size = (height, width);
@@ -316,7 +353,7 @@ unsafe fn few_rows(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, thread
                         if place.add {
                             transposed(&mut sums, size, columns, place, |sum, to| *sum = to.read());
                         }
-                        column_tile((tile, columns), (left, right, k), &mut sums, place.add);
+                        column_tile((tile, columns), (left, right, units), &mut sums, place.add);
                         transposed(&mut sums, size, columns, place, |sum, to| to.write(*sum));
                     }
                 }
@@ -328,20 +365,20 @@ unsafe fn few_rows(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, thread
 /// All of one tile's sums, block by block, aside.
 ///
 /// # Safety
-/// `left` covers the tile's rows and `k`; `right` is a strip of `k`.
-unsafe fn column_tile(
+/// `left` covers the tile's rows and `units`; `right` is a strip of `units`, four bytes each.
+unsafe fn column_tile<U>(
     (tile, columns): (super::kernel::Tile, usize),
-    (left, right, k): (Left, &[f32], usize),
+    (left, right, units): (Left, &[U], usize),
     sums: &mut [f32; TILE],
     add: bool,
 ) {
-    for first in (0..k).step_by(KC) {
-        let depth = KC.min(k - first);
+    for first in (0..units).step_by(KC) {
+        let depth = KC.min(units - first);
         let place = Place { data: sums.as_mut_ptr(), stride: columns, add: add || first > 0 };
         // SAFETY: `sums` has room for any kernel's tile; the rest is the caller's promise.
         unsafe {
             let left = Left { data: left.data.add(first * left.k_stride), ..left };
-            tile(depth, left, right[first * columns..].as_ptr(), place);
+            tile(depth, left, right[first * columns..].as_ptr().cast(), place);
         }
     }
 }
@@ -368,20 +405,31 @@ unsafe fn transposed(
 
 #[cfg(test)]
 mod tests {
-    use super::super::kernel::REHEARSAL;
+    use half::bf16;
+
+    use super::super::kernel::{REHEARSAL, REHEARSAL_WIDENED};
     use super::*;
     use crate::rng::Stream;
 
-    fn random(index: u64, len: usize) -> Vec<f32> {
-        Stream::new(9, "matmul").normal(index, len, 1.0)
+    fn random<E: Element>(index: u64, len: usize) -> Vec<E> {
+        E::rounded(Stream::new(9, "matmul").normal(index, len, 1.0))
     }
 
-    fn kernels() -> Vec<Kernel> {
+    /// Each kernel, and whether its rounding is the promised one: of a pair, AVX512-BF16 rounds as the processor does.
+    fn kernels<E: Element>(rehearsal: Kernel) -> Vec<(Kernel, bool)> {
         let supported = Isa::ALL.into_iter().filter(|isa| isa.is_supported());
-        supported.map(Kernel::of).chain([REHEARSAL]).collect()
+        let exact = |isa: Isa| E::PER_UNIT == 1 || isa != Isa::Avx512Bf16;
+        let all = supported.map(|isa| (E::kernel(isa), exact(isa)));
+        all.chain([(rehearsal, true)]).collect()
     }
 
-    fn run(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, add: bool, threads: Threads) -> Vec<f32> {
+    fn run<E: Element>(
+        kernel: &Kernel,
+        a: Mat<'_, E>,
+        b: Mat<'_, E>,
+        add: bool,
+        threads: Threads,
+    ) -> Vec<f32> {
         let mut out = vec![if add { 1.0 } else { f32::NAN }; a.rows * b.cols];
         let place = Place { data: out.as_mut_ptr(), stride: b.cols, add };
         // SAFETY: `out` holds exactly the product's elements.
@@ -390,21 +438,27 @@ mod tests {
     }
 
     /// The order of summation that the module promises, one result at a time.
-    fn exact(a: Mat<'_>, b: Mat<'_>) -> Vec<f32> {
+    fn exact<E: Element>(a: Mat<'_, E>, b: Mat<'_, E>) -> Vec<f32> {
         let value = |i: usize, j: usize| {
             let product = |sum: f32, k: usize| {
-                a.data[i * a.row_stride + k * a.col_stride]
-                    .mul_add(b.data[k * b.row_stride + j * b.col_stride], sum)
+                let a = a.data[i * a.row_stride + k * a.col_stride];
+                a.widened().mul_add(b.data[k * b.row_stride + j * b.col_stride].widened(), sum)
             };
-            let blocks = (0..a.cols).step_by(KC);
-            let sums = blocks.map(|first| (first..(first + KC).min(a.cols)).fold(0.0, product));
+            // Of a pair, the second product first.
+            let unit = |sum: f32, first: usize| {
+                let pair = first..(first + E::PER_UNIT).min(a.cols);
+                pair.rev().fold(sum, product)
+            };
+            let block = KC * E::PER_UNIT;
+            let sums = (0..a.cols).step_by(block).map(|first| {
+                (first..(first + block).min(a.cols)).step_by(E::PER_UNIT).fold(0.0, unit)
+            });
             sums.reduce(|sum, block| sum + block).unwrap_or(0.0)
         };
         (0..a.rows * b.cols).map(|ij| value(ij / b.cols, ij % b.cols)).collect()
     }
 
-    #[test]
-    fn every_orientation_and_odd_shape_is_the_promised_sum_bit_for_bit() {
+    fn every_orientation_is_the_promised_sum<E: Element>(rehearsal: Kernel) {
         let shapes = [
             (1, 1, 1),
             (2, 3, 0),
@@ -413,20 +467,22 @@ mod tests {
             (97, 50, 31),
             (1, 40, 600),
             (101, 19, 300),
+            (3, 18, 601),
         ];
         for (m, n, k) in shapes {
-            let (a, b) = (random(1, m * k), random(2, k * n));
-            for kernel in kernels() {
+            let (a, b) = (random::<E>(1, m * k), random::<E>(2, k * n));
+            for (kernel, bitwise) in kernels::<E>(rehearsal) {
                 for left in [Mat::new(&a, m, k), Mat::new(&a, k, m).t()] {
                     for right in [Mat::new(&b, k, n), Mat::new(&b, n, k).t()] {
-                        let expected = exact(left, right);
                         let one = run(&kernel, left, right, false, Threads::One);
-                        assert!(one == expected, "{m}x{n}x{k} in tiles of {}", kernel.rows);
-                        assert!(run(&kernel, left, right, false, Threads::All) == expected);
+                        let expected = exact(left, right);
+                        let near = one.iter().zip(&expected).all(|(x, y)| (x - y).abs() < 1e-4);
+                        let holds = if bitwise { one == expected } else { near };
+                        assert!(holds, "{m}x{n}x{k} in tiles of {}", kernel.rows);
+                        assert!(run(&kernel, left, right, false, Threads::All) == one);
                         let more = run(&kernel, left, right, true, Threads::All);
-                        let close =
-                            |(more, expected): (&f32, &f32)| (more - 1.0 - expected).abs() < 1e-4;
-                        assert!(more.iter().zip(&expected).all(close));
+                        let close = |(more, one): (&f32, &f32)| (more - 1.0 - one).abs() < 1e-4;
+                        assert!(more.iter().zip(&one).all(close));
                     }
                 }
             }
@@ -434,12 +490,17 @@ mod tests {
     }
 
     #[test]
-    fn a_row_is_the_same_bits_for_any_number_of_rows_and_threads() {
-        let (n, k) = (70, 577);
-        let (a, b) = (random(3, 2048 * k), random(4, n * k));
+    fn every_orientation_and_odd_shape_is_the_promised_sum_bit_for_bit() {
+        every_orientation_is_the_promised_sum::<f32>(REHEARSAL);
+        every_orientation_is_the_promised_sum::<bf16>(REHEARSAL_WIDENED);
+    }
+
+    fn a_row_stands_alone<E: Element>() {
+        let (n, k) = (70, 1153);
+        let (a, b) = (random::<E>(3, 2048 * k), random::<E>(4, n * k));
         let weight = Mat::new(&b, n, k).t();
         let all = matmul(Mat::new(&a, 2048, k), weight, Threads::All);
-        let start = random(7, 2048 * n);
+        let start = random::<f32>(7, 2048 * n);
         let mut sums = start.clone();
         matmul_into(&mut sums, Mat::new(&a, 2048, k), weight, true, Threads::All);
         for m in [1, 3, 16, 17, 96, 97, 2048] {
@@ -454,11 +515,17 @@ mod tests {
     }
 
     #[test]
+    fn a_row_is_the_same_bits_for_any_number_of_rows_and_threads() {
+        a_row_stands_alone::<f32>();
+        a_row_stands_alone::<bf16>();
+    }
+
+    #[test]
     fn views_with_gaps_are_read_right() {
-        let data = random(5, 40 * 11);
+        let data = random::<f32>(5, 40 * 11);
         let view = Mat::strided(&data, 40, 5, 11);
         let dense: Vec<f32> = data.chunks(11).flat_map(|row| row[..5].to_vec()).collect();
-        let other = random(6, 5 * 9);
+        let other = random::<f32>(6, 5 * 9);
         let right = Mat::new(&other, 5, 9);
         assert_eq!(
             matmul(view, right, Threads::One),

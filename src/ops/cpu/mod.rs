@@ -1,7 +1,9 @@
 //! CPU kernels: rayon over rows, vector code chosen at run time. With `cuda`, the only place for `unsafe`.
 
+pub mod adamw;
 pub mod alloc;
 pub mod attention;
+pub mod element;
 pub mod isa;
 mod kernel;
 pub mod matmul;
@@ -10,14 +12,22 @@ pub mod rows;
 pub mod simd;
 mod vector;
 
-use candle_core::{CpuStorage, Layout, Storage, Tensor};
+use std::cell::Cell;
+use std::marker::PhantomData;
 
-/// The elements of a contiguous f32 storage.
+use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor};
+
+pub use element::Element;
+
+/// The elements of a contiguous storage.
 ///
 /// # Errors
 /// Another dtype, or a layout with gaps: callers make tensors contiguous first.
-pub fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    let data = storage.as_slice::<f32>()?;
+pub fn slice<'a, E: Element>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a [E]> {
+    let data = storage.as_slice::<E>()?;
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&data[start..end]),
         None => candle_core::bail!(
@@ -27,8 +37,11 @@ pub fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Resul
     }
 }
 
-/// Calls `read` with the elements of a contiguous f32 CPU tensor, without copying them.
-pub fn with_slice<R>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> R) -> candle_core::Result<R> {
+/// Calls `read` with the elements of a contiguous CPU tensor, without copying them.
+pub fn with_slice<E: Element, R>(
+    tensor: &Tensor,
+    read: impl FnOnce(&[E]) -> R,
+) -> candle_core::Result<R> {
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
         Storage::Cpu(storage) => Ok(read(slice(storage, layout)?)),
@@ -39,16 +52,44 @@ pub fn with_slice<R>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> R) -> candle_
     }
 }
 
-/// The elements of a contiguous f32 storage, for writing.
+/// Calls `write` with the elements of a contiguous CPU tensor; all that share its storage see the change.
 ///
 /// # Errors
-/// As for [`slice`].
-pub fn slice_mut<'a>(
-    storage: &'a mut CpuStorage,
-    layout: &Layout,
-) -> candle_core::Result<&'a mut [f32]> {
-    match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::F32(data), Some((start, end))) => Ok(&mut data[start..end]),
-        _ => candle_core::bail!("a cpu kernel was given a tensor that is not contiguous f32"),
+/// Another dtype or device, or a layout with gaps.
+pub fn with_slice_mut<E: Element, R>(
+    tensor: &Tensor,
+    write: impl FnOnce(&mut [E]) -> R,
+) -> candle_core::Result<R> {
+    let op = Write { once: Cell::new(Some(write)), result: Cell::new(None), elements: PhantomData };
+    tensor.inplace_op1(&op)?;
+    match op.result.take() {
+        Some(result) => Ok(result),
+        None => candle_core::bail!("a cpu kernel was given a tensor elsewhere"),
+    }
+}
+
+/// Candle's way to a storage's write lock: an op that runs once.
+struct Write<F, R, E> {
+    once: Cell<Option<F>>,
+    result: Cell<Option<R>>,
+    elements: PhantomData<E>,
+}
+
+impl<E: Element, R, F: FnOnce(&mut [E]) -> R> InplaceOp1 for Write<F, R, E> {
+    fn name(&self) -> &'static str {
+        "write"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        match (E::in_storage(storage), layout.contiguous_offsets(), self.once.take()) {
+            (Some(data), Some((start, end)), Some(write)) => {
+                self.result.set(Some(write(&mut data[start..end])));
+                Ok(())
+            }
+            _ => candle_core::bail!(
+                "a cpu kernel was given a tensor that is not contiguous {:?}",
+                E::DTYPE
+            ),
+        }
     }
 }

@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::thread::LocalKey;
 
+use super::kernel::{Numbers, UNIT};
 use super::matmul::Mat;
 
 /// One cache line, so that a tile's loads never straddle two.
@@ -20,78 +21,86 @@ thread_local! {
     static RIGHT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
-/// Scratch for the left matrix, `len` numbers of any value.
-pub(super) fn with_left<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
-    with(&LEFT, len, work)
+/// Scratch for the left matrix, `len` units of any value.
+pub(super) fn with_left<E: Numbers, R>(len: usize, work: impl FnOnce(&mut [E::Unit]) -> R) -> R {
+    with::<E, R>(&LEFT, len, work)
 }
 
-/// Scratch for the right matrix, `len` numbers of any value.
-pub(super) fn with_right<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
-    with(&RIGHT, len, work)
+/// Scratch for the right matrix, `len` units of any value.
+pub(super) fn with_right<E: Numbers, R>(len: usize, work: impl FnOnce(&mut [E::Unit]) -> R) -> R {
+    with::<E, R>(&RIGHT, len, work)
 }
 
-fn with<R>(
+fn with<E: Numbers, R>(
     slot: &'static LocalKey<Cell<Vec<Line>>>,
     len: usize,
-    work: impl FnOnce(&mut [f32]) -> R,
+    work: impl FnOnce(&mut [E::Unit]) -> R,
 ) -> R {
+    const { assert!(size_of::<E::Unit>() == UNIT) };
     // Taken, not borrowed: a thread that waits for others may start another product meanwhile.
     let mut lines = slot.take();
     let needed = len.div_ceil(16);
     if lines.len() < needed {
         lines.resize(needed, Line([0.0; 16]));
     }
-    // SAFETY: the lines are initialised numbers, `len` of them or more.
+    // SAFETY: the lines are initialised, `len` units of them or more, and every bit pattern is a unit.
     let result = work(unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), len) });
     slot.set(lines);
     result
 }
 
-/// Copies a matrix `[rows, K]` into strips of `width` rows, each strip `[K, width]`; rows that the source does not
-/// have become zeros.
+/// Copies a matrix `[rows, K]` into strips of `width` rows, each strip `[units of K, width]`; rows and elements that
+/// the source does not have become zeros.
 ///
 /// # Panics
 /// Where `to` has not room for exactly the strips that the rows fill.
-pub(super) fn pack(source: Mat<'_>, width: usize, to: &mut [f32]) {
+pub(super) fn pack<E: Numbers>(source: Mat<'_, E>, width: usize, to: &mut [E::Unit]) {
     let strips = source.rows.div_ceil(width);
-    assert_eq!(to.len(), source.cols * width * strips, "{strips} strips of {width}");
+    assert_eq!(to.len(), source.units() * width * strips, "{strips} strips of {width}");
     match width {
-        4 => pack_in::<4>(source, to),
-        6 => pack_in::<6>(source, to),
-        8 => pack_in::<8>(source, to),
-        12 => pack_in::<12>(source, to),
-        16 => pack_in::<16>(source, to),
-        32 => pack_in::<32>(source, to),
+        4 => pack_in::<E, 4>(source, to),
+        6 => pack_in::<E, 6>(source, to),
+        8 => pack_in::<E, 8>(source, to),
+        12 => pack_in::<E, 12>(source, to),
+        16 => pack_in::<E, 16>(source, to),
+        32 => pack_in::<E, 32>(source, to),
         _ => (0..strips).for_each(|strip| pack_edge(source, strip * width, width, to)),
     }
 }
 
-fn pack_in<const WIDTH: usize>(source: Mat<'_>, to: &mut [f32]) {
+fn pack_in<E: Numbers, const WIDTH: usize>(source: Mat<'_, E>, to: &mut [E::Unit]) {
     let Mat { data, rows, row_stride, col_stride, cols } = source;
-    let whole = rows / WIDTH;
+    let (whole, units) = (rows / WIDTH, source.units());
     if whole > 0 && cols > 0 {
         let last = (whole * WIDTH - 1) * row_stride + (cols - 1) * col_stride;
         assert!(last < data.len(), "a strip beyond its matrix");
     }
-    let (from, strips) = (data.as_ptr(), to.as_mut_ptr().cast::<[f32; WIDTH]>());
-    // SAFETY: the last element that is read lies within `data`, and `to` has room for `cols` rows of every strip.
+    let (from, strips) = (data.as_ptr(), to.as_mut_ptr().cast::<[E::Unit; WIDTH]>());
+    // SAFETY: the last element that is read lies within `data`, and `to` has room for `units` rows of every strip.
     unsafe {
         if row_stride == 1 {
             // Along the rows of memory, so that a page is visited once.
-            for k in 0..cols {
-                let from = from.add(k * col_stride).cast::<[f32; WIDTH]>();
+            for unit in 0..units {
+                let (first, second) = (unit * E::PER_UNIT, (unit + 1) * E::PER_UNIT - 1);
+                let row = |k: usize| from.add(k * col_stride).cast::<[E; WIDTH]>();
                 for strip in 0..whole {
-                    strips.add(strip * cols + k).write(from.add(strip).read_unaligned());
+                    let a = row(first).add(strip).read_unaligned();
+                    let b = if second == first {
+                        a
+                    } else if second < cols {
+                        row(second).add(strip).read_unaligned()
+                    } else {
+                        [E::default(); WIDTH]
+                    };
+                    strips
+                        .add(strip * units + unit)
+                        .write(std::array::from_fn(|i| E::unit(a[i], b[i])));
                 }
             }
         } else if col_stride == 1 {
             for strip in 0..whole {
-                transpose::<WIDTH>(
-                    from.add(strip * WIDTH * row_stride),
-                    row_stride,
-                    cols,
-                    strips.add(strip * cols),
-                );
+                let from = from.add(strip * WIDTH * row_stride);
+                transpose::<E, WIDTH>(from, row_stride, cols, strips.add(strip * units));
             }
         } else {
             (0..whole).for_each(|strip| pack_edge(source, strip * WIDTH, WIDTH, to));
@@ -102,47 +111,60 @@ fn pack_in<const WIDTH: usize>(source: Mat<'_>, to: &mut [f32]) {
     }
 }
 
-/// `WIDTH` rows of `k` numbers to `k` rows of `WIDTH`, four at a time.
+/// `WIDTH` rows of `k` elements to rows of `WIDTH` units, four units at a time.
 ///
 /// # Safety
 /// `from` covers the rows, `row_stride` apart; `to` has room.
-unsafe fn transpose<const WIDTH: usize>(
-    from: *const f32,
+unsafe fn transpose<E: Numbers, const WIDTH: usize>(
+    from: *const E,
     row_stride: usize,
     k: usize,
-    to: *mut [f32; WIDTH],
+    to: *mut [E::Unit; WIDTH],
 ) {
     const STEP: usize = 4;
+    let step = STEP * E::PER_UNIT;
     // SAFETY: the caller's promise; every access is at a row below `WIDTH` and a column below `k`.
     unsafe {
-        let whole = k / STEP * STEP;
-        for first in (0..whole).step_by(STEP) {
-            let rows: [[f32; STEP]; WIDTH] = std::array::from_fn(|i| {
-                from.add(i * row_stride + first).cast::<[f32; STEP]>().read_unaligned()
+        let whole = k / step * step;
+        for first in (0..whole).step_by(step) {
+            let rows: [[E::Unit; STEP]; WIDTH] = std::array::from_fn(|i| {
+                from.add(i * row_stride + first).cast::<[E::Unit; STEP]>().read_unaligned()
             });
+            let to = to.add(first / E::PER_UNIT);
             for j in 0..STEP {
-                to.add(first + j).write(std::array::from_fn(|i| rows[i][j]));
+                to.add(j).write(std::array::from_fn(|i| rows[i][j]));
             }
         }
-        for k in whole..k {
-            to.add(k).write(std::array::from_fn(|i| *from.add(i * row_stride + k)));
+        for first in (whole..k).step_by(E::PER_UNIT) {
+            let second = first + E::PER_UNIT - 1;
+            to.add(first / E::PER_UNIT).write(std::array::from_fn(|i| {
+                let row = from.add(i * row_stride);
+                E::unit(*row.add(first), if second < k { *row.add(second) } else { E::default() })
+            }));
         }
     }
 }
 
-/// One strip, number by number.
-fn pack_edge(source: Mat<'_>, first: usize, width: usize, to: &mut [f32]) {
+/// One strip, element by element.
+fn pack_edge<E: Numbers>(source: Mat<'_, E>, first: usize, width: usize, to: &mut [E::Unit]) {
     let Mat { data, rows, row_stride, col_stride, cols } = source;
-    let to = &mut to[first * cols..][..width * cols];
-    for (k, to) in to.chunks_exact_mut(width).enumerate() {
+    let units = source.units();
+    let at = |row: usize, k: usize| {
+        if row < rows && k < cols { data[row * row_stride + k * col_stride] } else { E::default() }
+    };
+    let to = &mut to[first * units..][..width * units];
+    for (unit, to) in to.chunks_exact_mut(width).enumerate() {
+        let k = unit * E::PER_UNIT;
         for (row, to) in (first..).zip(to) {
-            *to = if row < rows { data[row * row_stride + k * col_stride] } else { 0.0 };
+            *to = E::unit(at(row, k), at(row, k + E::PER_UNIT - 1));
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     #[test]
@@ -160,6 +182,31 @@ mod tests {
                         let from = row * view.row_stride + k * view.col_stride;
                         let expected = if row < view.rows { data[from] } else { 0.0 };
                         assert!((value - expected).abs() < 0.5, "{value} {expected}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_lie_side_by_side_and_an_odd_one_is_followed_by_zero() {
+        let data: Vec<bf16> = (0..21 * 26).map(|i| bf16::from_f32((i % 251) as f32)).collect();
+        for columns in [26, 3, 9] {
+            let source = Mat::strided(&data, 21, columns, 26);
+            for view in [source, source.t()] {
+                for width in [4, 5, 6, 16] {
+                    let (strips, units) = (view.rows.div_ceil(width), view.cols.div_ceil(2));
+                    let mut to = vec![[bf16::NAN; 2]; strips * units * width];
+                    pack(view, width, &mut to);
+                    for (at, pair) in to.iter().enumerate() {
+                        let (strip, unit) = (at / width / units, at / width % units);
+                        let row = strip * width + at % width;
+                        for (k, value) in (2 * unit..).zip(pair) {
+                            let from = row * view.row_stride + k * view.col_stride;
+                            let inside = row < view.rows && k < view.cols;
+                            let expected = if inside { data[from] } else { bf16::ZERO };
+                            assert_eq!(*value, expected, "{row} {k}");
+                        }
                     }
                 }
             }

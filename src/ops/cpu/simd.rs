@@ -12,6 +12,8 @@
     reason = "a body is compiled for an instruction set only inside the function that enables it"
 )]
 
+use half::bf16;
+
 const LANES: usize = 16;
 
 /// Declares a function compiled for AVX-512, AVX2 and the portable baseline, and its run-time choice.
@@ -176,6 +178,33 @@ fn softmax_grad_body(scores: &mut [f32], d_probs: &[f32], probs: &mut [f32], con
     }
 }
 
+#[inline(always)]
+fn to_bf16_body(out: &mut [bf16], values: &[f32]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        let bits = value.to_bits();
+        let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16;
+        // A NaN stays one, and quiet: rounding could carry its mantissa away.
+        let quiet = (bits >> 16) | 0x40;
+        let nan = (bits & 0x7fff_ffff) > 0x7f80_0000;
+        *out = bf16::from_bits(if nan { quiet } else { rounded } as u16);
+    }
+}
+
+#[inline(always)]
+fn from_bf16_body(out: &mut [f32], values: &[bf16]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = f32::from_bits(u32::from(value.to_bits()) << 16);
+    }
+}
+
+multiversion! {
+    /// Rounds each element to nearest, ties to even.
+    pub fn to_bf16(out: &mut [bf16], values: &[f32]) = to_bf16_body
+}
+multiversion! {
+    /// Widens each element.
+    pub fn from_bf16(out: &mut [f32], values: &[bf16]) = from_bf16_body
+}
 multiversion! {
     /// The largest element; -inf for an empty row.
     pub fn max(row: &[f32]) -> f32 = max_body

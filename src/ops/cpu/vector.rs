@@ -1,4 +1,5 @@
-//! The five operations that a product needs of a vector register, once for each instruction set.
+//! What a product needs of a vector register, once for each instruction set: five operations on sums in f32, and three
+//! on what is multiplied.
 
 #![expect(
     unsafe_code,
@@ -24,6 +25,90 @@ pub(super) trait Vector: Copy {
     unsafe fn fma(self, factor: Self, sum: Self) -> Self;
     /// `self + other`.
     unsafe fn add(self, other: Self) -> Self;
+    /// Reads a pair of bf16 for each lane: the first of each pair, and the second, widened.
+    unsafe fn load_pairs(from: *const u8) -> (Self, Self);
+    /// The same for one pair, in every lane.
+    unsafe fn splat_pair(from: *const u8) -> (Self, Self);
+}
+
+/// A register of what is multiplied, one *unit* of four bytes a lane: one f32, or two bf16 that follow each other along
+/// the inner dimension.
+///
+/// # Safety
+/// As for [`Vector`]; pointers are valid for four bytes a lane ([`load`](Self::load)) or four bytes.
+pub(super) trait Operand: Copy {
+    /// Its sums.
+    type Sum: Vector;
+    /// Reads a unit for each lane.
+    unsafe fn load(from: *const u8) -> Self;
+    /// One unit in every lane.
+    unsafe fn splat(from: *const u8) -> Self;
+    /// `sum + self · other`, lane by lane. Of a pair the second product is added first, as AVX512-BF16 does; products
+    /// of bf16 are exact in f32, so each sum is rounded once.
+    unsafe fn fma(self, other: Self, sum: Self::Sum) -> Self::Sum;
+}
+
+/// A unit is one f32.
+#[derive(Clone, Copy)]
+pub(super) struct Single<V>(V);
+
+impl<V: Vector> Operand for Single<V> {
+    type Sum = V;
+    #[inline(always)]
+    unsafe fn load(from: *const u8) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { V::load(from.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn splat(from: *const u8) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { V::splat(from.cast::<f32>().read_unaligned()) })
+    }
+    #[inline(always)]
+    unsafe fn fma(self, other: Self, sum: V) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.fma(other.0, sum) }
+    }
+}
+
+/// A unit is two bf16, widened where they are read.
+#[derive(Clone, Copy)]
+pub(super) struct Widened<V> {
+    first: V,
+    second: V,
+}
+
+impl<V: Vector> Operand for Widened<V> {
+    type Sum = V;
+    #[inline(always)]
+    unsafe fn load(from: *const u8) -> Self {
+        // SAFETY: the caller's promise.
+        let (first, second) = unsafe { V::load_pairs(from) };
+        Self { first, second }
+    }
+    #[inline(always)]
+    unsafe fn splat(from: *const u8) -> Self {
+        // SAFETY: the caller's promise.
+        let (first, second) = unsafe { V::splat_pair(from) };
+        Self { first, second }
+    }
+    #[inline(always)]
+    unsafe fn fma(self, other: Self, sum: V) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { self.first.fma(other.first, self.second.fma(other.second, sum)) }
+    }
+}
+
+/// The first bf16 of a pair as it lies in memory, widened.
+#[inline(always)]
+fn first_of(pair: u32) -> f32 {
+    f32::from_bits(pair << 16)
+}
+
+/// The second bf16 of a pair, widened.
+#[inline(always)]
+fn second_of(pair: u32) -> f32 {
+    f32::from_bits(pair & 0xffff_0000)
 }
 
 /// Plain Rust, `N` lanes.
@@ -54,24 +139,51 @@ impl<const N: usize> Vector for Plain<N> {
     unsafe fn add(self, other: Self) -> Self {
         Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
     }
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const u8) -> (Self, Self) {
+        // SAFETY: the caller's promise.
+        let pairs = unsafe { from.cast::<[u32; N]>().read_unaligned() };
+        (Self(pairs.map(first_of)), Self(pairs.map(second_of)))
+    }
+    #[inline(always)]
+    unsafe fn splat_pair(from: *const u8) -> (Self, Self) {
+        // SAFETY: the caller's promise.
+        let pair = unsafe { from.cast::<u32>().read_unaligned() };
+        (Self([first_of(pair); N]), Self([second_of(pair); N]))
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m256, __m512, _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps,
-        _mm256_storeu_ps, _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
-        _mm512_storeu_ps,
+        __m256, __m256i, __m512, __m512bh, __m512i, _mm256_add_ps, _mm256_and_si256,
+        _mm256_castsi256_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+        _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm512_add_ps,
+        _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+        _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_ps,
     };
 
-    use super::Vector;
+    use super::{Operand, Vector};
 
     /// Implements [`Vector`] over one register type.
     macro_rules! vector {
-        ($(#[$doc:meta])* $name:ident($register:ty, $lanes:literal): $splat:ident $load:ident $store:ident $fma:ident $add:ident) => {
+        ($(#[$doc:meta])* $name:ident($register:ty, $lanes:literal): $splat:ident $load:ident $store:ident $fma:ident $add:ident,
+            pairs $pairs:ty: $integers:ident $fill:ident $shift:ident $and:ident $cast:ident) => {
             $(#[$doc])*
             #[derive(Clone, Copy)]
             pub(in super::super) struct $name($register);
+
+            impl $name {
+                /// The two bf16 of each lane, widened.
+                #[inline(always)]
+                unsafe fn halves(pairs: $pairs) -> (Self, Self) {
+                    // SAFETY: the caller's promise of the instruction set.
+                    unsafe {
+                        let second = $and(pairs, $fill(0xffff_0000_u32 as i32));
+                        (Self($cast($shift::<16>(pairs))), Self($cast(second)))
+                    }
+                }
+            }
 
             impl Vector for $name {
                 const LANES: usize = $lanes;
@@ -100,19 +212,59 @@ mod x86 {
                     // SAFETY: the caller's promise of the instruction set.
                     Self(unsafe { $add(self.0, other.0) })
                 }
+                #[inline(always)]
+                unsafe fn load_pairs(from: *const u8) -> (Self, Self) {
+                    // SAFETY: the caller's promise of the instruction set and of the pointer.
+                    unsafe { Self::halves($integers(from.cast())) }
+                }
+                #[inline(always)]
+                unsafe fn splat_pair(from: *const u8) -> (Self, Self) {
+                    // SAFETY: the caller's promise of the instruction set and of the pointer.
+                    unsafe { Self::halves($fill(from.cast::<i32>().read_unaligned())) }
+                }
             }
         };
     }
 
     vector! {
         /// 256 bits.
-        Avx2(__m256, 8): _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_fmadd_ps _mm256_add_ps
+        Avx2(__m256, 8): _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_fmadd_ps _mm256_add_ps,
+            pairs __m256i: _mm256_loadu_si256 _mm256_set1_epi32 _mm256_slli_epi32 _mm256_and_si256 _mm256_castsi256_ps
     }
     vector! {
         /// 512 bits.
-        Avx512(__m512, 16): _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_fmadd_ps _mm512_add_ps
+        Avx512(__m512, 16): _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_fmadd_ps _mm512_add_ps,
+            pairs __m512i: _mm512_loadu_si512 _mm512_set1_epi32 _mm512_slli_epi32 _mm512_and_si512 _mm512_castsi512_ps
+    }
+
+    /// A unit is two bf16, multiplied as they are.
+    #[derive(Clone, Copy)]
+    pub(in super::super) struct Pairs(__m512bh);
+
+    impl Operand for Pairs {
+        type Sum = Avx512;
+        #[inline(always)]
+        unsafe fn load(from: *const u8) -> Self {
+            // SAFETY: the caller's promise; every bit pattern is a register of bf16.
+            Self(unsafe {
+                std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.cast()))
+            })
+        }
+        #[inline(always)]
+        unsafe fn splat(from: *const u8) -> Self {
+            // SAFETY: the caller's promise; every bit pattern is a register of bf16.
+            unsafe {
+                let pair = _mm512_set1_epi32(from.cast::<i32>().read_unaligned());
+                Self(std::mem::transmute::<__m512i, __m512bh>(pair))
+            }
+        }
+        #[inline(always)]
+        unsafe fn fma(self, other: Self, sum: Avx512) -> Avx512 {
+            // SAFETY: the caller's promise of the instruction set.
+            Avx512(unsafe { _mm512_dpbf16_ps(sum.0, self.0, other.0) })
+        }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{Avx2, Avx512};
+pub(super) use x86::{Avx2, Avx512, Pairs};

@@ -1,0 +1,96 @@
+//! The type that a model computes with.
+
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::{Weights, params::SCORE};
+use crate::error::{Error, Result};
+
+/// A floating-point format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit.
+    #[default]
+    #[serde(alias = "float32")]
+    F32,
+    /// bfloat16.
+    #[serde(alias = "bfloat16")]
+    Bf16,
+    /// IEEE half.
+    #[serde(alias = "float16")]
+    F16,
+}
+
+impl Precision {
+    /// Candle's name for it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+        }
+    }
+
+    /// Refuses formats that no model computes with here. (They may be saved in.)
+    ///
+    /// # Errors
+    /// Names the key and what can be had.
+    pub fn check_compute(self) -> Result<()> {
+        match self {
+            Self::F32 | Self::Bf16 => Ok(()),
+            Self::F16 => Err(Error::usage("`dtype` is f16, expected f32 or bf16")
+                .hint("sums of f16 overflow; bf16 has the range of f32")),
+        }
+    }
+
+    /// The type that a parameter is computed with: matrices in this format; norms, biases and the score head, which are
+    /// small and sensitive, in f32.
+    pub fn of(self, name: &str, tensor: &Tensor) -> DType {
+        if tensor.rank() == 2 && name != SCORE { self.dtype() } else { DType::F32 }
+    }
+
+    /// Weights as a model computes with them, see [`of`](Self::of). Each given tensor is freed after its turn where
+    /// nobody else holds it; one that has its type already is shared, not copied.
+    ///
+    /// # Errors
+    /// A format that is not computed with, or not on this device.
+    pub fn cast(self, weights: Weights) -> Result<Weights> {
+        let cast = |(name, tensor): (String, Tensor)| {
+            self.check_device(tensor.device())?;
+            let cast = tensor.to_dtype(self.of(&name, &tensor))?;
+            Ok((name, cast))
+        };
+        weights.into_iter().map(cast).collect()
+    }
+
+    /// # Errors
+    /// A format that is not computed with on this device.
+    pub(crate) fn check_device(self, device: &Device) -> Result<()> {
+        self.check_compute()?;
+        if self == Self::F32 || device.is_cpu() {
+            return Ok(());
+        }
+        Err(Error::usage("`dtype` is bf16, which is built for the CPU only so far")
+            .hint("set dtype = \"f32\" or device = \"cpu\""))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matrices_are_rounded_and_what_is_small_and_sensitive_is_not() {
+        let tensor = |shape: &[usize]| Tensor::full(1.000_1_f32, shape, &Device::Cpu).unwrap();
+        let weights = Weights::from([
+            ("a.weight".to_owned(), tensor(&[2, 3])),
+            ("norm.weight".to_owned(), tensor(&[3])),
+            (SCORE.to_owned(), tensor(&[1, 3])),
+        ]);
+        let cast = Precision::Bf16.cast(weights.clone()).unwrap();
+        let types: Vec<DType> = cast.values().map(Tensor::dtype).collect();
+        assert_eq!(types, [DType::BF16, DType::F32, DType::F32]);
+        assert!(Precision::F16.cast(weights).unwrap_err().to_string().contains("`dtype` is f16"));
+    }
+}

@@ -1,0 +1,134 @@
+//! The element types that kernels compute with: f32 as it is, bf16 with sums in f32.
+
+use std::borrow::Cow;
+
+use candle_core::{CpuStorage, WithDType};
+use half::bf16;
+use rayon::prelude::*;
+
+use super::kernel::Numbers;
+use super::simd;
+
+/// Elements a task.
+const CHUNK: usize = 1 << 14;
+
+/// A number as it lies in memory. Whatever it is, arithmetic is in f32: bf16 is widened where it is read, and rounded
+/// to nearest, ties to even, where it is written.
+pub trait Element: WithDType + Numbers {
+    /// Widens one number.
+    fn widened(self) -> f32;
+
+    /// The elements of a storage of this type.
+    fn in_storage(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+
+    /// Rounds numbers into `out`, which is as long.
+    fn round_into(out: &mut [Self], values: &[f32]);
+
+    /// Widens numbers into `out`, which is as long.
+    fn widen_into(out: &mut [f32], values: &[Self]);
+
+    /// The numbers in f32: themselves, or a copy in `scratch`.
+    fn widen<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32];
+
+    /// Lets `fill` write numbers in f32: in place, or in `scratch`, to be rounded into `out`.
+    fn write(out: &mut [Self], scratch: &mut Vec<f32>, fill: impl FnOnce(&mut [f32]));
+
+    /// Rounds a buffer, on all cores. In f32 the buffer itself.
+    fn rounded(values: Vec<f32>) -> Vec<Self>;
+
+    /// Rounds what is borrowed, on all cores. In f32 no copy.
+    fn rounded_from(values: &[f32]) -> Cow<'_, [Self]>;
+}
+
+impl Element for f32 {
+    fn widened(self) -> f32 {
+        self
+    }
+    fn in_storage(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+        match storage {
+            CpuStorage::F32(data) => Some(data),
+            _ => None,
+        }
+    }
+    fn round_into(out: &mut [Self], values: &[f32]) {
+        out.copy_from_slice(values);
+    }
+    fn widen_into(out: &mut [f32], values: &[Self]) {
+        out.copy_from_slice(values);
+    }
+    fn widen<'a>(values: &'a [Self], _scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        values
+    }
+    fn write(out: &mut [Self], _scratch: &mut Vec<f32>, fill: impl FnOnce(&mut [Self])) {
+        fill(out);
+    }
+    fn rounded(values: Vec<f32>) -> Vec<Self> {
+        values
+    }
+    fn rounded_from(values: &[f32]) -> Cow<'_, [Self]> {
+        Cow::Borrowed(values)
+    }
+}
+
+impl Element for bf16 {
+    fn widened(self) -> f32 {
+        self.to_f32()
+    }
+    fn in_storage(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+        match storage {
+            CpuStorage::BF16(data) => Some(data),
+            _ => None,
+        }
+    }
+    fn round_into(out: &mut [Self], values: &[f32]) {
+        simd::to_bf16(out, values);
+    }
+    fn widen_into(out: &mut [f32], values: &[Self]) {
+        simd::from_bf16(out, values);
+    }
+    fn widen<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        scratch.resize(values.len(), 0.0);
+        simd::from_bf16(scratch, values);
+        scratch
+    }
+    fn write(out: &mut [Self], scratch: &mut Vec<f32>, fill: impl FnOnce(&mut [f32])) {
+        scratch.resize(out.len(), 0.0);
+        fill(scratch);
+        simd::to_bf16(out, scratch);
+    }
+    fn rounded(values: Vec<f32>) -> Vec<Self> {
+        Self::rounded_from(&values).into_owned()
+    }
+    fn rounded_from(values: &[f32]) -> Cow<'_, [Self]> {
+        let mut out = vec![Self::ZERO; values.len()];
+        out.par_chunks_mut(CHUNK)
+            .zip(values.par_chunks(CHUNK))
+            .for_each(|(out, values)| simd::to_bf16(out, values));
+        Cow::Owned(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_to_nearest_even_and_keeps_what_is_not_finite() {
+        let mut values: Vec<f32> = (0..4000_u32).map(|i| f32::from_bits(i * 0x0010_3107)).collect();
+        values.extend([0.0, -0.0, 1.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, 1e-40]);
+        // Halfway between two neighbours, and a hair to either side.
+        values.extend([0x3f80_8000, 0x3f81_8000, 0x3f80_7fff, 0x3f80_8001].map(f32::from_bits));
+        let ours = bf16::rounded(values.clone());
+        for (ours, value) in ours.iter().zip(&values) {
+            let expected = bf16::from_f32(*value);
+            let same = ours.to_bits() == expected.to_bits() || ours.is_nan() && value.is_nan();
+            assert!(same, "{value}: {ours} {expected}");
+        }
+        let mut widened = vec![0.0; ours.len()];
+        bf16::widen_into(&mut widened, &ours);
+        let exact =
+            |(wide, narrow): (&f32, &bf16)| wide.to_bits() == u32::from(narrow.to_bits()) << 16;
+        assert!(widened.iter().zip(&ours).all(exact));
+        assert_eq!(f32::rounded_from(&values).len(), values.len());
+    }
+}
