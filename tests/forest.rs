@@ -16,11 +16,12 @@ use arriero::model::{Architecture, Config, Gradients, Transformer, Weights};
 use arriero::optim::adamw::{AdamW, Hyper, is_decayed};
 use arriero::rng::Stream;
 use arriero::train::Learner;
+use arriero::train::Recompute;
 use arriero::train::step::{self, StepOptions, StepReport};
 use candle_core::{Device, Tensor};
 use rand::Rng;
 
-const OPTIONS: StepOptions = StepOptions { max_tokens: 1 << 20, recompute: false };
+const OPTIONS: StepOptions = StepOptions::new(1 << 20);
 
 fn base() -> (Config, Weights) {
     let dir = std::path::Path::new("tests/fixtures/goldens/model_untied");
@@ -147,8 +148,12 @@ fn sft_over_trees_equals_the_sequences_one_by_one() {
         let trees = [random_tree(seed), random_tree(seed + 100)];
         assert!(trees[0].leaves().iter().any(|&leaf| trees[0].path(leaf).len() >= 3));
         let packed = run(&learner, &Sft, &trees, OPTIONS);
-        let apart =
-            run(&learner, &Sft, &unrolled(&trees), StepOptions { max_tokens: 1, recompute: true });
+        let apart = run(
+            &learner,
+            &Sft,
+            &unrolled(&trees),
+            StepOptions { recompute: Recompute::Block, ..StepOptions::new(1) },
+        );
         same(&packed, &apart);
     }
 }
@@ -167,7 +172,7 @@ fn dpo_with_a_shared_prompt_equals_separate_rows() {
                 &learner,
                 &objective,
                 &unshared(&trees),
-                StepOptions { max_tokens: 1, recompute: true },
+                StepOptions { recompute: Recompute::Block, ..StepOptions::new(1) },
             ),
         );
     }
@@ -188,7 +193,7 @@ fn reward_models_score_siblings_as_separate_rows() {
             &learner,
             &objective,
             &unshared(&trees),
-            StepOptions { max_tokens: 1, recompute: true },
+            StepOptions { recompute: Recompute::Block, ..StepOptions::new(1) },
         ),
     );
 }
@@ -202,10 +207,7 @@ fn no_split_into_micro_batches_changes_a_gradient() {
     let whole = run(&learner, &objective, &trees, OPTIONS);
     let longest = trees.iter().map(Tree::tokens).max().unwrap();
     for max_tokens in [1, longest * 2, longest * 4] {
-        same(
-            &run(&learner, &objective, &trees, StepOptions { max_tokens, recompute: false }),
-            &whole,
-        );
+        same(&run(&learner, &objective, &trees, StepOptions::new(max_tokens)), &whole);
     }
 }
 

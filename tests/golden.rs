@@ -22,11 +22,12 @@ use arriero::optim::adamw::{AdamW, Hyper, is_decayed};
 use arriero::optim::clip_factor;
 use arriero::optim::schedule::Schedule;
 use arriero::train::Learner;
+use arriero::train::Recompute;
 use arriero::train::step::{self, StepOptions};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-const OPTIONS: StepOptions = StepOptions { max_tokens: 1 << 20, recompute: false };
+const OPTIONS: StepOptions = StepOptions::new(1 << 20);
 const VARIANTS: [&str; 3] = ["tied", "untied", "llama3rope"];
 
 fn folder() -> PathBuf {
@@ -176,7 +177,7 @@ fn golden_b_sft_loss_and_gradients() {
         let golden = json(&format!("b_sft_{variant}.json"));
         let learner = learner(&format!("model_{variant}"));
         let [batch, _] = sft_batches();
-        for recompute in [false, true] {
+        for recompute in [Recompute::None, Recompute::Block] {
             let options = StepOptions { recompute, ..OPTIONS };
             let (grads, report) = step::gradients(&learner, &Sft, &refs(&batch), options).unwrap();
             assert_close(report.loss, golden["loss"].as_f64().unwrap(), 1e-5, variant);

@@ -13,6 +13,7 @@ use crate::data::record::Row;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::Result;
 use crate::model::checkpoint::peek;
+use crate::model::params::count;
 use crate::recipe::plan::Dataset;
 use crate::recipe::{Plan, Spec, Step};
 use crate::train::Settings;
@@ -68,9 +69,9 @@ fn describe(plan: &Plan, step: &Step) -> Result<()> {
         };
         let memory = match estimate::config(plan, training.model) {
             Some(config) => format!(
-                "{:.1} M parameters in f32, about {} at the peak",
-                estimate::parameters(&config) as f64 / 1e6,
-                estimate::bytes(estimate::training_bytes(&config, training.settings))
+                "{:.1} M parameters, about {} at the peak",
+                count(&config) as f64 / 1e6,
+                estimate::bytes(estimate::training_bytes(&config, training.settings)?)
             ),
             None => "memory depends on a model that is not here yet".to_owned(),
         };

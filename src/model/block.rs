@@ -119,6 +119,11 @@ impl Block {
         ops::residual(&x, &self.down.forward(&hidden)?)
     }
 
+    /// What its parameters' names begin with, such as `model.layers.3.`.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
     /// Trained tensors by name, in name order.
     pub fn trained(&self) -> &[(String, Tensor)] {
         &self.trained

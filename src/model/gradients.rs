@@ -77,6 +77,18 @@ impl Gradients {
         Ok(())
     }
 
+    /// Takes out the sums whose names begin with `prefix`, in name order.
+    pub fn take(&mut self, prefix: &str) -> Vec<(String, Tensor)> {
+        let starts = |(name, _): &(&String, &mut Tensor)| name.starts_with(prefix);
+        let names: Vec<String> = self
+            .sums
+            .range_mut(prefix.to_owned()..)
+            .take_while(starts)
+            .map(|(name, _)| name.clone())
+            .collect();
+        names.into_iter().filter_map(|name| self.sums.remove_entry(&name)).collect()
+    }
+
     /// The sum of one parameter.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.sums.get(name)

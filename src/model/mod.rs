@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
+pub mod backward;
 pub mod block;
 mod block_cpu;
 pub mod checkpoint;

@@ -114,3 +114,25 @@ pub(super) fn wrong_shape(name: &str, found: &[usize], expected: &[usize]) -> Er
 fn others(count: usize) -> String {
     if count > 1 { format!(" (and {} more)", count - 1) } else { String::new() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameter_counts_equal_the_published_ones() {
+        let config = |h: usize, layers: usize, f: usize, heads: usize, tied: bool, vocab: usize| {
+            Config::from_json(&format!(
+                r#"{{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": {h},
+                "num_hidden_layers": {layers}, "intermediate_size": {f}, "num_attention_heads": {heads},
+                "num_key_value_heads": {}, "vocab_size": {vocab}, "tie_word_embeddings": {tied}, "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 8192, "rope_theta": 10000.0, "hidden_act": "silu"}}"#,
+                if tied { 3 } else { 8 }
+            ))
+            .unwrap()
+        };
+        assert_eq!(count(&config(4096, 32, 14336, 32, false, 128_256)), 8_030_261_248);
+        assert_eq!(count(&config(8192, 80, 28672, 64, false, 128_256)), 70_553_706_496);
+        assert_eq!(count(&config(576, 30, 1536, 9, true, 49152)), 134_515_008);
+    }
+}

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 
+use super::backward::Backward;
 use super::block::{Block, Layout};
 use super::block_cpu::Kept;
 use super::gradients::Gradients;
@@ -11,7 +12,7 @@ use super::params::{EMBEDDING, FINAL_NORM, HEAD, SCORE};
 use super::{Architecture, Config, Weights};
 use crate::data::forest::Forest;
 use crate::error::{Error, Result};
-use crate::ops::{self, AttentionPlan, Rotary, cpu, norm};
+use crate::ops::{self, AttentionPlan, Rotary};
 
 /// A model ready to run. Its tensors are those of the given weights: where they are variables, the model is trained.
 #[derive(Clone, Debug)]
@@ -20,34 +21,34 @@ pub struct Transformer {
     frequencies: Vec<f32>,
     embedding: Tensor,
     blocks: Vec<Block>,
-    norm: Tensor,
+    pub(super) norm: Tensor,
     head: Tensor,
 }
 
 /// What a forward pass keeps for its backward.
 #[derive(Debug)]
 pub struct Trace {
-    layout: Layout,
-    form: Form,
+    pub(super) layout: Layout,
+    pub(super) form: Form,
     /// Final hidden states, `[T, D]`, without a graph.
     pub hidden: Tensor,
 }
 
 /// The two forms of a pass over the blocks.
 #[derive(Debug)]
-enum Form {
+pub(super) enum Form {
     /// By hand, on the CPU.
     Cpu {
         /// Input of each block, then of the final norm, `[T, D]` each.
         inputs: Vec<Vec<f32>>,
-        /// What each block kept; empty where blocks are recomputed.
+        /// What the last blocks kept; the others are recomputed.
         kept: Vec<Kept>,
     },
     /// Candle's graph, one a block.
     Graph {
         /// Input of each block, then of the final norm: leaves of each block's own graph.
         inputs: Vec<Var>,
-        /// Output of each block with its graph; empty where blocks are recomputed.
+        /// Output of the last blocks with its graph; the others are recomputed.
         outputs: Vec<Tensor>,
     },
 }
@@ -88,6 +89,11 @@ impl Transformer {
     /// The blocks, first to last.
     pub fn blocks(&self) -> &[Block] {
         &self.blocks
+    }
+
+    /// The embedding, `[V, D]`.
+    pub(super) fn embedding(&self) -> &Tensor {
+        &self.embedding
     }
 
     /// The head's weight: `[V, D]`, or `[1, D]` for a reward model.
@@ -164,51 +170,48 @@ impl Transformer {
         self.device().is_cpu() && matches!(self.embedding.dtype(), DType::F32 | DType::BF16)
     }
 
-    /// Forward pass for training. With `recompute`, only the input of each block is kept, and the backward runs each
-    /// block again.
-    pub fn trace(&self, forest: &Forest, recompute: bool) -> Result<Trace> {
+    /// Forward pass for training. The last `keep` blocks, whose backward comes first, keep what it needs; of the others
+    /// only the input is kept, and they run again.
+    pub fn trace(&self, forest: &Forest, keep: usize) -> Result<Trace> {
         let layout = self.layout(forest)?;
         let x = self.embed(&forest.tokens)?;
         let (form, last) = if self.is_by_hand() {
-            self.trace_by_hand(&x, &layout, recompute)?
+            self.trace_by_hand(&x, &layout, keep)?
         } else {
-            self.trace_graphs(&x, &layout, recompute)?
+            self.trace_graphs(&x, &layout, keep)?
         };
         let hidden = self.final_norm(&last)?.detach();
         Ok(Trace { layout, form, hidden })
     }
 
-    fn trace_by_hand(
-        &self,
-        x: &Tensor,
-        layout: &Layout,
-        recompute: bool,
-    ) -> Result<(Form, Tensor)> {
+    fn trace_by_hand(&self, x: &Tensor, layout: &Layout, keep: usize) -> Result<(Form, Tensor)> {
+        let first_kept = self.blocks.len().saturating_sub(keep);
         let mut inputs = vec![x.flatten_all()?.to_vec1::<f32>()?];
         let mut kept = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
-            let (output, keep) = block.forward_cpu(&inputs[index], layout)?;
+            let (output, activations) = block.forward_cpu(&inputs[index], layout)?;
             inputs.push(output);
-            if !recompute {
-                kept.push(keep);
+            if index >= first_kept {
+                kept.push(activations);
             }
         }
         let last = Tensor::from_slice(&inputs[self.blocks.len()], x.shape(), self.device())?;
         Ok((Form::Cpu { inputs, kept }, last))
     }
 
-    fn trace_graphs(&self, x: &Tensor, layout: &Layout, recompute: bool) -> Result<(Form, Tensor)> {
+    fn trace_graphs(&self, x: &Tensor, layout: &Layout, keep: usize) -> Result<(Form, Tensor)> {
+        let first_kept = self.blocks.len().saturating_sub(keep);
         let mut inputs = vec![Var::from_tensor(x)?];
         let mut outputs = Vec::new();
-        for block in &self.blocks {
-            let input = &inputs[inputs.len() - 1];
-            let output = if recompute {
+        for (index, block) in self.blocks.iter().enumerate() {
+            let input = &inputs[index];
+            let output = if index < first_kept {
                 block.forward(&input.as_tensor().detach(), layout)?
             } else {
                 block.forward(input, layout)?
             };
             inputs.push(Var::from_tensor(&output.detach())?);
-            if !recompute {
+            if index >= first_kept {
                 outputs.push(output);
             }
         }
@@ -218,6 +221,9 @@ impl Transformer {
 
     /// Backward pass: from the gradient of the hidden states `[T, D]` to every trained parameter, last block first.
     /// What a block kept is freed as soon as its gradients are taken.
+    ///
+    /// # Errors
+    /// The device's; a parameter that the gradient does not reach.
     pub fn backward(
         &self,
         forest: &Forest,
@@ -225,93 +231,24 @@ impl Transformer {
         d_hidden: &Tensor,
         grads: &mut Gradients,
     ) -> Result<()> {
-        let Trace { layout, form, hidden } = trace;
-        drop(hidden);
-        let d_x = match form {
-            Form::Cpu { inputs, kept } => {
-                self.backward_by_hand((inputs, kept), &layout, d_hidden, grads)?
-            }
-            Form::Graph { inputs, outputs } => {
-                self.backward_graphs((inputs, outputs), &layout, d_hidden, grads)?
-            }
-        };
-        if self.embedding.is_variable() {
-            grads.add_rows(EMBEDDING, self.embedding.shape(), &forest.tokens, &d_x)?;
-        }
+        let mut backward = self.backward_from(forest, trace, d_hidden, grads)?;
+        while backward.next_block(grads)?.is_some() {}
         Ok(())
     }
 
-    fn backward_by_hand(
-        &self,
-        (mut inputs, mut kept): (Vec<Vec<f32>>, Vec<Kept>),
-        layout: &Layout,
+    /// The same, block by block.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn backward_from<'a>(
+        &'a self,
+        forest: &'a Forest,
+        trace: Trace,
         d_hidden: &Tensor,
         grads: &mut Gradients,
-    ) -> Result<Tensor> {
-        let eps = self.config.rms_norm_eps as f32;
-        let last = inputs.pop().ok_or_else(no_input)?;
-        let d_hidden = d_hidden.contiguous()?;
-        let (mut d_x, d_norm) = cpu::with_slice(&self.norm, |weight| {
-            cpu::with_slice(&d_hidden, |d| norm::gradients(&last, weight, d, eps))
-        })??;
-        if self.norm.is_variable() {
-            grads.add(FINAL_NORM, Tensor::from_vec(d_norm, self.norm.shape(), self.device())?)?;
-        }
-        for block in self.blocks.iter().rev() {
-            let input = inputs.pop().ok_or_else(no_input)?;
-            let keep = match kept.pop() {
-                Some(keep) => keep,
-                None => block.forward_cpu(&input, layout)?.1,
-            };
-            d_x = block.backward_cpu((&input, keep), d_x, layout, grads)?;
-        }
-        Ok(Tensor::from_vec(d_x, d_hidden.shape(), self.device())?)
+    ) -> Result<Backward<'a>> {
+        Backward::begin(self, forest, trace, d_hidden, grads)
     }
-
-    fn backward_graphs(
-        &self,
-        (mut inputs, mut outputs): (Vec<Var>, Vec<Tensor>),
-        layout: &Layout,
-        d_hidden: &Tensor,
-        grads: &mut Gradients,
-    ) -> Result<Tensor> {
-        let input = inputs.pop().ok_or_else(no_input)?;
-        let output = ops::rms_norm(&input, &self.norm, self.config.rms_norm_eps)?;
-        let norm = [(FINAL_NORM.to_owned(), self.norm.clone())];
-        let trained = if self.norm.is_variable() { &norm[..] } else { &[] };
-        let mut d_x = vector_jacobian(&input, &output, d_hidden, trained, grads)?;
-        for block in self.blocks.iter().rev() {
-            let input = inputs.pop().ok_or_else(no_input)?;
-            let output = match outputs.pop() {
-                Some(output) => output,
-                None => block.forward(&input, layout)?,
-            };
-            d_x = vector_jacobian(&input, &output, &d_x, block.trained(), grads)?;
-        }
-        Ok(d_x)
-    }
-}
-
-fn no_input() -> Error {
-    Error::run("a trace without the block's input")
-}
-
-/// One block's vector-Jacobian product: adds the gradients of its trained tensors, returns that of its input.
-fn vector_jacobian(
-    input: &Var,
-    output: &Tensor,
-    d_output: &Tensor,
-    trained: &[(String, Tensor)],
-    grads: &mut Gradients,
-) -> Result<Tensor> {
-    let mut store = ops::residual::vjp_root(output, d_output)?.backward()?;
-    for (name, tensor) in trained {
-        let grad = store
-            .remove(tensor)
-            .ok_or_else(|| Error::run("got no gradient: its path to the loss is cut").at(name))?;
-        grads.add(name, grad.to_dtype(DType::F32)?)?;
-    }
-    store.remove(input).ok_or_else(|| Error::run("a block's input got no gradient"))
 }
 
 #[cfg(test)]
@@ -368,20 +305,15 @@ mod tests {
         let d_hidden = random(11, (forest.len(), 60));
         let run = |form: Form| {
             let mut grads = Gradients::new(&Device::Cpu);
-            let d_x = match form {
-                Form::Cpu { inputs, kept } => {
-                    model.backward_by_hand((inputs, kept), &layout, &d_hidden, &mut grads)
-                }
-                Form::Graph { inputs, outputs } => {
-                    model.backward_graphs((inputs, outputs), &layout, &d_hidden, &mut grads)
-                }
-            };
-            (d_x.unwrap(), grads)
+            let trace = Trace { layout: layout.clone(), form, hidden: x.clone() };
+            let mut back = model.backward_from(&forest, trace, &d_hidden, &mut grads).unwrap();
+            while back.next_block(&mut grads).unwrap().is_some() {}
+            (back.d_input().unwrap(), grads)
         };
-        let (graph, expected_last) = model.trace_graphs(&x, &layout, false).unwrap();
+        let (graph, expected_last) = model.trace_graphs(&x, &layout, 2).unwrap();
         let (expected_d_x, expected) = run(graph);
-        for recompute in [false, true] {
-            let (form, last) = model.trace_by_hand(&x, &layout, recompute).unwrap();
+        for keep in [2, 1, 0] {
+            let (form, last) = model.trace_by_hand(&x, &layout, keep).unwrap();
             assert!(distance(&last, &expected_last) < 0.5 * tolerance);
             let (d_x, grads) = run(form);
             assert!(distance(&d_x, &expected_d_x) < tolerance);
@@ -389,7 +321,7 @@ mod tests {
                 grads.iter().map(|(name, _)| name.to_owned()).collect::<Vec<_>>()
             };
             assert_eq!(names(&grads), names(&expected));
-            assert_eq!(grads.iter().count(), 2 * 12 + 1);
+            assert_eq!(grads.iter().count(), 2 * 12 + 2);
             for (name, grad) in grads.iter() {
                 let distance = distance(grad, expected.get(name).unwrap());
                 assert!(distance < tolerance, "{name}: {distance}");

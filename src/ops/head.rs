@@ -17,7 +17,7 @@ use super::cpu::{
 use crate::data::forest::Target;
 
 /// Logits held at once, in elements: 48 MiB of f32.
-const CHUNK_ELEMENTS: usize = 12 << 20;
+pub const CHUNK_ELEMENTS: usize = 12 << 20;
 
 /// What [`backward`] returns.
 #[derive(Debug)]

@@ -3,6 +3,7 @@
 //! Candle's own keeps its moments private, in the parameter's type, and builds some fifteen temporaries a parameter.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use candle_core::Tensor;
 use half::bf16;
@@ -68,24 +69,42 @@ impl AdamW {
         lr: f64,
         grad_scale: f64,
     ) -> Result<()> {
+        self.begin_step();
+        grads.iter().try_for_each(|(name, grad)| self.apply(params, (name, grad), lr, grad_scale))
+    }
+
+    /// Begins a step whose parameters are updated one by one.
+    pub fn begin_step(&mut self) {
         self.steps += 1;
-        for (name, grad) in grads.iter() {
-            let param = params
-                .get(name)
-                .ok_or_else(|| Error::run("a gradient without a parameter").at(name))?;
-            if !self.moments.contains_key(name) {
+    }
+
+    /// Updates one parameter in the step that was begun.
+    ///
+    /// # Errors
+    /// Names a gradient without a parameter.
+    pub fn apply(
+        &mut self,
+        params: &BTreeMap<String, Param>,
+        (name, grad): (&str, &Tensor),
+        lr: f64,
+        grad_scale: f64,
+    ) -> Result<()> {
+        let param = params
+            .get(name)
+            .ok_or_else(|| Error::run("a gradient without a parameter").at(name))?;
+        let update = self.update(name, lr, grad_scale);
+        let moments = match self.moments.entry(name.to_owned()) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
                 let zeros = || param.master.as_tensor().detach().zeros_like();
-                self.moments.insert(name.to_owned(), Moments { first: zeros()?, second: zeros()? });
+                entry.insert(Moments { first: zeros()?, second: zeros()? })
             }
-            let update = self.update(name, lr, grad_scale);
-            let Some(moments) = self.moments.get_mut(name) else { continue };
-            if param.master.device().is_cpu() {
-                update.on_cpu(param, grad, moments)?;
-            } else {
-                update.plain(param, grad, moments)?;
-            }
+        };
+        if param.master.device().is_cpu() {
+            update.on_cpu(param, grad, moments)
+        } else {
+            update.plain(param, grad, moments)
         }
-        Ok(())
     }
 
     fn update(&self, name: &str, lr: f64, grad_scale: f64) -> Step {

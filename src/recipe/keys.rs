@@ -42,6 +42,8 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("num_epochs", "num_train_epochs"),
     ("epochs", "num_train_epochs"),
     ("enable_activation_checkpointing", "gradient_checkpointing"),
+    ("recompute", "gradient_checkpointing"),
+    ("optimizer_in_bwd", "optimizer_in_backward"),
     ("gradient_clipping", "max_grad_norm"),
     ("torch_dtype", "dtype"),
     ("rl_beta", "beta"),

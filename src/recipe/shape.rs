@@ -63,6 +63,10 @@ pub(super) fn shaped(key: &str, value: Value, default: &Value) -> Value {
         }
         // TOML has no null: no limit is written 0.
         (_, value) if key == "max_length" && value == 0 => return Value::Null,
+        // Hugging Face's boolean for what has three answers here.
+        (_, Value::Bool(flag)) if key == "gradient_checkpointing" => {
+            return Value::from(if flag { "block" } else { "none" });
+        }
         // A list of models where one is meant: the first that exists, see `inputs`.
         (Value::String(_), Value::Array(list)) if MODEL_KEYS.contains(&key) => {
             return Value::String(

@@ -21,12 +21,11 @@ use crate::loss::sft::Sft;
 use crate::model::Transformer;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::optim::adamw::AdamW;
-use crate::optim::clip_factor;
 use crate::report::record::Silent;
 use crate::rng::Stream;
 use crate::train::reference::{Request, reference_logps};
-use crate::train::step::{self, StepOptions};
-use crate::train::{Learner, Order, Settings};
+use crate::train::update::{Pace, update};
+use crate::train::{Learner, Order, Recompute, Settings};
 
 /// What to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,6 +133,7 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
     let settings = Settings {
         per_device_train_batch_size: options.batch,
         max_tokens_per_micro_batch: 4096,
+        gradient_checkpointing: if options.recompute { Recompute::Block } else { Recompute::None },
         ..Settings::default()
     };
     let (objective, reference_s): (Box<dyn Objective>, _) = match method {
@@ -149,16 +149,12 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
     drop(start);
     let mut adamw = AdamW::new(settings.hyper());
     let borrowed: Vec<&Tree> = trees.iter().collect();
-    let cut = StepOptions {
-        max_tokens: settings.max_tokens_per_micro_batch,
-        recompute: options.recompute,
-    };
+    let cut = settings.step_options(learner.bytes())?;
+    let pace = Pace { lr: 1e-6, max_grad_norm: settings.max_grad_norm };
     let mut steps_s = Vec::with_capacity(options.steps);
     for step in 0..=options.steps {
         let began = Instant::now();
-        let (grads, _) = step::gradients(&learner, objective.as_ref(), &borrowed, cut)?;
-        let scale = clip_factor(grads.norm()?, settings.max_grad_norm);
-        adamw.step(learner.params(), &grads, 1e-6, scale)?;
+        update(&learner, (objective.as_ref(), &borrowed), cut, &mut adamw, pace)?;
         if step > 0 {
             steps_s.push(began.elapsed().as_secs_f64());
         }

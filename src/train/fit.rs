@@ -7,12 +7,12 @@ use std::time::Instant;
 use super::checkpoint::{Saved, State};
 use super::order::Order;
 use super::step::{self, StepOptions, StepReport};
-use super::{Learner, Settings};
+use super::update::{Pace, update};
+use super::{Learner, Recompute, Settings};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::Objective;
 use crate::optim::adamw::AdamW;
-use crate::optim::clip_factor;
 use crate::report::record::{Events, Metrics};
 
 /// Answers prompts with the current weights; returns lines to note.
@@ -66,6 +66,7 @@ struct Run<'a> {
     order: Order,
     adamw: AdamW,
     state: State,
+    options: StepOptions,
     started: (Instant, usize),
 }
 
@@ -82,7 +83,11 @@ impl<'a> Run<'a> {
             None => State::default(),
         };
         job.events.resume_after(state.step as u64)?;
-        Ok(Self { learner, job, order, adamw, state, started: (Instant::now(), 0) })
+        let options = settings.step_options(learner.bytes())?;
+        if options.recompute == Recompute::Auto {
+            job.events.note(&options.explain(learner.model().config()));
+        }
+        Ok(Self { learner, job, order, adamw, state, options, started: (Instant::now(), 0) })
     }
 
     fn checkpoints(job: &Job<'_>) -> PathBuf {
@@ -93,33 +98,15 @@ impl<'a> Run<'a> {
     fn step(&mut self) -> Result<()> {
         let settings = self.job.settings;
         let trees = self.order.trees(self.state.step, self.job.train);
-        let options = StepOptions {
-            max_tokens: settings.max_tokens_per_micro_batch,
-            recompute: settings.gradient_checkpointing,
-        };
         let at = format!("step {}", self.state.step + 1);
-        let (grads, report) = step::gradients(self.learner, self.job.objective, &trees, options)
+        let total = self.order.total_steps();
+        let schedule = settings.lr_scheduler_type;
+        let lr = settings.learning_rate
+            * schedule.factor(self.state.step, total, settings.warmup(total));
+        let pace = Pace { lr, max_grad_norm: settings.max_grad_norm };
+        let what = (self.job.objective, trees.as_slice());
+        let (report, norm) = update(self.learner, what, self.options, &mut self.adamw, pace)
             .map_err(|error| error.at(&at))?;
-        let norm = grads.norm()?;
-        if !norm.is_finite() || !report.loss.is_finite() {
-            let rows: Vec<usize> = trees.iter().map(|tree| tree.source).collect();
-            return Err(Error::run(format!(
-                "loss {} with gradient norm {norm} on rows {rows:?}",
-                report.loss
-            ))
-            .at(at)
-            .hint("no update was made; lower learning_rate, or look at these rows"));
-        }
-        let warmup = settings.warmup(self.order.total_steps());
-        let factor =
-            settings.lr_scheduler_type.factor(self.state.step, self.order.total_steps(), warmup);
-        let lr = settings.learning_rate * factor;
-        self.adamw.step(
-            self.learner.params(),
-            &grads,
-            lr,
-            clip_factor(norm, settings.max_grad_norm),
-        )?;
         self.state.step += 1;
         self.state.tokens += report.tokens as u64;
         self.started.1 += report.tokens;

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use candle_core::Tensor;
+
 use crate::error::{Context, Error, Result};
 use crate::model::transformer::Transformer;
 use crate::model::{Config, Precision, Weights};
@@ -55,6 +57,16 @@ impl Learner {
     /// The model as it is now.
     pub fn model(&self) -> &Transformer {
         &self.model
+    }
+
+    /// Bytes of trained masters and their copies.
+    pub fn bytes(&self) -> u64 {
+        let size = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        let bytes = |param: &Param| {
+            let copy = param.copy.as_ref().map_or(0, |copy| size(copy));
+            (size(&param.master) + copy) as u64
+        };
+        self.params.values().map(bytes).sum()
     }
 
     /// Trained parameters, in name order.

@@ -4,12 +4,15 @@
 pub mod checkpoint;
 pub mod fit;
 pub mod learner;
+pub mod memory;
 pub mod order;
 pub mod reference;
 pub mod settings;
 pub mod step;
+pub mod update;
 
 pub use fit::{Job, fit};
 pub use learner::Learner;
+pub use memory::Recompute;
 pub use order::Order;
 pub use settings::Settings;

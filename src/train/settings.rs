@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::memory::{Recompute, available, parse_bytes};
+use super::step::StepOptions;
 use crate::error::{Error, Result};
 use crate::model::Precision;
 use crate::optim::adamw::{Hyper, is_decayed};
@@ -40,8 +42,14 @@ pub struct Settings {
     pub gradient_accumulation_steps: usize,
     /// Token budget that cuts a step's examples into packed micro-batches. Changes memory, never the result.
     pub max_tokens_per_micro_batch: usize,
-    /// Recompute each block in the backward pass instead of keeping its activations.
-    pub gradient_checkpointing: bool,
+    /// Which blocks run again in the backward pass instead of keeping their activations: `"none"` or false, `"block"` or
+    /// true, `"auto"` by `memory_budget`. Changes memory and speed, never the result.
+    pub gradient_checkpointing: Recompute,
+    /// Bytes that `gradient_checkpointing = "auto"` may fill, such as `"6GiB"`; empty: nine tenths of what is free.
+    pub memory_budget: String,
+    /// Update a block's weights as soon as its gradient is there, and free it: gradients of one block exist at a time.
+    /// For steps of one micro-batch without clipping (`max_grad_norm = 0`).
+    pub optimizer_in_backward: bool,
     /// Evaluate every so many steps; 0 evaluates at the end only.
     pub eval_steps: usize,
     /// Write a checkpoint every so many steps; 0 writes none before the end.
@@ -79,7 +87,9 @@ impl Default for Settings {
             per_device_train_batch_size: 8,
             gradient_accumulation_steps: 1,
             max_tokens_per_micro_batch: 4096,
-            gradient_checkpointing: false,
+            gradient_checkpointing: Recompute::None,
+            memory_budget: String::new(),
+            optimizer_in_backward: false,
             eval_steps: 0,
             save_steps: 0,
             save_total_limit: 2,
@@ -97,6 +107,33 @@ impl Settings {
     /// Examples an optimizer step.
     pub fn examples_per_step(&self) -> usize {
         self.per_device_train_batch_size * self.gradient_accumulation_steps
+    }
+
+    /// How a step is computed. `held`: bytes of the step's memory that are taken already, such as the masters.
+    ///
+    /// # Errors
+    /// Recomputation by memory where neither `memory_budget` nor what is free is known.
+    pub fn step_options(&self, held: u64) -> Result<StepOptions> {
+        Ok(StepOptions {
+            max_tokens: self.max_tokens_per_micro_batch,
+            recompute: self.gradient_checkpointing,
+            budget: self.budget(held)?,
+            dtype: self.dtype,
+            optimizer_in_backward: self.optimizer_in_backward,
+        })
+    }
+
+    fn budget(&self, held: u64) -> Result<u64> {
+        if self.gradient_checkpointing != Recompute::Auto {
+            return Ok(u64::MAX);
+        }
+        if !self.memory_budget.is_empty() {
+            return parse_bytes(&self.memory_budget);
+        }
+        available().map(|free| (free + held) / 10 * 9).ok_or_else(|| {
+            Error::usage("how much memory is free is not known on this system")
+                .hint("set memory_budget, for example \"6GiB\"")
+        })
     }
 
     /// AdamW's constants.
@@ -156,6 +193,17 @@ impl Settings {
                     "`{key}` is {value}, expected 0 or more and less than 1"
                 )));
             }
+        }
+        if !self.memory_budget.is_empty() {
+            parse_bytes(&self.memory_budget)?;
+        }
+        if self.optimizer_in_backward && self.max_grad_norm > 0.0 {
+            return Err(Error::usage(format!(
+                "`optimizer_in_backward` with `max_grad_norm` {}: the norm of all gradients is known only after the first \
+                 weights have moved",
+                self.max_grad_norm
+            ))
+            .hint("set max_grad_norm = 0, or optimizer_in_backward = false"));
         }
         self.dtype.check_compute()
     }

@@ -3,23 +3,69 @@
 use candle_core::Tensor;
 
 use super::Learner;
+use super::memory::{Footprint, Recompute};
 use crate::data::forest::{Forest, micro_batches};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::{Mean, Objective, Readout, StepTotals, Weighed};
 use crate::model::gradients::Gradients;
-use crate::model::heads;
 use crate::model::transformer::Transformer;
+use crate::model::{Config, Precision, heads};
 use crate::ops::head;
 use crate::report::record::Metrics;
 
-/// How a step is computed; changes memory and speed, never what is computed.
+/// How a step is computed; all but the type changes memory and speed, never what is computed.
 #[derive(Clone, Copy, Debug)]
 pub struct StepOptions {
     /// Token budget of a micro-batch.
     pub max_tokens: usize,
-    /// Recompute blocks in the backward pass.
-    pub recompute: bool,
+    /// Which blocks run again in the backward pass.
+    pub recompute: Recompute,
+    /// Bytes that a step may fill, where `recompute` is by memory.
+    pub budget: u64,
+    /// What the model computes with.
+    pub dtype: Precision,
+    /// Weights move in the backward pass: see [`update`](super::update::update).
+    pub optimizer_in_backward: bool,
+}
+
+impl StepOptions {
+    /// In f32, without recomputation.
+    pub const fn new(max_tokens: usize) -> Self {
+        Self {
+            max_tokens,
+            recompute: Recompute::None,
+            budget: u64::MAX,
+            dtype: Precision::F32,
+            optimizer_in_backward: false,
+        }
+    }
+
+    /// What recomputation by memory comes to, for people.
+    pub fn explain(&self, config: &Config) -> String {
+        let (tokens, budget) = (self.max_tokens, self.budget >> 20);
+        let keep = self.keep(config, tokens);
+        let needed = Footprint::new(config, self, tokens).bytes(keep) >> 20;
+        let blocks = config.num_hidden_layers;
+        if needed > budget {
+            return format!(
+                "a step of {tokens} tokens needs about {needed} MiB even where every block is recomputed, and {budget} MiB \
+                 may be filled: lower max_tokens_per_micro_batch"
+            );
+        }
+        format!(
+            "{keep} of {blocks} blocks keep their activations: {needed} of {budget} MiB at {tokens} tokens"
+        )
+    }
+
+    /// How many blocks keep their activations over `tokens` tokens.
+    pub fn keep(&self, config: &Config, tokens: usize) -> usize {
+        match self.recompute {
+            Recompute::None => config.num_hidden_layers,
+            Recompute::Block => 0,
+            Recompute::Auto => Footprint::new(config, self, tokens).keep_within(self.budget),
+        }
+    }
 }
 
 /// What one step (or one evaluation) measured.
@@ -49,7 +95,7 @@ pub fn gradients(
     let mut grads = Gradients::new(model.device());
     let mut sums = Sums::new(objective);
     for forest in &forests {
-        let trace = model.trace(forest, options.recompute)?;
+        let trace = model.trace(forest, options.keep(model.config(), forest.len()))?;
         let (weighed, d_hidden) =
             head_step(model, objective, (forest, &trace.hidden), &totals, &mut grads)?;
         sums.add(weighed, forest);
@@ -84,7 +130,7 @@ pub fn read(model: &Transformer, readout: Readout, forest: &Forest) -> Result<Ve
     }
 }
 
-fn pack(trees: &[&Tree], max_tokens: usize) -> Result<Vec<Forest>> {
+pub(super) fn pack(trees: &[&Tree], max_tokens: usize) -> Result<Vec<Forest>> {
     micro_batches(trees, max_tokens)
         .into_iter()
         .map(|range| Forest::pack(trees[range].iter().copied()))
@@ -92,7 +138,7 @@ fn pack(trees: &[&Tree], max_tokens: usize) -> Result<Vec<Forest>> {
 }
 
 /// Counts, and the statistics of a coupled objective, over all micro-batches.
-fn totals(
+pub(super) fn totals(
     model: &Transformer,
     objective: &dyn Objective,
     forests: &[Forest],
@@ -127,7 +173,7 @@ fn totals(
 }
 
 /// Reads the head, weighs what it says, and returns the gradient of the hidden states.
-fn head_step(
+pub(super) fn head_step(
     model: &Transformer,
     objective: &dyn Objective,
     (forest, hidden): (&Forest, &Tensor),
@@ -192,18 +238,18 @@ fn weigh(
 }
 
 /// Running sums of a step.
-struct Sums {
+pub(super) struct Sums {
     terms: Vec<f64>,
     means: Vec<Mean>,
     tokens: usize,
 }
 
 impl Sums {
-    fn new(objective: &dyn Objective) -> Self {
+    pub(super) fn new(objective: &dyn Objective) -> Self {
         Self { terms: vec![0.0; objective.terms().len()], means: Vec::new(), tokens: 0 }
     }
 
-    fn add(&mut self, weighed: Weighed, forest: &Forest) {
+    pub(super) fn add(&mut self, weighed: Weighed, forest: &Forest) {
         self.terms.iter_mut().zip(weighed.sums).for_each(|(sum, value)| *sum += value);
         self.tokens += forest.len();
         for mean in weighed.metrics {
@@ -217,7 +263,7 @@ impl Sums {
         }
     }
 
-    fn report(self, objective: &dyn Objective, totals: &StepTotals) -> StepReport {
+    pub(super) fn report(self, objective: &dyn Objective, totals: &StepTotals) -> StepReport {
         let mut report = StepReport { tokens: self.tokens, ..StepReport::default() };
         let terms = objective.terms();
         for (((name, weight), sum), count) in terms.iter().zip(&self.terms).zip(&totals.counts) {

@@ -1,0 +1,214 @@
+//! What a training step holds at its peak, from sizes alone: `validate` prints it, and `gradient_checkpointing = "auto"`
+//! decides by it how many blocks keep their activations.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::step::StepOptions;
+use crate::error::{Error, Result};
+use crate::model::params::count;
+use crate::model::{Config, Precision};
+use crate::ops::head::CHUNK_ELEMENTS;
+
+const F32: u64 = 4;
+
+/// Which blocks run again in the backward pass instead of keeping their activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// None: fastest.
+    #[default]
+    None,
+    /// Every block: leanest.
+    Block,
+    /// As many as the memory budget asks for.
+    Auto,
+}
+
+impl Serialize for Recompute {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match self {
+            Self::None => "none",
+            Self::Block => "block",
+            Self::Auto => "auto",
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Recompute {
+    /// Takes Hugging Face's booleans too.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "expected \"none\", \"block\", \"auto\", true or false")]
+        enum Written {
+            Flag(bool),
+            Name(Name),
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "lowercase")]
+        enum Name {
+            None,
+            Block,
+            Auto,
+        }
+        Ok(match Written::deserialize(deserializer)? {
+            Written::Flag(false) | Written::Name(Name::None) => Self::None,
+            Written::Flag(true) | Written::Name(Name::Block) => Self::Block,
+            Written::Name(Name::Auto) => Self::Auto,
+        })
+    }
+}
+
+/// Bytes of one step over one micro-batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Footprint {
+    /// Weights, gradients and both moments; in bf16 the copies too.
+    pub state: u64,
+    /// What each block is given, kept until its backward.
+    pub boundaries: u64,
+    /// What one block keeps besides.
+    pub block: u64,
+    /// Blocks of the model.
+    pub blocks: usize,
+    /// The most that is held on top at any one time: one block on its way back, or the head.
+    pub working: u64,
+}
+
+impl Footprint {
+    /// Of a micro-batch of `tokens` tokens.
+    pub fn new(config: &Config, options: &StepOptions, tokens: usize) -> Self {
+        let element = options.dtype.dtype().size_in_bytes() as u64;
+        let (tokens, h, f) =
+            (tokens as u64, config.hidden_size as u64, config.intermediate_size as u64);
+        let q = (config.num_attention_heads * config.head_dim) as u64;
+        let kv = (config.num_key_value_heads * config.head_dim) as u64;
+        let heads = config.num_attention_heads as u64;
+        // A master, two moments and a gradient; a gradient of one block at a time where the optimizer runs in the
+        // backward, of which the largest is the embedding's.
+        let parameters = count(config) as u64;
+        let gradients = if options.optimizer_in_backward {
+            (config.vocab_size as u64 * h).max(parameters / config.num_hidden_layers.max(1) as u64)
+        } else {
+            parameters
+        };
+        let copies = if options.dtype == Precision::F32 { 0 } else { element };
+        // `model::block_cpu`: queries and what they saw, keys and values, gate and up; log-sum-exps and the sum between.
+        let kept = (2 * q + 2 * kv + 2 * f) * element + (h + heads) * F32;
+        // Norms, the activation and gradients while one block is taken back.
+        let back = tokens * ((6 * h + f) * F32 + 3 * f * element);
+        let logits = (CHUNK_ELEMENTS as u64).min(tokens * config.vocab_size as u64);
+        let rounded = if options.dtype == Precision::F32 { 0 } else { logits * element };
+        let head = logits * F32 + rounded + 2 * tokens * h * F32;
+        Self {
+            state: parameters * (3 * F32 + copies) + gradients * F32,
+            boundaries: (config.num_hidden_layers as u64 + 1) * tokens * h * F32,
+            block: tokens * kept,
+            blocks: config.num_hidden_layers,
+            working: back.max(head),
+        }
+    }
+
+    /// Bytes at the peak where `keep` blocks keep their activations.
+    pub fn bytes(&self, keep: usize) -> u64 {
+        // A block that runs again holds for a moment what it did not keep.
+        let again = if keep < self.blocks { self.block } else { 0 };
+        self.state + self.boundaries + keep as u64 * self.block + again + self.working
+    }
+
+    /// How many blocks may keep their activations within `budget` bytes; 0 where not even that is enough.
+    pub fn keep_within(&self, budget: u64) -> usize {
+        (0..=self.blocks).rev().find(|&keep| self.bytes(keep) <= budget).unwrap_or(0)
+    }
+}
+
+/// A number of bytes as people write it: `6GiB`, `500 MB`, `1073741824`.
+///
+/// # Errors
+/// Names what was written and what is expected.
+pub fn parse_bytes(text: &str) -> Result<u64> {
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let unit = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        _ => f64::NAN,
+    };
+    match number.parse::<f64>().map(|number| number * unit) {
+        Ok(bytes) if bytes.is_finite() && bytes >= 1.0 => Ok(bytes as u64),
+        _ => Err(Error::usage(format!("`memory_budget` is `{text}`, expected a size"))
+            .hint("for example \"6GiB\" or \"500MB\"")),
+    }
+}
+
+/// Bytes that this process may still take: what the system calls available.
+pub fn available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn smollm2() -> Config {
+        Config::from_json(
+            r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "num_hidden_layers": 30,
+            "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+            "tie_word_embeddings": true, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu"}"#,
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn blocks_are_kept_as_the_budget_allows() {
+        let footprint = Footprint::new(&smollm2(), &StepOptions::new(2048), 2048);
+        assert_eq!(footprint.keep_within(u64::MAX), 30);
+        assert_eq!(footprint.keep_within(footprint.bytes(30)), 30);
+        assert_eq!(footprint.keep_within(footprint.bytes(12)), 12);
+        assert_eq!(footprint.keep_within(footprint.bytes(12) - 1), 11);
+        // A block that runs again needs as much, for its moment, as one that is kept.
+        assert_eq!(footprint.keep_within(footprint.bytes(30) - 1), 28);
+        assert_eq!(footprint.keep_within(0), 0);
+    }
+
+    #[test]
+    fn smaller_types_fewer_tokens_and_an_optimizer_in_the_backward_need_less() {
+        let f32 = StepOptions::new(4096);
+        let bf16 = StepOptions { dtype: Precision::Bf16, ..f32 };
+        let fused = StepOptions { optimizer_in_backward: true, ..bf16 };
+        let bytes = |options, tokens| Footprint::new(&smollm2(), options, tokens).bytes(30);
+        let sizes =
+            [bytes(&f32, 4096), bytes(&bf16, 4096), bytes(&bf16, 2048), bytes(&fused, 2048)];
+        assert!(sizes.is_sorted_by(|a, b| a > b), "{sizes:?}");
+        // 18 bytes a trained parameter.
+        let state = Footprint::new(&smollm2(), &bf16, 1).state;
+        assert_eq!(state, 18 * count(&smollm2()) as u64);
+    }
+
+    #[test]
+    fn sizes_and_modes_are_read_as_people_write_them() {
+        assert_eq!(parse_bytes("6GiB").unwrap(), 6 << 30);
+        assert_eq!(parse_bytes("1.5 MB").unwrap(), 1_500_000);
+        assert_eq!(parse_bytes("4096").unwrap(), 4096);
+        for wrong in ["", "GiB", "6 GiBs", "-1", "0"] {
+            let error = parse_bytes(wrong).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("`memory_budget` is `{wrong}`")), "{error}");
+        }
+        let read = |text: &str| serde_json::from_str::<Recompute>(text);
+        for (text, expected) in [
+            ("true", Recompute::Block),
+            ("false", Recompute::None),
+            ("\"none\"", Recompute::None),
+            ("\"block\"", Recompute::Block),
+            ("\"auto\"", Recompute::Auto),
+        ] {
+            assert_eq!(read(text).unwrap(), expected);
+        }
+        assert!(read("\"some\"").unwrap_err().to_string().contains("expected \"none\""));
+        assert!(available().is_none_or(|bytes| bytes > 1 << 20));
+    }
+}

@@ -1,0 +1,112 @@
+//! One whole optimizer step: the gradient, its norm, and the weights' move, after the backward pass or within it.
+
+use candle_core::Tensor;
+
+use super::Learner;
+use super::step::{self, StepOptions, StepReport, Sums};
+use crate::data::forest::Forest;
+use crate::data::tree::Tree;
+use crate::error::{Error, Result};
+use crate::loss::Objective;
+use crate::model::gradients::{Gradients, square_sum};
+use crate::optim::adamw::AdamW;
+use crate::optim::clip_factor;
+
+/// How far the weights move.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// The learning rate of this step.
+    pub lr: f64,
+    /// Clips the global gradient norm; 0 does not.
+    pub max_grad_norm: f64,
+}
+
+/// Takes one optimizer step. Returns what was measured, and the norm of all gradients before clipping.
+///
+/// # Errors
+/// As [`step::gradients`]; a loss or a gradient that is not finite, before any weight has moved.
+pub fn update(
+    learner: &Learner,
+    (objective, trees): (&dyn Objective, &[&Tree]),
+    options: StepOptions,
+    adamw: &mut AdamW,
+    pace: Pace,
+) -> Result<(StepReport, f64)> {
+    if options.optimizer_in_backward {
+        return in_backward(learner, (objective, trees), options, adamw, pace.lr);
+    }
+    let (grads, report) = step::gradients(learner, objective, trees, options)?;
+    let norm = grads.norm()?;
+    check(report.loss, norm, trees)?;
+    adamw.step(learner.params(), &grads, pace.lr, clip_factor(norm, pace.max_grad_norm))?;
+    Ok((report, norm))
+}
+
+/// The weights move in the backward pass: a block's gradients are used and freed before the next block's exist.
+///
+/// # Errors
+/// More than one micro-batch; a loss or a gradient of the hidden states that is not finite, before any weight has moved;
+/// a gradient further down that is not, after those of later blocks have.
+fn in_backward(
+    learner: &Learner,
+    (objective, trees): (&dyn Objective, &[&Tree]),
+    options: StepOptions,
+    adamw: &mut AdamW,
+    lr: f64,
+) -> Result<(StepReport, f64)> {
+    let model = learner.model();
+    let forests = step::pack(trees, options.max_tokens)?;
+    let [forest] = forests.as_slice() else {
+        return Err(several(&forests, options.max_tokens));
+    };
+    let totals = step::totals(model, objective, &forests)?;
+    let mut grads = Gradients::new(model.device());
+    let mut sums = Sums::new(objective);
+    let trace = model.trace(forest, options.keep(model.config(), forest.len()))?;
+    let (weighed, d_hidden) =
+        step::head_step(model, objective, (forest, &trace.hidden), &totals, &mut grads)?;
+    sums.add(weighed, forest);
+    let report = sums.report(objective, &totals);
+    check(report.loss, square_sum(&d_hidden)?.sqrt(), trees)?;
+
+    adamw.begin_step();
+    let mut squares = 0.0;
+    let mut apply = |whole: Vec<(String, Tensor)>| -> Result<()> {
+        for (name, grad) in whole {
+            let square = square_sum(&grad)?;
+            if !square.is_finite() {
+                return Err(Error::run("a gradient is not finite")
+                    .at(name)
+                    .hint("later blocks have moved: go on from the last checkpoint"));
+            }
+            squares += square;
+            adamw.apply(learner.params(), (&name, &grad), lr, 1.0)?;
+        }
+        Ok(())
+    };
+    let mut backward = model.backward_from(forest, trace, &d_hidden, &mut grads)?;
+    while let Some(block) = backward.next_block(&mut grads)? {
+        apply(grads.take(block.prefix()))?;
+    }
+    drop(backward);
+    apply(grads.take(""))?;
+    Ok((report, squares.sqrt()))
+}
+
+fn check(loss: f64, norm: f64, trees: &[&Tree]) -> Result<()> {
+    if loss.is_finite() && norm.is_finite() {
+        return Ok(());
+    }
+    let rows: Vec<usize> = trees.iter().map(|tree| tree.source).collect();
+    Err(Error::run(format!("loss {loss} with gradient norm {norm} on rows {rows:?}"))
+        .hint("no update was made; lower learning_rate, or look at these rows"))
+}
+
+fn several(forests: &[Forest], max_tokens: usize) -> Error {
+    let tokens: usize = forests.iter().map(Forest::len).sum();
+    Error::usage(format!(
+        "`optimizer_in_backward` with {tokens} tokens a step and `max_tokens_per_micro_batch` {max_tokens}: weights would \
+         move between micro-batches"
+    ))
+    .hint("raise max_tokens_per_micro_batch, or set optimizer_in_backward = false")
+}
