@@ -21,7 +21,7 @@ const PACK: usize = 8;
 /// Rows up to which the right matrix is read where it lies: packing it would cost more than it saves.
 const FEW: usize = 96;
 /// Elements of the largest tile of any kernel.
-const TILE: usize = 12 * 32;
+pub(super) const TILE: usize = 12 * 32;
 /// Multiply-adds below which a second thread does not pay.
 const SMALL: usize = 1 << 20;
 
@@ -128,7 +128,13 @@ pub fn matmul(a: Mat<'_>, b: Mat<'_>, threads: Threads) -> Vec<f32> {
 
 /// # Safety
 /// `place` covers `[a.rows, b.cols]`, initialised where it is added to; nobody else reads or writes it.
-unsafe fn product(kernel: &Kernel, a: Mat<'_>, b: Mat<'_>, place: Place, threads: Threads) {
+pub(super) unsafe fn product(
+    kernel: &Kernel,
+    a: Mat<'_>,
+    b: Mat<'_>,
+    place: Place,
+    threads: Threads,
+) {
     assert_eq!(a.cols, b.rows, "product of {}x{} and {}x{}", a.rows, a.cols, b.rows, b.cols);
     let (m, n, k) = (a.rows, b.cols, a.cols);
     if m == 0 || n == 0 {

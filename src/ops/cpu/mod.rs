@@ -2,6 +2,10 @@
 
 pub mod alloc;
 pub mod attention;
+#[cfg(all(test, unix))]
+mod guard;
+#[cfg(all(test, unix))]
+mod guard_tests;
 pub mod isa;
 mod kernel;
 pub mod matmul;
