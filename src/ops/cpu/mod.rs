@@ -10,6 +10,7 @@ pub mod isa;
 mod kernel;
 pub mod matmul;
 mod pack;
+pub mod peak;
 pub mod rows;
 pub mod simd;
 mod vector;
