@@ -3,10 +3,13 @@
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use super::{doctor, output};
+use super::output;
 use crate::error::Result;
+use crate::model::Precision;
 use crate::ops::cpu::isa::Isa;
-use crate::stage::bench::{self, Method, Options};
+use crate::stage::bench::ceiling::{self, Ceiling};
+use crate::stage::bench::{self, Figures, Method, Options};
+use crate::stage::memory;
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
@@ -24,6 +27,12 @@ pub(super) struct BenchArgs {
     /// Tokens of the prompt that a pair's sides or the samples share
     #[arg(long, default_value_t = 128)]
     prompt: usize,
+    /// `sft` on rows of 60 to 400 tokens with a masked prompt, not of --seq tokens
+    #[arg(long)]
+    chat: bool,
+    /// Compute type
+    #[arg(long, default_value = "f32")]
+    dtype: DtypeName,
     /// Steps to take the median of, after one that is not counted
     #[arg(long, default_value_t = 6)]
     steps: usize,
@@ -37,47 +46,112 @@ pub(super) struct BenchArgs {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum MethodName {
+    /// Training steps on dense rows
     Sft,
+    /// Training steps on pairs with a shared prompt
     Dpo,
+    /// The same pairs, for a reward model
     Reward,
+    /// Samples of one prompt
     Generate,
+    /// The vocabulary head alone, forward and backward
+    Head,
+    /// One block's attention alone, forward and backward
+    Attention,
+    /// The matrix products of an SFT step alone, beside the step
+    Ceiling,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DtypeName {
+    F32,
+    Bf16,
 }
 
 /// Measures and prints.
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
-    let method = match args.method {
-        MethodName::Sft => Method::Sft,
-        MethodName::Dpo => Method::Dpo,
-        MethodName::Reward => Method::Reward,
-        MethodName::Generate => Method::Generate,
-    };
     let options = Options {
         model: args.model.clone(),
         batch: args.batch,
         seq: args.seq,
         prompt: args.prompt,
+        chat: args.chat,
         steps: args.steps,
         recompute: args.recompute,
+        dtype: match args.dtype {
+            DtypeName::F32 => Precision::F32,
+            DtypeName::Bf16 => Precision::Bf16,
+        },
+    };
+    let method = match args.method {
+        MethodName::Sft => Method::Sft,
+        MethodName::Dpo => Method::Dpo,
+        MethodName::Reward => Method::Reward,
+        MethodName::Generate => Method::Generate,
+        MethodName::Head => Method::Head,
+        MethodName::Attention => Method::Attention,
+        MethodName::Ceiling => {
+            let ceiling = ceiling::run(&options)?;
+            print(args, serde_json::to_value(&ceiling)?, &ceiling_text(&ceiling));
+            return Ok(());
+        }
     };
     let figures = bench::run(method, &options)?;
-    let peak = doctor::peak_rss_bytes();
+    print(args, serde_json::to_value(&figures)?, &figures_text(&figures));
+    Ok(())
+}
+
+/// One line of JSON, or the text and what it was measured with.
+fn print(args: &BenchArgs, mut object: serde_json::Value, text: &str) {
+    let peak = memory::peak_bytes();
+    let (isa, threads) = (Isa::current().name(), rayon::current_num_threads());
     if args.json {
-        let mut object = serde_json::to_value(&figures)?;
         object["peak_rss_bytes"] = json!(peak);
-        object["isa"] = json!(Isa::current().name());
-        object["threads"] = json!(rayon::current_num_threads());
+        object["isa"] = json!(isa);
+        object["threads"] = json!(threads);
         output::line(&object.to_string());
-        return Ok(());
+        return;
     }
+    let peak = peak.map_or_else(|| "unknown".to_owned(), gib);
+    output::line(&format!("{text}, peak {peak}, {isa} kernels on {threads} threads"));
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
+}
+
+fn figures_text(figures: &Figures) -> String {
     let pairs =
         figures.pairs_per_s.map_or_else(String::new, |pairs| format!(", {pairs:.3} pairs/s"));
-    output::line(&format!(
-        "{:.1} tokens/s{pairs}, {:.3} s a step, peak {:.2} GiB, {} kernels on {} threads",
-        figures.tokens_per_s,
-        figures.step_s,
-        peak as f64 / f64::from(1 << 30),
-        Isa::current().name(),
-        rayon::current_num_threads()
-    ));
-    Ok(())
+    let extra = figures
+        .extra_peak_bytes
+        .map_or_else(String::new, |bytes| format!(", {} above the start", gib(bytes)));
+    format!("{:.1} tokens/s{pairs}, {:.3} s a step{extra}", figures.tokens_per_s, figures.step_s)
+}
+
+/// A table of the shapes, then the step.
+fn ceiling_text(ceiling: &Ceiling) -> String {
+    let rows = ceiling.products.iter().map(|product| {
+        let layout = json!(product.layout);
+        format!(
+            "{:>7.1} GFLOP/s  {:>5} x  {}x{}x{} {}{}  {}\n",
+            product.gflops,
+            product.count,
+            product.m,
+            product.n,
+            product.k,
+            layout.as_str().unwrap_or_default(),
+            if product.add { "+" } else { " " },
+            product.name,
+        )
+    });
+    format!(
+        "{}{:.1} % of a step is products: {:.3} of {:.3} s; {:.1} GFLOP/s a step, {:.1} between registers",
+        rows.collect::<String>(),
+        100.0 * ceiling.share,
+        ceiling.products_s,
+        ceiling.step_s,
+        ceiling.gflops,
+        ceiling.register_peak_gflops,
+    )
 }

@@ -2,6 +2,7 @@
 
 use super::output;
 use crate::ops::cpu::isa::{self, Isa};
+use crate::stage::memory::kibibytes;
 
 /// Prints one line a fact.
 pub(super) fn run() {
@@ -64,16 +65,4 @@ fn cpu_features() -> String {
 #[cfg(not(target_arch = "x86_64"))]
 fn cpu_features() -> String {
     std::env::consts::ARCH.to_owned()
-}
-
-/// The most memory that this process has held; 0 where the system does not say.
-pub(super) fn peak_rss_bytes() -> u64 {
-    kibibytes("/proc/self/status", "VmHWM:").unwrap_or(0)
-}
-
-/// A field of a Linux status file that is given in kB, in bytes.
-fn kibibytes(path: &str, field: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let line = text.lines().find(|line| line.starts_with(field))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }

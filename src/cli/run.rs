@@ -6,12 +6,12 @@ use std::time::Instant;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{RecipeArgs, doctor, interrupt, output, recipes};
+use super::{RecipeArgs, interrupt, output, recipes};
 use crate::error::Result;
 use crate::recipe::{Plan, RecipeFile, resolve};
 use crate::report::progress::Progress;
 use crate::report::record::StageRecord;
-use crate::stage;
+use crate::stage::{self, memory};
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -85,5 +85,5 @@ fn summary(records: &[StageRecord], wall_s: f64) -> Value {
             })
         })
         .collect();
-    json!({"stages": stages, "wall_s": wall_s, "peak_rss_bytes": doctor::peak_rss_bytes()})
+    json!({"stages": stages, "wall_s": wall_s, "peak_rss_bytes": memory::peak_bytes().unwrap_or(0)})
 }

@@ -59,6 +59,11 @@ pub fn backward(
     }
 }
 
+/// Rows whose logits exist at once, for a vocabulary of this size.
+pub fn rows_at_once(vocab: usize) -> usize {
+    Rows::chunk(vocab)
+}
+
 type Grads = Option<(Tensor, Option<Tensor>)>;
 
 fn run(

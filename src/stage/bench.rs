@@ -2,6 +2,9 @@
 //!
 //! Tokens are drawn at random: what a step costs depends on how many there are, not on which.
 
+pub mod ceiling;
+mod parts;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
@@ -18,8 +21,11 @@ use crate::loss::Objective;
 use crate::loss::preference::Dpo;
 use crate::loss::reward::Reward;
 use crate::loss::sft::Sft;
-use crate::model::Transformer;
-use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::model::Precision;
+use crate::model::checkpoint::{self, Checkpoint, LoadOptions};
+use crate::model::config::Config;
+use crate::model::source::{self, Source};
+use crate::model::transformer::Transformer;
 use crate::optim::adamw::AdamW;
 use crate::report::record::Silent;
 use crate::rng::Stream;
@@ -36,8 +42,18 @@ pub enum Method {
     Dpo,
     /// Steps of a reward model on the same pairs.
     Reward,
+    /// The vocabulary head alone, forward and backward, over `batch · seq` rows with a target each.
+    Head,
+    /// One block's attention alone, forward and backward, over `batch` rows of `seq` tokens.
+    Attention,
     /// `batch` samples of one prompt of `prompt` tokens, `seq − prompt` new tokens each.
     Generate,
+}
+
+impl Method {
+    fn has_pairs(self) -> bool {
+        matches!(self, Self::Dpo | Self::Reward)
+    }
 }
 
 /// How much to measure.
@@ -51,10 +67,47 @@ pub struct Options {
     pub seq: usize,
     /// Tokens of its prompt.
     pub prompt: usize,
+    /// SFT on rows of 60 to 400 tokens of which the first third is a masked prompt, rather than of `seq` tokens.
+    pub chat: bool,
     /// Steps, after one that is not counted.
     pub steps: usize,
     /// Recompute blocks in the backward pass.
     pub recompute: bool,
+    /// Compute type.
+    pub dtype: Precision,
+}
+
+/// Token budget of a micro-batch.
+const MAX_TOKENS: usize = 4096;
+
+impl Options {
+    fn settings(&self) -> Settings {
+        Settings {
+            per_device_train_batch_size: self.batch,
+            max_tokens_per_micro_batch: MAX_TOKENS,
+            dtype: self.dtype,
+            gradient_checkpointing: if self.recompute { Recompute::Block } else { Recompute::None },
+            ..Settings::default()
+        }
+    }
+
+    fn check(&self, method: Method) -> Result<()> {
+        let has_prompt = method.has_pairs() || method == Method::Generate;
+        if self.steps == 0 || self.batch == 0 || self.seq < 2 {
+            return Err(Error::usage("nothing to measure")
+                .hint("--steps and --batch begin at 1, --seq at 2"));
+        }
+        if has_prompt && !(1..self.seq).contains(&self.prompt) {
+            let (prompt, seq) = (self.prompt, self.seq);
+            return Err(Error::usage(format!("a prompt of {prompt} in sequences of {seq} tokens"))
+                .hint("--prompt is 1 or more and less than --seq"));
+        }
+        if self.chat && method != Method::Sft {
+            return Err(Error::usage("--chat asks for chat rows, which only `sft` takes")
+                .hint("leave it out, or measure `sft`"));
+        }
+        self.settings().check()
+    }
 }
 
 /// What was measured. Rates are of the median step.
@@ -73,6 +126,9 @@ pub struct Figures {
     /// Seconds that the reference's log-probabilities of one step took, where there is a reference.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reference_s: Option<f64>,
+    /// Bytes by which memory rose above what was held before, where a part of a step was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extra_peak_bytes: Option<u64>,
 }
 
 /// Measures one method.
@@ -80,23 +136,24 @@ pub struct Figures {
 /// # Errors
 /// No such model, no steps, or a prompt that leaves no response.
 pub fn run(method: Method, options: &Options) -> Result<Figures> {
-    let has_prompt = method != Method::Sft;
-    if options.steps == 0 || options.batch == 0 || options.seq < 2 {
-        return Err(
-            Error::usage("nothing to measure").hint("--steps and --batch begin at 1, --seq at 2")
-        );
-    }
-    if has_prompt && !(1..options.seq).contains(&options.prompt) {
-        let (prompt, seq) = (options.prompt, options.seq);
-        return Err(Error::usage(format!("a prompt of {prompt} in sequences of {seq} tokens"))
-            .hint("--prompt is 1 or more and less than --seq"));
-    }
-    let start = Checkpoint::load(&options.model, &Device::Cpu, &LoadOptions::default())?;
+    options.check(method)?;
     match method {
-        Method::Generate => generate(&start, options),
-        Method::Reward => train(start.into_reward_model(1)?, method, options),
-        Method::Sft | Method::Dpo => train(start, method, options),
+        Method::Head => parts::head(&config(&options.model)?, options),
+        Method::Attention => parts::attention(&config(&options.model)?, options),
+        Method::Generate => generate(&load(&options.model)?, options),
+        Method::Reward => train(load(&options.model)?.into_reward_model(1)?, method, options),
+        Method::Sft | Method::Dpo => train(load(&options.model)?, method, options),
     }
+}
+
+fn load(model: &str) -> Result<Checkpoint> {
+    Checkpoint::load(model, &Device::Cpu, &LoadOptions::default())
+}
+
+/// The model's shape; its weights stay where they are.
+fn config(model: &str) -> Result<Config> {
+    let (Source::Directory(path) | Source::Gguf(path)) = source::resolve(model, None)?;
+    Ok(checkpoint::peek(&path)?.0)
 }
 
 fn tokens(vocab: usize, index: usize, len: usize) -> Vec<u32> {
@@ -110,8 +167,8 @@ fn tokens(vocab: usize, index: usize, len: usize) -> Vec<u32> {
         .collect()
 }
 
-/// One step's examples.
-fn trees(method: Method, options: &Options, vocab: usize) -> Vec<Tree> {
+/// One step's examples. The rows of a chat differ from step to step in length, everything else repeats.
+fn trees(method: Method, options: &Options, vocab: usize, step: usize) -> Vec<Tree> {
     let Options { batch, seq, prompt, .. } = *options;
     let response = |index: usize| {
         let len = seq - prompt;
@@ -119,6 +176,9 @@ fn trees(method: Method, options: &Options, vocab: usize) -> Vec<Tree> {
     };
     (0..batch)
         .map(|index| {
+            if options.chat {
+                return chat(vocab, step * batch + index, index);
+            }
             if method == Method::Sft {
                 return Tree::sequence(tokens(vocab, index, seq), vec![Role::Content; seq], index);
             }
@@ -128,46 +188,58 @@ fn trees(method: Method, options: &Options, vocab: usize) -> Vec<Tree> {
         .collect()
 }
 
+/// Row `row` of the chats, the same lengths as in `benches/peers/work.py`.
+fn chat(vocab: usize, row: usize, source: usize) -> Tree {
+    let len = 60 + row * 137 % 341;
+    let mut roles = vec![Role::Content; len];
+    roles[..len / 3].fill(Role::Context);
+    Tree::sequence(tokens(vocab, row, len), roles, source)
+}
+
 fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures> {
-    let trees = trees(method, options, start.config.vocab_size);
-    let settings = Settings {
-        per_device_train_batch_size: options.batch,
-        max_tokens_per_micro_batch: 4096,
-        gradient_checkpointing: if options.recompute { Recompute::Block } else { Recompute::None },
-        ..Settings::default()
-    };
+    let (vocab, settings) = (start.config.vocab_size, options.settings());
     let (objective, reference_s): (Box<dyn Objective>, _) = match method {
         Method::Dpo => {
             let began = Instant::now();
-            let objective = dpo(&start, &trees, &settings)?;
+            let objective = dpo(&start, &trees(method, options, vocab, 0), &settings)?;
             (Box::new(objective), Some(began.elapsed().as_secs_f64()))
         }
         Method::Reward => (Box::new(Reward::default()), None),
         _ => (Box::new(Sft), None),
     };
-    let learner = Learner::new(&start.config, &start.weights)?;
-    drop(start);
+    let Checkpoint { config, weights, .. } = start;
+    let learner = Learner::with(&config, weights, options.dtype, |_| false)?;
     let mut adamw = AdamW::new(settings.hyper());
-    let borrowed: Vec<&Tree> = trees.iter().collect();
     let cut = settings.step_options(learner.bytes())?;
     let pace = Pace { lr: 1e-6, max_grad_norm: settings.max_grad_norm };
-    let mut steps_s = Vec::with_capacity(options.steps);
+    let (mut steps_s, mut rates) = (Vec::new(), Vec::new());
     for step in 0..=options.steps {
+        let trees = trees(method, options, vocab, step);
+        let tokens: usize = trees.iter().map(sequence_tokens).sum();
+        let borrowed: Vec<&Tree> = trees.iter().collect();
         let began = Instant::now();
         update(&learner, (objective.as_ref(), &borrowed), cut, &mut adamw, pace)?;
+        let seconds = began.elapsed().as_secs_f64();
         if step > 0 {
-            steps_s.push(began.elapsed().as_secs_f64());
+            steps_s.push(seconds);
+            rates.push(tokens as f64 / seconds);
         }
     }
-    let sequences = if method == Method::Sft { options.batch } else { 2 * options.batch };
     let step_s = median(&steps_s);
     Ok(Figures {
-        tokens_per_s: (sequences * options.seq) as f64 / step_s,
-        pairs_per_s: (method != Method::Sft).then(|| options.batch as f64 / step_s),
+        tokens_per_s: median(&rates),
+        pairs_per_s: method.has_pairs().then(|| options.batch as f64 / step_s),
         step_s,
         steps_s,
         reference_s,
+        extra_peak_bytes: None,
     })
+}
+
+/// Tokens of a tree's sequences, shared ones once for each.
+fn sequence_tokens(tree: &Tree) -> usize {
+    let paths = tree.leaves().into_iter().map(|leaf| tree.path(leaf));
+    paths.flatten().map(|segment| tree.segments[segment].tokens.len()).sum()
 }
 
 /// The objective with the start as its reference.
@@ -181,7 +253,7 @@ fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Dpo> {
     };
     let scratch = tempfile::tempdir()?;
     let request = Request {
-        model: &Transformer::new(&start.config, &start.weights)?,
+        model: &Transformer::new(&start.config, &settings.dtype.cast(start.weights.clone())?)?,
         weights_hash: "",
         trees,
         order: &Order::new(1, trees.len(), settings),
@@ -194,7 +266,7 @@ fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Dpo> {
 }
 
 fn generate(start: &Checkpoint, options: &Options) -> Result<Figures> {
-    let model = LocalModel::new(start)?;
+    let model = LocalModel::new(&start.clone().computed_in(options.dtype)?)?;
     let prompts = [Prompt { index: 0, tokens: tokens(start.config.vocab_size, 0, options.prompt) }];
     let sampling = Sampling {
         num_samples: options.batch,
@@ -241,24 +313,54 @@ fn median(values: &[f64]) -> f64 {
 mod tests {
     use super::*;
 
-    #[test]
-    fn every_method_is_measured_and_nonsense_is_refused() {
-        let options = Options {
+    pub(super) fn options() -> Options {
+        Options {
             model: "data/tiny/student".to_owned(),
             batch: 2,
             seq: 12,
             prompt: 5,
+            chat: false,
             steps: 2,
             recompute: false,
-        };
-        for method in [Method::Sft, Method::Dpo, Method::Reward, Method::Generate] {
-            let figures = run(method, &options).unwrap();
-            assert!(figures.tokens_per_s > 0.0 && figures.steps_s.len() == 2, "{method:?}");
-            let has_pairs = matches!(method, Method::Dpo | Method::Reward);
-            assert_eq!(figures.pairs_per_s.is_some(), has_pairs, "{method:?}");
+            dtype: Precision::F32,
         }
-        assert!(run(Method::Dpo, &Options { prompt: 12, ..options.clone() }).is_err());
-        assert!(run(Method::Sft, &Options { steps: 0, ..options }).is_err());
+    }
+
+    #[test]
+    fn every_method_is_measured_and_nonsense_is_refused() {
+        let methods = [Method::Sft, Method::Dpo, Method::Reward, Method::Generate];
+        for method in methods.into_iter().chain([Method::Head, Method::Attention]) {
+            let figures = run(method, &options()).unwrap();
+            assert!(figures.tokens_per_s > 0.0 && figures.steps_s.len() == 2, "{method:?}");
+            assert_eq!(figures.pairs_per_s.is_some(), method.has_pairs(), "{method:?}");
+        }
+        assert!(run(Method::Dpo, &Options { prompt: 12, ..options() }).is_err());
+        assert!(run(Method::Head, &Options { chat: true, ..options() }).is_err());
+        assert!(run(Method::Sft, &Options { steps: 0, ..options() }).is_err());
         assert!((median(&[3.0, 1.0, 2.0, 9.0]) - 2.5).abs() < 1e-12);
+    }
+
+    #[test]
+    fn chats_have_the_lengths_of_the_peers() {
+        let options = Options { chat: true, batch: 3, ..options() };
+        let trees = trees(Method::Sft, &options, 40, 1);
+        let found: Vec<(usize, usize)> = trees
+            .iter()
+            .map(|tree| {
+                let roles = &tree.segments[0].roles;
+                (roles.len(), roles.iter().filter(|role| **role == Role::Context).count())
+            })
+            .collect();
+        // Rows 3, 4 and 5: 60 + (411, 548, 685) mod 341, a third of it masked.
+        assert_eq!(found, [(130, 43), (267, 89), (63, 21)]);
+        // Rows 0 and 1 have 60 and 197 tokens: the tiny model has room for them.
+        let options = Options { batch: 1, steps: 1, ..options };
+        assert!(run(Method::Sft, &options).unwrap().tokens_per_s > 0.0);
+    }
+
+    #[test]
+    fn a_shared_prompt_counts_for_both_sides() {
+        let trees = trees(Method::Dpo, &options(), 40, 0);
+        assert_eq!(trees.iter().map(sequence_tokens).sum::<usize>(), 2 * 2 * 12);
     }
 }

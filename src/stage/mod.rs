@@ -11,6 +11,7 @@ pub mod dpo;
 pub mod eval;
 pub mod generation;
 pub mod inputs;
+pub mod memory;
 pub mod reward;
 pub mod rounds;
 pub mod run;

@@ -23,7 +23,7 @@ const PACK: usize = 8;
 /// Rows up to which the right matrix is read where it lies: packing it would cost more than it saves.
 const FEW: usize = 96;
 /// Elements of the largest tile of any kernel.
-const TILE: usize = 12 * 32;
+pub(super) const TILE: usize = 12 * 32;
 /// Multiply-adds below which a second thread does not pay.
 const SMALL: usize = 1 << 20;
 
@@ -141,7 +141,7 @@ pub fn matmul<E: Element>(a: Mat<'_, E>, b: Mat<'_, E>, threads: Threads) -> Vec
 
 /// # Safety
 /// `place` covers `[a.rows, b.cols]`, initialised where it is added to; nobody else reads or writes it.
-unsafe fn product<E: Numbers>(
+pub(super) unsafe fn product<E: Numbers>(
     kernel: &Kernel,
     a: Mat<'_, E>,
     b: Mat<'_, E>,

@@ -4,10 +4,15 @@ pub mod adamw;
 pub mod alloc;
 pub mod attention;
 pub mod element;
+#[cfg(all(test, unix))]
+mod guard;
+#[cfg(all(test, unix))]
+mod guard_tests;
 pub mod isa;
 mod kernel;
 pub mod matmul;
 mod pack;
+pub mod peak;
 pub mod rows;
 pub mod simd;
 mod vector;

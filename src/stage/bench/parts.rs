@@ -1,0 +1,89 @@
+//! Parts of a step alone: the vocabulary head and attention.
+
+use std::time::Instant;
+
+use candle_core::{Device, Tensor};
+use half::bf16;
+
+use super::{Figures, Options, median, tokens};
+use crate::data::forest::{Forest, Target};
+use crate::data::tree::{Role, Tree};
+use crate::error::Result;
+use crate::model::Precision;
+use crate::model::config::Config;
+use crate::ops::cpu::Element;
+use crate::ops::cpu::attention::{self, Inputs};
+use crate::ops::{AttentionPlan, head};
+use crate::rng::Stream;
+use crate::stage::memory::Extra;
+
+/// The head over `batch · seq` rows, each with one target: log-probabilities and both gradients, as SFT takes them.
+pub(super) fn head(config: &Config, options: &Options) -> Result<Figures> {
+    let rows = options.batch * options.seq;
+    let hidden = random(1, (rows, config.hidden_size))?;
+    let weight =
+        random(2, (config.vocab_size, config.hidden_size))?.to_dtype(options.dtype.dtype())?;
+    let ids = tokens(config.vocab_size, 0, rows).into_iter().enumerate();
+    let target =
+        |(row, id): (usize, u32)| Target { row: row as u32, id, leaf: 0, role: Role::Content };
+    let targets: Vec<Target> = ids.map(target).collect();
+    let d_logps = vec![1.0 / rows as f32; rows];
+    repeat(options, || {
+        head::backward(&hidden, &weight, &targets, &d_logps, true)?;
+        Ok(())
+    })
+}
+
+/// Attention of one block over `batch` rows of `seq` tokens: output and the gradients of queries, keys and values.
+pub(super) fn attention(config: &Config, options: &Options) -> Result<Figures> {
+    match options.dtype {
+        Precision::Bf16 => attention_in::<bf16>(config, options),
+        _ => attention_in::<f32>(config, options),
+    }
+}
+
+fn attention_in<E: Element>(config: &Config, options: &Options) -> Result<Figures> {
+    let row = Tree::sequence(vec![0; options.seq], vec![Role::Content; options.seq], 0);
+    let forest = Forest::pack(std::iter::repeat_n(&row, options.batch))?;
+    let plan = AttentionPlan::new(&forest);
+    let width = config.head_dim;
+    let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
+    let values = |index, heads| numbers(index, forest.len() * heads * width);
+    let (q, d_out) = (E::rounded(values(1, heads)), values(4, heads));
+    let (k, v) = (E::rounded(values(2, groups)), E::rounded(values(3, groups)));
+    let inputs = Inputs { plan: &plan, heads, groups, width, q: &q, k: &k, v: &v };
+    repeat(options, || {
+        let (out, log_sum_exp) = attention::forward(&inputs);
+        attention::backward(&inputs, &log_sum_exp, &out, &d_out);
+        Ok(())
+    })
+}
+
+fn numbers(index: u64, len: usize) -> Vec<f32> {
+    Stream::new(1, "bench").normal(index, len, 0.1)
+}
+
+fn random(index: u64, shape: (usize, usize)) -> Result<Tensor> {
+    Ok(Tensor::from_vec(numbers(index, shape.0 * shape.1), shape, &Device::Cpu)?)
+}
+
+/// Times `work`, once without counting and then `steps` times.
+fn repeat(options: &Options, work: impl Fn() -> Result<()>) -> Result<Figures> {
+    let extra = Extra::begin();
+    let mut steps_s = Vec::with_capacity(options.steps);
+    for step in 0..=options.steps {
+        let began = Instant::now();
+        work()?;
+        if step > 0 {
+            steps_s.push(began.elapsed().as_secs_f64());
+        }
+    }
+    let step_s = median(&steps_s);
+    Ok(Figures {
+        tokens_per_s: (options.batch * options.seq) as f64 / step_s,
+        step_s,
+        steps_s,
+        extra_peak_bytes: extra.peak_bytes(),
+        ..Figures::default()
+    })
+}

@@ -1,0 +1,58 @@
+//! Memory of this process, as Linux counts it. Elsewhere nothing is known.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+
+const STATUS: &str = "/proc/self/status";
+
+/// The most bytes that this process has held.
+pub fn peak_bytes() -> Option<u64> {
+    kibibytes(STATUS, "VmHWM:")
+}
+
+/// A field of a status file that is given in kB, in bytes.
+pub fn kibibytes(path: &str, field: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text.lines().find(|line| line.starts_with(field))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// Measures how far memory rises above what is held at one moment.
+#[derive(Debug)]
+pub struct Extra {
+    /// Bytes held at the beginning; none where the peak cannot be measured from there.
+    start: Option<u64>,
+}
+
+impl Extra {
+    /// Begins here: the peak that the system remembers falls back to what is held now.
+    pub fn begin() -> Self {
+        // "5" is the request for that, see proc_pid_clear_refs(5).
+        let reset = OpenOptions::new()
+            .write(true)
+            .open("/proc/self/clear_refs")
+            .and_then(|mut file| file.write_all(b"5"));
+        Self { start: reset.ok().and_then(|()| kibibytes(STATUS, "VmRSS:")) }
+    }
+
+    /// The highest rise since the beginning, in bytes.
+    pub fn peak_bytes(&self) -> Option<u64> {
+        Some(peak_bytes()?.saturating_sub(self.start?))
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rise_is_seen_and_what_was_there_before_is_not() {
+        const BYTES: usize = 128 << 20;
+        drop(std::hint::black_box(vec![1_u8; 2 * BYTES]));
+        let extra = Extra::begin();
+        let held = std::hint::black_box(vec![1_u8; BYTES]);
+        let rise = extra.peak_bytes().unwrap();
+        assert!(rise > BYTES as u64 / 2 && rise < BYTES as u64 * 3 / 2, "{rise}");
+        assert!(peak_bytes().unwrap() > held.len() as u64);
+    }
+}
