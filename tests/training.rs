@@ -116,8 +116,8 @@ fn fit(
     };
     let job = Job {
         objective,
-        train: trees,
-        eval: (objective, held_out),
+        train: &trees,
+        eval: (objective, &held_out),
         settings,
         seed: 11,
         dir,
@@ -170,7 +170,7 @@ fn dpo_tells_the_sides_of_eight_pairs_apart() {
     let request = Request {
         model: &reference,
         weights_hash: "start",
-        trees: &trees,
+        pairs: &trees,
         order: &Order::new(11, trees.len(), &settings),
         settings: &settings,
         dir: dir.path(),

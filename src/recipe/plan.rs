@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::data::prepare::{PairOptions, SftOptions};
-use crate::data::read::Format;
+use crate::data::pipeline::Source;
+use crate::data::prepare::{OnBadRow, PairOptions, SftOptions};
+use crate::data::read::{Format, ReadOptions};
 use crate::error::{Context, Error, Result};
 use crate::generate::sampling::Sampling;
 use crate::score::ScorerSpec;
@@ -270,6 +271,19 @@ impl Default for Dataset {
             format: None,
             limit: 0,
         }
+    }
+}
+
+impl Dataset {
+    /// The dataset as the reader takes it.
+    pub fn source(&self, on_bad_row: OnBadRow) -> Source {
+        let read = ReadOptions {
+            columns: self.columns.clone().into_iter().collect(),
+            split: Some(self.split.clone()),
+            format: self.format,
+            on_bad_row,
+        };
+        Source { path: self.path.clone(), read, limit: self.limit, fraction: self.fraction }
     }
 }
 

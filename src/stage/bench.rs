@@ -187,7 +187,7 @@ fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Dpo> {
     let request = Request {
         model: &Transformer::new(&start.config, &start.weights)?,
         weights_hash: "",
-        trees,
+        pairs: &trees,
         order: &Order::new(1, trees.len(), settings),
         settings,
         dir: Path::new(scratch.path()),

@@ -3,7 +3,8 @@
 
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
-use crate::data::tree::Tree;
+use crate::data::examples::Examples;
+use crate::data::prepare::Rule;
 use crate::error::{Error, Result};
 use crate::loss::preference::Dpo;
 use crate::model::Transformer;
@@ -19,8 +20,9 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
             .hint("use `sigmoid`"));
     }
     let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
-    let train = training::preferences(context, &start, &spec.datasets, &spec.data)?;
-    let held_out = training::preferences(context, &start, &spec.eval_datasets, &spec.data)?;
+    let rule = Rule::Pairs(&spec.data);
+    let train = training::examples(context, &start, &spec.datasets, rule)?;
+    let held_out = training::examples(context, &start, &spec.eval_datasets, rule)?;
 
     let reference = match spec.ref_model_name_or_path.as_str() {
         "" => start.clone(),
@@ -29,15 +31,16 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     let weights_hash = training::weights_sha256(&reference.weights)?;
     // Plain tensors: no graph, no optimizer.
     let reference = Transformer::new(&reference.config, &reference.weights)?;
-    let objective = against(context, spec, (&reference, &weights_hash), &train)?;
-    let held_out_objective = against(context, spec, (&reference, &weights_hash), &held_out)?;
+    let objective = against(context, spec, (&reference, &weights_hash), train.as_ref())?;
+    let held_out_objective =
+        against(context, spec, (&reference, &weights_hash), held_out.as_ref())?;
     drop(reference);
 
     let work = Work {
         start: &start,
         objective: &objective,
-        train: &train,
-        eval: (&held_out_objective, &held_out),
+        train: train.as_ref(),
+        eval: (&held_out_objective, held_out.as_ref()),
         samples: &[],
         settings: &spec.train,
     };
@@ -49,7 +52,7 @@ fn against(
     context: &StageContext<'_>,
     spec: &plan::Dpo,
     (model, weights_hash): (&Transformer, &str),
-    pairs: &[Tree],
+    pairs: &dyn Examples,
 ) -> Result<Dpo> {
     let mut objective = Dpo {
         beta: spec.beta,
@@ -64,7 +67,7 @@ fn against(
     let request = Request {
         model,
         weights_hash,
-        trees: pairs,
+        pairs,
         order: &Order::new(context.seed, pairs.len(), &spec.train),
         settings: &spec.train,
         dir: &context.dir,

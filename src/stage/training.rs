@@ -4,12 +4,14 @@ use candle_core::DType;
 use sha2::{Digest, Sha256};
 
 use super::StageContext;
+use crate::data::examples::Examples;
 use crate::data::mix::take;
-use crate::data::prepare::{OnBadRow, PrepareReport, Prepared};
-use crate::data::read::{ReadOptions, read};
+use crate::data::pipeline::{Pipeline, Source};
+use crate::data::prepare::{OnBadRow, Rule, Skipped};
+use crate::data::read::read;
 use crate::data::record::Row;
+use crate::data::stored::Stored;
 use crate::data::tokenizer::ChatTokenizer;
-use crate::data::tree::Tree;
 use crate::error::{Context, Error, Result};
 use crate::generate::local::{Asked, LocalModel, Teacher};
 use crate::generate::sampling::Sampling;
@@ -47,7 +49,7 @@ fn set_template(checkpoint: &mut Checkpoint, chat_template: &str) -> Result<()> 
     Ok(())
 }
 
-/// Reads and joins datasets, in their own order: training shuffles examples anew each epoch.
+/// Reads and joins datasets into memory, in their own order: prompts of the stages that sample.
 pub fn rows(
     context: &StageContext<'_>,
     datasets: &[Dataset],
@@ -55,14 +57,10 @@ pub fn rows(
 ) -> Result<Vec<Row>> {
     let mut all = Vec::new();
     for (index, dataset) in datasets.iter().enumerate() {
-        let options = ReadOptions {
-            columns: dataset.columns.clone().into_iter().collect(),
-            split: Some(dataset.split.clone()),
-            format: dataset.format,
-            on_bad_row,
-        };
-        let mut found = read(&dataset.path, &options)?;
-        note_skipped(context, &dataset.path, &found.skipped);
+        let mut found = read(&dataset.path, &dataset.source(on_bad_row).read)?;
+        let mut skipped = Skipped::default();
+        found.skipped.into_iter().for_each(|(place, why)| skipped.add(&place, why, 1));
+        note_skipped(context, &dataset.path, &skipped);
         if dataset.limit > 0 {
             found.rows.truncate(dataset.limit);
         }
@@ -77,46 +75,74 @@ pub fn rows(
     Ok(all)
 }
 
-/// Says what preparation left out and refuses rows that the model has no positions for.
-pub fn checked(
+/// Where a training stage keeps its prepared examples until it is finished.
+pub const PREPARED: &str = "prepared";
+
+/// The examples of datasets, joined in their own order: training shuffles them anew each epoch. They lie in a file of
+/// the stage's directory, which a stage that continues uses again if it is whole and made from the same data and
+/// settings.
+///
+/// # Errors
+/// As [`Pipeline::write`].
+pub fn examples(
     context: &StageContext<'_>,
-    prepared: Prepared,
-    rows: &[Row],
     start: &Checkpoint,
-) -> Result<Vec<Tree>> {
-    let PrepareReport { skipped, truncated, .. } = &prepared.report;
-    note_skipped(context, "preparation", skipped);
-    if *truncated > 0 {
-        context.events.note(&format!("{truncated} rows were cut to max_length"));
+    datasets: &[Dataset],
+    rule: Rule<'_>,
+) -> Result<Box<dyn Examples>> {
+    if datasets.is_empty() {
+        return Ok(Box::new(Vec::new()));
     }
-    let positions = start.config.max_position_embeddings;
-    for tree in &prepared.trees {
-        let longest =
-            |leaf| tree.path(leaf).iter().map(|&segment| tree.segments[segment].tokens.len()).sum();
-        let longest: usize = tree.leaves().into_iter().map(longest).max().unwrap_or(0);
-        if longest > positions {
-            let place = rows.get(tree.source).map_or("a row", |row| row.place.as_str());
-            return Err(Error::run(format!(
-                "{longest} tokens, the model has {positions} positions"
-            ))
-            .at(place)
-            .hint(format!("set max_length = {positions} or less")));
-        }
+    let sources: Vec<Source> =
+        datasets.iter().map(|dataset| dataset.source(rule.on_bad_row())).collect();
+    let pipeline = Pipeline {
+        sources: &sources,
+        rule,
+        tokenizer: start.tokenizer()?,
+        seed: context.seed,
+        positions: start.config.max_position_embeddings,
+    };
+    let stored = stored(context, &pipeline)?;
+    let report = stored.report();
+    for (path, unread) in &report.unread {
+        note_skipped(context, path, unread);
     }
-    Ok(prepared.trees)
+    note_skipped(context, "preparation", &report.skipped);
+    if report.truncated > 0 {
+        context.events.note(&format!("{} rows were cut to max_length", report.truncated));
+    }
+    Ok(Box::new(stored))
 }
 
-fn note_skipped(context: &StageContext<'_>, what: &str, skipped: &[(String, String)]) {
-    const SHOWN: usize = 5;
-    if skipped.is_empty() {
+/// The file of a pipeline's examples, written where it is not there or cannot be trusted.
+fn stored(context: &StageContext<'_>, pipeline: &Pipeline<'_>) -> Result<Stored> {
+    let hash = pipeline.hash()?;
+    let name = format!("{}.trees", &crate::store::hex(&hash)[..16]);
+    let path = context.dir.join(PREPARED).join(name);
+    if path.exists() {
+        match Stored::open(&path, &hash) {
+            Ok(stored) => return Ok(stored),
+            Err(error) => context.events.note(&format!("{error}; preparing the rows again")),
+        }
+    }
+    let mut watch = |rows: usize| {
+        context.events.progress("rows", rows as u64, 0);
+        context.events.check_interrupt()
+    };
+    crate::store::write_atomic_with(&path, |out| pipeline.write(out, (&path, &hash), &mut watch))?;
+    Stored::open(&path, &hash)
+}
+
+fn note_skipped(context: &StageContext<'_>, what: &str, skipped: &Skipped) {
+    if skipped.count == 0 {
         return;
     }
     let rows: Vec<String> =
-        skipped.iter().take(SHOWN).map(|(place, why)| format!("  {place}: {why}")).collect();
-    let more = if skipped.len() > SHOWN { "\n  …" } else { "" };
+        skipped.first.iter().map(|(place, why)| format!("  {place}: {why}")).collect();
+    let more = if skipped.count > Skipped::SHOWN { "\n  …" } else { "" };
     context.events.note(&format!(
         "{what}: {} rows were skipped\n{}{more}",
-        skipped.len(),
+        skipped.count,
         rows.join("\n")
     ));
 }
@@ -128,9 +154,9 @@ pub struct Work<'a> {
     /// What to minimise.
     pub objective: &'a dyn Objective,
     /// Training examples.
-    pub train: &'a [Tree],
+    pub train: &'a dyn Examples,
     /// Held-out examples and their objective.
-    pub eval: (&'a dyn Objective, &'a [Tree]),
+    pub eval: (&'a dyn Objective, &'a dyn Examples),
     /// Prompts to answer at each evaluation, for people to read.
     pub samples: &'a [Row],
     /// How to train.
@@ -194,17 +220,80 @@ pub fn weights_sha256(weights: &Weights) -> Result<String> {
     Ok(crate::store::hex(&hasher.finalize()))
 }
 
-/// Preference rows as trees: a prompt with its responses, best first.
-pub fn preferences(
-    context: &StageContext<'_>,
-    start: &Checkpoint,
-    datasets: &[Dataset],
-    options: &crate::data::prepare::PairOptions,
-) -> Result<Vec<Tree>> {
-    if datasets.is_empty() {
-        return Ok(Vec::new());
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::data::prepare::SftOptions;
+    use crate::data::tree::Tree;
+    use crate::report::record::Events;
+
+    /// Keeps what was noted, and how often progress was.
+    #[derive(Default)]
+    struct Heard {
+        notes: Mutex<Vec<String>>,
+        batches: Mutex<usize>,
     }
-    let rows = rows(context, datasets, options.on_bad_row)?;
-    let prepared = crate::data::prepare::pair_trees(&rows, start.tokenizer()?, options)?;
-    checked(context, prepared, &rows, start)
+
+    impl Events for Heard {
+        fn progress(&self, _what: &str, _done: u64, _total: u64) {
+            *self.batches.lock().unwrap() += 1;
+        }
+        fn metrics(&self, _step: u64, _values: &Metrics) -> Result<()> {
+            Ok(())
+        }
+        fn resume_after(&self, _step: u64) -> Result<()> {
+            Ok(())
+        }
+        fn note(&self, text: &str) {
+            self.notes.lock().unwrap().push(text.to_owned());
+        }
+        fn interrupted(&self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "the test damages a file on purpose")]
+    fn examples_are_prepared_once_and_again_where_their_file_is_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("a.jsonl");
+        let rows = "{\"prompt\": \"1 + 1\", \"completion\": \"2\"}\nnot JSON\n".repeat(3);
+        crate::store::write_atomic(&data, rows.as_bytes()).unwrap();
+        let datasets = [Dataset { path: data.display().to_string(), ..Dataset::default() }];
+        let options = SftOptions { on_bad_row: OnBadRow::Skip, ..SftOptions::default() };
+        let start = Checkpoint::load_dir("data/tiny/student".as_ref(), &Device::Cpu).unwrap();
+        let prepare = || -> (Vec<Tree>, Vec<String>, usize) {
+            let heard = Heard::default();
+            let context = StageContext {
+                dir: dir.path().join("stage"),
+                round: 1,
+                seed: 1,
+                device: Device::Cpu,
+                events: &heard,
+            };
+            let found = examples(&context, &start, &datasets, Rule::Sft(&options)).unwrap();
+            let trees = found.trees().collect::<Result<_>>().unwrap();
+            let batches = *heard.batches.lock().unwrap();
+            (trees, heard.notes.into_inner().unwrap(), batches)
+        };
+        let (trees, notes, batches) = prepare();
+        assert_eq!((trees.len(), notes.len(), batches), (3, 1, 1));
+        assert!(notes[0].contains("a.jsonl: 3 rows were skipped\n"), "{notes:?}");
+        // Nothing is read again, and what was skipped is still said.
+        assert_eq!(prepare(), (trees.clone(), notes.clone(), 0));
+
+        let files = crate::store::entries(&dir.path().join("stage").join(PREPARED)).unwrap();
+        let [file] = &files[..] else { panic!("{files:?}") };
+        let mut bytes = std::fs::read(file).unwrap();
+        bytes[60] ^= 1;
+        std::fs::write(file, &bytes).unwrap();
+        let (again, loud, batches) = prepare();
+        assert_eq!((again, batches), (trees.clone(), 1));
+        assert!(loud[0].ends_with("the file is damaged; preparing the rows again"), "{loud:?}");
+        assert_eq!(prepare(), (trees, notes, 0));
+    }
 }

@@ -8,6 +8,7 @@ use super::checkpoint::{Saved, State};
 use super::order::Order;
 use super::step::{self, StepOptions, StepReport};
 use super::{Learner, Settings};
+use crate::data::examples::Examples;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::Objective;
@@ -23,9 +24,9 @@ pub struct Job<'a> {
     /// What to minimise.
     pub objective: &'a dyn Objective,
     /// Training examples.
-    pub train: &'a [Tree],
+    pub train: &'a dyn Examples,
     /// Held-out examples with their objective; may be empty.
-    pub eval: (&'a dyn Objective, &'a [Tree]),
+    pub eval: (&'a dyn Objective, &'a dyn Examples),
     /// How to train.
     pub settings: &'a Settings,
     /// Seed of the order of examples.
@@ -92,7 +93,8 @@ impl<'a> Run<'a> {
     /// One optimizer step.
     fn step(&mut self) -> Result<()> {
         let settings = self.job.settings;
-        let trees = self.order.trees(self.state.step, self.job.train);
+        let trees = self.order.trees(self.state.step, self.job.train)?;
+        let trees: Vec<&Tree> = trees.iter().collect();
         let options = StepOptions {
             max_tokens: settings.max_tokens_per_micro_batch,
             recompute: settings.gradient_checkpointing,
@@ -167,11 +169,10 @@ impl<'a> Run<'a> {
     }
 
     fn evaluate(&mut self) -> Result<()> {
-        let (objective, trees) = self.job.eval;
-        if !trees.is_empty() {
-            let trees: Vec<&Tree> = trees.iter().collect();
+        let (objective, examples) = self.job.eval;
+        if !examples.is_empty() {
             let budget = self.job.settings.max_tokens_per_micro_batch;
-            let report = step::evaluate(self.learner.model(), objective, &trees, budget)?;
+            let report = step::evaluate(self.learner.model(), objective, examples, budget)?;
             let mut metrics = Metrics::from([("eval_loss".to_owned(), report.loss)]);
             metrics.extend(
                 report.metrics.into_iter().map(|(name, value)| (format!("eval_{name}"), value)),
