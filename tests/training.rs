@@ -21,7 +21,7 @@ use arriero::report::record::{Events, Metrics, Silent};
 use arriero::rng::Stream;
 use arriero::train::order::Order;
 use arriero::train::reference::{Request, reference_logps};
-use arriero::train::{self, Job, Learner, Settings};
+use arriero::train::{self, Data, Job, Learner, Settings};
 use candle_core::{DType, Device};
 use rand::Rng;
 
@@ -116,7 +116,7 @@ fn fit(
     };
     let job = Job {
         objective,
-        train: &trees,
+        train: &Data::Set(Box::new(trees.to_vec())),
         eval: (objective, &held_out),
         settings,
         seed: 11,

@@ -91,28 +91,32 @@ struct Training<'a> {
     datasets: &'a [Dataset],
     chat_template: &'a str,
     settings: &'a Settings,
-    rule: Rule<'a>,
+    rule: Rule,
 }
 
 impl<'a> Training<'a> {
     fn of(spec: &'a Spec) -> Option<Self> {
         let (model, datasets, chat_template, settings, rule) = match spec {
-            Spec::Sft(s) => {
-                (&s.model_name_or_path, &s.datasets, &s.chat_template, &s.train, Rule::Sft(&s.data))
-            }
+            Spec::Sft(s) => (
+                &s.model_name_or_path,
+                &s.datasets,
+                &s.chat_template,
+                &s.train,
+                Rule::Sft(s.data.clone()),
+            ),
             Spec::Reward(s) => (
                 &s.model_name_or_path,
                 &s.datasets,
                 &s.chat_template,
                 &s.train,
-                Rule::Pairs(&s.data),
+                Rule::Pairs(s.data.clone()),
             ),
             Spec::Dpo(s) => (
                 &s.model_name_or_path,
                 &s.datasets,
                 &s.chat_template,
                 &s.train,
-                Rule::Pairs(&s.data),
+                Rule::Pairs(s.data.clone()),
             ),
             _ => return None,
         };

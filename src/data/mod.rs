@@ -15,6 +15,7 @@ pub mod read;
 pub mod record;
 pub mod render;
 pub mod stored;
+pub mod stream;
 pub mod template;
 pub mod tokenizer;
 mod tokenizer_files;
@@ -25,5 +26,7 @@ pub use train_tokenizer::train_tokenizer;
 
 #[cfg(test)]
 mod pipeline_tests;
+#[cfg(test)]
+mod stream_tests;
 #[cfg(test)]
 mod tests;

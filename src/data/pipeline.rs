@@ -1,5 +1,6 @@
 //! From files of rows to a file of examples: read in batches; rendered, tokenised, masked and cut on all cores; written
-//! in the order of the rows. Memory holds one batch, and where each example lies: 24 bytes a row.
+//! in the order of the rows. Memory holds one batch, and where each example lies: 24 bytes a row. [`stream`](super::stream)
+//! takes the same batches without a file.
 
 use std::io::Write;
 use std::path::Path;
@@ -57,7 +58,7 @@ impl Source {
     }
 
     /// What is taken of this source, which is number `index` of the list.
-    fn share(&self, index: usize, seed: u64) -> Result<Share> {
+    pub(super) fn share(&self, index: usize, seed: u64) -> Result<Share> {
         // Only a part of the rows is drawn among all of them: only then their number must be known beforehand.
         let parted = self.fraction.is_finite() && self.fraction.fract() > 0.0;
         Share::new(if parted { self.count()? } else { 0 }, self.fraction, index, seed)
@@ -92,13 +93,13 @@ pub fn first_rows(sources: &[Source], seed: u64, count: usize) -> Result<Vec<Row
 }
 
 /// Everything that examples depend on.
-pub struct Pipeline<'a> {
+pub struct Pipeline {
     /// The datasets, joined in this order.
-    pub sources: &'a [Source],
+    pub sources: Vec<Source>,
     /// What their rows become.
-    pub rule: Rule<'a>,
+    pub rule: Rule,
     /// Tokenizer and chat template.
-    pub tokenizer: &'a ChatTokenizer,
+    pub tokenizer: ChatTokenizer,
     /// Seed of the rows that are taken of a part.
     pub seed: u64,
     /// Longest sequence that the model has positions for.
@@ -113,6 +114,19 @@ struct Out<'a> {
     writer: Writer<'a>,
     report: PrepareReport,
     watch: &'a mut Watch<'a>,
+}
+
+/// Number within the source, place and outcome of a row.
+type RowOutcome = (usize, String, Result<Outcome>);
+
+/// A batch of one source's rows.
+pub(super) struct Batch {
+    /// Rows read.
+    pub(super) rows: usize,
+    /// Places of those that could not be, and why.
+    pub(super) unread: Vec<(String, String)>,
+    /// What became of those that are taken.
+    pub(super) outcomes: Vec<RowOutcome>,
 }
 
 /// The rows of one source that became trees.
@@ -142,7 +156,7 @@ impl Taken {
     }
 }
 
-impl Pipeline<'_> {
+impl Pipeline {
     /// SHA-256 of everything that the examples depend on, the content of the files included.
     ///
     /// # Errors
@@ -205,16 +219,15 @@ impl Pipeline<'_> {
         let share = source.share(index, self.seed)?;
         let mut taken = Taken { share, first: report.rows, rows: 0, trees: Vec::new() };
         let mut unread = Skipped::default();
-        for batch in source.batches()? {
+        for batch in self.batches(source, &taken.share)? {
             let batch = batch?;
-            batch.skipped.into_iter().for_each(|(place, why)| unread.add(&place, why, 1));
-            let first = taken.rows;
-            taken.rows += batch.rows.len();
-            for (number, place, outcome) in self.outcomes(first, batch.rows, &taken.share) {
-                let times = taken.share.times(number);
-                let tree = report.count(&place, outcome, self.rule.on_bad_row(), times)?;
-                if let Some(tree) = tree {
-                    self.check_positions(&tree, &place)?;
+            taken.rows += batch.rows;
+            for (place, why) in batch.unread {
+                unread.add(&place, why, 1);
+            }
+            for outcome in batch.outcomes {
+                let number = outcome.0;
+                if let Some(tree) = self.tree(outcome, taken.share.times(number), report)? {
                     taken.trees.push((number, writer.tree(&tree)?));
                 }
             }
@@ -227,23 +240,58 @@ impl Pipeline<'_> {
         Ok(taken)
     }
 
-    /// What becomes of a batch whose first row is number `first` of its source: number, place and outcome of each row
-    /// that is taken.
-    fn outcomes(
+    /// The rows of a source, batch by batch, and what becomes of those that are taken.
+    pub(super) fn batches(
         &self,
-        first: usize,
-        rows: Vec<Row>,
+        source: &Source,
         share: &Share,
-    ) -> Vec<(usize, String, Result<Outcome>)> {
-        rows.into_par_iter()
-            .enumerate()
-            .map(|(index, row)| (first + index, row))
-            .filter(|(number, _)| share.times(*number) > 0)
-            .map(|(number, row)| {
-                let outcome = self.rule.tree(number, &row, self.tokenizer);
-                (number, row.place, outcome)
-            })
-            .collect()
+    ) -> Result<impl Iterator<Item = Result<Batch>>> {
+        let mut first = 0;
+        Ok(source.batches()?.map(move |batch| {
+            let batch = batch?;
+            let rows = batch.rows.len();
+            let outcomes = batch
+                .rows
+                .into_par_iter()
+                .enumerate()
+                .map(|(index, row)| (first + index, row))
+                .filter(|(number, _)| share.times(*number) > 0)
+                .map(|(number, row)| {
+                    let outcome = self.rule.tree(number, &row, &self.tokenizer);
+                    (number, row.place, outcome)
+                })
+                .collect();
+            first += rows;
+            Ok(Batch { rows, unread: batch.skipped, outcomes })
+        }))
+    }
+
+    /// The tree of a row that is taken so many times, where it has one.
+    pub(super) fn tree(
+        &self,
+        (_, place, outcome): RowOutcome,
+        times: usize,
+        report: &mut PrepareReport,
+    ) -> Result<Option<Tree>> {
+        let tree = report.count(&place, outcome, self.rule.on_bad_row(), times)?;
+        if let Some(tree) = &tree {
+            self.check_positions(tree, &place)?;
+        }
+        Ok(tree)
+    }
+
+    /// Refuses sources of which a part is taken: that needs their number of rows.
+    pub(super) fn check_streamable(&self) -> Result<()> {
+        for (index, source) in self.sources.iter().enumerate() {
+            let fraction = source.fraction;
+            if fraction.fract() > 0.0 || !(1.0..).contains(&fraction) {
+                return Err(Error::usage(format!(
+                    "datasets[{index}]: fraction = {fraction}, expected a whole number, 1 or more"
+                ))
+                .hint("a stream does not know how many rows there are; use `limit`, or leave `streaming` out"));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses rows that the model has no positions for.

@@ -19,10 +19,10 @@ use super::tree::{Role, Tree};
 use crate::error::{Error, Result};
 use crate::store::write_atomic_with;
 
-struct Home(tempfile::TempDir);
+pub(super) struct Home(tempfile::TempDir);
 
 impl Home {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
 
@@ -30,7 +30,7 @@ impl Home {
         self.0.path().join(name)
     }
 
-    fn source(&self, name: &str, text: &str, fraction: f64) -> Source {
+    pub(super) fn source(&self, name: &str, text: &str, fraction: f64) -> Source {
         let path = self.path(name);
         std::fs::write(&path, text).unwrap();
         let path = path.to_string_lossy().into_owned();
@@ -38,18 +38,21 @@ impl Home {
     }
 
     /// What ends up in a file of examples.
-    fn prepare(&self, sources: &[Source], rule: Rule<'_>) -> Result<Stored> {
-        let tokenizer = tokenizer("chatml");
-        let pipeline =
-            Pipeline { sources, rule, tokenizer: &tokenizer, seed: 7, positions: 1 << 20 };
+    fn prepare(&self, sources: &[Source], rule: &Rule) -> Result<Stored> {
+        let pipeline = pipeline(sources, rule, 1 << 20);
         let (path, hash) = (self.path("x.trees"), pipeline.hash()?);
         write_atomic_with(&path, |out| pipeline.write(out, (&path, &hash), &mut |_| Ok(())))?;
         Stored::open(&path, &hash)
     }
 }
 
+pub(super) fn pipeline(sources: &[Source], rule: &Rule, positions: usize) -> Pipeline {
+    let (sources, rule) = (sources.to_vec(), rule.clone());
+    Pipeline { sources, rule, tokenizer: tokenizer("chatml"), seed: 7, positions }
+}
+
 /// The same through memory, as one list.
-fn in_memory(sources: &[Source], rule: Rule<'_>) -> (Vec<Row>, Vec<Tree>, PrepareReport) {
+pub(super) fn in_memory(sources: &[Source], rule: &Rule) -> (Vec<Row>, Vec<Tree>, PrepareReport) {
     let mut rows = Vec::new();
     for (index, source) in sources.iter().enumerate() {
         let mut found = read(&source.path, &source.read).unwrap().rows;
@@ -67,7 +70,7 @@ fn all(examples: &dyn Examples) -> Vec<Tree> {
 }
 
 /// `count` lines of prompt and completion, of different lengths.
-fn lines(count: usize) -> String {
+pub(super) fn lines(count: usize) -> String {
     (0..count).fold(String::new(), |mut text, index| {
         let answer = "é".repeat(index % 7 + 1);
         let _ = writeln!(text, r#"{{"prompt": "{index}", "completion": "{answer}"}}"#);
@@ -97,7 +100,7 @@ fn a_file_of_examples_holds_what_memory_would() {
     for source in &mut sources {
         source.read.on_bad_row = OnBadRow::Skip;
     }
-    let rule = Rule::Sft(&skip);
+    let rule = &Rule::Sft(skip);
     let stored = home.prepare(&sources, rule).unwrap();
     let (rows, trees, report) = in_memory(&sources, rule);
     assert_eq!(all(&stored), trees);
@@ -127,8 +130,8 @@ fn preferences_keep_their_shared_prompt() {
     let text = "{\"prompt\": \"q\", \"responses\": [\"best\", \"good\", \"bad\"]}\n".repeat(3);
     let options = PairOptions::default();
     let sources = [home.source("p.jsonl", &text, 1.0)];
-    let stored = home.prepare(&sources, Rule::Pairs(&options)).unwrap();
-    assert_eq!(all(&stored), in_memory(&sources, Rule::Pairs(&options)).1);
+    let stored = home.prepare(&sources, &Rule::Pairs(options.clone())).unwrap();
+    assert_eq!(all(&stored), in_memory(&sources, &Rule::Pairs(options)).1);
     assert_eq!(stored.get(2).unwrap().segments.len(), 4);
 }
 
@@ -139,7 +142,7 @@ fn threads_change_no_byte() {
     let sources = [home.source("a.jsonl", &lines(3000), 1.25)];
     let bytes = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| home.prepare(&sources, Rule::Sft(&options)).unwrap());
+        pool.install(|| home.prepare(&sources, &Rule::Sft(options.clone())).unwrap());
         std::fs::read(home.path("x.trees")).unwrap()
     };
     let one = bytes(1);
@@ -157,7 +160,7 @@ fn the_first_bad_row_of_the_file_is_the_one_reported() {
         // Both in one batch, behind a whole one.
         let text = lines(1400) + first + &lines(9) + second + &lines(5);
         let sources = [home.source("a.jsonl", &text, 1.0)];
-        let error = home.prepare(&sources, Rule::Sft(&options)).unwrap_err().to_string();
+        let error = home.prepare(&sources, &Rule::Sft(options.clone())).unwrap_err().to_string();
         assert!(!home.path("x.trees").exists(), "a file was left behind");
         error.rsplit('/').next().unwrap().to_owned()
     };
@@ -175,10 +178,7 @@ fn a_row_longer_than_the_model_is_refused_by_its_place() {
     let home = Home::new();
     let options = SftOptions::default();
     let sources = [home.source("a.jsonl", &lines(9), 1.0)];
-    let tokenizer = tokenizer("chatml");
-    let rule = Rule::Sft(&options);
-    let pipeline =
-        Pipeline { sources: &sources, rule, tokenizer: &tokenizer, seed: 7, positions: 8 };
+    let pipeline = pipeline(&sources, &Rule::Sft(options), 8);
     let written = pipeline.write(&mut Vec::new(), (Path::new("x"), &[0; 32]), &mut |_| Ok(()));
     let error = written.unwrap_err();
     assert!(error.to_string().ends_with("a.jsonl:4: 10 tokens, the model has 8 positions"));
@@ -191,7 +191,7 @@ fn nothing_to_train_on_is_said() {
     let options = SftOptions { on_bad_row: OnBadRow::Skip, ..SftOptions::default() };
     let error = |text: &str, fraction: f64| {
         let sources = [home.source("a.jsonl", text, fraction)];
-        let error = home.prepare(&sources, Rule::Sft(&options)).unwrap_err();
+        let error = home.prepare(&sources, &Rule::Sft(options.clone())).unwrap_err();
         (error.to_string().rsplit('/').next().unwrap().to_owned(), format!("{error:?}"))
     };
     assert_eq!(error("", 1.0).0, "a.jsonl: no rows");
@@ -250,10 +250,7 @@ fn a_full_disk_names_the_file_and_the_way_out() {
     let home = Home::new();
     let options = SftOptions::default();
     let sources = [home.source("a.jsonl", &lines(9), 1.0)];
-    let tokenizer = tokenizer("chatml");
-    let rule = Rule::Sft(&options);
-    let pipeline =
-        Pipeline { sources: &sources, rule, tokenizer: &tokenizer, seed: 7, positions: 99 };
+    let pipeline = pipeline(&sources, &Rule::Sft(options), 99);
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     // With a buffer the writes succeed, and what fails is the flush at the end.
     for capacity in [0, 1 << 20] {
@@ -271,10 +268,7 @@ fn a_stop_is_heard_after_each_batch_and_leaves_no_file() {
     let home = Home::new();
     let options = SftOptions::default();
     let sources = [home.source("a.jsonl", &lines(4000), 1.0)];
-    let tokenizer = tokenizer("chatml");
-    let rule = Rule::Sft(&options);
-    let pipeline =
-        Pipeline { sources: &sources, rule, tokenizer: &tokenizer, seed: 7, positions: 99 };
+    let pipeline = pipeline(&sources, &Rule::Sft(options), 99);
     let path = home.path("x.trees");
     let mut heard = Vec::new();
     let stopped = write_atomic_with(&path, |out| {
@@ -294,10 +288,11 @@ fn the_hash_depends_on_data_settings_and_tokenizer() {
     let mut seen = std::collections::BTreeSet::new();
     let mut hash = |text: &str, fraction: f64, options: &SftOptions, template: &str, seed: u64| {
         let sources = [home.source("a.jsonl", text, fraction)];
-        let tokenizer = tokenizer(template);
-        let rule = Rule::Sft(options);
-        let pipeline =
-            Pipeline { sources: &sources, rule, tokenizer: &tokenizer, seed, positions: 9 };
+        let pipeline = Pipeline {
+            tokenizer: tokenizer(template),
+            seed,
+            ..pipeline(&sources, &Rule::Sft(options.clone()), 9)
+        };
         seen.insert(pipeline.hash().unwrap())
     };
     let options = SftOptions::default();

@@ -153,16 +153,16 @@ pub(super) enum Outcome {
 type Tokens = (Vec<u32>, Vec<Role>);
 
 /// Which trees rows become.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Rule<'a> {
+pub enum Rule {
     /// One sequence a row, for supervised fine-tuning.
-    Sft(&'a SftOptions),
+    Sft(SftOptions),
     /// A prompt with 2..n responses, best first, a row.
-    Pairs(&'a PairOptions),
+    Pairs(PairOptions),
 }
 
-impl Rule<'_> {
+impl Rule {
     /// What happens to rows that cannot be used.
     pub fn on_bad_row(&self) -> OnBadRow {
         match self {
@@ -215,7 +215,7 @@ pub fn sft_trees(
     tokenizer: &ChatTokenizer,
     options: &SftOptions,
 ) -> Result<Prepared> {
-    Rule::Sft(options).trees(rows, tokenizer)
+    Rule::Sft(options.clone()).trees(rows, tokenizer)
 }
 
 /// [`Rule::Pairs`] on rows in memory.
@@ -227,7 +227,7 @@ pub fn pair_trees(
     tokenizer: &ChatTokenizer,
     options: &PairOptions,
 ) -> Result<Prepared> {
-    Rule::Pairs(options).trees(rows, tokenizer)
+    Rule::Pairs(options.clone()).trees(rows, tokenizer)
 }
 
 fn sft_tree(

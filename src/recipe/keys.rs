@@ -44,6 +44,7 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("enable_activation_checkpointing", "gradient_checkpointing"),
     ("gradient_clipping", "max_grad_norm"),
     ("torch_dtype", "dtype"),
+    ("buffer_size", "shuffle_buffer_size"),
     ("rl_beta", "beta"),
     ("dpo_beta", "beta"),
     ("pref_beta", "beta"),

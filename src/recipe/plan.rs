@@ -441,6 +441,10 @@ impl Default for Dpo {
 
 impl Dpo {
     fn check(&self) -> Result<()> {
+        if self.train.streaming {
+            return Err(Error::usage("`streaming` is true, expected false")
+                .hint("the reference reads every pair before DPO begins; prepared pairs lie in a file, not in memory"));
+        }
         let refuse = |key: &str, value: f64, expected: &str| {
             Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
         };

@@ -9,8 +9,8 @@ use crate::error::{Error, Result};
 use crate::loss::preference::Dpo;
 use crate::model::Transformer;
 use crate::recipe::plan;
-use crate::train::Order;
 use crate::train::reference::{Request, reference_logps};
+use crate::train::{Data, Order};
 
 /// Trains the policy on pairs against a frozen reference, by default its own start. Input: a checkpoint and pairs.
 /// Output: `checkpoint/`.
@@ -20,9 +20,12 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
             .hint("use `sigmoid`"));
     }
     let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
-    let rule = Rule::Pairs(&spec.data);
-    let train = training::examples(context, &start, &spec.datasets, rule)?;
-    let held_out = training::examples(context, &start, &spec.eval_datasets, rule)?;
+    let rule = Rule::Pairs(spec.data.clone());
+    let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
+    let Data::Set(pairs) = &train else {
+        return Err(Error::usage("DPO cannot train on a stream").hint("leave `streaming` out"));
+    };
+    let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
 
     let reference = match spec.ref_model_name_or_path.as_str() {
         "" => start.clone(),
@@ -31,7 +34,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     let weights_hash = training::weights_sha256(&reference.weights)?;
     // Plain tensors: no graph, no optimizer.
     let reference = Transformer::new(&reference.config, &reference.weights)?;
-    let objective = against(context, spec, (&reference, &weights_hash), train.as_ref())?;
+    let objective = against(context, spec, (&reference, &weights_hash), pairs.as_ref())?;
     let held_out_objective =
         against(context, spec, (&reference, &weights_hash), held_out.as_ref())?;
     drop(reference);
@@ -39,7 +42,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     let work = Work {
         start: &start,
         objective: &objective,
-        train: train.as_ref(),
+        train: &train,
         eval: (&held_out_objective, held_out.as_ref()),
         samples: &[],
         settings: &spec.train,

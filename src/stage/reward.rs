@@ -12,14 +12,14 @@ use crate::recipe::plan;
 pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
     let start = start.into_reward_model(context.seed)?;
-    let rule = Rule::Pairs(&spec.data);
-    let train = training::examples(context, &start, &spec.datasets, rule)?;
-    let held_out = training::examples(context, &start, &spec.eval_datasets, rule)?;
+    let rule = Rule::Pairs(spec.data.clone());
+    let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
+    let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
     let objective = Reward { center_coefficient: spec.center_rewards_coefficient };
     let work = Work {
         start: &start,
         objective: &objective,
-        train: train.as_ref(),
+        train: &train,
         eval: (&objective, held_out.as_ref()),
         samples: &[],
         settings: &spec.train,

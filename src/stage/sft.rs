@@ -18,16 +18,16 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
     if !spec.added_tokens.is_empty() {
         start.add_tokens(&spec.added_tokens).at("`added_tokens`")?;
     }
-    let rule = Rule::Sft(&spec.data);
-    let train = training::examples(context, &start, &spec.datasets, rule)?;
-    let held_out = training::examples(context, &start, &spec.eval_datasets, rule)?;
+    let rule = Rule::Sft(spec.data.clone());
+    let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
+    let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
     let sources: Vec<_> =
         spec.eval_datasets.iter().map(|dataset| dataset.source(rule.on_bad_row())).collect();
     let samples = first_rows(&sources, context.seed, spec.train.eval_samples)?;
     let work = Work {
         start: &start,
         objective: &Sft,
-        train: train.as_ref(),
+        train: &train,
         eval: (&Sft, held_out.as_ref()),
         samples: &samples,
         settings: &spec.train,

@@ -1,16 +1,19 @@
 //! What the three training stages share: load the start, read rows into trees, fit, save. No method is known here.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use candle_core::DType;
 use sha2::{Digest, Sha256};
 
 use super::StageContext;
 use crate::data::examples::Examples;
 use crate::data::mix::take;
-use crate::data::pipeline::{Pipeline, Source};
-use crate::data::prepare::{OnBadRow, Rule, Skipped};
+use crate::data::pipeline::Pipeline;
+use crate::data::prepare::{OnBadRow, PrepareReport, Rule, Skipped};
 use crate::data::read::read;
 use crate::data::record::Row;
 use crate::data::stored::Stored;
+use crate::data::stream::Origin;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::generate::local::{Asked, LocalModel, Teacher};
@@ -21,7 +24,7 @@ use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::model::save::SaveOptions;
 use crate::recipe::plan::Dataset;
 use crate::report::record::Metrics;
-use crate::train::{self, Job, Learner, Settings};
+use crate::train::{self, Data, Job, Learner, Settings};
 
 /// Loads a checkpoint and, where one is named, gives its tokenizer another chat template.
 pub fn load(context: &StageContext<'_>, model: &str, chat_template: &str) -> Result<Checkpoint> {
@@ -88,34 +91,53 @@ pub fn examples(
     context: &StageContext<'_>,
     start: &Checkpoint,
     datasets: &[Dataset],
-    rule: Rule<'_>,
+    rule: &Rule,
 ) -> Result<Box<dyn Examples>> {
     if datasets.is_empty() {
         return Ok(Box::new(Vec::new()));
     }
-    let sources: Vec<Source> =
-        datasets.iter().map(|dataset| dataset.source(rule.on_bad_row())).collect();
-    let pipeline = Pipeline {
-        sources: &sources,
-        rule,
-        tokenizer: start.tokenizer()?,
-        seed: context.seed,
-        positions: start.config.max_position_embeddings,
-    };
-    let stored = stored(context, &pipeline)?;
-    let report = stored.report();
-    for (path, unread) in &report.unread {
-        note_skipped(context, path, unread);
-    }
-    note_skipped(context, "preparation", &report.skipped);
-    if report.truncated > 0 {
-        context.events.note(&format!("{} rows were cut to max_length", report.truncated));
-    }
+    let stored = stored(context, &pipeline(context, start, datasets, rule)?)?;
+    note_report(context, stored.report());
     Ok(Box::new(stored))
 }
 
+/// What a stage trains on: the examples of its datasets, or with `streaming` a stream of them.
+///
+/// # Errors
+/// As [`examples`]; of a stream, none yet.
+pub fn data(
+    context: &StageContext<'_>,
+    start: &Checkpoint,
+    (datasets, rule): (&[Dataset], &Rule),
+    settings: &Settings,
+) -> Result<Data> {
+    if !settings.streaming {
+        return Ok(Data::Set(examples(context, start, datasets, rule)?));
+    }
+    Ok(Data::Stream(Arc::new(Origin {
+        pipeline: pipeline(context, start, datasets, rule)?,
+        window: if settings.shuffle { settings.shuffle_buffer_size } else { 0 },
+        report: Mutex::default(),
+    })))
+}
+
+fn pipeline(
+    context: &StageContext<'_>,
+    start: &Checkpoint,
+    datasets: &[Dataset],
+    rule: &Rule,
+) -> Result<Pipeline> {
+    Ok(Pipeline {
+        sources: datasets.iter().map(|dataset| dataset.source(rule.on_bad_row())).collect(),
+        rule: rule.clone(),
+        tokenizer: start.tokenizer()?.clone(),
+        seed: context.seed,
+        positions: start.config.max_position_embeddings,
+    })
+}
+
 /// The file of a pipeline's examples, written where it is not there or cannot be trusted.
-fn stored(context: &StageContext<'_>, pipeline: &Pipeline<'_>) -> Result<Stored> {
+fn stored(context: &StageContext<'_>, pipeline: &Pipeline) -> Result<Stored> {
     let hash = pipeline.hash()?;
     let name = format!("{}.trees", &crate::store::hex(&hash)[..16]);
     let path = context.dir.join(PREPARED).join(name);
@@ -131,6 +153,17 @@ fn stored(context: &StageContext<'_>, pipeline: &Pipeline<'_>) -> Result<Stored>
     };
     crate::store::write_atomic_with(&path, |out| pipeline.write(out, (&path, &hash), &mut watch))?;
     Stored::open(&path, &hash)
+}
+
+/// Says what preparation left out.
+fn note_report(context: &StageContext<'_>, report: &PrepareReport) {
+    for (path, unread) in &report.unread {
+        note_skipped(context, path, unread);
+    }
+    note_skipped(context, "preparation", &report.skipped);
+    if report.truncated > 0 {
+        context.events.note(&format!("{} rows were cut to max_length", report.truncated));
+    }
 }
 
 fn note_skipped(context: &StageContext<'_>, what: &str, skipped: &Skipped) {
@@ -154,7 +187,7 @@ pub struct Work<'a> {
     /// What to minimise.
     pub objective: &'a dyn Objective,
     /// Training examples.
-    pub train: &'a dyn Examples,
+    pub train: &'a Data,
     /// Held-out examples and their objective.
     pub eval: (&'a dyn Objective, &'a dyn Examples),
     /// Prompts to answer at each evaluation, for people to read.
@@ -187,7 +220,15 @@ pub fn fit(context: &StageContext<'_>, work: &Work<'_>) -> Result<Metrics> {
         events: context.events,
     };
     let mut metrics = train::fit(&learner, &job)?;
-    metrics.insert("examples".to_owned(), work.train.len() as f64);
+    match work.train {
+        Data::Set(examples) => {
+            metrics.insert("examples".to_owned(), examples.len() as f64);
+        }
+        Data::Stream(origin) => {
+            let report = origin.report.lock().unwrap_or_else(PoisonError::into_inner);
+            note_report(context, &report);
+        }
+    }
     let target = context.dir.join("checkpoint");
     crate::store::remove(&target)?;
     checkpoint(&learner).save(&target, &SaveOptions::new(work.settings.save_dtype.dtype()))?;
@@ -222,7 +263,7 @@ pub fn weights_sha256(weights: &Weights) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     use candle_core::Device;
 
@@ -275,7 +316,7 @@ mod tests {
                 device: Device::Cpu,
                 events: &heard,
             };
-            let found = examples(&context, &start, &datasets, Rule::Sft(&options)).unwrap();
+            let found = examples(&context, &start, &datasets, &Rule::Sft(options.clone())).unwrap();
             let trees = found.trees().collect::<Result<_>>().unwrap();
             let batches = *heard.batches.lock().unwrap();
             (trees, heard.notes.into_inner().unwrap(), batches)
@@ -295,5 +336,66 @@ mod tests {
         assert_eq!((again, batches), (trees.clone(), 1));
         assert!(loud[0].ends_with("the file is damaged; preparing the rows again"), "{loud:?}");
         assert_eq!(prepare(), (trees, notes, 0));
+    }
+    /// Asks to stop once the given step is done.
+    struct StopAfter(u64, AtomicU64);
+
+    impl Events for StopAfter {
+        fn progress(&self, _what: &str, done: u64, _total: u64) {
+            self.1.store(done, Ordering::Relaxed);
+        }
+        fn metrics(&self, _step: u64, _values: &Metrics) -> Result<()> {
+            Ok(())
+        }
+        fn resume_after(&self, _step: u64) -> Result<()> {
+            Ok(())
+        }
+        fn note(&self, _text: &str) {}
+        fn interrupted(&self) -> bool {
+            self.1.load(Ordering::Relaxed) == self.0
+        }
+    }
+
+    #[test]
+    fn training_on_a_stream_that_is_stopped_and_resumed_ends_with_the_same_bits() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("a.jsonl");
+        let row =
+            |n: usize| format!("{{\"prompt\": \"{n} + 1\", \"completion\": \"{}\"}}\n", n + 1);
+        let rows: String = (0..22).map(row).collect();
+        crate::store::write_atomic(&data, rows.as_bytes()).unwrap();
+        let path = data.display().to_string();
+        let spec = crate::recipe::plan::Sft {
+            model_name_or_path: "data/tiny/student".to_owned(),
+            datasets: vec![Dataset { path, ..Dataset::default() }],
+            train: Settings {
+                streaming: true,
+                shuffle_buffer_size: 5,
+                per_device_train_batch_size: 4,
+                // Into the second pass, whose first ended in a partial step.
+                max_steps: 9,
+                learning_rate: 1e-3,
+                ..Settings::default()
+            },
+            ..Default::default()
+        };
+        let train = |name: &str, stop: u64| {
+            let context = StageContext {
+                dir: dir.path().join(name),
+                round: 1,
+                seed: 1,
+                device: Device::Cpu,
+                events: &StopAfter(stop, AtomicU64::default()),
+            };
+            let outcome = crate::stage::sft::run(&context, &spec);
+            let weights = context.dir.join("checkpoint/model.safetensors");
+            outcome.map(|_| crate::store::sha256_file(&weights).unwrap())
+        };
+        let whole = train("whole", u64::MAX).unwrap();
+        for stop in [2, 6, 8] {
+            let name = format!("stopped-{stop}");
+            assert!(train(&name, stop).is_err(), "was not stopped after step {stop}");
+            assert_eq!(train(&name, u64::MAX).unwrap(), whole, "stopped after step {stop}");
+        }
     }
 }

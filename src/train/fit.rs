@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::checkpoint::{Saved, State};
-use super::order::Order;
+use super::feed::{Data, Feed};
 use super::step::{self, StepOptions, StepReport};
 use super::{Learner, Settings};
 use crate::data::examples::Examples;
@@ -24,7 +24,7 @@ pub struct Job<'a> {
     /// What to minimise.
     pub objective: &'a dyn Objective,
     /// Training examples.
-    pub train: &'a dyn Examples,
+    pub train: &'a Data,
     /// Held-out examples with their objective; may be empty.
     pub eval: (&'a dyn Objective, &'a dyn Examples),
     /// How to train.
@@ -49,12 +49,8 @@ pub struct Job<'a> {
 /// No examples; a loss or gradient that is not finite, named by step and rows; [`Error::interrupted`] after saving.
 pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
     job.settings.check()?;
-    if job.train.is_empty() {
-        return Err(Error::run("the dataset is empty: there is nothing to train on"));
-    }
-    let order = Order::new(job.seed, job.train.len(), job.settings);
-    let mut run = Run::resume(learner, job, order)?;
-    while run.state.step < run.order.total_steps() {
+    let mut run = Run::resume(learner, job)?;
+    while run.state.step < run.feed.total_steps() {
         run.step()?;
         run.after_step()?;
     }
@@ -64,14 +60,14 @@ pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
 struct Run<'a> {
     learner: &'a Learner,
     job: &'a Job<'a>,
-    order: Order,
+    feed: Feed<'a>,
     adamw: AdamW,
     state: State,
     started: (Instant, usize),
 }
 
 impl<'a> Run<'a> {
-    fn resume(learner: &'a Learner, job: &'a Job<'a>, order: Order) -> Result<Self> {
+    fn resume(learner: &'a Learner, job: &'a Job<'a>) -> Result<Self> {
         let settings = job.settings;
         let mut adamw = AdamW::new(settings.hyper());
         let state = match Saved::newest(&Self::checkpoints(job))? {
@@ -83,7 +79,8 @@ impl<'a> Run<'a> {
             None => State::default(),
         };
         job.events.resume_after(state.step as u64)?;
-        Ok(Self { learner, job, order, adamw, state, started: (Instant::now(), 0) })
+        let feed = Feed::new(job.train, job.seed, settings, state.cursor)?;
+        Ok(Self { learner, job, feed, adamw, state, started: (Instant::now(), 0) })
     }
 
     fn checkpoints(job: &Job<'_>) -> PathBuf {
@@ -93,7 +90,7 @@ impl<'a> Run<'a> {
     /// One optimizer step.
     fn step(&mut self) -> Result<()> {
         let settings = self.job.settings;
-        let trees = self.order.trees(self.state.step, self.job.train)?;
+        let trees = self.feed.step(self.state.step)?;
         let trees: Vec<&Tree> = trees.iter().collect();
         let options = StepOptions {
             max_tokens: settings.max_tokens_per_micro_batch,
@@ -112,9 +109,9 @@ impl<'a> Run<'a> {
             .at(at)
             .hint("no update was made; lower learning_rate, or look at these rows"));
         }
-        let warmup = settings.warmup(self.order.total_steps());
+        let total = self.feed.total_steps();
         let factor =
-            settings.lr_scheduler_type.factor(self.state.step, self.order.total_steps(), warmup);
+            settings.lr_scheduler_type.factor(self.state.step, total, settings.warmup(total));
         let lr = settings.learning_rate * factor;
         self.adamw.step(
             self.learner.params(),
@@ -123,18 +120,19 @@ impl<'a> Run<'a> {
             clip_factor(norm, settings.max_grad_norm),
         )?;
         self.state.step += 1;
+        self.state.cursor = self.feed.cursor();
         self.state.tokens += report.tokens as u64;
         self.started.1 += report.tokens;
         self.log(report, norm, lr)
     }
 
     fn log(&mut self, report: StepReport, norm: f64, lr: f64) -> Result<()> {
-        let (step, total) = (self.state.step, self.order.total_steps());
+        let (step, total) = (self.state.step, self.feed.total_steps());
         let mut metrics = report.metrics;
         metrics.insert("loss".to_owned(), report.loss);
         metrics.insert("grad_norm".to_owned(), norm);
         metrics.insert("learning_rate".to_owned(), lr);
-        metrics.insert("epoch".to_owned(), step as f64 / self.order.steps_per_epoch() as f64);
+        metrics.insert("epoch".to_owned(), self.feed.epoch(step));
         metrics.insert("num_tokens".to_owned(), self.state.tokens as f64);
         let seconds = self.started.0.elapsed().as_secs_f64();
         metrics.insert("tokens_per_second".to_owned(), self.started.1 as f64 / seconds.max(1e-9));
@@ -155,7 +153,7 @@ impl<'a> Run<'a> {
         let settings = self.job.settings;
         let step = self.state.step;
         let due = |every: usize| every > 0 && step.is_multiple_of(every);
-        let last = step == self.order.total_steps();
+        let last = step == self.feed.total_steps();
         if due(settings.eval_steps) || last {
             self.evaluate()?;
         }
@@ -196,7 +194,7 @@ impl<'a> Run<'a> {
         if self.job.settings.load_best_model_at_end && self.state.best.is_some() {
             Saved::load_best(self.job.dir, self.learner)?;
         }
-        let State { step, tokens, first, last, eval, best } = self.state;
+        let State { step, tokens, first, last, eval, best, .. } = self.state;
         let mut metrics: Metrics =
             first.into_iter().map(|(name, value)| (format!("first_{name}"), value)).collect();
         metrics.retain(|name, _| {

@@ -2,6 +2,7 @@
 //! [`Objective`](crate::loss::Objective) says what a log-probability is worth.
 
 pub mod checkpoint;
+pub mod feed;
 pub mod fit;
 pub mod learner;
 pub mod order;
@@ -9,6 +10,7 @@ pub mod reference;
 pub mod settings;
 pub mod step;
 
+pub use feed::Data;
 pub use fit::{Job, fit};
 pub use learner::Learner;
 pub use order::Order;
