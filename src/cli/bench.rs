@@ -7,6 +7,7 @@ use super::{doctor, output};
 use crate::error::Result;
 use crate::ops::cpu::isa::Isa;
 use crate::stage::bench::{self, Method, Options};
+use crate::stage::bench_prepare;
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
@@ -30,6 +31,9 @@ pub(super) struct BenchArgs {
     /// Recompute blocks in the backward pass
     #[arg(long)]
     recompute: bool,
+    /// The dataset to prepare, for `prepare`
+    #[arg(long, required_if_eq("method", "prepare"))]
+    data: Option<String>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -41,11 +45,13 @@ enum MethodName {
     Dpo,
     Reward,
     Generate,
+    Prepare,
 }
 
 /// Measures and prints.
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let method = match args.method {
+        MethodName::Prepare => return prepare(args),
         MethodName::Sft => Method::Sft,
         MethodName::Dpo => Method::Dpo,
         MethodName::Reward => Method::Reward,
@@ -78,6 +84,32 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         peak as f64 / f64::from(1 << 30),
         Isa::current().name(),
         rayon::current_num_threads()
+    ));
+    Ok(())
+}
+
+/// Measures how a dataset is prepared for training.
+fn prepare(args: &BenchArgs) -> Result<()> {
+    let figures = bench_prepare::run(&args.model, args.data.as_deref().unwrap_or_default())?;
+    let peak = doctor::peak_rss_bytes();
+    if args.json {
+        let mut object = serde_json::to_value(&figures)?;
+        object["peak_rss_bytes"] = json!(peak);
+        object["threads"] = json!(rayon::current_num_threads());
+        output::line(&object.to_string());
+        return Ok(());
+    }
+    output::line(&format!(
+        "{} rows, {} tokens in {:.1} s: {:.0} rows/s on {} threads, peak {:.0} MiB; file of {:.0} MiB, {:.0} examples/s \
+         read back",
+        figures.rows,
+        figures.tokens,
+        figures.prepare_s,
+        figures.rows_per_s,
+        rayon::current_num_threads(),
+        peak as f64 / f64::from(1 << 20),
+        figures.bytes as f64 / f64::from(1 << 20),
+        figures.reads_per_s
     ));
     Ok(())
 }
