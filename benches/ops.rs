@@ -15,6 +15,7 @@ use arriero::data::tree::{Role, Tree};
 use arriero::model::gradients::Gradients;
 use arriero::ops::residual::vjp_root;
 use arriero::ops::{self, AttentionPlan, Rotary, attention, head, norm, rope, swiglu};
+use arriero::optim::Param;
 use arriero::optim::adamw::{AdamW, Hyper, is_decayed};
 use arriero::rng::Stream;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
@@ -225,7 +226,8 @@ mod embedding_gradient {
 #[divan::bench_group(sample_count = 10)]
 mod adamw {
     use super::{
-        AdamW, Bencher, BytesCount, Device, Gradients, Hyper, PARAMETERS, Var, is_decayed, random,
+        AdamW, Bencher, BytesCount, Device, Gradients, Hyper, PARAMETERS, Param, Var, is_decayed,
+        random,
     };
 
     /// Parameter and both moments are read and written, the gradient is read.
@@ -233,7 +235,7 @@ mod adamw {
 
     #[divan::bench]
     fn ours(bencher: Bencher<'_, '_>) {
-        let param = Var::from_tensor(&random(1, PARAMETERS)).unwrap();
+        let param = Param::new(&random(1, PARAMETERS)).unwrap();
         let params = std::collections::BTreeMap::from([("w".to_owned(), param)]);
         let mut grads = Gradients::new(&Device::Cpu);
         grads.add("w", random(2, PARAMETERS)).unwrap();

@@ -21,7 +21,7 @@ use arriero::report::record::{Events, Metrics, Silent};
 use arriero::rng::Stream;
 use arriero::train::order::Order;
 use arriero::train::reference::{Request, reference_logps};
-use arriero::train::{self, Job, Learner, Settings};
+use arriero::train::{self, Data, Job, Learner, Settings};
 use candle_core::{DType, Device};
 use rand::Rng;
 
@@ -116,8 +116,8 @@ fn fit(
     };
     let job = Job {
         objective,
-        train: trees,
-        eval: (objective, held_out),
+        train: &Data::Set(Box::new(trees.to_vec())),
+        eval: (objective, &held_out),
         settings,
         seed: 11,
         dir,
@@ -170,7 +170,7 @@ fn dpo_tells_the_sides_of_eight_pairs_apart() {
     let request = Request {
         model: &reference,
         weights_hash: "start",
-        trees: &trees,
+        pairs: &trees,
         order: &Order::new(11, trees.len(), &settings),
         settings: &settings,
         dir: dir.path(),

@@ -9,7 +9,7 @@ use crate::model::Precision;
 use crate::ops::cpu::isa::Isa;
 use crate::stage::bench::ceiling::{self, Ceiling};
 use crate::stage::bench::{self, Figures, Method, Options};
-use crate::stage::memory;
+use crate::stage::{bench_prepare, memory};
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
@@ -39,6 +39,9 @@ pub(super) struct BenchArgs {
     /// Recompute blocks in the backward pass
     #[arg(long)]
     recompute: bool,
+    /// The dataset to prepare, for `prepare`
+    #[arg(long, required_if_eq("method", "prepare"))]
+    data: Option<String>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -60,6 +63,8 @@ enum MethodName {
     Attention,
     /// The matrix products of an SFT step alone, beside the step
     Ceiling,
+    /// How fast rows of --data become training examples
+    Prepare,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -90,6 +95,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         MethodName::Generate => Method::Generate,
         MethodName::Head => Method::Head,
         MethodName::Attention => Method::Attention,
+        MethodName::Prepare => return prepare(args),
         MethodName::Ceiling => {
             let ceiling = ceiling::run(&options)?;
             print(args, serde_json::to_value(&ceiling)?, &ceiling_text(&ceiling));
@@ -154,4 +160,20 @@ fn ceiling_text(ceiling: &Ceiling) -> String {
         ceiling.gflops,
         ceiling.register_peak_gflops,
     )
+}
+
+/// Measures how a dataset is prepared for training.
+fn prepare(args: &BenchArgs) -> Result<()> {
+    let figures = bench_prepare::run(&args.model, args.data.as_deref().unwrap_or_default())?;
+    let text = format!(
+        "{} rows, {} tokens in {:.1} s: {:.0} rows/s; file of {:.0} MiB, {:.0} examples/s read back",
+        figures.rows,
+        figures.tokens,
+        figures.prepare_s,
+        figures.rows_per_s,
+        figures.bytes as f64 / f64::from(1 << 20),
+        figures.reads_per_s
+    );
+    print(args, serde_json::to_value(&figures)?, &text);
+    Ok(())
 }

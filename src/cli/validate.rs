@@ -6,11 +6,9 @@ use std::io::IsTerminal;
 use clap::Args;
 
 use super::{RecipeArgs, estimate, output, recipes};
-use crate::data::prepare::{OnBadRow, PairOptions, Prepared, SftOptions, pair_trees, sft_trees};
+use crate::data::pipeline::{Source, first_rows};
+use crate::data::prepare::Rule;
 use crate::data::preview;
-use crate::data::read::{ReadOptions, read};
-use crate::data::record::Row;
-use crate::data::tokenizer::ChatTokenizer;
 use crate::error::Result;
 use crate::model::checkpoint::peek;
 use crate::model::params::count;
@@ -53,14 +51,10 @@ fn describe(plan: &Plan, step: &Step) -> Result<()> {
     output::line(&format!("\n{} ({})", step.id, step.spec.kind().name()));
     if let Some(training) = Training::of(&step.spec) {
         let rows = training.rows()?;
-        let steps = match &rows {
+        let steps = match rows {
             Some(rows) => {
-                let steps = training.settings.total_steps(rows.len());
-                format!(
-                    "{} rows, {steps} steps of {}",
-                    rows.len(),
-                    training.settings.examples_per_step()
-                )
+                let steps = training.settings.total_steps(rows);
+                format!("{rows} rows, {steps} steps of {}", training.settings.examples_per_step())
             }
             None if training.settings.max_steps > 0 => {
                 format!("{} steps", training.settings.max_steps)
@@ -92,84 +86,62 @@ fn describe(plan: &Plan, step: &Step) -> Result<()> {
     Ok(())
 }
 
-enum DataKeys<'a> {
-    Sft(&'a SftOptions),
-    Pairs(&'a PairOptions),
-}
-
 /// What the training stages have in common.
 struct Training<'a> {
     model: &'a str,
     datasets: &'a [Dataset],
     chat_template: &'a str,
     settings: &'a Settings,
-    data: DataKeys<'a>,
+    rule: Rule,
 }
 
 impl<'a> Training<'a> {
     fn of(spec: &'a Spec) -> Option<Self> {
-        let (model, datasets, chat_template, settings, data) = match spec {
+        let (model, datasets, chat_template, settings, rule) = match spec {
             Spec::Sft(s) => (
                 &s.model_name_or_path,
                 &s.datasets,
                 &s.chat_template,
                 &s.train,
-                DataKeys::Sft(&s.data),
+                Rule::Sft(s.data.clone()),
             ),
             Spec::Reward(s) => (
                 &s.model_name_or_path,
                 &s.datasets,
                 &s.chat_template,
                 &s.train,
-                DataKeys::Pairs(&s.data),
+                Rule::Pairs(s.data.clone()),
             ),
             Spec::Dpo(s) => (
                 &s.model_name_or_path,
                 &s.datasets,
                 &s.chat_template,
                 &s.train,
-                DataKeys::Pairs(&s.data),
+                Rule::Pairs(s.data.clone()),
             ),
             _ => return None,
         };
-        Some(Self { model, datasets, chat_template, settings, data })
+        Some(Self { model, datasets, chat_template, settings, rule })
     }
 
-    fn on_bad_row(&self) -> OnBadRow {
-        match self.data {
-            DataKeys::Sft(options) => options.on_bad_row,
-            DataKeys::Pairs(options) => options.on_bad_row,
-        }
+    /// The datasets, where every one is on this machine already.
+    fn sources(&self) -> Option<Vec<Source>> {
+        self.datasets
+            .iter()
+            .map(|dataset| {
+                let here = std::path::Path::new(&dataset.path).exists();
+                here.then(|| dataset.source(self.rule.on_bad_row()))
+            })
+            .collect()
     }
 
-    /// The rows, where every dataset is on this machine already.
-    fn rows(&self) -> Result<Option<Vec<Row>>> {
-        let mut rows = Vec::new();
-        for dataset in self.datasets {
-            if !std::path::Path::new(&dataset.path).exists() {
-                return Ok(None);
-            }
-            let options = ReadOptions {
-                columns: dataset.columns.clone().into_iter().collect(),
-                split: Some(dataset.split.clone()),
-                format: dataset.format,
-                on_bad_row: self.on_bad_row(),
-            };
-            let mut found = read(&dataset.path, &options)?.rows;
-            if dataset.limit > 0 {
-                found.truncate(dataset.limit);
-            }
-            let wanted = (found.len() as f64 * dataset.fraction).round() as usize;
-            rows.extend(found.iter().cycle().take(wanted).cloned());
-        }
-        Ok(Some(rows))
-    }
-
-    fn prepare(&self, rows: &[Row], tokenizer: &ChatTokenizer) -> Result<Prepared> {
-        match self.data {
-            DataKeys::Sft(options) => sft_trees(rows, tokenizer, options),
-            DataKeys::Pairs(options) => pair_trees(rows, tokenizer, options),
-        }
+    /// How many rows are taken of them.
+    fn rows(&self) -> Result<Option<usize>> {
+        let Some(sources) = self.sources() else { return Ok(None) };
+        let taken = |source: &Source| -> Result<usize> {
+            Ok((source.count()? as f64 * source.fraction).round() as usize)
+        };
+        sources.iter().map(taken).sum::<Result<usize>>().map(Some)
     }
 }
 
@@ -177,14 +149,14 @@ impl<'a> Training<'a> {
 fn show_rows(plan: &Plan, step: &Step, count: usize) -> Result<()> {
     let Some(training) = Training::of(&step.spec).filter(|_| count > 0) else { return Ok(()) };
     let Some(origin) = estimate::origin(plan, training.model) else { return Ok(()) };
-    let Some(mut rows) = training.rows()? else { return Ok(()) };
+    let Some(sources) = training.sources() else { return Ok(()) };
     let (_, Some(mut tokenizer)) = peek(&origin)? else { return Ok(()) };
     if !training.chat_template.is_empty() {
         tokenizer = tokenizer.with_template(training.chat_template)?;
     }
-    rows.truncate(count);
+    let rows = first_rows(&sources, step.seed, count)?;
     let colour = std::io::stdout().is_terminal();
-    let prepared = training.prepare(&rows, &tokenizer)?;
+    let prepared = training.rule.trees(&rows, &tokenizer)?;
     for tree in &prepared.trees {
         let place = rows.get(tree.source).map_or("", |row| row.place.as_str());
         output::line(&format!("\n{} {place}: {} tokens", step.id, tree.tokens()));

@@ -4,6 +4,10 @@
 //! every ancestor segment; positions continue from the parent. Packing never changes which examples form an
 //! optimizer step: a step's trees are cut into micro-batches by a token budget.
 
+use std::borrow::Borrow;
+use std::ops::Range;
+
+use super::examples::Examples;
 use super::tree::{Role, Tree};
 use crate::error::Result;
 
@@ -146,20 +150,46 @@ impl Forest {
 
 /// Cuts a step's trees into consecutive micro-batches of at most `budget` tokens. A tree larger than the budget
 /// stands alone.
-pub fn micro_batches(trees: &[&Tree], budget: usize) -> Vec<std::ops::Range<usize>> {
+pub fn micro_batches<T: Borrow<Tree>>(trees: &[T], budget: usize) -> Vec<Range<usize>> {
     let mut ranges = Vec::new();
     let (mut start, mut filled) = (0, 0);
     for (index, tree) in trees.iter().enumerate() {
-        if index > start && filled + tree.tokens() > budget {
+        let tokens = tree.borrow().tokens();
+        if index > start && filled + tokens > budget {
             ranges.push(start..index);
             (start, filled) = (index, 0);
         }
-        filled += tree.tokens();
+        filled += tokens;
     }
     if start < trees.len() {
         ranges.push(start..trees.len());
     }
     ranges
+}
+
+/// Packs examples in their order into the forests that [`micro_batches`] cuts them into, one at a time.
+pub fn packed(examples: &dyn Examples, budget: usize) -> impl Iterator<Item = Result<Forest>> {
+    let mut trees = examples.trees().peekable();
+    std::iter::from_fn(move || {
+        let mut batch: Vec<Tree> = Vec::new();
+        let mut filled = 0;
+        loop {
+            let fits = match trees.peek() {
+                None => false,
+                Some(Ok(tree)) => batch.is_empty() || filled + tree.tokens() <= budget,
+                Some(Err(_)) => true,
+            };
+            match trees.next_if(|_| fits) {
+                None => break,
+                Some(Err(error)) => return Some(Err(error)),
+                Some(Ok(tree)) => {
+                    filled += tree.tokens();
+                    batch.push(tree);
+                }
+            }
+        }
+        (!batch.is_empty()).then(|| Forest::pack(&batch))
+    })
 }
 
 #[cfg(test)]
@@ -214,13 +244,16 @@ mod tests {
 
     #[test]
     fn micro_batches_keep_order_and_budget() {
-        let trees: Vec<Tree> = [3, 4, 9, 1, 1]
+        let owned: Vec<Tree> = [3, 4, 9, 1, 1]
             .iter()
             .map(|&len| Tree::sequence(vec![0; len], vec![Content; len], 0))
             .collect();
-        let trees: Vec<&Tree> = trees.iter().collect();
+        let trees: Vec<&Tree> = owned.iter().collect();
         assert_eq!(micro_batches(&trees, 7), [0..2, 2..3, 3..5]);
-        assert!(micro_batches(&[], 7).is_empty());
+        assert!(micro_batches::<&Tree>(&[], 7).is_empty());
+        // One at a time they are cut at the same places.
+        let sizes: Vec<usize> = packed(&owned, 7).map(|forest| forest.unwrap().trees()).collect();
+        assert_eq!(sizes, [2, 1, 2]);
     }
 
     #[test]

@@ -4,26 +4,55 @@ use super::record::Row;
 use crate::error::{Error, Result};
 use crate::rng::Stream;
 
-/// Takes a fraction of dataset `index`, in its own order.
+/// Which rows of a dataset are taken: all of them some times over, and then a part of them once more.
 ///
 /// Of a fraction below one, a random part is taken; above one, the dataset is repeated whole, and then a random part
 /// of it (Llama 3, section 4.1.3: good sources are seen several times, others less than once). Which rows are taken
 /// depends on the seed, the dataset's place in the list and its length alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Share {
+    /// How often all rows are taken.
+    pub whole: usize,
+    /// The rows that are taken once more, in their order.
+    pub part: Vec<usize>,
+}
+
+impl Share {
+    /// The share of dataset `index`, which has `rows` rows. A fraction that is a whole number asks for no part, and
+    /// then the number of rows does not matter.
+    ///
+    /// # Errors
+    /// A fraction that is negative or not a number.
+    pub fn new(rows: usize, fraction: f64, index: usize, seed: u64) -> Result<Self> {
+        if !fraction.is_finite() || fraction < 0.0 {
+            return Err(Error::usage(format!(
+                "datasets[{index}]: fraction = {fraction}, expected 0 or more"
+            )));
+        }
+        let count = (fraction.fract() * rows as f64).round() as usize;
+        let mut part = Vec::new();
+        if count > 0 {
+            part = Stream::new(seed, "mix/take").permutation(index as u64, rows);
+            part.truncate(count);
+            part.sort_unstable();
+        }
+        Ok(Self { whole: fraction.floor() as usize, part })
+    }
+
+    /// How often `row` is taken.
+    pub fn times(&self, row: usize) -> usize {
+        self.whole + usize::from(self.part.binary_search(&row).is_ok())
+    }
+}
+
+/// Takes a fraction of dataset `index`, in its own order (see [`Share`]).
 ///
 /// # Errors
 /// A fraction that is negative or not a number.
 pub fn take(rows: &[Row], fraction: f64, index: usize, seed: u64) -> Result<Vec<Row>> {
-    if !fraction.is_finite() || fraction < 0.0 {
-        return Err(Error::usage(format!(
-            "datasets[{index}]: fraction = {fraction}, expected 0 or more"
-        )));
-    }
-    let part = (fraction.fract() * rows.len() as f64).round() as usize;
-    let order = Stream::new(seed, "mix/take").permutation(index as u64, rows.len());
-    let mut places: Vec<usize> = order.into_iter().take(part).collect();
-    places.sort_unstable();
-    let repeated = std::iter::repeat_n(rows, fraction.floor() as usize).flatten();
-    Ok(repeated.chain(places.into_iter().map(|place| &rows[place])).cloned().collect())
+    let Share { whole, part } = Share::new(rows.len(), fraction, index, seed)?;
+    let repeated = std::iter::repeat_n(rows, whole).flatten();
+    Ok(repeated.chain(part.into_iter().map(|place| &rows[place])).cloned().collect())
 }
 
 /// Takes a fraction of each dataset (see [`take`]) and shuffles all of them together.

@@ -1,16 +1,21 @@
 //! Text in, trees of tokens out: readers, chat templates, masks, packing. Knows no tensors.
 
+mod account;
+pub mod examples;
 pub mod forest;
 mod jsonl;
 mod marks;
 pub mod mix;
 mod parquet;
 pub(crate) mod paths;
+pub mod pipeline;
 pub mod prepare;
 pub mod preview;
 pub mod read;
 pub mod record;
 pub mod render;
+pub mod stored;
+pub mod stream;
 pub mod template;
 pub mod tokenizer;
 mod tokenizer_files;
@@ -19,5 +24,9 @@ pub mod tree;
 
 pub use train_tokenizer::train_tokenizer;
 
+#[cfg(test)]
+mod pipeline_tests;
+#[cfg(test)]
+mod stream_tests;
 #[cfg(test)]
 mod tests;

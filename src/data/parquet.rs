@@ -1,22 +1,25 @@
-//! Parquet files, row by row.
+//! Parquet files, row by row; one row group is open at a time, and decoded in steps.
 
 use std::path::Path;
 
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::file::reader::SerializedFileReader;
 
-use super::read::Raw;
-use crate::error::{Context, Error, Result};
+use super::read::{Content, Raw, RawRows};
+use crate::error::{Context, Result};
 
-/// The rows of one file; rows count from one.
-pub(super) fn values(file: &Path) -> Result<Vec<Raw>> {
-    let open = || -> Result<Vec<Raw>> {
-        let reader = SerializedFileReader::new(std::fs::File::open(file)?)?;
-        let mut rows = Vec::new();
-        for (index, row) in reader.get_row_iter(None)?.enumerate() {
-            let place = format!("{}: row {}", file.display(), index + 1);
-            rows.push((place, row.map(|row| row.to_json_value()).map_err(Error::from)));
-        }
-        Ok(rows)
+const HINT: &str = "expected a complete Parquet file";
+
+/// The rows of one file; rows count from one. A row that cannot be decoded ends the file: what follows it cannot be
+/// trusted.
+pub(super) fn rows(file: &Path) -> Result<RawRows> {
+    let open = || -> Result<_> {
+        Ok(SerializedFileReader::new(std::fs::File::open(file)?)?.into_iter().with_batch_size(1024))
     };
-    open().at(file.display()).hint("expected a complete Parquet file")
+    let rows = open().at(file.display()).hint(HINT)?;
+    let name = file.display().to_string();
+    Ok(Box::new(rows.enumerate().map(move |(index, row)| {
+        let place = format!("{name}: row {}", index + 1);
+        let row = row.at(&place).hint(HINT)?;
+        Ok(Raw { place, content: Content::Value(row.to_json_value()) })
+    })))
 }

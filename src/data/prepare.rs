@@ -1,11 +1,13 @@
 //! Rows become trees: rendered, tokenised, masked and cut to length.
 //!
-//! Tokens after the last trained one of a sequence change nothing and are left out.
+//! Tokens after the last trained one of a sequence change nothing and are left out. This file knows rows in memory;
+//! [`pipeline`](super::pipeline) brings them from files and the trees back into one.
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+pub use super::account::{PrepareReport, Skipped};
 use super::record::{Message, Record, Row, Side};
 use super::render::{self, Request};
 use super::tokenizer::ChatTokenizer;
@@ -132,21 +134,6 @@ impl Default for PairOptions {
     }
 }
 
-/// What became of the rows.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PrepareReport {
-    /// Rows read.
-    pub rows: usize,
-    /// Rows left out: where they stand, and why.
-    pub skipped: Vec<(String, String)>,
-    /// Rows cut to length.
-    pub truncated: usize,
-    /// Tokens of all trees, shared ones once.
-    pub tokens: usize,
-    /// Trained tokens of all trees.
-    pub trained_tokens: usize,
-}
-
 /// Trees and the account of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Prepared {
@@ -156,8 +143,8 @@ pub struct Prepared {
     pub report: PrepareReport,
 }
 
-/// A usable row's tree, or why the settings leave it out.
-enum Outcome {
+/// A usable row's tree and whether it was cut, or why the settings leave the row out.
+pub(super) enum Outcome {
     Tree(Tree, bool),
     Dropped(String),
 }
@@ -165,67 +152,82 @@ enum Outcome {
 /// Ids with one role each.
 type Tokens = (Vec<u32>, Vec<Role>);
 
-/// One sequence a row, for supervised fine-tuning.
+/// Which trees rows become.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rule {
+    /// One sequence a row, for supervised fine-tuning.
+    Sft(SftOptions),
+    /// A prompt with 2..n responses, best first, a row.
+    Pairs(PairOptions),
+}
+
+impl Rule {
+    /// What happens to rows that cannot be used.
+    pub fn on_bad_row(&self) -> OnBadRow {
+        match self {
+            Self::Sft(options) => options.on_bad_row,
+            Self::Pairs(options) => options.on_bad_row,
+        }
+    }
+
+    /// The tree of row `index`.
+    pub(super) fn tree(
+        &self,
+        index: usize,
+        row: &Row,
+        tokenizer: &ChatTokenizer,
+    ) -> Result<Outcome> {
+        match self {
+            Self::Sft(options) => sft_tree(index, row, tokenizer, options),
+            Self::Pairs(options) => pair_tree(index, row, tokenizer, options),
+        }
+    }
+
+    /// The trees of rows in memory. For datasets in files see [`pipeline`](super::pipeline).
+    ///
+    /// # Errors
+    /// With `on_bad_row = "error"`, the first row that cannot be used, by file and line; no usable row at all.
+    pub fn trees(&self, rows: &[Row], tokenizer: &ChatTokenizer) -> Result<Prepared> {
+        let outcomes: Vec<Result<Outcome>> = rows
+            .par_iter()
+            .enumerate()
+            .map(|(index, row)| self.tree(index, row, tokenizer))
+            .collect();
+        let mut trees = Vec::new();
+        let mut report = PrepareReport { rows: rows.len(), ..PrepareReport::default() };
+        for (row, outcome) in rows.iter().zip(outcomes) {
+            trees.extend(report.count(&row.place, outcome, self.on_bad_row(), 1)?);
+        }
+        if trees.is_empty() {
+            return Err(report.nothing());
+        }
+        Ok(Prepared { trees, report })
+    }
+}
+
+/// [`Rule::Sft`] on rows in memory.
 ///
 /// # Errors
-/// With `on_bad_row = "error"`, the first row that cannot be used, by file and line; no usable row at all.
+/// As [`Rule::trees`].
 pub fn sft_trees(
     rows: &[Row],
     tokenizer: &ChatTokenizer,
     options: &SftOptions,
 ) -> Result<Prepared> {
-    prepare(rows, options.on_bad_row, |index, row| sft_tree(index, row, tokenizer, options))
+    Rule::Sft(options.clone()).trees(rows, tokenizer)
 }
 
-/// A prompt with 2..n responses, best first, a row.
+/// [`Rule::Pairs`] on rows in memory.
 ///
 /// # Errors
-/// As [`sft_trees`].
+/// As [`Rule::trees`].
 pub fn pair_trees(
     rows: &[Row],
     tokenizer: &ChatTokenizer,
     options: &PairOptions,
 ) -> Result<Prepared> {
-    prepare(rows, options.on_bad_row, |index, row| pair_tree(index, row, tokenizer, options))
-}
-
-fn prepare(
-    rows: &[Row],
-    on_bad_row: OnBadRow,
-    tree: impl Fn(usize, &Row) -> Result<Outcome> + Sync,
-) -> Result<Prepared> {
-    let outcomes: Vec<Result<Outcome>> =
-        rows.par_iter().enumerate().map(|(index, row)| tree(index, row)).collect();
-    let mut prepared = Prepared::default();
-    prepared.report.rows = rows.len();
-    for (row, outcome) in rows.iter().zip(outcomes) {
-        match outcome {
-            Ok(Outcome::Tree(tree, truncated)) => {
-                prepared.report.truncated += usize::from(truncated);
-                prepared.report.tokens += tree.tokens();
-                let roles = tree.segments.iter().flat_map(|segment| &segment.roles);
-                prepared.report.trained_tokens += roles.filter(|role| role.trained()).count();
-                prepared.trees.push(tree);
-            }
-            Ok(Outcome::Dropped(why)) => prepared.report.skipped.push((row.place.clone(), why)),
-            Err(error) if on_bad_row == OnBadRow::Skip => {
-                prepared.report.skipped.push((row.place.clone(), error.to_string()));
-            }
-            Err(error) => {
-                return Err(error
-                    .at(&row.place)
-                    .hint("on_bad_row = \"skip\" leaves such rows out"));
-            }
-        }
-    }
-    if prepared.trees.is_empty() {
-        let error = Error::run(format!("none of {} rows can be used", rows.len()));
-        return Err(match prepared.report.skipped.first() {
-            Some((place, why)) => error.hint(format!("the first, {place}: {why}")),
-            None => error.hint("the dataset is empty; check its path, split and filters"),
-        });
-    }
-    Ok(prepared)
+    Rule::Pairs(options.clone()).trees(rows, tokenizer)
 }
 
 fn sft_tree(

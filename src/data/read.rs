@@ -1,11 +1,13 @@
 //! Datasets from files: JSON lines (also gzipped), JSON arrays and Parquet; a file, a directory or a glob.
 //!
 //! The format of each row is found by its columns; see [`Format`]. Rows come in the order of the files' names and of
-//! the rows in them.
+//! the rows in them. [`Reader`] gives them in batches and never holds more; a file that is one JSON value is the
+//! exception, for it is read whole.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use indexmap::IndexMap;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -63,42 +65,185 @@ pub struct Dataset {
     pub skipped: Vec<(String, String)>,
 }
 
-/// Reads a file, a directory of files or a glob.
+/// Reads a file, a directory of files or a glob into memory.
 ///
 /// # Errors
 /// No such file, no rows, or (with `on_bad_row = "error"`) the first bad row by file and line.
 pub fn read(path: &str, options: &ReadOptions) -> Result<Dataset> {
     let mut dataset = Dataset::default();
-    for file in super::paths::files(path, options.split.as_deref())? {
-        for (place, value) in values(&file)? {
-            let row = value.and_then(|value| from_value(value, &place, options));
-            match row {
-                Ok(row) => dataset.rows.push(row),
-                Err(error) if options.on_bad_row == OnBadRow::Skip => {
-                    dataset.skipped.push((place, error.to_string()));
-                }
-                Err(error) => return Err(error.at(place)),
-            }
-        }
-    }
-    if dataset.rows.is_empty() {
-        let error = Error::run(format!("{path}: no rows"));
-        return Err(match dataset.skipped.first() {
-            Some((place, why)) => error.hint(format!("the first, {place}: {why}")),
-            None => error.hint("the dataset is empty; check its path and split"),
-        });
+    for batch in Reader::open(path, options)? {
+        let batch = batch?;
+        dataset.rows.extend(batch.rows);
+        dataset.skipped.extend(batch.skipped);
     }
     Ok(dataset)
 }
 
-/// One row, before its columns are looked at.
-pub(super) type Raw = (String, Result<Value>);
+/// Rows of a batch: enough to keep every core busy, few enough to hold.
+const BATCH: usize = 1024;
 
-fn values(file: &Path) -> Result<Vec<Raw>> {
-    if file.extension().is_some_and(|extension| extension == "parquet") {
-        return super::parquet::values(file);
+/// Text of a batch in bytes; a batch of long rows has fewer.
+const BATCH_BYTES: usize = 8 << 20;
+
+/// The rows of a file, a directory of files or a glob, batch by batch in their order. Parsed on all cores.
+///
+/// The iterator ends after its first error: no rows at all, a file that cannot be read, or (with
+/// `on_bad_row = "error"`) the first bad row by file and line, which comes after all rows before it.
+pub struct Reader {
+    path: String,
+    options: ReadOptions,
+    files: std::vec::IntoIter<PathBuf>,
+    file: Option<RawRows>,
+    /// What ends the iterator once the rows before it are out.
+    failed: Option<Error>,
+    done: bool,
+    found: usize,
+    first_skipped: Option<(String, String)>,
+}
+
+impl Reader {
+    /// Finds the files; opens none yet.
+    ///
+    /// # Errors
+    /// No such file.
+    pub fn open(path: &str, options: &ReadOptions) -> Result<Self> {
+        let files = super::paths::files(path, options.split.as_deref())?;
+        Ok(Self {
+            path: path.to_owned(),
+            options: options.clone(),
+            files: files.into_iter(),
+            file: None,
+            failed: None,
+            done: false,
+            found: 0,
+            first_skipped: None,
+        })
     }
-    super::jsonl::values(file)
+
+    /// The next rows as they stand in the files; none at the end or after what failed.
+    fn raw_batch(&mut self) -> Vec<Raw> {
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        while batch.len() < BATCH && bytes < BATCH_BYTES && self.failed.is_none() {
+            if let Some(raw) = self.file.as_mut().and_then(Iterator::next) {
+                match raw {
+                    Ok(raw) => {
+                        bytes += raw.bytes();
+                        batch.push(raw);
+                    }
+                    Err(error) => self.failed = Some(error),
+                }
+                continue;
+            }
+            let Some(next) = self.files.next() else { break };
+            match raw_rows(&next) {
+                Ok(rows) => self.file = Some(rows),
+                Err(error) => self.failed = Some(error),
+            }
+        }
+        batch
+    }
+
+    fn parse(&mut self, raw: Vec<Raw>) -> Dataset {
+        let options = &self.options;
+        let rows: Vec<(String, Result<Row>)> = raw
+            .into_par_iter()
+            .map(|Raw { place, content }| {
+                let row = content.value().and_then(|value| from_value(value, &place, options));
+                (place, row)
+            })
+            .collect();
+        let mut batch = Dataset::default();
+        for (place, row) in rows {
+            match row {
+                Ok(row) => batch.rows.push(row),
+                Err(error) if options.on_bad_row == OnBadRow::Skip => {
+                    batch.skipped.push((place, error.to_string()));
+                }
+                Err(error) => {
+                    self.failed = Some(error.at(place));
+                    break;
+                }
+            }
+        }
+        self.found += batch.rows.len();
+        if self.first_skipped.is_none() {
+            self.first_skipped = batch.skipped.first().cloned();
+        }
+        batch
+    }
+
+    fn no_rows(&self) -> Error {
+        let error = Error::run(format!("{}: no rows", self.path));
+        match &self.first_skipped {
+            Some((place, why)) => error.hint(format!("the first, {place}: {why}")),
+            None => error.hint("the dataset is empty; check its path and split"),
+        }
+    }
+}
+
+impl Iterator for Reader {
+    type Item = Result<Dataset>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.done {
+            return None;
+        }
+        if self.failed.is_none() {
+            let raw = self.raw_batch();
+            let batch = self.parse(raw);
+            if !batch.rows.is_empty() || !batch.skipped.is_empty() {
+                return Some(Ok(batch));
+            }
+        }
+        self.done = true;
+        if let Some(error) = self.failed.take() {
+            return Some(Err(error));
+        }
+        (self.found == 0).then(|| Err(self.no_rows()))
+    }
+}
+
+/// One row, before its columns are looked at.
+pub(super) struct Raw {
+    pub(super) place: String,
+    pub(super) content: Content,
+}
+
+/// A row's content as its file has it.
+pub(super) enum Content {
+    /// One line of JSON.
+    Line(String),
+    /// Parsed with its file.
+    Value(Value),
+}
+
+impl Raw {
+    /// About how much memory the row takes; parsed values are counted by the row alone.
+    fn bytes(&self) -> usize {
+        match &self.content {
+            Content::Line(line) => line.len(),
+            Content::Value(_) => 0,
+        }
+    }
+}
+
+impl Content {
+    fn value(self) -> Result<Value> {
+        match self {
+            Self::Line(line) => super::jsonl::parse(&line),
+            Self::Value(value) => Ok(value),
+        }
+    }
+}
+
+/// The rows of one file. An error of the iterator itself ends the file.
+pub(super) type RawRows = Box<dyn Iterator<Item = Result<Raw>>>;
+
+fn raw_rows(file: &Path) -> Result<RawRows> {
+    if file.extension().is_some_and(|extension| extension == "parquet") {
+        return super::parquet::rows(file);
+    }
+    super::jsonl::rows(file)
 }
 
 /// Makes a row of one JSON object. `place` names it in errors.

@@ -18,7 +18,7 @@ use super::tree::Role::{self, Content, Context, Format};
 const END: u32 = 1;
 
 /// One token a byte; `<|im_start|>` 0, `<|im_end|>` 1.
-fn tokenizer(template: &str) -> ChatTokenizer {
+pub(super) fn tokenizer(template: &str) -> ChatTokenizer {
     let specials = ["<|im_start|>", "<|im_end|>"];
     let tokenizer = train_tokenizer([""].iter(), 258, &specials).unwrap();
     let settings = TokenizerSettings {

@@ -46,6 +46,7 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("optimizer_in_bwd", "optimizer_in_backward"),
     ("gradient_clipping", "max_grad_norm"),
     ("torch_dtype", "dtype"),
+    ("buffer_size", "shuffle_buffer_size"),
     ("rl_beta", "beta"),
     ("dpo_beta", "beta"),
     ("pref_beta", "beta"),

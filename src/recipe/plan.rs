@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::data::prepare::{PairOptions, SftOptions};
-use crate::data::read::Format;
+use crate::data::pipeline::Source;
+use crate::data::prepare::{OnBadRow, PairOptions, SftOptions};
+use crate::data::read::{Format, ReadOptions};
 use crate::error::{Context, Error, Result};
 use crate::generate::sampling::Sampling;
 use crate::score::ScorerSpec;
@@ -273,6 +274,19 @@ impl Default for Dataset {
     }
 }
 
+impl Dataset {
+    /// The dataset as the reader takes it.
+    pub fn source(&self, on_bad_row: OnBadRow) -> Source {
+        let read = ReadOptions {
+            columns: self.columns.clone().into_iter().collect(),
+            split: Some(self.split.clone()),
+            format: self.format,
+            on_bad_row,
+        };
+        Source { path: self.path.clone(), read, limit: self.limit, fraction: self.fraction }
+    }
+}
+
 /// `synth`: a teacher answers prompts. Writes `data.jsonl`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -427,6 +441,10 @@ impl Default for Dpo {
 
 impl Dpo {
     fn check(&self) -> Result<()> {
+        if self.train.streaming {
+            return Err(Error::usage("`streaming` is true, expected false")
+                .hint("the reference reads every pair before DPO begins; prepared pairs lie in a file, not in memory"));
+        }
         let refuse = |key: &str, value: f64, expected: &str| {
             Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
         };

@@ -255,7 +255,7 @@ fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Dpo> {
     let request = Request {
         model: &Transformer::new(&start.config, &settings.dtype.cast(start.weights.clone())?)?,
         weights_hash: "",
-        trees,
+        pairs: &trees,
         order: &Order::new(1, trees.len(), settings),
         settings,
         dir: Path::new(scratch.path()),

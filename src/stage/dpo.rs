@@ -3,13 +3,14 @@
 
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
-use crate::data::tree::Tree;
+use crate::data::examples::Examples;
+use crate::data::prepare::Rule;
 use crate::error::{Error, Result};
 use crate::loss::preference::Dpo;
 use crate::model::Transformer;
 use crate::recipe::plan;
-use crate::train::Order;
 use crate::train::reference::{Request, reference_logps};
+use crate::train::{Data, Order};
 
 /// Trains the policy on pairs against a frozen reference, by default its own start. Input: a checkpoint and pairs.
 /// Output: `checkpoint/`.
@@ -19,8 +20,12 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
             .hint("use `sigmoid`"));
     }
     let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
-    let train = training::preferences(context, &start, &spec.datasets, &spec.data)?;
-    let held_out = training::preferences(context, &start, &spec.eval_datasets, &spec.data)?;
+    let rule = Rule::Pairs(spec.data.clone());
+    let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
+    let Data::Set(pairs) = &train else {
+        return Err(Error::usage("DPO cannot train on a stream").hint("leave `streaming` out"));
+    };
+    let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
 
     let reference = match spec.ref_model_name_or_path.as_str() {
         "" => start.clone(),
@@ -30,15 +35,16 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     // Plain tensors: no graph, no optimizer. Computed in the policy's type, so that equal weights give equal numbers.
     let reference = reference.computed_in(spec.train.dtype)?;
     let reference = Transformer::new(&reference.config, &reference.weights)?;
-    let objective = against(context, spec, (&reference, &weights_hash), &train)?;
-    let held_out_objective = against(context, spec, (&reference, &weights_hash), &held_out)?;
+    let objective = against(context, spec, (&reference, &weights_hash), pairs.as_ref())?;
+    let held_out_objective =
+        against(context, spec, (&reference, &weights_hash), held_out.as_ref())?;
     drop(reference);
 
     let work = Work {
         start,
         objective: &objective,
         train: &train,
-        eval: (&held_out_objective, &held_out),
+        eval: (&held_out_objective, held_out.as_ref()),
         samples: &[],
         settings: &spec.train,
     };
@@ -50,7 +56,7 @@ fn against(
     context: &StageContext<'_>,
     spec: &plan::Dpo,
     (model, weights_hash): (&Transformer, &str),
-    pairs: &[Tree],
+    pairs: &dyn Examples,
 ) -> Result<Dpo> {
     let mut objective = Dpo {
         beta: spec.beta,
@@ -65,7 +71,7 @@ fn against(
     let request = Request {
         model,
         weights_hash,
-        trees: pairs,
+        pairs,
         order: &Order::new(context.seed, pairs.len(), &spec.train),
         settings: &spec.train,
         dir: &context.dir,

@@ -7,6 +7,7 @@
 
 pub mod average;
 pub mod bench;
+pub mod bench_prepare;
 pub mod dpo;
 pub mod eval;
 pub mod generation;

@@ -2,6 +2,7 @@
 
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
+use crate::data::prepare::Rule;
 use crate::error::Result;
 use crate::loss::reward::Reward;
 use crate::recipe::plan;
@@ -11,14 +12,15 @@ use crate::recipe::plan;
 pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
     let start = start.into_reward_model(context.seed)?;
-    let train = training::preferences(context, &start, &spec.datasets, &spec.data)?;
-    let held_out = training::preferences(context, &start, &spec.eval_datasets, &spec.data)?;
+    let rule = Rule::Pairs(spec.data.clone());
+    let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
+    let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
     let objective = Reward { center_coefficient: spec.center_rewards_coefficient };
     let work = Work {
         start,
         objective: &objective,
         train: &train,
-        eval: (&objective, &held_out),
+        eval: (&objective, held_out.as_ref()),
         samples: &[],
         settings: &spec.train,
     };

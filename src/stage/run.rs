@@ -11,6 +11,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::inputs::{Hashes, Inputs};
+use super::training::PREPARED;
 use super::{Metrics, StageRecord};
 use crate::error::{Context, Error, Result};
 use crate::ops::cpu::isa::Isa;
@@ -36,8 +37,9 @@ struct Begun {
 
 const BEGUN: &str = "begun.json";
 
-/// What only unfinished work needs: a finished stage has its `checkpoint/`, and nothing continues from optimizer state.
-const SCRATCH: [&str; 3] = [BEGUN, "checkpoints", "best.safetensors"];
+/// What only unfinished work needs: a finished stage has its `checkpoint/`, and nothing continues from optimizer state
+/// or prepared examples.
+const SCRATCH: [&str; 4] = [BEGUN, "checkpoints", "best.safetensors", PREPARED];
 
 impl Shelf {
     /// Opens the run's `stages/`, sweeping up what killed processes left half-written. The caller holds the run's

@@ -2,12 +2,10 @@
 
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
-use crate::data::prepare::sft_trees;
-use crate::data::record::Row;
-use crate::data::tree::Tree;
+use crate::data::pipeline::first_rows;
+use crate::data::prepare::Rule;
 use crate::error::{Context, Result};
 use crate::loss::sft::Sft;
-use crate::model::checkpoint::Checkpoint;
 use crate::recipe::plan;
 
 /// Trains the start on the dataset. Input: a checkpoint and rows. Output: `checkpoint/`.
@@ -20,31 +18,19 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
     if !spec.added_tokens.is_empty() {
         start.add_tokens(&spec.added_tokens).at("`added_tokens`")?;
     }
-    let (_, train) = trees(context, &start, spec, &spec.datasets)?;
-    let (held_out_rows, held_out) = trees(context, &start, spec, &spec.eval_datasets)?;
-    let samples = &held_out_rows[..spec.train.eval_samples.min(held_out_rows.len())];
+    let rule = Rule::Sft(spec.data.clone());
+    let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
+    let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
+    let sources: Vec<_> =
+        spec.eval_datasets.iter().map(|dataset| dataset.source(rule.on_bad_row())).collect();
+    let samples = first_rows(&sources, context.seed, spec.train.eval_samples)?;
     let work = Work {
         start,
         objective: &Sft,
         train: &train,
-        eval: (&Sft, &held_out),
-        samples,
+        eval: (&Sft, held_out.as_ref()),
+        samples: &samples,
         settings: &spec.train,
     };
     training::fit(context, work)
-}
-
-fn trees(
-    context: &StageContext<'_>,
-    start: &Checkpoint,
-    spec: &plan::Sft,
-    datasets: &[plan::Dataset],
-) -> Result<(Vec<Row>, Vec<Tree>)> {
-    if datasets.is_empty() {
-        return Ok(Default::default());
-    }
-    let rows = training::rows(context, datasets, spec.data.on_bad_row)?;
-    let prepared = sft_trees(&rows, start.tokenizer()?, &spec.data)?;
-    let trees = training::checked(context, prepared, &rows, start)?;
-    Ok((rows, trees))
 }

@@ -1,15 +1,20 @@
 //! What the three training stages share: load the start, read rows into trees, fit, save. No method is known here.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use candle_core::DType;
 use sha2::{Digest, Sha256};
 
 use super::StageContext;
+use crate::data::examples::Examples;
 use crate::data::mix::take;
-use crate::data::prepare::{OnBadRow, PrepareReport, Prepared};
-use crate::data::read::{ReadOptions, read};
+use crate::data::pipeline::Pipeline;
+use crate::data::prepare::{OnBadRow, PrepareReport, Rule, Skipped};
+use crate::data::read::read;
 use crate::data::record::Row;
+use crate::data::stored::Stored;
+use crate::data::stream::Origin;
 use crate::data::tokenizer::ChatTokenizer;
-use crate::data::tree::Tree;
 use crate::error::{Context, Error, Result};
 use crate::generate::local::{Asked, LocalModel, Teacher};
 use crate::generate::sampling::Sampling;
@@ -19,7 +24,7 @@ use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::model::save::SaveOptions;
 use crate::recipe::plan::Dataset;
 use crate::report::record::Metrics;
-use crate::train::{self, Job, Learner, Settings};
+use crate::train::{self, Data, Job, Learner, Settings};
 
 /// Loads a checkpoint and, where one is named, gives its tokenizer another chat template.
 pub fn load(context: &StageContext<'_>, model: &str, chat_template: &str) -> Result<Checkpoint> {
@@ -47,7 +52,7 @@ fn set_template(checkpoint: &mut Checkpoint, chat_template: &str) -> Result<()> 
     Ok(())
 }
 
-/// Reads and joins datasets, in their own order: training shuffles examples anew each epoch.
+/// Reads and joins datasets into memory, in their own order: prompts of the stages that sample.
 pub fn rows(
     context: &StageContext<'_>,
     datasets: &[Dataset],
@@ -55,14 +60,10 @@ pub fn rows(
 ) -> Result<Vec<Row>> {
     let mut all = Vec::new();
     for (index, dataset) in datasets.iter().enumerate() {
-        let options = ReadOptions {
-            columns: dataset.columns.clone().into_iter().collect(),
-            split: Some(dataset.split.clone()),
-            format: dataset.format,
-            on_bad_row,
-        };
-        let mut found = read(&dataset.path, &options)?;
-        note_skipped(context, &dataset.path, &found.skipped);
+        let mut found = read(&dataset.path, &dataset.source(on_bad_row).read)?;
+        let mut skipped = Skipped::default();
+        found.skipped.into_iter().for_each(|(place, why)| skipped.add(&place, why, 1));
+        note_skipped(context, &dataset.path, &skipped);
         if dataset.limit > 0 {
             found.rows.truncate(dataset.limit);
         }
@@ -77,46 +78,104 @@ pub fn rows(
     Ok(all)
 }
 
-/// Says what preparation left out and refuses rows that the model has no positions for.
-pub fn checked(
+/// Where a training stage keeps its prepared examples until it is finished.
+pub const PREPARED: &str = "prepared";
+
+/// The examples of datasets, joined in their own order: training shuffles them anew each epoch. They lie in a file of
+/// the stage's directory, which a stage that continues uses again if it is whole and made from the same data and
+/// settings.
+///
+/// # Errors
+/// As [`Pipeline::write`].
+pub fn examples(
     context: &StageContext<'_>,
-    prepared: Prepared,
-    rows: &[Row],
     start: &Checkpoint,
-) -> Result<Vec<Tree>> {
-    let PrepareReport { skipped, truncated, .. } = &prepared.report;
-    note_skipped(context, "preparation", skipped);
-    if *truncated > 0 {
-        context.events.note(&format!("{truncated} rows were cut to max_length"));
+    datasets: &[Dataset],
+    rule: &Rule,
+) -> Result<Box<dyn Examples>> {
+    if datasets.is_empty() {
+        return Ok(Box::new(Vec::new()));
     }
-    let positions = start.config.max_position_embeddings;
-    for tree in &prepared.trees {
-        let longest =
-            |leaf| tree.path(leaf).iter().map(|&segment| tree.segments[segment].tokens.len()).sum();
-        let longest: usize = tree.leaves().into_iter().map(longest).max().unwrap_or(0);
-        if longest > positions {
-            let place = rows.get(tree.source).map_or("a row", |row| row.place.as_str());
-            return Err(Error::run(format!(
-                "{longest} tokens, the model has {positions} positions"
-            ))
-            .at(place)
-            .hint(format!("set max_length = {positions} or less")));
-        }
-    }
-    Ok(prepared.trees)
+    let stored = stored(context, &pipeline(context, start, datasets, rule)?)?;
+    note_report(context, stored.report());
+    Ok(Box::new(stored))
 }
 
-fn note_skipped(context: &StageContext<'_>, what: &str, skipped: &[(String, String)]) {
-    const SHOWN: usize = 5;
-    if skipped.is_empty() {
+/// What a stage trains on: the examples of its datasets, or with `streaming` a stream of them.
+///
+/// # Errors
+/// As [`examples`]; of a stream, none yet.
+pub fn data(
+    context: &StageContext<'_>,
+    start: &Checkpoint,
+    (datasets, rule): (&[Dataset], &Rule),
+    settings: &Settings,
+) -> Result<Data> {
+    if !settings.streaming {
+        return Ok(Data::Set(examples(context, start, datasets, rule)?));
+    }
+    Ok(Data::Stream(Arc::new(Origin {
+        pipeline: pipeline(context, start, datasets, rule)?,
+        window: if settings.shuffle { settings.shuffle_buffer_size } else { 0 },
+        report: Mutex::default(),
+    })))
+}
+
+fn pipeline(
+    context: &StageContext<'_>,
+    start: &Checkpoint,
+    datasets: &[Dataset],
+    rule: &Rule,
+) -> Result<Pipeline> {
+    Ok(Pipeline {
+        sources: datasets.iter().map(|dataset| dataset.source(rule.on_bad_row())).collect(),
+        rule: rule.clone(),
+        tokenizer: start.tokenizer()?.clone(),
+        seed: context.seed,
+        positions: start.config.max_position_embeddings,
+    })
+}
+
+/// The file of a pipeline's examples, written where it is not there or cannot be trusted.
+fn stored(context: &StageContext<'_>, pipeline: &Pipeline) -> Result<Stored> {
+    let hash = pipeline.hash()?;
+    let name = format!("{}.trees", &crate::store::hex(&hash)[..16]);
+    let path = context.dir.join(PREPARED).join(name);
+    if path.exists() {
+        match Stored::open(&path, &hash) {
+            Ok(stored) => return Ok(stored),
+            Err(error) => context.events.note(&format!("{error}; preparing the rows again")),
+        }
+    }
+    let mut watch = |rows: usize| {
+        context.events.progress("rows", rows as u64, 0);
+        context.events.check_interrupt()
+    };
+    crate::store::write_atomic_with(&path, |out| pipeline.write(out, (&path, &hash), &mut watch))?;
+    Stored::open(&path, &hash)
+}
+
+/// Says what preparation left out.
+fn note_report(context: &StageContext<'_>, report: &PrepareReport) {
+    for (path, unread) in &report.unread {
+        note_skipped(context, path, unread);
+    }
+    note_skipped(context, "preparation", &report.skipped);
+    if report.truncated > 0 {
+        context.events.note(&format!("{} rows were cut to max_length", report.truncated));
+    }
+}
+
+fn note_skipped(context: &StageContext<'_>, what: &str, skipped: &Skipped) {
+    if skipped.count == 0 {
         return;
     }
     let rows: Vec<String> =
-        skipped.iter().take(SHOWN).map(|(place, why)| format!("  {place}: {why}")).collect();
-    let more = if skipped.len() > SHOWN { "\n  …" } else { "" };
+        skipped.first.iter().map(|(place, why)| format!("  {place}: {why}")).collect();
+    let more = if skipped.count > Skipped::SHOWN { "\n  …" } else { "" };
     context.events.note(&format!(
         "{what}: {} rows were skipped\n{}{more}",
-        skipped.len(),
+        skipped.count,
         rows.join("\n")
     ));
 }
@@ -129,9 +188,9 @@ pub struct Work<'a> {
     /// What to minimise.
     pub objective: &'a dyn Objective,
     /// Training examples.
-    pub train: &'a [Tree],
+    pub train: &'a Data,
     /// Held-out examples and their objective.
-    pub eval: (&'a dyn Objective, &'a [Tree]),
+    pub eval: (&'a dyn Objective, &'a dyn Examples),
     /// Prompts to answer at each evaluation, for people to read.
     pub samples: &'a [Row],
     /// How to train.
@@ -165,7 +224,15 @@ pub fn fit(context: &StageContext<'_>, work: Work<'_>) -> Result<Metrics> {
         events: context.events,
     };
     let mut metrics = train::fit(&learner, &job)?;
-    metrics.insert("examples".to_owned(), work.train.len() as f64);
+    match work.train {
+        Data::Set(examples) => {
+            metrics.insert("examples".to_owned(), examples.len() as f64);
+        }
+        Data::Stream(origin) => {
+            let report = origin.report.lock().unwrap_or_else(PoisonError::into_inner);
+            note_report(context, &report);
+        }
+    }
     let target = context.dir.join("checkpoint");
     crate::store::remove(&target)?;
     checkpoint(&learner).save(&target, &SaveOptions::new(work.settings.save_dtype.dtype()))?;
@@ -198,17 +265,141 @@ pub fn weights_sha256(weights: &Weights) -> Result<String> {
     Ok(crate::store::hex(&hasher.finalize()))
 }
 
-/// Preference rows as trees: a prompt with its responses, best first.
-pub fn preferences(
-    context: &StageContext<'_>,
-    start: &Checkpoint,
-    datasets: &[Dataset],
-    options: &crate::data::prepare::PairOptions,
-) -> Result<Vec<Tree>> {
-    if datasets.is_empty() {
-        return Ok(Vec::new());
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::data::prepare::SftOptions;
+    use crate::data::tree::Tree;
+    use crate::report::record::Events;
+
+    /// Keeps what was noted, and how often progress was.
+    #[derive(Default)]
+    struct Heard {
+        notes: Mutex<Vec<String>>,
+        batches: Mutex<usize>,
     }
-    let rows = rows(context, datasets, options.on_bad_row)?;
-    let prepared = crate::data::prepare::pair_trees(&rows, start.tokenizer()?, options)?;
-    checked(context, prepared, &rows, start)
+
+    impl Events for Heard {
+        fn progress(&self, _what: &str, _done: u64, _total: u64) {
+            *self.batches.lock().unwrap() += 1;
+        }
+        fn metrics(&self, _step: u64, _values: &Metrics) -> Result<()> {
+            Ok(())
+        }
+        fn resume_after(&self, _step: u64) -> Result<()> {
+            Ok(())
+        }
+        fn note(&self, text: &str) {
+            self.notes.lock().unwrap().push(text.to_owned());
+        }
+        fn interrupted(&self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "the test damages a file on purpose")]
+    fn examples_are_prepared_once_and_again_where_their_file_is_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("a.jsonl");
+        let rows = "{\"prompt\": \"1 + 1\", \"completion\": \"2\"}\nnot JSON\n".repeat(3);
+        crate::store::write_atomic(&data, rows.as_bytes()).unwrap();
+        let datasets = [Dataset { path: data.display().to_string(), ..Dataset::default() }];
+        let options = SftOptions { on_bad_row: OnBadRow::Skip, ..SftOptions::default() };
+        let start = Checkpoint::load_dir("data/tiny/student".as_ref(), &Device::Cpu).unwrap();
+        let prepare = || -> (Vec<Tree>, Vec<String>, usize) {
+            let heard = Heard::default();
+            let context = StageContext {
+                dir: dir.path().join("stage"),
+                round: 1,
+                seed: 1,
+                device: Device::Cpu,
+                events: &heard,
+            };
+            let found = examples(&context, &start, &datasets, &Rule::Sft(options.clone())).unwrap();
+            let trees = found.trees().collect::<Result<_>>().unwrap();
+            let batches = *heard.batches.lock().unwrap();
+            (trees, heard.notes.into_inner().unwrap(), batches)
+        };
+        let (trees, notes, batches) = prepare();
+        assert_eq!((trees.len(), notes.len(), batches), (3, 1, 1));
+        assert!(notes[0].contains("a.jsonl: 3 rows were skipped\n"), "{notes:?}");
+        // Nothing is read again, and what was skipped is still said.
+        assert_eq!(prepare(), (trees.clone(), notes.clone(), 0));
+
+        let files = crate::store::entries(&dir.path().join("stage").join(PREPARED)).unwrap();
+        let [file] = &files[..] else { panic!("{files:?}") };
+        let mut bytes = std::fs::read(file).unwrap();
+        bytes[60] ^= 1;
+        std::fs::write(file, &bytes).unwrap();
+        let (again, loud, batches) = prepare();
+        assert_eq!((again, batches), (trees.clone(), 1));
+        assert!(loud[0].ends_with("the file is damaged; preparing the rows again"), "{loud:?}");
+        assert_eq!(prepare(), (trees, notes, 0));
+    }
+    /// Asks to stop once the given step is done.
+    struct StopAfter(u64, AtomicU64);
+
+    impl Events for StopAfter {
+        fn progress(&self, _what: &str, done: u64, _total: u64) {
+            self.1.store(done, Ordering::Relaxed);
+        }
+        fn metrics(&self, _step: u64, _values: &Metrics) -> Result<()> {
+            Ok(())
+        }
+        fn resume_after(&self, _step: u64) -> Result<()> {
+            Ok(())
+        }
+        fn note(&self, _text: &str) {}
+        fn interrupted(&self) -> bool {
+            self.1.load(Ordering::Relaxed) == self.0
+        }
+    }
+
+    #[test]
+    fn training_on_a_stream_that_is_stopped_and_resumed_ends_with_the_same_bits() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("a.jsonl");
+        let row =
+            |n: usize| format!("{{\"prompt\": \"{n} + 1\", \"completion\": \"{}\"}}\n", n + 1);
+        let rows: String = (0..22).map(row).collect();
+        crate::store::write_atomic(&data, rows.as_bytes()).unwrap();
+        let path = data.display().to_string();
+        let spec = crate::recipe::plan::Sft {
+            model_name_or_path: "data/tiny/student".to_owned(),
+            datasets: vec![Dataset { path, ..Dataset::default() }],
+            train: Settings {
+                streaming: true,
+                shuffle_buffer_size: 5,
+                per_device_train_batch_size: 4,
+                // Into the second pass, whose first ended in a partial step.
+                max_steps: 9,
+                learning_rate: 1e-3,
+                ..Settings::default()
+            },
+            ..Default::default()
+        };
+        let train = |name: &str, stop: u64| {
+            let context = StageContext {
+                dir: dir.path().join(name),
+                round: 1,
+                seed: 1,
+                device: Device::Cpu,
+                events: &StopAfter(stop, AtomicU64::default()),
+            };
+            let outcome = crate::stage::sft::run(&context, &spec);
+            let weights = context.dir.join("checkpoint/model.safetensors");
+            outcome.map(|_| crate::store::sha256_file(&weights).unwrap())
+        };
+        let whole = train("whole", u64::MAX).unwrap();
+        for stop in [2, 6, 8] {
+            let name = format!("stopped-{stop}");
+            assert!(train(&name, stop).is_err(), "was not stopped after step {stop}");
+            assert_eq!(train(&name, u64::MAX).unwrap(), whole, "stopped after step {stop}");
+        }
+    }
 }

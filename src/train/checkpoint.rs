@@ -7,6 +7,7 @@ use candle_core::{DType, safetensors};
 use serde::{Deserialize, Serialize};
 
 use super::Learner;
+use crate::data::stream::Cursor;
 use crate::error::{Context, Result};
 use crate::model::checkpoint::load_weights;
 use crate::optim::adamw::AdamW;
@@ -17,7 +18,7 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "trainer_state.json";
 
 /// Where training stands. With the weights and the optimizer's state, everything that the rest of a run depends on:
-/// the order of examples is a function of the seed and the step.
+/// the order of a set of examples is a function of the seed and the step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Optimizer steps taken.
@@ -32,6 +33,9 @@ pub struct State {
     pub eval: Metrics,
     /// The lowest evaluation loss, where the best weights are kept.
     pub best: Option<f64>,
+    /// Where a stream of examples stands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cursor: Option<Cursor>,
 }
 
 /// A checkpoint on disk.

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::checkpoint::{Saved, State};
-use super::order::Order;
+use super::feed::{Data, Feed};
 use super::step::{self, StepOptions, StepReport};
 use super::update::{Pace, update};
 use super::{Learner, Recompute, Settings};
+use crate::data::examples::Examples;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::Objective;
@@ -23,9 +24,9 @@ pub struct Job<'a> {
     /// What to minimise.
     pub objective: &'a dyn Objective,
     /// Training examples.
-    pub train: &'a [Tree],
+    pub train: &'a Data,
     /// Held-out examples with their objective; may be empty.
-    pub eval: (&'a dyn Objective, &'a [Tree]),
+    pub eval: (&'a dyn Objective, &'a dyn Examples),
     /// How to train.
     pub settings: &'a Settings,
     /// Seed of the order of examples.
@@ -48,12 +49,8 @@ pub struct Job<'a> {
 /// No examples; a loss or gradient that is not finite, named by step and rows; [`Error::interrupted`] after saving.
 pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
     job.settings.check()?;
-    if job.train.is_empty() {
-        return Err(Error::run("the dataset is empty: there is nothing to train on"));
-    }
-    let order = Order::new(job.seed, job.train.len(), job.settings);
-    let mut run = Run::resume(learner, job, order)?;
-    while run.state.step < run.order.total_steps() {
+    let mut run = Run::resume(learner, job)?;
+    while run.state.step < run.feed.total_steps() {
         run.step()?;
         run.after_step()?;
     }
@@ -63,7 +60,7 @@ pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
 struct Run<'a> {
     learner: &'a Learner,
     job: &'a Job<'a>,
-    order: Order,
+    feed: Feed<'a>,
     adamw: AdamW,
     state: State,
     options: StepOptions,
@@ -71,7 +68,7 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn resume(learner: &'a Learner, job: &'a Job<'a>, order: Order) -> Result<Self> {
+    fn resume(learner: &'a Learner, job: &'a Job<'a>) -> Result<Self> {
         let settings = job.settings;
         let mut adamw = AdamW::new(settings.hyper());
         let state = match Saved::newest(&Self::checkpoints(job))? {
@@ -87,7 +84,8 @@ impl<'a> Run<'a> {
         if options.recompute == Recompute::Auto {
             job.events.note(&options.explain(learner.model().config()));
         }
-        Ok(Self { learner, job, order, adamw, state, options, started: (Instant::now(), 0) })
+        let feed = Feed::new(job.train, job.seed, settings, state.cursor)?;
+        Ok(Self { learner, job, feed, adamw, state, options, started: (Instant::now(), 0) })
     }
 
     fn checkpoints(job: &Job<'_>) -> PathBuf {
@@ -97,9 +95,10 @@ impl<'a> Run<'a> {
     /// One optimizer step.
     fn step(&mut self) -> Result<()> {
         let settings = self.job.settings;
-        let trees = self.order.trees(self.state.step, self.job.train);
+        let trees = self.feed.step(self.state.step)?;
+        let trees: Vec<&Tree> = trees.iter().collect();
         let at = format!("step {}", self.state.step + 1);
-        let total = self.order.total_steps();
+        let total = self.feed.total_steps();
         let schedule = settings.lr_scheduler_type;
         let lr = settings.learning_rate
             * schedule.factor(self.state.step, total, settings.warmup(total));
@@ -108,18 +107,19 @@ impl<'a> Run<'a> {
         let (report, norm) = update(self.learner, what, self.options, &mut self.adamw, pace)
             .map_err(|error| error.at(&at))?;
         self.state.step += 1;
+        self.state.cursor = self.feed.cursor();
         self.state.tokens += report.tokens as u64;
         self.started.1 += report.tokens;
         self.log(report, norm, lr)
     }
 
     fn log(&mut self, report: StepReport, norm: f64, lr: f64) -> Result<()> {
-        let (step, total) = (self.state.step, self.order.total_steps());
+        let (step, total) = (self.state.step, self.feed.total_steps());
         let mut metrics = report.metrics;
         metrics.insert("loss".to_owned(), report.loss);
         metrics.insert("grad_norm".to_owned(), norm);
         metrics.insert("learning_rate".to_owned(), lr);
-        metrics.insert("epoch".to_owned(), step as f64 / self.order.steps_per_epoch() as f64);
+        metrics.insert("epoch".to_owned(), self.feed.epoch(step));
         metrics.insert("num_tokens".to_owned(), self.state.tokens as f64);
         let seconds = self.started.0.elapsed().as_secs_f64();
         metrics.insert("tokens_per_second".to_owned(), self.started.1 as f64 / seconds.max(1e-9));
@@ -140,7 +140,7 @@ impl<'a> Run<'a> {
         let settings = self.job.settings;
         let step = self.state.step;
         let due = |every: usize| every > 0 && step.is_multiple_of(every);
-        let last = step == self.order.total_steps();
+        let last = step == self.feed.total_steps();
         if due(settings.eval_steps) || last {
             self.evaluate()?;
         }
@@ -154,11 +154,10 @@ impl<'a> Run<'a> {
     }
 
     fn evaluate(&mut self) -> Result<()> {
-        let (objective, trees) = self.job.eval;
-        if !trees.is_empty() {
-            let trees: Vec<&Tree> = trees.iter().collect();
+        let (objective, examples) = self.job.eval;
+        if !examples.is_empty() {
             let budget = self.job.settings.max_tokens_per_micro_batch;
-            let report = step::evaluate(self.learner.model(), objective, &trees, budget)?;
+            let report = step::evaluate(self.learner.model(), objective, examples, budget)?;
             let mut metrics = Metrics::from([("eval_loss".to_owned(), report.loss)]);
             metrics.extend(
                 report.metrics.into_iter().map(|(name, value)| (format!("eval_{name}"), value)),
@@ -182,7 +181,7 @@ impl<'a> Run<'a> {
         if self.job.settings.load_best_model_at_end && self.state.best.is_some() {
             Saved::load_best(self.job.dir, self.learner)?;
         }
-        let State { step, tokens, first, last, eval, best } = self.state;
+        let State { step, tokens, first, last, eval, best, .. } = self.state;
         let mut metrics: Metrics =
             first.into_iter().map(|(name, value)| (format!("first_{name}"), value)).collect();
         metrics.retain(|name, _| {

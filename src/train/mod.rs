@@ -2,6 +2,7 @@
 //! [`Objective`](crate::loss::Objective) says what a log-probability is worth.
 
 pub mod checkpoint;
+pub mod feed;
 pub mod fit;
 pub mod learner;
 pub mod memory;
@@ -11,6 +12,7 @@ pub mod settings;
 pub mod step;
 pub mod update;
 
+pub use feed::Data;
 pub use fit::{Job, fit};
 pub use learner::Learner;
 pub use memory::Recompute;

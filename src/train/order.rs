@@ -1,9 +1,12 @@
 //! Which examples form which optimizer step: a pure function of (seed, settings, number of examples).
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use super::Settings;
+use crate::data::examples::Examples;
 use crate::data::tree::Tree;
+use crate::error::Result;
 use crate::rng::Stream;
 
 /// The order of a run. A step never straddles two epochs; an epoch's last step may be partial and still counts.
@@ -14,6 +17,8 @@ pub struct Order {
     per_step: usize,
     shuffle: bool,
     total: usize,
+    /// The shuffled indices of the epoch that was last asked for.
+    epoch: RefCell<Option<(usize, Vec<usize>)>>,
 }
 
 impl Order {
@@ -25,6 +30,7 @@ impl Order {
             per_step: settings.examples_per_step(),
             shuffle: settings.shuffle,
             total: settings.total_steps(examples),
+            epoch: RefCell::new(None),
         }
     }
 
@@ -42,16 +48,22 @@ impl Order {
     pub fn step(&self, step: usize) -> Vec<usize> {
         let (epoch, within) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
         let range = self.range(within);
-        if self.shuffle {
-            self.stream.permutation(epoch as u64, self.examples)[range].to_vec()
-        } else {
-            range.collect()
+        if !self.shuffle {
+            return range.collect();
         }
+        let mut known = self.epoch.borrow_mut();
+        if known.as_ref().is_none_or(|(of, _)| *of != epoch) {
+            *known = Some((epoch, self.stream.permutation(epoch as u64, self.examples)));
+        }
+        known.as_ref().map_or_else(Vec::new, |(_, order)| order[range].to_vec())
     }
 
     /// The trees of `step`.
-    pub fn trees<'a>(&self, step: usize, trees: &'a [Tree]) -> Vec<&'a Tree> {
-        self.step(step).into_iter().map(|index| &trees[index]).collect()
+    ///
+    /// # Errors
+    /// As [`Examples::get`].
+    pub fn trees(&self, step: usize, examples: &dyn Examples) -> Result<Vec<Tree>> {
+        self.step(step).into_iter().map(|index| examples.get(index)).collect()
     }
 
     fn range(&self, within: usize) -> Range<usize> {
@@ -77,6 +89,8 @@ mod tests {
         };
         let (one, two) = (epoch(0), epoch(4));
         assert_ne!(one, two);
+        // Going back gives what was given before, although only one epoch is kept.
+        assert_eq!(epoch(0), one);
         for mut seen in [one, two] {
             seen.sort_unstable();
             assert_eq!(seen, (0..10).collect::<Vec<_>>());

@@ -1,6 +1,6 @@
 //! Log-probabilities of the frozen reference, computed once, kept on disk, and checked for holes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, safetensors};
@@ -8,8 +8,8 @@ use sha2::{Digest, Sha256};
 
 use super::Settings;
 use super::order::Order;
+use crate::data::examples::Examples;
 use crate::data::forest::{Forest, micro_batches};
-use crate::data::tree::Tree;
 use crate::error::{Context, Error, Result};
 use crate::loss::Readout;
 use crate::loss::preference::{Dpo, PairLogps};
@@ -25,7 +25,7 @@ pub struct Request<'a> {
     /// SHA-256 of its weights.
     pub weights_hash: &'a str,
     /// The pairs.
-    pub trees: &'a [Tree],
+    pub pairs: &'a dyn Examples,
     /// How the pairs will be packed: read in exactly the micro-batches of the first epoch, a reference that equals the
     /// policy gives equal bits, and every margin of the first step is exactly 0.
     pub order: &'a Order,
@@ -46,22 +46,21 @@ pub fn reference_logps(
     objective: &Dpo,
 ) -> Result<BTreeMap<usize, PairLogps>> {
     let path =
-        request.dir.join(format!("reference-{}.safetensors", &key(request, objective)[..16]));
+        request.dir.join(format!("reference-{}.safetensors", &key(request, objective)?[..16]));
     if path.is_file() {
-        return read(&path, request.trees);
+        return read(&path, request.pairs);
     }
     // Filled with NaN first: a pair that no micro-batch visited cannot pass for a number.
-    let mut table: BTreeMap<usize, PairLogps> = request
-        .trees
-        .iter()
-        .map(|tree| (tree.source, PairLogps { chosen: f64::NAN, rejected: f64::NAN }))
+    let mut table: BTreeMap<usize, PairLogps> = sources(request.pairs)?
+        .into_iter()
+        .map(|source| (source, PairLogps { chosen: f64::NAN, rejected: f64::NAN }))
         .collect();
     let steps = request.order.steps_per_epoch();
     for step_index in 0..steps {
         request.events.check_interrupt()?;
-        let trees = request.order.trees(step_index, request.trees);
+        let trees = request.order.trees(step_index, request.pairs)?;
         for range in micro_batches(&trees, request.settings.max_tokens_per_micro_batch) {
-            let forest = Forest::pack(trees[range].iter().copied())?;
+            let forest = Forest::pack(&trees[range])?;
             let logps = step::read(request.model, Readout::Logps, &forest)?;
             for (source, pair) in forest.sources.iter().zip(objective.pair_logps(&forest, &logps)?)
             {
@@ -78,22 +77,27 @@ pub fn reference_logps(
 }
 
 /// Everything the numbers depend on.
-fn key(request: &Request<'_>, objective: &Dpo) -> String {
+fn key(request: &Request<'_>, objective: &Dpo) -> Result<String> {
     let mut hasher = Sha256::new();
     hasher.update(request.weights_hash);
     hasher.update(format!("{:?}", (objective.mask_formatting_tokens, request.settings.dtype)));
     hasher.update(request.settings.max_tokens_per_micro_batch.to_le_bytes());
     for step_index in 0..request.order.steps_per_epoch() {
-        for tree in request.order.trees(step_index, request.trees) {
+        for tree in request.order.trees(step_index, request.pairs)? {
             hasher.update(format!("{tree:?}"));
         }
     }
-    store::hex(&hasher.finalize())
+    Ok(store::hex(&hasher.finalize()))
 }
 
-fn read(path: &Path, trees: &[Tree]) -> Result<BTreeMap<usize, PairLogps>> {
+/// The row of each pair.
+fn sources(pairs: &dyn Examples) -> Result<BTreeSet<usize>> {
+    pairs.trees().map(|tree| Ok(tree?.source)).collect()
+}
+
+fn read(path: &Path, pairs: &dyn Examples) -> Result<BTreeMap<usize, PairLogps>> {
     let tensors = safetensors::load(path, &Device::Cpu).at(path.display())?;
-    let rows: std::collections::BTreeSet<usize> = trees.iter().map(|tree| tree.source).collect();
+    let rows = sources(pairs)?;
     let values = tensors
         .get("logps")
         .filter(|tensor| tensor.dims() == [rows.len(), 2] && tensor.dtype() == DType::F64)

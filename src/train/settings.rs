@@ -12,6 +12,7 @@ use crate::optim::schedule::Schedule;
 /// Training keys, resolved: every field has a value that is used.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of a recipe, named by others")]
 pub struct Settings {
     /// Peak learning rate.
     pub learning_rate: f64,
@@ -68,6 +69,10 @@ pub struct Settings {
     pub eval_samples: usize,
     /// Shuffle the examples anew each epoch.
     pub shuffle: bool,
+    /// Read and prepare the training data while training goes on, instead of all of it beforehand. Needs `max_steps`.
+    pub streaming: bool,
+    /// How many examples of a stream are held and drawn from at random.
+    pub shuffle_buffer_size: usize,
 }
 
 impl Default for Settings {
@@ -99,6 +104,8 @@ impl Default for Settings {
             save_dtype: Precision::F32,
             eval_samples: 0,
             shuffle: true,
+            streaming: false,
+            shuffle_buffer_size: 10_000,
         }
     }
 }
@@ -194,6 +201,12 @@ impl Settings {
                 )));
             }
         }
+        if self.streaming && self.max_steps == 0 {
+            return Err(Error::usage(
+                "`streaming` is true and `max_steps` is 0, expected 1 or more",
+            )
+            .hint("a stream does not know how long an epoch is: set max_steps"));
+        }
         if !self.memory_budget.is_empty() {
             parse_bytes(&self.memory_budget)?;
         }
@@ -206,5 +219,19 @@ impl Settings {
             .hint("set max_grad_norm = 0, or optimizer_in_backward = false"));
         }
         self.dtype.check_compute()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_without_an_end_is_refused() {
+        let streaming = Settings { streaming: true, ..Settings::default() };
+        let error = streaming.check().unwrap_err();
+        assert!(error.to_string().contains("`max_steps` is 0"), "{error}");
+        assert!(error.hint_text().unwrap().contains("set max_steps"), "{error:?}");
+        Settings { max_steps: 1, ..streaming }.check().unwrap();
     }
 }

@@ -4,7 +4,8 @@ use candle_core::Tensor;
 
 use super::Learner;
 use super::memory::{Footprint, Recompute};
-use crate::data::forest::{Forest, micro_batches};
+use crate::data::examples::Examples;
+use crate::data::forest::{Forest, micro_batches, packed};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::{Mean, Objective, Readout, StepTotals, Weighed};
@@ -104,19 +105,29 @@ pub fn gradients(
     Ok((grads, sums.report(objective, &totals)))
 }
 
-/// The same measures without gradients.
+/// The same measures without gradients, one micro-batch at a time.
 pub fn evaluate(
     model: &Transformer,
     objective: &dyn Objective,
-    trees: &[&Tree],
+    examples: &dyn Examples,
     max_tokens: usize,
 ) -> Result<StepReport> {
-    let forests = pack(trees, max_tokens)?;
-    let totals = totals(model, objective, &forests)?;
+    let totals = if objective.coupled() {
+        // Statistics are over all examples at once.
+        let forests: Vec<Forest> = packed(examples, max_tokens).collect::<Result<_>>()?;
+        totals(model, objective, &forests)?
+    } else {
+        let mut counts = Counts::new(objective);
+        for forest in packed(examples, max_tokens) {
+            counts.add(&forest?);
+        }
+        StepTotals { counts: counts.check()?, statistics: Vec::new() }
+    };
     let mut sums = Sums::new(objective);
-    for forest in &forests {
-        let values = read(model, objective.readout(), forest)?;
-        sums.add(weigh(objective, forest, &values, &totals)?, forest);
+    for forest in packed(examples, max_tokens) {
+        let forest = forest?;
+        let values = read(model, objective.readout(), &forest)?;
+        sums.add(weigh(objective, &forest, &values, &totals)?, &forest);
     }
     Ok(sums.report(objective, &totals))
 }
@@ -137,26 +148,50 @@ pub(super) fn pack(trees: &[&Tree], max_tokens: usize) -> Result<Vec<Forest>> {
         .collect()
 }
 
+/// How much each term of an objective has to weigh, over any number of micro-batches.
+struct Counts<'a> {
+    objective: &'a dyn Objective,
+    of_terms: Vec<f64>,
+    /// The first rows, to name in an error.
+    rows: Vec<usize>,
+}
+
+impl<'a> Counts<'a> {
+    fn new(objective: &'a dyn Objective) -> Self {
+        Self { objective, of_terms: vec![0.0; objective.terms().len()], rows: Vec::new() }
+    }
+
+    fn add(&mut self, forest: &Forest) {
+        let counts = self.objective.counts(forest);
+        self.of_terms.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+        self.rows.extend(forest.sources.iter().take(4 - self.rows.len()));
+    }
+
+    /// The counts, where no term that weighs something has nothing to weigh.
+    fn check(self) -> Result<Vec<f64>> {
+        for ((term, weight), count) in self.objective.terms().iter().zip(&self.of_terms) {
+            if *weight != 0.0 && *count <= 0.0 {
+                let rows = &self.rows;
+                return Err(Error::run(format!(
+                    "nothing is trained by `{term}` in a step of rows {rows:?} …"
+                )));
+            }
+        }
+        Ok(self.of_terms)
+    }
+}
+
 /// Counts, and the statistics of a coupled objective, over all micro-batches.
 pub(super) fn totals(
     model: &Transformer,
     objective: &dyn Objective,
     forests: &[Forest],
 ) -> Result<StepTotals> {
-    let terms = objective.terms();
-    let mut counts = vec![0.0; terms.len()];
+    let mut counts = Counts::new(objective);
     for forest in forests {
-        counts.iter_mut().zip(objective.counts(forest)).for_each(|(sum, count)| *sum += count);
+        counts.add(forest);
     }
-    for ((term, weight), count) in terms.iter().zip(&counts) {
-        if *weight != 0.0 && *count <= 0.0 {
-            let rows: Vec<_> = forests.iter().flat_map(|forest| &forest.sources).take(4).collect();
-            return Err(Error::run(format!(
-                "nothing is trained by `{term}` in a step of rows {rows:?} …"
-            )));
-        }
-    }
-    let mut totals = StepTotals { counts, statistics: Vec::new() };
+    let mut totals = StepTotals { counts: counts.check()?, statistics: Vec::new() };
     if objective.coupled() {
         let values: Vec<Vec<f32>> = forests
             .iter()

@@ -1,0 +1,47 @@
+//! Training examples by their place, wherever they lie: in memory or in a file.
+
+use super::tree::Tree;
+use crate::error::Result;
+
+/// A numbered set of examples. Training asks for a step's examples and drops them after the step, so that a set in a
+/// file (see [`Stored`](super::stored::Stored)) costs no memory.
+pub trait Examples {
+    /// How many there are.
+    fn len(&self) -> usize;
+
+    /// Whether there is none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The example at `index`, which is less than [`len`](Self::len).
+    ///
+    /// # Errors
+    /// A file that cannot be read or is damaged.
+    fn get(&self, index: usize) -> Result<Tree>;
+
+    /// All of them, in order.
+    fn trees(&self) -> Box<dyn Iterator<Item = Result<Tree>> + '_> {
+        Box::new((0..self.len()).map(|index| self.get(index)))
+    }
+}
+
+impl Examples for &[Tree] {
+    fn len(&self) -> usize {
+        <[Tree]>::len(self)
+    }
+
+    fn get(&self, index: usize) -> Result<Tree> {
+        Ok(self[index].clone())
+    }
+}
+
+impl Examples for Vec<Tree> {
+    fn len(&self) -> usize {
+        self.as_slice().len()
+    }
+
+    fn get(&self, index: usize) -> Result<Tree> {
+        Ok(self[index].clone())
+    }
+}

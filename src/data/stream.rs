@@ -1,0 +1,236 @@
+//! Examples from files of any length while they are being read: prepared ahead by a thread of its own, shuffled in a
+//! window, never written down. What `streaming = true` means in Hugging Face's `datasets`.
+//!
+//! Memory holds one batch of rows, the window and what is ready for the trainer, whatever the length of the files. The order
+//! depends on the seed, the window and the rows alone, so that a place in it can be found again.
+
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+
+use super::mix::Share;
+use super::pipeline::{Pipeline, Source};
+use super::prepare::{PrepareReport, Skipped};
+use super::tree::Tree;
+use crate::error::{Error, Result};
+use crate::rng::Stream as Draws;
+
+/// Examples that wait for the trainer, at most.
+const READY: usize = 1024;
+
+/// What a stream is made from.
+pub struct Origin {
+    /// Rows and what becomes of them.
+    pub pipeline: Pipeline,
+    /// Examples that are held and drawn from at random; 0 keeps the order of the rows.
+    pub window: usize,
+    /// What became of the rows of the current pass so far, those read ahead included.
+    pub report: Mutex<PrepareReport>,
+}
+
+/// A place in a stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cursor {
+    /// Passes over the data that are complete.
+    pub epoch: usize,
+    /// Examples taken of the current pass.
+    pub taken: usize,
+}
+
+enum Message {
+    Example(Tree),
+    /// The pass is complete.
+    End,
+    Failed(Error),
+}
+
+/// Examples in the order of the stream, pass after pass without end.
+pub struct Stream {
+    ready: Receiver<Message>,
+    cursor: Cursor,
+}
+
+impl Stream {
+    /// Begins to prepare examples from `cursor` on, which an earlier stream of an equal origin gave. What stands before
+    /// it in its pass is read and prepared again, and left out.
+    ///
+    /// # Errors
+    /// A dataset that is taken in a fraction that is not a whole number: a stream does not know how many rows there are.
+    pub fn start(origin: &Arc<Origin>, cursor: Cursor) -> Result<Self> {
+        origin.pipeline.check_streamable()?;
+        let (send, ready) = sync_channel(READY);
+        let draws = Draws::new(origin.pipeline.seed, "train/window");
+        let producer = Producer { origin: Arc::clone(origin), draws, send };
+        std::thread::Builder::new()
+            .name("stream".to_owned())
+            .spawn(move || producer.run(cursor))
+            .map_err(Error::from)?;
+        Ok(Self { ready, cursor })
+    }
+
+    /// The next examples: as many as asked for, or fewer at the end of a pass. Never none.
+    ///
+    /// # Errors
+    /// As [`Pipeline::write`], once the examples before the row that failed are given.
+    pub fn next(&mut self, count: usize) -> Result<Vec<Tree>> {
+        let mut examples = Vec::with_capacity(count);
+        while examples.len() < count {
+            match self.ready.recv() {
+                Ok(Message::Example(tree)) => {
+                    examples.push(tree);
+                    self.cursor.taken += 1;
+                }
+                Ok(Message::End) => {
+                    self.cursor = Cursor { epoch: self.cursor.epoch + 1, taken: 0 };
+                    if !examples.is_empty() {
+                        break;
+                    }
+                }
+                Ok(Message::Failed(error)) => return Err(error),
+                Err(_) => return Err(Error::run("the thread that prepares examples has ended")),
+            }
+        }
+        Ok(examples)
+    }
+
+    /// Where the stream stands: after the examples that were given.
+    pub fn cursor(&self) -> Cursor {
+        self.cursor
+    }
+}
+
+/// The other end of a stream, on its own thread.
+struct Producer {
+    origin: Arc<Origin>,
+    draws: Draws,
+    send: SyncSender<Message>,
+}
+
+/// Why a producer stops: what to tell the trainer, or nothing where nobody listens any more.
+type Stop = Option<Error>;
+
+impl Producer {
+    fn run(&self, from: Cursor) {
+        let mut skip = from.taken;
+        for epoch in from.epoch.. {
+            match self.pass(epoch, skip) {
+                Ok(()) if self.send.send(Message::End).is_ok() => skip = 0,
+                Err(Some(error)) => {
+                    // Where the trainer is gone already, nobody needs to know.
+                    let _ = self.send.send(Message::Failed(error));
+                    return;
+                }
+                _ => return,
+            }
+        }
+    }
+
+    /// One pass over all rows, but for the first `skip` examples of its order.
+    fn pass(&self, epoch: usize, skip: usize) -> Result<(), Stop> {
+        let pipeline = &self.origin.pipeline;
+        let mut pass = Pass {
+            window: Window {
+                examples: Vec::new(),
+                size: self.origin.window,
+                draws: (&self.draws, epoch as u64),
+                drawn: 0,
+            },
+            skip,
+            examples: 0,
+            report: PrepareReport::default(),
+        };
+        for (index, source) in pipeline.sources.iter().enumerate() {
+            let share = source.share(index, pipeline.seed).map_err(Some)?;
+            for _ in 0..share.whole {
+                self.source(source, &mut pass)?;
+            }
+        }
+        while let Some(tree) = pass.window.draw() {
+            self.give(tree, &mut pass.skip)?;
+        }
+        if pass.examples == 0 { Err(Some(pass.report.nothing())) } else { Ok(()) }
+    }
+
+    /// All rows of one source, once.
+    fn source(&self, source: &Source, pass: &mut Pass<'_>) -> Result<(), Stop> {
+        let pipeline = &self.origin.pipeline;
+        let mut unread = Skipped::default();
+        let once = Share { whole: 1, part: Vec::new() };
+        for batch in pipeline.batches(source, &once).map_err(Some)? {
+            let batch = batch.map_err(Some)?;
+            for (place, why) in batch.unread {
+                unread.add(&place, why, 1);
+            }
+            let first = pass.report.rows;
+            for (number, outcome) in batch.outcomes.into_iter().enumerate() {
+                let tree = pipeline.tree(outcome, 1, &mut pass.report).map_err(Some)?;
+                let Some(tree) = tree else { continue };
+                pass.examples += 1;
+                if let Some(drawn) = pass.window.swap(Tree { source: first + number, ..tree }) {
+                    self.give(drawn, &mut pass.skip)?;
+                }
+            }
+            pass.report.rows += batch.rows;
+            self.publish(&pass.report, source, &unread);
+        }
+        if unread.count > 0 {
+            pass.report.unread.push((source.path.clone(), unread));
+        }
+        Ok(())
+    }
+
+    /// Hands an example to the trainer, unless it had it before it stopped.
+    fn give(&self, tree: Tree, skip: &mut usize) -> Result<(), Stop> {
+        if *skip > 0 {
+            *skip -= 1;
+            return Ok(());
+        }
+        self.send.send(Message::Example(tree)).map_err(|_| None)
+    }
+
+    /// Lets the trainer see what became of the rows so far.
+    fn publish(&self, report: &PrepareReport, source: &Source, unread: &Skipped) {
+        let mut report = report.clone();
+        if unread.count > 0 {
+            report.unread.push((source.path.clone(), unread.clone()));
+        }
+        *self.origin.report.lock().unwrap_or_else(PoisonError::into_inner) = report;
+    }
+}
+
+/// One pass over all rows.
+struct Pass<'a> {
+    window: Window<'a>,
+    /// Examples still to leave out.
+    skip: usize,
+    examples: usize,
+    report: PrepareReport,
+}
+
+/// Examples that are drawn from at random while more come in.
+struct Window<'a> {
+    examples: Vec<Tree>,
+    size: usize,
+    draws: (&'a Draws, u64),
+    drawn: u64,
+}
+
+impl Window<'_> {
+    /// Takes one in; gives one back once the window is full.
+    fn swap(&mut self, tree: Tree) -> Option<Tree> {
+        self.examples.push(tree);
+        if self.examples.len() > self.size { self.draw() } else { None }
+    }
+
+    fn draw(&mut self) -> Option<Tree> {
+        if self.examples.is_empty() {
+            return None;
+        }
+        let (draws, epoch) = self.draws;
+        let at = draws.at(epoch, self.drawn).random_range(0..self.examples.len());
+        self.drawn += 1;
+        Some(self.examples.swap_remove(at))
+    }
+}
