@@ -3,6 +3,7 @@
 pub mod forest;
 mod jsonl;
 mod marks;
+pub mod mismatch;
 pub mod mix;
 mod parquet;
 pub(crate) mod paths;

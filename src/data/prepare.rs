@@ -189,6 +189,27 @@ pub fn pair_trees(
     prepare(rows, options.on_bad_row, |index, row| pair_tree(index, row, tokenizer, options))
 }
 
+/// A prompt with its one response a row, for losses on labelled responses (KTO). The label stays with the row.
+///
+/// # Errors
+/// As [`sft_trees`].
+pub fn response_trees(
+    rows: &[Row],
+    tokenizer: &ChatTokenizer,
+    options: &PairOptions,
+) -> Result<Prepared> {
+    prepare(rows, options.on_bad_row, |index, row| {
+        let Record::Completion { prompt, completion } = &row.record else {
+            return Err(Error::run(format!(
+                "a row of {}, expected a completion",
+                row.record.name()
+            ))
+            .hint("labelled responses need `prompt`, `completion` and `label`"));
+        };
+        siblings(index, row, (prompt, std::slice::from_ref(completion)), tokenizer, options)
+    })
+}
+
 fn prepare(
     rows: &[Row],
     on_bad_row: OnBadRow,
@@ -428,6 +449,17 @@ fn pair_tree(
     if responses.len() < 2 {
         return Err(Error::run(format!("{} response, expected two or more", responses.len())));
     }
+    siblings(index, row, (prompt, responses), tokenizer, options)
+}
+
+/// A prompt with its responses as a tree.
+fn siblings(
+    index: usize,
+    row: &Row,
+    (prompt, responses): (&Side, &[Side]),
+    tokenizer: &ChatTokenizer,
+    options: &PairOptions,
+) -> Result<Outcome> {
     let texts: Option<Vec<&str>> = responses
         .iter()
         .map(|side| match side {

@@ -2,7 +2,6 @@
 //!
 //! Tokens are drawn at random: what a step costs depends on how many there are, not on which.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -15,7 +14,7 @@ use crate::generate::engine::Prompt;
 use crate::generate::local::LocalModel;
 use crate::generate::sampling::Sampling;
 use crate::loss::Objective;
-use crate::loss::preference::Dpo;
+use crate::loss::preference::Preference;
 use crate::loss::reward::Reward;
 use crate::loss::sft::Sft;
 use crate::model::Transformer;
@@ -175,14 +174,8 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
 }
 
 /// The objective with the start as its reference.
-fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Dpo> {
-    let mut objective = Dpo {
-        beta: 0.1,
-        label_smoothing: 0.0,
-        sft_weight: 0.0,
-        mask_formatting_tokens: false,
-        reference: BTreeMap::new(),
-    };
+fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Preference> {
+    let mut objective = Preference::default();
     let scratch = tempfile::tempdir()?;
     let request = Request {
         model: &Transformer::new(&start.config, &start.weights)?,
@@ -193,7 +186,7 @@ fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Dpo> {
         dir: Path::new(scratch.path()),
         events: &Silent,
     };
-    objective.reference = reference_logps(&request, &objective)?;
+    objective.reference = reference_logps(&request, objective.summing)?;
     Ok(objective)
 }
 

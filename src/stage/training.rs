@@ -106,6 +106,33 @@ pub fn checked(
     Ok(prepared.trees)
 }
 
+/// The trees that pass `check`. Others stop the stage or are left out and counted, as `on_bad_row` says.
+pub fn usable(
+    context: &StageContext<'_>,
+    trees: Vec<Tree>,
+    (rows, on_bad_row): (&[Row], OnBadRow),
+    check: &dyn Fn(&Tree) -> Result<()>,
+) -> Result<Vec<Tree>> {
+    let (mut kept, mut skipped) = (Vec::with_capacity(trees.len()), Vec::new());
+    for tree in trees {
+        let place = rows.get(tree.source).map_or("a row", |row| row.place.as_str());
+        match check(&tree) {
+            Ok(()) => kept.push(tree),
+            Err(error) if on_bad_row == OnBadRow::Skip => {
+                skipped.push((place.to_owned(), error.to_string()));
+            }
+            Err(error) => {
+                return Err(error.at(place).hint("on_bad_row = \"skip\" leaves such rows out"));
+            }
+        }
+    }
+    note_skipped(context, "preparation", &skipped);
+    if kept.is_empty() {
+        return Err(Error::run(format!("none of {} rows can be used", rows.len())));
+    }
+    Ok(kept)
+}
+
 fn note_skipped(context: &StageContext<'_>, what: &str, skipped: &[(String, String)]) {
     const SHOWN: usize = 5;
     if skipped.is_empty() {

@@ -1,4 +1,6 @@
 //! Log-probabilities of the frozen reference, computed once, kept on disk, and checked for holes.
+//!
+//! One number a leaf: the chosen response's, the rejected one's, and those of responses to other prompts.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,7 +14,7 @@ use crate::data::forest::{Forest, micro_batches};
 use crate::data::tree::Tree;
 use crate::error::{Context, Error, Result};
 use crate::loss::Readout;
-use crate::loss::preference::{Dpo, PairLogps};
+use crate::loss::preference::Summing;
 use crate::model::transformer::Transformer;
 use crate::report::record::Events;
 use crate::store;
@@ -37,24 +39,23 @@ pub struct Request<'a> {
     pub events: &'a dyn Events,
 }
 
-/// Reads the cache, or computes and writes it. Keyed by the pairs' rows.
+/// Log-probabilities of each row's leaves, in the order of the tree.
+pub type Logps = BTreeMap<usize, Vec<f64>>;
+
+/// Reads the cache, or computes and writes it. Keyed by the trees' rows.
 ///
 /// # Errors
 /// A cached or computed value that is missing or not finite, named by its row.
-pub fn reference_logps(
-    request: &Request<'_>,
-    objective: &Dpo,
-) -> Result<BTreeMap<usize, PairLogps>> {
-    let path =
-        request.dir.join(format!("reference-{}.safetensors", &key(request, objective)[..16]));
+pub fn reference_logps(request: &Request<'_>, summing: Summing) -> Result<Logps> {
+    let path = request.dir.join(format!("reference-{}.safetensors", &key(request, summing)[..16]));
     if path.is_file() {
         return read(&path, request.trees);
     }
-    // Filled with NaN first: a pair that no micro-batch visited cannot pass for a number.
-    let mut table: BTreeMap<usize, PairLogps> = request
+    // Filled with NaN first: a response that no micro-batch visited cannot pass for a number.
+    let mut table: Logps = request
         .trees
         .iter()
-        .map(|tree| (tree.source, PairLogps { chosen: f64::NAN, rejected: f64::NAN }))
+        .map(|tree| (tree.source, vec![f64::NAN; tree.leaves().len()]))
         .collect();
     let steps = request.order.steps_per_epoch();
     for step_index in 0..steps {
@@ -63,25 +64,27 @@ pub fn reference_logps(
         for range in micro_batches(&trees, request.settings.max_tokens_per_micro_batch) {
             let forest = Forest::pack(trees[range].iter().copied())?;
             let logps = step::read(request.model, Readout::Logps, &forest)?;
-            for (source, pair) in forest.sources.iter().zip(objective.pair_logps(&forest, &logps)?)
-            {
-                table.insert(*source, pair);
+            let mut rows: Logps = BTreeMap::new();
+            for (leaf, response) in forest.leaves.iter().zip(summing.responses(&forest, &logps)) {
+                rows.entry(forest.sources[leaf.tree]).or_default().push(response.logp);
             }
+            table.extend(rows);
         }
         request.events.progress("reference", step_index as u64 + 1, steps as u64);
     }
     check(&table)?;
-    let values: Vec<f64> = table.values().flat_map(|pair| [pair.chosen, pair.rejected]).collect();
-    let tensor = Tensor::from_vec(values, (table.len(), 2), &Device::Cpu)?;
+    let values: Vec<f64> = table.values().flatten().copied().collect();
+    let count = values.len();
+    let tensor = Tensor::from_vec(values, count, &Device::Cpu)?;
     store::write_atomic(&path, &::safetensors::serialize([("logps", &tensor)], None)?)?;
     Ok(table)
 }
 
 /// Everything the numbers depend on.
-fn key(request: &Request<'_>, objective: &Dpo) -> String {
+fn key(request: &Request<'_>, summing: Summing) -> String {
     let mut hasher = Sha256::new();
     hasher.update(request.weights_hash);
-    hasher.update(format!("{:?}", (objective.mask_formatting_tokens, request.settings.dtype)));
+    hasher.update(format!("{:?}", (summing, request.settings.dtype)));
     hasher.update(request.settings.max_tokens_per_micro_batch.to_le_bytes());
     for step_index in 0..request.order.steps_per_epoch() {
         for tree in request.order.trees(step_index, request.trees) {
@@ -91,31 +94,35 @@ fn key(request: &Request<'_>, objective: &Dpo) -> String {
     store::hex(&hasher.finalize())
 }
 
-fn read(path: &Path, trees: &[Tree]) -> Result<BTreeMap<usize, PairLogps>> {
+fn read(path: &Path, trees: &[Tree]) -> Result<Logps> {
     let tensors = safetensors::load(path, &Device::Cpu).at(path.display())?;
-    let rows: std::collections::BTreeSet<usize> = trees.iter().map(|tree| tree.source).collect();
+    let leaves: BTreeMap<usize, usize> =
+        trees.iter().map(|tree| (tree.source, tree.leaves().len())).collect();
+    let expected: usize = leaves.values().sum();
     let values = tensors
         .get("logps")
-        .filter(|tensor| tensor.dims() == [rows.len(), 2] && tensor.dtype() == DType::F64)
+        .filter(|tensor| tensor.dims() == [expected] && tensor.dtype() == DType::F64)
         .ok_or_else(|| {
             Error::run("not a cache of reference log-probabilities")
                 .at(path.display())
                 .hint("delete it")
         })?
-        .to_vec2::<f64>()?;
-    let table = rows
+        .to_vec1::<f64>()?;
+    let mut values = values.into_iter();
+    let table = leaves
         .into_iter()
-        .zip(values)
-        .map(|(row, pair)| (row, PairLogps { chosen: pair[0], rejected: pair[1] }))
+        .map(|(row, count)| (row, values.by_ref().take(count).collect()))
         .collect();
     check(&table).at(path.display()).hint("delete it")?;
     Ok(table)
 }
 
-fn check(table: &BTreeMap<usize, PairLogps>) -> Result<()> {
-    match table.iter().find(|(_, pair)| !(pair.chosen.is_finite() && pair.rejected.is_finite())) {
-        Some((row, pair)) => Err(Error::run(format!("reference log-probabilities are {pair:?}"))
-            .at(format!("row {row}"))),
+fn check(table: &Logps) -> Result<()> {
+    match table.iter().find(|(_, logps)| !logps.iter().all(|logp| logp.is_finite())) {
+        Some((row, logps)) => Err(Error::run(format!(
+            "reference log-probabilities are {logps:?}, expected finite numbers"
+        ))
+        .at(format!("row {row}"))),
         None => Ok(()),
     }
 }
