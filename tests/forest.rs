@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use arriero::data::forest::Forest;
 use arriero::data::tree::{Role, Segment, Tree};
-use arriero::loss::preference::{Dpo, PairLogps};
+use arriero::loss::preference::{Preference, Summing};
 use arriero::loss::reward::Reward;
 use arriero::loss::sft::Sft;
 use arriero::loss::{Objective, Readout};
@@ -130,14 +130,19 @@ fn pair(seed: u64) -> Tree {
     Tree::siblings(prompt, responses, seed as usize)
 }
 
-fn dpo(mask_formatting_tokens: bool, trees: &[Tree]) -> Dpo {
-    let reference = trees
-        .iter()
-        .map(|tree| {
-            (tree.source, PairLogps { chosen: -40.0 - tree.source as f64, rejected: -42.0 })
-        })
-        .collect();
-    Dpo { beta: 0.1, label_smoothing: 0.0, sft_weight: 0.2, mask_formatting_tokens, reference }
+fn dpo(mask_formatting_tokens: bool, trees: &[Tree]) -> Preference {
+    let reference =
+        trees.iter().map(|tree| (tree.source, vec![-40.0 - tree.source as f64, -42.0])).collect();
+    let summing = Summing { mask_formatting_tokens, ..Summing::default() };
+    Preference { sft_weight: 0.2, summing, reference, ..Preference::default() }
+}
+
+/// The reference's log-probabilities where the policy is the reference.
+fn own_reference(objective: &mut Preference, forest: &Forest, logps: &[f32]) {
+    for (leaf, response) in forest.leaves.iter().zip(objective.summing.responses(forest, logps)) {
+        let row = forest.sources[leaf.tree];
+        objective.reference.entry(row).or_default().push(response.logp);
+    }
 }
 
 #[test]
@@ -278,10 +283,10 @@ fn dpo_starts_at_ln_two_exactly_and_moves() {
     let learner = Learner::new(&config, &weights).unwrap();
     let trees: Vec<Tree> = (0..5).map(pair).collect();
     let forest = Forest::pack(&trees).unwrap();
-    let mut objective = Dpo { reference: BTreeMap::new(), sft_weight: 0.0, ..dpo(true, &trees) };
+    let mut objective =
+        Preference { reference: BTreeMap::new(), sft_weight: 0.0, ..dpo(true, &trees) };
     let logps = step::read(learner.model(), Readout::Logps, &forest).unwrap();
-    let pairs = objective.pair_logps(&forest, &logps).unwrap();
-    objective.reference = forest.sources.iter().copied().zip(pairs).collect();
+    own_reference(&mut objective, &forest, &logps);
     let (grads, report) = run(&learner, &objective, &trees, OPTIONS);
     assert_eq!(report.metrics["rewards/margins"].to_bits(), 0.0_f64.to_bits());
     assert_eq!(report.loss.to_bits(), std::f64::consts::LN_2.to_bits());

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use arriero::data::tree::{Role, Tree};
 use arriero::error::Result;
 use arriero::loss::Objective;
-use arriero::loss::preference::Dpo;
+use arriero::loss::preference::Preference;
 use arriero::loss::reward::Reward;
 use arriero::loss::sft::Sft;
 use arriero::model::checkpoint::Checkpoint;
@@ -159,13 +159,7 @@ fn dpo_tells_the_sides_of_eight_pairs_apart() {
     let (start, dir) = (start(), tempfile::tempdir().unwrap());
     let trees = pairs(8, 77);
     let settings = Settings { learning_rate: 3e-4, ..settings() };
-    let mut objective = Dpo {
-        beta: 0.1,
-        label_smoothing: 0.0,
-        sft_weight: 0.0,
-        mask_formatting_tokens: true,
-        reference: BTreeMap::new(),
-    };
+    let mut objective = Preference::default();
     let reference = Transformer::new(&start.config, &start.weights).unwrap();
     let request = Request {
         model: &reference,
@@ -176,7 +170,7 @@ fn dpo_tells_the_sides_of_eight_pairs_apart() {
         dir: dir.path(),
         events: &Silent,
     };
-    objective.reference = reference_logps(&request, &objective).unwrap();
+    objective.reference = reference_logps(&request, objective.summing).unwrap();
     let trained = fit(
         (&start.config, &start.weights),
         &objective,

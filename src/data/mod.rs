@@ -5,6 +5,7 @@ pub mod examples;
 pub mod forest;
 mod jsonl;
 mod marks;
+pub mod mismatch;
 pub mod mix;
 mod parquet;
 pub(crate) mod paths;

@@ -160,6 +160,8 @@ pub enum Rule {
     Sft(SftOptions),
     /// A prompt with 2..n responses, best first, a row.
     Pairs(PairOptions),
+    /// A prompt with its one response a row, for losses on labelled responses (KTO). The label stays with the row.
+    Responses(PairOptions),
 }
 
 impl Rule {
@@ -167,7 +169,7 @@ impl Rule {
     pub fn on_bad_row(&self) -> OnBadRow {
         match self {
             Self::Sft(options) => options.on_bad_row,
-            Self::Pairs(options) => options.on_bad_row,
+            Self::Pairs(options) | Self::Responses(options) => options.on_bad_row,
         }
     }
 
@@ -181,6 +183,7 @@ impl Rule {
         match self {
             Self::Sft(options) => sft_tree(index, row, tokenizer, options),
             Self::Pairs(options) => pair_tree(index, row, tokenizer, options),
+            Self::Responses(options) => response_tree(index, row, tokenizer, options),
         }
     }
 
@@ -228,6 +231,20 @@ pub fn pair_trees(
     options: &PairOptions,
 ) -> Result<Prepared> {
     Rule::Pairs(options.clone()).trees(rows, tokenizer)
+}
+
+fn response_tree(
+    index: usize,
+    row: &Row,
+    tokenizer: &ChatTokenizer,
+    options: &PairOptions,
+) -> Result<Outcome> {
+    let Record::Completion { prompt, completion } = &row.record else {
+        let name = row.record.name();
+        return Err(Error::run(format!("a row of {name}, expected a completion"))
+            .hint("labelled responses need `prompt`, `completion` and `label`"));
+    };
+    siblings(index, row, (prompt, std::slice::from_ref(completion)), tokenizer, options)
 }
 
 fn sft_tree(
@@ -430,6 +447,17 @@ fn pair_tree(
     if responses.len() < 2 {
         return Err(Error::run(format!("{} response, expected two or more", responses.len())));
     }
+    siblings(index, row, (prompt, responses), tokenizer, options)
+}
+
+/// A prompt with its responses as a tree.
+fn siblings(
+    index: usize,
+    row: &Row,
+    (prompt, responses): (&Side, &[Side]),
+    tokenizer: &ChatTokenizer,
+    options: &PairOptions,
+) -> Result<Outcome> {
     let texts: Option<Vec<&str>> = responses
         .iter()
         .map(|side| match side {

@@ -235,6 +235,24 @@ impl Row {
         Ok(messages)
     }
 
+    /// The column `label` of a labelled response: whether it is wanted.
+    ///
+    /// # Errors
+    /// No such column, or neither a boolean nor 0 or 1.
+    pub fn label(&self) -> Result<bool> {
+        let hint = "true for a response that is wanted, false for one that is not";
+        match self.extra.get("label") {
+            Some(Value::Bool(label)) => Ok(*label),
+            Some(Value::Number(number)) if number.as_u64().is_some_and(|number| number < 2) => {
+                Ok(number.as_u64() == Some(1))
+            }
+            Some(other) => {
+                Err(Error::run(format!("`label` is {other}, expected true or false")).hint(hint))
+            }
+            None => Err(Error::run("no column `label`").hint(hint)),
+        }
+    }
+
     /// The column `answer`, as text.
     pub fn answer(&self) -> Option<String> {
         match self.extra.get("answer")? {

@@ -55,6 +55,9 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("rpo_alpha", "sft_loss_weight"),
     ("nll_loss_coef", "sft_loss_weight"),
     ("pref_ftx", "sft_loss_weight"),
+    ("cpo_alpha", "sft_loss_weight"),
+    ("kto_chosen_weight", "desirable_weight"),
+    ("kto_rejected_weight", "undesirable_weight"),
     ("n", "num_samples"),
     ("num_return_sequences", "num_samples"),
     ("num_generations", "num_samples"),
@@ -194,6 +197,11 @@ pub fn canonical<'a>(key: &'a str, keys: &IndexMap<String, Known>) -> Option<&'a
         .iter()
         .find(|(alias, canonical)| *alias == key && keys.contains_key(*canonical))
         .map(|(_, canonical)| *canonical)
+}
+
+/// The canonical name of `key` in the kinds that have it; `key` itself where it is no alias.
+pub fn alias(key: &str) -> &str {
+    ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key, |(_, canonical)| canonical)
 }
 
 /// "did you mean" for a name among `known`, or the list of what there is.

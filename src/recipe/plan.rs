@@ -14,6 +14,8 @@ use crate::generate::sampling::Sampling;
 use crate::score::ScorerSpec;
 use crate::train::Settings;
 
+pub use super::dpo::{Dpo, Preset};
+
 /// A whole run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Plan {
@@ -61,7 +63,7 @@ pub enum Spec {
     Sample(Sample),
     /// Best of K as training rows, best and worst as pairs.
     Select(Select),
-    /// Direct preference optimization.
+    /// Preference optimization: DPO and its relatives.
     Dpo(Dpo),
     /// Weighted mean of checkpoints.
     Average(Average),
@@ -387,84 +389,6 @@ impl Default for Select {
             best_of: 1,
             pairs_per_prompt: 1,
         }
-    }
-}
-
-/// `dpo`: direct preference optimization. Writes `checkpoint/`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Dpo {
-    /// The policy's start.
-    pub model_name_or_path: String,
-    /// The frozen reference; empty is the policy's start.
-    pub ref_model_name_or_path: String,
-    /// Preferences to learn.
-    pub datasets: Vec<Dataset>,
-    /// Preferences to evaluate on; may be empty.
-    pub eval_datasets: Vec<Dataset>,
-    /// How rows become tokens.
-    pub data: PairOptions,
-    /// A built-in chat template or a Jinja file, for models that have none; empty keeps the model's own.
-    pub chat_template: String,
-    /// How to train.
-    pub train: Settings,
-    /// Strength of the tie to the reference.
-    pub beta: f64,
-    /// The preference loss: `sigmoid`.
-    pub loss_type: String,
-    /// Share of labels taken to be wrong.
-    pub label_smoothing: f64,
-    /// Weight of the chosen side's NLL term (`rpo_alpha`); Llama 3 uses 0.2.
-    pub sft_loss_weight: f64,
-    /// Leave the tokens that the template, not the content, produced out of the preference term (Llama 3, 4.1.4).
-    pub mask_formatting_tokens: bool,
-}
-
-impl Default for Dpo {
-    fn default() -> Self {
-        Self {
-            model_name_or_path: String::new(),
-            ref_model_name_or_path: String::new(),
-            datasets: Vec::new(),
-            eval_datasets: Vec::new(),
-            data: PairOptions::default(),
-            chat_template: String::new(),
-            train: Settings::default(),
-            beta: 0.1,
-            loss_type: "sigmoid".to_owned(),
-            label_smoothing: 0.0,
-            sft_loss_weight: 0.2,
-            mask_formatting_tokens: true,
-        }
-    }
-}
-
-impl Dpo {
-    fn check(&self) -> Result<()> {
-        if self.train.streaming {
-            return Err(Error::usage("`streaming` is true, expected false")
-                .hint("the reference reads every pair before DPO begins; prepared pairs lie in a file, not in memory"));
-        }
-        let refuse = |key: &str, value: f64, expected: &str| {
-            Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
-        };
-        if !self.beta.is_finite() || self.beta <= 0.0 {
-            return refuse("beta", self.beta, "more than 0");
-        }
-        if !(0.0..0.5).contains(&self.label_smoothing) {
-            return refuse("label_smoothing", self.label_smoothing, "0 or more and less than 0.5");
-        }
-        if !self.sft_loss_weight.is_finite() || self.sft_loss_weight < 0.0 {
-            return refuse("sft_loss_weight", self.sft_loss_weight, "0 or more");
-        }
-        if self.loss_type != "sigmoid" {
-            return Err(Error::usage(format!(
-                "`loss_type` is \"{}\", expected \"sigmoid\"",
-                self.loss_type
-            ))
-            .hint("other preference losses do not exist yet"));
-        }
-        Ok(())
     }
 }
 

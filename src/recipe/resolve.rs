@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::dpo::dependent_defaults;
 use super::file::{Entry, Place, RecipeFile, StageTable};
 use super::keys::{self, INERT, Known, suggestion};
 use super::plan::{Kind, Plan, Spec, Step};
@@ -54,6 +55,10 @@ pub fn resolve(file: &RecipeFile, output_dir: Option<&Path>) -> Result<Resolved>
             let scope = Scope { stages: &names, done: &done, round, home };
             let seed = derive_seed(stage.seed.unwrap_or(top.seed), &stage.name, round);
             let spec = stage.spec(file, &scope, seed)?;
+            if let Spec::Dpo(dpo) = &spec {
+                let at = &stage.name;
+                notes.extend(dpo.notes().into_iter().map(|note| format!("stage `{at}`: {note}")));
+            }
             let suffix = if round > 1 { format!("-r{round}") } else { String::new() };
             let id = format!("{:02}-{}{suffix}", steps.len() + 1, stage.name);
             done.push(Done {
@@ -118,10 +123,15 @@ impl Stage {
             keys: keys::known(kind)?,
             values: IndexMap::new(),
         };
-        for entry in expand(&table.entries) {
+        // What expansion refuses is a list of losses whose weights do not fit.
+        let entries = expand(&table.entries).map_err(|error| {
+            let at = table.entries.iter().find(|entry| entry.key == "loss_weights");
+            stage.locate(file, at.map_or(&stage.line, |entry| &entry.place), error)
+        })?;
+        for entry in entries {
             stage.set(&entry, notes).map_err(|error| stage.locate(file, &entry.place, error))?;
         }
-        for entry in expand(&file.defaults) {
+        for entry in expand(&file.defaults)? {
             let Some(key) = keys::canonical(&entry.key, &stage.keys) else { continue };
             if !stage.values.contains_key(key) {
                 stage
@@ -203,6 +213,13 @@ impl Stage {
     /// The typed settings of this stage in one round.
     fn spec(&self, file: &RecipeFile, scope: &Scope<'_>, seed: u64) -> Result<Spec> {
         let mut object = keys::default_spec(self.kind)?;
+        if self.kind == Kind::Dpo {
+            dependent_defaults(&mut object, |key| self.values.get(key).map(|(value, _)| value))
+                .map_err(|error| {
+                    let place = self.values.get("preset").map_or(&self.line, |(_, place)| place);
+                    self.locate(file, place, error)
+                })?;
+        }
         for (key, (value, place)) in &self.values {
             let value = inputs(key, value.clone(), scope)
                 .map_err(|error| self.locate(file, place, error.at(format_args!("`{key}`"))))?;
@@ -292,7 +309,7 @@ fn check_names(file: &RecipeFile, stages: &[Stage]) -> Result<()> {
 
 fn check_defaults(file: &RecipeFile) -> Result<()> {
     let all: Vec<_> = Kind::ALL.iter().map(|&kind| keys::known(kind)).collect::<Result<_>>()?;
-    for entry in expand(&file.defaults) {
+    for entry in expand(&file.defaults).map_err(|error| error.at("[defaults]"))? {
         if all.iter().any(|known| keys::canonical(&entry.key, known).is_some())
             || INERT.iter().any(|inert| inert.key == entry.key)
         {
@@ -355,12 +372,12 @@ mod tests {
         let Spec::Dpo(dpo) = &resolved.plan.steps[0].spec else { panic!("not dpo") };
         let shown = (
             dpo.train.per_device_train_batch_size,
-            &dpo.loss_type[..],
+            dpo.losses(),
             dpo.sft_loss_weight,
             dpo.beta,
             dpo.train.num_train_epochs,
         );
-        assert_eq!(format!("{shown:?}"), "(3, \"sigmoid\", 0.5, 0.2, 2.0)");
+        assert_eq!(format!("{shown:?}"), "(3, [(Sigmoid, 1.0)], 0.5, 0.2, 2.0)");
     }
 
     #[test]

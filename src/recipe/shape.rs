@@ -5,12 +5,20 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::file::Entry;
+use super::keys;
 use super::refs::Scope;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Keys that say two things are written as the keys that say each.
-pub(super) fn expand(entries: &[Entry]) -> Vec<Entry> {
+///
+/// # Errors
+/// `loss_weights` of another length than the list of losses.
+pub(super) fn expand(entries: &[Entry]) -> Result<Vec<Entry>> {
     let has = |key: &str| entries.iter().any(|entry| entry.key == key);
+    let lists_losses = |entry: &Entry| {
+        keys::alias(&entry.key) == "loss_type" && (entry.value.is_array() || entry.value == "sft")
+    };
+    let losses_listed = entries.iter().any(lists_losses);
     let mut expanded = Vec::new();
     let mut scorers = Vec::new();
     for entry in entries {
@@ -28,19 +36,11 @@ pub(super) fn expand(entries: &[Entry]) -> Vec<Entry> {
                 expanded.retain(|entry: &Entry| entry.key != "scorers");
                 expanded.push(with("scorers", Value::Array(scorers.clone())));
             }
-            // TRL's list of losses with weights: the preference loss and the NLL term.
-            ("loss_type", Value::Array(losses)) => {
+            _ if lists_losses(entry) => {
                 let weights = entries.iter().find(|entry| entry.key == "loss_weights");
-                for (at, loss) in losses.iter().enumerate() {
-                    if loss == "sft" {
-                        let weight = weights.and_then(|weights| weights.value.get(at)).cloned();
-                        expanded.push(with("sft_loss_weight", weight.unwrap_or(Value::from(1.0))));
-                    } else {
-                        expanded.push(with("loss_type", loss.clone()));
-                    }
-                }
+                expanded.extend(losses(entry, weights)?);
             }
-            ("loss_weights", _) if has("loss_type") => {}
+            ("loss_weights", Value::Array(_)) if losses_listed => {}
             // axolotl and torchtune ask the opposite question.
             ("train_on_inputs" | "train_on_input" | "train_on_prompt", Value::Bool(all)) => {
                 expanded.push(with("assistant_only_loss", Value::Bool(!all)));
@@ -52,7 +52,45 @@ pub(super) fn expand(entries: &[Entry]) -> Vec<Entry> {
             _ => expanded.push(entry.clone()),
         }
     }
-    expanded
+    Ok(expanded)
+}
+
+/// TRL's list of losses with weights: the preference losses, and the weight of `sft` as a key of its own.
+fn losses(entry: &Entry, weights: Option<&Entry>) -> Result<Vec<Entry>> {
+    let listed = match &entry.value {
+        Value::Array(list) => list.clone(),
+        one => vec![one.clone()],
+    };
+    let given = weights.and_then(|weights| weights.value.as_array());
+    if let Some(given) = given.filter(|given| given.len() != listed.len()) {
+        let (weights, losses) = (given.len(), listed.len());
+        return Err(Error::usage(format!(
+            "`loss_weights` has {weights} entries for {losses} losses"
+        ))
+        .hint("one weight a loss, or none for 1 each"));
+    }
+    let (mut kept, mut kept_weights, mut expanded) = (Vec::new(), Vec::new(), Vec::new());
+    let with =
+        |key: &str, value: Value| Entry { key: key.to_owned(), value, place: entry.place.clone() };
+    for (at, loss) in listed.into_iter().enumerate() {
+        let weight = given.map_or(Value::from(1.0), |given| given[at].clone());
+        if loss == "sft" {
+            expanded.push(with("sft_loss_weight", weight));
+        } else {
+            kept.push(loss);
+            kept_weights.push(weight);
+        }
+    }
+    expanded.push(with("loss_type", Value::Array(kept)));
+    if let Some(weights) = weights {
+        let value = Value::Array(kept_weights);
+        expanded.push(Entry {
+            key: "loss_weights".to_owned(),
+            value,
+            place: weights.place.clone(),
+        });
+    }
+    Ok(expanded)
 }
 
 /// One value where a list is meant becomes a list of one; datasets and scorers written as text become tables.

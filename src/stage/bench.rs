@@ -5,7 +5,6 @@
 pub mod ceiling;
 mod parts;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -18,7 +17,7 @@ use crate::generate::engine::Prompt;
 use crate::generate::local::LocalModel;
 use crate::generate::sampling::Sampling;
 use crate::loss::Objective;
-use crate::loss::preference::Dpo;
+use crate::loss::preference::Preference;
 use crate::loss::reward::Reward;
 use crate::loss::sft::Sft;
 use crate::model::Precision;
@@ -243,14 +242,8 @@ fn sequence_tokens(tree: &Tree) -> usize {
 }
 
 /// The objective with the start as its reference.
-fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Dpo> {
-    let mut objective = Dpo {
-        beta: 0.1,
-        label_smoothing: 0.0,
-        sft_weight: 0.0,
-        mask_formatting_tokens: false,
-        reference: BTreeMap::new(),
-    };
+fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Preference> {
+    let mut objective = Preference::default();
     let scratch = tempfile::tempdir()?;
     let request = Request {
         model: &Transformer::new(&start.config, &settings.dtype.cast(start.weights.clone())?)?,
@@ -261,7 +254,7 @@ fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Dpo> {
         dir: Path::new(scratch.path()),
         events: &Silent,
     };
-    objective.reference = reference_logps(&request, &objective)?;
+    objective.reference = reference_logps(&request, objective.summing)?;
     Ok(objective)
 }
 

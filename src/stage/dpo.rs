@@ -1,82 +1,170 @@
-//! Direct Preference Optimization in the form of Llama 3 (section 4.1.4): formatting tokens masked on both sides, and
-//! the negative log-likelihood of the chosen response with a small weight.
+//! Preference optimization: DPO in the form of Llama 3 (section 4.1.4) by default, any of the losses of
+//! [`loss::preference`](crate::loss::preference) by `loss_type`.
+
+use std::collections::BTreeMap;
 
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
-use crate::data::examples::Examples;
+use crate::data::mismatch::add_mismatched;
 use crate::data::prepare::Rule;
+use crate::data::record::{Record, Row};
+use crate::data::tree::Tree;
 use crate::error::{Error, Result};
-use crate::loss::preference::Dpo;
+use crate::loss::Objective;
+use crate::loss::preference::{Preference, Unpaired};
 use crate::model::Transformer;
+use crate::model::checkpoint::Checkpoint;
 use crate::recipe::plan;
-use crate::train::reference::{Request, reference_logps};
+use crate::train::reference::{Logps, Request, reference_logps};
 use crate::train::{Data, Order};
 
-/// Trains the policy on pairs against a frozen reference, by default its own start. Input: a checkpoint and pairs.
-/// Output: `checkpoint/`.
+/// Trains the policy on preferences, against a frozen reference where a loss reads one: by default its own start.
+/// Input: a checkpoint and pairs, or labelled responses. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
-    if spec.loss_type != "sigmoid" {
-        return Err(Error::usage(format!("loss_type `{}` is not built yet", spec.loss_type))
-            .hint("use `sigmoid`"));
-    }
     let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
-    let rule = Rule::Pairs(spec.data.clone());
-    let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
-    let Data::Set(pairs) = &train else {
-        return Err(Error::usage("DPO cannot train on a stream").hint("leave `streaming` out"));
-    };
-    let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
+    let mut train = Labelled::read(context, &start, spec, &spec.datasets)?;
+    let mut held_out = Labelled::read(context, &start, spec, &spec.eval_datasets)?;
 
-    let reference = match spec.ref_model_name_or_path.as_str() {
-        "" => start.clone(),
-        other => training::load(context, other, &spec.chat_template)?,
-    };
-    let weights_hash = training::weights_sha256(&reference.weights)?;
-    // Plain tensors: no graph, no optimizer. Computed in the policy's type, so that equal weights give equal numbers.
-    let reference = reference.computed_in(spec.train.dtype)?;
-    let reference = Transformer::new(&reference.config, &reference.weights)?;
-    let objective = against(context, spec, (&reference, &weights_hash), pairs.as_ref())?;
-    let held_out_objective =
-        against(context, spec, (&reference, &weights_hash), held_out.as_ref())?;
-    drop(reference);
+    if spec.needs_reference() {
+        let reference = match spec.ref_model_name_or_path.as_str() {
+            "" => start.clone(),
+            other => training::load(context, other, &spec.chat_template)?,
+        };
+        let weights_hash = training::weights_sha256(&reference.weights)?;
+        // Plain tensors: no graph, no optimizer. Computed in the policy's type, so that equal weights give equal numbers.
+        let reference = reference.computed_in(spec.train.dtype)?;
+        let reference = Transformer::new(&reference.config, &reference.weights)?;
+        train.read_reference(context, spec, (&reference, &weights_hash))?;
+        held_out.read_reference(context, spec, (&reference, &weights_hash))?;
+    }
 
+    let Labelled { trees, method } = train;
     let work = Work {
         start,
-        objective: &objective,
-        train: &train,
-        eval: (&held_out_objective, held_out.as_ref()),
+        objective: method.objective(),
+        train: &Data::Set(Box::new(trees)),
+        eval: (held_out.method.objective(), &held_out.trees),
         samples: &[],
         settings: &spec.train,
     };
     training::fit(context, work)
 }
 
-/// The objective with the reference's log-probabilities of these pairs.
-fn against(
-    context: &StageContext<'_>,
-    spec: &plan::Dpo,
-    (model, weights_hash): (&Transformer, &str),
-    pairs: &dyn Examples,
-) -> Result<Dpo> {
-    let mut objective = Dpo {
-        beta: spec.beta,
-        label_smoothing: spec.label_smoothing,
-        sft_weight: spec.sft_loss_weight,
-        mask_formatting_tokens: spec.mask_formatting_tokens,
-        reference: std::collections::BTreeMap::new(),
-    };
-    if pairs.is_empty() {
-        return Ok(objective);
+/// What one dataset is trained with.
+enum Method {
+    Paired(Preference),
+    Unpaired(Unpaired),
+}
+
+impl Method {
+    fn of(spec: &plan::Dpo, rows: &[Row]) -> Result<Self> {
+        let (options, summing) = (spec.loss_options(), spec.summing());
+        let reference = BTreeMap::new();
+        if !rows.iter().any(|row| matches!(row.record, Record::Completion { .. })) {
+            let margins = rows.iter().enumerate();
+            let margins = margins.filter_map(|(at, row)| Some((at, row.margin?))).collect();
+            return Ok(Self::Paired(Preference {
+                losses: spec.losses(),
+                options,
+                sft_weight: spec.sft_loss_weight,
+                summing,
+                reference,
+                margins,
+            }));
+        }
+        match spec.losses()[..] {
+            [(loss, weight)] if loss.unpaired() && spec.sft_loss_weight <= 0.0 && weight > 0.0 => {
+                let labels = rows.iter().enumerate();
+                let labels = labels.filter_map(|(at, row)| Some((at, row.label().ok()?))).collect();
+                Ok(Self::Unpaired(Unpaired { loss, options, summing, labels, reference }))
+            }
+            _ => Err(Error::usage("single responses need one loss, `kto` or `apo_zero_unpaired`")
+                .at("`loss_type`")
+                .hint("pairs need `chosen` and `rejected`")),
+        }
     }
-    let request = Request {
-        model,
-        weights_hash,
-        pairs,
-        order: &Order::new(context.seed, pairs.len(), &spec.train),
-        settings: &spec.train,
-        dir: &context.dir,
-        events: context.events,
-    };
-    objective.reference = reference_logps(&request, &objective)?;
-    Ok(objective)
+
+    fn objective(&self) -> &dyn Objective {
+        match self {
+            Self::Paired(objective) => objective,
+            Self::Unpaired(objective) => objective,
+        }
+    }
+
+    /// Refuses a row that cannot be trained on.
+    fn check(&self, row: &Row, tree: &Tree) -> Result<()> {
+        match self {
+            Self::Paired(objective) => objective.check_tree(tree),
+            Self::Unpaired(objective) => {
+                row.label()?;
+                objective.check_tree(tree)
+            }
+        }
+    }
+
+    fn set_reference(&mut self, logps: Logps) {
+        match self {
+            Self::Paired(objective) => objective.reference = logps,
+            Self::Unpaired(objective) => objective.reference = logps,
+        }
+    }
+}
+
+/// Trees with their objective.
+struct Labelled {
+    trees: Vec<Tree>,
+    method: Method,
+}
+
+impl Labelled {
+    fn read(
+        context: &StageContext<'_>,
+        start: &Checkpoint,
+        spec: &plan::Dpo,
+        datasets: &[plan::Dataset],
+    ) -> Result<Self> {
+        if datasets.is_empty() {
+            return Ok(Self { trees: Vec::new(), method: Method::of(spec, &[])? });
+        }
+        let rows = training::rows(context, datasets, spec.data.on_bad_row)?;
+        let method = Method::of(spec, &rows)?;
+        let rule = match &method {
+            Method::Paired(_) => Rule::Pairs(spec.data.clone()),
+            Method::Unpaired(_) => Rule::Responses(spec.data.clone()),
+        };
+        let prepared = rule.trees(&rows, start.tokenizer()?)?;
+        let positions = start.config.max_position_embeddings;
+        let trees = training::checked(context, prepared, &rows, positions)?;
+        let usable = |tree: &Tree| method.check(&rows[tree.source], tree);
+        let mut trees = training::usable(context, trees, (&rows, spec.data.on_bad_row), &usable)?;
+        if spec.loss_type.iter().any(|loss| loss.needs_mismatched()) {
+            let longest = spec.data.max_length.unwrap_or(positions).min(positions);
+            add_mismatched(&mut trees, spec.train.examples_per_step(), longest);
+        }
+        Ok(Self { trees, method })
+    }
+
+    /// Computes the reference's log-probabilities, or reads them from the stage's directory.
+    fn read_reference(
+        &mut self,
+        context: &StageContext<'_>,
+        spec: &plan::Dpo,
+        (model, weights_hash): (&Transformer, &str),
+    ) -> Result<()> {
+        if self.trees.is_empty() {
+            return Ok(());
+        }
+        let request = Request {
+            model,
+            weights_hash,
+            pairs: &self.trees,
+            order: &Order::new(context.seed, self.trees.len(), &spec.train),
+            settings: &spec.train,
+            dir: &context.dir,
+            events: context.events,
+        };
+        let logps = reference_logps(&request, spec.summing())?;
+        self.method.set_reference(logps);
+        Ok(())
+    }
 }

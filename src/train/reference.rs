@@ -1,6 +1,8 @@
 //! Log-probabilities of the frozen reference, computed once, kept on disk, and checked for holes.
+//!
+//! One number a leaf: the chosen response's, the rejected one's, and those of responses to other prompts.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, safetensors};
@@ -10,9 +12,10 @@ use super::Settings;
 use super::order::Order;
 use crate::data::examples::Examples;
 use crate::data::forest::{Forest, micro_batches};
+use crate::data::tree::Tree;
 use crate::error::{Context, Error, Result};
 use crate::loss::Readout;
-use crate::loss::preference::{Dpo, PairLogps};
+use crate::loss::preference::Summing;
 use crate::model::transformer::Transformer;
 use crate::report::record::Events;
 use crate::store;
@@ -37,23 +40,23 @@ pub struct Request<'a> {
     pub events: &'a dyn Events,
 }
 
-/// Reads the cache, or computes and writes it. Keyed by the pairs' rows.
+/// Log-probabilities of each row's leaves, in the order of the tree.
+pub type Logps = BTreeMap<usize, Vec<f64>>;
+
+/// Reads the cache, or computes and writes it. Keyed by the trees' rows.
 ///
 /// # Errors
 /// A cached or computed value that is missing or not finite, named by its row.
-pub fn reference_logps(
-    request: &Request<'_>,
-    objective: &Dpo,
-) -> Result<BTreeMap<usize, PairLogps>> {
-    let path =
-        request.dir.join(format!("reference-{}.safetensors", &key(request, objective)?[..16]));
+pub fn reference_logps(request: &Request<'_>, summing: Summing) -> Result<Logps> {
+    let name = format!("reference-{}.safetensors", &key(request, summing)?[..16]);
+    let path = request.dir.join(name);
     if path.is_file() {
         return read(&path, request.pairs);
     }
-    // Filled with NaN first: a pair that no micro-batch visited cannot pass for a number.
-    let mut table: BTreeMap<usize, PairLogps> = sources(request.pairs)?
+    // Filled with NaN first: a response that no micro-batch visited cannot pass for a number.
+    let mut table: Logps = leaves(request.pairs)?
         .into_iter()
-        .map(|source| (source, PairLogps { chosen: f64::NAN, rejected: f64::NAN }))
+        .map(|(source, leaves)| (source, vec![f64::NAN; leaves]))
         .collect();
     let steps = request.order.steps_per_epoch();
     for step_index in 0..steps {
@@ -62,25 +65,27 @@ pub fn reference_logps(
         for range in micro_batches(&trees, request.settings.max_tokens_per_micro_batch) {
             let forest = Forest::pack(&trees[range])?;
             let logps = step::read(request.model, Readout::Logps, &forest)?;
-            for (source, pair) in forest.sources.iter().zip(objective.pair_logps(&forest, &logps)?)
-            {
-                table.insert(*source, pair);
+            let mut rows: Logps = BTreeMap::new();
+            for (leaf, response) in forest.leaves.iter().zip(summing.responses(&forest, &logps)) {
+                rows.entry(forest.sources[leaf.tree]).or_default().push(response.logp);
             }
+            table.extend(rows);
         }
         request.events.progress("reference", step_index as u64 + 1, steps as u64);
     }
     check(&table)?;
-    let values: Vec<f64> = table.values().flat_map(|pair| [pair.chosen, pair.rejected]).collect();
-    let tensor = Tensor::from_vec(values, (table.len(), 2), &Device::Cpu)?;
+    let values: Vec<f64> = table.values().flatten().copied().collect();
+    let count = values.len();
+    let tensor = Tensor::from_vec(values, count, &Device::Cpu)?;
     store::write_atomic(&path, &::safetensors::serialize([("logps", &tensor)], None)?)?;
     Ok(table)
 }
 
 /// Everything the numbers depend on.
-fn key(request: &Request<'_>, objective: &Dpo) -> Result<String> {
+fn key(request: &Request<'_>, summing: Summing) -> Result<String> {
     let mut hasher = Sha256::new();
     hasher.update(request.weights_hash);
-    hasher.update(format!("{:?}", (objective.mask_formatting_tokens, request.settings.dtype)));
+    hasher.update(format!("{:?}", (summing, request.settings.dtype)));
     hasher.update(request.settings.max_tokens_per_micro_batch.to_le_bytes());
     for step_index in 0..request.order.steps_per_epoch() {
         for tree in request.order.trees(step_index, request.pairs)? {
@@ -90,36 +95,43 @@ fn key(request: &Request<'_>, objective: &Dpo) -> Result<String> {
     Ok(store::hex(&hasher.finalize()))
 }
 
-/// The row of each pair.
-fn sources(pairs: &dyn Examples) -> Result<BTreeSet<usize>> {
-    pairs.trees().map(|tree| Ok(tree?.source)).collect()
+/// How many leaves the tree of each row has.
+fn leaves(pairs: &dyn Examples) -> Result<BTreeMap<usize, usize>> {
+    let of = |tree: Result<Tree>| -> Result<(usize, usize)> {
+        let tree = tree?;
+        Ok((tree.source, tree.leaves().len()))
+    };
+    pairs.trees().map(of).collect()
 }
 
-fn read(path: &Path, pairs: &dyn Examples) -> Result<BTreeMap<usize, PairLogps>> {
+fn read(path: &Path, pairs: &dyn Examples) -> Result<Logps> {
     let tensors = safetensors::load(path, &Device::Cpu).at(path.display())?;
-    let rows = sources(pairs)?;
+    let leaves = leaves(pairs)?;
+    let expected: usize = leaves.values().sum();
     let values = tensors
         .get("logps")
-        .filter(|tensor| tensor.dims() == [rows.len(), 2] && tensor.dtype() == DType::F64)
+        .filter(|tensor| tensor.dims() == [expected] && tensor.dtype() == DType::F64)
         .ok_or_else(|| {
             Error::run("not a cache of reference log-probabilities")
                 .at(path.display())
                 .hint("delete it")
         })?
-        .to_vec2::<f64>()?;
-    let table = rows
+        .to_vec1::<f64>()?;
+    let mut values = values.into_iter();
+    let table = leaves
         .into_iter()
-        .zip(values)
-        .map(|(row, pair)| (row, PairLogps { chosen: pair[0], rejected: pair[1] }))
+        .map(|(row, count)| (row, values.by_ref().take(count).collect()))
         .collect();
     check(&table).at(path.display()).hint("delete it")?;
     Ok(table)
 }
 
-fn check(table: &BTreeMap<usize, PairLogps>) -> Result<()> {
-    match table.iter().find(|(_, pair)| !(pair.chosen.is_finite() && pair.rejected.is_finite())) {
-        Some((row, pair)) => Err(Error::run(format!("reference log-probabilities are {pair:?}"))
-            .at(format!("row {row}"))),
+fn check(table: &Logps) -> Result<()> {
+    match table.iter().find(|(_, logps)| !logps.iter().all(|logp| logp.is_finite())) {
+        Some((row, logps)) => Err(Error::run(format!(
+            "reference log-probabilities are {logps:?}, expected finite numbers"
+        ))
+        .at(format!("row {row}"))),
         None => Ok(()),
     }
 }

@@ -1,0 +1,100 @@
+//! Losses that look at the whole optimizer step: their statistics, and what one pair adds given them.
+//!
+//! The statistics are taken before the first backward pass over all pairs of the step, however it is cut into
+//! micro-batches, and are constants to the gradient, as in TRL.
+
+use super::pairwise::smoothed;
+use super::{LossOptions, Pair, PairLoss, PreferenceLoss};
+
+impl PreferenceLoss {
+    /// The step's statistic: nothing for losses that are not coupled; the mean reward for `bco`; the KL estimate for
+    /// `kto`, from the log-ratios of `mismatched` responses; two sorted lists for `aot`.
+    pub fn statistics(self, pairs: &[Pair], mismatched: &[f64], options: &LossOptions) -> Vec<f64> {
+        let count = pairs.len().max(1) as f64;
+        match self {
+            Self::Bco => {
+                let rewards = pairs.iter().map(|pair| {
+                    let ratios = pair.log_ratios();
+                    0.5 * options.beta * (ratios.chosen + ratios.rejected)
+                });
+                vec![rewards.sum::<f64>() / count]
+            }
+            Self::Kto => vec![kl_estimate(mismatched)],
+            Self::Aot => sorted_lists(
+                pairs.iter().map(|pair| pair.policy.gap()),
+                pairs.iter().map(|pair| pair.reference.gap()),
+            ),
+            Self::AotUnpaired => sorted_lists(
+                pairs.iter().map(|pair| pair.log_ratios().chosen),
+                pairs.iter().map(|pair| pair.log_ratios().rejected),
+            ),
+            _ => Vec::new(),
+        }
+    }
+
+    /// How many numbers [`statistics`](Self::statistics) returns for a step of `pairs` pairs.
+    pub(super) fn statistics_len(self, pairs: usize) -> usize {
+        match self {
+            Self::Bco | Self::Kto => 1,
+            Self::Aot | Self::AotUnpaired => 2 * pairs,
+            _ => 0,
+        }
+    }
+}
+
+/// `KL(π ‖ π_ref)` of the step, in nats: the mean log-ratio of responses to other prompts, not below 0.
+pub(super) fn kl_estimate(mismatched: &[f64]) -> f64 {
+    (mismatched.iter().sum::<f64>() / mismatched.len().max(1) as f64).max(0.0)
+}
+
+/// The one number of `bco` and `kto`.
+pub(super) fn shift(statistics: &[f64]) -> f64 {
+    statistics.first().copied().unwrap_or(0.0)
+}
+
+fn sorted_lists(first: impl Iterator<Item = f64>, second: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut first: Vec<f64> = first.collect();
+    let mut second: Vec<f64> = second.collect();
+    first.sort_by(f64::total_cmp);
+    second.sort_by(f64::total_cmp);
+    first.append(&mut second);
+    first
+}
+
+/// AOT: the k-th smallest of one list against the k-th smallest of the other, `−ln σ(β (a_k − b_k))`.
+pub(super) fn aot(
+    loss: PreferenceLoss,
+    pair: &Pair,
+    statistics: &[f64],
+    options: &LossOptions,
+) -> PairLoss {
+    let (first, second) = statistics.split_at(statistics.len() / 2);
+    let at = |rank: usize| {
+        let (value, slope) =
+            smoothed(options.beta * (first[rank] - second[rank]), options.label_smoothing);
+        (value, options.beta * slope)
+    };
+    if loss == PreferenceLoss::Aot {
+        let (value, slope) = over_ranks(first, pair.policy.gap(), at);
+        return PairLoss { loss: value, d_chosen: slope, d_rejected: -slope };
+    }
+    let ratios = pair.log_ratios();
+    let (value, up) = over_ranks(first, ratios.chosen, at);
+    let (_, down) = over_ranks(second, ratios.rejected, at);
+    PairLoss { loss: value, d_chosen: up, d_rejected: -down }
+}
+
+/// The mean of `at` over the ranks that `value` holds in a sorted list. Equal values share their ranks: which of them
+/// comes first is an accident of the sort.
+fn over_ranks(list: &[f64], value: f64, at: impl Fn(usize) -> (f64, f64)) -> (f64, f64) {
+    let low = list.partition_point(|other| *other < value);
+    let high = list.partition_point(|other| *other <= value);
+    let count = (high - low) as f64;
+    let (mut loss, mut slope) = (0.0, 0.0);
+    for rank in low..high {
+        let (one, d) = at(rank);
+        loss += one / count;
+        slope += d / count;
+    }
+    (loss, slope)
+}

@@ -1,0 +1,344 @@
+//! Preference losses on the log-probabilities of a chosen and a rejected response.
+//!
+//! [`PreferenceLoss`] names the losses as TRL does and says what each of them needs. `pairwise` has those that look at one
+//! pair alone, `coupled` those that look at the whole optimizer step, `divergence` the f-divergences that turn
+//! log-ratios into scores. [`Preference`] applies any number of them at once to the pairs of a forest, [`Unpaired`] the
+//! KTO family to single labelled responses. What is tested how stands in `docs/losses.md`.
+//!
+//! Conventions: log-probabilities are natural logarithms, summed over the tokens that [`Summing`] lets in; a *log-ratio*
+//! is `log π(y|x) − log π_ref(y|x)`, a *reward* `β` times it. A length is the number of those same tokens. Rewards that
+//! are logged are never divided by a length (TRL 1.16).
+
+mod coupled;
+mod divergence;
+mod objective;
+mod pairwise;
+mod summing;
+mod unpaired;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+pub use divergence::FDivergence;
+pub use objective::Preference;
+pub use summing::{Response, Summing};
+pub use unpaired::Unpaired;
+
+/// One number for each side of a pair.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sides {
+    /// Of the preferred response.
+    pub chosen: f64,
+    /// Of the other.
+    pub rejected: f64,
+}
+
+impl Sides {
+    /// Chosen less rejected.
+    pub fn gap(self) -> f64 {
+        self.chosen - self.rejected
+    }
+}
+
+/// What a loss is told of one pair.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Pair {
+    /// The policy's log-probabilities, each summed over its response's tokens.
+    pub policy: Sides,
+    /// The reference's, under the same mask; zeros where no loss reads them.
+    pub reference: Sides,
+    /// Tokens in each sum.
+    pub lengths: Sides,
+    /// By how much an annotator or a reward model scored the chosen response higher (column `margin`).
+    pub margin: f64,
+}
+
+impl Pair {
+    /// Log-ratios of both sides.
+    pub fn log_ratios(&self) -> Sides {
+        Sides {
+            chosen: self.policy.chosen - self.reference.chosen,
+            rejected: self.policy.rejected - self.reference.rejected,
+        }
+    }
+}
+
+/// One pair's loss and its slopes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PairLoss {
+    /// Value.
+    pub loss: f64,
+    /// Slope with respect to the policy's chosen log-probability.
+    pub d_chosen: f64,
+    /// Slope with respect to the policy's rejected log-probability.
+    pub d_rejected: f64,
+}
+
+/// Constants of the losses, named as in TRL.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LossOptions {
+    /// Strength of the tie to the reference; the regularisation `τ` of IPO, the temperature of CPO and SimPO, the
+    /// weight of ORPO's odds ratio.
+    pub beta: f64,
+    /// Share `ε` of labels taken to be wrong.
+    pub label_smoothing: f64,
+    /// How a log-ratio becomes a score.
+    pub divergence: FDivergence,
+    /// Coefficient `α` of the α-divergence.
+    pub alpha: f64,
+    /// SimPO's target margin `γ`.
+    pub simpo_gamma: f64,
+    /// DiscoPOP's temperature `τ`.
+    pub discopop_tau: f64,
+    /// RPO's scale `η` of the column `margin`.
+    pub gt_reward_scale: f64,
+    /// KTO's weight of desirable responses.
+    pub desirable_weight: f64,
+    /// KTO's weight of undesirable responses.
+    pub undesirable_weight: f64,
+}
+
+impl Default for LossOptions {
+    fn default() -> Self {
+        Self {
+            beta: 0.1,
+            label_smoothing: 0.0,
+            divergence: FDivergence::ReverseKl,
+            alpha: 1.0,
+            simpo_gamma: 0.5,
+            discopop_tau: 0.05,
+            gt_reward_scale: 1.0,
+            desirable_weight: 1.0,
+            undesirable_weight: 1.0,
+        }
+    }
+}
+
+/// The preference losses. Names are TRL's where TRL has the loss; aliases are other trainers'.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PreferenceLoss {
+    /// DPO, `−ln σ(βΔ)` (Rafailov et al., 2023, equation 7); with label smoothing cDPO (Mitchell, 2023).
+    #[serde(alias = "dpo")]
+    Sigmoid,
+    /// DPO on log-ratios a token (Tulu 3, section 5.1.1; length-normalised DPO).
+    #[serde(alias = "dpo_norm")]
+    SigmoidNorm,
+    /// `max(0, 1 − βΔ)` (SLiC, Zhao et al., 2023; RSO, Liu et al., 2023).
+    #[serde(alias = "rso", alias = "slic")]
+    Hinge,
+    /// `(Δ − 1/2β)²` on log-ratios a token (Azar et al., 2023, equation 17).
+    Ipo,
+    /// Unbiased under flipped labels (Chowdhury et al., 2024).
+    Robust,
+    /// `KL(p_θ ‖ p_labels)` over the two responses (Ji et al., 2024, equation 16).
+    #[serde(alias = "exo")]
+    ExoPair,
+    /// Noise contrastive alignment (Chen et al., 2024).
+    #[serde(alias = "nca")]
+    NcaPair,
+    /// Binary classification of each side without a shift: what TRL 1.16 calls `bco_pair`.
+    BcoPair,
+    /// Binary classifier optimisation (Jung et al., 2024) with its reward shift, the mean reward of the step.
+    Bco,
+    /// Self-play preference optimisation with hard labels (Wu et al., 2024).
+    #[serde(alias = "sppo")]
+    SppoHard,
+    /// Anchored preference optimisation, for chosen responses better than the policy (D'Oosterlinck et al., 2024,
+    /// equation 7).
+    ApoZero,
+    /// The same for chosen responses worse than the policy (equation 8).
+    ApoDown,
+    /// Alignment by optimal transport: sorted preference gaps of policy and reference (Melnyk et al., 2024).
+    #[serde(alias = "aot_pair", alias = "aot_paired")]
+    Aot,
+    /// The same on sorted log-ratios of chosen and rejected responses.
+    AotUnpaired,
+    /// Log-ratio modulated loss (Lu et al., 2024, equation 5).
+    Discopop,
+    /// Reward-aware preference optimisation, `KL(σ(ηr) ‖ σ(βΔ))` (Nemotron-4 340B, 2024; as in NeMo-Aligner).
+    #[serde(alias = "rpo")]
+    RpoBwdKl,
+    /// The same with `KL(σ(βΔ) ‖ σ(ηr))`.
+    RpoFwdKl,
+    /// Kahneman-Tversky optimisation (Ethayarajh et al., 2024, equation 7) with its KL estimate.
+    #[serde(alias = "kto_pair")]
+    Kto,
+    /// Each side anchored at zero: KTO without its KL estimate (TRL's KTO trainer).
+    ApoZeroUnpaired,
+    /// `−ln σ(β (log π_c − log π_r))` without a reference (Xu et al., 2024, equation 3).
+    Cpo,
+    /// CPO on log-probabilities a token with a margin `γ` (Meng et al., 2024).
+    Simpo,
+    /// `−β ln σ` of the log odds ratio (Hong et al., 2024, equation 7); its NLL is the term `sft`.
+    Orpo,
+}
+
+impl PreferenceLoss {
+    /// Every loss, in the order of the documentation.
+    pub const ALL: [Self; 22] = [
+        Self::Sigmoid,
+        Self::SigmoidNorm,
+        Self::Hinge,
+        Self::Ipo,
+        Self::Robust,
+        Self::ExoPair,
+        Self::NcaPair,
+        Self::BcoPair,
+        Self::Bco,
+        Self::SppoHard,
+        Self::ApoZero,
+        Self::ApoDown,
+        Self::Aot,
+        Self::AotUnpaired,
+        Self::Discopop,
+        Self::RpoBwdKl,
+        Self::RpoFwdKl,
+        Self::Kto,
+        Self::ApoZeroUnpaired,
+        Self::Cpo,
+        Self::Simpo,
+        Self::Orpo,
+    ];
+
+    /// Its name in recipes and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sigmoid => "sigmoid",
+            Self::SigmoidNorm => "sigmoid_norm",
+            Self::Hinge => "hinge",
+            Self::Ipo => "ipo",
+            Self::Robust => "robust",
+            Self::ExoPair => "exo_pair",
+            Self::NcaPair => "nca_pair",
+            Self::BcoPair => "bco_pair",
+            Self::Bco => "bco",
+            Self::SppoHard => "sppo_hard",
+            Self::ApoZero => "apo_zero",
+            Self::ApoDown => "apo_down",
+            Self::Aot => "aot",
+            Self::AotUnpaired => "aot_unpaired",
+            Self::Discopop => "discopop",
+            Self::RpoBwdKl => "rpo_bwd_kl",
+            Self::RpoFwdKl => "rpo_fwd_kl",
+            Self::Kto => "kto",
+            Self::ApoZeroUnpaired => "apo_zero_unpaired",
+            Self::Cpo => "cpo",
+            Self::Simpo => "simpo",
+            Self::Orpo => "orpo",
+        }
+    }
+
+    /// Whether it reads the reference's log-probabilities.
+    pub fn needs_reference(self) -> bool {
+        !matches!(self, Self::Cpo | Self::Simpo | Self::Orpo)
+    }
+
+    /// Whether it reads the column `margin`.
+    pub fn needs_margin(self) -> bool {
+        matches!(self, Self::RpoBwdKl | Self::RpoFwdKl)
+    }
+
+    /// Whether it needs, beside each response, one that answers another prompt (KTO's KL estimate).
+    pub fn needs_mismatched(self) -> bool {
+        self == Self::Kto
+    }
+
+    /// Whether it can be taken of one labelled response, without a pair.
+    pub fn unpaired(self) -> bool {
+        matches!(self, Self::Kto | Self::ApoZeroUnpaired)
+    }
+
+    /// Whether a pair's loss depends on the other pairs of its step.
+    pub fn coupled(self) -> bool {
+        matches!(self, Self::Kto | Self::Bco | Self::Aot | Self::AotUnpaired)
+    }
+
+    /// Whether `label_smoothing` changes it.
+    pub fn reads_label_smoothing(self) -> bool {
+        matches!(
+            self,
+            Self::Sigmoid
+                | Self::SigmoidNorm
+                | Self::Robust
+                | Self::ExoPair
+                | Self::Aot
+                | Self::AotUnpaired
+                | Self::Cpo
+                | Self::Simpo
+        )
+    }
+
+    /// Whether the f-divergence changes it: the others are defined on log-ratios themselves.
+    pub fn reads_divergence(self) -> bool {
+        matches!(
+            self,
+            Self::Sigmoid
+                | Self::SigmoidNorm
+                | Self::Hinge
+                | Self::Ipo
+                | Self::Robust
+                | Self::ExoPair
+                | Self::Discopop
+        )
+    }
+}
+
+impl LossOptions {
+    /// Refuses constants that the given losses cannot be taken with, or that none of them reads.
+    ///
+    /// # Errors
+    /// Names the key, its value and what was expected.
+    pub fn check(&self, losses: &[PreferenceLoss]) -> Result<()> {
+        let refuse = |key: &str, value: f64, expected: &str| {
+            Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
+        };
+        let names = || losses.iter().map(|loss| loss.name()).collect::<Vec<_>>().join(", ");
+        for (key, value) in [
+            ("beta", self.beta),
+            ("gt_reward_scale", self.gt_reward_scale),
+            ("desirable_weight", self.desirable_weight),
+            ("undesirable_weight", self.undesirable_weight),
+        ] {
+            if !value.is_finite() || value <= 0.0 {
+                return refuse(key, value, "more than 0");
+            }
+        }
+        if !self.simpo_gamma.is_finite() || self.simpo_gamma < 0.0 {
+            return refuse("simpo_gamma", self.simpo_gamma, "0 or more");
+        }
+        // Above 1 the exponential wins over the modulation and a hopeless pair has an infinite loss.
+        if !(self.discopop_tau > 0.0 && self.discopop_tau <= 1.0) {
+            return refuse("discopop_tau", self.discopop_tau, "more than 0 and at most 1");
+        }
+        let smoothing = self.label_smoothing;
+        if !(0.0..0.5).contains(&smoothing) {
+            return refuse("label_smoothing", smoothing, "0 or more and less than 0.5");
+        }
+        if smoothing > 0.0 && !losses.iter().any(|loss| loss.reads_label_smoothing()) {
+            return refuse(
+                "label_smoothing",
+                smoothing,
+                &format!("0: {} does not read it", names()),
+            );
+        }
+        if smoothing <= 0.0 && losses.contains(&PreferenceLoss::ExoPair) {
+            return refuse("label_smoothing", smoothing, "more than 0 for `exo_pair`")
+                .map_err(|error| error.hint("the paper takes 0.001"));
+        }
+        if self.divergence != FDivergence::ReverseKl
+            && !losses.iter().any(|loss| loss.reads_divergence())
+        {
+            return Err(Error::usage(format!(
+                "`f_divergence_type` is written, but {} does not read it",
+                names()
+            ))
+            .hint("leave it out"));
+        }
+        if !self.alpha.is_finite() {
+            return refuse("f_alpha_divergence_coef", self.alpha, "a finite number");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,402 @@
+//! The settings of a `dpo` stage: which preference losses with which constants, and the presets that set several keys
+//! at once.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::plan::Dataset;
+use crate::data::prepare::PairOptions;
+use crate::error::{Error, Result};
+use crate::loss::preference::{FDivergence, LossOptions, PreferenceLoss, Summing};
+use crate::train::Settings;
+
+/// `dpo`: preference optimization. Writes `checkpoint/`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Dpo {
+    /// Published settings to begin from; every other written key wins over them.
+    pub preset: Option<Preset>,
+    /// The policy's start.
+    pub model_name_or_path: String,
+    /// The frozen reference; empty is the policy's start. Losses without a reference load none.
+    pub ref_model_name_or_path: String,
+    /// Preferences to learn; for `kto` and `apo_zero_unpaired` also `prompt`, `completion` and `label`.
+    pub datasets: Vec<Dataset>,
+    /// Preferences to evaluate on; may be empty.
+    pub eval_datasets: Vec<Dataset>,
+    /// How rows become tokens.
+    pub data: PairOptions,
+    /// A built-in chat template or a Jinja file, for models that have none; empty keeps the model's own.
+    pub chat_template: String,
+    /// How to train.
+    pub train: Settings,
+    /// The preference losses, added up. A written list is the whole loss: `sft` in it is the NLL of the chosen side.
+    pub loss_type: Vec<PreferenceLoss>,
+    /// One weight a loss; none is 1 for each.
+    pub loss_weights: Vec<f64>,
+    /// Strength of the tie to the reference.
+    pub beta: f64,
+    /// Share of labels taken to be wrong.
+    pub label_smoothing: f64,
+    /// Weight of the chosen side's NLL term (`rpo_alpha`); Llama 3 uses 0.2. 0 where `loss_type` is written without it.
+    pub sft_loss_weight: f64,
+    /// Leave the tokens that the template, not the content, produced out of the preference term (Llama 3, 4.1.4).
+    pub mask_formatting_tokens: bool,
+    /// How a log-ratio becomes a score.
+    pub f_divergence_type: FDivergence,
+    /// Coefficient of `alpha_divergence`.
+    pub f_alpha_divergence_coef: f64,
+    /// Weight of tokens beyond the length of a pair's shorter response (LD-DPO); 1 is off.
+    pub ld_alpha: f64,
+    /// SimPO's target margin.
+    pub simpo_gamma: f64,
+    /// DiscoPOP's temperature.
+    pub discopop_tau: f64,
+    /// RPO's scale of the column `margin`.
+    pub gt_reward_scale: f64,
+    /// KTO's weight of desirable responses.
+    pub desirable_weight: f64,
+    /// KTO's weight of undesirable responses.
+    pub undesirable_weight: f64,
+}
+
+impl Default for Dpo {
+    fn default() -> Self {
+        let LossOptions {
+            beta,
+            label_smoothing,
+            divergence,
+            alpha,
+            simpo_gamma,
+            discopop_tau,
+            gt_reward_scale,
+            desirable_weight,
+            undesirable_weight,
+        } = LossOptions::default();
+        Self {
+            preset: None,
+            model_name_or_path: String::new(),
+            ref_model_name_or_path: String::new(),
+            datasets: Vec::new(),
+            eval_datasets: Vec::new(),
+            data: PairOptions::default(),
+            chat_template: String::new(),
+            train: Settings::default(),
+            loss_type: vec![PreferenceLoss::Sigmoid],
+            loss_weights: Vec::new(),
+            beta,
+            label_smoothing,
+            sft_loss_weight: 0.2,
+            mask_formatting_tokens: true,
+            f_divergence_type: divergence,
+            f_alpha_divergence_coef: alpha,
+            ld_alpha: 1.0,
+            simpo_gamma,
+            discopop_tau,
+            gt_reward_scale,
+            desirable_weight,
+            undesirable_weight,
+        }
+    }
+}
+
+impl Dpo {
+    /// The constants of the losses.
+    pub fn loss_options(&self) -> LossOptions {
+        LossOptions {
+            beta: self.beta,
+            label_smoothing: self.label_smoothing,
+            divergence: self.f_divergence_type,
+            alpha: self.f_alpha_divergence_coef,
+            simpo_gamma: self.simpo_gamma,
+            discopop_tau: self.discopop_tau,
+            gt_reward_scale: self.gt_reward_scale,
+            desirable_weight: self.desirable_weight,
+            undesirable_weight: self.undesirable_weight,
+        }
+    }
+
+    /// Which tokens enter.
+    pub fn summing(&self) -> Summing {
+        Summing { mask_formatting_tokens: self.mask_formatting_tokens, ld_alpha: self.ld_alpha }
+    }
+
+    /// The losses with their weights.
+    pub fn losses(&self) -> Vec<(PreferenceLoss, f64)> {
+        let weight = |at: usize| self.loss_weights.get(at).copied().unwrap_or(1.0);
+        self.loss_type.iter().enumerate().map(|(at, loss)| (*loss, weight(at))).collect()
+    }
+
+    /// Whether any loss reads the reference.
+    pub fn needs_reference(&self) -> bool {
+        self.loss_type.iter().any(|loss| loss.needs_reference())
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        if self.train.streaming {
+            return Err(Error::usage("`streaming` is true, expected false")
+                .hint("the reference reads every pair before DPO begins"));
+        }
+        let refuse = |key: &str, value: f64, expected: &str| {
+            Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
+        };
+        let (losses, weights) = (self.loss_type.len(), self.loss_weights.len());
+        if weights != 0 && weights != losses {
+            return Err(Error::usage(format!(
+                "`loss_weights` has {weights} entries for {losses} losses"
+            ))
+            .hint("one weight a loss, or none for 1 each"));
+        }
+        if let Some(weight) = self.loss_weights.iter().find(|w| !w.is_finite() || **w < 0.0) {
+            return refuse("loss_weights", *weight, "0 or more");
+        }
+        if !self.sft_loss_weight.is_finite() || self.sft_loss_weight < 0.0 {
+            return refuse("sft_loss_weight", self.sft_loss_weight, "0 or more");
+        }
+        let active = self.losses().iter().any(|(_, weight)| *weight > 0.0);
+        if !active && self.sft_loss_weight <= 0.0 {
+            return Err(Error::usage("`loss_type` leaves nothing to train")
+                .hint("name a loss, with a weight above 0"));
+        }
+        for (at, loss) in self.loss_type.iter().enumerate() {
+            if self.loss_type[..at].contains(loss) {
+                return Err(Error::usage(format!("`loss_type` names `{}` twice", loss.name()))
+                    .hint("give one of them the sum of the weights"));
+            }
+        }
+        if !(0.0..=1.0).contains(&self.ld_alpha) {
+            return refuse("ld_alpha", self.ld_alpha, "from 0 to 1");
+        }
+        if self.ld_alpha < 1.0 && self.loss_type.iter().any(|loss| loss.unpaired()) {
+            return refuse("ld_alpha", self.ld_alpha, "1: it compares the two sides of a pair");
+        }
+        if !self.ref_model_name_or_path.is_empty() && !self.needs_reference() {
+            return Err(Error::usage(format!(
+                "`ref_model_name_or_path` is \"{}\", but no loss reads a reference",
+                self.ref_model_name_or_path
+            ))
+            .hint("leave it out"));
+        }
+        self.loss_options().check(&self.loss_type)
+    }
+
+    /// What is allowed, and worth knowing before an expensive run.
+    pub(super) fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        let (rate, pairs) = (self.train.learning_rate, self.train.examples_per_step());
+        if self.preset.is_some() && rate > 5e-6 {
+            notes.push(format!(
+                "`learning_rate` is {rate:e} at {pairs} pairs a step: the Llama 3 paper's 1e-5 belongs to a batch that \
+                 it does not publish; open recipes take 5e-7 (8B) and 2e-7 (70B) at 128"
+            ));
+        }
+        if self.loss_type.contains(&PreferenceLoss::SigmoidNorm) && self.beta < 1.0 {
+            notes.push(format!(
+                "`beta` is {} with `sigmoid_norm`: log-ratios a token are small, Tulu 3 takes 5",
+                self.beta
+            ));
+        }
+        if self.beta > 1.0 && self.loss_type == [PreferenceLoss::Sigmoid] {
+            notes.push(format!(
+                "`beta` is {} with `sigmoid`: values above 1 belong to losses a token (`sigmoid_norm`, `simpo`)",
+                self.beta
+            ));
+        }
+        notes
+    }
+}
+
+/// Settings that somebody published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Preset {
+    /// Llama 3, section 4.1.4: `sigmoid` with β 0.1, formatting tokens masked on both sides, 0.2 of the chosen side's
+    /// NLL. The paper's learning rate, 1e-5, belongs to a batch that it does not publish: 5e-7 at 128 pairs instead.
+    Llama3,
+    /// Tulu 3, table 20: log-ratios a token (`sigmoid_norm`) with β 5, 128 pairs a step, 2048 tokens, 5e-7 (8B).
+    Tulu3,
+}
+
+impl Preset {
+    /// What it says of each key, by section.
+    fn values(self) -> Value {
+        let train = json!({
+            "learning_rate": 5e-7,
+            "lr_scheduler_type": "linear",
+            "warmup_ratio": 0.1,
+            "num_train_epochs": 1.0,
+            "per_device_train_batch_size": 128,
+        });
+        match self {
+            Self::Llama3 => json!({
+                "loss_type": ["sigmoid"], "beta": 0.1, "sft_loss_weight": 0.2,
+                "mask_formatting_tokens": true, "train": train,
+            }),
+            Self::Tulu3 => json!({
+                "loss_type": ["sigmoid_norm"], "beta": 5.0, "sft_loss_weight": 0.0,
+                "mask_formatting_tokens": false, "train": train, "data": {"max_length": 2048},
+            }),
+        }
+    }
+}
+
+/// Puts the defaults that depend on written keys into the defaults of a stage: the preset's values, and no NLL term
+/// where the losses are written without one.
+///
+/// # Errors
+/// An unknown preset.
+pub(super) fn dependent_defaults<'a>(
+    defaults: &mut Value,
+    written: impl Fn(&str) -> Option<&'a Value>,
+) -> Result<()> {
+    if let Some(name) = written("preset") {
+        let preset: Preset = serde_json::from_value(name.clone())
+            .map_err(|error| super::resolve::misread(&error.to_string()).at("`preset`"))?;
+        merge(defaults, preset.values());
+    }
+    if written("loss_type").is_some() {
+        defaults["sft_loss_weight"] = Value::from(0.0);
+    }
+    Ok(())
+}
+
+/// Writes the leaves of `values` into `object`.
+fn merge(object: &mut Value, values: Value) {
+    match values {
+        Value::Object(table) => {
+            for (key, value) in table {
+                merge(&mut object[key], value);
+            }
+        }
+        leaf => *object = leaf,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::recipe::file::RecipeFile;
+    use crate::recipe::plan::Spec;
+    use crate::recipe::resolve::{Resolved, resolve};
+
+    fn plan(keys: &str) -> Result<Resolved> {
+        let text = format!(
+            "[[stage]]\nkind = 'dpo'\nmodel_name_or_path = 'src'\ndatasets = 'src/lib.rs'\n{keys}\n"
+        );
+        resolve(&RecipeFile::parse(&text, Path::new("r.toml"))?, None)
+    }
+
+    fn dpo(keys: &str) -> Dpo {
+        match plan(keys).unwrap().plan.steps.remove(0).spec {
+            Spec::Dpo(dpo) => dpo,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[track_caller]
+    fn refuses(keys: &str, expected: &str) {
+        assert_eq!(format!("{:?}", plan(keys).unwrap_err()), expected);
+    }
+
+    #[test]
+    fn without_a_word_the_loss_is_llama_3s_and_a_written_loss_is_the_whole_loss() {
+        use PreferenceLoss::{Hinge, Ipo, Sigmoid};
+        let shown = |keys: &str| {
+            let dpo = dpo(keys);
+            (dpo.losses(), dpo.sft_loss_weight)
+        };
+        assert_eq!(shown(""), (vec![(Sigmoid, 1.0)], 0.2));
+        assert_eq!(shown("loss_type = 'ipo'"), (vec![(Ipo, 1.0)], 0.0));
+        assert_eq!(shown("rpo_alpha = 0.5"), (vec![(Sigmoid, 1.0)], 0.5));
+        assert_eq!(shown("loss_type = 'dpo'\nrpo_alpha = 1"), (vec![(Sigmoid, 1.0)], 1.0));
+        assert_eq!(
+            shown("pref_loss = ['sft', 'hinge', 'ipo']\nloss_weights = [0.3, 1, 2.5]"),
+            (vec![(Hinge, 1.0), (Ipo, 2.5)], 0.3)
+        );
+        assert_eq!(shown("loss_type = 'sft'"), (vec![], 1.0));
+    }
+
+    #[test]
+    fn presets_set_what_was_published_and_written_keys_win() {
+        let tulu = dpo("preset = 'tulu3'");
+        assert_eq!(tulu.losses(), [(PreferenceLoss::SigmoidNorm, 1.0)]);
+        let shown = (tulu.beta, tulu.train.learning_rate, tulu.train.examples_per_step());
+        assert_eq!(format!("{shown:?}"), "(5.0, 5e-7, 128)");
+        assert_eq!((tulu.data.max_length, tulu.mask_formatting_tokens), (Some(2048), false));
+        let llama = dpo("preset = 'llama3'\nbeta = 0.2\nlr = 1e-6");
+        let shown = (llama.beta, llama.train.learning_rate, llama.sft_loss_weight);
+        assert_eq!(format!("{shown:?}"), "(0.2, 1e-6, 0.2)");
+        assert!(llama.mask_formatting_tokens);
+        assert!(plan("preset = 'llama3'").unwrap().notes.is_empty());
+    }
+
+    #[test]
+    fn settings_that_are_likely_mistakes_are_noted() {
+        let notes = |keys: &str| plan(keys).unwrap().notes.join("; ");
+        assert_eq!(
+            notes("preset = 'llama3'\nlearning_rate = 1e-5"),
+            "stage `dpo`: `learning_rate` is 1e-5 at 128 pairs a step: the Llama 3 paper's 1e-5 belongs to a batch \
+             that it does not publish; open recipes take 5e-7 (8B) and 2e-7 (70B) at 128"
+        );
+        assert_eq!(
+            notes("loss_type = 'sigmoid_norm'"),
+            "stage `dpo`: `beta` is 0.1 with `sigmoid_norm`: log-ratios a token are small, Tulu 3 takes 5"
+        );
+        assert_eq!(
+            notes("loss_type = 'sigmoid'\nbeta = 5.0"),
+            "stage `dpo`: `beta` is 5 with `sigmoid`: values above 1 belong to losses a token (`sigmoid_norm`, `simpo`)"
+        );
+    }
+
+    #[test]
+    fn losses_that_cannot_be_taken_are_refused() {
+        refuses(
+            "loss_type = ['sigmoid', 'sft']\nloss_weights = [1, 0.2, 3]",
+            "r.toml:6: stage `dpo`: `loss_weights` has 3 entries for 2 losses (hint: one weight a loss, or none for 1 each)",
+        );
+        refuses(
+            "loss_type = 'ipo'\nloss_weights = [1, 2]",
+            "r.toml:6: stage `dpo`: `loss_weights` has 2 entries for 1 losses (hint: one weight a loss, or none for 1 each)",
+        );
+        refuses(
+            "loss_type = ['ipo', 'ipo']",
+            "r.toml:5: stage `dpo`: `loss_type` names `ipo` twice (hint: give one of them the sum of the weights)",
+        );
+        refuses(
+            "loss_type = 'ipo'\nloss_weights = [0]",
+            "r.toml:5: stage `dpo`: `loss_type` leaves nothing to train (hint: name a loss, with a weight above 0)",
+        );
+        refuses(
+            "loss_type = ['simpo', 'orpo']\nref_model = 'src'",
+            "r.toml:6: stage `dpo`: `ref_model_name_or_path` is \"src\", but no loss reads a reference (hint: leave it out)",
+        );
+        refuses(
+            "loss_type = 'hinge'\nlabel_smoothing = 0.1",
+            "r.toml:6: stage `dpo`: `label_smoothing` is 0.1, expected 0: hinge does not read it",
+        );
+        refuses(
+            "loss_type = 'exo_pair'",
+            "r.toml:1: stage `dpo`: `label_smoothing` is 0, expected more than 0 for `exo_pair` (hint: the paper takes 0.001)",
+        );
+        refuses(
+            "loss_type = 'kto'\nld_alpha = 0.5",
+            "r.toml:6: stage `dpo`: `ld_alpha` is 0.5, expected 1: it compares the two sides of a pair",
+        );
+        refuses(
+            "loss_type = 'nca'\nf_divergence_type = 'js'",
+            "r.toml:6: stage `dpo`: `f_divergence_type` is written, but nca_pair does not read it (hint: leave it out)",
+        );
+        refuses(
+            "preset = 'tulu'",
+            "r.toml:5: stage `dpo`: `preset`: unknown variant `tulu`, expected `llama3` or `tulu3` (hint: did you mean `tulu3`?)",
+        );
+        let error = format!("{:?}", plan("loss_type = 'sigmoyd'").unwrap_err());
+        assert!(
+            error.starts_with("r.toml:5: stage `dpo`: `loss_type[0]`: unknown variant `sigmoyd`"),
+            "{error}"
+        );
+        assert!(error.ends_with("(hint: did you mean `sigmoid`?)"), "{error}");
+    }
+}

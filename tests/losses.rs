@@ -1,0 +1,787 @@
+//! Every preference loss against four independent numbers: a case derived by hand, its formula as the paper writes it,
+//! finite differences, and TRL's values where a golden file has them. `docs/losses.md` is written from the same lists.
+
+#![expect(clippy::unwrap_used, reason = "a test program; a failure here is a failed test")]
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use arriero::data::forest::Forest;
+use arriero::data::tree::{Role, Tree};
+use arriero::loss::preference::{
+    FDivergence, LossOptions, Pair, PairLoss, Preference, PreferenceLoss, Sides, Summing, Unpaired,
+};
+use arriero::loss::{Objective, StepTotals, Weighed};
+use serde_json::Value;
+
+use PreferenceLoss::{
+    Aot, AotUnpaired, ApoDown, ApoZero, ApoZeroUnpaired, Bco, BcoPair, Cpo, Discopop, ExoPair,
+    Hinge, Ipo, Kto, NcaPair, Orpo, Robust, RpoBwdKl, RpoFwdKl, Sigmoid, SigmoidNorm, Simpo,
+    SppoHard,
+};
+
+/// Losses without a cheaper name for their constants.
+fn options(beta: f64, label_smoothing: f64) -> LossOptions {
+    LossOptions { beta, label_smoothing, ..LossOptions::default() }
+}
+
+/// A pair of 4 and 2 tokens with the given log-ratios.
+fn pair(chosen: f64, rejected: f64) -> Pair {
+    Pair {
+        policy: Sides { chosen, rejected },
+        reference: Sides::default(),
+        lengths: Sides { chosen: 4.0, rejected: 2.0 },
+        margin: 0.0,
+    }
+}
+
+#[track_caller]
+fn assert_near(actual: f64, expected: f64, tolerance: f64, what: &str) {
+    let error = (actual - expected).abs();
+    assert!(error <= tolerance * expected.abs().max(1.0), "{what}: {actual}, expected {expected}");
+}
+
+/// A case worked out on paper.
+struct Hand {
+    loss: PreferenceLoss,
+    options: LossOptions,
+    pair: Pair,
+    statistics: Vec<f64>,
+    expected: (f64, f64, f64),
+}
+
+/// σ(ln 3) = 3/4 makes most of them fractions. Each comment is the derivation.
+fn hand_cases() -> Vec<Hand> {
+    let ln3 = 3_f64.ln();
+    let (l43, l2) = ((4.0_f64 / 3.0).ln(), std::f64::consts::LN_2);
+    let one = options(1.0, 0.0);
+    let case = |loss, options, pair, expected| Hand {
+        loss,
+        options,
+        pair,
+        statistics: Vec::new(),
+        expected,
+    };
+    let with = |statistics: &[f64], hand: Hand| Hand { statistics: statistics.to_vec(), ..hand };
+    vec![
+        // −ln 3/4; slope σ − 1 = −1/4.
+        case(Sigmoid, one, pair(ln3, 0.0), (l43, -0.25, 0.25)),
+        // 4 ln 3 over 4 tokens is the same; slopes over 4 and 2.
+        case(SigmoidNorm, one, pair(4.0 * ln3, 0.0), (l43, -1.0 / 16.0, 1.0 / 8.0)),
+        // 1 − 1/2.
+        case(Hinge, one, pair(0.5, 0.0), (0.5, -1.0, 1.0)),
+        // Both sides 1 a token: (0 − 1/(2·½))² = 1; 2·(−1)/4 and +2/2.
+        case(Ipo, options(0.5, 0.0), pair(4.0, 2.0), (1.0, -0.5, 1.0)),
+        // (¾ ln 4/3 − ¼ ln 4)/½; (−¾·¼ − ¼·¾)/½.
+        case(Robust, options(1.0, 0.25), pair(ln3, 0.0), (1.5 * l43 - l2, -0.75, 0.75)),
+        // KL((½,½) ‖ (¾,¼)) = ½ ln 2/3 + ½ ln 2; p q (x − ln 3) at x = 0.
+        case(ExoPair, options(1.0, 0.25), pair(0.0, 0.0), (0.5 * l43, -ln3 / 4.0, ln3 / 4.0)),
+        // ln 4/3 + ½ ln 4 + ½ ln 4; −¼ + ½·¾ and ½·¾.
+        case(NcaPair, one, pair(ln3, ln3), (l43 + 2.0 * l2, 0.125, 0.375)),
+        // ln 4/3 + ln 4; −¼ and ¾.
+        case(BcoPair, one, pair(ln3, ln3), (l43 + 2.0 * l2, -0.25, 0.75)),
+        // The shift takes both rewards to 0.
+        with(&[ln3], case(Bco, one, pair(ln3, ln3), (2.0 * l2, -0.5, 0.5))),
+        // (3 − 1)² + (1 + 1)².
+        case(SppoHard, options(0.5, 0.0), pair(3.0, 1.0), (8.0, 4.0, 4.0)),
+        // ¼ + ¾; ∓¾·¼.
+        case(ApoZero, one, pair(ln3, ln3), (1.0, -3.0 / 16.0, 3.0 / 16.0)),
+        // ¾ + (1 − ¾); the chosen side's two slopes cancel.
+        case(ApoDown, one, pair(ln3, 0.0), (1.0, 0.0, 3.0 / 16.0)),
+        // Rank 0 of (ln 3, 5) against rank 0 of (0, 2).
+        with(&[ln3, 5.0, 0.0, 2.0], case(Aot, one, pair(ln3, 0.0), (l43, -0.25, 0.25))),
+        // Chosen ln 3 is rank 0 against 0; rejected 2 is rank 1, against 2 + ln 3: the same distance.
+        with(
+            &[ln3, 2.0 + ln3, 0.0, 2.0],
+            case(AotUnpaired, one, pair(ln3, 2.0), (l43, -0.25, 0.25)),
+        ),
+        // m = ¾: ¼ ln 4/3 + ⅓·¾; −¼·¼ − ln 4/3·¾·¼ + ¼·(¼ − 1).
+        case(
+            Discopop,
+            LossOptions { discopop_tau: 1.0, ..one },
+            pair(ln3, 0.0),
+            (0.25 * l43 + 0.25, -0.25 - 3.0 / 16.0 * l43, 0.25 + 3.0 / 16.0 * l43),
+        ),
+        // KL(½ ‖ ¾); ¾ − ½.
+        case(RpoBwdKl, one, pair(ln3, 0.0), (0.5 * l43, 0.25, -0.25)),
+        // KL(¾ ‖ ½) = ¾ ln 3/2 + ¼ ln 1/2; ¾·¼·(ln 3 − 0).
+        case(
+            RpoFwdKl,
+            one,
+            pair(ln3, 0.0),
+            (0.75 * 1.5_f64.ln() - 0.25 * l2, 3.0 / 16.0 * ln3, -3.0 / 16.0 * ln3),
+        ),
+        // Over a KL of ln 3: (1 − ¾ + ½)/2; halves of −3/16 and 1/4.
+        with(&[ln3], case(Kto, one, pair(2.0 * ln3, ln3), (0.375, -3.0 / 32.0, 0.125))),
+        // The same without a KL.
+        case(ApoZeroUnpaired, one, pair(ln3, 0.0), (0.375, -3.0 / 32.0, 0.125)),
+        case(Cpo, one, pair(-1.0, -1.0 - ln3), (l43, -0.25, 0.25)),
+        // −1 a token each, so x = −γ = −ln 3: ln 4; −¾ over 4 and 2.
+        case(
+            Simpo,
+            LossOptions { simpo_gamma: ln3, ..one },
+            pair(-4.0, -2.0),
+            (2.0 * l2, -3.0 / 16.0, 3.0 / 8.0),
+        ),
+        // Odds 1 and 1/3: ln 3; slopes ¼·1/(1−½)/4 and ¼·1/(1−¼)/2.
+        case(Orpo, one, pair(-4.0 * l2, -4.0 * l2), (l43, -1.0 / 8.0, 1.0 / 6.0)),
+    ]
+}
+
+#[test]
+fn every_loss_gives_what_was_worked_out_by_hand() {
+    let cases = hand_cases();
+    for loss in PreferenceLoss::ALL {
+        assert!(cases.iter().any(|case| case.loss == loss), "no case for {}", loss.name());
+    }
+    for Hand { loss, options, pair, statistics, expected } in cases {
+        let PairLoss { loss: value, d_chosen, d_rejected } =
+            loss.of_pair(&pair, &statistics, &options);
+        assert_near(value, expected.0, 1e-12, loss.name());
+        assert_near(d_chosen, expected.1, 1e-12, loss.name());
+        assert_near(d_rejected, expected.2, 1e-12, loss.name());
+    }
+}
+
+/// The formulas as the papers write them, without care for large arguments. AOT has its step for itself below.
+fn textbook(loss: PreferenceLoss, pair: &Pair, shift: f64, options: &LossOptions) -> f64 {
+    let sigma = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let nls = |x: f64| -sigma(x).ln();
+    let kl = |p: f64, q: f64| p * (p / q).ln() + (1.0 - p) * ((1.0 - p) / (1.0 - q)).ln();
+    let LossOptions { beta: b, label_smoothing: e, simpo_gamma, discopop_tau, .. } = *options;
+    let (c, r) = (
+        pair.policy.chosen - pair.reference.chosen,
+        pair.policy.rejected - pair.reference.rejected,
+    );
+    let t = |ratio: f64| ratio.exp();
+    let score = |ratio: f64| match options.divergence {
+        FDivergence::ReverseKl => ratio,
+        FDivergence::ForwardKl => 1.0 - 1.0 / t(ratio),
+        FDivergence::JsDivergence => (2.0 * t(ratio) / (1.0 + t(ratio))).ln(),
+        FDivergence::AlphaDivergence => {
+            (t(ratio).powf(options.alpha - 1.0) - 1.0) / (options.alpha - 1.0)
+        }
+    };
+    let (lc, lr) = (pair.lengths.chosen, pair.lengths.rejected);
+    let x = b * (score(c) - score(r));
+    let x_norm = b * (score(c) / lc - score(r) / lr);
+    let smooth = |x: f64| (1.0 - e) * nls(x) + e * nls(-x);
+    let given = sigma(options.gt_reward_scale * pair.margin);
+    match loss {
+        // AOT on a list of one.
+        Sigmoid | Aot | AotUnpaired => smooth(x),
+        SigmoidNorm => smooth(x_norm),
+        Hinge => (1.0 - x).max(0.0),
+        Ipo => (x_norm / b - 1.0 / (2.0 * b)).powi(2),
+        Robust => ((1.0 - e) * nls(x) - e * nls(-x)) / (1.0 - 2.0 * e),
+        ExoPair => kl(sigma(x), 1.0 - e),
+        NcaPair => nls(b * c) + 0.5 * nls(-b * c) + 0.5 * nls(-b * r),
+        BcoPair => nls(b * c) + nls(-b * r),
+        Bco => nls(b * c - shift) + nls(shift - b * r),
+        SppoHard => (c - 0.5 / b).powi(2) + (r + 0.5 / b).powi(2),
+        ApoZero => 1.0 - sigma(b * c) + sigma(b * r),
+        ApoDown => sigma(b * c) + 1.0 - sigma(b * (c - r)),
+        Discopop => {
+            let m = sigma(x / discopop_tau);
+            nls(x) * (1.0 - m) + (-x).exp() * m
+        }
+        RpoBwdKl => kl(given, sigma(b * (c - r))),
+        RpoFwdKl => kl(sigma(b * (c - r)), given),
+        Kto => {
+            0.5 * (options.desirable_weight * (1.0 - sigma(b * (c - shift)))
+                + options.undesirable_weight * (1.0 - sigma(b * (shift - r))))
+        }
+        ApoZeroUnpaired => {
+            0.5 * (options.desirable_weight * (1.0 - sigma(b * c))
+                + options.undesirable_weight * sigma(b * r))
+        }
+        Cpo => smooth(b * (pair.policy.chosen - pair.policy.rejected)),
+        Simpo => smooth(b * (pair.policy.chosen / lc - pair.policy.rejected / lr) - simpo_gamma),
+        Orpo => {
+            let odds = |p: f64| p / (1.0 - p);
+            let (pc, pr) = ((pair.policy.chosen / lc).exp(), (pair.policy.rejected / lr).exp());
+            b * nls((odds(pc) / odds(pr)).ln())
+        }
+    }
+}
+
+/// Pairs with margin 0 among them, and constants that no default hides.
+fn grid() -> Vec<(Pair, LossOptions)> {
+    let reference = Sides { chosen: -6.0, rejected: -7.5 };
+    let lengths = Sides { chosen: 5.0, rejected: 3.0 };
+    let mut all = Vec::new();
+    for (chosen, rejected) in [(-6.0, -7.5), (-5.2, -9.0), (-9.0, -4.1), (-6.5, -7.0), (-2.0, -3.5)]
+    {
+        for (beta, label_smoothing) in [(0.1, 0.1), (0.7, 0.3), (2.0, 0.001)] {
+            let policy = Sides { chosen, rejected };
+            all.push((
+                Pair { policy, reference, lengths, margin: 1.3 },
+                LossOptions {
+                    beta,
+                    label_smoothing,
+                    divergence: FDivergence::ReverseKl,
+                    alpha: 1.0,
+                    simpo_gamma: 0.4,
+                    discopop_tau: 0.3,
+                    gt_reward_scale: 0.6,
+                    desirable_weight: 1.2,
+                    undesirable_weight: 0.8,
+                },
+            ));
+        }
+    }
+    all
+}
+
+/// Losses whose pair can be taken alone once the statistic is given as one number.
+fn alone() -> impl Iterator<Item = PreferenceLoss> {
+    PreferenceLoss::ALL.into_iter().filter(|loss| !matches!(loss, Aot | AotUnpaired))
+}
+
+fn divergences(loss: PreferenceLoss) -> Vec<(FDivergence, f64)> {
+    let mut all = vec![(FDivergence::ReverseKl, 1.0)];
+    if loss.reads_divergence() {
+        all.extend([
+            (FDivergence::ForwardKl, 1.0),
+            (FDivergence::JsDivergence, 1.0),
+            (FDivergence::AlphaDivergence, 0.5),
+            (FDivergence::AlphaDivergence, 1.7),
+        ]);
+    }
+    all
+}
+
+#[test]
+fn every_loss_equals_its_textbook_formula_in_double_precision() {
+    for loss in alone() {
+        for (pair, options) in grid() {
+            for (divergence, alpha) in divergences(loss) {
+                let options = LossOptions { divergence, alpha, ..options };
+                let value = loss.of_pair(&pair, &[0.7], &options).loss;
+                let what = format!("{}, {pair:?}, {options:?}", loss.name());
+                assert_near(value, textbook(loss, &pair, 0.7, &options), 1e-10, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_slope_is_the_finite_difference_of_its_loss() {
+    let h = 1e-5;
+    for loss in alone() {
+        for (pair, options) in grid() {
+            for (divergence, alpha) in divergences(loss) {
+                let options = LossOptions { divergence, alpha, ..options };
+                let at = |chosen: f64, rejected: f64| {
+                    let mut moved = pair;
+                    moved.policy.chosen += chosen;
+                    moved.policy.rejected += rejected;
+                    loss.of_pair(&moved, &[0.7], &options).loss
+                };
+                let slopes = loss.of_pair(&pair, &[0.7], &options);
+                let what = format!("{}, {pair:?}, {options:?}", loss.name());
+                let chosen = (at(h, 0.0) - at(-h, 0.0)) / (2.0 * h);
+                let rejected = (at(0.0, h) - at(0.0, -h)) / (2.0 * h);
+                assert_near(slopes.d_chosen, chosen, 1e-6, &what);
+                assert_near(slopes.d_rejected, rejected, 1e-6, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn hopeless_and_certain_pairs_have_finite_losses_and_slopes() {
+    for loss in PreferenceLoss::ALL {
+        for (divergence, alpha) in divergences(loss) {
+            for far in [1e4, -1e4] {
+                for pair in [pair(far, -far), pair(far, far), pair(far, 0.0), pair(0.0, far)] {
+                    let options = LossOptions { divergence, alpha, ..options(1.0, 0.1) };
+                    let statistics = loss.statistics(&[pair], &[far], &options);
+                    let one = loss.of_pair(&pair, &statistics, &options);
+                    let all = [one.loss, one.d_chosen, one.d_rejected];
+                    assert!(all.iter().all(|x| x.is_finite()), "{} {pair:?}: {one:?}", loss.name());
+                }
+            }
+        }
+    }
+}
+
+/// The slope of a logistic loss far out is the whole weight on one side and nothing on the other.
+#[test]
+fn saturated_slopes_are_the_limits() {
+    let of = |loss: PreferenceLoss, x: f64| loss.of_pair(&pair(x, 0.0), &[], &options(0.5, 0.0));
+    for (loss, far, slope) in [
+        (Sigmoid, 1e4, 0.0),
+        (Sigmoid, -1e4, -0.5),
+        (Hinge, 1e4, 0.0),
+        (Hinge, -1e4, -0.5),
+        (Robust, -1e4, -0.5),
+        (BcoPair, -1e4, -0.5),
+        (ApoZero, 1e4, 0.0),
+        (ApoZero, -1e4, 0.0),
+        (Cpo, -1e4, -0.5),
+    ] {
+        assert_near(of(loss, far).d_chosen, slope, 1e-12, &format!("{} at {far}", loss.name()));
+    }
+    assert_near(of(Sigmoid, -1e4).loss, 5e3, 1e-12, "the loss of a hopeless pair is its margin");
+}
+
+/// At margin 0, where every run begins.
+#[test]
+fn an_untrained_policy_has_the_loss_and_the_slope_of_margin_0() {
+    let (l2, beta) = (std::f64::consts::LN_2, 0.1);
+    for (loss, value, slope) in [
+        (Sigmoid, l2, -beta / 2.0),
+        (SigmoidNorm, l2, -beta / 8.0),
+        (Hinge, 1.0, -beta),
+        (Ipo, 25.0, -2.5),
+        (Robust, l2, -beta / 2.0),
+        (NcaPair, 2.0 * l2, -beta / 4.0),
+        (BcoPair, 2.0 * l2, -beta / 2.0),
+        (Bco, 2.0 * l2, -beta / 2.0),
+        (SppoHard, 50.0, -10.0),
+        (ApoZero, 1.0, -beta / 4.0),
+        (ApoDown, 1.0, 0.0),
+        (Aot, l2, -beta / 2.0),
+        (AotUnpaired, l2, -beta / 2.0),
+        (Discopop, 0.5 * (1.0 + l2), -0.05 * 1.5 - 0.25 * (l2 - 1.0) * beta / 0.05),
+        (RpoBwdKl, 0.0, 0.0),
+        (RpoFwdKl, 0.0, 0.0),
+        (Kto, 0.5, -beta / 8.0),
+        (ApoZeroUnpaired, 0.5, -beta / 8.0),
+    ] {
+        let pair = pair(0.0, 0.0);
+        let options = options(beta, 0.0);
+        let statistics = loss.statistics(&[pair], &[0.0], &options);
+        let one = loss.of_pair(&pair, &statistics, &options);
+        assert_near(one.loss, value, 1e-12, loss.name());
+        assert_near(one.d_chosen, slope, 1e-12, loss.name());
+    }
+}
+
+/// Ranks are found in the sorted lists, and equal values share theirs.
+#[test]
+fn aot_over_a_step_is_the_sorted_sum_and_its_slopes_are_finite_differences() {
+    let pairs: Vec<Pair> = [(-5.0, -6.0), (-3.0, -7.0), (-8.0, -4.5), (-2.0, -2.5)]
+        .into_iter()
+        .enumerate()
+        .map(|(at, (chosen, rejected))| Pair {
+            policy: Sides { chosen, rejected },
+            reference: Sides { chosen: -4.0 + at as f64, rejected: -5.0 + 0.3 * at as f64 },
+            ..pair(0.0, 0.0)
+        })
+        .collect();
+    let options = options(0.5, 0.1);
+    for loss in [Aot, AotUnpaired] {
+        let sum = |pairs: &[Pair]| -> f64 {
+            let statistics = loss.statistics(pairs, &[], &options);
+            pairs.iter().map(|pair| loss.of_pair(pair, &statistics, &options).loss).sum()
+        };
+        let sorted = |value: fn(&Pair) -> f64| {
+            let mut all: Vec<f64> = pairs.iter().map(value).collect();
+            all.sort_by(f64::total_cmp);
+            all
+        };
+        let (first, second) = if loss == Aot {
+            (sorted(|pair| pair.policy.gap()), sorted(|pair| pair.reference.gap()))
+        } else {
+            (sorted(|pair| pair.log_ratios().chosen), sorted(|pair| pair.log_ratios().rejected))
+        };
+        let by_hand: f64 = first
+            .iter()
+            .zip(&second)
+            .map(|(a, b)| textbook(Sigmoid, &pair(*a, *b), 0.0, &options))
+            .sum();
+        assert_near(sum(&pairs), by_hand, 1e-12, loss.name());
+        let statistics = loss.statistics(&pairs, &[], &options);
+        for at in 0..pairs.len() {
+            let slopes = loss.of_pair(&pairs[at], &statistics, &options);
+            for chosen in [true, false] {
+                let moved = |h: f64| {
+                    let mut pairs = pairs.clone();
+                    let policy = &mut pairs[at].policy;
+                    if chosen {
+                        policy.chosen += h;
+                    } else {
+                        policy.rejected += h;
+                    }
+                    sum(&pairs)
+                };
+                let difference = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+                let slope = if chosen { slopes.d_chosen } else { slopes.d_rejected };
+                assert_near(slope, difference, 1e-6, loss.name());
+            }
+        }
+        let twins = [pairs[0], pairs[0], pairs[1]];
+        let statistics = loss.statistics(&twins, &[], &options);
+        let [a, b, _] = twins.map(|pair| loss.of_pair(&pair, &statistics, &options));
+        assert_eq!(a, b);
+    }
+}
+
+fn golden(file: &str) -> Value {
+    let path = format!("tests/fixtures/goldens/{file}");
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+/// TRL's value of a loss: which file and case, over which constants.
+struct Golden {
+    loss: PreferenceLoss,
+    file: &'static str,
+    case: &'static str,
+    options: LossOptions,
+}
+
+fn golden_cases() -> Vec<Golden> {
+    let trl = |loss, case, options| Golden { loss, file: "c_dpo.json", case, options };
+    let old = |loss, case, options| Golden { loss, file: "c_dpo_trl0.19.1.json", case, options };
+    let divergence = |divergence| LossOptions { divergence, ..LossOptions::default() };
+    let plain = LossOptions::default();
+    let mut cases = vec![
+        trl(Sigmoid, "sigmoid_beta0.5", options(0.5, 0.0)),
+        trl(Sigmoid, "sigmoid_forward_kl", divergence(FDivergence::ForwardKl)),
+        trl(Sigmoid, "sigmoid_js", divergence(FDivergence::JsDivergence)),
+        trl(Robust, "robust_ls0.1", options(0.1, 0.1)),
+        trl(ExoPair, "exo_pair_ls1e-3", options(0.1, 1e-3)),
+        trl(SigmoidNorm, "sigmoid_norm_beta2", options(2.0, 0.0)),
+        old(Sigmoid, "sigmoid_ls0.1", options(0.1, 0.1)),
+        old(Robust, "robust_ls0.1", options(0.1, 0.1)),
+    ];
+    for loss in [Sigmoid, Ipo, Hinge, SigmoidNorm, NcaPair, ApoZero, ApoDown, SppoHard] {
+        cases.push(trl(loss, loss.name(), plain));
+    }
+    for loss in [Sigmoid, Ipo, Hinge] {
+        cases.push(old(loss, loss.name(), plain));
+    }
+    cases
+}
+
+#[test]
+fn losses_equal_trl_s_on_its_log_probabilities() {
+    let dpo = golden("c_dpo.json");
+    let column = |name: &str| numbers(&dpo["per_pair"][name]);
+    let (chosen, rejected) = (column("chosen_logps"), column("rejected_logps"));
+    let (ref_chosen, ref_rejected) = (column("ref_chosen_logps"), column("ref_rejected_logps"));
+    let length =
+        |pair: usize, side: &str| dpo["pairs"][pair][side].as_array().unwrap().len() as f64;
+    for Golden { loss, file, case, options } in golden_cases() {
+        let expected = golden(file)["cases"][case]["loss"].as_f64().unwrap();
+        let mean = (0..chosen.len())
+            .map(|at| {
+                let pair = Pair {
+                    policy: Sides { chosen: chosen[at], rejected: rejected[at] },
+                    reference: Sides { chosen: ref_chosen[at], rejected: ref_rejected[at] },
+                    lengths: Sides {
+                        chosen: length(at, "chosen_ids"),
+                        rejected: length(at, "rejected_ids"),
+                    },
+                    margin: 0.0,
+                };
+                loss.of_pair(&pair, &[], &options).loss
+            })
+            .sum::<f64>()
+            / chosen.len() as f64;
+        assert!((mean / expected - 1.0).abs() < 1e-5, "{file}, {case}: {mean}, TRL {expected}");
+    }
+}
+
+/// CPO, SimPO and ORPO of TRL on given mean log-probabilities.
+#[test]
+fn losses_without_a_reference_equal_trl_s() {
+    let golden = golden("c2_cpo_simpo_orpo.json");
+    let beta = golden["beta"].as_f64().unwrap();
+    let simpo_gamma = golden["simpo_gamma"].as_f64().unwrap();
+    let one = Sides { chosen: 1.0, rejected: 1.0 };
+    let check = |loss: PreferenceLoss,
+                 options: LossOptions,
+                 inputs: [&Value; 2],
+                 losses: &Value,
+                 sign: f64| {
+        let [chosen, rejected] = inputs.map(numbers);
+        for (at, expected) in numbers(losses).into_iter().enumerate() {
+            let policy = Sides { chosen: chosen[at], rejected: rejected[at] };
+            let value =
+                loss.of_pair(&Pair { policy, lengths: one, ..Pair::default() }, &[], &options);
+            assert!((sign * value.loss / expected - 1.0).abs() < 1e-5, "{} {at}", loss.name());
+        }
+    };
+    let averages = [&golden["chosen_avg_logps"], &golden["rejected_avg_logps"]];
+    let simpo = LossOptions { simpo_gamma, ..options(beta, 0.0) };
+    check(Simpo, simpo, averages, &golden["simpo_losses"], 1.0);
+    check(Cpo, options(beta, 0.1), averages, &golden["cpo_sigmoid_ls0.1_losses"], 1.0);
+    let orpo = options(golden["orpo_beta"].as_f64().unwrap(), 0.0);
+    // TRL subtracts its mean from the NLL.
+    let inputs = [&golden["orpo_in"][0], &golden["orpo_in"][1]];
+    check(Orpo, orpo, inputs, &golden["orpo_losses"], -1.0);
+}
+
+fn response(tokens: &[u32]) -> (Vec<u32>, Vec<Role>) {
+    let mut roles = vec![Role::Content; tokens.len()];
+    *roles.last_mut().unwrap() = Role::Format;
+    (tokens.to_vec(), roles)
+}
+
+/// Three pairs of unequal lengths, each with a response to another prompt, and log-probabilities for their tokens.
+fn step() -> (Vec<Tree>, Vec<f32>) {
+    let trees: Vec<Tree> = [
+        ([10, 11, 12, 2].as_slice(), [20, 2].as_slice(), [30, 31, 2].as_slice()),
+        (&[13, 2], &[21, 22, 23, 2], &[10, 11, 2]),
+        (&[14, 15, 2], &[24, 25, 2], &[13, 2]),
+    ]
+    .into_iter()
+    .enumerate()
+    .map(|(row, (chosen, rejected, other))| {
+        let responses = [chosen, rejected, other].map(response);
+        Tree::siblings(vec![1, 5, 6], responses.to_vec(), row)
+    })
+    .collect();
+    let targets = Forest::pack(&trees).unwrap().targets.len();
+    // Quarters, so that a step of 1/64 is exact in f32.
+    let logps = (0..targets).map(|at| -0.25 * ((at * 7 % 13) as f32 + 1.0)).collect();
+    (trees, logps)
+}
+
+fn objective() -> Preference {
+    let losses = [Sigmoid, Kto, Bco, Aot, SigmoidNorm];
+    Preference {
+        losses: losses.into_iter().zip([1.0, 0.5, 2.0, 0.7, 0.3]).collect(),
+        options: options(0.6, 0.1),
+        sft_weight: 0.2,
+        summing: Summing { mask_formatting_tokens: true, ld_alpha: 1.0 },
+        reference: (0..3).map(|row| (row, vec![-3.0 + row as f64, -4.0, -2.5])).collect(),
+        margins: BTreeMap::new(),
+    }
+}
+
+/// Totals and statistics of a step cut into forests, and what each forest then weighs.
+fn weigh(objective: &dyn Objective, forests: &[Forest], logps: &[&[f32]]) -> Vec<Weighed> {
+    let mut counts = vec![0.0; objective.terms().len()];
+    for forest in forests {
+        counts.iter_mut().zip(objective.counts(forest)).for_each(|(sum, count)| *sum += count);
+    }
+    let readings: Vec<(&Forest, &[f32])> = forests.iter().zip(logps.iter().copied()).collect();
+    let totals = StepTotals { counts, statistics: objective.statistics(&readings) };
+    let weighed = readings.iter().map(|(forest, logps)| objective.weigh(forest, logps, &totals));
+    weighed.map(Result::unwrap).collect()
+}
+
+#[test]
+fn several_losses_at_once_are_their_weighted_sum_however_the_step_is_cut() {
+    let (trees, logps) = step();
+    let objective = objective();
+    assert!(objective.coupled() && objective.needs_reference());
+    let whole = Forest::pack(&trees).unwrap();
+    let together = &weigh(&objective, &[whole], &[&logps])[0];
+    let forests: Vec<Forest> = trees.iter().map(|tree| Forest::pack([tree]).unwrap()).collect();
+    let mut rest = logps.as_slice();
+    let parts: Vec<&[f32]> = forests
+        .iter()
+        .map(|forest| {
+            let (own, others) = rest.split_at(forest.targets.len());
+            rest = others;
+            own
+        })
+        .collect();
+    let apart = weigh(&objective, &forests, &parts);
+    let gradients: Vec<f32> = apart.iter().flat_map(|weighed| weighed.d_values.clone()).collect();
+    for (a, b) in gradients.iter().zip(&together.d_values) {
+        assert!((a - b).abs() < 1e-7, "{a} {b}");
+    }
+    for term in 0..together.sums.len() {
+        let sum: f64 = apart.iter().map(|weighed| weighed.sums[term]).sum();
+        assert_near(sum, together.sums[term], 1e-12, "sum");
+    }
+}
+
+/// Statistics of `kto` and `bco` are constants to the gradient, so they are held here; the formatting tokens, the
+/// response to another prompt and every weight are in the difference.
+#[test]
+fn token_gradients_are_finite_differences_of_the_whole_loss() {
+    let (trees, logps) = step();
+    let forest = Forest::pack(&trees).unwrap();
+    let summing = Summing { mask_formatting_tokens: true, ld_alpha: 0.25 };
+    for objective in [
+        Preference {
+            summing,
+            losses: vec![(Sigmoid, 1.0), (SigmoidNorm, 0.3), (Ipo, 0.1)],
+            ..objective()
+        },
+        Preference { losses: vec![(Kto, 1.0), (Bco, 0.5)], ..objective() },
+        Preference {
+            losses: vec![(Simpo, 1.0), (Orpo, 0.5)],
+            reference: BTreeMap::new(),
+            ..objective()
+        },
+    ] {
+        // Only `kto` takes a third leaf.
+        let (forest, logps) = if objective.coupled() {
+            (forest.clone(), logps.clone())
+        } else {
+            let pairs: Vec<Tree> = trees
+                .iter()
+                .map(|tree| {
+                    let mut tree = tree.clone();
+                    tree.segments.pop();
+                    tree
+                })
+                .collect();
+            let forest = Forest::pack(&pairs).unwrap();
+            let logps = logps[..forest.targets.len()].to_vec();
+            (forest, logps)
+        };
+        let objective = Preference {
+            reference: if objective.coupled() {
+                objective.reference.clone()
+            } else {
+                objective.reference.iter().map(|(row, logps)| (*row, logps[..2].to_vec())).collect()
+            },
+            ..objective
+        };
+        let totals = StepTotals {
+            counts: objective.counts(&forest),
+            statistics: objective.statistics(&[(&forest, &logps)]),
+        };
+        let loss = |logps: &[f32]| -> f64 {
+            let sums = objective.weigh(&forest, logps, &totals).unwrap().sums;
+            let terms = objective.terms().into_iter().zip(sums).zip(&totals.counts);
+            terms.map(|(((_, weight), sum), count)| weight * sum / count).sum()
+        };
+        let gradient = objective.weigh(&forest, &logps, &totals).unwrap().d_values;
+        for at in 0..logps.len() {
+            let moved = |h: f32| {
+                let mut logps = logps.clone();
+                logps[at] += h;
+                loss(&logps)
+            };
+            let difference = (moved(1.0 / 64.0) - moved(-1.0 / 64.0)) * 32.0;
+            assert_near(f64::from(gradient[at]), difference, 2e-4, &format!("target {at}"));
+        }
+    }
+}
+
+/// A step of labelled responses against TRL's lines: the KL is the mean log-ratio of mismatched responses, not below 0.
+#[test]
+fn unpaired_kto_is_the_mean_over_labelled_responses() {
+    let trees: Vec<Tree> = [([10, 2], [20, 2]), ([11, 2], [21, 2]), ([12, 2], [22, 2])]
+        .into_iter()
+        .enumerate()
+        .map(|(row, (own, other))| {
+            Tree::siblings(vec![1, 5], vec![response(&own), response(&other)], row)
+        })
+        .collect();
+    let forest = Forest::pack(&trees).unwrap();
+    // Two tokens a response; the reference is −2 everywhere.
+    let logps: Vec<f32> =
+        vec![-0.5, -0.5, -0.5, -1.0, -2.0, -1.0, -1.0, -0.75, -1.0, -1.5, -0.5, -0.5];
+    let objective = |loss| Unpaired {
+        loss,
+        options: LossOptions {
+            desirable_weight: 1.5,
+            undesirable_weight: 0.5,
+            ..options(0.5, 0.0)
+        },
+        summing: Summing::default(),
+        labels: [(0, true), (1, false), (2, true)].into(),
+        reference: (0..3).map(|row| (row, vec![-2.0, -2.0])).collect(),
+    };
+    let sigma = |x: f64| 1.0 / (1.0 + (-x).exp());
+    // Log-ratios of the mismatched: 0.5, 0.25, 1; of the labelled: 1, −1, −0.5.
+    let kl = 1.75 / 3.0;
+    for (loss, kl) in [(Kto, kl), (ApoZeroUnpaired, 0.0)] {
+        let objective = objective(loss);
+        let weighed = weigh(&objective, std::slice::from_ref(&forest), &[&logps]).remove(0);
+        let expected = 1.5 * (1.0 - sigma(0.5 * (1.0 - kl)))
+            + 0.5 * (1.0 - sigma(0.5 * (kl + 1.0)))
+            + 1.5 * (1.0 - sigma(0.5 * (-0.5 - kl)));
+        assert_near(weighed.sums[0], expected, 1e-12, loss.name());
+        let slope = |x: f64| sigma(x) * sigma(-x);
+        let first = -1.5 * 0.5 * slope(0.5 * (1.0 - kl)) / 3.0;
+        let second = 0.5 * 0.5 * slope(0.5 * (-1.0 - kl)) / 3.0;
+        let expected = [first, first, 0.0, 0.0, second, second, 0.0, 0.0];
+        for (actual, expected) in weighed.d_values.iter().zip(expected) {
+            assert_near(f64::from(*actual), expected, 1e-7, loss.name());
+        }
+        let reported =
+            weighed.metrics.iter().find(|mean| mean.name == "kl").map(|mean| mean.sum / 3.0);
+        assert_eq!(reported.is_some(), loss == Kto);
+        if let Some(reported) = reported {
+            assert_near(reported, kl, 1e-12, "kl");
+        }
+    }
+}
+
+#[test]
+fn bad_pairs_are_refused_with_their_row() {
+    let (trees, logps) = step();
+    let forest = Forest::pack(&trees).unwrap();
+    let error = |objective: &Preference, forest: &Forest| {
+        let totals = StepTotals { counts: objective.counts(forest), statistics: Vec::new() };
+        format!("{:?}", objective.weigh(forest, &logps, &totals).unwrap_err())
+    };
+    let mut no_reference = objective();
+    no_reference.reference.remove(&1);
+    assert_eq!(error(&no_reference, &forest), "row 1: no reference log-probability was computed");
+    let three = Preference { losses: vec![(Sigmoid, 1.0)], ..objective() };
+    assert_eq!(
+        error(&three, &forest),
+        "row 0: 3 responses, expected two: a chosen and a rejected one"
+    );
+    let rpo = Preference { losses: vec![(RpoBwdKl, 1.0), (Kto, 1.0)], ..objective() };
+    assert!(error(&rpo, &forest).starts_with("row 0: the row has no `margin`"));
+    let check = |chosen: &[u32], rejected: &[u32]| {
+        let tree = Tree::siblings(vec![1, 5], vec![response(chosen), response(rejected)], 0);
+        format!("{:?}", objective().check_tree(&tree).unwrap_err())
+    };
+    assert!(check(&[7, 8, 2], &[7, 8, 2]).starts_with("chosen and rejected are the same tokens"));
+    assert!(
+        check(&[7, 2], &[2]).starts_with("the second response has no token that enters the loss")
+    );
+}
+
+/// `docs/losses.md`, written from what this file tests.
+#[test]
+fn the_table_of_losses_is_up_to_date() {
+    let (hand, goldens) = (hand_cases(), golden_cases());
+    let c2 = [(Simpo, "simpo"), (Cpo, "cpo_sigmoid_ls0.1"), (Orpo, "orpo")];
+    let mut table = include_str!("fixtures/losses_head.md").to_owned();
+    let mark = |yes: bool| if yes { "yes" } else { "–" };
+    for loss in PreferenceLoss::ALL {
+        let mut names: Vec<String> = goldens
+            .iter()
+            .filter(|golden| golden.loss == loss)
+            .map(|golden| match golden.file {
+                "c_dpo.json" => format!("`{}`", golden.case),
+                _ => format!("`{}` (0.19.1)", golden.case),
+            })
+            .collect();
+        names.extend(c2.iter().filter(|case| case.0 == loss).map(|case| format!("`{}`", case.1)));
+        let golden = if names.is_empty() { "–".to_owned() } else { names.join(", ") };
+        let by_hand = hand.iter().any(|case| case.loss == loss);
+        writeln!(
+            table,
+            "| `{}` | {golden} | {} | yes | {} | {} | {} | {} | {} |",
+            loss.name(),
+            mark(by_hand),
+            mark(loss.needs_reference()),
+            mark(loss.coupled()),
+            mark(loss.reads_label_smoothing()),
+            mark(loss.reads_divergence()),
+            mark(loss.unpaired()),
+        )
+        .unwrap();
+    }
+    table.push_str(include_str!("fixtures/losses_notes.md"));
+    let path = "docs/losses.md";
+    if std::env::var_os("ARRIERO_UPDATE").is_some() {
+        arriero::store::write_atomic(path.as_ref(), table.as_bytes()).unwrap();
+    }
+    let written = std::fs::read_to_string(path).unwrap_or_default();
+    assert_eq!(
+        written, table,
+        "{path} is out of date: ARRIERO_UPDATE=1 cargo nextest run -E 'test(table_of_losses)' writes it anew"
+    );
+}
