@@ -150,9 +150,13 @@ fn sft_over_trees_equals_the_sequences_one_by_one() {
     for seed in 0..6 {
         let trees = [random_tree(seed), random_tree(seed + 100)];
         assert!(trees[0].leaves().iter().any(|&leaf| trees[0].path(leaf).len() >= 3));
-        let packed = run(&learner, &Sft, &trees, OPTIONS);
-        let apart =
-            run(&learner, &Sft, &unrolled(&trees), StepOptions { max_tokens: 1, recompute: true });
+        let packed = run(&learner, &Sft::default(), &trees, OPTIONS);
+        let apart = run(
+            &learner,
+            &Sft::default(),
+            &unrolled(&trees),
+            StepOptions { max_tokens: 1, recompute: true },
+        );
         same(&packed, &apart);
     }
 }

@@ -10,6 +10,7 @@ use crate::data::prepare::{PairOptions, SftOptions};
 use crate::data::read::Format;
 use crate::error::{Context, Error, Result};
 use crate::generate::sampling::Sampling;
+use crate::loss::sft::{Normalization, TokenLoss};
 use crate::score::ScorerSpec;
 use crate::train::Settings;
 
@@ -312,6 +313,12 @@ pub struct Sft {
     pub random_init: bool,
     /// How to train.
     pub train: Settings,
+    /// What a trained token costs: `nll` or `dft`.
+    pub loss_type: TokenLoss,
+    /// What a step's sum is divided by: `token`, `row` or `step`.
+    pub loss_normalization: Normalization,
+    /// The column with each row's weight, 0 or more; empty weighs all rows the same.
+    pub row_weight_column: String,
 }
 
 /// `reward`: a Bradley-Terry reward model. Writes `checkpoint/`.

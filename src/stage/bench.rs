@@ -142,7 +142,7 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
             (Box::new(objective), Some(began.elapsed().as_secs_f64()))
         }
         Method::Reward => (Box::new(Reward::default()), None),
-        _ => (Box::new(Sft), None),
+        _ => (Box::new(Sft::default()), None),
     };
     let learner = Learner::new(&start.config, &start.weights)?;
     drop(start);

@@ -1,5 +1,7 @@
 //! Supervised fine-tuning (Llama 3, section 4.1.3): cross-entropy on the response tokens of a dataset.
 
+use std::collections::BTreeMap;
+
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
 use crate::data::prepare::sft_trees;
@@ -20,18 +22,31 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
     if !spec.added_tokens.is_empty() {
         start.add_tokens(&spec.added_tokens).at("`added_tokens`")?;
     }
-    let (_, train) = trees(context, &start, spec, &spec.datasets)?;
+    let (rows, train) = trees(context, &start, spec, &spec.datasets)?;
     let (held_out_rows, held_out) = trees(context, &start, spec, &spec.eval_datasets)?;
+    let (objective, held_out_objective) =
+        (objective(spec, &rows)?, objective(spec, &held_out_rows)?);
     let samples = &held_out_rows[..spec.train.eval_samples.min(held_out_rows.len())];
     let work = Work {
         start: &start,
-        objective: &Sft,
+        objective: &objective,
         train: &train,
-        eval: (&Sft, &held_out),
+        eval: (&held_out_objective, &held_out),
         samples,
         settings: &spec.train,
     };
     training::fit(context, &work)
+}
+
+/// The loss that the recipe names, with the rows' weights.
+fn objective(spec: &plan::Sft, rows: &[Row]) -> Result<Sft> {
+    let mut row_weights = BTreeMap::new();
+    if !spec.row_weight_column.is_empty() {
+        for (index, row) in rows.iter().enumerate() {
+            row_weights.insert(index, row.weight(&spec.row_weight_column).at(&row.place)?);
+        }
+    }
+    Ok(Sft { loss: spec.loss_type, normalization: spec.loss_normalization, row_weights })
 }
 
 fn trees(
