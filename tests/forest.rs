@@ -152,10 +152,10 @@ fn sft_over_trees_equals_the_sequences_one_by_one() {
     for seed in 0..6 {
         let trees = [random_tree(seed), random_tree(seed + 100)];
         assert!(trees[0].leaves().iter().any(|&leaf| trees[0].path(leaf).len() >= 3));
-        let packed = run(&learner, &Sft, &trees, OPTIONS);
+        let packed = run(&learner, &Sft::default(), &trees, OPTIONS);
         let apart = run(
             &learner,
-            &Sft,
+            &Sft::default(),
             &unrolled(&trees),
             StepOptions { recompute: Recompute::Block, ..StepOptions::new(1) },
         );

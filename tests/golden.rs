@@ -179,7 +179,8 @@ fn golden_b_sft_loss_and_gradients() {
         let [batch, _] = sft_batches();
         for recompute in [Recompute::None, Recompute::Block] {
             let options = StepOptions { recompute, ..OPTIONS };
-            let (grads, report) = step::gradients(&learner, &Sft, &refs(&batch), options).unwrap();
+            let (grads, report) =
+                step::gradients(&learner, &Sft::default(), &refs(&batch), options).unwrap();
             assert_close(report.loss, golden["loss"].as_f64().unwrap(), 1e-5, variant);
             assert_close(
                 report.metrics["trained_tokens"],
@@ -208,7 +209,8 @@ fn golden_b_five_adamw_steps() {
             for (at, loss) in numbers(&golden["losses"]).into_iter().enumerate() {
                 let what = format!("{variant}, {case}, step {at}");
                 let (grads, report) =
-                    step::gradients(&learner, &Sft, &refs(&batches[at % 2]), OPTIONS).unwrap();
+                    step::gradients(&learner, &Sft::default(), &refs(&batches[at % 2]), OPTIONS)
+                        .unwrap();
                 assert_close(report.loss, loss, 1e-4, &what);
                 let norm = grads.norm().unwrap();
                 assert_close(norm, norms[at], 2e-4, &what);
@@ -216,7 +218,8 @@ fn golden_b_five_adamw_steps() {
             }
             for (batch, loss) in batches.iter().zip(numbers(&golden["final_losses_batch0_batch1"]))
             {
-                let report = step::evaluate(learner.model(), &Sft, batch, 1 << 20).unwrap();
+                let report =
+                    step::evaluate(learner.model(), &Sft::default(), batch, 1 << 20).unwrap();
                 assert_close(report.loss, loss, 1e-4, case);
             }
             if case == "adamw5_decay_all" {
@@ -257,7 +260,7 @@ fn golden_b2_trl_sft_trainer_end_to_end() {
         let trees: Vec<&Tree> = batches[at * 2..at * 2 + 2].iter().flatten().collect();
         // One tree a micro-batch: the split must not show.
         let options = StepOptions { max_tokens: 1, ..OPTIONS };
-        let (grads, report) = step::gradients(&learner, &Sft, &trees, options).unwrap();
+        let (grads, report) = step::gradients(&learner, &Sft::default(), &trees, options).unwrap();
         assert_close(report.loss, entry["loss"].as_f64().unwrap(), 1e-4, "loss");
         let norm = grads.norm().unwrap();
         assert_close(norm, entry["grad_norm"].as_f64().unwrap(), 2e-4, "grad_norm");
@@ -472,5 +475,5 @@ fn golden_models_and_counts_are_read_from_the_files() {
         checkpoint.weights["model.embed_tokens.weight"].dim(0).unwrap(),
         checkpoint.config.vocab_size
     );
-    assert_eq!(Sft.terms(), [("nll", 1.0)]);
+    assert_eq!(Sft::default().terms(), [("nll", 1.0)]);
 }

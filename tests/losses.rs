@@ -706,7 +706,7 @@ fn unpaired_kto_is_the_mean_over_labelled_responses() {
             assert_near(f64::from(*actual), expected, 1e-7, loss.name());
         }
         let reported =
-            weighed.metrics.iter().find(|mean| mean.name == "kl").map(|mean| mean.sum / 3.0);
+            weighed.metrics.iter().find(|mean| mean.name == "kto/kl").map(|mean| mean.sum / 3.0);
         assert_eq!(reported.is_some(), loss == Kto);
         if let Some(reported) = reported {
             assert_near(reported, kl, 1e-12, "kl");

@@ -60,7 +60,7 @@ fn three_steps(options: StepOptions) -> BTreeMap<String, Vec<u32>> {
     let trees: Vec<&Tree> = trees.iter().collect();
     let mut adamw = AdamW::new(Settings::default().hyper());
     for _ in 0..3 {
-        update(&learner, (&Sft, &trees), options, &mut adamw, PACE).unwrap();
+        update(&learner, (&Sft::default(), &trees), options, &mut adamw, PACE).unwrap();
     }
     assert_eq!(adamw.steps(), 3);
     bits(&learner)
@@ -100,7 +100,7 @@ fn an_optimizer_in_the_backward_refuses_several_micro_batches_before_it_moves_an
     let options = StepOptions { optimizer_in_backward: true, ..StepOptions::new(40) };
     let mut adamw = AdamW::new(Settings::default().hyper());
     let before = bits(&learner);
-    let error = update(&learner, (&Sft, &trees), options, &mut adamw, PACE).unwrap_err();
+    let error = update(&learner, (&Sft::default(), &trees), options, &mut adamw, PACE).unwrap_err();
     assert!(error.to_string().contains("`max_tokens_per_micro_batch` 40"), "{error}");
     assert!(bits(&learner) == before && adamw.steps() == 0);
     let settings = Settings { optimizer_in_backward: true, ..Settings::default() };
@@ -118,8 +118,9 @@ fn norm(tensor: &Tensor) -> f64 {
 fn gradients_in_bf16_are_those_in_f32_up_to_rounding() {
     let trees = trees();
     let trees: Vec<&Tree> = trees.iter().collect();
-    let gradients =
-        |precision| step::gradients(&learner(precision), &Sft, &trees, options(precision)).unwrap();
+    let gradients = |precision| {
+        step::gradients(&learner(precision), &Sft::default(), &trees, options(precision)).unwrap()
+    };
     let (exact, exact_report) = gradients(Precision::F32);
     let (rounded, report) = gradients(Precision::Bf16);
     let off = (report.loss - exact_report.loss).abs() / exact_report.loss;
@@ -139,7 +140,8 @@ fn masters_move_and_their_copies_follow() {
     let mut adamw = AdamW::new(Settings::default().hyper());
     let before = bits(&learner);
     let pace = Pace { lr: 1e-6, max_grad_norm: 1.0 };
-    update(&learner, (&Sft, &trees), options(Precision::Bf16), &mut adamw, pace).unwrap();
+    update(&learner, (&Sft::default(), &trees), options(Precision::Bf16), &mut adamw, pace)
+        .unwrap();
     for (name, param) in learner.params() {
         let master = param.master.as_tensor();
         assert_eq!(master.dtype(), DType::F32);

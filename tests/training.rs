@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use arriero::data::mismatch::add_mismatched;
 use arriero::data::tree::{Role, Tree};
 use arriero::error::Result;
 use arriero::loss::Objective;
-use arriero::loss::preference::Preference;
+use arriero::loss::preference::{LossOptions, Preference, PreferenceLoss, Summing, Unpaired};
 use arriero::loss::reward::Reward;
 use arriero::loss::sft::Sft;
 use arriero::model::checkpoint::Checkpoint;
@@ -22,7 +23,7 @@ use arriero::rng::Stream;
 use arriero::train::order::Order;
 use arriero::train::reference::{Request, reference_logps};
 use arriero::train::{self, Data, Job, Learner, Settings};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 
 fn start() -> Checkpoint {
@@ -145,13 +146,22 @@ fn sft_learns_eight_conversations_by_heart() {
     let trees = conversations(8);
     let trained = fit(
         (&start.config, &start.weights),
-        &Sft,
+        &Sft::default(),
         (&trees, &[]),
         &settings(),
         (dir.path(), &Silent),
     );
     let metrics = trained.outcome.unwrap();
     assert!(metrics["first_loss"] > 4.0 && metrics["loss"] < 0.05, "{metrics:?}");
+}
+
+fn request<'a>(
+    model: &'a Transformer,
+    pairs: &'a Vec<Tree>,
+    (order, settings): (&'a Order, &'a Settings),
+    dir: &'a Path,
+) -> Request<'a> {
+    Request { model, weights_hash: "start", pairs, order, settings, dir, events: &Silent }
 }
 
 #[test]
@@ -161,15 +171,8 @@ fn dpo_tells_the_sides_of_eight_pairs_apart() {
     let settings = Settings { learning_rate: 3e-4, ..settings() };
     let mut objective = Preference::default();
     let reference = Transformer::new(&start.config, &start.weights).unwrap();
-    let request = Request {
-        model: &reference,
-        weights_hash: "start",
-        pairs: &trees,
-        order: &Order::new(11, trees.len(), &settings),
-        settings: &settings,
-        dir: dir.path(),
-        events: &Silent,
-    };
+    let order = Order::new(11, trees.len(), &settings);
+    let request = request(&reference, &trees, (&order, &settings), dir.path());
     objective.reference = reference_logps(&request, objective.summing).unwrap();
     let trained = fit(
         (&start.config, &start.weights),
@@ -183,6 +186,85 @@ fn dpo_tells_the_sides_of_eight_pairs_apart() {
     assert!((metrics["first_loss"] - ln_2).abs() < 1e-12, "{metrics:?}");
     assert_eq!(metrics["first_rewards/margins"].to_bits(), 0.0_f64.to_bits(), "{metrics:?}");
     assert!(metrics["rewards/accuracies"] > 0.999 && metrics["loss"] < 0.3, "{metrics:?}");
+}
+
+/// Neither a reference nor its log-probabilities exist anywhere in this run.
+#[test]
+fn simpo_and_orpo_tell_the_sides_of_eight_pairs_apart_without_a_reference() {
+    let start = start();
+    let trees = pairs(8, 77);
+    let settings = Settings { learning_rate: 3e-4, ..settings() };
+    for loss in [PreferenceLoss::Simpo, PreferenceLoss::Orpo] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = LossOptions { beta: 2.0, ..LossOptions::default() };
+        let objective = Preference { losses: vec![(loss, 1.0)], options, ..Preference::default() };
+        assert!(!objective.needs_reference());
+        let trained = fit(
+            (&start.config, &start.weights),
+            &objective,
+            (&trees, &[]),
+            &settings,
+            (dir.path(), &Silent),
+        );
+        let metrics = trained.outcome.unwrap();
+        let fell = metrics["loss"] < 0.5 * metrics["first_loss"];
+        assert!(
+            fell && metrics["rewards/margins"] > metrics["first_rewards/margins"],
+            "{metrics:?}"
+        );
+    }
+}
+
+/// Labelled responses, half of them wanted; each prompt also has the response of the row before.
+#[test]
+fn kto_raises_wanted_responses_and_lowers_the_others() {
+    let (start, dir) = (start(), tempfile::tempdir().unwrap());
+    let mut trees = pairs(8, 77);
+    for (index, tree) in trees.iter_mut().enumerate() {
+        tree.segments.remove(if index % 2 == 0 { 2 } else { 1 });
+    }
+    add_mismatched(&mut trees, 8, 64);
+    let settings = Settings { learning_rate: 3e-4, ..settings() };
+    let mut objective = Unpaired {
+        loss: PreferenceLoss::Kto,
+        options: LossOptions::default(),
+        summing: Summing::default(),
+        labels: (0..8).map(|row| (row, row % 2 == 0)).collect(),
+        reference: BTreeMap::new(),
+    };
+    let reference = Transformer::new(&start.config, &start.weights).unwrap();
+    let order = Order::new(11, trees.len(), &settings);
+    let request = request(&reference, &trees, (&order, &settings), dir.path());
+    objective.reference = reference_logps(&request, objective.summing).unwrap();
+    assert!(objective.reference.values().all(|logps| logps.len() == 2));
+    let model = (&start.config, &start.weights);
+    let metrics =
+        fit(model, &objective, (&trees, &[]), &settings, (dir.path(), &Silent)).outcome.unwrap();
+    assert!((metrics["first_loss"] - 0.5).abs() < 1e-12, "{metrics:?}");
+    assert!(metrics["rewards/chosen"] > 0.2 && metrics["rewards/rejected"] < -0.2, "{metrics:?}");
+}
+
+#[test]
+fn a_hole_in_the_reference_cache_is_named() {
+    let (start, dir) = (start(), tempfile::tempdir().unwrap());
+    let (trees, settings) = (pairs(4, 77), settings());
+    let reference = Transformer::new(&start.config, &start.weights).unwrap();
+    let order = Order::new(11, trees.len(), &settings);
+    let request = request(&reference, &trees, (&order, &settings), dir.path());
+    let written = reference_logps(&request, Summing::default()).unwrap();
+    assert_eq!(reference_logps(&request, Summing::default()).unwrap(), written);
+    let cache = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+    let mut values: Vec<f64> = written.into_values().flatten().collect();
+    values[5] = f64::NAN;
+    let tensor = Tensor::from_vec(values, 8, &Device::Cpu).unwrap();
+    candle_core::safetensors::save(&[("logps", tensor)].into(), &cache).unwrap();
+    let error = reference_logps(&request, Summing::default()).unwrap_err();
+    let text = format!("{error:?}");
+    assert!(
+        text.contains("row 2: reference log-probabilities are [") && text.contains("NaN"),
+        "{text}"
+    );
+    assert_eq!(error.hint_text(), Some("delete it"));
 }
 
 #[test]
@@ -216,13 +298,13 @@ fn training_that_is_stopped_and_resumed_ends_with_the_same_bits() {
     let model = (&start.config, &start.weights);
     let data = (&trees[..16], &trees[16..]);
     let whole_dir = tempfile::tempdir().unwrap();
-    let whole = fit(model, &Sft, data, &settings, (whole_dir.path(), &Silent));
+    let whole = fit(model, &Sft::default(), data, &settings, (whole_dir.path(), &Silent));
     for stop in [1, 2, 5, 9] {
         let dir = tempfile::tempdir().unwrap();
         let events = StopAfter { steps: stop, seen: AtomicU64::new(0) };
-        let stopped = fit(model, &Sft, data, &settings, (dir.path(), &events));
+        let stopped = fit(model, &Sft::default(), data, &settings, (dir.path(), &events));
         assert!(stopped.outcome.is_err(), "was not stopped after step {stop}");
-        let resumed = fit(model, &Sft, data, &settings, (dir.path(), &Silent));
+        let resumed = fit(model, &Sft::default(), data, &settings, (dir.path(), &Silent));
         assert_eq!(bits(&resumed.weights), bits(&whole.weights), "stopped after step {stop}");
         let number = |trained: &Trained| {
             let metrics = trained.outcome.as_ref().unwrap();
@@ -248,7 +330,7 @@ fn numbers_that_are_not_finite_are_named_with_step_and_rows() {
     start.weights.insert(name.to_owned(), poisoned);
     let trained = fit(
         (&start.config, &start.weights),
-        &Sft,
+        &Sft::default(),
         (&trees, &[]),
         &settings(),
         (dir.path(), &Silent),
@@ -262,8 +344,13 @@ fn a_step_that_diverges_makes_no_update_and_says_so() {
     let (start, dir) = (start(), tempfile::tempdir().unwrap());
     let trees = conversations(8);
     let settings = Settings { learning_rate: 1e30, max_grad_norm: 0.0, ..settings() };
-    let trained =
-        fit((&start.config, &start.weights), &Sft, (&trees, &[]), &settings, (dir.path(), &Silent));
+    let trained = fit(
+        (&start.config, &start.weights),
+        &Sft::default(),
+        (&trees, &[]),
+        &settings,
+        (dir.path(), &Silent),
+    );
     let error = trained.outcome.unwrap_err();
     assert!(error.to_string().starts_with("step 2"), "{error}");
     assert!(error.hint_text().unwrap().contains("learning_rate"), "{error:?}");

@@ -235,6 +235,20 @@ impl Row {
         Ok(messages)
     }
 
+    /// The weight of the row, from the column of that name.
+    ///
+    /// # Errors
+    /// No such column, or not a finite number of 0 or more.
+    pub fn weight(&self, column: &str) -> Result<f64> {
+        let Some(value) = self.extra.get(column) else {
+            return Err(Error::run(format!("no column `{column}`"))
+                .hint("`row_weight_column` names the column with each row's weight"));
+        };
+        value.as_f64().filter(|weight| weight.is_finite() && *weight >= 0.0).ok_or_else(|| {
+            Error::run(format!("`{column}` is {value}, expected a number of 0 or more"))
+        })
+    }
+
     /// The column `label` of a labelled response: whether it is wanted.
     ///
     /// # Errors
@@ -272,5 +286,36 @@ pub(crate) fn kind(value: &Value) -> &'static str {
         Value::String(_) => "a string",
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn weights_and_labels_are_numbers_and_truths_or_refused() {
+        let row = |value: Value| {
+            let mut row = Row::new("f:1", Record::Text("t".to_owned()));
+            row.extra.insert("label".to_owned(), value.clone());
+            row.extra.insert("weight".to_owned(), value);
+            row
+        };
+        assert!(row(json!(1)).label().unwrap() && !row(json!(false)).label().unwrap());
+        assert_eq!(row(json!(2.5)).weight("weight").unwrap().to_bits(), 2.5_f64.to_bits());
+        let refused = |value: Value| {
+            let row = row(value);
+            (row.label().unwrap_err().to_string(), row.weight("weight").unwrap_err().to_string())
+        };
+        assert_eq!(
+            refused(json!("yes")),
+            (
+                "`label` is \"yes\", expected true or false".to_owned(),
+                "`weight` is \"yes\", expected a number of 0 or more".to_owned()
+            )
+        );
+        assert_eq!(refused(json!(-1)).1, "`weight` is -1, expected a number of 0 or more");
+        assert_eq!(row(json!(1)).weight("w").unwrap_err().to_string(), "no column `w`");
     }
 }

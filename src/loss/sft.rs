@@ -1,33 +1,209 @@
 //! Supervised fine-tuning: cross-entropy on trained tokens, averaged over the tokens of the whole step
-//! (Llama 3, section 4.1.3).
+//! (Llama 3, section 4.1.3), or another loss, normalisation and weight of rows by name.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
 
 use super::{Mean, Objective, StepTotals, Weighed};
 use crate::data::forest::Forest;
 use crate::error::Result;
 
-/// Mean negative log-likelihood of the trained tokens.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Sft;
+/// What a trained token costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenLoss {
+    /// `−ln p`.
+    #[default]
+    #[serde(alias = "cross_entropy", alias = "chunked_nll")]
+    Nll,
+    /// `−p ln p` with `p` held constant: Dynamic Fine-Tuning (Wu et al., 2025, equation 9). Tokens that the model
+    /// finds unlikely pull less.
+    Dft,
+}
+
+/// What a step's sum of token losses is divided by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Normalization {
+    /// The step's trained tokens: each token weighs the same.
+    #[default]
+    Token,
+    /// Each row's trained tokens, then the step's rows: each row weighs the same, however long.
+    Row,
+    /// The step's rows alone: token losses are summed, as in Tulu 3, and a step's scale does not depend on its lengths
+    /// or on how many rows it has.
+    Step,
+}
+
+impl TokenLoss {
+    /// Value of a token with log-probability `logp`, and its slope.
+    ///
+    /// ```
+    /// use arriero::loss::sft::TokenLoss;
+    /// assert_eq!(TokenLoss::Nll.of_token(-2.0), (2.0, -1.0));
+    /// let half = -std::f64::consts::LN_2;
+    /// assert_eq!(TokenLoss::Dft.of_token(half).0, 0.5 * std::f64::consts::LN_2);
+    /// ```
+    pub fn of_token(self, logp: f64) -> (f64, f64) {
+        match self {
+            Self::Nll => (-logp, -1.0),
+            Self::Dft => (-logp * logp.exp(), -logp.exp()),
+        }
+    }
+}
+
+/// The objective. By default the mean negative log-likelihood of the trained tokens.
+#[derive(Clone, Debug, Default)]
+pub struct Sft {
+    /// What a token costs.
+    pub loss: TokenLoss,
+    /// What the sum is divided by.
+    pub normalization: Normalization,
+    /// Weights of rows, 0 or more; a row that is not listed weighs 1.
+    pub row_weights: BTreeMap<usize, f64>,
+}
+
+impl Sft {
+    fn weight_of(&self, forest: &Forest, leaf: usize) -> f64 {
+        let row = forest.sources[forest.leaves[leaf].tree];
+        self.row_weights.get(&row).copied().unwrap_or(1.0)
+    }
+
+    /// Trained tokens of each sequence.
+    fn lengths(forest: &Forest) -> Vec<f64> {
+        let mut lengths = vec![0.0; forest.leaves.len()];
+        for target in &forest.targets {
+            lengths[target.leaf as usize] += 1.0;
+        }
+        lengths
+    }
+
+    /// Weight of each target in the step's sum.
+    fn weights(&self, forest: &Forest) -> Vec<f64> {
+        let lengths = Self::lengths(forest);
+        let weight = |leaf: usize| match self.normalization {
+            Normalization::Token | Normalization::Step => self.weight_of(forest, leaf),
+            Normalization::Row => self.weight_of(forest, leaf) / lengths[leaf],
+        };
+        forest.targets.iter().map(|target| weight(target.leaf as usize)).collect()
+    }
+}
 
 impl Objective for Sft {
     fn terms(&self) -> Vec<(&'static str, f64)> {
-        vec![("nll", 1.0)]
+        let name = match self.loss {
+            TokenLoss::Nll => "nll",
+            TokenLoss::Dft => "dft",
+        };
+        vec![(name, 1.0)]
     }
 
     fn counts(&self, forest: &Forest) -> Vec<f64> {
-        vec![forest.targets.len() as f64]
+        let count = Self::lengths(forest).into_iter().enumerate().map(|(leaf, length)| {
+            let weight = self.weight_of(forest, leaf);
+            match self.normalization {
+                Normalization::Token => weight * length,
+                Normalization::Row | Normalization::Step => weight * length.min(1.0),
+            }
+        });
+        vec![count.sum()]
     }
 
     fn fixed_gradient(&self, forest: &Forest, totals: &StepTotals) -> Option<Vec<f32>> {
-        Some(vec![(-1.0 / totals.counts[0]) as f32; forest.targets.len()])
+        if self.loss != TokenLoss::Nll {
+            return None;
+        }
+        let weights = self.weights(forest).into_iter();
+        Some(weights.map(|weight| (-weight / totals.counts[0]) as f32).collect())
     }
 
     fn weigh(&self, forest: &Forest, logps: &[f32], totals: &StepTotals) -> Result<Weighed> {
-        let nll: f64 = logps.iter().map(|&logp| -f64::from(logp)).sum();
+        let mut sum = 0.0;
+        let d_values = self.weights(forest).into_iter().zip(logps).map(|(weight, &logp)| {
+            let (value, slope) = self.loss.of_token(f64::from(logp));
+            sum += weight * value;
+            (weight * slope / totals.counts[0]) as f32
+        });
+        let d_values = d_values.collect();
         Ok(Weighed {
-            d_values: self.fixed_gradient(forest, totals).unwrap_or_default(),
-            sums: vec![nll],
+            d_values,
+            sums: vec![sum],
             metrics: vec![Mean { name: "trained_tokens", sum: logps.len() as f64, count: 0.0 }],
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::tree::{Role, Tree};
+
+    /// Rows of 1 and 3 trained tokens.
+    fn forest() -> (Forest, [f32; 4]) {
+        let row = |len: usize, source| {
+            let roles = [vec![Role::Context; 2], vec![Role::Content; len]].concat();
+            Tree::sequence(vec![5; len + 2], roles, source)
+        };
+        (Forest::pack(&[row(1, 0), row(3, 1)]).unwrap(), [-1.0, -2.0, -0.5, -0.25])
+    }
+
+    /// Sum over count, and the gradient.
+    fn of(objective: &Sft) -> (f64, Vec<f32>) {
+        let (forest, logps) = forest();
+        let totals = StepTotals { counts: objective.counts(&forest), statistics: Vec::new() };
+        let weighed = objective.weigh(&forest, &logps, &totals).unwrap();
+        if let Some(fixed) = objective.fixed_gradient(&forest, &totals) {
+            assert_eq!(fixed, weighed.d_values);
+        }
+        (weighed.sums[0] / totals.counts[0], weighed.d_values)
+    }
+
+    #[track_caller]
+    fn check(objective: &Sft, loss: f64, gradient: [f32; 4]) {
+        let (value, slopes) = of(objective);
+        assert!((value - loss).abs() < 1e-12, "{value}, expected {loss}");
+        for (slope, expected) in slopes.iter().zip(gradient) {
+            assert!((slope - expected).abs() < 1e-6, "{slopes:?}, expected {gradient:?}");
+        }
+    }
+
+    /// Rows cost 1 over 1 token and 2.75 over 3.
+    #[test]
+    fn tokens_rows_or_steps_are_what_the_sum_is_divided_by() {
+        let with = |normalization| Sft { normalization, ..Sft::default() };
+        check(&with(Normalization::Token), 3.75 / 4.0, [-0.25; 4]);
+        let third = -1.0 / 6.0;
+        check(
+            &with(Normalization::Row),
+            f64::midpoint(1.0, 2.75 / 3.0),
+            [-0.5, third, third, third],
+        );
+        check(&with(Normalization::Step), 3.75 / 2.0, [-0.5; 4]);
+    }
+
+    #[test]
+    fn a_row_of_weight_3_counts_like_three_and_one_of_weight_0_not_at_all() {
+        let with = |normalization, weight| Sft {
+            normalization,
+            row_weights: [(0, weight)].into(),
+            ..Sft::default()
+        };
+        let sixth = -1.0 / 6.0;
+        check(&with(Normalization::Token, 3.0), 5.75 / 6.0, [-0.5, sixth, sixth, sixth]);
+        let row = (3.0 + 2.75 / 3.0) / 4.0;
+        check(&with(Normalization::Row, 3.0), row, [-0.75, sixth / 2.0, sixth / 2.0, sixth / 2.0]);
+        let third = -1.0 / 3.0;
+        check(&with(Normalization::Token, 0.0), 2.75 / 3.0, [0.0, third, third, third]);
+    }
+
+    /// The slope of DFT is `−p`, not the derivative of its value: `p` is held.
+    #[test]
+    fn dft_pulls_by_the_probability() {
+        let (_, logps) = forest();
+        let p = logps.map(|logp| f64::from(logp).exp());
+        let value: f64 = p.iter().zip(logps).map(|(p, logp)| -p * f64::from(logp)).sum();
+        let dft = Sft { loss: TokenLoss::Dft, ..Sft::default() };
+        check(&dft, value / 4.0, p.map(|p| (-p / 4.0) as f32));
     }
 }

@@ -11,6 +11,7 @@ use crate::data::prepare::{OnBadRow, PairOptions, SftOptions};
 use crate::data::read::{Format, ReadOptions};
 use crate::error::{Context, Error, Result};
 use crate::generate::sampling::Sampling;
+use crate::loss::sft::{Normalization, TokenLoss};
 use crate::score::ScorerSpec;
 use crate::train::Settings;
 
@@ -191,6 +192,10 @@ impl Spec {
             }
             Self::Sft(spec) => {
                 spec.train.check()?;
+                if spec.train.streaming && !spec.row_weight_column.is_empty() {
+                    return Err(Error::usage("`streaming` with `row_weight_column`")
+                        .hint("weights are read before training begins: leave `streaming` out"));
+                }
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
             Self::Reward(spec) => {
@@ -326,6 +331,12 @@ pub struct Sft {
     pub random_init: bool,
     /// How to train.
     pub train: Settings,
+    /// What a trained token costs: `nll` or `dft`.
+    pub loss_type: TokenLoss,
+    /// What a step's sum is divided by: `token`, `row` or `step`.
+    pub loss_normalization: Normalization,
+    /// The column with each row's weight, 0 or more; empty weighs all rows the same.
+    pub row_weight_column: String,
 }
 
 /// `reward`: a Bradley-Terry reward model. Writes `checkpoint/`.

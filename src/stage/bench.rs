@@ -204,7 +204,7 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
             (Box::new(objective), Some(began.elapsed().as_secs_f64()))
         }
         Method::Reward => (Box::new(Reward::default()), None),
-        _ => (Box::new(Sft), None),
+        _ => (Box::new(Sft::default()), None),
     };
     let Checkpoint { config, weights, .. } = start;
     let learner = Learner::with(&config, weights, options.dtype, |_| false)?;

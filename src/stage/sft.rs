@@ -1,5 +1,7 @@
 //! Supervised fine-tuning (Llama 3, section 4.1.3): cross-entropy on the response tokens of a dataset.
 
+use std::collections::BTreeMap;
+
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
 use crate::data::pipeline::first_rows;
@@ -24,13 +26,31 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
     let sources: Vec<_> =
         spec.eval_datasets.iter().map(|dataset| dataset.source(rule.on_bad_row())).collect();
     let samples = first_rows(&sources, context.seed, spec.train.eval_samples)?;
+    let objective = objective(context, spec, &spec.datasets)?;
+    let held_out_objective = self::objective(context, spec, &spec.eval_datasets)?;
     let work = Work {
         start,
-        objective: &Sft,
+        objective: &objective,
         train: &train,
-        eval: (&Sft, held_out.as_ref()),
+        eval: (&held_out_objective, held_out.as_ref()),
         samples: &samples,
         settings: &spec.train,
     };
     training::fit(context, work)
+}
+
+/// The loss that the recipe names, with the rows' weights.
+fn objective(
+    context: &StageContext<'_>,
+    spec: &plan::Sft,
+    datasets: &[plan::Dataset],
+) -> Result<Sft> {
+    let mut row_weights = BTreeMap::new();
+    if !spec.row_weight_column.is_empty() && !datasets.is_empty() {
+        let rows = training::rows(context, datasets, spec.data.on_bad_row)?;
+        for (index, row) in rows.iter().enumerate() {
+            row_weights.insert(index, row.weight(&spec.row_weight_column).at(&row.place)?);
+        }
+    }
+    Ok(Sft { loss: spec.loss_type, normalization: spec.loss_normalization, row_weights })
 }

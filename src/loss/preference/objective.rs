@@ -183,7 +183,7 @@ impl Preference {
         for ((loss, _), own) in self.losses.iter().zip(self.shares(totals)) {
             if loss.needs_mismatched() {
                 let kl = own.first().copied().unwrap_or_default();
-                metrics.push(Mean { name: "kl", sum: kl * count, count });
+                metrics.push(Mean { name: "kto/kl", sum: kl * count, count });
             }
         }
         metrics

@@ -109,7 +109,7 @@ impl Unpaired {
         }
         if self.loss.needs_mismatched() {
             let count = read.rows.len() as f64;
-            metrics.push(Mean { name: "kl", sum: kl * count, count });
+            metrics.push(Mean { name: "kto/kl", sum: kl * count, count });
         }
         metrics
     }
