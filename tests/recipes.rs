@@ -162,7 +162,7 @@ fn an_interrupted_run_exits_130_and_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let mut child = arriero(&out).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    while !appeared(&out, &["sft.work"]) {
+    while !appeared(&out, &["sft.work", "step-000020/"]) {
         assert!(child.try_wait().unwrap().is_none(), "ended before training");
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -170,7 +170,16 @@ fn an_interrupted_run_exits_130_and_resumes() {
     assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
     let status = child.wait().unwrap();
     assert_eq!(status.code(), Some(130));
-    assert!(appeared(&out, &["sft.work", "step-"]), "what was trained is not saved");
+    let saved = std::fs::read_dir(out.join("stages/02-sft.work/checkpoints")).unwrap();
+    let saved: Vec<_> =
+        saved.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    // Checkpoints come every 20 steps: one of another step is what the interruption saved.
+    let of_its_own = |name: &String| {
+        name.strip_prefix("step-")
+            .and_then(|step| step.parse::<u32>().ok())
+            .is_some_and(|step| step % 20 != 0)
+    };
+    assert!(saved.iter().any(of_its_own), "what was trained is not saved: {saved:?}");
     let resumed = finish(&out);
     assert_eq!(weights(&resumed), weights(&finish(&dir.path().join("whole"))));
 }
