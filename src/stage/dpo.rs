@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
 use crate::data::mismatch::add_mismatched;
-use crate::data::prepare::Rule;
+use crate::data::prepare::{OnBadRow, Rule};
 use crate::data::record::{Record, Row};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
@@ -135,6 +135,17 @@ impl Labelled {
         let prepared = rule.trees(&rows, start.tokenizer()?)?;
         let positions = start.config.max_position_embeddings;
         let trees = training::checked(context, prepared, &rows, positions)?;
+        // Sampled pairs have answers of nothing but the end of the turn: that the mask leaves nothing of them is the
+        // setting's doing, not a fault of the row.
+        let masked = |tree: &Tree| {
+            if spec.mask_formatting_tokens && spec.summing().lengths(tree).contains(&0) {
+                return Err(Error::run(
+                    "a response has formatting tokens only, which mask_formatting_tokens leaves out",
+                ));
+            }
+            Ok(())
+        };
+        let trees = training::usable(context, trees, (&rows, OnBadRow::Skip), &masked)?;
         let usable = |tree: &Tree| method.check(&rows[tree.source], tree);
         let mut trees = training::usable(context, trees, (&rows, spec.data.on_bad_row), &usable)?;
         if spec.loss_type.iter().any(|loss| loss.needs_mismatched()) {
