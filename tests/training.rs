@@ -85,13 +85,6 @@ impl Events for StopAfter {
     fn progress(&self, _what: &str, done: u64, _total: u64) {
         self.seen.store(done, Ordering::Relaxed);
     }
-    fn metrics(&self, _step: u64, _values: &Metrics) -> Result<()> {
-        Ok(())
-    }
-    fn resume_after(&self, _step: u64) -> Result<()> {
-        Ok(())
-    }
-    fn note(&self, _text: &str) {}
     fn interrupted(&self) -> bool {
         self.seen.load(Ordering::Relaxed) == self.steps
     }

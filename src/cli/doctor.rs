@@ -2,7 +2,7 @@
 
 use super::output;
 use crate::ops::cpu::isa::{self, Isa};
-use crate::stage::memory::kibibytes;
+use crate::train::memory::kibibytes;
 
 /// Prints one line a fact.
 pub(super) fn run() {

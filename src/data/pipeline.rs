@@ -12,13 +12,13 @@ use sha2::{Digest, Sha256};
 
 use super::mix::Share;
 use super::paths;
-use super::prepare::{Outcome, PrepareReport, Rule, Skipped};
+use super::prepare::{Outcome, PrepareReport, Rule, Skipped, check_positions};
 use super::read::{ReadOptions, Reader};
 use super::record::Row;
 use super::stored::{Place, Writer};
 use super::tokenizer::ChatTokenizer;
 use super::tree::Tree;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::store;
 
 /// Raised when equal rows and settings give other examples than before.
@@ -275,7 +275,7 @@ impl Pipeline {
     ) -> Result<Option<Tree>> {
         let tree = report.count(&place, outcome, self.rule.on_bad_row(), times)?;
         if let Some(tree) = &tree {
-            self.check_positions(tree, &place)?;
+            check_positions(tree, self.positions).at(&place)?;
         }
         Ok(tree)
     }
@@ -292,19 +292,5 @@ impl Pipeline {
             }
         }
         Ok(())
-    }
-
-    /// Refuses rows that the model has no positions for.
-    fn check_positions(&self, tree: &Tree, place: &str) -> Result<()> {
-        let length =
-            |leaf| tree.path(leaf).iter().map(|&segment| tree.segments[segment].tokens.len()).sum();
-        let longest: usize = tree.leaves().into_iter().map(length).max().unwrap_or(0);
-        if longest <= self.positions {
-            return Ok(());
-        }
-        let positions = self.positions;
-        Err(Error::run(format!("{longest} tokens, the model has {positions} positions"))
-            .at(place)
-            .hint(format!("set max_length = {positions} or less")))
     }
 }

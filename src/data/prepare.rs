@@ -192,11 +192,28 @@ impl Rule {
     /// # Errors
     /// With `on_bad_row = "error"`, the first row that cannot be used, by file and line; no usable row at all.
     pub fn trees(&self, rows: &[Row], tokenizer: &ChatTokenizer) -> Result<Prepared> {
-        let outcomes: Vec<Result<Outcome>> = rows
-            .par_iter()
-            .enumerate()
-            .map(|(index, row)| self.tree(index, row, tokenizer))
-            .collect();
+        self.trees_where(rows, tokenizer, &|_, _| Ok(None))
+    }
+
+    /// The same for rows whose trees pass `check`. An error of it is the row's fault; a text says why the settings leave
+    /// the row out.
+    ///
+    /// # Errors
+    /// As [`Rule::trees`].
+    pub fn trees_where(
+        &self,
+        rows: &[Row],
+        tokenizer: &ChatTokenizer,
+        check: &(dyn Fn(&Row, &Tree) -> Result<Option<String>> + Sync),
+    ) -> Result<Prepared> {
+        let outcome = |(index, row): (usize, &Row)| match self.tree(index, row, tokenizer)? {
+            Outcome::Tree(tree, cut) => Ok(match check(row, &tree)? {
+                None => Outcome::Tree(tree, cut),
+                Some(why) => Outcome::Dropped(why),
+            }),
+            dropped @ Outcome::Dropped(_) => Ok(dropped),
+        };
+        let outcomes: Vec<Result<Outcome>> = rows.par_iter().enumerate().map(outcome).collect();
         let mut trees = Vec::new();
         let mut report = PrepareReport { rows: rows.len(), ..PrepareReport::default() };
         for (row, outcome) in rows.iter().zip(outcomes) {
@@ -207,6 +224,21 @@ impl Rule {
         }
         Ok(Prepared { trees, report })
     }
+}
+
+/// Refuses a tree that the model has no positions for.
+///
+/// # Errors
+/// How long its longest sequence is, and how long one may be.
+pub fn check_positions(tree: &Tree, positions: usize) -> Result<()> {
+    let length =
+        |leaf| tree.path(leaf).iter().map(|&segment| tree.segments[segment].tokens.len()).sum();
+    let longest: usize = tree.leaves().into_iter().map(length).max().unwrap_or(0);
+    if longest <= positions {
+        return Ok(());
+    }
+    Err(Error::run(format!("{longest} tokens, the model has {positions} positions"))
+        .hint(format!("set max_length = {positions} or less")))
 }
 
 /// [`Rule::Sft`] on rows in memory.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::model::Config;
 use crate::ops::cpu::Element;
 use crate::ops::cpu::rows::TILE;
 
@@ -20,6 +21,15 @@ pub struct CacheShape {
 }
 
 impl CacheShape {
+    /// The layout for a model.
+    pub fn new(config: &Config) -> Self {
+        Self {
+            layers: config.num_hidden_layers,
+            heads: config.num_key_value_heads,
+            width: config.head_dim,
+        }
+    }
+
     /// Numbers a page holds: keys and values of [`PAGE`] positions in every layer and head.
     fn page_len(self) -> usize {
         self.layers * 2 * self.heads * PAGE * self.width

@@ -149,12 +149,7 @@ impl<E: Element> CpuDecoder<E> {
 
     /// How this model's caches are laid out.
     pub fn cache_shape(&self) -> CacheShape {
-        let config = &self.parts.config;
-        CacheShape {
-            layers: config.num_hidden_layers,
-            heads: config.num_key_value_heads,
-            width: config.head_dim,
-        }
+        CacheShape::new(&self.parts.config)
     }
 
     fn norm(&self, x: &[f32], weight: &Tensor) -> Result<Vec<E>> {

@@ -4,6 +4,7 @@ use candle_core::DType;
 use half::bf16;
 use serde_json::{Map, Value};
 
+use super::cache::CacheShape;
 use super::decode::CpuDecoder;
 use super::engine::{Answer, Engine, Limits, Prompt, Vocabulary};
 use super::plain::PlainDecoder;
@@ -107,13 +108,16 @@ impl LocalModel {
         let Checkpoint { config, weights, .. } = checkpoint;
         let on_cpu = weights.values().all(|tensor| tensor.device().is_cpu());
         let in_bf16 = weights.values().any(|tensor| tensor.dtype() == DType::BF16);
-        let (backend, element) = match (on_cpu, in_bf16) {
-            (true, true) => (Backend::Bf16(CpuDecoder::new(config, weights)?), 2),
-            (true, false) => (Backend::Cpu(CpuDecoder::new(config, weights)?), 4),
-            (false, _) => (Backend::Plain(PlainDecoder::new(config, weights)?), 4),
+        let backend = match (on_cpu, in_bf16) {
+            (true, true) => Backend::Bf16(CpuDecoder::new(config, weights)?),
+            (true, false) => Backend::Cpu(CpuDecoder::new(config, weights)?),
+            (false, _) => Backend::Plain(PlainDecoder::new(config, weights)?),
         };
-        let bytes_a_token =
-            config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * element;
+        let shape = CacheShape::new(config);
+        let bytes_a_token = match backend {
+            Backend::Bf16(_) => shape.bytes_a_token::<bf16>(),
+            Backend::Cpu(_) | Backend::Plain(_) => shape.bytes_a_token::<f32>(),
+        };
         let limits = Limits {
             max_batch: MAX_BATCH,
             max_prefill: MAX_PREFILL,

@@ -16,20 +16,26 @@ pub type Metrics = BTreeMap<String, f64>;
 /// Where a running stage sends its progress and its numbers. Implementations are cheap to call once a step.
 pub trait Events: Sync {
     /// `done` of `total` units (steps, prompts, rows) of `what` are finished. `total` 0 means unknown.
-    fn progress(&self, what: &str, done: u64, total: u64);
+    fn progress(&self, _what: &str, _done: u64, _total: u64) {}
 
     /// Numbers of one optimizer step (counted from 1), to `metrics.jsonl` and TensorBoard.
-    fn metrics(&self, step: u64, values: &Metrics) -> Result<()>;
+    fn metrics(&self, _step: u64, _values: &Metrics) -> Result<()> {
+        Ok(())
+    }
 
     /// The stage continues after `step`: numbers of later steps, which a killed process left, are dropped.
-    fn resume_after(&self, step: u64) -> Result<()>;
+    fn resume_after(&self, _step: u64) -> Result<()> {
+        Ok(())
+    }
 
     /// One line for the user: what was skipped, truncated, resumed.
-    fn note(&self, text: &str);
+    fn note(&self, _text: &str) {}
 
     /// Whether the user asked to stop. A stage then saves what it needs to continue and returns
     /// [`Error::interrupted`].
-    fn interrupted(&self) -> bool;
+    fn interrupted(&self) -> bool {
+        false
+    }
 
     /// Returns [`Error::interrupted`] where the user asked to stop: for stages whose ledger is always up to date.
     fn check_interrupt(&self) -> Result<()> {
@@ -46,19 +52,7 @@ pub trait Events: Sync {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Silent;
 
-impl Events for Silent {
-    fn progress(&self, _what: &str, _done: u64, _total: u64) {}
-    fn metrics(&self, _step: u64, _values: &Metrics) -> Result<()> {
-        Ok(())
-    }
-    fn resume_after(&self, _step: u64) -> Result<()> {
-        Ok(())
-    }
-    fn note(&self, _text: &str) {}
-    fn interrupted(&self) -> bool {
-        false
-    }
-}
+impl Events for Silent {}
 
 /// One finished stage of one round.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
 use crate::data::mismatch::add_mismatched;
-use crate::data::prepare::{OnBadRow, Rule};
+use crate::data::prepare::{Rule, check_positions};
 use crate::data::record::{Record, Row};
 use crate::data::tree::Tree;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::loss::Objective;
 use crate::loss::preference::{Preference, Unpaired};
 use crate::model::Transformer;
@@ -132,22 +132,24 @@ impl Labelled {
             Method::Paired(_) => Rule::Pairs(spec.data.clone()),
             Method::Unpaired(_) => Rule::Responses(spec.data.clone()),
         };
-        let prepared = rule.trees(&rows, start.tokenizer()?)?;
-        let positions = start.config.max_position_embeddings;
-        let trees = training::checked(context, prepared, &rows, positions)?;
         // Sampled pairs have answers of nothing but the end of the turn: that the mask leaves nothing of them is the
         // setting's doing, not a fault of the row.
-        let masked = |tree: &Tree| {
+        let check = |row: &Row, tree: &Tree| -> Result<Option<String>> {
             if spec.mask_formatting_tokens && spec.summing().lengths(tree).contains(&0) {
-                return Err(Error::run(
-                    "a response has formatting tokens only, which mask_formatting_tokens leaves out",
+                return Ok(Some(
+                    "a response has formatting tokens only, which mask_formatting_tokens leaves out"
+                        .to_owned(),
                 ));
             }
-            Ok(())
+            method.check(row, tree)?;
+            Ok(None)
         };
-        let trees = training::usable(context, trees, (&rows, OnBadRow::Skip), &masked)?;
-        let usable = |tree: &Tree| method.check(&rows[tree.source], tree);
-        let mut trees = training::usable(context, trees, (&rows, spec.data.on_bad_row), &usable)?;
+        let prepared = rule.trees_where(&rows, start.tokenizer()?, &check)?;
+        training::note_report(context, &prepared.report);
+        let (mut trees, positions) = (prepared.trees, start.config.max_position_embeddings);
+        for tree in &trees {
+            check_positions(tree, positions).at(&rows[tree.source].place)?;
+        }
         if spec.loss_type.iter().any(|loss| loss.needs_mismatched()) {
             let longest = spec.data.max_length.unwrap_or(positions).min(positions);
             add_mismatched(&mut trees, spec.train.examples_per_step(), longest);

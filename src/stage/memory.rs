@@ -3,18 +3,13 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 
+use crate::train::memory::kibibytes;
+
 const STATUS: &str = "/proc/self/status";
 
 /// The most bytes that this process has held.
 pub fn peak_bytes() -> Option<u64> {
     kibibytes(STATUS, "VmHWM:")
-}
-
-/// A field of a status file that is given in kB, in bytes.
-pub fn kibibytes(path: &str, field: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let line = text.lines().find(|line| line.starts_with(field))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 /// Measures how far memory rises above what is held at one moment.

@@ -9,13 +9,12 @@ use super::StageContext;
 use crate::data::examples::Examples;
 use crate::data::mix::take;
 use crate::data::pipeline::Pipeline;
-use crate::data::prepare::{OnBadRow, PrepareReport, Prepared, Rule, Skipped};
+use crate::data::prepare::{OnBadRow, PrepareReport, Rule, Skipped};
 use crate::data::read::read;
 use crate::data::record::Row;
 use crate::data::stored::Stored;
 use crate::data::stream::Origin;
 use crate::data::tokenizer::ChatTokenizer;
-use crate::data::tree::Tree;
 use crate::error::{Context, Error, Result};
 use crate::generate::local::{Asked, LocalModel, Teacher};
 use crate::generate::sampling::Sampling;
@@ -157,7 +156,7 @@ fn stored(context: &StageContext<'_>, pipeline: &Pipeline) -> Result<Stored> {
 }
 
 /// Says what preparation left out.
-fn note_report(context: &StageContext<'_>, report: &PrepareReport) {
+pub fn note_report(context: &StageContext<'_>, report: &PrepareReport) {
     for (path, unread) in &report.unread {
         note_skipped(context, path, unread);
     }
@@ -165,57 +164,6 @@ fn note_report(context: &StageContext<'_>, report: &PrepareReport) {
     if report.truncated > 0 {
         context.events.note(&format!("{} rows were cut to max_length", report.truncated));
     }
-}
-
-/// The trees of rows in memory, of which none is longer than the model has positions.
-pub fn checked(
-    context: &StageContext<'_>,
-    prepared: Prepared,
-    rows: &[Row],
-    positions: usize,
-) -> Result<Vec<Tree>> {
-    note_report(context, &prepared.report);
-    for tree in &prepared.trees {
-        let longest =
-            |leaf| tree.path(leaf).iter().map(|&segment| tree.segments[segment].tokens.len()).sum();
-        let longest: usize = tree.leaves().into_iter().map(longest).max().unwrap_or(0);
-        if longest > positions {
-            let place = rows.get(tree.source).map_or("a row", |row| row.place.as_str());
-            return Err(Error::run(format!(
-                "{longest} tokens, the model has {positions} positions"
-            ))
-            .at(place)
-            .hint(format!("set max_length = {positions} or less")));
-        }
-    }
-    Ok(prepared.trees)
-}
-
-/// The trees that pass `check`. Others stop the stage or are left out and counted, as `on_bad_row` says.
-pub fn usable(
-    context: &StageContext<'_>,
-    trees: Vec<Tree>,
-    (rows, on_bad_row): (&[Row], OnBadRow),
-    check: &dyn Fn(&Tree) -> Result<()>,
-) -> Result<Vec<Tree>> {
-    let (mut kept, mut skipped) = (Vec::with_capacity(trees.len()), Skipped::default());
-    for tree in trees {
-        let place = rows.get(tree.source).map_or("a row", |row| row.place.as_str());
-        match check(&tree) {
-            Ok(()) => kept.push(tree),
-            Err(error) if on_bad_row == OnBadRow::Skip => {
-                skipped.add(place, error.to_string(), 1);
-            }
-            Err(error) => {
-                return Err(error.at(place).hint("on_bad_row = \"skip\" leaves such rows out"));
-            }
-        }
-    }
-    note_skipped(context, "preparation", &skipped);
-    if kept.is_empty() {
-        return Err(Error::run(format!("none of {} rows can be used", rows.len())));
-    }
-    Ok(kept)
 }
 
 fn note_skipped(context: &StageContext<'_>, what: &str, skipped: &Skipped) {
@@ -325,6 +273,7 @@ mod tests {
 
     use super::*;
     use crate::data::prepare::SftOptions;
+    use crate::data::tree::Tree;
     use crate::report::record::Events;
 
     /// Keeps what was noted, and how often progress was.
@@ -399,13 +348,6 @@ mod tests {
         fn progress(&self, _what: &str, done: u64, _total: u64) {
             self.1.store(done, Ordering::Relaxed);
         }
-        fn metrics(&self, _step: u64, _values: &Metrics) -> Result<()> {
-            Ok(())
-        }
-        fn resume_after(&self, _step: u64) -> Result<()> {
-            Ok(())
-        }
-        fn note(&self, _text: &str) {}
         fn interrupted(&self) -> bool {
             self.1.load(Ordering::Relaxed) == self.0
         }

@@ -147,9 +147,14 @@ pub fn parse_bytes(text: &str) -> Result<u64> {
 
 /// Bytes that this process may still take: what the system calls available.
 pub fn available() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
+    kibibytes("/proc/meminfo", "MemAvailable:")
+}
+
+/// A field of one of Linux's status files that is given in kB, in bytes. Elsewhere nothing is known.
+pub fn kibibytes(path: &str, field: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text.lines().find(|line| line.starts_with(field))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 #[cfg(test)]

@@ -65,11 +65,9 @@ pub fn reference_logps(request: &Request<'_>, summing: Summing) -> Result<Logps>
         for range in micro_batches(&trees, request.settings.max_tokens_per_micro_batch) {
             let forest = Forest::pack(&trees[range])?;
             let logps = step::read(request.model, Readout::Logps, &forest)?;
-            let mut rows: Logps = BTreeMap::new();
-            for (leaf, response) in forest.leaves.iter().zip(summing.responses(&forest, &logps)) {
-                rows.entry(forest.sources[leaf.tree]).or_default().push(response.logp);
-            }
-            table.extend(rows);
+            table.extend(summing.trees(&forest, &logps).into_iter().map(|(source, responses)| {
+                (source, responses.iter().map(|response| response.logp).collect())
+            }));
         }
         request.events.progress("reference", step_index as u64 + 1, steps as u64);
     }

@@ -91,21 +91,17 @@ impl Preference {
 
     /// What the losses are told of each tree.
     fn read(&self, forest: &Forest, logps: &[f32]) -> Result<Read> {
-        let responses = self.summing.responses(forest, logps);
         let mut read = Read::default();
-        let mut first = 0;
-        for (tree, &source) in forest.sources.iter().enumerate() {
-            let count = forest.leaves[first..].iter().take_while(|leaf| leaf.tree == tree).count();
-            let policy = &responses[first..first + count];
+        for (source, policy) in self.summing.trees(forest, logps) {
+            let count = policy.len();
             let row = || format!("row {source}");
-            first += count;
             self.check_leaves(count).map_err(|error| error.at(row()))?;
             if let Some(leaf) = policy.iter().position(|response| response.length < 1.0) {
                 return Err(empty(leaf).at(row()));
             }
             let reference = self.reference_of(source, count).map_err(|error| error.at(row()))?;
             let margin = self.margin_of(source).map_err(|error| error.at(row()))?;
-            read.pairs.push(pair(policy, &reference, margin));
+            read.pairs.push(pair(&policy, &reference, margin));
             let others = policy.iter().zip(&reference).skip(2);
             read.mismatched.extend(others.map(|(response, reference)| response.logp - reference));
         }

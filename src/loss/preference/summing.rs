@@ -61,6 +61,16 @@ impl Summing {
         weight.collect()
     }
 
+    /// The responses of each tree, with its row, in the order of [`Forest::sources`].
+    pub fn trees(self, forest: &Forest, logps: &[f32]) -> Vec<(usize, Vec<Response>)> {
+        let mut trees: Vec<(usize, Vec<Response>)> =
+            forest.sources.iter().map(|&source| (source, Vec::new())).collect();
+        for (leaf, response) in forest.leaves.iter().zip(self.responses(forest, logps)) {
+            trees[leaf.tree].1.push(response);
+        }
+        trees
+    }
+
     /// Every leaf's response, in the order of [`Forest::leaves`].
     pub fn responses(self, forest: &Forest, logps: &[f32]) -> Vec<Response> {
         let mut responses = vec![Response::default(); forest.leaves.len()];

@@ -60,14 +60,10 @@ impl Unpaired {
     }
 
     fn read(&self, forest: &Forest, logps: &[f32]) -> Result<Read> {
-        let responses = self.summing.responses(forest, logps);
         let mut read = Read::default();
-        let mut first = 0;
-        for (tree, &source) in forest.sources.iter().enumerate() {
-            let count = forest.leaves[first..].iter().take_while(|leaf| leaf.tree == tree).count();
-            self.read_tree(source, &responses[first..first + count], &mut read)
+        for (source, policy) in self.summing.trees(forest, logps) {
+            self.read_tree(source, &policy, &mut read)
                 .map_err(|error| error.at(format!("row {source}")))?;
-            first += count;
         }
         Ok(read)
     }
