@@ -17,6 +17,7 @@ PEERS = {
     "PyTorch": ["torch_sft.py"],
     "PyTorch, compiled": ["torch_sft.py", "--compile"],
     "TRL": None,
+    "PyTorch, peft": ["peft_sft.py"],
     "PyTorch head": ["torch_head.py"],
     "PyTorch attention": ["torch_attention.py"],
     "PyTorch products": ["torch_products.py"],
@@ -33,6 +34,10 @@ def works():
         told = ["--dtype", dtype]
         found[f"sft-{dtype}"] = ("sft", dense + told, ["PyTorch", "PyTorch, compiled", "TRL"])
         found[f"sft-{dtype}-recompute"] = ("sft", dense + told + ["--recompute"], ["PyTorch", "TRL"])
+        lora = dense + told + ["--lora", "16"]
+        found[f"lora-{dtype}"] = ("sft", lora, ["PyTorch, peft"])
+        found[f"lora-{dtype}-recompute"] = ("sft", lora + ["--recompute"], ["PyTorch, peft"])
+        found[f"qlora-{dtype}"] = ("sft", lora + ["--quantization", "nf4"], ["PyTorch, peft"])
         found[f"chat-{dtype}"] = ("sft", ["--batch", "8", "--chat"] + told, ["TRL"])
         found[f"dpo-{dtype}"] = ("dpo", pairs + told, ["TRL"])
         found[f"reward-{dtype}"] = ("reward", pairs + told, ["TRL"])

@@ -17,7 +17,8 @@ use arriero::loss::reward::Reward;
 use arriero::loss::sft::Sft;
 use arriero::loss::{Objective, Readout};
 use arriero::model::checkpoint::Checkpoint;
-use arriero::model::{Gradients, Transformer, Weights};
+use arriero::model::lora::peft;
+use arriero::model::{Gradients, Precision, Tensors, Transformer, Weights};
 use arriero::optim::adamw::{AdamW, Hyper, is_decayed};
 use arriero::optim::clip_factor;
 use arriero::optim::schedule::Schedule;
@@ -476,4 +477,58 @@ fn golden_models_and_counts_are_read_from_the_files() {
         checkpoint.config.vocab_size
     );
     assert_eq!(Sft::default().terms(), [("nll", 1.0)]);
+}
+
+#[test]
+fn golden_f_adapters_of_peft() {
+    let golden = json("f_lora.json");
+    let base = checkpoint("model_tied");
+    let trees = sft_batches()[0].clone();
+    for case in ["qv_r4_a8", "all_r3_a12_rslora"] {
+        let dir = folder().join(format!("f_adapter_{case}"));
+        let saved = peft::read(&dir, &Device::Cpu).unwrap();
+        let tensors = Tensors::dense(base.weights.clone());
+        let live =
+            Learner::adapted(&base.config, tensors, &saved.attached(), Precision::F32, |_| false)
+                .unwrap();
+        let (grads, report) =
+            step::gradients(&live, &Sft::default(), &refs(&trees), OPTIONS).unwrap();
+        assert_close(report.loss, golden["cases"][case]["loss"].as_f64().unwrap(), 1e-5, case);
+        let peft_name = |name: &str| {
+            format!("grad.base_model.model.{}", name.replace(".weight", ".default.weight"))
+        };
+        let golden = self::tensors(&format!("f_lora_{case}.safetensors"));
+        assert_eq!(grads.iter().count(), golden.len() - 1, "{case}");
+        for (name, grad) in grads.iter() {
+            let expected = &golden[&peft_name(name)];
+            let distance = norm(&(grad - expected).unwrap()) / norm(expected);
+            assert!(distance < 1e-4, "{case}, {name}: {distance:.2e}");
+        }
+
+        // Merged, the same logits.
+        let merged = base.clone().with_adapter(saved.clone(), &dir).unwrap();
+        let merged = Transformer::new(&merged.config, &merged.weights).unwrap();
+        for (row, tree) in trees.iter().enumerate() {
+            let forest = Forest::pack([tree]).unwrap();
+            let expected = golden["logits"].get(row).unwrap().narrow(0, 0, forest.len()).unwrap();
+            for model in [live.model(), &merged] {
+                let logits = model.hidden(&forest).unwrap().matmul(&model.head().t().unwrap());
+                let error = (logits.unwrap() - &expected).unwrap().abs().unwrap();
+                let worst = error.max_all().unwrap().to_scalar::<f32>().unwrap();
+                assert!(worst < 1e-4, "{case}, row {row}: {worst}");
+            }
+        }
+
+        // Written and read again, the same bits.
+        let out = tempfile::tempdir().unwrap();
+        peft::write(out.path(), &saved.config, &live.weights(), "of the base").unwrap();
+        let again = peft::read(out.path(), &Device::Cpu).unwrap();
+        assert_eq!(again.base.as_deref(), Some("of the base"));
+        let (before, after) = (saved.into_trained(), again.into_trained());
+        assert!(before.keys().eq(after.keys()));
+        for (name, tensor) in &before {
+            let bits = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(bits(tensor), bits(&after[name]), "{case}, {name}");
+        }
+    }
 }

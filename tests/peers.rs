@@ -16,13 +16,20 @@ use arriero::data::forest::Forest;
 use arriero::data::record::Message;
 use arriero::data::tree::{Role, Tree};
 use arriero::generate::engine::Finish;
-use arriero::loss::Readout;
+use arriero::loss::sft::Sft;
+use arriero::loss::{Objective, Readout};
 use arriero::model::checkpoint::{Checkpoint, LoadOptions};
+use arriero::model::lora::{Init, Lora};
 use arriero::model::save::SaveOptions;
-use arriero::model::{Architecture, Transformer, Weights};
+use arriero::model::{Architecture, Precision, Transformer, Weights};
+use arriero::optim::adamw::AdamW;
+use arriero::rng::Stream;
 use arriero::score::candidates::{Candidate, Candidates};
 use arriero::score::select::{Rules, select};
-use arriero::train::step;
+use arriero::stage::adapt::{Adapt, Trainee};
+use arriero::train::Settings;
+use arriero::train::step::{self, StepOptions};
+use arriero::train::update::{Pace, update};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
@@ -267,4 +274,95 @@ fn trl_trains_on_what_select_writes() {
     assert!(about["sft_loss"].as_f64().unwrap().is_finite());
     let dpo = about["dpo_loss"].as_f64().unwrap();
     assert!((dpo - 2f64.ln()).abs() < 1e-3, "the first DPO loss is {dpo}, expected ln 2");
+}
+
+/// A small model with factors of one form beside it, moved from where they begin.
+fn adapted(model: &Checkpoint, base: &Path, lora: &Lora) -> Trainee {
+    let seed = 3;
+    let adapt = Adapt { lora, base: base.to_str().unwrap(), dtype: Precision::F32, seed };
+    let trainee = adapt.trainee(model.clone()).unwrap();
+    for (index, param) in trainee.learner.params().values().enumerate() {
+        let size = param.master.elem_count();
+        let noise = Stream::new(seed, "peers").normal(index as u64, size, 0.05);
+        let noise = Tensor::from_vec(noise, param.master.shape(), &Device::Cpu).unwrap();
+        param.set(&(param.master.as_tensor() + noise).unwrap()).unwrap();
+    }
+    trainee
+}
+
+/// Each form of adapter with its name.
+fn forms() -> [(&'static str, Lora); 3] {
+    let plain = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
+    [
+        ("lora", plain.clone()),
+        ("dora", Lora { use_dora: true, ..plain.clone() }),
+        ("pissa", Lora { init_lora_weights: Init::Pissa, use_rslora: true, ..plain }),
+    ]
+}
+
+#[test]
+fn adapters_give_peft_the_same_logits_as_our_merged_model() {
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    let base = goldens().join("model_tied");
+    let model = Checkpoint::load_dir(&base, &Device::Cpu).unwrap();
+    let rows = some_rows(model.config.vocab_size as u32, 3);
+    let dir = tempfile::tempdir().unwrap();
+    let ids = dir.path().join("ids.json");
+    fs::write(&ids, serde_json::to_vec(&rows).unwrap()).unwrap();
+    for (name, lora) in forms() {
+        let adapter = dir.path().join(name);
+        adapted(&model, &base, &lora).save(&adapter, Precision::F32).unwrap();
+        let out = dir.path().join(format!("{name}.safetensors"));
+        let printed = script(&python, "load_in_peft.py", &[&base, &adapter, &ids, &out]);
+        let about: Value = serde_json::from_str(printed.lines().last().unwrap()).unwrap();
+        assert_eq!(about["complaints"], serde_json::json!([]), "{name}");
+
+        let theirs = candle_core::safetensors::load(&out, &Device::Cpu).unwrap();
+        let merged = Checkpoint::load_dir(&adapter, &Device::Cpu).unwrap();
+        let merged = Transformer::new(&merged.config, &merged.weights).unwrap();
+        for (row, tree) in sequences(&rows).iter().enumerate() {
+            let hidden = merged.hidden(&Forest::pack([tree]).unwrap()).unwrap();
+            let logits = hidden.matmul(&merged.head().t().unwrap()).unwrap();
+            let apart = largest_difference(&logits, &theirs[&format!("logits.{row}")]);
+            assert!(apart <= 1e-4, "{name}, row {row}: logits differ by {apart}");
+        }
+    }
+}
+
+#[test]
+fn adapters_train_as_in_peft() {
+    const STEPS: usize = 8;
+    const LR: f64 = 5e-3;
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    let base = goldens().join("model_tied");
+    let model = Checkpoint::load_dir(&base, &Device::Cpu).unwrap();
+    let rows = some_rows(model.config.vocab_size as u32, 3);
+    let dir = tempfile::tempdir().unwrap();
+    let ids = dir.path().join("ids.json");
+    fs::write(&ids, serde_json::to_vec(&rows).unwrap()).unwrap();
+    for (name, lora) in forms().into_iter().take(2) {
+        let trainee = adapted(&model, &base, &lora);
+        let adapter = dir.path().join(name);
+        trainee.save(&adapter, Precision::F32).unwrap();
+        let (steps, lr) = (STEPS.to_string(), LR.to_string());
+        let arguments: [&Path; 5] = [&base, &adapter, &ids, Path::new(&steps), Path::new(&lr)];
+        let printed = script(&python, "train_in_peft.py", &arguments);
+        let theirs: Value = serde_json::from_str(printed.lines().last().unwrap()).unwrap();
+
+        let trained = trainee.learner.params().values();
+        let trained: usize = trained.map(|param| param.master.elem_count()).sum();
+        assert_eq!(theirs["trained"], trained, "{name}");
+        let trees = sequences(&rows);
+        let trees: Vec<&Tree> = trees.iter().collect();
+        let mut adamw = AdamW::new(Settings { weight_decay: 0.0, ..Settings::default() }.hyper());
+        let pace = Pace { lr: LR, max_grad_norm: 0.0 };
+        for (step, expected) in theirs["losses"].as_array().unwrap().iter().enumerate() {
+            let work = (&Sft::default() as &dyn Objective, trees.as_slice());
+            let options = StepOptions::new(4096);
+            let (report, _) = update(&trainee.learner, work, options, &mut adamw, pace).unwrap();
+            let expected = expected.as_f64().unwrap();
+            let apart = (report.loss - expected).abs() / expected;
+            assert!(apart < 1e-4, "{name}, step {step}: {} and {expected}", report.loss);
+        }
+    }
 }

@@ -13,6 +13,8 @@ use arriero::generate::engine::{Finish, Prompt};
 use arriero::generate::local::LocalModel;
 use arriero::generate::sampling::Sampling;
 use arriero::model::checkpoint::Checkpoint;
+use arriero::model::packed::{Quantization, pack};
+use arriero::model::source::Source;
 use arriero::model::transformer::Transformer;
 use arriero::ops::head::logps;
 use candle_core::Device;
@@ -20,17 +22,19 @@ use candle_core::Device;
 const PROMPT: [u32; 16] =
     [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198];
 
+fn file() -> PathBuf {
+    let folder = std::env::var_os("ARRIERO_SMOLLM2").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("data/smollm2"),
+        PathBuf::from,
+    );
+    let path = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    assert!(path.exists(), "{} is absent: run scripts/fetch-smollm2", path.display());
+    path
+}
+
 fn checkpoint() -> &'static Checkpoint {
     static LOADED: OnceLock<Checkpoint> = OnceLock::new();
-    LOADED.get_or_init(|| {
-        let folder = std::env::var_os("ARRIERO_SMOLLM2").map_or_else(
-            || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("data/smollm2"),
-            PathBuf::from,
-        );
-        let path = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
-        assert!(path.exists(), "{} is absent: run scripts/fetch-smollm2", path.display());
-        Checkpoint::load_gguf(&path, &Device::Cpu).unwrap()
-    })
+    LOADED.get_or_init(|| Checkpoint::load_gguf(&file(), &Device::Cpu).unwrap())
 }
 
 fn question() -> Vec<Message> {
@@ -73,4 +77,20 @@ fn the_golden_prompt_has_its_greedy_answer() {
         .unwrap();
     assert_eq!(answers[0].text, "The capital of France is Paris.");
     assert_eq!((answers[0].ids.last(), answers[0].finish), (Some(&2), Finish::Stop));
+}
+
+/// Packed, every projection is in the blocks of the file, and means to the last bit what the dense model holds.
+#[test]
+fn blocks_of_the_file_are_kept_as_they_stand() {
+    let mut weights = checkpoint().weights.clone();
+    let dense = weights.len();
+    let packed = pack(&mut weights, Quantization::Gguf, &Source::Gguf(file())).unwrap();
+    assert_eq!((packed.len(), weights.len()), (7 * 30, dense - 7 * 30));
+    let bytes: usize = packed.values().map(|packed| packed.bytes()).sum();
+    let numbers: usize = packed.values().map(|packed| packed.shape().0 * packed.shape().1).sum();
+    assert_eq!(8 * bytes, 5 * numbers, "five bits a weight");
+    for (name, packed) in packed {
+        let dense = checkpoint().weights[&name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(packed.unpack::<f32>() == dense, "{name}");
+    }
 }

@@ -24,6 +24,8 @@ def arguments(description, *flags):
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
+    parser.add_argument("--lora", type=int, metavar="RANK")
+    parser.add_argument("--quantization", choices=["none", "nf4"], default="none")
     for flag in flags:
         parser.add_argument(flag, action="store_true")
     return parser.parse_args()

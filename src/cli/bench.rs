@@ -6,6 +6,8 @@ use serde_json::json;
 use super::output;
 use crate::error::Result;
 use crate::model::Precision;
+use crate::model::lora::Lora;
+use crate::model::packed::Quantization;
 use crate::ops::cpu::isa::Isa;
 use crate::stage::bench::ceiling::{self, Ceiling};
 use crate::stage::bench::{self, Figures, Method, Options};
@@ -42,6 +44,12 @@ pub(super) struct BenchArgs {
     /// The dataset to prepare, for `prepare`
     #[arg(long, required_if_eq("method", "prepare"))]
     data: Option<String>,
+    /// Train adapters of this rank beside the frozen model
+    #[arg(long, value_name = "RANK")]
+    lora: Option<usize>,
+    /// With --lora: how the frozen projections are held
+    #[arg(long, default_value = "none", requires = "lora")]
+    quantization: QuantizationName,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -68,6 +76,13 @@ enum MethodName {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
+enum QuantizationName {
+    None,
+    Nf4,
+    Gguf,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum DtypeName {
     F32,
     Bf16,
@@ -86,6 +101,16 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         dtype: match args.dtype {
             DtypeName::F32 => Precision::F32,
             DtypeName::Bf16 => Precision::Bf16,
+        },
+        lora: Lora {
+            use_peft: args.lora.is_some(),
+            lora_r: args.lora.unwrap_or(1),
+            quantization: match args.quantization {
+                QuantizationName::None => Quantization::None,
+                QuantizationName::Nf4 => Quantization::Nf4,
+                QuantizationName::Gguf => Quantization::Gguf,
+            },
+            ..Lora::default()
         },
     };
     let method = match args.method {

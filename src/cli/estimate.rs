@@ -5,16 +5,20 @@ use std::path::{Path, PathBuf};
 use crate::error::Result;
 use crate::model::checkpoint::peek;
 use crate::model::config::Config;
+use crate::model::lora::{Lora, load::is_adapter};
 use crate::recipe::{Plan, Spec};
 use crate::train::Settings;
-use crate::train::memory::Footprint;
+use crate::train::memory::{Adapted, Footprint};
 
 /// Bytes that a training step holds at its peak over a micro-batch of `settings.max_tokens_per_micro_batch` tokens.
 ///
 /// # Errors
 /// Recomputation by memory, where nothing says how much there is.
-pub(super) fn training_bytes(config: &Config, settings: &Settings) -> Result<u64> {
-    let options = settings.step_options(0)?;
+pub(super) fn training_bytes(config: &Config, settings: &Settings, lora: &Lora) -> Result<u64> {
+    let mut options = settings.step_options(0)?;
+    if lora.use_peft {
+        options.adapted = Some(Adapted::new(config, lora, settings.dtype)?);
+    }
     let tokens = options.max_tokens;
     Ok(Footprint::new(config, &options, tokens).bytes(options.keep(config, tokens)))
 }
@@ -26,7 +30,7 @@ pub(super) fn origin(plan: &Plan, model: &str) -> Option<PathBuf> {
     for _ in 0..=plan.steps.len() {
         let path = Path::new(model);
         let is_gguf = path.extension().is_some_and(|ending| ending == "gguf");
-        if path.join("config.json").is_file() || is_gguf && path.is_file() {
+        if path.join("config.json").is_file() || is_adapter(path) || is_gguf && path.is_file() {
             return Some(path.to_path_buf());
         }
         let step = plan
@@ -58,6 +62,7 @@ pub(super) fn bytes(count: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::packed::Quantization;
     use crate::model::params::count;
     use crate::train::Recompute;
 
@@ -69,11 +74,17 @@ mod tests {
             "tie_word_embeddings": true, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu"}"#,
         )
         .unwrap();
-        let all = Settings::default();
+        let (all, full) = (Settings::default(), Lora::default());
         let less = Settings { gradient_checkpointing: Recompute::Block, ..Settings::default() };
         let least = Settings { max_tokens_per_micro_batch: 1024, ..less.clone() };
         let sizes =
-            [&all, &less, &least].map(|settings| training_bytes(&config, settings).unwrap());
+            [&all, &less, &least].map(|settings| training_bytes(&config, settings, &full).unwrap());
+        // Four bits a frozen weight, and optimizer state for adapters alone.
+        let packed = Lora { use_peft: true, quantization: Quantization::Nf4, ..Lora::default() };
+        let frozen = Lora { quantization: Quantization::None, ..packed.clone() };
+        let [packed, frozen] =
+            [packed, frozen].map(|lora| training_bytes(&config, &least, &lora).unwrap());
+        assert!(packed + 350_000_000 < frozen && frozen + 1_000_000_000 < sizes[2]);
         assert!(sizes.is_sorted_by(|a, b| a > b), "{sizes:?}");
         assert!(sizes[2] > 16 * count(&config) as u64);
     }

@@ -8,6 +8,7 @@ mod chat;
 mod doctor;
 mod estimate;
 mod interrupt;
+mod merge;
 mod output;
 mod plan;
 mod recipes;
@@ -45,6 +46,8 @@ enum Command {
     Plan(RecipeArgs),
     /// Write report.md and report.html of a run and print its measures
     Report(report::ReportArgs),
+    /// Make an adapter part of its base model
+    Merge(merge::MergeArgs),
     /// Talk to a model
     Chat(chat::ChatArgs),
     /// Show what this machine and this build offer
@@ -129,6 +132,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Validate(args) => validate::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Report(args) => report::run(&args),
+        Command::Merge(args) => merge::run(args),
         Command::Chat(args) => chat::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor => {

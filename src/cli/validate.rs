@@ -11,6 +11,7 @@ use crate::data::prepare::Rule;
 use crate::data::preview;
 use crate::error::Result;
 use crate::model::checkpoint::peek;
+use crate::model::lora::Lora;
 use crate::model::params::count;
 use crate::recipe::plan::Dataset;
 use crate::recipe::{Plan, Spec, Step};
@@ -65,7 +66,11 @@ fn describe(plan: &Plan, step: &Step) -> Result<()> {
             Some(config) => format!(
                 "{:.1} M parameters, about {} at the peak",
                 count(&config) as f64 / 1e6,
-                estimate::bytes(estimate::training_bytes(&config, training.settings)?)
+                estimate::bytes(estimate::training_bytes(
+                    &config,
+                    training.settings,
+                    training.lora
+                )?)
             ),
             None => "memory depends on a model that is not here yet".to_owned(),
         };
@@ -92,17 +97,19 @@ struct Training<'a> {
     datasets: &'a [Dataset],
     chat_template: &'a str,
     settings: &'a Settings,
+    lora: &'a Lora,
     rule: Rule,
 }
 
 impl<'a> Training<'a> {
     fn of(spec: &'a Spec) -> Option<Self> {
-        let (model, datasets, chat_template, settings, rule) = match spec {
+        let (model, datasets, chat_template, settings, lora, rule) = match spec {
             Spec::Sft(s) => (
                 &s.model_name_or_path,
                 &s.datasets,
                 &s.chat_template,
                 &s.train,
+                &s.lora,
                 Rule::Sft(s.data.clone()),
             ),
             Spec::Reward(s) => (
@@ -110,6 +117,7 @@ impl<'a> Training<'a> {
                 &s.datasets,
                 &s.chat_template,
                 &s.train,
+                &s.lora,
                 Rule::Pairs(s.data.clone()),
             ),
             Spec::Dpo(s) => (
@@ -117,11 +125,12 @@ impl<'a> Training<'a> {
                 &s.datasets,
                 &s.chat_template,
                 &s.train,
+                &s.lora,
                 Rule::Pairs(s.data.clone()),
             ),
             _ => return None,
         };
-        Some(Self { model, datasets, chat_template, settings, rule })
+        Some(Self { model, datasets, chat_template, settings, lora, rule })
     }
 
     /// The datasets, where every one is on this machine already.

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
-use super::{Config, Weights};
-use crate::error::Error;
+use super::lora::Masks;
+use super::params::EMBEDDING;
+use super::projection::Projection;
+use super::{Config, Tensors};
 use crate::ops::{self, AttentionPlan, Rotary};
 
 /// What all blocks share for one forest: positions and who sees whom.
@@ -15,29 +17,8 @@ pub struct Layout {
     pub rotary: Rotary,
     /// Attention's plan.
     pub attention: Arc<AttentionPlan>,
-}
-
-/// A weight matrix `[O, I]` with an optional bias `[O]`.
-#[derive(Clone, Debug)]
-pub struct Projection {
-    /// The weight's name among the model's parameters.
-    pub name: String,
-    /// `[O, I]`.
-    pub weight: Tensor,
-    /// `[O]`.
-    pub bias: Option<Tensor>,
-}
-
-impl Projection {
-    /// The bias's name among the model's parameters.
-    pub fn bias_name(&self) -> String {
-        format!("{}.bias", self.name.trim_end_matches(".weight"))
-    }
-
-    /// `x · Wᵀ + b`. Shapes: `[T, I] -> [T, O]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, self.bias.as_ref())
-    }
+    /// What adapters do not read, in training with dropout.
+    pub masks: Option<Arc<Masks>>,
 }
 
 /// One block's weights. Cheap to clone: tensors are shared.
@@ -56,6 +37,8 @@ pub struct Block {
     pub(super) down: Projection,
     pub(super) head_dim: usize,
     pub(super) eps: f64,
+    /// What its products compute with.
+    pub(super) dtype: DType,
     /// The tensors above that are trained, by name.
     trained: Vec<(String, Tensor)>,
 }
@@ -65,26 +48,19 @@ impl Block {
     ///
     /// # Errors
     /// Names the missing tensor.
-    pub fn new(config: &Config, weights: &Weights, index: usize) -> crate::Result<Self> {
+    pub fn new(config: &Config, tensors: &Tensors, index: usize) -> crate::Result<Self> {
         let prefix = format!("model.layers.{index}.");
-        let get = |name: &str| -> crate::Result<Tensor> {
-            let name = format!("{prefix}{name}");
-            weights
-                .get(&name)
-                .cloned()
-                .ok_or_else(|| Error::run("missing from the weights").at(name))
-        };
+        let get = |name: &str| tensors.get(&format!("{prefix}{name}"));
         let projection = |name: &str, bias: bool| -> crate::Result<Projection> {
             let bias = if bias { Some(get(&format!("{name}.bias"))?) } else { None };
-            let weight = get(&format!("{name}.weight"))?;
-            Ok(Projection { name: format!("{prefix}{name}.weight"), weight, bias })
+            let module = format!("{prefix}{name}");
+            Ok(Projection {
+                name: format!("{module}.weight"),
+                weight: tensors.matrix(&module)?,
+                bias,
+                adapter: tensors.adapters.get(&module).cloned(),
+            })
         };
-        let trained = weights
-            .range(prefix.clone()..)
-            .take_while(|(name, _)| name.starts_with(&prefix))
-            .filter(|(_, tensor)| tensor.is_variable())
-            .map(|(name, tensor)| (name.clone(), tensor.clone()))
-            .collect();
         Ok(Self {
             input_norm: get("input_layernorm.weight")?,
             q: projection("self_attn.q_proj", config.qkv_bias)?,
@@ -97,26 +73,29 @@ impl Block {
             down: projection("mlp.down_proj", false)?,
             head_dim: config.head_dim,
             eps: config.rms_norm_eps,
-            trained,
+            dtype: tensors.get(EMBEDDING)?.dtype(),
+            trained: tensors.trained(&prefix),
             prefix,
         })
     }
 
     /// The block over a packed forest, as a graph of ops. Shapes: `[T, D] -> [T, D]`.
     pub fn forward(&self, x: &Tensor, layout: &Layout) -> Result<Tensor> {
+        let masks = layout.masks.as_deref();
         let normed = ops::rms_norm(x, &self.input_norm, self.eps)?;
         let heads = |y: Tensor| -> Result<Tensor> {
             let (t, width) = y.dims2()?;
             y.reshape((t, width / self.head_dim, self.head_dim))
         };
-        let q = ops::rope(&heads(self.q.forward(&normed)?)?, &layout.rotary)?;
-        let k = ops::rope(&heads(self.k.forward(&normed)?)?, &layout.rotary)?;
-        let v = heads(self.v.forward(&normed)?)?;
+        let q = ops::rope(&heads(self.q.forward(&normed, masks, self.dtype)?)?, &layout.rotary)?;
+        let k = ops::rope(&heads(self.k.forward(&normed, masks, self.dtype)?)?, &layout.rotary)?;
+        let v = heads(self.v.forward(&normed, masks, self.dtype)?)?;
         let seen = ops::attention(&q, &k, &v, &layout.attention)?;
-        let x = ops::residual(x, &self.o.forward(&seen.flatten_from(1)?)?)?;
+        let x = ops::residual(x, &self.o.forward(&seen.flatten_from(1)?, masks, self.dtype)?)?;
         let normed = ops::rms_norm(&x, &self.post_norm, self.eps)?;
-        let hidden = ops::swiglu(&self.gate.forward(&normed)?, &self.up.forward(&normed)?)?;
-        ops::residual(&x, &self.down.forward(&hidden)?)
+        let gate = self.gate.forward(&normed, masks, self.dtype)?;
+        let hidden = ops::swiglu(&gate, &self.up.forward(&normed, masks, self.dtype)?)?;
+        ops::residual(&x, &self.down.forward(&hidden, masks, self.dtype)?)
     }
 
     /// What its parameters' names begin with, such as `model.layers.3.`.

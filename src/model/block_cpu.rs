@@ -11,13 +11,14 @@
 use candle_core::{DType, Tensor};
 use half::bf16;
 
-use super::block::{Block, Layout, Projection};
+use super::block::{Block, Layout};
 use super::gradients::Gradients;
+use super::lora::Masks;
+use super::projection::Projection;
 use crate::error::Result;
 use crate::ops::cpu::Element;
 use crate::ops::cpu::attention::{self, Inputs};
-use crate::ops::cpu::matmul::{Mat, Threads, matmul, matmul_into};
-use crate::ops::{cpu, linear, norm, residual, rope, swiglu};
+use crate::ops::{cpu, norm, residual, rope, swiglu};
 
 /// What a block's backward needs of its forward, besides the block's input.
 #[derive(Debug)]
@@ -42,66 +43,10 @@ pub(super) struct Activations<E> {
     up: Vec<E>,
 }
 
-/// `x` as rows of `width`.
-fn rows_of<E: Element>(x: &[E], width: usize) -> Mat<'_, E> {
-    Mat::new(x, x.len() / width, width)
-}
-
-impl Projection {
-    fn rows(&self) -> usize {
-        self.weight.dims()[0]
-    }
-
-    fn width(&self) -> usize {
-        self.weight.dims()[1]
-    }
-
-    fn with_weight<E: Element, R>(&self, read: impl FnOnce(Mat<'_, E>) -> R) -> Result<R> {
-        let (rows, width) = (self.rows(), self.width());
-        Ok(cpu::with_slice(&self.weight, |weight| read(Mat::new(weight, rows, width)))?)
-    }
-
-    /// `x · Wᵀ + b`. Shapes: `[T, I] -> [T, O]`.
-    fn apply<E: Element>(&self, x: &[E]) -> Result<Vec<f32>> {
-        Ok(linear::forward(x, &self.weight, self.bias.as_ref())?)
-    }
-
-    /// `d_x += d_y · W`. Shapes: `d_y` `[T, O]`, `d_x` `[T, I]`.
-    fn pull_back<E: Element>(&self, d_y: &[E], d_x: &mut Vec<f32>) -> Result<()> {
-        let d_y = rows_of(d_y, self.rows());
-        self.with_weight(|weight| {
-            if d_x.is_empty() {
-                *d_x = matmul(d_y, weight, Threads::All);
-            } else {
-                matmul_into(d_x, d_y, weight, true, Threads::All);
-            }
-        })
-    }
-
-    /// Adds the gradients of weight and bias, where they are trained.
-    fn add_gradients<E: Element>(&self, x: &[E], d_y: &[E], grads: &mut Gradients) -> Result<()> {
-        if self.weight.is_variable() {
-            let d_y = rows_of(d_y, self.rows()).t();
-            grads.add_product(&self.name, d_y, rows_of(x, self.width()))?;
-        }
-        match &self.bias {
-            Some(bias) if bias.is_variable() => {
-                let mut sum = vec![0.0; self.rows()];
-                let mut scratch = Vec::new();
-                for d_y in d_y.chunks_exact(sum.len()) {
-                    cpu::simd::axpy(&mut sum, 1.0, E::widen(d_y, &mut scratch));
-                }
-                grads.add(&self.bias_name(), Tensor::from_vec(sum, self.rows(), bias.device())?)
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
 impl Block {
     /// The block over a packed forest, in the type of its weights. Shapes: `[T, D] -> [T, D]`.
     pub(super) fn forward_cpu(&self, x: &[f32], layout: &Layout) -> Result<(Vec<f32>, Kept)> {
-        if self.q.weight.dtype() == DType::BF16 {
+        if self.dtype == DType::BF16 {
             let (y, kept) = self.forward_in::<bf16>(x, layout)?;
             return Ok((y, Kept::Bf16(kept)));
         }
@@ -114,23 +59,24 @@ impl Block {
         x: &[f32],
         layout: &Layout,
     ) -> Result<(Vec<f32>, Activations<E>)> {
+        let masks = layout.masks.as_deref();
         let normed = self.norm::<E>(x, &self.input_norm)?;
         let rotated = |projection: &Projection| -> Result<Vec<E>> {
-            let mut y = projection.apply(&normed)?;
+            let mut y = projection.apply(&normed, masks)?;
             rope::rotate(&mut y, &layout.rotary, 1.0);
             Ok(E::rounded(y))
         };
         let (q, k) = (rotated(&self.q)?, rotated(&self.k)?);
-        let v = E::rounded(self.v.apply(&normed)?);
+        let v = E::rounded(self.v.apply(&normed, masks)?);
         drop(normed);
         let (seen, log_sum_exp) = attention::forward(&self.inputs(&q, &k, &v, layout));
-        let mut middle = self.o.apply(&seen)?;
+        let mut middle = self.o.apply(&seen, masks)?;
         residual::add(&mut middle, x);
         let normed = self.norm::<E>(&middle, &self.post_norm)?;
-        let gate = E::rounded(self.gate.apply(&normed)?);
-        let up = E::rounded(self.up.apply(&normed)?);
+        let gate = E::rounded(self.gate.apply(&normed, masks)?);
+        let up = E::rounded(self.up.apply(&normed, masks)?);
         drop(normed);
-        let mut y = self.down.apply(&swiglu::forward(&gate, &up))?;
+        let mut y = self.down.apply(&swiglu::forward(&gate, &up), masks)?;
         residual::add(&mut y, &middle);
         Ok((y, Activations { q, k, v, seen, log_sum_exp, middle, gate, up }))
     }
@@ -158,12 +104,12 @@ impl Block {
         grads: &mut Gradients,
     ) -> Result<Vec<f32>> {
         let Activations { q, k, v, seen, log_sum_exp, middle, gate, up } = kept;
-        let d_middle = self.feed_forward_backward((&middle, gate, up), d_y, grads)?;
+        let masks = layout.masks.as_deref();
+        let d_middle = self.feed_forward_backward((&middle, gate, up), d_y, masks, grads)?;
 
         let d = E::rounded_from(&d_middle);
-        self.o.add_gradients(&seen, &d, grads)?;
         let mut d_seen = Vec::new();
-        self.o.pull_back(&d, &mut d_seen)?;
+        self.o.backward((&seen, masks), &d, &mut d_seen, grads)?;
         drop(d);
         let inputs = self.inputs(&q, &k, &v, layout);
         let [mut d_q, mut d_k, d_v] = attention::backward(&inputs, &log_sum_exp, &seen, &d_seen);
@@ -174,9 +120,7 @@ impl Block {
         let normed = self.norm::<E>(x, &self.input_norm)?;
         let mut d_normed = Vec::new();
         for (projection, d) in [(&self.q, d_q), (&self.k, d_k), (&self.v, d_v)] {
-            let d = E::rounded(d);
-            projection.add_gradients(&normed, &d, grads)?;
-            projection.pull_back(&d, &mut d_normed)?;
+            projection.backward((&normed, masks), &E::rounded(d), &mut d_normed, grads)?;
         }
         self.norm_backward((x, &self.input_norm, "input_layernorm"), &d_normed, d_middle, grads)
     }
@@ -186,20 +130,19 @@ impl Block {
         &self,
         (middle, gate, up): (&[f32], Vec<E>, Vec<E>),
         d_y: Vec<f32>,
+        masks: Option<&Masks>,
         grads: &mut Gradients,
     ) -> Result<Vec<f32>> {
         let d = E::rounded_from(&d_y);
-        self.down.add_gradients(&swiglu::forward(&gate, &up), &d, grads)?;
         let mut d_hidden = Vec::new();
-        self.down.pull_back(&d, &mut d_hidden)?;
+        self.down.backward((&swiglu::forward(&gate, &up), masks), &d, &mut d_hidden, grads)?;
         drop(d);
         let (d_gate, d_up) = swiglu::gradients(&gate, &up, &d_hidden);
         drop((gate, up, d_hidden));
         let normed = self.norm::<E>(middle, &self.post_norm)?;
         let mut d_normed = Vec::new();
         for (projection, d) in [(&self.gate, &d_gate), (&self.up, &d_up)] {
-            projection.add_gradients(&normed, d, grads)?;
-            projection.pull_back(d, &mut d_normed)?;
+            projection.backward((&normed, masks), d, &mut d_normed, grads)?;
         }
         let place = (middle, &self.post_norm, "post_attention_layernorm");
         self.norm_backward(place, &d_normed, d_y, grads)

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::config::{Architecture, Config, ids_of};
 use super::gguf::Gguf;
+use super::lora::{self, load::is_adapter};
 use super::source::{self, Source};
 use super::tensor_file::{self, Mapped};
 use super::{Precision, Weights, gguf_tokenizer, params};
@@ -61,12 +62,15 @@ impl Checkpoint {
         Ok(Self { weights: precision.cast(self.weights)?, ..self })
     }
 
-    /// Reads a Hugging Face directory.
+    /// Reads a Hugging Face directory, or a peft adapter's, which is merged into its base.
     ///
     /// # Errors
     /// All of [`load_config`] and [`load_weights`], and a tokenizer that is broken or has ids beyond
     /// the embedding.
     pub fn load_dir(dir: &Path, device: &Device) -> Result<Self> {
+        if is_adapter(dir) {
+            return Self::load_adapter(dir, device);
+        }
         let config = load_config(dir)?;
         let tokenizer = dir.join("tokenizer.json").exists().then(|| ChatTokenizer::from_dir(dir));
         let tokenizer = tokenizer.transpose()?;
@@ -120,6 +124,16 @@ impl Checkpoint {
 /// Files that are missing, damaged or not supported.
 pub fn peek(path: &Path) -> Result<(Config, Option<ChatTokenizer>)> {
     if path.is_dir() {
+        if is_adapter(path) {
+            let (adapter, base) = lora::load::peek(path)?;
+            let base = match source::resolve(&base, None)? {
+                Source::Directory(path) | Source::Gguf(path) => path,
+            };
+            let (mut config, tokenizer) = peek(&base)?;
+            config.architecture = adapter.architecture();
+            let own = path.join("tokenizer.json").is_file().then(|| ChatTokenizer::from_dir(path));
+            return Ok((config, own.transpose()?.or(tokenizer)));
+        }
         let has_tokenizer = path.join("tokenizer.json").is_file();
         let tokenizer = has_tokenizer.then(|| ChatTokenizer::from_dir(path)).transpose()?;
         return Ok((load_config(path)?, tokenizer));

@@ -6,12 +6,15 @@
 
 use std::io::Cursor;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Map;
 
 use super::config::{Architecture, Config, Family};
+use super::lora;
+use super::packed::{BlockType, Packed, PackedWeights};
 use super::rope::{Llama3Scaling, Rope};
 use super::tensor_file::{self, Mapped};
 use super::{Weights, params};
@@ -212,6 +215,41 @@ impl Gguf {
         Ok(quantised.dequantize(device)?.to_dtype(DType::F32)?)
     }
 
+    /// The projections as they stand in the file, under the Hugging Face names of their weights. Rows of q and k are put
+    /// into half-split order block by block: nothing is rounded again.
+    ///
+    /// # Errors
+    /// A projection in blocks of another type.
+    pub(super) fn packed(&self, config: &Config) -> Result<PackedWeights> {
+        let mut packed = PackedWeights::new();
+        for (name, info) in &self.content.tensor_infos {
+            let Some(renamed) = hugging_face_name(name).filter(|name| lora::is_projection(name))
+            else {
+                continue;
+            };
+            let kind = BlockType::of(info.ggml_dtype).ok_or_else(|| {
+                Error::usage(format!(
+                    "`{name}` is {:?}, expected Q4_0, Q4_1 or Q8_0",
+                    info.ggml_dtype
+                ))
+                .at("`quantization` = \"gguf\"")
+                .hint("take a file in one of these types, or quantization = \"nf4\"")
+            })?;
+            let shape = info.shape.dims2()?;
+            let row = kind.row_bytes(shape.1);
+            let start = (self.content.tensor_data_offset + info.offset) as usize;
+            let bytes = &self.mapped.bytes()[start..][..shape.0 * row];
+            let rows = match rotary_heads(&renamed, config) {
+                Some(_) if config.family == Family::Llama => {
+                    split_rows(bytes, row, config.head_dim)
+                }
+                _ => bytes.to_vec(),
+            };
+            packed.insert(renamed, Arc::new(Packed::blocks(kind, shape, rows)?));
+        }
+        Ok(packed)
+    }
+
     /// All weights under their Hugging Face names, f32, checked against `config`.
     ///
     /// # Errors
@@ -238,6 +276,16 @@ impl Gguf {
         params::check(config, &weights)?;
         Ok(weights)
     }
+}
+
+/// The projections of a file as they stand there, see [`Gguf::packed`].
+///
+/// # Errors
+/// As of [`Gguf::open`], and blocks of another type.
+pub(super) fn packed(path: &Path) -> Result<PackedWeights> {
+    let gguf = Gguf::open(path)?;
+    let read = || gguf.packed(&gguf.config()?);
+    read().at(path.display())
 }
 
 /// A zero alignment would divide by zero in the reader.
@@ -303,6 +351,20 @@ fn half_split(tensor: &Tensor, heads: usize, head_dim: usize) -> Result<Tensor> 
     let rest: usize = dims.iter().skip(1).product();
     let pairs = tensor.reshape((heads, head_dim / 2, 2, rest))?;
     Ok(pairs.transpose(1, 2)?.contiguous()?.reshape(dims)?)
+}
+
+/// [`half_split`] of rows that are bytes.
+fn split_rows(bytes: &[u8], row: usize, head_dim: usize) -> Vec<u8> {
+    let heads = bytes.chunks_exact(row * head_dim);
+    heads
+        .flat_map(|head| {
+            (0..head_dim)
+                .map(move |i| (i % (head_dim / 2)) * 2 + i / (head_dim / 2))
+                .map(move |old| &head[old * row..][..row])
+        })
+        .flatten()
+        .copied()
+        .collect()
 }
 
 /// Finds the Llama 3.1 scaling that gives these frequency factors.

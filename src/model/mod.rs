@@ -18,19 +18,25 @@ pub mod gradients;
 pub mod heads;
 pub mod hub;
 pub mod init;
+pub mod lora;
+pub mod matrix;
+pub mod packed;
 pub mod params;
 mod precision;
+pub mod projection;
 mod refusals;
 mod resize;
 pub mod rope;
 pub mod save;
 pub mod source;
 pub mod tensor_file;
+mod tensors;
 pub mod transformer;
 
 pub use config::{Architecture, Config, Family};
 pub use gradients::Gradients;
 pub use precision::Precision;
+pub use tensors::Tensors;
 pub use transformer::Transformer;
 
 /// The weights of one model under their Hugging Face names, on one device: f32, or as [`Precision::cast`] makes them.

@@ -3,7 +3,7 @@
 //! Reading checks what a later step could only notice as a strange loss: a file shorter than its
 //! header says, and numbers that are not finite.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -93,6 +93,16 @@ pub fn read(path: &Path, device: &Device) -> Result<Weights> {
     read_tensors(path, &tensors, &tensors.names(), device)
 }
 
+/// The texts that a safetensors file keeps beside its tensors.
+///
+/// # Errors
+/// As of [`read`].
+pub(super) fn metadata(path: &Path) -> Result<HashMap<String, String>> {
+    let mapped = Mapped::open(path)?;
+    let (_, header) = SafeTensors::read_metadata(mapped.bytes()).at(path.display())?;
+    Ok(header.metadata().clone().unwrap_or_default())
+}
+
 fn to_f32(view: &TensorView<'_>) -> Result<Vec<f32>> {
     let bytes = view.data();
     match view.dtype() {
@@ -137,6 +147,19 @@ pub(super) fn check_finite(values: &[f32]) -> Result<()> {
 /// # Errors
 /// Another `dtype`, or an I/O error of the writer.
 pub fn write(out: &mut dyn Write, weights: &BTreeMap<&str, &Tensor>, dtype: DType) -> Result<()> {
+    write_with(out, weights, dtype, &[])
+}
+
+/// The same with texts beside the tensors.
+///
+/// # Errors
+/// As of [`write`].
+pub fn write_with(
+    out: &mut dyn Write,
+    weights: &BTreeMap<&str, &Tensor>,
+    dtype: DType,
+    texts: &[(&str, &str)],
+) -> Result<()> {
     let kind = match dtype {
         DType::F32 => "F32",
         DType::F16 => "F16",
@@ -148,7 +171,9 @@ pub fn write(out: &mut dyn Write, weights: &BTreeMap<&str, &Tensor>, dtype: DTyp
     };
     let mut header = Map::new();
     // transformers refuses a file that does not say which framework's layout it has.
-    header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+    let mut metadata = json!({"format": "pt"});
+    texts.iter().for_each(|(key, text)| metadata[key] = json!(text));
+    header.insert("__metadata__".to_owned(), metadata);
     let mut offset = 0;
     for (name, tensor) in weights {
         let end = offset + tensor.elem_count() * dtype.size_in_bytes();

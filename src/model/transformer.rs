@@ -9,7 +9,7 @@ use super::block::{Block, Layout};
 use super::block_cpu::Kept;
 use super::gradients::Gradients;
 use super::params::{EMBEDDING, FINAL_NORM, HEAD, SCORE};
-use super::{Architecture, Config, Weights};
+use super::{Architecture, Config, Tensors, Weights};
 use crate::data::forest::Forest;
 use crate::error::{Error, Result};
 use crate::ops::{self, AttentionPlan, Rotary};
@@ -59,18 +59,21 @@ impl Transformer {
     /// # Errors
     /// Names the tensor that is missing.
     pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
-        let get = |name: &str| {
-            weights
-                .get(name)
-                .cloned()
-                .ok_or_else(|| Error::run("missing from the weights").at(name))
-        };
+        Self::of(config, &Tensors::dense(weights.clone()))
+    }
+
+    /// Assembles a model with packed weights or adapters.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing.
+    pub fn of(config: &Config, tensors: &Tensors) -> Result<Self> {
+        let get = |name: &str| tensors.get(name);
         let head = match config.architecture {
             Architecture::CausalLm if config.tie_word_embeddings => get(EMBEDDING)?,
             Architecture::CausalLm => get(HEAD)?,
             Architecture::SequenceClassification => get(SCORE)?,
         };
-        let blocks = (0..config.num_hidden_layers).map(|index| Block::new(config, weights, index));
+        let blocks = (0..config.num_hidden_layers).map(|index| Block::new(config, tensors, index));
         Ok(Self {
             frequencies: config.rope.inverse_frequencies(config.head_dim),
             embedding: get(EMBEDDING)?,
@@ -134,7 +137,7 @@ impl Transformer {
             .hint("set max_length to at most the model's max_position_embeddings"));
         }
         let attention = Arc::new(AttentionPlan::new(forest));
-        Ok(Layout { rotary: self.rotary(&forest.positions), attention })
+        Ok(Layout { rotary: self.rotary(&forest.positions), attention, masks: None })
     }
 
     /// Embedding rows of the tokens. Shape: `[T, D]`.
@@ -255,11 +258,20 @@ impl Transformer {
 mod tests {
     use super::*;
     use crate::data::tree::{Role, Tree};
+    use crate::model::lora::{Adapter, Dora, Lora};
+    use crate::model::packed::Packed;
     use crate::model::{Precision, init};
     use crate::ops::linear::tests::{distance, random};
 
+    /// What of the model below is trained.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Trained {
+        All,
+        Adapters { dora: bool, packed: bool },
+    }
+
     /// Grouped heads, biases on queries, keys and values, and no size that is a multiple of a tile.
-    fn model(precision: Precision) -> Transformer {
+    fn model(precision: Precision, trained: Trained) -> Transformer {
         let config = Config::from_json(
             r#"{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 60, "num_hidden_layers": 2,
             "intermediate_size": 77, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 50,
@@ -271,9 +283,44 @@ mod tests {
             // Biases begin at zero: moved, so that what depends on them shows.
             let moved = (tensor + (random(7, tensor.shape()) * 0.05).unwrap()).unwrap();
             let computed = moved.to_dtype(precision.of(name, &moved)).unwrap();
-            (name.clone(), Var::from_tensor(&computed).unwrap().into_inner())
+            match trained {
+                Trained::All => (name.clone(), Var::from_tensor(&computed).unwrap().into_inner()),
+                Trained::Adapters { .. } => (name.clone(), computed),
+            }
         });
-        Transformer::new(&config, &weights.collect()).unwrap()
+        let mut tensors = Tensors::dense(weights.collect());
+        if let Trained::Adapters { dora, packed } = trained {
+            if packed {
+                for name in
+                    ["model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
+                {
+                    let weight =
+                        tensors.weights.remove(name).unwrap().to_dtype(DType::F32).unwrap();
+                    tensors.packed.insert(name.to_owned(), Arc::new(Packed::nf4(&weight).unwrap()));
+                }
+            }
+            let modules = Lora::default().modules(&config).unwrap();
+            tensors.adapters = modules
+                .into_iter()
+                .map(|module| {
+                    let matrix = tensors.matrix(&module).unwrap();
+                    let (outer, inner) = matrix.shape();
+                    let factor = |seed, shape: (usize, usize)| {
+                        let factor =
+                            (random(seed, shape) * 0.1).unwrap().to_dtype(precision.dtype());
+                        Var::from_tensor(&factor.unwrap()).unwrap().into_inner()
+                    };
+                    let magnitude = (random(31, outer).abs().unwrap() + 0.5).unwrap();
+                    let dora = dora.then(|| Dora {
+                        magnitude: Var::from_tensor(&magnitude).unwrap().into_inner(),
+                        squares: matrix.row_squares().unwrap(),
+                    });
+                    let (a, b) = (factor(21, (3, inner)), factor(22, (outer, 3)));
+                    (module.clone(), Adapter { module, a, b, scale: 0.7, dora })
+                })
+                .collect();
+        }
+        Transformer::of(&config, &tensors).unwrap()
     }
 
     fn forest() -> Forest {
@@ -289,17 +336,29 @@ mod tests {
 
     #[test]
     fn the_hand_written_backward_is_the_graphs() {
-        by_hand_is_the_graph(Precision::F32, 1e-5);
+        let all = 2 * 12 + 2;
+        by_hand_is_the_graph((Precision::F32, Trained::All), 1e-5, all);
+        for (dora, packed, count) in
+            [(false, false, 2 * 14), (true, false, 2 * 21), (true, true, 2 * 21)]
+        {
+            by_hand_is_the_graph((Precision::F32, Trained::Adapters { dora, packed }), 1e-5, count);
+        }
     }
 
     /// The graph rounds at other places: sums of a product to bf16, gradients of inputs not at all.
     #[test]
     fn in_bf16_it_is_the_graphs_up_to_rounding() {
-        by_hand_is_the_graph(Precision::Bf16, 2e-2);
+        by_hand_is_the_graph((Precision::Bf16, Trained::All), 2e-2, 2 * 12 + 2);
+        let adapters = Trained::Adapters { dora: false, packed: true };
+        by_hand_is_the_graph((Precision::Bf16, adapters), 2e-2, 2 * 14);
     }
 
-    fn by_hand_is_the_graph(precision: Precision, tolerance: f64) {
-        let (model, forest) = (model(precision), forest());
+    fn by_hand_is_the_graph(
+        (precision, trained): (Precision, Trained),
+        tolerance: f64,
+        count: usize,
+    ) {
+        let (model, forest) = (model(precision, trained), forest());
         let layout = model.layout(&forest).unwrap();
         let x = model.embed(&forest.tokens).unwrap();
         let d_hidden = random(11, (forest.len(), 60));
@@ -321,7 +380,7 @@ mod tests {
                 grads.iter().map(|(name, _)| name.to_owned()).collect::<Vec<_>>()
             };
             assert_eq!(names(&grads), names(&expected));
-            assert_eq!(grads.iter().count(), 2 * 12 + 2);
+            assert_eq!(grads.iter().count(), count);
             for (name, grad) in grads.iter() {
                 let distance = distance(grad, expected.get(name).unwrap());
                 assert!(distance < tolerance, "{name}: {distance}");

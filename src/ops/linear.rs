@@ -52,11 +52,16 @@ pub(crate) fn forward<E: Element>(
         matmul(x, Mat::new(weight, outer, inner).t(), Threads::All)
     })?;
     if let Some(bias) = bias {
-        cpu::with_slice(bias, |bias| {
-            y.chunks_exact_mut(outer).for_each(|y| cpu::simd::axpy(y, 1.0, bias));
-        })?;
+        add_bias(&mut y, bias)?;
     }
     Ok(y)
+}
+
+/// Adds a bias `[O]` to each of the rows `[T, O]`.
+pub(crate) fn add_bias(y: &mut [f32], bias: &Tensor) -> Result<()> {
+    cpu::with_slice(bias, |bias: &[f32]| {
+        y.chunks_exact_mut(bias.len()).for_each(|y| cpu::simd::axpy(y, 1.0, bias));
+    })
 }
 
 struct Linear {

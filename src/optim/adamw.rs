@@ -92,7 +92,7 @@ impl AdamW {
         let param = params
             .get(name)
             .ok_or_else(|| Error::run("a gradient without a parameter").at(name))?;
-        let update = self.update(name, lr, grad_scale);
+        let update = self.update(name, lr * param.lr_scale, grad_scale);
         let moments = match self.moments.entry(name.to_owned()) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {

@@ -11,6 +11,8 @@ pub struct Param {
     pub master: Var,
     /// bf16, always the rounded master.
     pub copy: Option<Var>,
+    /// What the learning rate is multiplied with: 1 but for the factors of LoRA+.
+    pub lr_scale: f64,
 }
 
 impl Param {
@@ -19,7 +21,7 @@ impl Param {
     /// # Errors
     /// The device's.
     pub fn new(start: &Tensor) -> Result<Self> {
-        Ok(Self { master: Var::from_tensor(start)?, copy: None })
+        Ok(Self { master: Var::from_tensor(start)?, copy: None, lr_scale: 1.0 })
     }
 
     /// A parameter that is computed with in `dtype`.
@@ -32,7 +34,7 @@ impl Param {
             DType::F32 => None,
             _ => Some(Var::from_tensor(&master.to_dtype(dtype)?)?),
         };
-        Ok(Self { master, copy })
+        Ok(Self { master, copy, lr_scale: 1.0 })
     }
 
     /// What the model computes with.

@@ -8,6 +8,7 @@ use super::plan::Dataset;
 use crate::data::prepare::PairOptions;
 use crate::error::{Error, Result};
 use crate::loss::preference::{FDivergence, LossOptions, PreferenceLoss, Summing};
+use crate::model::lora::Lora;
 use crate::train::Settings;
 
 /// `dpo`: preference optimization. Writes `checkpoint/`.
@@ -30,6 +31,8 @@ pub struct Dpo {
     pub chat_template: String,
     /// How to train.
     pub train: Settings,
+    /// Whether to train adapters instead.
+    pub lora: Lora,
     /// The preference losses, added up. A written list is the whole loss: `sft` in it is the NLL of the chosen side.
     pub loss_type: Vec<PreferenceLoss>,
     /// One weight a loss; none is 1 for each.
@@ -82,6 +85,7 @@ impl Default for Dpo {
             data: PairOptions::default(),
             chat_template: String::new(),
             train: Settings::default(),
+            lora: Lora::default(),
             loss_type: vec![PreferenceLoss::Sigmoid],
             loss_weights: Vec::new(),
             beta,

@@ -47,6 +47,15 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("gradient_clipping", "max_grad_norm"),
     ("torch_dtype", "dtype"),
     ("buffer_size", "shuffle_buffer_size"),
+    ("lora_rank", "lora_r"),
+    ("lora_target", "lora_target_modules"),
+    ("lora_attn_modules", "lora_target_modules"),
+    ("target_modules", "lora_target_modules"),
+    ("modules_to_save", "lora_modules_to_save"),
+    ("lora_additional_target", "lora_modules_to_save"),
+    ("peft_use_dora", "use_dora"),
+    ("peft_use_rslora", "use_rslora"),
+    ("loraplus_lambda", "loraplus_lr_ratio"),
     ("rl_beta", "beta"),
     ("dpo_beta", "beta"),
     ("pref_beta", "beta"),
@@ -117,10 +126,14 @@ pub const INERT: &[Inert] = &[
     Inert { key: "bf16", values: &[], why: "`dtype` says how to compute" },
     Inert { key: "fp16", values: &["false"], why: "`dtype` says how to compute" },
     Inert { key: "tf32", values: &[], why: "`dtype` says how to compute" },
-    Inert { key: "use_peft", values: &["false"], why: "all weights are trained" },
-    Inert { key: "load_in_4bit", values: &["false"], why: "all weights are trained" },
-    Inert { key: "load_in_8bit", values: &["false"], why: "all weights are trained" },
-    Inert { key: "finetuning_type", values: &["\"full\""], why: "all weights are trained" },
+    Inert { key: "load_in_8bit", values: &["false"], why: "`quantization` is none, nf4 or gguf" },
+    Inert { key: "lora_bias", values: &["\"none\"", "false"], why: "adapters have no bias" },
+    Inert { key: "bnb_4bit_quant_type", values: &["\"nf4\""], why: "4 bits are NF4" },
+    Inert {
+        key: "bnb_4bit_use_double_quant",
+        values: &["true"],
+        why: "NF4 is always quantised twice",
+    },
     Inert { key: "resume_from_checkpoint", values: &[], why: "a run always resumes by itself" },
     Inert {
         key: "precompute_ref_log_probs",
@@ -138,14 +151,14 @@ pub const INERT: &[Inert] = &[
 /// A known key of a stage kind.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Known {
-    /// The part of the spec that holds it (`train`, `data`, `sampling`), or none.
+    /// The part of the spec that holds it (`train`, `data`, `sampling`, `lora`), or none.
     pub section: Option<String>,
     /// Its default, which also shows its type.
     pub default: Value,
 }
 
 /// The parts of a spec whose keys are written flat in a stage.
-pub const SECTIONS: [&str; 3] = ["train", "data", "sampling"];
+pub const SECTIONS: [&str; 4] = ["train", "data", "sampling", "lora"];
 
 /// All keys of a stage kind, in the order of its struct.
 ///

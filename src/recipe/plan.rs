@@ -12,6 +12,7 @@ use crate::data::read::{Format, ReadOptions};
 use crate::error::{Context, Error, Result};
 use crate::generate::sampling::Sampling;
 use crate::loss::sft::{Normalization, TokenLoss};
+use crate::model::lora::Lora;
 use crate::score::ScorerSpec;
 use crate::train::Settings;
 
@@ -192,6 +193,12 @@ impl Spec {
             }
             Self::Sft(spec) => {
                 spec.train.check()?;
+                spec.lora.check()?;
+                if spec.random_init && spec.lora.use_peft {
+                    return Err(Error::usage("`random_init` with `use_peft`").hint(
+                        "adapters add to what a model has learned: leave one of the two out",
+                    ));
+                }
                 if spec.train.streaming && !spec.row_weight_column.is_empty() {
                     return Err(Error::usage("`streaming` with `row_weight_column`")
                         .hint("weights are read before training begins: leave `streaming` out"));
@@ -200,6 +207,7 @@ impl Spec {
             }
             Self::Reward(spec) => {
                 spec.train.check()?;
+                spec.lora.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
             Self::Sample(spec) => {
@@ -210,6 +218,7 @@ impl Spec {
             Self::Select(spec) => (&[], Some(&spec.datasets)),
             Self::Dpo(spec) => {
                 spec.train.check()?;
+                spec.lora.check()?;
                 spec.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
@@ -331,6 +340,8 @@ pub struct Sft {
     pub random_init: bool,
     /// How to train.
     pub train: Settings,
+    /// Whether to train adapters instead.
+    pub lora: Lora,
     /// What a trained token costs: `nll` or `dft`.
     pub loss_type: TokenLoss,
     /// What a step's sum is divided by: `token`, `row` or `step`.
@@ -355,6 +366,8 @@ pub struct Reward {
     pub chat_template: String,
     /// How to train.
     pub train: Settings,
+    /// Whether to train adapters instead.
+    pub lora: Lora,
     /// Weight of the squared mean reward of each pair; 0 is off.
     pub center_rewards_coefficient: f64,
 }

@@ -407,8 +407,16 @@ mod tests {
             "r.toml:6: stage `sft`: `lr` says `learning_rate` a second time (hint: keep one of the two)",
         );
         refuses(
-            &format!("{SFT}use_peft = true\n"),
-            "r.toml:5: stage `sft`: `use_peft` is true, which is not implemented (hint: all weights are trained)",
+            &format!("{SFT}load_in_8bit = true\n"),
+            "r.toml:5: stage `sft`: `load_in_8bit` is true, which is not implemented (hint: `quantization` is none, nf4 or gguf)",
+        );
+        refuses(
+            &format!("{SFT}adapter = \"ia3\"\n"),
+            "r.toml:5: stage `sft`: `adapter` is ia3, expected full, lora, qlora or dora",
+        );
+        refuses(
+            &format!("{SFT}load_in_4bit = true\n"),
+            "r.toml:5: stage `sft`: `quantization` is Nf4 and `use_peft` false: packed weights cannot be trained (hint: set use_peft = true to train adapters beside them)",
         );
     }
 

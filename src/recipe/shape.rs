@@ -8,6 +8,7 @@ use super::file::Entry;
 use super::keys;
 use super::refs::Scope;
 use crate::error::{Error, Result};
+use crate::model::lora::ALL_LINEAR;
 
 /// Keys that say two things are written as the keys that say each.
 ///
@@ -45,6 +46,27 @@ pub(super) fn expand(entries: &[Entry]) -> Result<Vec<Entry>> {
             ("train_on_inputs" | "train_on_input" | "train_on_prompt", Value::Bool(all)) => {
                 expanded.push(with("assistant_only_loss", Value::Bool(!all)));
                 expanded.push(with("completion_only_loss", Value::Bool(!all)));
+            }
+            // LLaMA-Factory and axolotl name the method, TRL and axolotl the bits.
+            ("finetuning_type" | "adapter", Value::String(method)) => {
+                let peft = ["lora", "qlora", "dora"].contains(&method.as_str());
+                if !peft && method != "full" {
+                    return Err(Error::usage(format!(
+                        "`{}` is {method}, expected full, lora, qlora or dora",
+                        entry.key
+                    )));
+                }
+                expanded.push(with("use_peft", Value::Bool(peft)));
+                if method == "dora" {
+                    expanded.push(with("use_dora", Value::Bool(true)));
+                }
+                if method == "qlora" && !has("quantization") && !has("load_in_4bit") {
+                    expanded.push(with("quantization", Value::from("nf4")));
+                }
+            }
+            ("load_in_4bit", Value::Bool(four)) => {
+                expanded
+                    .push(with("quantization", Value::from(if *four { "nf4" } else { "none" })));
             }
             ("mask_history", Value::Bool(_)) => {
                 expanded.push(with("final_response_only", entry.value.clone()));
@@ -101,6 +123,12 @@ pub(super) fn shaped(key: &str, value: Value, default: &Value) -> Value {
         }
         // TOML has no null: no limit is written 0.
         (_, value) if key == "max_length" && value == 0 => return Value::Null,
+        // peft's boolean for what has three answers here.
+        (_, Value::Bool(true)) if key == "init_lora_weights" => return Value::from("default"),
+        // axolotl's way to say all projections.
+        (_, Value::Bool(true)) if key == "lora_target_modules" => {
+            return Value::from(vec![ALL_LINEAR]);
+        }
         // Hugging Face's boolean for what has three answers here.
         (_, Value::Bool(flag)) if key == "gradient_checkpointing" => {
             return Value::from(if flag { "block" } else { "none" });

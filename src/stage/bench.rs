@@ -11,6 +11,7 @@ use std::time::Instant;
 use candle_core::Device;
 use serde::Serialize;
 
+use super::adapt::Adapt;
 use crate::data::tree::{Role, Tree};
 use crate::error::{Error, Result};
 use crate::generate::engine::Prompt;
@@ -23,14 +24,16 @@ use crate::loss::sft::Sft;
 use crate::model::Precision;
 use crate::model::checkpoint::{self, Checkpoint, LoadOptions};
 use crate::model::config::Config;
+use crate::model::lora::Lora;
 use crate::model::source::{self, Source};
 use crate::model::transformer::Transformer;
 use crate::optim::adamw::AdamW;
 use crate::report::record::Silent;
 use crate::rng::Stream;
 use crate::train::reference::{Request, reference_logps};
+use crate::train::step::StepOptions;
 use crate::train::update::{Pace, update};
-use crate::train::{Learner, Order, Recompute, Settings};
+use crate::train::{Order, Recompute, Settings};
 
 /// What to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +77,8 @@ pub struct Options {
     pub recompute: bool,
     /// Compute type.
     pub dtype: Precision,
+    /// Train adapters of all projections instead of the model.
+    pub lora: Lora,
 }
 
 /// Token budget of a micro-batch.
@@ -105,6 +110,7 @@ impl Options {
             return Err(Error::usage("--chat asks for chat rows, which only `sft` takes")
                 .hint("leave it out, or measure `sft`"));
         }
+        self.lora.check()?;
         self.settings().check()
     }
 }
@@ -206,10 +212,11 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
         Method::Reward => (Box::new(Reward::default()), None),
         _ => (Box::new(Sft::default()), None),
     };
-    let Checkpoint { config, weights, .. } = start;
-    let learner = Learner::with(&config, weights, options.dtype, |_| false)?;
+    let adapt = Adapt { lora: &options.lora, base: &options.model, dtype: options.dtype, seed: 1 };
+    let learner = adapt.trainee(start)?.learner;
     let mut adamw = AdamW::new(settings.hyper());
-    let cut = settings.step_options(learner.bytes())?;
+    let cut =
+        StepOptions { adapted: learner.adapted_sizes(), ..settings.step_options(learner.bytes())? };
     let pace = Pace { lr: 1e-6, max_grad_norm: settings.max_grad_norm };
     let (mut steps_s, mut rates) = (Vec::new(), Vec::new());
     for step in 0..=options.steps {
@@ -316,6 +323,7 @@ mod tests {
             steps: 2,
             recompute: false,
             dtype: Precision::F32,
+            lora: Lora::default(),
         }
     }
 

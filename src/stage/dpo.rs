@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use super::adapt::Adapt;
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
 use crate::data::mismatch::add_mismatched;
@@ -22,18 +23,29 @@ use crate::train::{Data, Order};
 /// Input: a checkpoint and pairs, or labelled responses. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
+    let adapt = Adapt {
+        lora: &spec.lora,
+        base: &spec.model_name_or_path,
+        dtype: spec.train.dtype,
+        seed: context.seed,
+    };
     let mut train = Labelled::read(context, &start, spec, &spec.datasets)?;
     let mut held_out = Labelled::read(context, &start, spec, &spec.eval_datasets)?;
 
     if spec.needs_reference() {
-        let reference = match spec.ref_model_name_or_path.as_str() {
-            "" => start.clone(),
-            other => training::load(context, other, &spec.chat_template)?,
+        // Plain tensors: no graph, no optimizer. Held and computed with as the policy's base is, so that equal weights give
+        // equal numbers: of adapters the reference is the model with its adapters off, which shares its weights.
+        let (adapt, reference) = match spec.ref_model_name_or_path.as_str() {
+            "" => (adapt, start.clone()),
+            other => (
+                Adapt { base: other, ..adapt },
+                training::load(context, other, &spec.chat_template)?,
+            ),
         };
-        let weights_hash = training::weights_sha256(&reference.weights)?;
-        // Plain tensors: no graph, no optimizer. Computed in the policy's type, so that equal weights give equal numbers.
-        let reference = reference.computed_in(spec.train.dtype)?;
-        let reference = Transformer::new(&reference.config, &reference.weights)?;
+        let hash = training::weights_sha256(&reference.weights)?;
+        let weights_hash = format!("{hash} {:?}", spec.lora.quantization);
+        let tensors = adapt.frozen(reference.weights)?;
+        let reference = Transformer::of(&reference.config, &tensors)?;
         train.read_reference(context, spec, (&reference, &weights_hash))?;
         held_out.read_reference(context, spec, (&reference, &weights_hash))?;
     }
@@ -46,6 +58,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
         eval: (held_out.method.objective(), &held_out.trees),
         samples: &[],
         settings: &spec.train,
+        adapt,
     };
     training::fit(context, work)
 }

@@ -5,6 +5,7 @@
 //! called again with the same directory and continues from what it finds there; only when it returns does the
 //! runner write the manifest and give the directory its final name.
 
+pub mod adapt;
 pub mod average;
 pub mod bench;
 pub mod bench_prepare;
@@ -13,6 +14,7 @@ pub mod eval;
 pub mod generation;
 pub mod inputs;
 pub mod memory;
+pub mod merge;
 pub mod reward;
 pub mod rounds;
 pub mod run;

@@ -1,5 +1,6 @@
 //! Reward modelling (Llama 3, section 4.1.2): the base model with a score head learns which response people prefer.
 
+use super::adapt::Adapt;
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
 use crate::data::prepare::Rule;
@@ -12,6 +13,12 @@ use crate::recipe::plan;
 pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
     let start = start.into_reward_model(context.seed)?;
+    let adapt = Adapt {
+        lora: &spec.lora,
+        base: &spec.model_name_or_path,
+        dtype: spec.train.dtype,
+        seed: context.seed,
+    };
     let rule = Rule::Pairs(spec.data.clone());
     let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
     let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
@@ -23,6 +30,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
         eval: (&objective, held_out.as_ref()),
         samples: &[],
         settings: &spec.train,
+        adapt,
     };
     training::fit(context, work)
 }

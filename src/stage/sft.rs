@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use super::adapt::Adapt;
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
 use crate::data::pipeline::first_rows;
 use crate::data::prepare::Rule;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::loss::sft::Sft;
 use crate::recipe::plan;
 
@@ -17,9 +18,22 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
     } else {
         training::load(context, &spec.model_name_or_path, &spec.chat_template)?
     };
+    let rows = start.config.vocab_size;
     if !spec.added_tokens.is_empty() {
         start.add_tokens(&spec.added_tokens).at("`added_tokens`")?;
     }
+    if spec.lora.use_peft && start.config.vocab_size > rows {
+        return Err(Error::usage(
+            "`added_tokens` with `use_peft`: an adapter has no rows for them",
+        )
+        .hint("add them in a stage that trains the whole model"));
+    }
+    let adapt = Adapt {
+        lora: &spec.lora,
+        base: &spec.model_name_or_path,
+        dtype: spec.train.dtype,
+        seed: context.seed,
+    };
     let rule = Rule::Sft(spec.data.clone());
     let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
     let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
@@ -35,6 +49,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
         eval: (&held_out_objective, held_out.as_ref()),
         samples: &samples,
         settings: &spec.train,
+        adapt,
     };
     training::fit(context, work)
 }

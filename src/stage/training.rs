@@ -6,6 +6,7 @@ use candle_core::DType;
 use sha2::{Digest, Sha256};
 
 use super::StageContext;
+use super::adapt::Adapt;
 use crate::data::examples::Examples;
 use crate::data::mix::take;
 use crate::data::pipeline::Pipeline;
@@ -21,7 +22,6 @@ use crate::generate::sampling::Sampling;
 use crate::loss::Objective;
 use crate::model::Weights;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
-use crate::model::save::SaveOptions;
 use crate::recipe::plan::Dataset;
 use crate::report::record::Metrics;
 use crate::train::{self, Data, Job, Learner, Settings};
@@ -195,22 +195,16 @@ pub struct Work<'a> {
     pub samples: &'a [Row],
     /// How to train.
     pub settings: &'a Settings,
+    /// What of the start is trained.
+    pub adapt: Adapt<'a>,
 }
 
 /// Trains and writes `checkpoint/`.
 pub fn fit(context: &StageContext<'_>, work: Work<'_>) -> Result<Metrics> {
-    let Checkpoint { config, weights, tokenizer } = work.start;
-    let learner = Learner::with(&config, weights, work.settings.dtype, |_| false)?;
-    let checkpoint = |learner: &Learner| Checkpoint {
-        config: config.clone(),
-        weights: learner.weights(),
-        tokenizer: tokenizer.clone(),
-    };
-    let save = |learner: &Learner, dir: &std::path::Path| {
-        checkpoint(learner).write_into(dir, &SaveOptions::new(DType::F32))
-    };
-    let samples = |learner: &Learner| {
-        answers(&checkpoint(learner).computed_in(work.settings.dtype)?, work.samples)
+    let trainee = work.adapt.trainee(work.start)?;
+    let save = |_: &Learner, dir: &std::path::Path| trainee.write(dir);
+    let samples = |_: &Learner| {
+        answers(&trainee.checkpoint()?.computed_in(work.settings.dtype)?, work.samples)
     };
     let job = Job {
         objective: work.objective,
@@ -223,7 +217,7 @@ pub fn fit(context: &StageContext<'_>, work: Work<'_>) -> Result<Metrics> {
         samples: (!work.samples.is_empty()).then_some(&samples),
         events: context.events,
     };
-    let mut metrics = train::fit(&learner, &job)?;
+    let mut metrics = train::fit(&trainee.learner, &job)?;
     match work.train {
         Data::Set(examples) => {
             metrics.insert("examples".to_owned(), examples.len() as f64);
@@ -235,7 +229,7 @@ pub fn fit(context: &StageContext<'_>, work: Work<'_>) -> Result<Metrics> {
     }
     let target = context.dir.join("checkpoint");
     crate::store::remove(&target)?;
-    checkpoint(&learner).save(&target, &SaveOptions::new(work.settings.save_dtype.dtype()))?;
+    trainee.save(&target, work.settings.save_dtype)?;
     Ok(metrics)
 }
 

@@ -1,5 +1,5 @@
-//! Checkpoints inside a stage: a complete Hugging Face directory whose f32 weights are the masters, the optimizer's
-//! state, and the cursor. Written to a temporary directory and renamed: a killed write leaves nothing that is read.
+//! Checkpoints inside a stage: a complete Hugging Face directory, or a peft adapter, whose f32 weights are the masters,
+//! the optimizer's state, and the cursor. Written to a temporary directory and renamed: a killed write leaves nothing that is read.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 use super::Learner;
 use crate::data::stream::Cursor;
 use crate::error::{Context, Result};
-use crate::model::checkpoint::load_weights;
 use crate::optim::adamw::AdamW;
 use crate::report::record::Metrics;
 use crate::store;
@@ -85,11 +84,9 @@ impl Saved {
     /// Puts weights and optimizer back to where they were.
     pub fn load(&self, learner: &Learner, adamw: &mut AdamW) -> Result<State> {
         let state: State = store::read_json(&self.dir.join(STATE))?;
-        let model = learner.model();
-        let weights = load_weights(&self.dir, model.config(), model.device())?;
-        learner.set(&weights).at(self.dir.display())?;
+        learner.set(&learner.read(&self.dir)?).at(self.dir.display())?;
         let path = self.dir.join(OPTIMIZER);
-        let moments = safetensors::load(&path, model.device()).at(path.display())?;
+        let moments = safetensors::load(&path, learner.model().device()).at(path.display())?;
         adamw.import(state.step as u64, moments.into_iter().collect())?;
         Ok(state)
     }

@@ -80,7 +80,10 @@ impl<'a> Run<'a> {
             None => State::default(),
         };
         job.events.resume_after(state.step as u64)?;
-        let options = settings.step_options(learner.bytes())?;
+        let options = StepOptions {
+            adapted: learner.adapted_sizes(),
+            ..settings.step_options(learner.bytes())?
+        };
         if options.recompute == Recompute::Auto {
             job.events.note(&options.explain(learner.model().config()));
         }

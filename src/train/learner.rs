@@ -1,19 +1,24 @@
 //! A model whose weights move: named parameters, and a transformer that reads them.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::error::{Context, Error, Result};
+use crate::model::checkpoint::load_weights;
+use crate::model::lora::{A, Adapter, Attached, B, Dora, MAGNITUDE, parameter, peft};
 use crate::model::transformer::Transformer;
-use crate::model::{Config, Precision, Weights};
+use crate::model::{Config, Precision, Tensors, Weights};
 use crate::optim::Param;
+use crate::train::memory::Adapted;
 
 /// A model in training. The weights are f32 masters; the transformer shares their storage, or that of their bf16
 /// copies.
 #[derive(Debug)]
 pub struct Learner {
     params: BTreeMap<String, Param>,
+    tensors: Tensors,
     model: Transformer,
 }
 
@@ -38,20 +43,89 @@ impl Learner {
         dtype: Precision,
         frozen: impl Fn(&str) -> bool,
     ) -> Result<Self> {
-        let mut trained = BTreeMap::new();
-        let mut tensors = Weights::new();
-        for (name, tensor) in weights {
+        Self::of(config, Tensors::dense(weights), dtype, frozen)
+    }
+
+    fn of(
+        config: &Config,
+        start: Tensors,
+        dtype: Precision,
+        frozen: impl Fn(&str) -> bool,
+    ) -> Result<Self> {
+        let mut params = BTreeMap::new();
+        let mut tensors = Tensors { weights: Weights::new(), ..start };
+        for (name, tensor) in start.weights {
             dtype.check_device(tensor.device())?;
             let dtype = dtype.of(&name, &tensor);
             if frozen(&name) {
-                tensors.insert(name, tensor.detach().to_dtype(dtype)?);
+                tensors.weights.insert(name, tensor.detach().to_dtype(dtype)?);
                 continue;
             }
             let param = Param::computed_in(&tensor, dtype)?;
-            tensors.insert(name.clone(), param.computed().clone());
-            trained.insert(name, param);
+            tensors.weights.insert(name.clone(), param.computed().clone());
+            params.insert(name, param);
         }
-        Ok(Self { params: trained, model: Transformer::new(config, &tensors)? })
+        Ok(Self { params, model: Transformer::of(config, &tensors)?, tensors })
+    }
+
+    /// Trains adapters beside a model whose own parameters stay as they are, but for those that `trained` names.
+    ///
+    /// # Errors
+    /// Names a tensor that is missing.
+    pub fn adapted(
+        config: &Config,
+        start: Tensors,
+        attached: &Attached,
+        dtype: Precision,
+        trained: impl Fn(&str) -> bool,
+    ) -> Result<Self> {
+        let mut learner = Self::of(config, start, dtype, |name| !trained(name))?;
+        for (module, &scale) in &attached.scales {
+            let mut param = |part: &str, dtype: DType| -> Result<Tensor> {
+                let name = parameter(module, part);
+                let start = attached.factors.get(&name);
+                let start =
+                    start.ok_or_else(|| Error::run("missing from the adapter").at(&name))?;
+                let mut param = Param::computed_in(start, dtype)?;
+                if part == B && attached.lr_ratio > 0.0 {
+                    param.lr_scale = attached.lr_ratio;
+                }
+                let computed = param.computed().clone();
+                learner.params.insert(name, param);
+                Ok(computed)
+            };
+            let (a, b) = (param(A, dtype.dtype())?, param(B, dtype.dtype())?);
+            let dora = match attached.factors.contains_key(&parameter(module, MAGNITUDE)) {
+                true => {
+                    let magnitude = param(MAGNITUDE, DType::F32)?;
+                    Some(Dora {
+                        magnitude,
+                        squares: learner.tensors.matrix(module)?.row_squares()?,
+                    })
+                }
+                false => None,
+            };
+            let adapter = Adapter { module: module.clone(), a, b, scale, dora };
+            learner.tensors.adapters.insert(module.clone(), adapter);
+        }
+        learner.model = Transformer::of(config, &learner.tensors)?;
+        Ok(learner)
+    }
+
+    /// All that the model is made of.
+    pub fn tensors(&self) -> &Tensors {
+        &self.tensors
+    }
+
+    /// Trained parameters as a directory holds them: an adapter's, or a whole checkpoint's.
+    ///
+    /// # Errors
+    /// Files that are missing, damaged, or of another model.
+    pub fn read(&self, dir: &Path) -> Result<Weights> {
+        if self.tensors.adapters.is_empty() {
+            return load_weights(dir, self.model.config(), self.model.device());
+        }
+        Ok(peft::read(dir, self.model.device())?.into_trained())
     }
 
     /// The model as it is now.
@@ -59,14 +133,28 @@ impl Learner {
         &self.model
     }
 
-    /// Bytes of trained masters and their copies.
+    /// Bytes of trained masters, their copies, and of what is frozen.
     pub fn bytes(&self) -> u64 {
-        let size = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
         let bytes = |param: &Param| {
             let copy = param.copy.as_ref().map_or(0, |copy| size(copy));
-            (size(&param.master) + copy) as u64
+            size(&param.master) + copy
         };
-        self.params.values().map(bytes).sum()
+        self.params.values().map(bytes).sum::<u64>() + self.frozen_bytes()
+    }
+
+    fn frozen_bytes(&self) -> u64 {
+        let Tensors { weights, packed, .. } = &self.tensors;
+        let frozen = weights.values().filter(|tensor| !tensor.is_variable());
+        let packed: usize = packed.values().map(|packed| packed.bytes()).sum();
+        frozen.map(size).sum::<u64>() + packed as u64
+    }
+
+    /// What is held, where adapters are trained.
+    pub fn adapted_sizes(&self) -> Option<Adapted> {
+        let trained = self.params.values().map(|param| param.master.elem_count() as u64).sum();
+        let head = self.model.head().is_variable();
+        let sizes = Adapted { trained, frozen: self.frozen_bytes(), head };
+        (!self.tensors.adapters.is_empty()).then_some(sizes)
     }
 
     /// Trained parameters, in name order.
@@ -94,4 +182,8 @@ impl Learner {
         }
         Ok(())
     }
+}
+
+fn size(tensor: &Tensor) -> u64 {
+    (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64
 }

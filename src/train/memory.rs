@@ -5,7 +5,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::step::StepOptions;
 use crate::error::{Error, Result};
-use crate::model::params::count;
+use crate::model::lora::{self, Lora};
+use crate::model::params::{EMBEDDING, HEAD, count, shapes};
 use crate::model::{Config, Precision};
 use crate::ops::head::CHUNK_ELEMENTS;
 
@@ -57,6 +58,46 @@ impl<'de> Deserialize<'de> for Recompute {
     }
 }
 
+/// What is held where only adapters, and what is trained in full beside them, move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Adapted {
+    /// Trained parameters.
+    pub trained: u64,
+    /// Bytes of everything frozen.
+    pub frozen: u64,
+    /// Whether the head's weight is trained.
+    pub head: bool,
+}
+
+impl Adapted {
+    /// From sizes alone.
+    ///
+    /// # Errors
+    /// A module that the model does not have.
+    pub fn new(config: &Config, lora: &Lora, dtype: Precision) -> Result<Self> {
+        let element = dtype.dtype().size_in_bytes() as u64;
+        let shapes = shapes(config);
+        let (mut trained, mut frozen, mut head) = (0, 0.0, false);
+        for (name, shape) in &shapes {
+            let count: usize = shape.iter().product();
+            if lora.trains(name) {
+                trained += count as u64;
+                head |= name == EMBEDDING || name == HEAD;
+            } else if lora::is_projection(name) {
+                frozen += count as f64 * lora.quantization.bytes().unwrap_or(element as f64);
+            } else {
+                frozen += (count as u64 * if shape.len() == 2 { element } else { F32 }) as f64;
+            }
+        }
+        for module in lora.modules(config)? {
+            let shape = &shapes[&format!("{module}.weight")];
+            let magnitudes = if lora.use_dora { shape[0] } else { 0 };
+            trained += (lora.lora_r * (shape[0] + shape[1]) + magnitudes) as u64;
+        }
+        Ok(Self { trained, frozen: frozen as u64, head })
+    }
+}
+
 /// Bytes of one step over one micro-batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Footprint {
@@ -84,8 +125,9 @@ impl Footprint {
         let kv = (config.num_key_value_heads * config.head_dim) as u64;
         let heads = config.num_attention_heads as u64;
         // One block's gradients at a time where the optimizer runs in the backward.
-        let parameters = count(config) as u64;
-        let head_gradient = config.vocab_size as u64 * h * F32;
+        let all = Adapted { trained: count(config) as u64, frozen: 0, head: true };
+        let Adapted { trained: parameters, frozen, head } = options.adapted.unwrap_or(all);
+        let head_gradient = if head { config.vocab_size as u64 * h * F32 } else { 0 };
         let last = if options.optimizer_in_backward { head_gradient } else { parameters * F32 };
         let copies = if options.dtype == Precision::F32 { 0 } else { element };
         // `model::block_cpu`: queries and what they saw, keys and values, gate and up; log-sum-exps and the sum between.
@@ -96,7 +138,7 @@ impl Footprint {
         let rounded = if options.dtype == Precision::F32 { 0 } else { logits * element };
         let head = logits * F32 + rounded + 2 * tokens * h * F32;
         Self {
-            state: parameters * (3 * F32 + copies),
+            state: frozen + parameters * (3 * F32 + copies),
             gradients: [head_gradient.min(last), last],
             boundaries: (config.num_hidden_layers as u64 + 1) * tokens * h * F32,
             block: tokens * kept,

@@ -126,6 +126,7 @@ impl Settings {
             recompute: self.gradient_checkpointing,
             budget: self.budget(held)?,
             dtype: self.dtype,
+            adapted: None,
             optimizer_in_backward: self.optimizer_in_backward,
         })
     }

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::Learner;
-use super::memory::{Footprint, Recompute};
+use super::memory::{Adapted, Footprint, Recompute};
 use crate::data::examples::Examples;
 use crate::data::forest::{Forest, micro_batches, packed};
 use crate::data::tree::Tree;
@@ -26,6 +26,8 @@ pub struct StepOptions {
     pub budget: u64,
     /// What the model computes with.
     pub dtype: Precision,
+    /// What is held, where not the whole model is trained.
+    pub adapted: Option<Adapted>,
     /// Weights move in the backward pass: see [`update`](super::update::update).
     pub optimizer_in_backward: bool,
 }
@@ -38,6 +40,7 @@ impl StepOptions {
             recompute: Recompute::None,
             budget: u64::MAX,
             dtype: Precision::F32,
+            adapted: None,
             optimizer_in_backward: false,
         }
     }

@@ -1,0 +1,282 @@
+//! A low-rank adapter beside a frozen projection: `y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ` (Hu et al., 2022, equation 3), and its
+//! weight-decomposed form (DoRA; Liu et al., 2024, equation 5).
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+
+use super::dropout::{Masks, module_key};
+use crate::error::{Error, Result};
+use crate::model::gradients::Gradients;
+use crate::model::matrix::Matrix;
+use crate::ops::cpu::matmul::{Mat, Threads, matmul, matmul_into};
+use crate::ops::cpu::{self, Element};
+use crate::ops::{linear, residual};
+
+/// What is trained beside one projection `[O, I]`. Cheap to clone: tensors are shared.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// The projection's name, such as `model.layers.0.self_attn.q_proj`.
+    pub module: String,
+    /// `A`, `[r, I]`.
+    pub a: Tensor,
+    /// `B`, `[O, r]`.
+    pub b: Tensor,
+    /// What the product of the factors is multiplied with: `alpha / r`, or `alpha / √r` (rsLoRA; Kalajdzievski, 2023).
+    pub scale: f64,
+    /// DoRA's part, where it is one.
+    pub dora: Option<Dora>,
+}
+
+/// What DoRA adds to an adapter.
+#[derive(Clone, Debug)]
+pub struct Dora {
+    /// The magnitude of each output, `[O]`, f32.
+    pub magnitude: Tensor,
+    /// `‖W_o‖²` of each row of the frozen projection.
+    pub squares: Arc<[f64]>,
+}
+
+/// DoRA's factor of each output, and the norm of each row of `W + s·B·A` that it divides by.
+struct Decomposed {
+    factors: Vec<f32>,
+    norms: Vec<f32>,
+}
+
+impl Adapter {
+    /// The rank.
+    pub fn rank(&self) -> usize {
+        self.a.dims()[0]
+    }
+
+    /// The parameters by name, in name order.
+    pub fn tensors(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        let magnitude = self.dora.iter().map(|dora| (self.name(MAGNITUDE), &dora.magnitude));
+        [(self.name(A), &self.a), (self.name(B), &self.b)].into_iter().chain(magnitude)
+    }
+
+    fn name(&self, part: &str) -> String {
+        parameter(&self.module, part)
+    }
+
+    /// Refuses factors that do not fit a projection of this shape.
+    ///
+    /// # Errors
+    /// Names the module and the shapes.
+    pub(super) fn check(&self, weight: &[usize]) -> Result<()> {
+        let expected = [self.b.dims()[0], self.a.dims()[1]];
+        if weight == expected && self.b.dims()[1] == self.rank() {
+            return Ok(());
+        }
+        let (a, b) = (self.a.dims(), self.b.dims());
+        Err(Error::run(format!("factors {b:?} and {a:?} for a projection {weight:?}"))
+            .at(format!("`{}`", self.module))
+            .hint("the adapter was trained beside another model"))
+    }
+
+    /// `s · B · A`, `[O, I]` in f32.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn delta(&self) -> Result<Tensor> {
+        let [a, b] = [&self.a, &self.b].map(|factor| factor.detach().to_dtype(DType::F32));
+        Ok((b?.matmul(&a?)? * self.scale)?)
+    }
+
+    /// The matrix that computes what projection and adapter compute together, `[O, I]` in f32.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn merged(&self, weight: &Tensor) -> Result<Tensor> {
+        let merged = (weight.to_dtype(DType::F32)? + self.delta()?)?;
+        match &self.dora {
+            Some(Dora { magnitude, .. }) => {
+                let norms = merged.sqr()?.sum(1)?.sqrt()?;
+                Ok(merged.broadcast_mul(&(magnitude.detach() / norms)?.unsqueeze(1)?)?)
+            }
+            None => Ok(merged),
+        }
+    }
+
+    /// Adds the adapter's part to `y`, which is the projection's product. Shapes: `x` `[T, I]`, `y` `[T, O]`.
+    pub(crate) fn forward<E: Element>(
+        &self,
+        (x, masks): (&[E], Option<&Masks>),
+        y: &mut [f32],
+        weight: &Matrix,
+    ) -> Result<()> {
+        let x = self.read(x, masks);
+        let x = self.rows(&x);
+        let inner = self.inner(x)?;
+        let inner = Mat::new(&inner, x.rows(), self.rank());
+        self.with_b::<E, _>(|b| matmul_into(y, inner, b.t(), true, Threads::All))?;
+        if let Some(Decomposed { factors, .. }) = self.decomposed::<E>(weight)? {
+            y.chunks_exact_mut(factors.len()).for_each(|y| multiply(y, &factors));
+        }
+        Ok(())
+    }
+
+    /// What the first factor reads: the input, or in training what dropout leaves of it.
+    fn read<'a, E: Element>(&self, x: &'a [E], masks: Option<&Masks>) -> Cow<'a, [E]> {
+        match masks {
+            Some(masks) => Cow::Owned(masks.apply(module_key(&self.module), x)),
+            None => Cow::Borrowed(x),
+        }
+    }
+
+    fn rows<'a, E: Element>(&self, x: &'a [E]) -> Mat<'a, E> {
+        let inner = self.a.dims()[1];
+        Mat::new(x, x.len() / inner, inner)
+    }
+
+    /// `s · x · Aᵀ`, `[T, r]`.
+    fn inner<E: Element>(&self, x: Mat<'_, E>) -> Result<Vec<E>> {
+        let mut inner = self.with_a::<E, _>(|a| matmul(x, a.t(), Threads::All))?;
+        cpu::simd::scale(&mut inner, self.scale as f32);
+        Ok(E::rounded(inner))
+    }
+
+    /// From the gradient of the product to those of the factors and, added to `d_x`, of the input. Shapes: `x`, `d_x`
+    /// `[T, I]`, `d_y` `[T, O]`.
+    pub(crate) fn backward<E: Element>(
+        &self,
+        (x, masks, d_y): (&[E], Option<&Masks>, Mat<'_, E>),
+        d_x: &mut [f32],
+        grads: &mut Gradients,
+    ) -> Result<()> {
+        let rank = self.rank();
+        let x = self.read(x, masks);
+        let x = self.rows(&x);
+        let inner = self.inner(x)?;
+        grads.add_product(&self.name(B), d_y.t(), Mat::new(&inner, x.rows(), rank))?;
+        let mut d_inner = self.with_b::<E, _>(|b| matmul(d_y, b, Threads::All))?;
+        cpu::simd::scale(&mut d_inner, self.scale as f32);
+        let d_inner = E::rounded(d_inner);
+        let d_inner = Mat::new(&d_inner, x.rows(), rank);
+        grads.add_product(&self.name(A), d_inner.t(), x)?;
+        self.with_a::<E, _>(|a| match masks {
+            Some(masks) => {
+                let d_read = matmul(d_inner, a, Threads::All);
+                residual::add(d_x, &masks.apply(module_key(&self.module), &d_read));
+            }
+            None => matmul_into(d_x, d_inner, a, true, Threads::All),
+        })
+    }
+
+    /// From the gradient of the output to that of the product which DoRA multiplies by its factors, and to the
+    /// magnitude's; nothing without DoRA. The norm in the denominator is taken for a constant, as in the paper
+    /// (section 4.3) and in peft. Shapes: `x` `[T, I]`, `d_y` `[T, O]`.
+    pub(crate) fn through_magnitude<E: Element>(
+        &self,
+        (x, masks, weight): (&[E], Option<&Masks>, &Matrix),
+        d_y: &[E],
+        grads: &mut Gradients,
+    ) -> Result<Option<Vec<E>>> {
+        let Some(Decomposed { factors, norms }) = self.decomposed::<E>(weight)? else {
+            return Ok(None);
+        };
+        let mut product = weight.with(|weight| matmul(self.rows(x), weight.t(), Threads::All))?;
+        let x = self.read(x, masks);
+        let x = self.rows(&x);
+        let inner = self.inner(x)?;
+        let inner = Mat::new(&inner, x.rows(), self.rank());
+        self.with_b::<E, _>(|b| matmul_into(&mut product, inner, b.t(), true, Threads::All))?;
+        let (mut d_magnitude, mut scratch) = (vec![0.0; norms.len()], Vec::new());
+        let mut d_product = d_y.to_vec();
+        for (row, d_y) in d_product.chunks_exact_mut(norms.len()).enumerate() {
+            let product = &product[row * norms.len()..][..norms.len()];
+            let mut d = E::widen(d_y, &mut scratch).to_vec();
+            for ((sum, d), product) in d_magnitude.iter_mut().zip(&d).zip(product) {
+                *sum += d * product;
+            }
+            multiply(&mut d, &factors);
+            E::round_into(d_y, &d);
+        }
+        d_magnitude.iter_mut().zip(&norms).for_each(|(d, norm)| *d /= norm);
+        let shape = norms.len();
+        let d_magnitude = Tensor::from_vec(d_magnitude, shape, self.a.device())?;
+        grads.add(&self.name(MAGNITUDE), d_magnitude)?;
+        Ok(Some(d_product))
+    }
+
+    /// `‖W_o + s·B_o·A‖` is taken apart, so that the sum of both matrices never exists:
+    /// `‖W_o‖² + 2s·(W·Aᵀ)_o·B_oᵀ + s²·B_o·(A·Aᵀ)·B_oᵀ`.
+    fn decomposed<E: Element>(&self, weight: &Matrix) -> Result<Option<Decomposed>> {
+        let Some(Dora { magnitude, squares }) = &self.dora else { return Ok(None) };
+        let (scale, rank) = (self.scale, self.rank());
+        let (projected, gram) = self.with_a::<E, _>(|a| {
+            let projected = weight.with(|weight| matmul(weight, a.t(), Threads::All));
+            (projected, matmul(a, a.t(), Threads::All))
+        })?;
+        let projected = projected?;
+        let b = self.b.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let dot = |x: &[f32], y: &[f32]| -> f64 {
+            x.iter().zip(y).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum()
+        };
+        let norm = |(row, square): (usize, &f64)| {
+            let (b, projected) = (&b[row * rank..][..rank], &projected[row * rank..][..rank]);
+            let delta: f64 = gram
+                .chunks_exact(rank)
+                .zip(b)
+                .map(|(gram, &b_i)| f64::from(b_i) * dot(gram, b))
+                .sum();
+            (square + 2.0 * scale * dot(projected, b) + scale * scale * delta).sqrt() as f32
+        };
+        let norms: Vec<f32> = squares.iter().enumerate().map(norm).collect();
+        let magnitude = magnitude.to_vec1::<f32>()?;
+        let factors = magnitude.iter().zip(&norms).map(|(m, norm)| m / norm).collect();
+        Ok(Some(Decomposed { factors, norms }))
+    }
+
+    /// The same as a graph of ops, on any device. `product`: what the projection computes, without bias.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn graph(
+        &self,
+        (x, masks): (&Tensor, Option<&Masks>),
+        product: &Tensor,
+        weight: &Tensor,
+    ) -> candle_core::Result<Tensor> {
+        let read = match masks {
+            Some(masks) => {
+                let mask = masks.tensor(module_key(&self.module), x.dim(1)?, x.device())?;
+                (x * mask.to_dtype(x.dtype())?)?
+            }
+            None => x.clone(),
+        };
+        let low_rank = linear(&linear(&read, &self.a, None)?, &self.b, None)?;
+        let y = (product + (low_rank * self.scale)?)?;
+        let Some(Dora { magnitude, .. }) = &self.dora else { return Ok(y) };
+        let [a, b] = [&self.a, &self.b].map(|factor| factor.detach().to_dtype(DType::F32));
+        let sum = (weight.detach().to_dtype(DType::F32)? + (b?.matmul(&a?)? * self.scale)?)?;
+        let norms = sum.sqr()?.sum(1)?.sqrt()?;
+        y.broadcast_mul(&(magnitude / norms)?.to_dtype(y.dtype())?)
+    }
+
+    fn with_a<E: Element, R>(&self, read: impl FnOnce(Mat<'_, E>) -> R) -> Result<R> {
+        let (rank, inner) = self.a.dims2()?;
+        Ok(cpu::with_slice(&self.a, |a| read(Mat::new(a, rank, inner)))?)
+    }
+
+    fn with_b<E: Element, R>(&self, read: impl FnOnce(Mat<'_, E>) -> R) -> Result<R> {
+        let (outer, rank) = self.b.dims2()?;
+        Ok(cpu::with_slice(&self.b, |b| read(Mat::new(b, outer, rank)))?)
+    }
+}
+
+/// What peft calls the factors and the magnitude.
+pub(crate) const A: &str = "lora_A";
+pub(crate) const B: &str = "lora_B";
+pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
+
+/// The name of a parameter of an adapter. The magnitude is a vector of its own in peft, without `.weight`.
+pub(crate) fn parameter(module: &str, part: &str) -> String {
+    let ending = if part == MAGNITUDE { "" } else { ".weight" };
+    format!("{module}.{part}{ending}")
+}
+
+fn multiply(values: &mut [f32], factors: &[f32]) {
+    values.iter_mut().zip(factors).for_each(|(value, factor)| *value *= factor);
+}

@@ -1,0 +1,131 @@
+//! How adapters begin.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+use nalgebra::DMatrix;
+use rand::Rng;
+
+use super::{A, B, Init, Lora, MAGNITUDE, parameter, unknown};
+use crate::error::{Error, Result};
+use crate::model::{Config, Weights};
+use crate::rng::Stream;
+
+/// What is trained beside a model, before its first step.
+#[derive(Clone, Debug, Default)]
+pub struct Attached {
+    /// Factors and magnitudes by parameter name, f32.
+    pub factors: Weights,
+    /// What each module's product of factors is multiplied with.
+    pub scales: BTreeMap<String, f64>,
+    /// See [`Lora::loraplus_lr_ratio`].
+    pub lr_ratio: f64,
+}
+
+/// Makes the adapters of a model. `weights` are in f32; with PiSSA the adapted ones lose what the factors take over.
+///
+/// # Errors
+/// A rank that is larger than a matrix, no module to adapt.
+pub fn attach(lora: &Lora, config: &Config, weights: &mut Weights, seed: u64) -> Result<Attached> {
+    let mut attached = Attached { lr_ratio: lora.loraplus_lr_ratio, ..Attached::default() };
+    for module in lora.modules(config)? {
+        let name = format!("{module}.weight");
+        let weight = weights.get(&name).ok_or_else(|| unknown(&module))?.clone();
+        let (outer, inner) = weight.dims2()?;
+        if lora.lora_r > outer.min(inner) {
+            return Err(Error::usage(format!(
+                "`lora_r` is {}, `{module}` is a matrix of {outer} by {inner}",
+                lora.lora_r
+            ))
+            .hint(format!("at most {} adds anything", outer.min(inner))));
+        }
+        let stream = Stream::new(seed, &format!("lora/{module}"));
+        let scale = lora.scale(lora.lora_r);
+        let [a, b] = match lora.init_lora_weights {
+            Init::Default | Init::Gaussian => {
+                let a = random(lora, inner, &stream, weight.device())?;
+                [a, Tensor::zeros((outer, lora.lora_r), weight.dtype(), weight.device())?]
+            }
+            Init::Pissa => {
+                let [a, b] = principal(&weight, lora.lora_r, &stream)?;
+                let [a, b] = [(a / scale.sqrt())?, (b / scale.sqrt())?];
+                let rest = (&weight - (b.matmul(&a)? * scale)?)?;
+                weights.insert(name, rest);
+                [a, b]
+            }
+        };
+        if lora.use_dora {
+            let magnitude = weight.sqr()?.sum(1)?.sqrt()?;
+            attached.factors.insert(parameter(&module, MAGNITUDE), magnitude);
+        }
+        attached.factors.insert(parameter(&module, A), a);
+        attached.factors.insert(parameter(&module, B), b);
+        attached.scales.insert(module, scale);
+    }
+    if attached.scales.is_empty() {
+        return Err(
+            Error::usage("`lora_target_modules` is empty").hint("for example \"all-linear\"")
+        );
+    }
+    Ok(attached)
+}
+
+/// `A`, `[r, I]`.
+fn random(lora: &Lora, inner: usize, stream: &Stream, device: &Device) -> Result<Tensor> {
+    let count = lora.lora_r * inner;
+    let values = if lora.init_lora_weights == Init::Gaussian {
+        stream.normal(0, count, 1.0 / lora.lora_r as f32)
+    } else {
+        // PyTorch's kaiming_uniform_ with a = √5.
+        let bound = 1.0 / (inner as f32).sqrt();
+        let mut rng = stream.at(0, 0);
+        (0..count).map(|_| rng.random_range(-bound..bound)).collect()
+    };
+    Ok(Tensor::from_vec(values, (lora.lora_r, inner), device)?)
+}
+
+/// Rounds of power iteration: peft's `pissa_niter_16`.
+const ROUNDS: usize = 16;
+/// Columns beyond the rank that make the iteration converge.
+const SPARE: usize = 8;
+
+/// `√S·Vᵀ` `[r, I]` and `U·√S` `[O, r]` of the `r` largest singular values, by randomised subspace iteration (Halko et
+/// al., 2011, algorithm 4.4).
+fn principal(weight: &Tensor, rank: usize, stream: &Stream) -> Result<[Tensor; 2]> {
+    let (outer, inner) = weight.dims2()?;
+    let width = (rank + SPARE).min(outer).min(inner);
+    let weight = weight.to_dtype(DType::F64)?;
+    let start = stream.normal(1, inner * width, 1.0);
+    let start = Tensor::from_vec(start, (inner, width), weight.device())?.to_dtype(DType::F64)?;
+    let mut q = orthonormal(&weight.matmul(&start)?)?;
+    for _ in 0..ROUNDS {
+        let z = orthonormal(&weight.t()?.matmul(&q)?)?;
+        q = orthonormal(&weight.matmul(&z)?)?;
+    }
+    // W ≈ Q·(QᵀW), whose singular vectors are those of the small factor, those on the left seen through Q.
+    let small = matrix(&q.t()?.matmul(&weight)?)?.svd(true, true);
+    let (Some(u), Some(v)) = (&small.u, &small.v_t) else {
+        return Err(Error::run("no singular vectors"));
+    };
+    let roots: Vec<f64> = small.singular_values.iter().take(rank).map(|s| s.sqrt()).collect();
+    let roots = Tensor::from_slice(&roots, rank, weight.device())?;
+    let a = tensor(&v.rows(0, rank).clone_owned(), weight.device())?;
+    let b = q.matmul(&tensor(&u.columns(0, rank).clone_owned(), weight.device())?)?;
+    let (a, b) = (a.broadcast_mul(&roots.unsqueeze(1)?)?, b.broadcast_mul(&roots)?);
+    let f32 = |x: Tensor| x.to_dtype(DType::F32)?.contiguous();
+    Ok([f32(a)?, f32(b)?])
+}
+
+/// An orthonormal basis of the columns.
+fn orthonormal(x: &Tensor) -> Result<Tensor> {
+    tensor(&matrix(x)?.qr().q(), x.device())
+}
+
+fn matrix(x: &Tensor) -> Result<DMatrix<f64>> {
+    let (rows, cols) = x.dims2()?;
+    Ok(DMatrix::from_row_slice(rows, cols, &x.flatten_all()?.to_vec1::<f64>()?))
+}
+
+fn tensor(x: &DMatrix<f64>, device: &Device) -> Result<Tensor> {
+    Ok(Tensor::from_vec(x.transpose().as_slice().to_vec(), x.shape(), device)?)
+}

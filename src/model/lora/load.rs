@@ -1,0 +1,123 @@
+//! A checkpoint that is an adapter directory: its base is loaded, and the adapter merged into it.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+
+use super::peft::{self, AdapterConfig, Saved};
+use crate::data::tokenizer::ChatTokenizer;
+use crate::error::{Context, Error, Result};
+use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::model::{Architecture, params};
+use crate::store;
+
+/// Whether a directory holds an adapter and no model of its own.
+pub fn is_adapter(dir: &Path) -> bool {
+    dir.join(peft::CONFIG).is_file() && !dir.join("config.json").is_file()
+}
+
+/// The base that an adapter names: a path, seen from here or from the adapter's directory, or a hub id.
+///
+/// # Errors
+/// None is named.
+pub fn base_of(dir: &Path, config: &AdapterConfig) -> Result<String> {
+    let Some(base) = config.base_model_name_or_path.as_deref().filter(|base| !base.is_empty())
+    else {
+        return Err(Error::run("`base_model_name_or_path` is missing")
+            .at(dir.join(peft::CONFIG).display())
+            .hint(
+                "write the base model's path there, or give it to `arriero merge` as base=PATH",
+            ));
+    };
+    let beside: PathBuf = dir.join(base);
+    let here = Path::new(base).exists();
+    Ok(if !here && beside.exists() { beside.display().to_string() } else { base.to_owned() })
+}
+
+impl Checkpoint {
+    /// Loads the base of an adapter directory and merges the adapter into it, in f32.
+    ///
+    /// # Errors
+    /// All of [`peft::read`] and [`Checkpoint::load`]; an adapter of another base.
+    pub fn load_adapter(dir: &Path, device: &Device) -> Result<Self> {
+        let saved = peft::read(dir, device)?;
+        let base = base_of(dir, &saved.config)?;
+        let base = Self::load(&base, device, &LoadOptions::default())
+            .map_err(|error| error.at(format!("base of {}", dir.display())))?;
+        base.with_adapter(saved, dir)
+    }
+
+    /// Merges an adapter that was read from `dir`, whose tokenizer, if it has one, replaces the base's.
+    ///
+    /// # Errors
+    /// An adapter of another base: other weights, or other shapes.
+    pub fn with_adapter(self, saved: Saved, dir: &Path) -> Result<Self> {
+        let mut checkpoint = self.prepare_for(&saved)?;
+        super::merge(&mut checkpoint.weights, &saved.adapters).at(dir.display())?;
+        if dir.join("tokenizer.json").is_file() {
+            checkpoint.tokenizer = Some(ChatTokenizer::from_dir(dir)?);
+        }
+        Ok(checkpoint)
+    }
+
+    /// The base as it was when the adapter was trained beside it, with the parameters that were trained in full.
+    ///
+    /// # Errors
+    /// As [`with_adapter`](Self::with_adapter).
+    pub fn prepare_for(self, saved: &Saved) -> Result<Self> {
+        if let Some(expected) = &saved.base {
+            let found = peft::fingerprint(&self.weights)?;
+            if found != *expected {
+                return Err(Error::run(format!(
+                    "the base's weights have fingerprint {}, the adapter was trained beside {}",
+                    &found[..12],
+                    &expected[..12.min(expected.len())]
+                ))
+                .hint("give the very model that the adapter was trained beside"));
+            }
+        }
+        let mut checkpoint = self;
+        if saved.config.architecture() == Architecture::SequenceClassification {
+            checkpoint = checkpoint.into_reward_model(0)?;
+            if !saved.weights.contains_key(params::SCORE) {
+                return Err(Error::run(format!("missing tensor `{}`", params::SCORE)).hint(
+                    "the adapter's task_type is SEQ_CLS: its files must hold the score head",
+                ));
+            }
+        }
+        for (name, tensor) in &saved.weights {
+            let Some(old) = checkpoint.weights.get_mut(name) else {
+                return Err(Error::run(format!("unexpected tensor `{name}`"))
+                    .hint("the base model has no such parameter"));
+            };
+            if old.dims() != tensor.dims() && name != params::SCORE {
+                return Err(params::wrong_shape(name, tensor.dims(), old.dims()));
+            }
+            *old = tensor.clone();
+        }
+        Ok(checkpoint)
+    }
+}
+
+/// Configuration of the adapter in `dir`, with the base's path.
+///
+/// # Errors
+/// As [`base_of`].
+pub fn peek(dir: &Path) -> Result<(AdapterConfig, String)> {
+    let config = AdapterConfig::read(dir)?;
+    let base = base_of(dir, &config)?;
+    Ok((config, base))
+}
+
+/// The path or hub id under which an adapter's file names its base: absolute, where it is on this machine.
+///
+/// # Errors
+/// The current directory is not known.
+pub fn lasting_name(base: &str) -> Result<String> {
+    if !Path::new(base).exists() {
+        return Ok(base.to_owned());
+    }
+    let absolute =
+        std::path::absolute(base).map_err(|error| store::io_error(Path::new(base), error))?;
+    Ok(absolute.display().to_string())
+}

@@ -1,0 +1,207 @@
+//! Low-rank adapters: LoRA (Hu et al., 2022) with its rank-stabilised, weight-decomposed and SVD-initialised forms.
+//!
+//! The base stays frozen and costs no gradient work; `A` and `B` of each adapted projection are trained. Files are
+//! peft's.
+
+mod adapter;
+mod dropout;
+mod init;
+pub mod load;
+pub mod peft;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+pub(crate) use adapter::{A, B, MAGNITUDE, parameter};
+pub use adapter::{Adapter, Dora};
+pub use dropout::{Dropout, Masks};
+pub use init::{Attached, attach};
+
+use super::packed::Quantization;
+use super::params;
+use super::{Config, Weights};
+use crate::error::{Error, Result, did_you_mean};
+
+/// Adapters by the names of their modules.
+pub type Adapters = BTreeMap<String, Adapter>;
+
+/// Keys of a training stage: whether and how adapters are trained, named as in TRL and peft.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Lora {
+    /// Train adapters beside a frozen model instead of the model.
+    pub use_peft: bool,
+    /// The rank `r`.
+    pub lora_r: usize,
+    /// The adapter's product is scaled by `lora_alpha / r`.
+    pub lora_alpha: f64,
+    /// Share of an adapter's inputs that are dropped in training.
+    pub lora_dropout: f64,
+    /// Which projections: `["all-linear"]`, or names such as `q_proj`.
+    pub lora_target_modules: Vec<String>,
+    /// Other modules to train in full, such as `embed_tokens`, `lm_head` or `norm`; a score head always is.
+    pub lora_modules_to_save: Vec<String>,
+    /// Scale by `lora_alpha / √r` instead (Kalajdzievski, 2023).
+    pub use_rslora: bool,
+    /// Train the magnitude of each output apart from its direction (DoRA; Liu et al., 2024).
+    pub use_dora: bool,
+    /// How the factors begin.
+    pub init_lora_weights: Init,
+    /// The learning rate of `B` over that of `A` (LoRA+; Hayou et al., 2024); 0 and 1 are none.
+    pub loraplus_lr_ratio: f64,
+    /// How the frozen projections are held: `none`, `nf4` or `gguf` (QLoRA; Dettmers et al., 2023).
+    pub quantization: Quantization,
+}
+
+/// How the factors begin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Init {
+    /// `A` uniform as a linear layer's weight, `B` zero: the model begins unchanged.
+    #[default]
+    Default,
+    /// `A` normal with deviation `1 / r`, `B` zero.
+    Gaussian,
+    /// Both from the largest singular values of the weight, which keeps the rest (PiSSA; Meng et al., 2024).
+    Pissa,
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        Self {
+            use_peft: false,
+            lora_r: 16,
+            lora_alpha: 32.0,
+            lora_dropout: 0.0,
+            lora_target_modules: vec![ALL_LINEAR.to_owned()],
+            lora_modules_to_save: Vec::new(),
+            use_rslora: false,
+            use_dora: false,
+            init_lora_weights: Init::Default,
+            loraplus_lr_ratio: 0.0,
+            quantization: Quantization::None,
+        }
+    }
+}
+
+/// Every projection of every block.
+pub const ALL_LINEAR: &str = "all-linear";
+
+/// The projections of a block.
+pub const PROJECTIONS: [&str; 7] =
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+impl Lora {
+    /// Refuses values that cannot train.
+    ///
+    /// # Errors
+    /// Names the key, its value and what was expected.
+    pub fn check(&self) -> Result<()> {
+        if !self.use_peft {
+            return match self.quantization {
+                Quantization::None => Ok(()),
+                kind => Err(Error::usage(format!(
+                    "`quantization` is {kind:?} and `use_peft` false: packed weights cannot be trained"
+                ))
+                .hint("set use_peft = true to train adapters beside them")),
+            };
+        }
+        let refuse = |key: &str, value: f64, expected: &str| {
+            Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
+        };
+        if self.lora_r == 0 {
+            return refuse("lora_r", 0.0, "1 or more");
+        }
+        if !(self.lora_alpha > 0.0 && self.lora_alpha.is_finite()) {
+            return refuse("lora_alpha", self.lora_alpha, "more than 0");
+        }
+        if !(0.0..1.0).contains(&self.lora_dropout) {
+            return refuse("lora_dropout", self.lora_dropout, "0 or more and less than 1");
+        }
+        if !(self.loraplus_lr_ratio >= 0.0 && self.loraplus_lr_ratio.is_finite()) {
+            return refuse("loraplus_lr_ratio", self.loraplus_lr_ratio, "0 or more");
+        }
+        if self.init_lora_weights == Init::Pissa && self.quantization == Quantization::Gguf {
+            return Err(Error::usage("`init_lora_weights` is pissa with `quantization` gguf")
+                .hint("what is left of a weight cannot be put back into the file's blocks"));
+        }
+        Ok(())
+    }
+
+    /// What the product of factors of this rank is multiplied with.
+    pub fn scale(&self, rank: usize) -> f64 {
+        let rank = rank as f64;
+        self.lora_alpha / if self.use_rslora { rank.sqrt() } else { rank }
+    }
+
+    /// The adapted modules of a model, in name order.
+    ///
+    /// # Errors
+    /// A name that matches none.
+    pub fn modules(&self, config: &Config) -> Result<Vec<String>> {
+        let all: Vec<String> = params::shapes(config)
+            .into_keys()
+            .filter(|name| is_projection(name))
+            .map(|name| name.trim_end_matches(".weight").to_owned())
+            .collect();
+        for target in self.lora_target_modules.iter().filter(|target| !is_all(target)) {
+            if !all.iter().any(|module| names(target, module)) {
+                let error = Error::usage(format!(
+                    "`lora_target_modules` has `{target}`, which is no projection"
+                ));
+                return Err(error.hint(match did_you_mean(target, PROJECTIONS) {
+                    Some(near) => format!("did you mean `{near}`?"),
+                    None => format!("there is: {ALL_LINEAR}, {}", PROJECTIONS.join(", ")),
+                }));
+            }
+        }
+        let wanted = |module: &String| {
+            self.lora_target_modules.iter().any(|target| is_all(target) || names(target, module))
+        };
+        Ok(all.into_iter().filter(wanted).collect())
+    }
+
+    /// Whether a parameter of the model is trained in full.
+    pub fn trains(&self, name: &str) -> bool {
+        let module = name.strip_suffix(".weight").or(name.strip_suffix(".bias")).unwrap_or(name);
+        name == params::SCORE || self.lora_modules_to_save.iter().any(|saved| names(saved, module))
+    }
+}
+
+/// Every projection; LLaMA-Factory says `all`.
+fn is_all(target: &str) -> bool {
+    target == ALL_LINEAR || target == "all"
+}
+
+/// Whether a parameter is the weight of a block's projection.
+pub(crate) fn is_projection(name: &str) -> bool {
+    name.starts_with("model.layers.") && name.ends_with("_proj.weight")
+}
+
+/// Whether `pattern` means `module`: its whole name, or the end of it.
+fn names(pattern: &str, module: &str) -> bool {
+    module.strip_suffix(pattern).is_some_and(|front| front.is_empty() || front.ends_with('.'))
+}
+
+/// A model's weights with its adapters merged into them, in f32.
+///
+/// # Errors
+/// An adapter for a module that the model does not have, or of another shape.
+pub fn merge(weights: &mut Weights, adapters: &Adapters) -> Result<()> {
+    for (module, adapter) in adapters {
+        let name = format!("{module}.weight");
+        let weight = weights.get_mut(&name).ok_or_else(|| unknown(module))?;
+        adapter.check(weight.dims())?;
+        *weight = adapter.merged(weight)?;
+    }
+    Ok(())
+}
+
+fn unknown(module: &str) -> Error {
+    Error::run("the adapter has factors for it, the base model has no such projection")
+        .at(format!("`{module}`"))
+        .hint("the adapter was trained beside another model")
+}

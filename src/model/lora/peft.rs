@@ -1,0 +1,263 @@
+//! peft's adapter files: `adapter_config.json` and `adapter_model.safetensors`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{A, Adapter, Adapters, Attached, B, Dora, MAGNITUDE};
+use crate::error::{Context, Error, Result};
+use crate::model::{Architecture, Weights, params, tensor_file};
+use crate::store;
+
+/// The file that makes a directory an adapter.
+pub const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+/// What peft puts before a name of the base model.
+const PREFIX: &str = "base_model.model.";
+
+/// What is read and written of `adapter_config.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AdapterConfig {
+    /// `LORA`.
+    pub peft_type: String,
+    /// `CAUSAL_LM`, or `SEQ_CLS` for a reward model.
+    pub task_type: Option<String>,
+    /// The model that the adapter belongs to: a path or a hub id.
+    pub base_model_name_or_path: Option<String>,
+    /// The rank.
+    pub r: usize,
+    /// See [`Lora::lora_alpha`](super::Lora::lora_alpha).
+    pub lora_alpha: f64,
+    /// See [`Lora::lora_dropout`](super::Lora::lora_dropout).
+    pub lora_dropout: f64,
+    /// Names of the adapted modules, or a pattern.
+    pub target_modules: Value,
+    /// Names of the modules that are trained in full.
+    pub modules_to_save: Option<Vec<String>>,
+    /// Ranks of modules that have another.
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Alphas of modules that have another.
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// See [`Lora::use_rslora`](super::Lora::use_rslora).
+    pub use_rslora: bool,
+    /// See [`Lora::use_dora`](super::Lora::use_dora).
+    pub use_dora: bool,
+    /// `none`: biases stay as they are.
+    pub bias: String,
+    /// Whether weights are stored transposed, as GPT-2's are.
+    pub fan_in_fan_out: bool,
+    /// Told to peft, which then loads without training.
+    pub inference_mode: bool,
+    /// Told to peft: the files hold all that it would have to initialise.
+    pub init_lora_weights: bool,
+}
+
+impl Default for AdapterConfig {
+    fn default() -> Self {
+        Self {
+            peft_type: "LORA".to_owned(),
+            task_type: None,
+            base_model_name_or_path: None,
+            r: 8,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            target_modules: Value::Null,
+            modules_to_save: None,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            use_rslora: false,
+            use_dora: false,
+            bias: "none".to_owned(),
+            fan_in_fan_out: false,
+            inference_mode: true,
+            init_lora_weights: true,
+        }
+    }
+}
+
+impl AdapterConfig {
+    /// Reads and checks the file of a directory.
+    ///
+    /// # Errors
+    /// A file that is missing or broken, and kinds of adapters that are not implemented.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(CONFIG);
+        let config: Self = store::read_json(&path)?;
+        let refused = [
+            (
+                config.peft_type != "LORA",
+                format!("`peft_type` is {}, expected LORA", config.peft_type),
+            ),
+            (config.bias != "none", format!("`bias` is {}, expected none", config.bias)),
+            (config.fan_in_fan_out, "`fan_in_fan_out` is true".to_owned()),
+            (config.r == 0, "`r` is 0, expected 1 or more".to_owned()),
+        ];
+        match refused.into_iter().find(|(refused, _)| *refused) {
+            Some((_, why)) => Err(Error::run(why)
+                .at(path.display())
+                .hint("LoRA, rsLoRA and DoRA adapters of linear layers are supported")),
+            None => Ok(config),
+        }
+    }
+
+    /// Whether the adapter makes a reward model.
+    pub fn architecture(&self) -> Architecture {
+        match self.task_type.as_deref() {
+            Some("SEQ_CLS") => Architecture::SequenceClassification,
+            _ => Architecture::CausalLm,
+        }
+    }
+
+    /// What the product of a module's factors is multiplied with.
+    pub(super) fn scale(&self, module: &str) -> Result<f64> {
+        let r = pattern(&self.rank_pattern, module)?.unwrap_or(self.r) as f64;
+        let alpha = pattern(&self.alpha_pattern, module)?.unwrap_or(self.lora_alpha);
+        Ok(alpha / if self.use_rslora { r.sqrt() } else { r })
+    }
+}
+
+/// The value of the first pattern that matches the end of a module's name, as peft looks it up.
+fn pattern<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Result<Option<T>> {
+    for (pattern, value) in patterns {
+        let whole = Regex::new(&format!("^(?:.*\\.)?(?:{pattern})$"))
+            .map_err(|error| Error::run(error).at(format!("pattern `{pattern}`")))?;
+        if whole.is_match(module) {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
+}
+
+/// What an adapter's files hold.
+#[derive(Clone, Debug)]
+pub struct Saved {
+    /// The configuration.
+    pub config: AdapterConfig,
+    /// Factors and magnitudes.
+    pub adapters: Adapters,
+    /// Parameters that were trained in full, under the model's own names.
+    pub weights: Weights,
+    /// What [`fingerprint`] said of the base that it was trained beside.
+    pub base: Option<String>,
+}
+
+impl Saved {
+    /// The adapters as they are put beside a model to be run or trained further.
+    pub fn attached(&self) -> Attached {
+        let tensors = self.adapters.values().flat_map(Adapter::tensors);
+        Attached {
+            factors: tensors.map(|(name, tensor)| (name, tensor.clone())).collect(),
+            scales: self.adapters.values().map(|a| (a.module.clone(), a.scale)).collect(),
+            lr_ratio: 0.0,
+        }
+    }
+
+    /// Everything that was trained, by the model's own names.
+    pub fn into_trained(self) -> Weights {
+        let mut trained = self.weights;
+        for adapter in self.adapters.values() {
+            trained.extend(adapter.tensors().map(|(name, tensor)| (name, tensor.clone())));
+        }
+        trained
+    }
+}
+
+/// Reads an adapter directory.
+///
+/// # Errors
+/// Files that are missing, damaged, or of another kind; a factor without its partner.
+pub fn read(dir: &Path, device: &Device) -> Result<Saved> {
+    let config = AdapterConfig::read(dir)?;
+    let path = dir.join(WEIGHTS);
+    let tensors = tensor_file::read(&path, device)?;
+    let base = tensor_file::metadata(&path)?.remove(BASE);
+    let (mut factors, mut weights) = (Weights::new(), Weights::new());
+    for (name, tensor) in tensors {
+        let plain = name.strip_prefix(PREFIX).unwrap_or(&name).to_owned();
+        let is_factor = [A, B, MAGNITUDE].iter().any(|part| plain.contains(&format!(".{part}")));
+        if is_factor { &mut factors } else { &mut weights }.insert(plain, tensor);
+    }
+    let adapters = assemble(&config, factors).at(path.display())?;
+    Ok(Saved { config, adapters, weights, base })
+}
+
+fn assemble(config: &AdapterConfig, mut factors: Weights) -> Result<Adapters> {
+    let ending = format!(".{A}.weight");
+    let modules: Vec<String> =
+        factors.keys().filter_map(|name| Some(name.strip_suffix(&ending)?.to_owned())).collect();
+    let mut adapters = Adapters::new();
+    for module in modules {
+        let mut take = |part: &str| {
+            let name = super::parameter(&module, part);
+            factors.remove(&name).ok_or_else(|| Error::run(format!("missing tensor `{name}`")))
+        };
+        let (a, b) = (take(A)?, take(B)?);
+        let dora = if config.use_dora {
+            // The rows' squares are the base's: whoever puts the adapter beside it knows them.
+            Some(Dora { magnitude: take(MAGNITUDE)?.flatten_all()?, squares: [].into() })
+        } else {
+            None
+        };
+        if a.rank() != 2 || b.rank() != 2 {
+            return Err(Error::run(format!(
+                "factors {:?} and {:?} are no matrices",
+                b.dims(),
+                a.dims()
+            ))
+            .at(format!("`{module}`")));
+        }
+        let scale = config.scale(&module)?;
+        adapters.insert(module.clone(), Adapter { module, a, b, scale, dora });
+    }
+    match factors.keys().next() {
+        Some(name) => Err(Error::run(format!("unexpected tensor `{name}`"))
+            .hint("adapters of linear layers are supported, of embeddings not")),
+        None => Ok(adapters),
+    }
+}
+
+/// The key of the safetensors file's own metadata that names the base.
+const BASE: &str = "base_fingerprint";
+
+/// Writes factors, magnitudes and fully trained parameters, all by the model's own names.
+///
+/// # Errors
+/// Numbers that are not finite, I/O.
+pub fn write(dir: &Path, config: &AdapterConfig, trained: &Weights, base: &str) -> Result<()> {
+    let named: BTreeMap<String, &Tensor> =
+        trained.iter().map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor)).collect();
+    let tensors = named.iter().map(|(name, tensor)| (name.as_str(), *tensor)).collect();
+    let path = dir.join(WEIGHTS);
+    let metadata = [(BASE, base)];
+    store::write_atomic_with(&path, |out| {
+        tensor_file::write_with(out, &tensors, DType::F32, &metadata)
+    })
+    .at(path.display())?;
+    store::write_json(&dir.join(CONFIG), config)
+}
+
+/// A short hash of a model's weights, which tells one base from another: names, shapes, and evenly spaced numbers of
+/// each tensor.
+///
+/// # Errors
+/// The device's.
+pub fn fingerprint(weights: &Weights) -> Result<String> {
+    const SAMPLES: usize = 64;
+    let mut text = String::new();
+    for (name, tensor) in
+        weights.iter().filter(|(name, _)| *name != params::SCORE && *name != params::HEAD)
+    {
+        let count = tensor.elem_count();
+        let ids: Vec<u32> =
+            (0..SAMPLES.min(count)).map(|i| (i * count / SAMPLES.min(count)) as u32).collect();
+        let ids = Tensor::new(ids, tensor.device())?;
+        let samples = tensor.flatten_all()?.index_select(&ids, 0)?.to_dtype(DType::F32)?;
+        text += &format!("{name} {:?} {:?}\n", tensor.dims(), samples.to_vec1::<f32>()?);
+    }
+    Ok(store::sha256_bytes(text.as_bytes()))
+}

@@ -1,0 +1,132 @@
+//! Adapters: what they begin as, what is merged, and which are refused.
+
+use candle_core::{Device, Tensor};
+
+use super::peft::{AdapterConfig, fingerprint};
+use super::*;
+use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::ops::linear::tests::{distance, random};
+
+fn base() -> Checkpoint {
+    Checkpoint::load("data/tiny/student", &Device::Cpu, &LoadOptions::default()).unwrap()
+}
+
+fn product(attached: &Attached, module: &str) -> Tensor {
+    let factor = |part: &str| attached.factors[&parameter(module, part)].clone();
+    (factor(B).matmul(&factor(A)).unwrap() * attached.scales[module]).unwrap()
+}
+
+#[test]
+fn a_fresh_adapter_adds_nothing_and_its_first_factor_is_spread_as_pytorchs() {
+    let Checkpoint { config, mut weights, .. } = base();
+    let lora = Lora { lora_r: 4, use_dora: true, ..Lora::default() };
+    let attached = attach(&lora, &config, &mut weights, 5).unwrap();
+    assert_eq!(attached.scales.len(), 7 * config.num_hidden_layers);
+    for (module, scale) in &attached.scales {
+        assert_eq!(scale.to_bits(), 8.0_f64.to_bits());
+        let sum = product(&attached, module).abs().unwrap().sum_all().unwrap();
+        assert_eq!(sum.to_scalar::<f32>().unwrap().to_bits(), 0);
+        let a = &attached.factors[&parameter(module, A)];
+        let bound = 1.0 / (a.dims()[1] as f32).sqrt();
+        let largest = a.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(largest <= bound && largest > 0.9 * bound, "{module}: {largest}, {bound}");
+        // DoRA begins with the norms of the rows: with B = 0 its factors are 1.
+        let magnitude = attached.factors[&parameter(module, MAGNITUDE)].to_vec1::<f32>().unwrap();
+        let rows = weights[&format!("{module}.weight")].to_vec2::<f32>().unwrap();
+        for (magnitude, row) in magnitude.iter().zip(rows) {
+            let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+            assert!((magnitude - norm).abs() < 1e-5 * norm);
+        }
+    }
+}
+
+#[test]
+fn pissa_takes_the_largest_singular_values_and_leaves_the_rest() {
+    let Checkpoint { config, mut weights, .. } = base();
+    let module = "model.layers.0.mlp.up_proj";
+    let name = format!("{module}.weight");
+    // A sum of outer products of known sizes, 8, 4, 2, 1, over noise.
+    let (outer, inner) = weights[&name].dims2().unwrap();
+    let unit = |seed, len| {
+        let x = random(seed, len);
+        let norm = x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+        (x / f64::from(norm)).unwrap()
+    };
+    let mut known = (random(9, (outer, inner)) * 1e-4).unwrap();
+    for (index, size) in [8.0, 4.0, 2.0, 1.0].into_iter().enumerate() {
+        let (u, v) = (unit(40 + index as u64, outer), unit(50 + index as u64, inner));
+        let product = u.unsqueeze(1).unwrap().matmul(&v.unsqueeze(0).unwrap()).unwrap();
+        known = (known + (product * size).unwrap()).unwrap();
+    }
+    weights.insert(name.clone(), known.clone());
+    let lora = Lora { lora_r: 4, init_lora_weights: Init::Pissa, ..Lora::default() };
+    let attached = attach(&lora, &config, &mut weights, 5).unwrap();
+    let taken = product(&attached, module);
+    assert!(distance(&(&weights[&name] + &taken).unwrap(), &known) < 1e-6);
+    // What is left is the noise alone.
+    let left = weights[&name].sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+    assert!(left < 1.1e-4 * ((outer * inner) as f32).sqrt(), "{left}");
+    // Both factors share the root of each singular value.
+    let squares = |part: &str, dim: usize| {
+        let factor = &attached.factors[&parameter(module, part)];
+        factor.sqr().unwrap().sum(dim).unwrap().to_vec1::<f32>().unwrap()
+    };
+    for (a, b) in squares(A, 1).iter().zip(squares(B, 0)) {
+        assert!((a - b).abs() < 1e-4 * a, "{a} {b}");
+    }
+}
+
+#[test]
+fn what_cannot_be_adapted_is_refused_with_a_hint() {
+    let Checkpoint { config, mut weights, .. } = base();
+    let refused = |lora: Lora| {
+        lora.check().and_then(|()| attach(&lora, &config, &mut weights.clone(), 1)).unwrap_err()
+    };
+    let on = Lora { use_peft: true, ..Lora::default() };
+    let error = refused(Lora { lora_r: 4096, ..on.clone() });
+    assert!(error.to_string().starts_with("`lora_r` is 4096, `model.layers.0."), "{error}");
+    let error = refused(Lora { lora_target_modules: vec!["qproj".to_owned()], ..on.clone() });
+    assert_eq!(error.hint_text(), Some("did you mean `q_proj`?"));
+    let error = refused(Lora { lora_target_modules: Vec::new(), ..on.clone() });
+    assert!(error.to_string().contains("`lora_target_modules` is empty"), "{error}");
+    let error = refused(Lora { lora_dropout: 1.0, ..on.clone() });
+    assert!(error.to_string().contains("`lora_dropout` is 1"), "{error}");
+    let packed = Lora { quantization: Quantization::Nf4, ..Lora::default() };
+    assert!(refused(packed).hint_text().unwrap().contains("use_peft"));
+
+    // Of another base: by its numbers, and by its shapes.
+    let attached = attach(&on, &config, &mut weights, 1).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let save = |base: &str| {
+        let config = AdapterConfig { r: on.lora_r, ..AdapterConfig::default() };
+        peft::write(dir.path(), &config, &attached.factors, base).unwrap();
+        peft::read(dir.path(), &Device::Cpu).unwrap()
+    };
+    let saved = save(&fingerprint(&weights).unwrap());
+    assert!(base().with_adapter(saved.clone(), dir.path()).is_ok());
+    let mut other = base();
+    let norm = other.weights.get_mut(params::FINAL_NORM).unwrap();
+    *norm = (&*norm + 1e-3).unwrap();
+    let error = other.with_adapter(saved, dir.path()).err().unwrap();
+    assert!(error.to_string().contains("trained beside"), "{error}");
+    let mut narrow = base();
+    let name = "model.layers.0.mlp.up_proj.weight";
+    narrow.weights.insert(name.to_owned(), random(1, (8, 8)));
+    let saved = save(&fingerprint(&narrow.weights).unwrap());
+    let error = narrow.with_adapter(saved, dir.path()).err().unwrap();
+    assert!(error.to_string().contains("for a projection [8, 8]"), "{error}");
+}
+
+#[test]
+fn ranks_and_alphas_of_patterns_are_those_of_peft() {
+    let config: AdapterConfig = serde_json::from_str(
+        r#"{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 2, "mlp\\..*": 32}}"#,
+    )
+    .unwrap();
+    let scale = |module: &str| config.scale(module).unwrap();
+    assert_eq!(scale("model.layers.0.self_attn.v_proj"), 2.0);
+    assert_eq!(scale("model.layers.0.self_attn.q_proj"), 4.0);
+    assert_eq!(scale("model.layers.1.self_attn.q_proj"), 0.5);
+    assert_eq!(scale("model.layers.1.mlp.up_proj"), 4.0);
+}

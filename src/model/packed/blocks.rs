@@ -1,0 +1,95 @@
+//! Blocks of llama.cpp: 32 weights with a scale in half precision, and for Q4_1 a minimum.
+
+use candle_core::quantized::GgmlDType;
+use half::f16;
+
+/// Weights a block.
+pub(super) const LEN: usize = 32;
+
+/// A type of block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockType {
+    /// `(n − 8) · d`, `n` of 4 bits.
+    Q4_0,
+    /// `n · d + m`, `n` of 4 bits.
+    Q4_1,
+    /// `n · d`, `n` of 8 bits with sign.
+    Q8_0,
+}
+
+impl BlockType {
+    /// The type of a tensor in a GGUF file, where it is one of these.
+    pub fn of(dtype: GgmlDType) -> Option<Self> {
+        match dtype {
+            GgmlDType::Q4_0 => Some(Self::Q4_0),
+            GgmlDType::Q4_1 => Some(Self::Q4_1),
+            GgmlDType::Q8_0 => Some(Self::Q8_0),
+            _ => None,
+        }
+    }
+
+    /// Bytes of one block.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Q4_0 => 2 + LEN / 2,
+            Self::Q4_1 => 4 + LEN / 2,
+            Self::Q8_0 => 2 + LEN,
+        }
+    }
+
+    /// Bytes of a row of `cols` weights, a multiple of the block's.
+    pub fn row_bytes(self, cols: usize) -> usize {
+        cols / LEN * self.bytes()
+    }
+
+    /// One block. The first half of the weights lies in the low halves of the bytes.
+    pub(super) fn unpack(self, block: &[u8], out: &mut [f32]) {
+        let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+        let scale = half(0);
+        let (low, high) = out.split_at_mut(LEN / 2);
+        let pairs = |bytes: &[u8], value: &dyn Fn(u8) -> f32| {
+            for ((low, high), byte) in low.iter_mut().zip(high).zip(bytes) {
+                *low = value(byte & 15);
+                *high = value(byte >> 4);
+            }
+        };
+        match self {
+            Self::Q4_0 => pairs(&block[2..], &|n| (f32::from(n) - 8.0) * scale),
+            Self::Q4_1 => {
+                let minimum = half(2);
+                pairs(&block[4..], &|n| f32::from(n) * scale + minimum);
+            }
+            Self::Q8_0 => {
+                for (out, byte) in out.iter_mut().zip(&block[2..]) {
+                    *out = f32::from(byte.cast_signed()) * scale;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::QTensor;
+    use candle_core::{Device, Tensor};
+
+    use super::super::Packed;
+    use super::*;
+    use crate::ops::linear::tests::random;
+
+    #[test]
+    fn blocks_mean_what_candle_takes_them_for() {
+        for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0] {
+            let weight: Tensor = (random(3, (9, 64)) * 0.02).unwrap();
+            let packed = QTensor::quantize(&weight, dtype).unwrap();
+            let kind = BlockType::of(dtype).unwrap();
+            let ours = Packed::blocks(kind, (9, 64), packed.data().unwrap().into_owned()).unwrap();
+            let theirs = packed.dequantize(&Device::Cpu).unwrap();
+            let theirs = theirs.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(ours.unpack::<f32>(), theirs, "{dtype:?}");
+            assert_eq!(ours.bytes(), packed.storage_size_in_bytes());
+        }
+        let error = Packed::blocks(BlockType::Q8_0, (2, 48), vec![0; 102]).unwrap_err();
+        assert!(error.to_string().contains("[2, 48]"), "{error}");
+    }
+}

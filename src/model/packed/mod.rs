@@ -1,0 +1,175 @@
+//! Frozen projections in blocks of few bits (QLoRA; Dettmers et al., 2023): 4-bit NormalFloat with double quantisation,
+//! and the blocks of a GGUF file as they stand there.
+//!
+//! A packed matrix is never trained. Where it is used it is unpacked for the moment of the product, so at most one
+//! projection is dense at a time, and what is computed, forward and backward, is exactly the product with the unpacked
+//! numbers: unlike Candle's `QMatMul`, which lets no gradient pass.
+
+mod blocks;
+mod nf4;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+pub use blocks::BlockType;
+use nf4::Nf4;
+
+use super::source::Source;
+use super::{Weights, gguf, lora};
+use crate::error::{Error, Result};
+use crate::ops::cpu::{self, Element};
+
+/// Blocks a task: fixed, so that no sum or rounding depends on the number of threads.
+const TASK: usize = 256;
+
+/// How frozen projections are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// Dense, in the type that is computed with.
+    #[default]
+    None,
+    /// NF4 with double quantisation: 4.13 bits a weight.
+    Nf4,
+    /// The blocks of the GGUF file that the model comes from: Q4_0, Q4_1 or Q8_0.
+    Gguf,
+}
+
+impl Quantization {
+    /// Bytes a weight, where it is not dense. A GGUF file's own types are not known from its name: taken is Q4_1.
+    pub fn bytes(self) -> Option<f64> {
+        match self {
+            Self::None => None,
+            Self::Nf4 => Some(0.5 + 1.0 / 64.0 + 4.0 / (64.0 * 256.0)),
+            Self::Gguf => Some(BlockType::Q4_1.bytes() as f64 / blocks::LEN as f64),
+        }
+    }
+}
+
+/// Packed projections by the names of their weights.
+pub type PackedWeights = BTreeMap<String, Arc<Packed>>;
+
+/// Takes the projections out of a model's weights, one after the other, and packs them. `source` is where the model comes
+/// from: a GGUF file keeps its own blocks.
+///
+/// # Errors
+/// `gguf` for a model that comes from elsewhere, or has blocks of other types.
+pub fn pack(weights: &mut Weights, kind: Quantization, source: &Source) -> Result<PackedWeights> {
+    let names: Vec<String> =
+        weights.keys().filter(|name| lora::is_projection(name)).cloned().collect();
+    match (kind, source) {
+        (Quantization::None, _) => Ok(PackedWeights::new()),
+        (Quantization::Nf4, _) => names
+            .into_iter()
+            .filter_map(|name| weights.remove_entry(&name))
+            .map(|(name, weight)| Ok((name, Arc::new(Packed::nf4(&weight)?))))
+            .collect(),
+        (Quantization::Gguf, Source::Gguf(path)) => {
+            let packed = gguf::packed(path)?;
+            names.iter().for_each(|name| drop(weights.remove(name)));
+            Ok(packed)
+        }
+        (Quantization::Gguf, Source::Directory(path)) => {
+            Err(Error::usage("`quantization` is gguf, the model is a directory")
+                .at(path.display())
+                .hint("give a .gguf file, or quantization = \"nf4\""))
+        }
+    }
+}
+
+/// A matrix `[O, I]` in blocks, row after row.
+#[derive(Debug)]
+pub struct Packed {
+    rows: usize,
+    cols: usize,
+    form: Form,
+}
+
+#[derive(Debug)]
+enum Form {
+    Nf4(Nf4),
+    Blocks(BlockType, Vec<u8>),
+}
+
+impl Packed {
+    /// Rounds a matrix to NF4.
+    ///
+    /// # Errors
+    /// A tensor that is no matrix, or not f32.
+    pub fn nf4(weight: &Tensor) -> Result<Self> {
+        let (rows, cols) = weight.dims2()?;
+        let weight = weight.to_device(&Device::Cpu)?.contiguous()?;
+        let form = Form::Nf4(cpu::with_slice(&weight, Nf4::pack)?);
+        Ok(Self { rows, cols, form })
+    }
+
+    /// Takes the blocks of a GGUF file, whose rows are made of whole blocks.
+    ///
+    /// # Errors
+    /// Another number of bytes than the shape needs, rows that end within a block.
+    pub fn blocks(kind: BlockType, shape: (usize, usize), bytes: Vec<u8>) -> Result<Self> {
+        let (rows, cols) = shape;
+        let expected = rows * (cols / blocks::LEN) * kind.bytes();
+        if !cols.is_multiple_of(blocks::LEN) || bytes.len() != expected {
+            return Err(Error::run(format!(
+                "{} bytes of {kind:?} for shape [{rows}, {cols}], expected {expected}",
+                bytes.len()
+            )));
+        }
+        Ok(Self { rows, cols, form: Form::Blocks(kind, bytes) })
+    }
+
+    /// `[O, I]`.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// Bytes that the matrix takes.
+    pub fn bytes(&self) -> usize {
+        match &self.form {
+            Form::Nf4(nf4) => nf4.bytes(),
+            Form::Blocks(_, bytes) => bytes.len(),
+        }
+    }
+
+    /// All numbers, row after row.
+    pub fn unpack<E: Element>(&self) -> Vec<E> {
+        let len = match &self.form {
+            Form::Nf4(_) => nf4::LEN,
+            Form::Blocks(..) => blocks::LEN,
+        };
+        let mut out = vec![E::default(); self.rows * self.cols];
+        out.par_chunks_mut(TASK * len).enumerate().for_each(|(task, out)| {
+            let mut numbers = [0.0; nf4::LEN];
+            for (index, out) in out.chunks_mut(len).enumerate() {
+                let numbers = &mut numbers[..out.len()];
+                self.unpack_block(task * TASK + index, numbers);
+                E::round_into(out, numbers);
+            }
+        });
+        out
+    }
+
+    fn unpack_block(&self, index: usize, out: &mut [f32]) {
+        match &self.form {
+            Form::Nf4(nf4) => nf4.unpack(index, out),
+            Form::Blocks(kind, bytes) => {
+                let size = kind.bytes();
+                kind.unpack(&bytes[index * size..][..size], out);
+            }
+        }
+    }
+
+    /// The dense matrix on `device`, in `dtype`.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn tensor(&self, device: &Device, dtype: DType) -> candle_core::Result<Tensor> {
+        let dense = Tensor::from_vec(self.unpack::<f32>(), self.shape(), &Device::Cpu)?;
+        dense.to_dtype(dtype)?.to_device(device)
+    }
+}

@@ -1,0 +1,86 @@
+//! All that a transformer is made of.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::Weights;
+use super::lora::{self, Adapters};
+use super::matrix::Matrix;
+use super::packed::PackedWeights;
+use crate::error::{Error, Result};
+
+/// Dense weights, packed projections, and adapters. Cheap to clone: everything is shared.
+#[derive(Clone, Debug, Default)]
+pub struct Tensors {
+    /// Every parameter that is not packed.
+    pub weights: Weights,
+    /// Frozen projections in blocks of few bits.
+    pub packed: PackedWeights,
+    /// What is trained beside projections.
+    pub adapters: Adapters,
+}
+
+impl Tensors {
+    /// Dense weights alone.
+    pub fn dense(weights: Weights) -> Self {
+        Self { weights, ..Self::default() }
+    }
+
+    /// The same without adapters: what a run of training adapters began with, and DPO's reference.
+    #[must_use]
+    pub fn base(&self) -> Self {
+        Self { adapters: Adapters::new(), ..self.clone() }
+    }
+
+    /// A dense weight.
+    ///
+    /// # Errors
+    /// Names what is missing.
+    pub(super) fn get(&self, name: &str) -> Result<Tensor> {
+        let tensor = self.weights.get(name).cloned();
+        tensor.ok_or_else(|| Error::run("missing from the weights").at(name))
+    }
+
+    /// A projection's weight, by its module's name.
+    ///
+    /// # Errors
+    /// Names what is missing.
+    pub fn matrix(&self, module: &str) -> Result<Matrix> {
+        let name = format!("{module}.weight");
+        match self.packed.get(&name) {
+            Some(packed) => Ok(Matrix::Packed(packed.clone())),
+            None => Ok(Matrix::Dense(self.get(&name)?)),
+        }
+    }
+
+    /// The dense model that computes the same, in f32: packed projections unpacked, adapters merged.
+    ///
+    /// # Errors
+    /// The device's; an adapter that does not fit.
+    pub fn merged(&self) -> Result<Weights> {
+        let mut weights = Weights::new();
+        for (name, tensor) in &self.weights {
+            weights.insert(name.clone(), tensor.detach().to_dtype(DType::F32)?);
+        }
+        for (name, packed) in &self.packed {
+            weights.insert(name.clone(), packed.tensor(&Device::Cpu, DType::F32)?);
+        }
+        lora::merge(&mut weights, &self.adapters)?;
+        Ok(weights)
+    }
+
+    /// Trained tensors whose names begin with `prefix`, in name order.
+    pub(super) fn trained(&self, prefix: &str) -> Vec<(String, Tensor)> {
+        let weights = self.weights.range(prefix.to_owned()..);
+        let weights = weights
+            .take_while(|(name, _)| name.starts_with(prefix))
+            .map(|(name, tensor)| (name.clone(), tensor));
+        let adapters = self.adapters.values().filter(|adapter| adapter.module.starts_with(prefix));
+        let all = weights.chain(adapters.flat_map(|adapter| adapter.tensors()));
+        let mut trained: Vec<(String, Tensor)> = all
+            .filter(|(_, tensor)| tensor.is_variable())
+            .map(|(name, tensor)| (name, tensor.clone()))
+            .collect();
+        trained.sort_by(|(a, _), (b, _)| a.cmp(b));
+        trained
+    }
+}

@@ -1,0 +1,413 @@
+//! What a training stage trains and saves: the whole model, or adapters beside a frozen one.
+
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+use serde_json::json;
+
+use crate::data::tokenizer::ChatTokenizer;
+use crate::error::{Error, Result};
+use crate::model::checkpoint::Checkpoint;
+use crate::model::lora::peft::{self, AdapterConfig};
+use crate::model::lora::{self, A, Attached, B, Init, Lora, parameter};
+use crate::model::save::SaveOptions;
+use crate::model::source;
+use crate::model::{Architecture, Config, Precision, Tensors, Weights, packed};
+use crate::train::Learner;
+
+/// How a stage's keys ask for its model to be trained.
+#[derive(Clone, Copy, Debug)]
+pub struct Adapt<'a> {
+    /// The keys.
+    pub lora: &'a Lora,
+    /// Where the start comes from: what an adapter's file names as its base.
+    pub base: &'a str,
+    /// What products compute with.
+    pub dtype: Precision,
+    /// Seed of the factors.
+    pub seed: u64,
+}
+
+/// A model in training, and how it is saved.
+pub struct Trainee {
+    /// The model.
+    pub learner: Learner,
+    config: Config,
+    tokenizer: Option<ChatTokenizer>,
+    adapter: Option<Files>,
+}
+
+/// What an adapter's files say besides the factors.
+struct Files {
+    config: AdapterConfig,
+    fingerprint: String,
+    /// The factors of the first step, where they are not zero: what is trained is the difference to them.
+    first: Option<Attached>,
+}
+
+impl Adapt<'_> {
+    /// The start as a frozen model: DPO's reference, and what adapters are trained beside.
+    ///
+    /// # Errors
+    /// A model that cannot be packed as asked.
+    pub fn frozen(&self, mut weights: Weights) -> Result<Tensors> {
+        let packed = match self.lora.quantization {
+            packed::Quantization::None => packed::PackedWeights::new(),
+            kind => packed::pack(&mut weights, kind, &source::resolve(self.base, None)?)?,
+        };
+        Ok(Tensors { packed, ..Tensors::dense(self.dtype.cast(weights)?) })
+    }
+
+    /// The model in training. The start's weights are freed on the way where nobody else holds them.
+    ///
+    /// # Errors
+    /// A rank, a module or a model that cannot be adapted.
+    pub fn trainee(&self, start: Checkpoint) -> Result<Trainee> {
+        let Checkpoint { config, mut weights, tokenizer } = start;
+        if !self.lora.use_peft {
+            let learner = Learner::with(&config, weights, self.dtype, |_| false)?;
+            return Ok(Trainee { learner, config, tokenizer, adapter: None });
+        }
+        let fingerprint = peft::fingerprint(&weights)?;
+        let attached = lora::attach(self.lora, &config, &mut weights, self.seed)?;
+        let trained = |name: &str| self.lora.trains(name);
+        let start = self.frozen(weights)?;
+        let learner = Learner::adapted(&config, start, &attached, self.dtype, trained)?;
+        let first = (self.lora.init_lora_weights == Init::Pissa).then_some(attached);
+        let files = Files { config: self.config(&config)?, fingerprint, first };
+        Ok(Trainee { learner, config, tokenizer, adapter: Some(files) })
+    }
+
+    fn config(&self, model: &Config) -> Result<AdapterConfig> {
+        let reward = model.architecture == Architecture::SequenceClassification;
+        let mut saved = self.lora.lora_modules_to_save.clone();
+        if reward && !saved.iter().any(|module| module == "score") {
+            saved.push("score".to_owned());
+        }
+        Ok(AdapterConfig {
+            task_type: Some(if reward { "SEQ_CLS" } else { "CAUSAL_LM" }.to_owned()),
+            base_model_name_or_path: Some(lora::load::lasting_name(self.base)?),
+            r: self.lora.lora_r,
+            lora_alpha: self.lora.lora_alpha,
+            lora_dropout: self.lora.lora_dropout,
+            target_modules: json!(self.lora.modules(model)?),
+            modules_to_save: (!saved.is_empty()).then_some(saved),
+            use_rslora: self.lora.use_rslora,
+            use_dora: self.lora.use_dora,
+            ..AdapterConfig::default()
+        })
+    }
+}
+
+impl Trainee {
+    /// The model as it is now, adapters merged: what samples are drawn from.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        let weights = match &self.adapter {
+            Some(_) => self.learner.tensors().merged()?,
+            None => self.learner.weights(),
+        };
+        let tokenizer = self.tokenizer.clone();
+        Ok(Checkpoint { config: self.config.clone(), weights, tokenizer })
+    }
+
+    /// Writes a checkpoint to go on from: trained weights in f32, exactly as they are.
+    ///
+    /// # Errors
+    /// Weights that are not finite, I/O.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        match &self.adapter {
+            Some(files) => self.write_adapter(dir, &files.config, files, &self.learner.weights()),
+            None => self.checkpoint()?.write_into(dir, &SaveOptions::new(DType::F32)),
+        }
+    }
+
+    /// Writes what the stage leaves: a Hugging Face directory, or an adapter that peft loads beside the base.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn save(&self, dir: &Path, dtype: Precision) -> Result<()> {
+        let Some(files) = &self.adapter else {
+            return self.checkpoint()?.save(dir, &SaveOptions::new(dtype.dtype()));
+        };
+        let building = crate::store::AtomicDir::create(dir)?;
+        let trained = self.learner.weights();
+        match &files.first {
+            Some(first) => {
+                let (config, trained) = relative(&files.config, &trained, first)?;
+                self.write_adapter(building.path(), &config, files, &trained)?;
+            }
+            None => self.write_adapter(building.path(), &files.config, files, &trained)?,
+        }
+        crate::store::move_into_place(building.path(), dir)
+    }
+
+    fn write_adapter(
+        &self,
+        dir: &Path,
+        config: &AdapterConfig,
+        files: &Files,
+        trained: &Weights,
+    ) -> Result<()> {
+        peft::write(dir, config, trained, &files.fingerprint)?;
+        match &self.tokenizer {
+            Some(tokenizer) => tokenizer.save(dir),
+            None => Ok(()),
+        }
+    }
+}
+
+/// PiSSA's factors as an adapter of the whole weight rather than of what they left of it, of twice the rank:
+/// `s·(B·A − B₀·A₀) = s·[B, −B₀]·[A; A₀]` (Meng et al., 2024, section 4).
+fn relative(
+    config: &AdapterConfig,
+    trained: &Weights,
+    first: &Attached,
+) -> Result<(AdapterConfig, Weights)> {
+    if config.use_dora {
+        return Err(Error::usage("`use_dora` with `init_lora_weights` pissa cannot be saved")
+            .hint("what is left of a weight has another norm: choose one of the two"));
+    }
+    let mut trained = trained.clone();
+    for module in first.scales.keys() {
+        for (part, sign, dim) in [(A, 1.0, 0), (B, -1.0, 1)] {
+            let name = parameter(module, part);
+            let (Some(now), Some(then)) = (trained.get(&name), first.factors.get(&name)) else {
+                return Err(Error::run("missing from the adapter").at(name));
+            };
+            let both = Tensor::cat(&[now, &(then * sign)?], dim)?;
+            trained.insert(name, both);
+        }
+    }
+    // The scale stays: alpha grows with the rank, or with its root.
+    let growth = if config.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+    let config =
+        AdapterConfig { r: 2 * config.r, lora_alpha: growth * config.lora_alpha, ..config.clone() };
+    Ok((config, trained))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::data::forest::Forest;
+    use crate::data::tree::{Role, Tree};
+    use crate::model::packed::Quantization;
+    use crate::model::{Transformer, params};
+    use crate::recipe::plan::{Dataset, Dpo, Reward, Sft};
+    use crate::report::record::{Events, Metrics};
+    use crate::stage::{StageContext, dpo, merge, reward, sft};
+    use crate::train::Settings;
+
+    const BASE: &str = "data/tiny/student";
+
+    /// Asks to stop once the given step is done.
+    struct StopAfter(u64, AtomicU64);
+
+    const NEVER: u64 = u64::MAX;
+
+    impl Events for StopAfter {
+        fn progress(&self, _what: &str, done: u64, _total: u64) {
+            self.1.store(done, Ordering::Relaxed);
+        }
+        fn interrupted(&self) -> bool {
+            self.1.load(Ordering::Relaxed) == self.0
+        }
+    }
+
+    struct Home {
+        dir: tempfile::TempDir,
+    }
+
+    impl Home {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let rows: String = (0..12)
+                .map(|n| {
+                    let prompt = format!("\"prompt\": \"{n} + 1\"");
+                    let (right, wrong) = (n + 1, n + 2);
+                    format!("{{{prompt}, \"completion\": \"{right}\"}}\n{{{prompt}, \"chosen\": \"{right}\", \"rejected\": \"{wrong}\"}}\n")
+                })
+                .collect();
+            let pick = |what: &str| -> String {
+                rows.lines()
+                    .filter(|row| row.contains(what))
+                    .map(|row| format!("{row}\n"))
+                    .collect()
+            };
+            for (name, what) in [("rows.jsonl", "completion"), ("pairs.jsonl", "chosen")] {
+                crate::store::write_atomic(&dir.path().join(name), pick(what).as_bytes()).unwrap();
+            }
+            Self { dir }
+        }
+
+        fn data(&self, name: &str) -> Vec<Dataset> {
+            let path = self.dir.path().join(name).display().to_string();
+            vec![Dataset { path, ..Dataset::default() }]
+        }
+
+        fn context<'a>(&self, name: &str, events: &'a dyn Events) -> StageContext<'a> {
+            let dir = self.dir.path().join(name);
+            StageContext { dir, round: 1, seed: 1, device: Device::Cpu, events }
+        }
+
+        /// Trains on the rows; returns the checkpoint's directory, unless it was stopped.
+        fn sft(&self, name: &str, lora: &Lora, stop: u64) -> Result<std::path::PathBuf> {
+            let events = StopAfter(stop, AtomicU64::default());
+            let context = self.context(name, &events);
+            let spec = Sft {
+                model_name_or_path: BASE.to_owned(),
+                datasets: self.data("rows.jsonl"),
+                train: settings(),
+                lora: lora.clone(),
+                ..Sft::default()
+            };
+            sft::run(&context, &spec)?;
+            Ok(context.dir.join("checkpoint"))
+        }
+    }
+
+    fn settings() -> Settings {
+        Settings {
+            per_device_train_batch_size: 4,
+            max_steps: 6,
+            learning_rate: 1e-2,
+            save_total_limit: 1,
+            ..Settings::default()
+        }
+    }
+
+    fn lora() -> Lora {
+        Lora { use_peft: true, lora_r: 4, lora_dropout: 0.1, ..Lora::default() }
+    }
+
+    fn load(dir: &Path) -> Checkpoint {
+        Checkpoint::load_dir(dir, &Device::Cpu).unwrap()
+    }
+
+    fn outputs(checkpoint: &Checkpoint) -> Vec<f32> {
+        let model = Transformer::new(&checkpoint.config, &checkpoint.weights).unwrap();
+        let tree = Tree::sequence((5..25).collect(), vec![Role::Content; 20], 0);
+        let hidden = model.hidden(&Forest::pack(&[tree]).unwrap()).unwrap();
+        let outputs = hidden.matmul(&model.head().t().unwrap()).unwrap();
+        outputs.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    }
+
+    fn worst(a: &[f32], b: &[f32]) -> f32 {
+        a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    }
+
+    fn bytes(dir: &Path) -> Vec<u8> {
+        let read = |name: &str| crate::store::sha256_file(&dir.join(name)).unwrap();
+        read("adapter_model.safetensors").into_bytes()
+    }
+
+    #[test]
+    fn an_adapter_is_saved_for_peft_and_is_a_checkpoint_to_every_other_stage() {
+        let home = Home::new();
+        let base = load(Path::new(BASE));
+        for (name, lora) in [
+            ("lora", lora()),
+            ("dora", Lora { use_dora: true, ..lora() }),
+            ("pissa", Lora { init_lora_weights: Init::Pissa, use_rslora: true, ..lora() }),
+            ("nf4", Lora { quantization: Quantization::Nf4, loraplus_lr_ratio: 4.0, ..lora() }),
+        ] {
+            let dir = home.sft(name, &lora, NEVER).unwrap();
+            let config = AdapterConfig::read(&dir).unwrap();
+            assert_eq!(config.r, if name == "pissa" { 8 } else { 4 });
+            assert_eq!(config.use_dora, name == "dora");
+            let trained = load(&dir);
+            assert!(
+                worst(&outputs(&trained), &outputs(&base)) > 1e-2,
+                "{name}: nothing was learned"
+            );
+            // What no adapter stands beside has its old bits.
+            let same = |weights: &Weights| weights[params::EMBEDDING].to_vec2::<f32>().unwrap();
+            assert_eq!(same(&trained.weights), same(&base.weights));
+
+            let out = home.dir.path().join(format!("{name}-merged"));
+            let work = merge::Merge {
+                adapter: dir.clone(),
+                base: None,
+                out: out.clone(),
+                dtype: Precision::F32,
+            };
+            let report = merge::merge(&work).unwrap();
+            assert_eq!(report.modules, 7 * base.config.num_hidden_layers);
+            assert_eq!(outputs(&load(&out)), outputs(&trained), "{name}");
+            let error = merge::merge(&work).unwrap_err();
+            assert!(error.to_string().contains("not empty"), "{error}");
+        }
+    }
+
+    #[test]
+    fn training_adapters_that_is_stopped_and_resumed_ends_with_the_same_bits() {
+        let home = Home::new();
+        for (name, lora) in
+            [("lora", lora()), ("pissa", Lora { init_lora_weights: Init::Pissa, ..lora() })]
+        {
+            let whole = home.sft(&format!("{name}-whole"), &lora, NEVER).unwrap();
+            let cut = format!("{name}-cut");
+            assert_eq!(home.sft(&cut, &lora, 3).unwrap_err().to_string(), "interrupted");
+            let resumed = home.sft(&cut, &lora, NEVER).unwrap();
+            assert_eq!(bytes(&resumed), bytes(&whole), "{name}");
+        }
+    }
+
+    #[test]
+    fn dpo_of_adapters_begins_with_margins_of_zero_against_the_frozen_base() {
+        let home = Home::new();
+        for (name, quantization) in [("dense", Quantization::None), ("nf4", Quantization::Nf4)] {
+            let events = StopAfter(NEVER, AtomicU64::default());
+            let context = home.context(name, &events);
+            let spec = Dpo {
+                model_name_or_path: BASE.to_owned(),
+                datasets: home.data("pairs.jsonl"),
+                train: settings(),
+                lora: Lora { quantization, lora_dropout: 0.0, ..lora() },
+                ..Dpo::default()
+            };
+            let metrics: Metrics = dpo::run(&context, &spec).unwrap();
+            let number = |name: &str| metrics[name].to_bits();
+            assert_eq!(number("first_rewards/margins"), 0.0_f64.to_bits(), "{name}: {metrics:?}");
+            assert!(metrics["rewards/margins"] > 0.0, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_reward_models_head_is_saved_with_its_adapter_and_needed_to_load_it() {
+        let home = Home::new();
+        let events = StopAfter(NEVER, AtomicU64::default());
+        let context = home.context("reward", &events);
+        let spec = Reward {
+            model_name_or_path: BASE.to_owned(),
+            datasets: home.data("pairs.jsonl"),
+            train: settings(),
+            lora: lora(),
+            ..Reward::default()
+        };
+        reward::run(&context, &spec).unwrap();
+        let dir = context.dir.join("checkpoint");
+        let config = AdapterConfig::read(&dir).unwrap();
+        assert_eq!(config.task_type.as_deref(), Some("SEQ_CLS"));
+        assert_eq!(config.modules_to_save, Some(vec!["score".to_owned()]));
+        let loaded = load(&dir);
+        assert_eq!(loaded.config.architecture, Architecture::SequenceClassification);
+
+        let saved = peft::read(&dir, &Device::Cpu).unwrap();
+        let stored = saved.weights[params::SCORE].to_vec2::<f32>().unwrap();
+        assert_eq!(loaded.weights[params::SCORE].to_vec2::<f32>().unwrap(), stored);
+        let (config, base) = (saved.config.clone(), saved.base.clone().unwrap());
+        let mut trained: BTreeMap<_, _> = saved.into_trained();
+        trained.remove(params::SCORE);
+        peft::write(&dir, &config, &trained, &base).unwrap();
+        let error = Checkpoint::load_dir(&dir, &Device::Cpu).err().unwrap();
+        assert!(error.to_string().contains("missing tensor `score.weight`"), "{error}");
+    }
+}
