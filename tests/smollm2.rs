@@ -13,6 +13,7 @@ use arriero::generate::engine::{Finish, Prompt};
 use arriero::generate::local::LocalModel;
 use arriero::generate::sampling::Sampling;
 use arriero::model::checkpoint::Checkpoint;
+use arriero::model::export::{Encoding, Format, export};
 use arriero::model::transformer::Transformer;
 use arriero::ops::head::logps;
 use candle_core::Device;
@@ -73,4 +74,20 @@ fn the_golden_prompt_has_its_greedy_answer() {
         .unwrap();
     assert_eq!(answers[0].text, "The capital of France is Paris.");
     assert_eq!((answers[0].ids.last(), answers[0].finish), (Some(&2), Finish::Stop));
+}
+
+#[test]
+fn it_goes_out_as_gguf_and_comes_back() {
+    let home = tempfile::tempdir().unwrap();
+    for (encoding, most) in [(Encoding::F16, 1e-5), (Encoding::Q4_1, 0.1)] {
+        let path = home.path().join(format!("{}.gguf", encoding.name()));
+        let found = export(checkpoint().clone(), &path, Format::Gguf, encoding).unwrap();
+        assert!(found.kl < most, "{}: {found:?}", encoding.name());
+        let back = Checkpoint::load_gguf(&path, &Device::Cpu).unwrap();
+        let ids = |checkpoint: &Checkpoint| {
+            checkpoint.tokenizer().unwrap().prompt_ids(&question(), None).unwrap()
+        };
+        assert_eq!(ids(&back), ids(checkpoint()));
+        assert_eq!(back.ends(), checkpoint().ends());
+    }
 }

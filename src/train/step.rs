@@ -28,6 +28,8 @@ pub struct StepOptions {
     pub dtype: Precision,
     /// Weights move in the backward pass: see [`update`](super::update::update).
     pub optimizer_in_backward: bool,
+    /// A moving average of the weights is held beside them: see [`Ema`](super::Ema).
+    pub averages: bool,
 }
 
 impl StepOptions {
@@ -39,6 +41,7 @@ impl StepOptions {
             budget: u64::MAX,
             dtype: Precision::F32,
             optimizer_in_backward: false,
+            averages: false,
         }
     }
 
