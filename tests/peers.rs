@@ -1,4 +1,4 @@
-//! What transformers and TRL make of our files. `scripts/test` installs them and sets `ARRIERO_PEERS`; without it these
+//! What transformers, TRL and llama.cpp make of our files. `scripts/test` installs them and sets `ARRIERO_PEERS`; without it these
 //! tests say so and pass, with it a missing program is a failure. `scripts/test --peers` adds TRL.
 
 #![expect(
@@ -15,10 +15,13 @@ use std::{env, fs};
 use arriero::data::forest::Forest;
 use arriero::data::record::Message;
 use arriero::data::tree::{Role, Tree};
-use arriero::generate::engine::Finish;
+use arriero::generate::engine::{Finish, Prompt};
+use arriero::generate::local::LocalModel;
+use arriero::generate::sampling::Sampling;
 use arriero::loss::sft::Sft;
 use arriero::loss::{Objective, Readout};
 use arriero::model::checkpoint::{Checkpoint, LoadOptions};
+use arriero::model::export::{Encoding, Format, export};
 use arriero::model::lora::{Init, Lora};
 use arriero::model::save::SaveOptions;
 use arriero::model::{Architecture, Precision, Transformer, Weights};
@@ -217,6 +220,71 @@ fn smollm2_reward_model_scores_padded_rows_as_transformers_does() {
         .count();
     // Its padding is its end of turn; the saved model must not take that.
     assert_same_scores(&python, &model.into_reward_model(7).unwrap(), &rows, shared);
+}
+
+/// The model exported as GGUF, in llama.cpp: the same tokens of texts, and the same greedy answers with log-probabilities
+/// within `apart`.
+#[track_caller]
+fn assert_same_in_llama_cpp(
+    python: &Path,
+    model: &Checkpoint,
+    (encoding, apart): (Encoding, f64),
+    questions: &[&str],
+) {
+    const NEW: usize = 16;
+    let dir = tempfile::tempdir().unwrap();
+    let (path, asked) = (dir.path().join("model.gguf"), dir.path().join("asked.json"));
+    export(model.clone(), &path, Format::Gguf, encoding).unwrap();
+    let model = Checkpoint::load_gguf(&path, &Device::Cpu).unwrap();
+    let tokenizer = model.tokenizer().unwrap();
+    let prompt = |text: &&str| tokenizer.prompt_ids(&[Message::new("user", *text)], None).unwrap();
+    let prompts: Vec<Vec<u32>> = questions.iter().map(prompt).collect();
+    let texts = [
+        "<|im_start|>user\nIt isn't 1984, is it?<|im_end|>\n",
+        "  x = [3.14, 2]; \t// Ünïcödé 日本語 🙂\r\n\n",
+    ];
+    let request = serde_json::json!({"texts": texts, "prompts": prompts, "new": NEW});
+    fs::write(&asked, request.to_string()).unwrap();
+    let printed = script(python, "llama_cpp.py", &[&path, &asked]);
+    let theirs: Value = serde_json::from_str(printed.lines().last().unwrap()).unwrap();
+    let encoded = texts.map(|text| tokenizer.encode_special(text).unwrap());
+    assert_eq!(theirs["tokens"], serde_json::json!(encoded));
+
+    let prompts = prompts.into_iter().enumerate();
+    let prompts: Vec<Prompt> =
+        prompts.map(|(at, tokens)| Prompt { index: at as u64, tokens }).collect();
+    let mut answers = vec![Vec::new(); prompts.len()];
+    LocalModel::new(&model)
+        .unwrap()
+        .run(&prompts, &Sampling::greedy(NEW), &mut |at, drawn| {
+            answers[at] = drawn;
+            Ok(())
+        })
+        .unwrap();
+    for (at, ours) in answers.iter().enumerate() {
+        let theirs = &theirs["answers"][at];
+        assert_eq!(theirs["ids"], serde_json::json!(ours[0].ids), "prompt {at}");
+        for (ours, theirs) in ours[0].logprobs.iter().zip(theirs["logprobs"].as_array().unwrap()) {
+            let off = (f64::from(*ours) - theirs.as_f64().unwrap()).abs();
+            assert!(off <= apart, "prompt {at}: log-probabilities {ours} and {theirs}");
+        }
+    }
+}
+
+#[test]
+fn exported_models_speak_in_llama_cpp_as_here() {
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    let teacher = root().join("data/tiny/teacher");
+    let teacher = Checkpoint::load_dir(&teacher, &Device::Cpu).unwrap();
+    let sums =
+        ["Tom has 14 coins. Dora has 11 coins. How many more coins does Tom have than Dora?"];
+    assert_same_in_llama_cpp(&python, &teacher, (Encoding::F32, 1e-3), &sums);
+    assert_same_in_llama_cpp(
+        &python,
+        &smollm2(),
+        (Encoding::F16, 0.05),
+        &["What is the capital of France?"],
+    );
 }
 
 /// A prompt with a right, a wrong and a chatty answer, scored by two judges.

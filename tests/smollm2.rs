@@ -13,6 +13,7 @@ use arriero::generate::engine::{Finish, Prompt};
 use arriero::generate::local::LocalModel;
 use arriero::generate::sampling::Sampling;
 use arriero::model::checkpoint::Checkpoint;
+use arriero::model::export::{Encoding, Format, export};
 use arriero::model::packed::{Quantization, pack};
 use arriero::model::source::Source;
 use arriero::model::transformer::Transformer;
@@ -92,5 +93,21 @@ fn blocks_of_the_file_are_kept_as_they_stand() {
     for (name, packed) in packed {
         let dense = checkpoint().weights[&name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert!(packed.unpack::<f32>() == dense, "{name}");
+    }
+}
+
+#[test]
+fn it_goes_out_as_gguf_and_comes_back() {
+    let home = tempfile::tempdir().unwrap();
+    for (encoding, most) in [(Encoding::F16, 1e-5), (Encoding::Q4_1, 0.1)] {
+        let path = home.path().join(format!("{}.gguf", encoding.name()));
+        let found = export(checkpoint().clone(), &path, Format::Gguf, encoding).unwrap();
+        assert!(found.kl < most, "{}: {found:?}", encoding.name());
+        let back = Checkpoint::load_gguf(&path, &Device::Cpu).unwrap();
+        let ids = |checkpoint: &Checkpoint| {
+            checkpoint.tokenizer().unwrap().prompt_ids(&question(), None).unwrap()
+        };
+        assert_eq!(ids(&back), ids(checkpoint()));
+        assert_eq!(back.ends(), checkpoint().ends());
     }
 }

@@ -16,12 +16,13 @@ use arriero::loss::reward::Reward;
 use arriero::loss::sft::Sft;
 use arriero::model::checkpoint::Checkpoint;
 use arriero::model::save::SaveOptions;
-use arriero::model::{Config, Transformer, Weights};
+use arriero::model::{Config, Precision, Transformer, Weights};
 use arriero::optim::schedule::Schedule;
 use arriero::report::record::{Events, Metrics, Silent};
 use arriero::rng::Stream;
 use arriero::train::order::Order;
 use arriero::train::reference::{Request, reference_logps};
+use arriero::train::step::evaluate;
 use arriero::train::{self, Data, Job, Learner, Settings};
 use candle_core::{DType, Device, Tensor};
 use rand::Rng;
@@ -304,6 +305,49 @@ fn training_that_is_stopped_and_resumed_ends_with_the_same_bits() {
             [metrics["loss"].to_bits(), metrics["best_eval_loss"].to_bits()]
         };
         assert_eq!(number(&resumed), number(&whole), "stopped after step {stop}");
+    }
+}
+
+#[test]
+fn the_average_of_weights_is_evaluated_and_saved_and_survives_a_stop() {
+    let start = start();
+    let trees = conversations(20);
+    let (train, held_out) = trees.split_at(16);
+    let (model, data) = ((&start.config, &start.weights), (train, held_out));
+    let run = |settings: &Settings, stop: u64| {
+        let dir = tempfile::tempdir().unwrap();
+        let events = StopAfter { steps: stop, seen: AtomicU64::new(0) };
+        let trained = fit(model, &Sft::default(), data, settings, (dir.path(), &events));
+        if stop == 0 {
+            return trained;
+        }
+        assert!(trained.outcome.is_err(), "was not stopped after step {stop}");
+        fit(model, &Sft::default(), data, settings, (dir.path(), &Silent))
+    };
+    let plain = Settings { max_steps: 1, per_device_train_batch_size: 4, ..settings() };
+    let averaged = Settings { ema_decay: 0.75, ..plain.clone() };
+    // After one step the average is three quarters the start and one quarter the end.
+    let (end, mean) = (run(&plain, 0).weights, run(&averaged, 0).weights);
+    for (name, mean) in &mean {
+        let start = (&start.weights[name] * 0.75).unwrap();
+        let expected = (start + (&end[name] * 0.25).unwrap()).unwrap();
+        let off = (mean - expected).unwrap().abs().unwrap().max_all().unwrap();
+        let off = off.to_scalar::<f32>().unwrap();
+        assert!(off < 1e-6, "{name}: {off}");
+    }
+    for dtype in [Precision::F32, Precision::Bf16] {
+        let settings = Settings { max_steps: 7, save_steps: 3, dtype, ..averaged.clone() };
+        let whole = run(&settings, 0);
+        let loss = whole.outcome.as_ref().unwrap()["eval_loss"];
+        let weights = dtype.cast(whole.weights.clone()).unwrap();
+        let saved = Transformer::new(&start.config, &weights).unwrap();
+        let held_out = held_out.to_vec();
+        let report = evaluate(&saved, &Sft::default(), &held_out, 128).unwrap();
+        assert_eq!(report.loss.to_bits(), loss.to_bits(), "what is saved is what was evaluated");
+        for stop in [2, 5, 7] {
+            let resumed = run(&settings, stop);
+            assert_eq!(bits(&resumed.weights), bits(&whole.weights), "stopped after step {stop}");
+        }
     }
 }
 

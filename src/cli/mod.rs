@@ -7,6 +7,7 @@ mod bench;
 mod chat;
 mod doctor;
 mod estimate;
+mod export;
 mod interrupt;
 mod merge;
 mod output;
@@ -48,6 +49,8 @@ enum Command {
     Report(report::ReportArgs),
     /// Make an adapter part of its base model
     Merge(merge::MergeArgs),
+    /// Write a checkpoint for other programs: GGUF, or safetensors of another type
+    Export(export::ExportArgs),
     /// Talk to a model
     Chat(chat::ChatArgs),
     /// Show what this machine and this build offer
@@ -67,7 +70,7 @@ enum Command {
     /// Train on preference pairs by direct preference optimization
     Dpo(run::StageArgs),
     /// Average the weights of checkpoints
-    Average(run::StageArgs),
+    Average(run::AverageArgs),
     /// Measure a model on held-out prompts
     Eval(run::StageArgs),
 }
@@ -133,6 +136,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Plan(args) => plan::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Merge(args) => merge::run(args),
+        Command::Export(args) => export::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor => {
@@ -145,7 +149,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Sample(args) => run::stage("sample", &args),
         Command::Select(args) => run::stage("select", &args),
         Command::Dpo(args) => run::stage("dpo", &args),
-        Command::Average(args) => run::stage("average", &args),
+        Command::Average(args) => run::average(args),
         Command::Eval(args) => run::stage("eval", &args),
     }
 }

@@ -35,6 +35,29 @@ pub(super) struct StageArgs {
     json: bool,
 }
 
+#[derive(Debug, Args)]
+pub(super) struct AverageArgs {
+    /// Checkpoints, hub ids, GGUF files or PEFT adapters, and settings: method=slerp t=0.3 weights=[2,1] save_dtype=bf16
+    #[arg(value_name = "MODEL|KEY=VALUE", required = true)]
+    words: Vec<String>,
+    /// The run directory; the result is stages/01-average/checkpoint in it
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// End standard output with one line of JSON: stages, seconds, peak memory
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs an `average` stage: words that set nothing are models.
+pub(super) fn average(args: AverageArgs) -> Result<()> {
+    let (mut settings, models): (Vec<String>, Vec<String>) =
+        args.words.into_iter().partition(|word| word.contains('='));
+    if !models.is_empty() {
+        settings.push(format!("models={}", json!(models)));
+    }
+    stage("average", &StageArgs { settings, out: args.out, json: args.json })
+}
+
 /// Runs a recipe.
 pub(super) fn run(args: &RunArgs) -> Result<()> {
     let (file, resolved) = recipes::resolved(&args.recipe)?;

@@ -189,15 +189,9 @@ pub fn load_config(dir: &Path) -> Result<Config> {
 /// numbers that are not finite, a tied head that differs from the embedding. Each names its file.
 pub fn load_weights(dir: &Path, config: &Config, device: &Device) -> Result<Weights> {
     let mut weights = Weights::new();
-    let index = dir.join(INDEX);
-    let (place, files) = if index.exists() {
-        let listed = read_index(&index)?;
-        (index, listed)
-    } else if dir.join(SINGLE).exists() {
-        (dir.join(SINGLE), BTreeMap::from([(SINGLE.to_owned(), BTreeSet::new())]))
-    } else {
-        return Err(no_weights(dir));
-    };
+    let files = weight_files(dir)?;
+    let place = if files.contains_key(SINGLE) { SINGLE } else { INDEX };
+    let place = dir.join(place);
     for (file, listed) in files {
         let path = dir.join(file);
         let mapped = Mapped::open(&path).hint("the checkpoint's index names this file")?;
@@ -224,6 +218,18 @@ pub fn load_weights(dir: &Path, config: &Config, device: &Device) -> Result<Weig
     Ok(weights)
 }
 
+/// The files of a directory's weights, with the tensors that an index puts into each.
+pub(super) fn weight_files(dir: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let index = dir.join(INDEX);
+    if index.exists() {
+        read_index(&index)
+    } else if dir.join(SINGLE).exists() {
+        Ok(BTreeMap::from([(SINGLE.to_owned(), BTreeSet::new())]))
+    } else {
+        Err(no_weights(dir))
+    }
+}
+
 /// Shapes are known from the header alone: a wrong one is refused before gigabytes are read.
 fn check_headers(config: &Config, tensors: &safetensors::SafeTensors<'_>) -> Result<()> {
     let expected = params::shapes(config);
@@ -238,7 +244,7 @@ fn check_headers(config: &Config, tensors: &safetensors::SafeTensors<'_>) -> Res
 }
 
 /// Old conversions store the rotary table, which follows from the configuration.
-fn is_derived(name: &str) -> bool {
+pub(super) fn is_derived(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq")
 }
 
@@ -255,12 +261,17 @@ fn drop_tied_head(config: &Config, weights: &mut Weights) -> Result<()> {
     if same {
         return Ok(());
     }
-    Err(Error::run(format!(
+    Err(not_tied())
+}
+
+/// The error of a stored head that is not the embedding.
+pub(super) fn not_tied() -> Error {
+    Error::run(format!(
         "`{}` differs from `{}` though tie_word_embeddings is true",
         params::HEAD,
         params::EMBEDDING
     ))
-    .hint("set tie_word_embeddings to false in config.json to use both"))
+    .hint("set tie_word_embeddings to false in config.json to use both")
 }
 
 /// The files of a sharded checkpoint with the tensors that each should hold.

@@ -1,9 +1,9 @@
 //! GGUF files of llama.cpp: one file with weights, configuration, tokenizer and chat template.
 //!
-//! Weights are dequantised to f32 and renamed to Hugging Face's names. Files of arch `llama` keep the
-//! rows of q and k in the order of interleaved rotary pairs; they are put back into half-split order.
+//! Weights are dequantised to f32 and take Hugging Face's names and order of rows ([`gguf_layout`](super::gguf_layout)).
 //! Architectures other than `llama` and `qwen2` are refused by name.
 
+use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::path::Path;
 use std::sync::Arc;
@@ -13,6 +13,9 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Map;
 
 use super::config::{Architecture, Config, Family};
+use super::gguf_layout::{
+    ROPE_FACTORS, half_split, half_split_rows, hugging_face_name, rotary_heads,
+};
 use super::lora;
 use super::packed::{BlockType, Packed, PackedWeights};
 use super::rope::{Llama3Scaling, Rope};
@@ -200,10 +203,10 @@ impl Gguf {
         }
         let theta = self.float(&format!("{arch}.rope.freq_base")).map_or(10_000.0, short);
         let plain = Rope::plain(theta);
-        if !self.content.tensor_infos.contains_key("rope_freqs.weight") {
+        if !self.content.tensor_infos.contains_key(ROPE_FACTORS) {
             return Ok(plain);
         }
-        let factors = self.tensor("rope_freqs.weight", &Device::Cpu)?.to_vec1::<f32>()?;
+        let factors = self.tensor(ROPE_FACTORS, &Device::Cpu)?.to_vec1::<f32>()?;
         let context = format!("{arch}.rope.scaling.original_context_length");
         recognise_scaling(plain, &factors, head_dim, self.number(&context))
     }
@@ -240,14 +243,46 @@ impl Gguf {
             let start = (self.content.tensor_data_offset + info.offset) as usize;
             let bytes = &self.mapped.bytes()[start..][..shape.0 * row];
             let rows = match rotary_heads(&renamed, config) {
-                Some(_) if config.family == Family::Llama => {
-                    split_rows(bytes, row, config.head_dim)
-                }
-                _ => bytes.to_vec(),
+                Some(_) => half_split_rows(bytes, row, config.head_dim),
+                None => bytes.to_vec(),
             };
             packed.insert(renamed, Arc::new(Packed::blocks(kind, shape, rows)?));
         }
         Ok(packed)
+    }
+
+    /// Hugging Face names of the parameters, with the names and shapes that they have here.
+    ///
+    /// # Errors
+    /// A tensor that no model of this kind has.
+    pub(super) fn parameters(&self) -> Result<BTreeMap<String, (&str, &[usize])>> {
+        let infos = self.content.tensor_infos.iter().filter(|(name, _)| *name != ROPE_FACTORS);
+        let renamed = infos.map(|(name, info)| {
+            let renamed = hugging_face_name(name)
+                .ok_or_else(|| Error::run(format!("unexpected tensor `{name}`")))?;
+            Ok((renamed, (name.as_str(), info.shape.dims())))
+        });
+        renamed.collect()
+    }
+
+    /// One parameter in f32, its rows in Hugging Face's order.
+    ///
+    /// # Errors
+    /// Names the tensor: damaged, or numbers that are not finite.
+    pub(super) fn parameter(
+        &self,
+        config: &Config,
+        (renamed, name): (&str, &str),
+    ) -> Result<Tensor> {
+        let read = || {
+            let tensor = self.tensor(name, &Device::Cpu)?;
+            tensor_file::check_finite(&tensor.flatten_all()?.to_vec1::<f32>()?)?;
+            match rotary_heads(renamed, config) {
+                Some(heads) => half_split(&tensor, heads, config.head_dim),
+                None => Ok(tensor),
+            }
+        };
+        read().at(format!("tensor `{name}`"))
     }
 
     /// All weights under their Hugging Face names, f32, checked against `config`.
@@ -256,22 +291,9 @@ impl Gguf {
     /// Missing, unexpected or wrongly shaped tensors, numbers that are not finite.
     pub(super) fn weights(&self, config: &Config, device: &Device) -> Result<Weights> {
         let mut weights = Weights::new();
-        for name in self.content.tensor_infos.keys() {
-            if name == "rope_freqs.weight" {
-                continue;
-            }
-            let place = || format!("tensor `{name}`");
-            let renamed = hugging_face_name(name)
-                .ok_or_else(|| Error::run(format!("unexpected tensor `{name}`")))?;
-            let tensor = self.tensor(name, &Device::Cpu).at(place())?;
-            tensor_file::check_finite(&tensor.flatten_all()?.to_vec1::<f32>()?).at(place())?;
-            let tensor = match rotary_heads(&renamed, config) {
-                Some(heads) if config.family == Family::Llama => {
-                    half_split(&tensor, heads, config.head_dim).at(place())?
-                }
-                _ => tensor,
-            };
-            weights.insert(renamed, tensor.to_device(device)?);
+        for (renamed, (name, _)) in self.parameters()? {
+            let tensor = self.parameter(config, (&renamed, name))?.to_device(device)?;
+            weights.insert(renamed, tensor);
         }
         params::check(config, &weights)?;
         Ok(weights)
@@ -303,68 +325,6 @@ fn check_alignment(bytes: &[u8]) -> Result<()> {
 /// An f32 as the shortest decimal that means it: 1e-5 and not 0.000009999999747378752.
 fn short(value: f64) -> f64 {
     (value as f32).to_string().parse().unwrap_or(value)
-}
-
-/// `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`, and so on.
-fn hugging_face_name(name: &str) -> Option<String> {
-    let fixed = match name {
-        "token_embd.weight" => Some(params::EMBEDDING),
-        "output_norm.weight" => Some(params::FINAL_NORM),
-        "output.weight" => Some(params::HEAD),
-        _ => None,
-    };
-    if let Some(fixed) = fixed {
-        return Some(fixed.to_owned());
-    }
-    let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-    let (part, kind) = rest.rsplit_once('.')?;
-    let part = match part {
-        "attn_norm" => "input_layernorm",
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "ffn_norm" => "post_attention_layernorm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        _ => return None,
-    };
-    Some(format!("model.layers.{layer}.{part}.{kind}"))
-}
-
-/// The number of heads in a tensor whose rows rotate.
-fn rotary_heads(name: &str, config: &Config) -> Option<usize> {
-    if name.contains(".q_proj.") {
-        Some(config.num_attention_heads)
-    } else if name.contains(".k_proj.") {
-        Some(config.num_key_value_heads)
-    } else {
-        None
-    }
-}
-
-/// Rows of each head from (pair, side) order to (side, pair) order; the first dimension is
-/// `heads · head_dim`.
-fn half_split(tensor: &Tensor, heads: usize, head_dim: usize) -> Result<Tensor> {
-    let dims = tensor.dims().to_vec();
-    let rest: usize = dims.iter().skip(1).product();
-    let pairs = tensor.reshape((heads, head_dim / 2, 2, rest))?;
-    Ok(pairs.transpose(1, 2)?.contiguous()?.reshape(dims)?)
-}
-
-/// [`half_split`] of rows that are bytes.
-fn split_rows(bytes: &[u8], row: usize, head_dim: usize) -> Vec<u8> {
-    let heads = bytes.chunks_exact(row * head_dim);
-    heads
-        .flat_map(|head| {
-            (0..head_dim)
-                .map(move |i| (i % (head_dim / 2)) * 2 + i / (head_dim / 2))
-                .map(move |old| &head[old * row..][..row])
-        })
-        .flatten()
-        .copied()
-        .collect()
 }
 
 /// Finds the Llama 3.1 scaling that gives these frequency factors.

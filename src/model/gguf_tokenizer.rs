@@ -1,10 +1,11 @@
-//! The tokenizer inside a GGUF file, rebuilt for the `tokenizers` crate.
+//! The tokenizer inside a GGUF file, rebuilt for the `tokenizers` crate, and its name for how text is cut.
 //!
 //! `gpt2` vocabularies are byte-level BPE; how text is cut before merging is named by
 //! `tokenizer.ggml.pre`. `llama` vocabularies are SentencePiece BPE, whose merges follow from the
 //! scores. Anything else is refused by name: a wrong cut gives other ids without any error.
 
 use candle_core::quantized::gguf_file::Value;
+use serde_json::Value as Json;
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::sequence::Sequence as Decoders;
@@ -31,10 +32,12 @@ const QWEN2_CUT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|
 const SPACE: &str = "▁";
 
 /// Values of `tokenizer.ggml.token_type`.
-mod kind {
-    pub(super) const UNKNOWN: i64 = 2;
-    pub(super) const CONTROL: i64 = 3;
-    pub(super) const USER_DEFINED: i64 = 4;
+pub(super) mod kind {
+    pub(in crate::model) const NORMAL: i64 = 1;
+    pub(in crate::model) const UNKNOWN: i64 = 2;
+    pub(in crate::model) const CONTROL: i64 = 3;
+    pub(in crate::model) const USER_DEFINED: i64 = 4;
+    pub(in crate::model) const UNUSED: i64 = 5;
 }
 
 /// The file's tokenizer with its chat template and special ids.
@@ -136,6 +139,42 @@ fn cut(pre: &str, tokenizer: &mut Tokenizer) -> Result<()> {
     };
     tokenizer.with_pre_tokenizer(Some(Cuts::new(cuts)));
     Ok(())
+}
+
+/// The file format's name for how a `tokenizer.json` cuts text, given as JSON.
+///
+/// # Errors
+/// Not byte-level BPE, or a cut that has no name here.
+pub(super) fn pre_name(tokenizer: &Json) -> Result<&'static str> {
+    let model = &tokenizer["model"];
+    if model["type"] != "BPE" || model["byte_fallback"] == true {
+        return Err(Error::run("the tokenizer is not byte-level BPE")
+            .hint("GGUF files are written for byte-level BPE only; save as safetensors"));
+    }
+    for name in ["smollm", "llama-bpe", "qwen2", "gpt-2"] {
+        let mut known = Tokenizer::new(BPE::default());
+        cut(name, &mut known)?;
+        let known: Json = serde_json::from_str(&known.to_string(false)?)?;
+        if cuts(tokenizer) == cuts(&known) && (model["ignore_merges"] == true) == is_llama3(name) {
+            return Ok(name);
+        }
+    }
+    let found = &tokenizer["pre_tokenizer"];
+    Err(Error::run(format!("GGUF has no name for how the tokenizer cuts text: {found}"))
+        .hint("known: smollm, llama-bpe, qwen2, gpt-2; save as safetensors"))
+}
+
+/// What decides how text is cut: the normalizer, and the steps without what only moves offsets.
+fn cuts(tokenizer: &Json) -> (Json, Vec<Json>) {
+    let pre = &tokenizer["pre_tokenizer"];
+    let mut steps = match pre["pretokenizers"].as_array() {
+        Some(steps) => steps.clone(),
+        None => vec![pre.clone()],
+    };
+    for step in steps.iter_mut().filter_map(Json::as_object_mut) {
+        step.remove("trim_offsets");
+    }
+    (tokenizer["normalizer"].clone(), steps)
 }
 
 /// SentencePiece keeps a score for each piece instead of merges: pieces with higher scores were

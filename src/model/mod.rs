@@ -7,12 +7,15 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
+pub mod average;
 pub mod backward;
 pub mod block;
 mod block_cpu;
 pub mod checkpoint;
 pub mod config;
+pub mod export;
 mod gguf;
+mod gguf_layout;
 mod gguf_tokenizer;
 pub mod gradients;
 pub mod heads;
@@ -20,6 +23,7 @@ pub mod hub;
 pub mod init;
 pub mod lora;
 pub mod matrix;
+pub mod on_disk;
 pub mod packed;
 pub mod params;
 mod precision;

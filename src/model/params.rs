@@ -78,8 +78,15 @@ pub fn count(config: &Config) -> usize {
 /// # Errors
 /// Names the first missing, unexpected or wrongly shaped tensor, with the count of the others.
 pub fn check(config: &Config, weights: &Weights) -> Result<()> {
-    let found: BTreeMap<&str, &[usize]> =
-        weights.iter().map(|(name, tensor)| (name.as_str(), tensor.dims())).collect();
+    check_shapes(config, weights.iter().map(|(name, tensor)| (name.as_str(), tensor.dims())))
+}
+
+/// The same for tensors of which only names and shapes are known.
+pub(super) fn check_shapes<'a>(
+    config: &Config,
+    found: impl Iterator<Item = (&'a str, &'a [usize])>,
+) -> Result<()> {
+    let found: BTreeMap<&str, &[usize]> = found.collect();
     let expected = shapes(config);
     let unexpected: Vec<&str> =
         found.keys().copied().filter(|name| !expected.contains_key(*name)).collect();

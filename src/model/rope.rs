@@ -42,10 +42,24 @@ impl Rope {
     /// ```
     pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f32> {
         (0..head_dim / 2)
-            .map(|pair| self.theta.powf(-((2 * pair) as f64) / head_dim as f64))
+            .map(|pair| self.frequency(pair, head_dim))
             .map(|frequency| self.scaling.map_or(frequency, |scaling| scaling.apply(frequency)))
             .map(|frequency| frequency as f32)
             .collect()
+    }
+
+    /// What llama.cpp divides the plain frequencies by, `[head_dim / 2]`; none where nothing is scaled.
+    pub(super) fn factors(&self, head_dim: usize) -> Option<Vec<f32>> {
+        let scaling = self.scaling?;
+        let factor = |pair: usize| {
+            let plain = self.frequency(pair, head_dim);
+            (plain / scaling.apply(plain)) as f32
+        };
+        Some((0..head_dim / 2).map(factor).collect())
+    }
+
+    fn frequency(&self, pair: usize, head_dim: usize) -> f64 {
+        self.theta.powf(-((2 * pair) as f64) / head_dim as f64)
     }
 
     /// Takes the rope keys of either generation out of a `config.json`.

@@ -56,12 +56,17 @@ impl Checkpoint {
     /// As of [`save`](Self::save).
     pub fn write_into(&self, dir: &Path, options: &SaveOptions) -> Result<()> {
         params::check(&self.config, &self.weights)?;
+        write_weights(dir, &self.weights, options)?;
+        self.write_beside(dir, options.dtype)
+    }
+
+    /// Writes all files but the weights, which are stored in `dtype`.
+    pub(super) fn write_beside(&self, dir: &Path, dtype: DType) -> Result<()> {
         let mut config = self.config.clone();
-        config.dtype = options.dtype;
+        config.dtype = dtype;
         if config.architecture == Architecture::SequenceClassification {
             config.pad_token_id = Some(self.reward_pad()?);
         }
-        write_weights(dir, &self.weights, options)?;
         self.write_tokenizer(dir, &config)?;
         if config.architecture == Architecture::CausalLm {
             let text = generation_config(&config, &self.ends());
@@ -137,41 +142,52 @@ fn generation_config(config: &Config, ends: &[u32]) -> String {
 /// # Errors
 /// Weights that are not finite, an unknown storage type, I/O errors.
 pub fn write_weights(dir: &Path, weights: &Weights, options: &SaveOptions) -> Result<()> {
-    let shards = shards(weights, options);
-    if let [one] = shards.as_slice() {
-        return write_file(&dir.join(SINGLE), one, options.dtype);
+    let size = |tensor: &Tensor| tensor.elem_count() * options.dtype.size_in_bytes();
+    let sizes = weights.iter().map(|(name, tensor)| (name.as_str(), size(tensor)));
+    let files = shards(sizes, options.shard_bytes);
+    for (file, names) in &files {
+        let tensors = names.iter().map(|name| (name.as_str(), &weights[name])).collect();
+        write_file(&dir.join(file), &tensors, options.dtype)?;
     }
-    let mut map = Map::new();
-    for (index, shard) in shards.iter().enumerate() {
-        let file = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
-        write_file(&dir.join(&file), shard, options.dtype)?;
-        map.extend(shard.keys().map(|name| ((*name).to_owned(), Value::String(file.clone()))));
-    }
-    let total: usize = weights.values().map(|tensor| bytes(tensor, options.dtype)).sum();
-    let index = json!({"metadata": {"total_size": total}, "weight_map": map});
-    store::write_atomic(&dir.join(INDEX), format!("{index:#}\n").as_bytes())
+    write_index(dir, &files, weights.values().map(size).sum())
 }
 
-fn bytes(tensor: &Tensor, dtype: DType) -> usize {
-    tensor.elem_count() * dtype.size_in_bytes()
-}
+/// Files of a checkpoint with the tensors of each.
+pub(super) type Files = Vec<(String, Vec<String>)>;
 
-/// Consecutive groups of at most the limit; a tensor above it has a file of its own.
-fn shards<'a>(weights: &'a Weights, options: &SaveOptions) -> Vec<BTreeMap<&'a str, &'a Tensor>> {
-    let mut shards = vec![BTreeMap::new()];
+/// Consecutive groups of at most `limit` bytes; a tensor above it has a file of its own.
+pub(super) fn shards<'a>(tensors: impl Iterator<Item = (&'a str, usize)>, limit: usize) -> Files {
+    let mut groups = vec![Vec::new()];
     let mut filled = 0;
-    for (name, tensor) in weights {
-        let size = bytes(tensor, options.dtype);
-        if filled > 0 && filled + size > options.shard_bytes {
-            shards.push(BTreeMap::new());
+    for (name, size) in tensors {
+        if filled > 0 && filled + size > limit {
+            groups.push(Vec::new());
             filled = 0;
         }
         filled += size;
-        if let Some(last) = shards.last_mut() {
-            last.insert(name.as_str(), tensor);
+        if let Some(last) = groups.last_mut() {
+            last.push(name.to_owned());
         }
     }
-    shards
+    let count = groups.len();
+    let name = |index: usize| match count {
+        1 => SINGLE.to_owned(),
+        _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
+    };
+    groups.into_iter().enumerate().map(|(index, group)| (name(index), group)).collect()
+}
+
+/// Writes the list of files, where there are several.
+pub(super) fn write_index(dir: &Path, files: &Files, total_bytes: usize) -> Result<()> {
+    if files.len() < 2 {
+        return Ok(());
+    }
+    let places = files.iter().flat_map(|(file, names)| {
+        names.iter().map(|name| (name.clone(), Value::String(file.clone())))
+    });
+    let map: Map<String, Value> = places.collect();
+    let index = json!({"metadata": {"total_size": total_bytes}, "weight_map": map});
+    store::write_atomic(&dir.join(INDEX), format!("{index:#}\n").as_bytes())
 }
 
 fn write_file(path: &Path, tensors: &BTreeMap<&str, &Tensor>, dtype: DType) -> Result<()> {

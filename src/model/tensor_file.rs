@@ -1,4 +1,4 @@
-//! Safetensors files: read through a memory map into f32 tensors, written one tensor at a time.
+//! Safetensors files: read through a memory map into f32 tensors, written one tensor or one piece of it at a time.
 //!
 //! Reading checks what a later step could only notice as a strange loss: a file shorter than its
 //! header says, and numbers that are not finite.
@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
 
 use super::Weights;
@@ -74,7 +74,7 @@ pub(super) fn read_tensors(
         .map(|name| {
             let place = || format!("{}: tensor `{name}`", path.display());
             let view = tensors.tensor(name).map_err(Error::from).at(place())?;
-            let values = to_f32(&view).at(place())?;
+            let values = to_f32(view.dtype(), view.data()).at(place())?;
             check_finite(&values).at(place())?;
             let tensor = Tensor::from_vec(values, view.shape(), device).at(place())?;
             Ok(((*name).to_owned(), tensor))
@@ -103,24 +103,18 @@ pub(super) fn metadata(path: &Path) -> Result<HashMap<String, String>> {
     Ok(header.metadata().clone().unwrap_or_default())
 }
 
-fn to_f32(view: &TensorView<'_>) -> Result<Vec<f32>> {
-    let bytes = view.data();
-    match view.dtype() {
+/// Numbers as a file stores them, in f32.
+///
+/// # Errors
+/// A type other than f32, f16 or bf16.
+pub(super) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
+    let halves = bytes.as_chunks().0.iter();
+    match dtype {
         Dtype::F32 => {
             Ok(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
         }
-        Dtype::F16 => Ok(bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|bytes| f16::from_le_bytes(*bytes).to_f32())
-            .collect()),
-        Dtype::BF16 => Ok(bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|bytes| bf16::from_le_bytes(*bytes).to_f32())
-            .collect()),
+        Dtype::F16 => Ok(halves.map(|bytes| f16::from_le_bytes(*bytes).to_f32()).collect()),
+        Dtype::BF16 => Ok(halves.map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect()),
         other => Err(Error::run(format!("type {other:?}, expected F32, F16 or BF16"))
             .hint("quantised weights are not supported; load the original checkpoint")),
     }
@@ -160,6 +154,25 @@ pub fn write_with(
     dtype: DType,
     texts: &[(&str, &str)],
 ) -> Result<()> {
+    let shapes = weights.iter().map(|(name, tensor)| (*name, tensor.dims()));
+    write_header(out, shapes, dtype, texts)?;
+    for (name, tensor) in weights {
+        let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        out.write_all(&to_bytes(&values, dtype).at(format!("tensor `{name}`"))?)?;
+    }
+    Ok(())
+}
+
+/// Begins a safetensors file of these tensors; their numbers must follow in this order.
+///
+/// # Errors
+/// A `dtype` that is not f32, f16 or bf16, or an I/O error of the writer.
+pub(super) fn write_header<'a>(
+    out: &mut dyn Write,
+    tensors: impl Iterator<Item = (&'a str, &'a [usize])>,
+    dtype: DType,
+    texts: &[(&str, &str)],
+) -> Result<()> {
     let kind = match dtype {
         DType::F32 => "F32",
         DType::F16 => "F16",
@@ -175,39 +188,40 @@ pub fn write_with(
     texts.iter().for_each(|(key, text)| metadata[key] = json!(text));
     header.insert("__metadata__".to_owned(), metadata);
     let mut offset = 0;
-    for (name, tensor) in weights {
-        let end = offset + tensor.elem_count() * dtype.size_in_bytes();
-        let entry = json!({"dtype": kind, "shape": tensor.dims(), "data_offsets": [offset, end]});
-        header.insert((*name).to_owned(), entry);
+    for (name, shape) in tensors {
+        let end = offset + shape.iter().product::<usize>() * dtype.size_in_bytes();
+        let entry = json!({"dtype": kind, "shape": shape, "data_offsets": [offset, end]});
+        header.insert(name.to_owned(), entry);
         offset = end;
     }
     let mut header = Value::Object(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' '); // the data begin at a multiple of 8
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
-    for (name, tensor) in weights {
-        let bytes = to_bytes(tensor, dtype).at(format!("tensor `{name}`"))?;
-        out.write_all(&bytes)?;
-    }
     Ok(())
 }
 
-/// The tensor's numbers in the storage type. Saving weights that are not finite, or that the
-/// storage type cannot hold, would lose the model silently.
-fn to_bytes(tensor: &Tensor, dtype: DType) -> Result<Vec<u8>> {
-    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    check_finite(&values)?;
+/// Numbers in the storage type. Saving weights that are not finite, or that the storage type cannot hold, would lose
+/// the model silently.
+pub(super) fn to_bytes(values: &[f32], dtype: DType) -> Result<Vec<u8>> {
+    check_finite(values)?;
     Ok(match dtype {
         DType::BF16 => {
             values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect()
         }
         DType::F16 => {
-            if let Some(large) = values.iter().find(|value| f16::from_f32(**value).is_infinite()) {
-                return Err(Error::run(format!("weight {large} is beyond what float16 holds"))
-                    .hint("store as bfloat16 or float32"));
-            }
+            check_f16(values)?;
             values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect()
         }
         _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
     })
+}
+
+/// Refuses numbers that f16 would turn into infinity.
+pub(super) fn check_f16(values: &[f32]) -> Result<()> {
+    match values.iter().find(|value| f16::from_f32(**value).is_infinite()) {
+        None => Ok(()),
+        Some(large) => Err(Error::run(format!("weight {large} is beyond what float16 holds"))
+            .hint("store as bfloat16 or float32")),
+    }
 }

@@ -75,15 +75,18 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("stop_strings", "stop"),
     ("ref_model", "reference"),
     ("reference_model", "reference"),
+    ("merge_method", "method"),
+    ("weight", "weights"),
 ];
 
 /// Keys, at any depth of a spec, whose text names something to read.
-pub const INPUT_KEYS: [&str; 9] = [
+pub const INPUT_KEYS: [&str; 10] = [
     "model_name_or_path",
     "ref_model_name_or_path",
     "teacher",
     "reference",
     "models",
+    "base_model",
     "earlier",
     "path",
     "reward_model",

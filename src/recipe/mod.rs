@@ -3,6 +3,7 @@
 //! The plan knows no tensors and touches no files: it names every stage of every round, with references such as
 //! `"@sft"` replaced by the paths that those stages will have written.
 
+mod average;
 mod dpo;
 pub mod file;
 pub mod keys;

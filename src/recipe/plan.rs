@@ -16,6 +16,7 @@ use crate::model::lora::Lora;
 use crate::score::ScorerSpec;
 use crate::train::Settings;
 
+pub use super::average::{Average, AverageMethod};
 pub use super::dpo::{Dpo, Preset};
 
 /// A whole run.
@@ -67,7 +68,7 @@ pub enum Spec {
     Select(Select),
     /// Preference optimization: DPO and its relatives.
     Dpo(Dpo),
-    /// Weighted mean of checkpoints.
+    /// Several checkpoints into one.
     Average(Average),
     /// Held-out measures.
     Eval(Eval),
@@ -413,36 +414,6 @@ impl Default for Select {
             best_of: 1,
             pairs_per_prompt: 1,
         }
-    }
-}
-
-/// `average`: weighted mean of checkpoints. Writes `checkpoint/`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Average {
-    /// The checkpoints.
-    pub models: Vec<String>,
-    /// One weight each; none is the same for all.
-    pub weights: Vec<f64>,
-}
-
-impl Average {
-    fn check(&self) -> Result<()> {
-        if self.models.is_empty() {
-            return Err(Error::usage("`models` is missing").hint("a list of checkpoints"));
-        }
-        if !self.weights.is_empty() && self.weights.len() != self.models.len() {
-            return Err(Error::usage(format!(
-                "`weights` has {} entries for {} models",
-                self.weights.len(),
-                self.models.len()
-            ))
-            .hint("one weight a model, or none for equal weights"));
-        }
-        if self.weights.iter().any(|weight| !weight.is_finite()) {
-            return Err(Error::usage("`weights` has an entry that is not finite"));
-        }
-        Ok(())
     }
 }
 

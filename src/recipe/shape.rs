@@ -162,8 +162,8 @@ pub(super) fn shaped(key: &str, value: Value, default: &Value) -> Value {
         .collect()
 }
 
-const MODEL_KEYS: [&str; 4] =
-    ["model_name_or_path", "ref_model_name_or_path", "teacher", "reference"];
+const MODEL_KEYS: [&str; 5] =
+    ["model_name_or_path", "ref_model_name_or_path", "base_model", "teacher", "reference"];
 /// Between the alternatives of a model; no path has it.
 const OR: &str = "\0";
 

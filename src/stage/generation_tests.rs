@@ -232,30 +232,3 @@ fn a_teacher_keeps_whole_answers_that_the_judges_accept() {
     let error = run(home.path().join("c"), &synth(vec![impossible]), &Silent).unwrap_err();
     assert!(error.to_string().starts_with("none of the answers to 6 prompts"), "{error}");
 }
-
-#[test]
-fn an_average_lies_between_its_models_and_refuses_strangers() {
-    let home = tempfile::tempdir().unwrap();
-    let models = vec![
-        save_model(&home.path().join("a"), 1, false),
-        save_model(&home.path().join("b"), 2, false),
-    ];
-    let average =
-        |models: Vec<String>| Spec::Average(plan::Average { models, weights: vec![3.0, 1.0] });
-    run(home.path().join("avg"), &average(models.clone()), &Silent).unwrap();
-    let values = |dir: &Path| -> Vec<f32> {
-        let checkpoint = Checkpoint::load_dir(dir, &Device::Cpu).unwrap();
-        checkpoint.weights["model.embed_tokens.weight"].flatten_all().unwrap().to_vec1().unwrap()
-    };
-    let (a, b) = (values(Path::new(&models[0])), values(Path::new(&models[1])));
-    let mean = values(&home.path().join("avg/checkpoint"));
-    assert!((0..mean.len()).all(|i| (mean[i] - 0.75 * a[i] - 0.25 * b[i]).abs() < 1e-6));
-    let reward = save_model(&home.path().join("r"), 2, true);
-    let error =
-        run(home.path().join("x"), &average(vec![models[0].clone(), reward]), &Silent).unwrap_err();
-    assert!(
-        error.to_string().contains("score.weight")
-            || error.to_string().contains("number of tensors"),
-        "{error}"
-    );
-}

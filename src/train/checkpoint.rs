@@ -1,12 +1,13 @@
 //! Checkpoints inside a stage: a complete Hugging Face directory, or a peft adapter, whose f32 weights are the masters,
-//! the optimizer's state, and the cursor. Written to a temporary directory and renamed: a killed write leaves nothing that is read.
+//! the optimizer's state, the average of the weights where there is one, and the cursor. Written to a temporary directory
+//! and renamed: a killed write leaves nothing that is read.
 
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, safetensors};
 use serde::{Deserialize, Serialize};
 
-use super::Learner;
+use super::{Ema, Learner};
 use crate::data::stream::Cursor;
 use crate::error::{Context, Result};
 use crate::optim::adamw::AdamW;
@@ -14,6 +15,7 @@ use crate::report::record::Metrics;
 use crate::store;
 
 const OPTIMIZER: &str = "optimizer.safetensors";
+const AVERAGE: &str = "ema.safetensors";
 const STATE: &str = "trainer_state.json";
 
 /// Where training stands. With the weights and the optimizer's state, everything that the rest of a run depends on:
@@ -47,7 +49,7 @@ impl Saved {
     /// Writes `dir/step-NNNNNN/` atomically.
     pub fn write(
         dir: &Path,
-        learner: &Learner,
+        (learner, ema): (&Learner, Option<&Ema>),
         adamw: &AdamW,
         state: &State,
         save: &dyn Fn(&Learner, &Path) -> Result<()>,
@@ -56,6 +58,9 @@ impl Saved {
         let target = store::AtomicDir::create(&dir.join(format!("step-{:06}", state.step)))?;
         save(learner, target.path())?;
         write_tensors(&adamw.export(), &target.path().join(OPTIMIZER))?;
+        if let Some(ema) = ema {
+            write_tensors(&ema.learner().weights(), &target.path().join(AVERAGE))?;
+        }
         store::write_json(&target.path().join(STATE), state)?;
         target.commit(state)
     }
@@ -81,13 +86,20 @@ impl Saved {
         Ok(steps.into_iter().map(|dir| Self { dir }).collect())
     }
 
-    /// Puts weights and optimizer back to where they were.
-    pub fn load(&self, learner: &Learner, adamw: &mut AdamW) -> Result<State> {
+    /// Puts weights, their average and the optimizer back to where they were.
+    pub fn load(
+        &self,
+        (learner, ema): (&Learner, Option<&Ema>),
+        adamw: &mut AdamW,
+    ) -> Result<State> {
         let state: State = store::read_json(&self.dir.join(STATE))?;
         learner.set(&learner.read(&self.dir)?).at(self.dir.display())?;
         let path = self.dir.join(OPTIMIZER);
         let moments = safetensors::load(&path, learner.model().device()).at(path.display())?;
         adamw.import(state.step as u64, moments.into_iter().collect())?;
+        if let Some(ema) = ema {
+            load_tensors(&self.dir.join(AVERAGE), ema.learner())?;
+        }
         Ok(state)
     }
 
@@ -105,10 +117,13 @@ impl Saved {
 
     /// Goes back to the best weights.
     pub fn load_best(dir: &Path, learner: &Learner) -> Result<()> {
-        let path = dir.join("best.safetensors");
-        let tensors = safetensors::load(&path, learner.model().device()).at(path.display())?;
-        learner.set(&tensors.into_iter().collect())
+        load_tensors(&dir.join("best.safetensors"), learner)
     }
+}
+
+fn load_tensors(path: &Path, learner: &Learner) -> Result<()> {
+    let tensors = safetensors::load(path, learner.model().device()).at(path.display())?;
+    learner.set(&tensors.into_iter().collect()).at(path.display())
 }
 
 fn write_tensors(tensors: &crate::model::Weights, path: &Path) -> Result<()> {

@@ -8,7 +8,7 @@ use super::checkpoint::{Saved, State};
 use super::feed::{Data, Feed};
 use super::step::{self, StepOptions, StepReport};
 use super::update::{Pace, update};
-use super::{Learner, Recompute, Settings};
+use super::{Ema, Learner, Recompute, Settings};
 use crate::data::examples::Examples;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
@@ -42,6 +42,7 @@ pub struct Job<'a> {
 }
 
 /// Trains to the end, continuing from the newest whole checkpoint in the stage's directory. Returns the final numbers.
+/// With `ema_decay`, the learner ends with the average of its weights.
 ///
 /// A run that was killed and resumed ends with the same bits as one that was not.
 ///
@@ -62,6 +63,7 @@ struct Run<'a> {
     job: &'a Job<'a>,
     feed: Feed<'a>,
     adamw: AdamW,
+    ema: Option<Ema>,
     state: State,
     options: StepOptions,
     started: (Instant, usize),
@@ -71,24 +73,27 @@ impl<'a> Run<'a> {
     fn resume(learner: &'a Learner, job: &'a Job<'a>) -> Result<Self> {
         let settings = job.settings;
         let mut adamw = AdamW::new(settings.hyper());
+        let ema = Ema::new(learner, settings)?;
         let state = match Saved::newest(&Self::checkpoints(job))? {
             Some(saved) => {
-                let state = saved.load(learner, &mut adamw)?;
+                let state = saved.load((learner, ema.as_ref()), &mut adamw)?;
                 job.events.note(&format!("resuming after step {}", state.step));
                 state
             }
             None => State::default(),
         };
         job.events.resume_after(state.step as u64)?;
+        let averaged = ema.as_ref().map_or(0, |ema| ema.learner().bytes());
         let options = StepOptions {
             adapted: learner.adapted_sizes(),
-            ..settings.step_options(learner.bytes())?
+            ..settings.step_options(learner.bytes() + averaged)?
         };
         if options.recompute == Recompute::Auto {
             job.events.note(&options.explain(learner.model().config()));
         }
         let feed = Feed::new(job.train, job.seed, settings, state.cursor)?;
-        Ok(Self { learner, job, feed, adamw, state, options, started: (Instant::now(), 0) })
+        let started = (Instant::now(), 0);
+        Ok(Self { learner, job, feed, adamw, ema, state, options, started })
     }
 
     fn checkpoints(job: &Job<'_>) -> PathBuf {
@@ -109,6 +114,9 @@ impl<'a> Run<'a> {
         let what = (self.job.objective, trees.as_slice());
         let (report, norm) = update(self.learner, what, self.options, &mut self.adamw, pace)
             .map_err(|error| error.at(&at))?;
+        if let Some(ema) = &self.ema {
+            ema.update(self.learner)?;
+        }
         self.state.step += 1;
         self.state.cursor = self.feed.cursor();
         self.state.tokens += report.tokens as u64;
@@ -150,17 +158,23 @@ impl<'a> Run<'a> {
         let interrupted = self.job.events.interrupted();
         if (due(settings.save_steps) && !last) || interrupted {
             let dir = Self::checkpoints(self.job);
-            Saved::write(&dir, self.learner, &self.adamw, &self.state, self.job.save)?;
+            let weights = (self.learner, self.ema.as_ref());
+            Saved::write(&dir, weights, &self.adamw, &self.state, self.job.save)?;
             Saved::prune(&dir, settings.save_total_limit)?;
         }
         if interrupted { Err(Error::interrupted()) } else { Ok(()) }
+    }
+
+    /// What is evaluated and kept: the average of the weights where there is one.
+    fn kept(&self) -> &Learner {
+        self.ema.as_ref().map_or(self.learner, Ema::learner)
     }
 
     fn evaluate(&mut self) -> Result<()> {
         let (objective, examples) = self.job.eval;
         if !examples.is_empty() {
             let budget = self.job.settings.max_tokens_per_micro_batch;
-            let report = step::evaluate(self.learner.model(), objective, examples, budget)?;
+            let report = step::evaluate(self.kept().model(), objective, examples, budget)?;
             let mut metrics = Metrics::from([("eval_loss".to_owned(), report.loss)]);
             metrics.extend(
                 report.metrics.into_iter().map(|(name, value)| (format!("eval_{name}"), value)),
@@ -170,12 +184,12 @@ impl<'a> Run<'a> {
             if self.job.settings.load_best_model_at_end
                 && self.state.best.is_none_or(|best| report.loss < best)
             {
-                Saved::write_best(self.job.dir, self.learner)?;
+                Saved::write_best(self.job.dir, self.kept())?;
                 self.state.best = Some(report.loss);
             }
         }
         if let Some(samples) = self.job.samples {
-            samples(self.learner)?.iter().for_each(|line| self.job.events.note(line));
+            samples(self.kept())?.iter().for_each(|line| self.job.events.note(line));
         }
         Ok(())
     }
@@ -183,6 +197,8 @@ impl<'a> Run<'a> {
     fn finish(self) -> Result<Metrics> {
         if self.job.settings.load_best_model_at_end && self.state.best.is_some() {
             Saved::load_best(self.job.dir, self.learner)?;
+        } else if let Some(ema) = &self.ema {
+            self.learner.set(&ema.learner().weights())?;
         }
         let State { step, tokens, first, last, eval, best, .. } = self.state;
         let mut metrics: Metrics =

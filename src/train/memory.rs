@@ -101,7 +101,7 @@ impl Adapted {
 /// Bytes of one step over one micro-batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Footprint {
-    /// Weights and both moments; in bf16 the copies too.
+    /// Weights and both moments; in bf16 the copies too. The weights once more where they are averaged.
     pub state: u64,
     /// Gradients at the start of the blocks' backward (the head's), and at its end.
     pub gradients: [u64; 2],
@@ -130,6 +130,7 @@ impl Footprint {
         let head_gradient = if head { config.vocab_size as u64 * h * F32 } else { 0 };
         let last = if options.optimizer_in_backward { head_gradient } else { parameters * F32 };
         let copies = if options.dtype == Precision::F32 { 0 } else { element };
+        let averages = if options.averages { parameters * (F32 + copies) } else { 0 };
         // `model::block_cpu`: queries and what they saw, keys and values, gate and up; log-sum-exps and the sum between.
         let kept = (2 * q + 2 * kv + 2 * f) * element + (h + heads) * F32;
         // Norms, the activation and gradients while one block is taken back.
@@ -138,7 +139,7 @@ impl Footprint {
         let rounded = if options.dtype == Precision::F32 { 0 } else { logits * element };
         let head = logits * F32 + rounded + 2 * tokens * h * F32;
         Self {
-            state: frozen + parameters * (3 * F32 + copies),
+            state: frozen + parameters * (3 * F32 + copies) + averages,
             gradients: [head_gradient.min(last), last],
             boundaries: (config.num_hidden_layers as u64 + 1) * tokens * h * F32,
             block: tokens * kept,
@@ -166,8 +167,8 @@ impl Footprint {
 /// A number of bytes as people write it: `6GiB`, `500 MB`, `1073741824`.
 ///
 /// # Errors
-/// Names what was written and what is expected.
-pub fn parse_bytes(text: &str) -> Result<u64> {
+/// Names the key, what was written and what is expected.
+pub fn parse_bytes(key: &str, text: &str) -> Result<u64> {
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let unit = match unit.trim().to_ascii_lowercase().as_str() {
@@ -182,7 +183,7 @@ pub fn parse_bytes(text: &str) -> Result<u64> {
     };
     match number.parse::<f64>().map(|number| number * unit) {
         Ok(bytes) if bytes.is_finite() && bytes >= 1.0 => Ok(bytes as u64),
-        _ => Err(Error::usage(format!("`memory_budget` is `{text}`, expected a size"))
+        _ => Err(Error::usage(format!("`{key}` is `{text}`, expected a size"))
             .hint("for example \"6GiB\" or \"500MB\"")),
     }
 }
@@ -237,6 +238,9 @@ mod tests {
         // 18 bytes a trained parameter, of which 4 are the gradient's.
         let state = Footprint::new(&smollm2(), &bf16, 1).state;
         assert_eq!(state, 14 * count(&smollm2()) as u64);
+        let averaged = StepOptions { averages: true, ..bf16 };
+        let state = Footprint::new(&smollm2(), &averaged, 1).state;
+        assert_eq!(state, 20 * count(&smollm2()) as u64);
     }
 
     /// `arriero bench sft --batch 4 --seq 512` on SmolLM2-135M, as measured on two AVX2 cores.
@@ -254,11 +258,11 @@ mod tests {
 
     #[test]
     fn sizes_and_modes_are_read_as_people_write_them() {
-        assert_eq!(parse_bytes("6GiB").unwrap(), 6 << 30);
-        assert_eq!(parse_bytes("1.5 MB").unwrap(), 1_500_000);
-        assert_eq!(parse_bytes("4096").unwrap(), 4096);
+        assert_eq!(parse_bytes("memory_budget", "6GiB").unwrap(), 6 << 30);
+        assert_eq!(parse_bytes("memory_budget", "1.5 MB").unwrap(), 1_500_000);
+        assert_eq!(parse_bytes("memory_budget", "4096").unwrap(), 4096);
         for wrong in ["", "GiB", "6 GiBs", "-1", "0"] {
-            let error = parse_bytes(wrong).unwrap_err().to_string();
+            let error = parse_bytes("memory_budget", wrong).unwrap_err().to_string();
             assert!(error.starts_with(&format!("`memory_budget` is `{wrong}`")), "{error}");
         }
         let read = |text: &str| serde_json::from_str::<Recompute>(text);

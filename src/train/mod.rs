@@ -2,6 +2,7 @@
 //! [`Objective`](crate::loss::Objective) says what a log-probability is worth.
 
 pub mod checkpoint;
+pub mod ema;
 pub mod feed;
 pub mod fit;
 pub mod learner;
@@ -12,6 +13,7 @@ pub mod settings;
 pub mod step;
 pub mod update;
 
+pub use ema::Ema;
 pub use feed::Data;
 pub use fit::{Job, fit};
 pub use learner::Learner;

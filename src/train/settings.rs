@@ -65,6 +65,9 @@ pub struct Settings {
     pub dtype: Precision,
     /// Element type of the saved weights.
     pub save_dtype: Precision,
+    /// Evaluate and save an exponential moving average of the weights, which keeps this much of itself at each step: 0.999
+    /// averages about the last 1000 steps; 0 keeps none.
+    pub ema_decay: f64,
     /// Prompts of the held-out set to answer at each evaluation, for people to read.
     pub eval_samples: usize,
     /// Shuffle the examples anew each epoch.
@@ -102,6 +105,7 @@ impl Default for Settings {
             load_best_model_at_end: false,
             dtype: Precision::F32,
             save_dtype: Precision::F32,
+            ema_decay: 0.0,
             eval_samples: 0,
             shuffle: true,
             streaming: false,
@@ -128,6 +132,7 @@ impl Settings {
             dtype: self.dtype,
             adapted: None,
             optimizer_in_backward: self.optimizer_in_backward,
+            averages: self.ema_decay > 0.0,
         })
     }
 
@@ -136,7 +141,7 @@ impl Settings {
             return Ok(u64::MAX);
         }
         if !self.memory_budget.is_empty() {
-            return parse_bytes(&self.memory_budget);
+            return parse_bytes("memory_budget", &self.memory_budget);
         }
         available().map(|free| (free + held) / 10 * 9).ok_or_else(|| {
             Error::usage("how much memory is free is not known on this system")
@@ -195,6 +200,7 @@ impl Settings {
             ("adam_beta1", self.adam_beta1),
             ("adam_beta2", self.adam_beta2),
             ("warmup_ratio", self.warmup_ratio),
+            ("ema_decay", self.ema_decay),
         ] {
             if !(0.0..1.0).contains(&value) {
                 return Err(Error::usage(format!(
@@ -209,7 +215,7 @@ impl Settings {
             .hint("a stream does not know how long an epoch is: set max_steps"));
         }
         if !self.memory_budget.is_empty() {
-            parse_bytes(&self.memory_budget)?;
+            parse_bytes("memory_budget", &self.memory_budget)?;
         }
         if self.optimizer_in_backward && self.max_grad_norm > 0.0 {
             return Err(Error::usage(format!(

@@ -30,6 +30,8 @@ pub struct StepOptions {
     pub adapted: Option<Adapted>,
     /// Weights move in the backward pass: see [`update`](super::update::update).
     pub optimizer_in_backward: bool,
+    /// A moving average of the weights is held beside them: see [`Ema`](super::Ema).
+    pub averages: bool,
 }
 
 impl StepOptions {
@@ -42,6 +44,7 @@ impl StepOptions {
             dtype: Precision::F32,
             adapted: None,
             optimizer_in_backward: false,
+            averages: false,
         }
     }
 

@@ -7,13 +7,13 @@ use candle_core::Device;
 use super::peft::{self, AdapterConfig, Saved};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
-use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::model::checkpoint::{Checkpoint, INDEX, LoadOptions, SINGLE};
 use crate::model::{Architecture, params};
 use crate::store;
 
-/// Whether a directory holds an adapter and no model of its own.
+/// Whether a directory holds an adapter and no weights of its own.
 pub fn is_adapter(dir: &Path) -> bool {
-    dir.join(peft::CONFIG).is_file() && !dir.join("config.json").is_file()
+    dir.join(peft::CONFIG).is_file() && !dir.join(SINGLE).exists() && !dir.join(INDEX).exists()
 }
 
 /// The base that an adapter names: a path, seen from here or from the adapter's directory, or a hub id.

@@ -15,7 +15,8 @@ use crate::store;
 
 /// The file that makes a directory an adapter.
 pub const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: &str = "adapter_model.safetensors";
+/// The factors.
+pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
 /// What peft puts before a name of the base model.
 const PREFIX: &str = "base_model.model.";
 
@@ -175,7 +176,7 @@ pub fn read(dir: &Path, device: &Device) -> Result<Saved> {
     let config = AdapterConfig::read(dir)?;
     let path = dir.join(WEIGHTS);
     let tensors = tensor_file::read(&path, device)?;
-    let base = tensor_file::metadata(&path)?.remove(BASE);
+    let base = base(dir)?;
     let (mut factors, mut weights) = (Weights::new(), Weights::new());
     for (name, tensor) in tensors {
         let plain = name.strip_prefix(PREFIX).unwrap_or(&name).to_owned();
@@ -222,7 +223,15 @@ fn assemble(config: &AdapterConfig, mut factors: Weights) -> Result<Adapters> {
 }
 
 /// The key of the safetensors file's own metadata that names the base.
-const BASE: &str = "base_fingerprint";
+pub(crate) const BASE: &str = "base_fingerprint";
+
+/// What the files of an adapter say of the base that it was trained beside.
+///
+/// # Errors
+/// Files that are missing or damaged.
+pub fn base(dir: &Path) -> Result<Option<String>> {
+    Ok(tensor_file::metadata(&dir.join(WEIGHTS))?.remove(BASE))
+}
 
 /// Writes factors, magnitudes and fully trained parameters, all by the model's own names.
 ///

@@ -1,0 +1,493 @@
+//! Several checkpoints into one, tensor by tensor and piece by piece: what is held in memory does not grow with the
+//! models (GGUF files apart, of which one tensor is).
+//!
+//! Every method is a weighted sum whose shares may differ from tensor to tensor. Sums are f32. Averages of PEFT adapters
+//! are averages of their factors: the mean of `A` and of `B` is not the mean of the products `B A` that they stand for.
+
+use std::path::Path;
+
+use candle_core::DType;
+use serde_json::{Map, Value};
+
+use super::checkpoint::Checkpoint;
+use super::lora::peft;
+use super::on_disk::{AdapterFiles, Kind, OnDisk};
+use super::save::{Files, shards, write_index};
+use super::{Config, Weights, tensor_file};
+use crate::data::tokenizer::ChatTokenizer;
+use crate::error::{Context, Error, Result};
+use crate::store::{self, AtomicDir};
+
+/// Numbers of one tensor that are summed at a time.
+const PIECE: usize = 1 << 18;
+
+/// Cosines beyond this are those of parallel tensors (mergekit's `DOT_THRESHOLD`).
+const NEARLY_PARALLEL: f64 = 0.9995;
+
+/// What each model contributes to a tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Shares {
+    /// The same of every tensor: one share a model.
+    Fixed(Vec<f64>),
+    /// Of two models, as on the arc between them (Shoemake, 1985): at 0 the first, at 1 the second.
+    Spherical(f64),
+}
+
+/// How the result is written.
+#[derive(Clone, Copy, Debug)]
+pub struct Output {
+    /// The stored type; that of the first model where none is given.
+    pub dtype: Option<DType>,
+    /// The size in bytes above which weights go into several files; those of the first model where none is given.
+    pub shard_bytes: Option<usize>,
+}
+
+/// Refuses models whose average has no meaning: of other shapes, other mathematics or another vocabulary.
+///
+/// # Errors
+/// Names the model, the key or the tensor, and both values.
+pub fn check(models: &[OnDisk]) -> Result<()> {
+    let Some((first, others)) = models.split_first() else {
+        return Err(Error::usage("no models to average"));
+    };
+    others.iter().try_for_each(|other| check_pair(first, other).at(&other.name))
+}
+
+/// Writes the average of `models` as the new directory `dir`, with the first model's configuration, tokenizer and chat
+/// template. `watch` is told each tensor's name before its turn and may end the work.
+///
+/// # Errors
+/// All of [`check`], numbers that are not finite or beyond the stored type, I/O errors. Nothing is left behind then.
+pub fn write(
+    dir: &Path,
+    models: &[OnDisk],
+    shares: &Shares,
+    output: Output,
+    watch: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<()> {
+    check(models)?;
+    let first = &models[0];
+    let dtype = output.dtype.unwrap_or_else(|| first.dtype());
+    let size = |name: &str| first.elements(name) * dtype.size_in_bytes();
+    let sizes = first.shapes().map(|(name, _)| (name, size(name)));
+    let files: Files = match (&first.kind, output.shard_bytes) {
+        (Kind::Model(..), Some(limit)) => shards(sizes, limit),
+        _ => first.files(),
+    };
+    let texts: Vec<(&str, &str)> = match &first.kind {
+        Kind::Adapter(files) => files.base.iter().map(|base| (peft::BASE, base.as_str())).collect(),
+        Kind::Model(..) => Vec::new(),
+    };
+    let building = AtomicDir::create(dir)?;
+    for (file, names) in &files {
+        let path = building.path().join(file);
+        store::write_atomic_with(&path, |out| {
+            let shape = |name| first.shape(name).unwrap_or_default();
+            let tensors = names.iter().map(|name| (name.as_str(), shape(name)));
+            tensor_file::write_header(out, tensors, dtype, &texts)?;
+            for name in names {
+                watch(name)?;
+                let shares = shares.of(models, name)?;
+                sum(models, &shares, name, &mut |piece| {
+                    let bytes =
+                        tensor_file::to_bytes(piece, dtype).at(format!("tensor `{name}`"))?;
+                    std::io::Write::write_all(out, &bytes).map_err(|e| store::io_error(&path, e))
+                })?;
+            }
+            Ok(())
+        })?;
+    }
+    write_index(building.path(), &files, first.shapes().map(|(name, _)| size(name)).sum())?;
+    write_beside(building.path(), first, dtype)?;
+    store::move_into_place(building.path(), dir)
+}
+
+/// `Σ share · tensor` in pieces, in order.
+fn sum(
+    models: &[OnDisk],
+    shares: &[f64],
+    name: &str,
+    take: &mut dyn FnMut(&[f32]) -> Result<()>,
+) -> Result<()> {
+    let mut sum = Vec::new();
+    pieces(models, name, &mut |pieces| {
+        sum.clear();
+        sum.resize(pieces[0].len(), 0.0_f32);
+        for (piece, share) in pieces.iter().zip(shares) {
+            sum.iter_mut().zip(piece).for_each(|(sum, value)| *sum += *share as f32 * value);
+        }
+        take(&sum)
+    })
+}
+
+/// Goes over one tensor of all models in pieces.
+fn pieces(
+    models: &[OnDisk],
+    name: &str,
+    take: &mut dyn FnMut(&[Vec<f32>]) -> Result<()>,
+) -> Result<()> {
+    let elements = models[0].elements(name);
+    let mut pieces = vec![Vec::new(); models.len()];
+    for start in (0..elements).step_by(PIECE) {
+        let count = PIECE.min(elements - start);
+        for (model, piece) in models.iter().zip(&mut pieces) {
+            model.read(name, start, count, piece)?;
+        }
+        take(&pieces)?;
+    }
+    Ok(())
+}
+
+impl Shares {
+    /// The shares of one tensor.
+    fn of(&self, models: &[OnDisk], name: &str) -> Result<Vec<f64>> {
+        match self {
+            Self::Fixed(shares) => Ok(shares.clone()),
+            Self::Spherical(t) => {
+                let (mut dot, mut squares) = (0.0, [0.0; 2]);
+                pieces(models, name, &mut |pieces| {
+                    let [one, two] = pieces else {
+                        return Err(Error::usage(format!("{} models, expected 2", pieces.len())));
+                    };
+                    let product = |a: &[f32], b: &[f32]| -> f64 {
+                        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+                    };
+                    dot += product(one, two);
+                    squares[0] += product(one, one);
+                    squares[1] += product(two, two);
+                    Ok(())
+                })?;
+                Ok(spherical(*t, dot, squares).to_vec())
+            }
+        }
+    }
+}
+
+/// Shares of two vectors with this inner product and these squared norms. Where they are nearly parallel, or one is
+/// zero, the arc is the line between them, as in mergekit.
+fn spherical(t: f64, dot: f64, squares: [f64; 2]) -> [f64; 2] {
+    let norms = (squares[0] * squares[1]).sqrt();
+    let cosine = if norms > 0.0 { dot / norms } else { 1.0 };
+    if cosine.abs() > NEARLY_PARALLEL {
+        return [1.0 - t, t];
+    }
+    let angle = cosine.acos();
+    [(angle - angle * t).sin() / angle.sin(), (angle * t).sin() / angle.sin()]
+}
+
+fn check_pair(first: &OnDisk, other: &OnDisk) -> Result<()> {
+    match (&first.kind, &other.kind) {
+        (Kind::Model(config, tokenizer), Kind::Model(other_config, other_tokenizer)) => {
+            check_configs(config, other_config)?;
+            check_vocabularies(tokenizer.as_ref(), other_tokenizer.as_ref())?;
+        }
+        (Kind::Adapter(files), Kind::Adapter(other)) => check_adapters(files, other)?,
+        _ => return Err(Error::run("an adapter beside a whole model").hint("merge it first")),
+    }
+    for (name, shape) in first.shapes() {
+        match other.shape(name) {
+            Some(found) if found == shape => {}
+            Some(found) => {
+                return Err(Error::run(format!(
+                    "tensor `{name}` has shape {found:?}, in the first model {shape:?}"
+                )));
+            }
+            None => {
+                return Err(Error::run(format!(
+                    "missing tensor `{name}`, which has shape {shape:?} in the first model"
+                )));
+            }
+        }
+    }
+    match other.shapes().find(|(name, _)| first.shape(name).is_none()) {
+        None => Ok(()),
+        Some((name, shape)) => {
+            Err(Error::run(format!("tensor `{name}` {shape:?}, which the first model lacks")))
+        }
+    }
+}
+
+fn check_configs(first: &Config, other: &Config) -> Result<()> {
+    let facts = |config: &Config| {
+        [
+            ("model_type", format!("{:?}", config.family)),
+            ("architectures", format!("{:?}", config.architecture)),
+            ("vocab_size", config.vocab_size.to_string()),
+            ("hidden_size", config.hidden_size.to_string()),
+            ("intermediate_size", config.intermediate_size.to_string()),
+            ("num_hidden_layers", config.num_hidden_layers.to_string()),
+            ("num_attention_heads", config.num_attention_heads.to_string()),
+            ("num_key_value_heads", config.num_key_value_heads.to_string()),
+            ("head_dim", config.head_dim.to_string()),
+            ("rms_norm_eps", config.rms_norm_eps.to_string()),
+            ("rope_parameters", format!("{:?}", config.rope)),
+            ("tie_word_embeddings", config.tie_word_embeddings.to_string()),
+        ]
+    };
+    let both = facts(first).into_iter().zip(facts(other));
+    match both.into_iter().find(|(first, other)| first != other) {
+        None => Ok(()),
+        Some(((key, first), (_, other))) => {
+            Err(Error::run(format!("`{key}` is {other}, in the first model {first}"))
+                .hint("only models of one shape can be averaged"))
+        }
+    }
+}
+
+fn check_vocabularies(first: Option<&ChatTokenizer>, other: Option<&ChatTokenizer>) -> Result<()> {
+    let (Some(first), Some(other)) = (first, other) else {
+        return Ok(()); // without a tokenizer there is nothing to compare
+    };
+    let ids = first.vocab_size().max(other.vocab_size()) as u32;
+    match (0..ids).find(|id| first.token(*id) != other.token(*id)) {
+        None => Ok(()),
+        Some(id) => {
+            let token = |tokenizer: &ChatTokenizer| {
+                tokenizer.token(id).map_or("absent".to_owned(), |token| format!("`{token}`"))
+            };
+            Err(Error::run(format!(
+                "token {id} is {}, in the first model {}",
+                token(other),
+                token(first)
+            ))
+            .hint("the same id must mean the same in all models"))
+        }
+    }
+}
+
+/// Keys of an adapter's configuration that change what its tensors mean.
+const ADAPTER_KEYS: [&str; 12] = [
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layers_to_transform",
+];
+
+fn check_adapters(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
+    if let (Some(one), Some(two)) = (&first.base, &other.base)
+        && one != two
+    {
+        return Err(Error::run("trained beside another base than the first adapter")
+            .hint("adapters of one base can be averaged"));
+    }
+    for key in ADAPTER_KEYS {
+        let (one, two) = (adapter_value(&first.config, key), adapter_value(&other.config, key));
+        if one != two {
+            return Err(Error::run(format!("`{key}` is {two}, in the first adapter {one}"))
+                .hint("only adapters of the same rank, scale and targets can be averaged"));
+        }
+    }
+    Ok(())
+}
+
+/// The value with its lists sorted: PEFT writes sets.
+fn adapter_value(config: &Map<String, Value>, key: &str) -> Value {
+    let mut value = config.get(key).cloned().unwrap_or(Value::Null);
+    if let Value::Array(list) = &mut value {
+        list.sort_by_key(Value::to_string);
+    }
+    value
+}
+
+fn write_beside(dir: &Path, first: &OnDisk, dtype: DType) -> Result<()> {
+    match &first.kind {
+        Kind::Model(config, tokenizer) => {
+            let tokenizer = tokenizer.clone();
+            Checkpoint { config: (**config).clone(), weights: Weights::new(), tokenizer }
+                .write_beside(dir, dtype)
+        }
+        Kind::Adapter(files) => {
+            store::write_json(&dir.join(peft::CONFIG), &files.config)?;
+            files.tokenizer.iter().try_for_each(|tokenizer| tokenizer.save(dir))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::f32::consts::FRAC_1_SQRT_2;
+
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+    use crate::model::checkpoint::load_weights;
+    use crate::model::save::{SaveOptions, write_weights};
+    use crate::model::{init, params};
+
+    /// A model with one number everywhere but in its embedding, whose rows are `[x, y]`.
+    fn save(dir: &Path, [x, y]: [f32; 2], rest: f32, options: &SaveOptions) -> OnDisk {
+        let config = config();
+        let mut weights: Weights = params::shapes(&config)
+            .into_iter()
+            .map(|(name, shape)| (name, Tensor::full(rest, shape, &Device::Cpu).unwrap()))
+            .collect();
+        let rows = Tensor::new(&[[x, y]], &Device::Cpu).unwrap().repeat((4, 1)).unwrap();
+        weights.insert(params::EMBEDDING.to_owned(), rows);
+        store::create_dir(dir).unwrap();
+        write_weights(dir, &weights, options).unwrap();
+        store::write_atomic(&dir.join("config.json"), config.to_json().as_bytes()).unwrap();
+        OnDisk::open(dir.to_str().unwrap()).unwrap()
+    }
+
+    fn config() -> Config {
+        Config::from_json(
+            r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2,
+            "num_hidden_layers": 1, "intermediate_size": 3, "num_attention_heads": 1, "vocab_size": 4,
+            "tie_word_embeddings": true, "rms_norm_eps": 1e-5, "hidden_act": "silu"}"#,
+        )
+        .unwrap()
+    }
+
+    const SAME: Output = Output { dtype: None, shard_bytes: None };
+
+    /// The first row of the embedding, and one number of the rest.
+    fn averaged(home: &Path, models: &[OnDisk], shares: &Shares) -> [f32; 3] {
+        let dir = home.join("average");
+        write(&dir, models, shares, SAME, &mut |_| Ok(())).unwrap();
+        let weights = load_weights(&dir, &config(), &Device::Cpu).unwrap();
+        let rows = weights[params::EMBEDDING].to_vec2::<f32>().unwrap();
+        let rest = weights[params::FINAL_NORM].to_vec1::<f32>().unwrap();
+        [rows[0][0], rows[0][1], rest[0]]
+    }
+
+    #[test]
+    fn methods_have_the_values_that_hands_compute() {
+        let home = tempfile::tempdir().unwrap();
+        let options = SaveOptions::new(DType::F32);
+        let model = |name: &str, row, rest| save(&home.path().join(name), row, rest, &options);
+        let models = [model("a", [1.0, 0.0], 2.0), model("b", [0.0, 1.0], 4.0)];
+        let check = |shares: Shares, expected: [f32; 3]| {
+            let found = averaged(home.path(), &models, &shares);
+            let off = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off < 1e-6, "{shares:?}: {found:?}, expected {expected:?}");
+        };
+        check(Shares::Fixed(vec![0.75, 0.25]), [0.75, 0.25, 2.5]);
+        // base [0, 1] and 4, lambda 2: 4 + 2 (2 − 4) = 0.
+        check(Shares::Fixed(vec![2.0, -1.0]), [2.0, -1.0, 0.0]);
+        // The embeddings are at a right angle, so half way each has sin 45° of sin 90°; the rest is parallel: a line.
+        check(Shares::Spherical(0.5), [FRAC_1_SQRT_2, FRAC_1_SQRT_2, 3.0]);
+        // A third of a right angle: sin 60° and sin 30°.
+        check(Shares::Spherical(1.0 / 3.0), [0.866_025_4, 0.5, 2.0 + 2.0 / 3.0]);
+        check(Shares::Spherical(0.0), [1.0, 0.0, 2.0]);
+        check(Shares::Spherical(1.0), [0.0, 1.0, 4.0]);
+    }
+
+    #[test]
+    fn the_arc_ends_where_vectors_are_parallel_or_zero() {
+        let check = |[one, two]: [f64; 2], expected: [f64; 2]| {
+            let off = (one - expected[0]).abs().max((two - expected[1]).abs());
+            assert!(off < 1e-12, "{one} {two}, expected {expected:?}");
+        };
+        check(spherical(0.25, 0.9996, [1.0, 1.0]), [0.75, 0.25]);
+        check(spherical(0.25, 0.0, [0.0, 1.0]), [0.75, 0.25]);
+        check(spherical(0.5, 0.0, [1.0, 9.0]), [0.5_f64.sqrt(); 2]);
+    }
+
+    /// Random models in one file and in many; the answer is that of whole tensors in memory.
+    #[test]
+    fn shards_in_and_shards_out_need_not_be_the_same() {
+        let home = tempfile::tempdir().unwrap();
+        let config = config();
+        let random = |seed| init::random(&config, seed, &Device::Cpu).unwrap();
+        let saved = |name: &str, seed: u64, options: SaveOptions| {
+            let dir = home.path().join(name);
+            let tokenizer = None;
+            let checkpoint =
+                Checkpoint { config: config.clone(), weights: random(seed), tokenizer };
+            checkpoint.save(&dir, &options).unwrap();
+            OnDisk::open(dir.to_str().unwrap()).unwrap()
+        };
+        let whole = SaveOptions::new(DType::F32);
+        let pieces = SaveOptions { shard_bytes: 40, ..whole };
+        let (one, many) = (saved("one", 1, whole), saved("many", 2, pieces));
+        assert!(many.files().len() > 3 && one.files().len() == 1);
+        let halves = Shares::Fixed(vec![0.5, 0.5]);
+        let expected: BTreeMap<_, _> = random(1)
+            .into_iter()
+            .map(|(name, one)| {
+                let two = random(2)[&name].clone();
+                (name, ((one * 0.5).unwrap() + (two * 0.5).unwrap()).unwrap())
+            })
+            .collect();
+        let orders = [([&one, &many], None, 1), ([&many, &one], None, many.files().len())];
+        // Sizes in order: 32 8 | 24 24 | 24 8 16 | 16 16 16 8.
+        let orders = orders.into_iter().chain([([&one, &many], Some(60), 4)]);
+        for (models, shard_bytes, files) in orders {
+            let names = models.map(|model| OnDisk::open(&model.name).unwrap());
+            let dir = home.path().join("out");
+            let output = Output { dtype: None, shard_bytes };
+            write(&dir, &names, &halves, output, &mut |_| Ok(())).unwrap();
+            assert_eq!(OnDisk::open(dir.to_str().unwrap()).unwrap().files().len(), files);
+            let found = load_weights(&dir, &config, &Device::Cpu).unwrap();
+            for (name, expected) in &expected {
+                let off = (found[name].clone() - expected).unwrap().abs().unwrap();
+                let off: f32 = off.flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap();
+                assert!(off < 1e-7, "{name}: {off}");
+            }
+            store::remove(&dir).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_averaged_is_refused_by_name_and_nothing_is_left() {
+        let home = tempfile::tempdir().unwrap();
+        let options = SaveOptions::new(DType::F32);
+        let a = save(&home.path().join("a"), [1.0, 0.0], 2.0, &options);
+        let mut other = config();
+        other.rope.theta = 5.0;
+        let error = check_configs(&config(), &other).unwrap_err().to_string();
+        assert!(error.contains("`rope_parameters` is Rope { theta: 5.0"), "{error}");
+        // 3e38 is finite, its double is not.
+        let huge = save(&home.path().join("huge"), [3e38, 0.0], 2.0, &options);
+        let dir = home.path().join("out");
+        let twice = Shares::Fixed(vec![1.0, 2.0]);
+        let error = write(&dir, &[a, huge], &twice, SAME, &mut |_| Ok(())).unwrap_err().to_string();
+        assert!(
+            error.starts_with("tensor `model.embed_tokens.weight`: 4 of 8 weights are not"),
+            "{error}"
+        );
+        let left = store::entries(home.path()).unwrap();
+        assert_eq!(left.len(), 2, "{left:?}");
+    }
+
+    fn adapter(dir: &Path, alpha: u32, value: f32) -> OnDisk {
+        let config = serde_json::json!({
+            "peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": ["v_proj", "q_proj"],
+            "base_model_name_or_path": dir.display().to_string(),
+        });
+        store::write_json(&dir.join(peft::CONFIG), &config).unwrap();
+        let a = Tensor::full(value, (2, 3), &Device::Cpu).unwrap();
+        let tensors = BTreeMap::from([("base_model.model.q_proj.lora_A.weight", &a)]);
+        store::write_atomic_with(&dir.join("adapter_model.safetensors"), |out| {
+            tensor_file::write(out, &tensors, DType::F32)
+        })
+        .unwrap();
+        OnDisk::open(dir.to_str().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn adapters_of_one_shape_are_averaged_and_others_refused() {
+        let home = tempfile::tempdir().unwrap();
+        let adapter = |name: &str, alpha, value| adapter(&home.path().join(name), alpha, value);
+        let models = [adapter("a", 8, 1.0), adapter("b", 8, 4.0)];
+        let dir = home.path().join("out");
+        let shares = Shares::Fixed(vec![2.0 / 3.0, 1.0 / 3.0]);
+        write(&dir, &models, &shares, SAME, &mut |_| Ok(())).unwrap();
+        let found =
+            tensor_file::read(&dir.join("adapter_model.safetensors"), &Device::Cpu).unwrap();
+        let found: f32 = found.values().next().unwrap().max_all().unwrap().to_scalar().unwrap();
+        assert!((found - 2.0).abs() < 1e-6, "{found}");
+        let [a, _] = models;
+        let error = check(&[a, adapter("c", 16, 1.0)]).unwrap_err().to_string();
+        assert!(error.ends_with("`lora_alpha` is 16, in the first adapter 8"), "{error}");
+    }
+}

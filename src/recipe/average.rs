@@ -1,0 +1,179 @@
+//! The settings of an `average` stage, named as in mergekit.
+
+use serde::{Deserialize, Serialize};
+
+use super::plan::Dataset;
+use crate::data::prepare::SftOptions;
+use crate::error::{Error, Result};
+use crate::model::Precision;
+use crate::train::memory::parse_bytes;
+
+/// How several models become one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AverageMethod {
+    /// The weighted mean.
+    #[default]
+    Linear,
+    /// The point at `t` on the arc between two models, tensor by tensor.
+    Slerp,
+    /// `base + lambda · Σ weight · (model − base)` (Ilharco et al., 2023).
+    TaskArithmetic,
+    /// The mean of those models that do not make it worse: sorted by their loss on `eval_datasets`, each stays in where
+    /// the loss of the mean does not rise (Wortsman et al., 2022, recipe 1).
+    GreedySoup,
+}
+
+/// `average`: several checkpoints into one. Writes `checkpoint/`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Average {
+    /// The checkpoints: directories, hub ids, GGUF files, or PEFT adapters (`linear` only).
+    pub models: Vec<String>,
+    /// How they become one.
+    pub method: AverageMethod,
+    /// One weight each; none is the same for all. `linear` scales them to sum to 1; in `task_arithmetic` none is 1 each.
+    pub weights: Vec<f64>,
+    /// `slerp`: from 0, the first model, to 1, the second.
+    pub t: f64,
+    /// `task_arithmetic`: the model that the others were trained from.
+    pub base_model: String,
+    /// `task_arithmetic`: scale of the summed differences.
+    pub lambda: f64,
+    /// `greedy_soup`: held-out rows, measured as `sft` measures its `eval_datasets`.
+    pub eval_datasets: Vec<Dataset>,
+    /// `greedy_soup`: how rows become tokens.
+    pub data: SftOptions,
+    /// `greedy_soup`: a built-in chat template or a Jinja file; empty takes the first model's own.
+    pub chat_template: String,
+    /// Element type of the saved weights; that of the first model where it is absent.
+    pub save_dtype: Option<Precision>,
+    /// Size above which weights go into several files, such as `"2GB"`; empty: files as the first model has them.
+    pub max_shard_size: String,
+}
+
+impl Default for Average {
+    fn default() -> Self {
+        Self {
+            models: Vec::new(),
+            method: AverageMethod::Linear,
+            weights: Vec::new(),
+            t: 0.5,
+            base_model: String::new(),
+            lambda: 1.0,
+            eval_datasets: Vec::new(),
+            data: SftOptions::default(),
+            chat_template: String::new(),
+            save_dtype: None,
+            max_shard_size: String::new(),
+        }
+    }
+}
+
+impl Average {
+    /// Refuses settings that cannot be acted on.
+    ///
+    /// # Errors
+    /// Names the key, its value and what was expected.
+    pub fn check(&self) -> Result<()> {
+        if self.models.is_empty() {
+            return Err(Error::usage("`models` is missing").hint("a list of checkpoints"));
+        }
+        self.check_weights()?;
+        self.check_method()?;
+        self.shard_bytes().map(|_| ())
+    }
+
+    /// `max_shard_size` in bytes, where it is given.
+    ///
+    /// # Errors
+    /// Not a size.
+    pub fn shard_bytes(&self) -> Result<Option<usize>> {
+        let text = &self.max_shard_size;
+        let bytes = || parse_bytes("max_shard_size", text).map(|bytes| bytes as usize);
+        (!text.is_empty()).then(bytes).transpose()
+    }
+
+    fn check_weights(&self) -> Result<()> {
+        let weights = &self.weights;
+        if weights.is_empty() {
+            return Ok(());
+        }
+        if weights.len() != self.models.len() {
+            let (entries, models) = (weights.len(), self.models.len());
+            return Err(Error::usage(format!(
+                "`weights` has {entries} entries for {models} models"
+            ))
+            .hint("one weight a model, or none for equal weights"));
+        }
+        let weighted = [AverageMethod::Linear, AverageMethod::TaskArithmetic];
+        if !weighted.contains(&self.method) {
+            return Err(Error::usage("`weights` with a method that has none")
+                .hint("`slerp` has `t`; the models of a soup weigh the same"));
+        }
+        if weights.iter().any(|weight| !weight.is_finite()) {
+            return Err(Error::usage("`weights` has an entry that is not finite"));
+        }
+        let sum: f64 = weights.iter().sum();
+        if self.method == AverageMethod::Linear && sum <= 0.0 {
+            return Err(Error::usage(format!("`weights` sum to {sum}, expected more than 0")));
+        }
+        Ok(())
+    }
+
+    fn check_method(&self) -> Result<()> {
+        let (method, models) = (self.method, self.models.len());
+        if method == AverageMethod::Slerp && models != 2 {
+            return Err(Error::usage(format!("`models` has {models} entries, `slerp` takes 2")));
+        }
+        if !(0.0..=1.0).contains(&self.t) {
+            return Err(Error::usage(format!("`t` is {}, expected 0 to 1", self.t)));
+        }
+        if !self.lambda.is_finite() {
+            return Err(Error::usage(format!("`lambda` is {}, expected a number", self.lambda)));
+        }
+        // What a method does not look at may come from [defaults].
+        if method == AverageMethod::TaskArithmetic && self.base_model.is_empty() {
+            return Err(Error::usage("`base_model` is missing, which `task_arithmetic` needs")
+                .hint("the model that the others were trained from"));
+        }
+        if method == AverageMethod::GreedySoup && self.eval_datasets.is_empty() {
+            return Err(Error::usage("`eval_datasets` is missing, by which `greedy_soup` decides")
+                .hint("held-out rows of the kind that the models were trained on"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_that_a_method_cannot_use_are_refused() {
+        let two = || vec!["a".to_owned(), "b".to_owned()];
+        let linear = Average { models: two(), ..Average::default() };
+        let check = |spec: Average, expected: &str| {
+            let text = spec.check().unwrap_err().to_string();
+            assert!(text.starts_with(expected), "{text}");
+        };
+        linear.check().unwrap();
+        check(Average::default(), "`models` is missing");
+        check(Average { weights: vec![1.0], ..linear.clone() }, "`weights` has 1 entries for 2");
+        check(Average { weights: vec![1.0, -1.0], ..linear.clone() }, "`weights` sum to 0");
+        check(Average { weights: vec![1.0, f64::NAN], ..linear.clone() }, "`weights` has an entry");
+        check(
+            Average { max_shard_size: "2 apples".to_owned(), ..linear.clone() },
+            "`max_shard_size`",
+        );
+        let of = |method| Average { method, ..linear.clone() };
+        of(AverageMethod::Slerp).check().unwrap();
+        check(of(AverageMethod::TaskArithmetic), "`base_model` is missing");
+        check(of(AverageMethod::GreedySoup), "`eval_datasets` is missing");
+        check(Average { t: 1.5, ..of(AverageMethod::Slerp) }, "`t` is 1.5");
+        let slerp = Average { weights: vec![1.0, 1.0], ..of(AverageMethod::Slerp) };
+        check(slerp, "`weights` with a method");
+        let one = Average { models: vec!["a".to_owned()], ..of(AverageMethod::Slerp) };
+        check(one, "`models` has 1 entries");
+    }
+}

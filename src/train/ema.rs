@@ -1,0 +1,70 @@
+//! An exponential moving average of the weights in training (Polyak averaging): `e ← decay · e + (1 − decay) · w` after
+//! each optimizer step, from the weights that training starts with, in f32.
+//!
+//! What is evaluated and saved is the average; what is trained never sees it.
+
+use rayon::prelude::*;
+
+use super::{Learner, Settings};
+use crate::error::{Context, Result};
+use crate::ops::cpu;
+use crate::optim::Param;
+
+const CHUNK: usize = 1 << 16;
+
+/// The average: a model of its own, which no optimizer moves.
+#[derive(Debug)]
+pub struct Ema {
+    decay: f32,
+    average: Learner,
+}
+
+impl Ema {
+    /// An average that begins at the learner's weights, where the settings ask for one.
+    ///
+    /// # Errors
+    /// A device that is out of memory.
+    pub fn new(learner: &Learner, settings: &Settings) -> Result<Option<Self>> {
+        if settings.ema_decay <= 0.0 {
+            return Ok(None);
+        }
+        let config = learner.model().config();
+        let average = Learner::with(config, learner.weights(), settings.dtype, |_| false)?;
+        Ok(Some(Self { decay: settings.ema_decay as f32, average }))
+    }
+
+    /// The averaged model.
+    pub fn learner(&self) -> &Learner {
+        &self.average
+    }
+
+    /// Moves the average towards the learner's weights.
+    ///
+    /// # Errors
+    /// Names a parameter that cannot be read or written.
+    pub fn update(&self, learner: &Learner) -> Result<()> {
+        let pairs = self.average.params().iter().zip(learner.params().values());
+        pairs.into_iter().try_for_each(|((name, average), param)| self.mix(average, param).at(name))
+    }
+
+    fn mix(&self, average: &Param, param: &Param) -> Result<()> {
+        let (keep, take) = (self.decay, 1.0 - self.decay);
+        if !average.master.device().is_cpu() {
+            let kept = (average.master.as_tensor().detach() * f64::from(keep))?;
+            return average.set(&(kept + (param.master.as_tensor().detach() * f64::from(take))?)?);
+        }
+        cpu::with_slice_mut(&average.master, |average: &mut [f32]| {
+            cpu::with_slice(&param.master, |param: &[f32]| {
+                let chunks = average.par_chunks_mut(CHUNK).zip(param.par_chunks(CHUNK));
+                chunks.for_each(|(average, param)| {
+                    let pairs = average.iter_mut().zip(param);
+                    pairs.for_each(|(average, param)| *average = keep * *average + take * param);
+                });
+            })
+        })??;
+        match &average.copy {
+            Some(copy) => Ok(copy.set(&average.master.to_dtype(copy.dtype())?)?),
+            None => Ok(()),
+        }
+    }
+}
