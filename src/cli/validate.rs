@@ -49,7 +49,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
 
 fn describe(plan: &Plan, step: &Step) -> Result<()> {
     output::line(&format!("\n{} ({})", step.id, step.spec.kind().name()));
-    if let Some(training) = Training::of(&step.spec) {
+    if let Some(training) = Training::of(&step.spec, step.seed) {
         let rows = training.rows()?;
         let steps = match rows {
             Some(rows) => {
@@ -96,7 +96,7 @@ struct Training<'a> {
 }
 
 impl<'a> Training<'a> {
-    fn of(spec: &'a Spec) -> Option<Self> {
+    fn of(spec: &'a Spec, seed: u64) -> Option<Self> {
         let (model, datasets, chat_template, settings, rule) = match spec {
             Spec::Sft(s) => (
                 &s.model_name_or_path,
@@ -105,13 +105,9 @@ impl<'a> Training<'a> {
                 &s.train,
                 Rule::Sft(s.data.clone()),
             ),
-            Spec::Reward(s) => (
-                &s.model_name_or_path,
-                &s.datasets,
-                &s.chat_template,
-                &s.train,
-                Rule::Pairs(s.data.clone()),
-            ),
+            Spec::Reward(s) => {
+                (&s.model_name_or_path, &s.datasets, &s.chat_template, &s.train, s.rule(seed))
+            }
             Spec::Dpo(s) => (
                 &s.model_name_or_path,
                 &s.datasets,
@@ -147,7 +143,9 @@ impl<'a> Training<'a> {
 
 /// Prints the first rows of a training stage as the model will see them.
 fn show_rows(plan: &Plan, step: &Step, count: usize) -> Result<()> {
-    let Some(training) = Training::of(&step.spec).filter(|_| count > 0) else { return Ok(()) };
+    let Some(training) = Training::of(&step.spec, step.seed).filter(|_| count > 0) else {
+        return Ok(());
+    };
     let Some(origin) = estimate::origin(plan, training.model) else { return Ok(()) };
     let Some(sources) = training.sources() else { return Ok(()) };
     let (_, Some(mut tokenizer)) = peek(&origin)? else { return Ok(()) };

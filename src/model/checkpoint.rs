@@ -230,7 +230,7 @@ fn is_derived(name: &str) -> bool {
 
 /// Some writers store the tied head a second time. It is dropped, after a check that it is a copy.
 fn drop_tied_head(config: &Config, weights: &mut Weights) -> Result<()> {
-    if config.architecture == Architecture::SequenceClassification || !config.tie_word_embeddings {
+    if config.architecture != Architecture::CausalLm || !config.tie_word_embeddings {
         return Ok(());
     }
     let Some(head) = weights.remove(params::HEAD) else { return Ok(()) };

@@ -18,6 +18,7 @@ pub mod gradients;
 pub mod heads;
 pub mod hub;
 pub mod init;
+pub mod labels;
 pub mod params;
 mod precision;
 mod refusals;

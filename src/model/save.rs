@@ -58,7 +58,7 @@ impl Checkpoint {
         params::check(&self.config, &self.weights)?;
         let mut config = self.config.clone();
         config.dtype = options.dtype;
-        if config.architecture == Architecture::SequenceClassification {
+        if config.architecture != Architecture::CausalLm {
             config.pad_token_id = Some(self.reward_pad()?);
         }
         write_weights(dir, &self.weights, options)?;
