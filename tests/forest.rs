@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use arriero::data::forest::Forest;
 use arriero::data::tree::{Role, Segment, Tree};
 use arriero::loss::preference::{Preference, Summing};
-use arriero::loss::reward::Reward;
+use arriero::loss::reward::{Correctness, Regression, Reward};
 use arriero::loss::sft::Sft;
 use arriero::loss::{Objective, Readout};
 use arriero::model::Precision;
@@ -32,6 +32,7 @@ fn base() -> (Config, Weights) {
 fn reward_base() -> (Config, Weights) {
     let (mut config, mut weights) = base();
     config.architecture = Architecture::SequenceClassification;
+    config.labels = vec!["reward".to_owned()];
     weights.remove("lm_head.weight");
     let score = Stream::new(3, "score").normal(0, config.hidden_size, 0.1);
     weights.insert(
@@ -39,6 +40,29 @@ fn reward_base() -> (Config, Weights) {
         Tensor::from_vec(score, (1, config.hidden_size), &Device::Cpu).unwrap(),
     );
     (config, weights)
+}
+
+/// A base with a head of two outputs and a bias.
+fn process_base() -> (Config, Weights) {
+    let (config, weights) = base();
+    let base = Checkpoint { config, weights, tokenizer: None };
+    let Checkpoint { config, mut weights, .. } =
+        base.into_scorer(Architecture::TokenClassification, &["wrong", "right"], 5).unwrap();
+    let bias = Tensor::new(&[0.25_f32, -0.5], &Device::Cpu).unwrap();
+    weights.insert("score.bias".to_owned(), bias);
+    (config, weights)
+}
+
+/// An answer in three steps, the last of which is wrong.
+fn steps(seed: u64) -> Tree {
+    let mut rng = Stream::new(seed, "steps").at(0, 0);
+    let parts = (0..3).map(|_| {
+        let len = rng.random_range(1..6);
+        (tokens(&mut rng, len), vec![Role::Content; len])
+    });
+    let parts = parts.collect();
+    let labels = [1.0, 1.0, 0.0].map(|label| vec![Some(label)]).to_vec();
+    Tree::chain(tokens(&mut rng, 4), parts, seed as usize).labelled(labels)
 }
 
 fn tokens(rng: &mut impl Rng, len: usize) -> Vec<u32> {
@@ -66,7 +90,7 @@ fn random_tree(seed: u64) -> Tree {
     twin.tokens.extend(tokens(&mut rng, 2));
     twin.roles.extend([Role::Content, Role::Format]);
     segments.push(twin);
-    Tree { segments, source: seed as usize }
+    Tree { segments, labels: Vec::new(), source: seed as usize }
 }
 
 /// Each sequence of a tree as a tree of its own.
@@ -190,7 +214,7 @@ fn reward_models_score_siblings_as_separate_rows() {
     let mut trees: Vec<Tree> = (0..4).map(pair).collect();
     let third = (vec![9, 8, 2], vec![Role::Content, Role::Content, Role::Format]);
     trees[0].segments.push(Segment { parent: Some(0), tokens: third.0, roles: third.1 });
-    let objective = Reward { center_coefficient: 0.01 };
+    let objective = Reward { center_coefficient: 0.01, ..Reward::default() };
     let shared = run(&learner, &objective, &trees, OPTIONS);
     same(
         &shared,
@@ -200,6 +224,58 @@ fn reward_models_score_siblings_as_separate_rows() {
             &unshared(&trees),
             StepOptions { recompute: Recompute::Block, ..StepOptions::new(1) },
         ),
+    );
+}
+
+/// A part of a chain with all before it as its prompt.
+fn prefix(chain: &Tree, part: usize) -> Tree {
+    let (mut tokens, mut roles) = chain.unroll(part);
+    let own = chain.segments[part].tokens.len();
+    let before = tokens.len() - own;
+    roles[..before].fill(Role::Context);
+    let last = (tokens.split_off(before), roles.split_off(before));
+    Tree::siblings(tokens, vec![last], chain.source).labelled(vec![chain.labels[part - 1].clone()])
+}
+
+#[test]
+fn steps_of_a_chain_are_scored_as_if_nothing_followed_them() {
+    let (config, weights) = process_base();
+    let learner = Learner::new(&config, &weights).unwrap();
+    let chains: Vec<Tree> = (0..4).map(steps).collect();
+    let prefixes: Vec<Tree> =
+        chains.iter().flat_map(|chain| (1..4).map(|part| prefix(chain, part))).collect();
+    let read = |trees: &[Tree]| {
+        let forest = Forest::pack(trees).unwrap();
+        step::read(learner.model(), Readout::Scores, &forest).unwrap()
+    };
+    let (chained, apart) = (read(&chains), read(&prefixes));
+    assert_eq!(chained.len(), 4 * 3 * 2);
+    for (one, other) in chained.iter().zip(&apart) {
+        assert!((one - other).abs() < 1e-5, "{chained:?} {apart:?}");
+    }
+    let objective = Correctness { outputs: 2 };
+    same(
+        &run(&learner, &objective, &chains, OPTIONS),
+        &run(&learner, &objective, &prefixes, StepOptions::new(1)),
+    );
+}
+
+#[test]
+fn ratings_of_responses_beside_each_other_are_those_of_separate_rows() {
+    let (config, weights) = base();
+    let attributes = ["helpfulness", "verbosity", "coherence"].map(str::to_owned).to_vec();
+    let model = Checkpoint { config, weights, tokenizer: None }
+        .into_scorer(Architecture::SequenceClassification, &attributes, 5)
+        .unwrap();
+    let learner = Learner::new(&model.config, &model.weights).unwrap();
+    let ratings = vec![vec![Some(4.0), None, Some(1.0)], vec![Some(0.0), Some(2.0), None]];
+    let trees: Vec<Tree> = (0..4).map(|seed| pair(seed).labelled(ratings.clone())).collect();
+    let apart: Vec<Tree> =
+        unshared(&trees).into_iter().map(|tree| tree.labelled(ratings.clone())).collect();
+    let objective = Regression { attributes };
+    same(
+        &run(&learner, &objective, &trees, OPTIONS),
+        &run(&learner, &objective, &apart, StepOptions::new(1)),
     );
 }
 
@@ -218,11 +294,16 @@ fn no_split_into_micro_batches_changes_a_gradient() {
 
 #[test]
 fn every_parameter_moves_and_frozen_ones_keep_their_bits() {
-    for (config, weights) in [base(), reward_base()] {
-        let trees: Vec<Tree> = (0..4).map(pair).collect();
+    for (config, weights) in [base(), reward_base(), process_base()] {
+        let trees: Vec<Tree> = if config.architecture == Architecture::TokenClassification {
+            (0..4).map(steps).collect()
+        } else {
+            (0..4).map(pair).collect()
+        };
         let objective: Box<dyn Objective> = match config.architecture {
             Architecture::CausalLm => Box::new(dpo(true, &trees)),
             Architecture::SequenceClassification => Box::new(Reward::default()),
+            Architecture::TokenClassification => Box::new(Correctness { outputs: 2 }),
         };
         let frozen =
             |name: &str| name.starts_with("model.layers.0.") || name == "model.embed_tokens.weight";

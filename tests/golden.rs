@@ -445,14 +445,24 @@ fn golden_d_reward_model() {
                 let roles = vec![Role::Content; tokens.len()];
                 (tokens, roles)
             };
+            let margin = pair["margin"].as_f64();
+            let labels = vec![vec![Some(0.0), margin], vec![Some(1.0), Some(0.0)]];
             Tree::siblings(Vec::new(), vec![side("chosen_ids"), side("rejected_ids")], row)
+                .labelled(labels)
         })
         .collect();
     let forest = Forest::pack(&trees).unwrap();
     let scores = step::read(learner.model(), Readout::Scores, &forest).unwrap();
-    for (name, center_coefficient) in [("plain", 0.0), ("center0.01", 0.01)] {
+    let cases = [
+        ("plain", false, 0.0),
+        ("center0.01", false, 0.01),
+        ("margin", true, 0.0),
+        ("margin_center0.01", true, 0.01),
+    ];
+    assert_eq!(golden["cases"].as_object().unwrap().len(), cases.len());
+    for (name, use_margin, center_coefficient) in cases {
         let case = &golden["cases"][name];
-        let objective = Reward { center_coefficient };
+        let objective = Reward { use_margin, center_coefficient, ..Reward::default() };
         let (grads, report) =
             step::gradients(&learner, &objective, &refs(&trees), OPTIONS).unwrap();
         assert_close(report.loss, case["loss"].as_f64().unwrap(), 1e-5, name);

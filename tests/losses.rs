@@ -11,6 +11,7 @@ use arriero::data::tree::{Role, Tree};
 use arriero::loss::preference::{
     FDivergence, LossOptions, Pair, PairLoss, Preference, PreferenceLoss, Sides, Summing, Unpaired,
 };
+use arriero::loss::ranking::Ranking;
 use arriero::loss::{Objective, StepTotals, Weighed};
 use serde_json::Value;
 
@@ -552,6 +553,7 @@ fn objective() -> Preference {
         options: options(0.6, 0.1),
         sft_weight: 0.2,
         summing: Summing { mask_formatting_tokens: true, ld_alpha: 1.0 },
+        ranking: Ranking::AllPairs,
         reference: (0..3).map(|row| (row, vec![-3.0 + row as f64, -4.0, -2.5])).collect(),
         margins: BTreeMap::new(),
     }
@@ -714,6 +716,58 @@ fn unpaired_kto_is_the_mean_over_labelled_responses() {
     }
 }
 
+/// Lists of three as all pairs, neighbouring pairs, or whole, against the formulas; token gradients by finite differences.
+#[test]
+fn ranked_lists_are_compared_as_pairs_or_as_a_whole() {
+    let (trees, logps) = step();
+    let forest = Forest::pack(&trees).unwrap();
+    let plain =
+        Preference { losses: vec![(Sigmoid, 1.0)], options: options(0.6, 0.0), ..objective() };
+    let rewards: Vec<Vec<f64>> = plain
+        .summing
+        .trees(&forest, &logps)
+        .iter()
+        .map(|(row, responses)| {
+            let ratios = responses.iter().zip(&plain.reference[row]);
+            ratios.map(|(response, reference)| 0.6 * (response.logp - reference)).collect()
+        })
+        .collect();
+    let pair =
+        |list: &[f64], better: usize, worse: usize| (1.0 + (list[worse] - list[better]).exp()).ln();
+    let neighbours = |list: &Vec<f64>| pair(list, 0, 1) + pair(list, 1, 2);
+    let all = |list: &Vec<f64>| neighbours(list) + pair(list, 0, 2);
+    let whole = |list: &Vec<f64>| {
+        let [a, b, c] = [list[0].exp(), list[1].exp(), list[2].exp()];
+        -(a / (a + b + c) * b / (b + c)).ln()
+    };
+    let over = |formula: &dyn Fn(&Vec<f64>) -> f64| rewards.iter().map(formula).sum::<f64>();
+    for (ranking, count, expected) in [
+        (Ranking::AllPairs, 9.0, over(&all)),
+        (Ranking::Adjacent, 6.0, over(&neighbours)),
+        (Ranking::PlackettLuce, 3.0, over(&whole)),
+    ] {
+        let objective = Preference { ranking, ..plain.clone() };
+        let totals = StepTotals { counts: objective.counts(&forest), statistics: Vec::new() };
+        assert_near(totals.counts[0], count, 0.0, "count");
+        let weighed = objective.weigh(&forest, &logps, &totals).unwrap();
+        assert_near(weighed.sums[0], expected, 1e-9, "sum");
+        let loss = |logps: &[f32]| {
+            let sums = objective.weigh(&forest, logps, &totals).unwrap().sums;
+            sums[0] / totals.counts[0] + 0.2 * sums[1] / totals.counts[1]
+        };
+        for at in 0..logps.len() {
+            let moved = |h: f32| {
+                let mut logps = logps.clone();
+                logps[at] += h;
+                loss(&logps)
+            };
+            let difference = (moved(1.0 / 64.0) - moved(-1.0 / 64.0)) * 32.0;
+            let what = format!("{ranking:?}, target {at}");
+            assert_near(f64::from(weighed.d_values[at]), difference, 2e-4, &what);
+        }
+    }
+}
+
 #[test]
 fn bad_pairs_are_refused_with_their_row() {
     let (trees, logps) = step();
@@ -725,11 +779,19 @@ fn bad_pairs_are_refused_with_their_row() {
     let mut no_reference = objective();
     no_reference.reference.remove(&1);
     assert_eq!(error(&no_reference, &forest), "row 1: no reference log-probability was computed");
-    let three = Preference { losses: vec![(Sigmoid, 1.0)], ..objective() };
+    let lone = Tree::siblings(vec![1, 5], vec![response(&[7, 2])], 4);
     assert_eq!(
-        error(&three, &forest),
-        "row 0: 3 responses, expected two: a chosen and a rejected one"
+        error(&objective(), &Forest::pack([&lone]).unwrap()),
+        "row 4: 1 response, expected two or more, best first"
     );
+    let three = format!("{:?}", objective().check_tree(&trees[0]).unwrap_err());
+    assert!(three.starts_with("3 ranked responses, expected two (hint: `kto`"), "{three}");
+    let mut twins = trees[0].clone();
+    twins.segments[3] = twins.segments[1].clone();
+    let plain = Preference { losses: vec![(Sigmoid, 1.0)], ..objective() };
+    plain.check_tree(&trees[0]).unwrap();
+    let twins = plain.check_tree(&twins).unwrap_err().to_string();
+    assert_eq!(twins, "responses 0 and 2 are the same tokens");
     let rpo = Preference { losses: vec![(RpoBwdKl, 1.0), (Kto, 1.0)], ..objective() };
     assert!(error(&rpo, &forest).starts_with("row 0: the row has no `margin`"));
     let check = |chosen: &[u32], rejected: &[u32]| {

@@ -189,7 +189,7 @@ fn assert_same_scores(python: &Path, model: &Checkpoint, rows: &[Vec<u32>], prom
         let forest = Forest::pack(&trees).unwrap();
         let ours = step::read(&transformer, Readout::Scores, &forest).unwrap();
         for name in ["scores", "scores_alone"] {
-            let theirs = theirs[name].to_vec1::<f32>().unwrap();
+            let theirs = theirs[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
             for (ours, theirs) in ours.iter().zip(&theirs) {
                 assert!((ours - theirs).abs() <= 1e-4, "{what}, {name}: {ours} and {theirs}");
             }
@@ -285,6 +285,46 @@ fn exported_models_speak_in_llama_cpp_as_here() {
         (Encoding::F16, 0.05),
         &["What is the capital of France?"],
     );
+}
+
+#[test]
+fn rating_models_of_several_attributes_score_as_in_transformers() {
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    let model = Checkpoint::load_dir(&goldens().join("model_untied"), &Device::Cpu).unwrap();
+    let attributes = ["helpfulness", "correctness", "verbosity"];
+    let model = model.into_scorer(Architecture::SequenceClassification, &attributes, 7).unwrap();
+    let mut rows = some_rows(model.config.vocab_size as u32, 3);
+    let shared: Vec<u32> = rows[1][..3].to_vec();
+    for row in &mut rows {
+        row.splice(..3, shared.iter().copied());
+    }
+    assert_same_scores(&python, &model, &rows, 3);
+}
+
+#[test]
+fn process_reward_models_score_each_step_as_in_transformers() {
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    let model = Checkpoint::load_dir(&goldens().join("model_untied"), &Device::Cpu).unwrap();
+    let architecture = Architecture::TokenClassification;
+    let mut model = model.into_scorer(architecture, &["wrong", "right"], 7).unwrap();
+    let bias = Tensor::new(&[0.5_f32, -0.25], &Device::Cpu).unwrap();
+    model.weights.insert("score.bias".to_owned(), bias);
+    let row = some_rows(model.config.vocab_size as u32, 3).remove(1);
+    let (theirs, about) = in_transformers(&python, &model, std::slice::from_ref(&row));
+    assert_eq!(about["class"], "LlamaForTokenClassification");
+    assert!(about["missing"].as_array().unwrap().is_empty(), "{about}");
+    let part = |tokens: &[u32]| (tokens.to_vec(), vec![Role::Content; tokens.len()]);
+    let (first, last) = (row.len() / 2, row.len() - 1);
+    let parts = vec![part(&row[2..=first]), part(&row[first + 1..])];
+    let forest = Forest::pack(&[Tree::chain(row[..2].to_vec(), parts, 0)]).unwrap();
+    let transformer = Transformer::new(&model.config, &model.weights).unwrap();
+    let ours = step::read(&transformer, Readout::Scores, &forest).unwrap();
+    let theirs = theirs["logits.0"].to_vec2::<f32>().unwrap();
+    let theirs = [theirs[first].as_slice(), &theirs[last]].concat();
+    assert_eq!(ours.len(), theirs.len());
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        assert!((ours - theirs).abs() <= 1e-4, "{ours} and {theirs}");
+    }
 }
 
 /// A prompt with a right, a wrong and a chatty answer, scored by two judges.

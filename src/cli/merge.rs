@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 
 use super::output;
 use crate::error::Result;
-use crate::model::Precision;
+use crate::model::export::Encoding;
 use crate::stage::merge::{self, Merge};
 
 #[derive(Debug, Args)]
@@ -36,17 +36,25 @@ enum StoredType {
 
 /// Merges and says how far the numbers moved.
 pub(super) fn run(args: MergeArgs) -> Result<()> {
-    let dtype = match args.dtype {
-        StoredType::F32 => Precision::F32,
-        StoredType::Bf16 => Precision::Bf16,
-        StoredType::F16 => Precision::F16,
+    let encoding = match args.dtype {
+        StoredType::F32 => Encoding::F32,
+        StoredType::Bf16 => Encoding::Bf16,
+        StoredType::F16 => Encoding::F16,
     };
-    let work = Merge { adapter: args.adapter, base: args.base, out: args.out, dtype };
-    let report = merge::merge(&work)?;
-    if args.json {
-        output::line(&serde_json::to_string(&report)?);
+    let MergeArgs { adapter, out, base, json, .. } = args;
+    let work = Merge { adapter, base, out, encoding };
+    let merged = merge::merge(&work)?;
+    output::line(&if json {
+        serde_json::to_string(&merged)?
     } else {
-        output::line(&merge::summary(&report, &work.out));
-    }
+        format!(
+            "{} adapters merged into {}: outputs differ by at most {:.1e}, and by {:.1e} more as stored in {}",
+            merged.modules,
+            work.out.display(),
+            merged.max_difference,
+            merged.stored.max_logit_difference,
+            encoding.name()
+        )
+    });
     Ok(())
 }

@@ -50,7 +50,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
 
 fn describe(plan: &Plan, step: &Step) -> Result<()> {
     output::line(&format!("\n{} ({})", step.id, step.spec.kind().name()));
-    if let Some(training) = Training::of(&step.spec) {
+    if let Some(training) = Training::of(&step.spec, step.seed) {
         let rows = training.rows()?;
         let steps = match rows {
             Some(rows) => {
@@ -102,7 +102,7 @@ struct Training<'a> {
 }
 
 impl<'a> Training<'a> {
-    fn of(spec: &'a Spec) -> Option<Self> {
+    fn of(spec: &'a Spec, seed: u64) -> Option<Self> {
         let (model, datasets, chat_template, settings, lora, rule) = match spec {
             Spec::Sft(s) => (
                 &s.model_name_or_path,
@@ -118,7 +118,7 @@ impl<'a> Training<'a> {
                 &s.chat_template,
                 &s.train,
                 &s.lora,
-                Rule::Pairs(s.data.clone()),
+                s.rule(seed),
             ),
             Spec::Dpo(s) => (
                 &s.model_name_or_path,
@@ -156,7 +156,9 @@ impl<'a> Training<'a> {
 
 /// Prints the first rows of a training stage as the model will see them.
 fn show_rows(plan: &Plan, step: &Step, count: usize) -> Result<()> {
-    let Some(training) = Training::of(&step.spec).filter(|_| count > 0) else { return Ok(()) };
+    let Some(training) = Training::of(&step.spec, step.seed).filter(|_| count > 0) else {
+        return Ok(());
+    };
     let Some(origin) = estimate::origin(plan, training.model) else { return Ok(()) };
     let Some(sources) = training.sources() else { return Ok(()) };
     let (_, Some(mut tokenizer)) = peek(&origin)? else { return Ok(()) };

@@ -8,7 +8,7 @@ use std::borrow::Borrow;
 use std::ops::Range;
 
 use super::examples::Examples;
-use super::tree::{Role, Tree};
+use super::tree::{Label, Role, Tree};
 use crate::error::Result;
 
 /// Where one segment lies in the packed row.
@@ -46,9 +46,19 @@ pub struct Leaf {
     pub tree: usize,
     /// The leaf's span.
     pub span: usize,
-    /// The hidden row of the sequence's last trained token (its end-of-turn token), where a reward model is read.
-    /// The last token where nothing is trained.
-    pub end: usize,
+}
+
+/// Where a reward model is read: the last trained token of a segment, such as a response's end-of-turn token.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct End {
+    /// Which tree of the forest.
+    pub tree: usize,
+    /// The hidden row.
+    pub row: usize,
+    /// Trained tokens of the segment.
+    pub length: usize,
+    /// What the row says of it; empty where the tree has no labels.
+    pub label: Label,
 }
 
 /// A packed micro-batch. `T` = number of tokens.
@@ -62,6 +72,8 @@ pub struct Forest {
     pub spans: Vec<Span>,
     /// Sequences, tree by tree.
     pub leaves: Vec<Leaf>,
+    /// Where scores are read, tree by tree, in the order of [`Tree::scored`].
+    pub ends: Vec<End>,
     /// Every trained prediction, sequence by sequence. A target in a shared segment appears once a sequence.
     pub targets: Vec<Target>,
     /// `source` of each tree.
@@ -120,6 +132,16 @@ impl Forest {
             self.spans.push(Span { start, len, parent, position, tree: index });
         }
         self.sources.push(tree.source);
+        for (place, segment) in tree.scored().into_iter().enumerate() {
+            let roles = &tree.segments[segment].roles;
+            let last = roles.iter().rposition(|role| role.trained()).unwrap_or_default();
+            self.ends.push(End {
+                tree: index,
+                row: self.spans[first_span + segment].start + last,
+                length: roles.iter().filter(|role| role.trained()).count(),
+                label: tree.labels.get(place).cloned().unwrap_or_default(),
+            });
+        }
         for leaf in tree.leaves() {
             self.push_leaf(tree, leaf, first_span, index);
         }
@@ -128,23 +150,18 @@ impl Forest {
     fn push_leaf(&mut self, tree: &Tree, leaf: usize, first_span: usize, tree_index: usize) {
         let leaf_index = self.leaves.len() as u32;
         let mut previous: Option<usize> = None;
-        let mut end = None;
         for segment_index in tree.path(leaf) {
             let segment = &tree.segments[segment_index];
             let start = self.spans[first_span + segment_index].start;
             for (offset, (&id, &role)) in segment.tokens.iter().zip(&segment.roles).enumerate() {
-                if role.trained() {
-                    end = Some(start + offset);
-                    // The very first token of a sequence has nothing to be predicted from.
-                    if let Some(row) = previous {
-                        self.targets.push(Target { row: row as u32, id, leaf: leaf_index, role });
-                    }
+                // The very first token of a sequence has nothing to be predicted from.
+                if let Some(row) = previous.filter(|_| role.trained()) {
+                    self.targets.push(Target { row: row as u32, id, leaf: leaf_index, role });
                 }
                 previous = Some(start + offset);
             }
         }
-        let end = end.or(previous).unwrap_or_default();
-        self.leaves.push(Leaf { tree: tree_index, span: first_span + leaf, end });
+        self.leaves.push(Leaf { tree: tree_index, span: first_span + leaf });
     }
 }
 
@@ -213,6 +230,7 @@ mod tests {
                 segment(Some(0), &[7], Content),
             ],
             source: 3,
+            ..Tree::default()
         };
         let forest = Forest::pack([&tree]).unwrap();
         assert_eq!(forest.tokens, [1, 5, 9, 4, 2, 7]);
@@ -223,7 +241,10 @@ mod tests {
             forest.targets,
             [target(2, 4, 0, Content), target(3, 2, 0, Format), target(2, 7, 1, Content)]
         );
-        assert_eq!(forest.leaves.iter().map(|leaf| leaf.end).collect::<Vec<_>>(), [4, 5]);
+        assert_eq!(
+            forest.ends.iter().map(|end| (end.row, end.length)).collect::<Vec<_>>(),
+            [(4, 2), (5, 1)]
+        );
         assert_eq!(forest.sources, [3]);
     }
 
@@ -235,7 +256,7 @@ mod tests {
                 segment(Some(0), &[4], Content),
                 segment(Some(0), &[7], Content),
             ],
-            source: 0,
+            ..Tree::default()
         };
         let forest = Forest::pack([&tree]).unwrap();
         assert_eq!(forest.targets.iter().filter(|target| target.id == 5).count(), 2);
@@ -254,6 +275,20 @@ mod tests {
         // One at a time they are cut at the same places.
         let sizes: Vec<usize> = packed(&owned, 7).map(|forest| forest.unwrap().trees()).collect();
         assert_eq!(sizes, [2, 1, 2]);
+    }
+
+    #[test]
+    fn the_parts_of_a_chain_see_those_before_them_and_are_each_read_at_their_end() {
+        let part = |tokens: &[u32]| (tokens.to_vec(), vec![Content; tokens.len()]);
+        let chain = Tree::chain(vec![1, 5], vec![part(&[4, 2]), part(&[7])], 0);
+        let labelled = chain.clone().labelled(vec![vec![Some(1.0)], vec![None]]);
+        let forest = Forest::pack([&labelled]).unwrap();
+        assert_eq!(forest.positions, [0, 1, 2, 3, 4]);
+        assert_eq!(forest.path(2), [0, 1, 2]);
+        let end = |row, length, label| End { tree: 0, row, length, label: vec![label] };
+        assert_eq!(forest.ends, [end(3, 2, Some(1.0)), end(4, 1, None)]);
+        let error = chain.labelled(vec![vec![]; 3]).check().unwrap_err();
+        assert_eq!(error.to_string(), "row 0: 3 labels for 2 scored segments");
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::error::{Context, Error, Result};
 use crate::store;
 
 /// Raised when equal rows and settings give other examples than before.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// One dataset of several that are joined.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -206,7 +206,8 @@ fn nothing_to_train_on_is_said() {
 #[test]
 fn a_file_that_is_cut_damaged_or_foreign_is_not_opened() {
     let home = Home::new();
-    let tree = Tree::sequence(vec![5, 6, 7], vec![Role::Context, Role::Content, Role::Format], 0);
+    let tree = Tree::sequence(vec![5, 6, 7], vec![Role::Context, Role::Content, Role::Format], 0)
+        .labelled(vec![vec![Some(-1.5), None]]);
     let (path, hash) = (home.path("x.trees"), [3; 32]);
     let mut whole = Vec::new();
     let mut writer = Writer::new(&mut whole, &path, &hash).unwrap();
@@ -233,8 +234,8 @@ fn a_file_that_is_cut_damaged_or_foreign_is_not_opened() {
         assert_ne!(why(&flipped, &hash), "", "byte {at} flipped");
     }
     let mut newer = whole.clone();
-    newer[8] = 2;
-    assert_eq!(why(&newer, &hash), "x.trees: format version 2, expected 1");
+    newer[8] = 3;
+    assert_eq!(why(&newer, &hash), "x.trees: format version 3, expected 2");
 
     // Damage after it was opened is an error of the example that it hits.
     std::fs::write(&path, &whole).unwrap();

@@ -8,8 +8,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use super::account::{PrepareReport, Skipped};
+use super::lessons::Lesson;
 use super::record::{Message, Record, Row, Side};
 use super::render::{self, Request};
+use super::siblings::siblings;
 use super::tokenizer::ChatTokenizer;
 use super::tree::{Role, Tree};
 use crate::error::{Error, Result};
@@ -122,6 +124,13 @@ pub struct PairOptions {
     pub chat_template_kwargs: Map<String, Value>,
 }
 
+impl PairOptions {
+    /// Variables for the chat template: the stage's and the row's.
+    pub(super) fn template_kwargs(&self, row: &Row) -> Map<String, Value> {
+        merged(&self.chat_template_kwargs, &row.template_kwargs)
+    }
+}
+
 impl Default for PairOptions {
     fn default() -> Self {
         Self {
@@ -135,7 +144,7 @@ impl Default for PairOptions {
 }
 
 /// Trees and the account of them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Prepared {
     /// One tree a usable row; [`Tree::source`] is the row's index.
     pub trees: Vec<Tree>,
@@ -149,8 +158,18 @@ pub(super) enum Outcome {
     Dropped(String),
 }
 
+impl Outcome {
+    /// The same with another tree.
+    pub(super) fn map(self, f: impl FnOnce(Tree) -> Tree) -> Self {
+        match self {
+            Self::Tree(tree, cut) => Self::Tree(f(tree), cut),
+            dropped @ Self::Dropped(_) => dropped,
+        }
+    }
+}
+
 /// Ids with one role each.
-type Tokens = (Vec<u32>, Vec<Role>);
+pub(super) type Tokens = (Vec<u32>, Vec<Role>);
 
 /// Which trees rows become.
 #[derive(Clone, Debug, Serialize)]
@@ -162,6 +181,8 @@ pub enum Rule {
     Pairs(PairOptions),
     /// A prompt with its one response a row, for losses on labelled responses (KTO). The label stays with the row.
     Responses(PairOptions),
+    /// What a reward model learns from.
+    Reward(Lesson, PairOptions),
 }
 
 impl Rule {
@@ -169,7 +190,9 @@ impl Rule {
     pub fn on_bad_row(&self) -> OnBadRow {
         match self {
             Self::Sft(options) => options.on_bad_row,
-            Self::Pairs(options) | Self::Responses(options) => options.on_bad_row,
+            Self::Pairs(options) | Self::Responses(options) | Self::Reward(_, options) => {
+                options.on_bad_row
+            }
         }
     }
 
@@ -184,6 +207,7 @@ impl Rule {
             Self::Sft(options) => sft_tree(index, row, tokenizer, options),
             Self::Pairs(options) => pair_tree(index, row, tokenizer, options),
             Self::Responses(options) => response_tree(index, row, tokenizer, options),
+            Self::Reward(lesson, options) => lesson.tree(index, row, tokenizer, options),
         }
     }
 
@@ -321,14 +345,14 @@ fn sft_tree(
     Ok(Outcome::Tree(Tree::sequence(ids, roles, index), truncated))
 }
 
-const TOO_LONG_HINT: &str =
+pub(super) const TOO_LONG_HINT: &str =
     "raise max_length, or set truncation to \"keep_start\", \"keep_end\" or \"drop\"";
 
-fn too_long(tokens: usize, limit: usize) -> String {
+pub(super) fn too_long(tokens: usize, limit: usize) -> String {
     format!("{tokens} tokens, expected at most max_length = {limit}")
 }
 
-fn untrained() -> Error {
+pub(super) fn untrained() -> Error {
     Error::run("no token of this row is trained").hint(
         "a row needs a response with text; check roles, `training` flags and the mask settings",
     )
@@ -351,6 +375,8 @@ fn sft_tokens(row: &Row, tokenizer: &ChatTokenizer, options: &SftOptions) -> Res
             let roles = text_roles(tokenizer, &ids);
             Ok((ids, roles))
         }
+        Record::Steps { .. } => Err(Error::run("an answer in steps is for reward models")
+            .hint("a reward stage reads it with head = \"process\"")),
         Record::Prompt(_) => Err(Error::run("a prompt without a response cannot be trained on")
             .hint("add a column `completion`, or use `messages` with an assistant turn")),
     }
@@ -372,9 +398,9 @@ fn answered(
                 if options.completion_only_loss { Role::Context } else { Role::Content };
                 ids.len()
             ];
-        let response = text_ids(tokenizer, response, parse, false)?;
-        roles.extend(text_roles(tokenizer, &response));
-        ids.extend(response);
+        let response = plain_tokens(tokenizer, response, parse)?;
+        ids.extend(response.0);
+        roles.extend(response.1);
         return Ok((ids, roles));
     }
     let mut messages = prompt.clone().into_messages("user");
@@ -428,7 +454,11 @@ fn merged(base: &Map<String, Value>, row: &Map<String, Value>) -> Map<String, Va
 }
 
 /// Ids of plain text: `bos` before it where the tokenizer asks for one (never two).
-fn prompt_text_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool) -> Result<Vec<u32>> {
+pub(super) fn prompt_text_ids(
+    tokenizer: &ChatTokenizer,
+    text: &str,
+    parse: bool,
+) -> Result<Vec<u32>> {
     let mut ids = plain_ids(tokenizer, text, parse)?;
     if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.settings().add_bos)
         && ids.first() != Some(&bos)
@@ -436,6 +466,13 @@ fn prompt_text_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool) -> Result
         ids.insert(0, bos);
     }
     Ok(ids)
+}
+
+/// A plain response to train, closed by `eos`.
+pub(super) fn plain_tokens(tokenizer: &ChatTokenizer, text: &str, parse: bool) -> Result<Tokens> {
+    let ids = text_ids(tokenizer, text, parse, false)?;
+    let roles = text_roles(tokenizer, &ids);
+    Ok((ids, roles))
 }
 
 /// Ids of a plain text to train, closed by `eos`.
@@ -451,12 +488,12 @@ fn text_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool, begins: bool) ->
     Ok(ids)
 }
 
-fn plain_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool) -> Result<Vec<u32>> {
+pub(super) fn plain_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool) -> Result<Vec<u32>> {
     if parse { tokenizer.encode_special(text) } else { Ok(tokenizer.encode_inert(text)?.ids) }
 }
 
 /// All content but the closing `eos`.
-fn text_roles(tokenizer: &ChatTokenizer, ids: &[u32]) -> Vec<Role> {
+pub(super) fn text_roles(tokenizer: &ChatTokenizer, ids: &[u32]) -> Vec<Role> {
     let mut roles = vec![Role::Content; ids.len()];
     if let (Some(last), Some(role)) = (ids.last(), roles.last_mut())
         && tokenizer.eos() == Some(*last)
@@ -480,126 +517,4 @@ fn pair_tree(
         return Err(Error::run(format!("{} response, expected two or more", responses.len())));
     }
     siblings(index, row, (prompt, responses), tokenizer, options)
-}
-
-/// A prompt with its responses as a tree.
-fn siblings(
-    index: usize,
-    row: &Row,
-    (prompt, responses): (&Side, &[Side]),
-    tokenizer: &ChatTokenizer,
-    options: &PairOptions,
-) -> Result<Outcome> {
-    let texts: Option<Vec<&str>> = responses
-        .iter()
-        .map(|side| match side {
-            Side::Text(text) if matches!(prompt, Side::Text(_)) => Some(text.as_str()),
-            _ => None,
-        })
-        .collect();
-    let (prompt, responses) = match (prompt, texts) {
-        (Side::Text(prompt), Some(texts)) => {
-            let parse = options.parse_special_in_content;
-            let response = |text: &&str| {
-                let ids = text_ids(tokenizer, text, parse, false)?;
-                let roles = text_roles(tokenizer, &ids);
-                Ok((ids, roles))
-            };
-            let prompt = prompt_text_ids(tokenizer, prompt, parse)?;
-            (prompt, texts.iter().map(response).collect::<Result<Vec<Tokens>>>()?)
-        }
-        _ => chat_siblings(row, prompt, responses, tokenizer, options)?,
-    };
-    fit_siblings(index, prompt, responses, options)
-}
-
-/// The prompt's ids and each response's, from conversations that share the prompt.
-fn chat_siblings(
-    row: &Row,
-    prompt: &Side,
-    responses: &[Side],
-    tokenizer: &ChatTokenizer,
-    options: &PairOptions,
-) -> Result<(Vec<u32>, Vec<Tokens>)> {
-    let kwargs = merged(&options.chat_template_kwargs, &row.template_kwargs);
-    let prompt = prompt.clone().into_messages("user");
-    let parse = options.parse_special_in_content;
-    let mut shared: Option<(String, Vec<u32>)> = None;
-    let mut siblings = Vec::new();
-    for response in responses {
-        let mut messages = prompt.clone();
-        messages.extend(response.clone().into_messages("assistant"));
-        let tools = row.tools.as_ref();
-        let request =
-            Request { messages: &messages, tools, kwargs: &kwargs, add_generation_prompt: false };
-        let rendered = render::render(tokenizer, request)?;
-        let wanted = |index: usize| {
-            let message = &messages[index];
-            index >= prompt.len() && message.training().unwrap_or(message.role() == "assistant")
-        };
-        let turns = rendered.turns(tokenizer, request, wanted)?;
-        let (Some(first), Some(last)) = (turns.first(), turns.last()) else {
-            return Err(untrained());
-        };
-        let (start, end) = (first.span.start, last.span.end);
-        let text = &rendered.text[..start];
-        match &shared {
-            None => {
-                let ids = rendered.encode_range(tokenizer, 0..start, parse)?.ids;
-                shared = Some((text.to_owned(), ids));
-            }
-            Some((before, _)) if before == text => {}
-            Some(_) => {
-                return Err(Error::run(
-                    "the chat template renders the prompt differently before each response",
-                )
-                .hint("give the shared turns as `prompt`, and one assistant turn a response"));
-            }
-        }
-        let encoded = rendered.encode_range(tokenizer, start..end, parse)?;
-        let roles = rendered.roles(&encoded, &turns, &messages);
-        siblings.push((encoded.ids, roles));
-    }
-    Ok((shared.map(|(_, ids)| ids).unwrap_or_default(), siblings))
-}
-
-/// Cuts prompt and responses to length and makes the tree.
-fn fit_siblings(
-    index: usize,
-    mut prompt: Vec<u32>,
-    mut responses: Vec<Tokens>,
-    options: &PairOptions,
-) -> Result<Outcome> {
-    for (ids, roles) in &mut responses {
-        let keep = 1 + roles.iter().rposition(|role| role.trained()).ok_or_else(untrained)?;
-        ids.truncate(keep);
-        roles.truncate(keep);
-    }
-    let longest = responses.iter().map(|(ids, _)| ids.len()).max().unwrap_or(0);
-    let limit = options.max_length.unwrap_or(usize::MAX);
-    let truncated = prompt.len() + longest > limit;
-    if truncated {
-        let why = too_long(prompt.len() + longest, limit);
-        match options.truncation {
-            Truncation::Drop => return Ok(Outcome::Dropped(why)),
-            Truncation::Error => return Err(Error::run(why).hint(TOO_LONG_HINT)),
-            Truncation::KeepStart | Truncation::KeepEnd => {}
-        }
-        // The prompt gives way first, but for the one token that the first response token is predicted from.
-        let keep = limit.saturating_sub(longest).max(1).min(prompt.len());
-        prompt.drain(..prompt.len() - keep);
-        let room = limit - keep.min(limit);
-        for (ids, roles) in &mut responses {
-            ids.truncate(room);
-            roles.truncate(room);
-        }
-    }
-    let first = usize::from(prompt.is_empty());
-    if responses.iter().any(|(_, roles)| !roles.iter().skip(first).any(|role| role.trained())) {
-        return Err(Error::run(format!(
-            "no trained token of a response is left within max_length = {limit}"
-        ))
-        .hint("raise max_length"));
-    }
-    Ok(Outcome::Tree(Tree::siblings(prompt, responses, index), truncated))
 }

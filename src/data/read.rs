@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::prepare::OnBadRow;
-use super::record::{Message, Record, Row, Side, kind};
+use super::record::{Message, Record, Row, Side, kind, truth};
 use crate::error::{Context, Error, Result};
 
 /// How to read.
@@ -37,13 +37,16 @@ pub enum Format {
     /// `chosen` and `rejected` (and `edited`), or `responses` ranked best first; `prompt` explicit or what they share.
     #[serde(alias = "dpo", alias = "pairs")]
     Preference,
+    /// `prompt`, `completions` (one text a step) and `labels` (one truth a step).
+    #[serde(alias = "stepwise_supervision", alias = "prm")]
+    Steps,
     /// `messages` of `role` and `content`.
     #[serde(alias = "chat_template", alias = "chat", alias = "openai")]
     Messages,
     /// `conversations` of `from` and `value`.
     #[serde(alias = "sharegpt")]
     Conversations,
-    /// `prompt` and `completion`.
+    /// `prompt` and `completion` (or `response`).
     #[serde(alias = "input_output")]
     PromptCompletion,
     /// `instruction`, optional `input` and `system`, `output`.
@@ -265,7 +268,9 @@ pub fn from_value(value: Value, place: &str, options: &ReadOptions) -> Result<Ro
     let record = record(format, &mut columns)?;
     let mut row = Row::new(place, record);
     row.tools = columns.shift_remove("tools").map(tools).transpose()?;
-    row.margin = columns.shift_remove("margin").map(|value| margin(&value)).transpose()?;
+    if let Some(value) = columns.shift_remove("margin") {
+        row.margins = margins(&value, &row.record)?;
+    }
     row.template_kwargs = match columns.shift_remove("chat_template_kwargs") {
         None => Map::new(),
         Some(Value::Object(kwargs)) => kwargs,
@@ -280,11 +285,13 @@ fn detect(columns: &Map<String, Value>) -> Result<Format> {
     let answers = has("chosen") && has("rejected");
     Ok(if answers || (has("responses") && has("prompt")) {
         Format::Preference
+    } else if has("prompt") && has("completions") && has("labels") {
+        Format::Steps
     } else if has("messages") {
         Format::Messages
     } else if has("conversations") {
         Format::Conversations
-    } else if has("prompt") && has("completion") {
+    } else if has("prompt") && (has("completion") || has("response")) {
         Format::PromptCompletion
     } else if has("instruction") && has("output") {
         Format::Instruction
@@ -295,8 +302,8 @@ fn detect(columns: &Map<String, Value>) -> Result<Format> {
     } else {
         let found: Vec<&str> = columns.keys().map(String::as_str).collect();
         return Err(Error::run(format!("columns of no known format: {}", found.join(", "))).hint(
-            "known: messages; conversations; prompt + completion; chosen + rejected; instruction + output; prompt; \
-             text. Name yours with `columns`, e.g. columns = { prompt = \"question\" }",
+            "known: messages; conversations; prompt + completion; chosen + rejected; prompt + completions + labels; \
+             instruction + output; prompt; text. Name yours with `columns`, e.g. columns = { prompt = \"question\" }",
         ));
     })
 }
@@ -306,10 +313,14 @@ fn record(format: Format, columns: &mut Map<String, Value>) -> Result<Record> {
         Format::Preference => preference(columns),
         Format::Messages => messages(columns, "messages").map(Record::Conversation),
         Format::Conversations => messages(columns, "conversations").map(Record::Conversation),
-        Format::PromptCompletion => Ok(Record::Completion {
-            prompt: side(columns, "prompt")?,
-            completion: side(columns, "completion")?,
-        }),
+        Format::Steps => steps(columns),
+        Format::PromptCompletion => {
+            let name = if columns.contains_key("completion") { "completion" } else { "response" };
+            Ok(Record::Completion {
+                prompt: side(columns, "prompt")?,
+                completion: side(columns, name)?,
+            })
+        }
         Format::Instruction => instruction(columns),
         Format::Prompt => {
             let prompt = side(columns, "prompt")?;
@@ -378,6 +389,34 @@ fn instruction(columns: &mut Map<String, Value>) -> Result<Record> {
     Ok(Record::Conversation(messages))
 }
 
+fn steps(columns: &mut Map<String, Value>) -> Result<Record> {
+    let prompt = side(columns, "prompt")?;
+    let mut list = |name: &str| match take(columns, name)? {
+        Value::Array(list) => Ok(list),
+        other => Err(wrong_type(name, &other, "a list with one entry a step")),
+    };
+    let (texts, truths) = (list("completions")?, list("labels")?);
+    if texts.is_empty() || texts.len() != truths.len() {
+        return Err(Error::run(format!("{} completions and {} labels", texts.len(), truths.len()))
+            .hint("each step has a text and a label, true or false"));
+    }
+    let step = |(index, text): (usize, Value)| match text {
+        Value::String(text) if !text.trim().is_empty() => Ok(text),
+        Value::String(_) => Err(Error::run(format!("step {index} of `completions` is empty"))),
+        other => Err(wrong_type(&format!("completions[{index}]"), &other, "text")),
+    };
+    let label = |(index, value): (usize, &Value)| {
+        truth(value).ok_or_else(|| {
+            Error::run(format!("`labels[{index}]` is {value}, expected true or false"))
+        })
+    };
+    Ok(Record::Steps {
+        prompt,
+        steps: texts.into_iter().enumerate().map(step).collect::<Result<_>>()?,
+        labels: truths.iter().enumerate().map(label).collect::<Result<_>>()?,
+    })
+}
+
 fn preference(columns: &mut Map<String, Value>) -> Result<Record> {
     let mut responses = Vec::new();
     if columns.contains_key("chosen") {
@@ -408,7 +447,7 @@ fn preference(columns: &mut Map<String, Value>) -> Result<Record> {
     let prompt = if prompt.is_empty() {
         implicit_prompt(&mut responses)?
     } else {
-        repeated(prompt, &mut responses)
+        repeated(prompt, &mut responses)?
     };
     if let Some(empty) = responses.iter().position(Side::is_empty) {
         return Err(Error::run(format!("response {empty} is empty")));
@@ -453,6 +492,11 @@ fn implicit_prompt(responses: &mut [Side]) -> Result<Side> {
         .map(|list| list.iter().zip(&first).take_while(|(a, b)| a == b).count())
         .min()
         .unwrap_or(0);
+    if shared == 0 && lists.iter().all(|list| list.first().is_some_and(|m| m.role() != "assistant"))
+    {
+        return Err(Error::run("the responses do not share a prompt: their first messages differ")
+            .hint("a preference is two answers to one prompt"));
+    }
     for list in &mut lists {
         list.drain(..shared);
     }
@@ -468,12 +512,20 @@ fn different(prompt: Side, responses: &[Side]) -> Result<Side> {
 }
 
 /// Cuts the prompt from responses that repeat it as messages.
-fn repeated(prompt: Side, responses: &mut [Side]) -> Side {
+fn repeated(prompt: Side, responses: &mut [Side]) -> Result<Side> {
     let starts = prompt.clone().into_messages("user");
     let whole = |side: &Side| matches!(side, Side::Messages(list) if list.len() > starts.len() && list.starts_with(&starts));
-    if !responses.iter().all(whole) {
-        return prompt;
+    let Some(other) = responses.iter().position(|side| !whole(side)) else {
+        return Ok(cut(starts, responses));
+    };
+    if responses.iter().any(whole) {
+        return Err(Error::run(format!("response {other} does not begin with the row's prompt"))
+            .hint("repeat the prompt in all responses or in none"));
     }
+    Ok(prompt)
+}
+
+fn cut(starts: Vec<Message>, responses: &mut [Side]) -> Side {
     for side in responses {
         if let Side::Messages(list) = side {
             list.drain(..starts.len());
@@ -492,6 +544,23 @@ fn tools(value: Value) -> Result<Value> {
     }
 }
 
-fn margin(value: &Value) -> Result<f64> {
-    value.as_f64().ok_or_else(|| wrong_type("margin", value, "a number"))
+/// One number for a pair; a list with one number for each response and the next ranked.
+fn margins(value: &Value, record: &Record) -> Result<Vec<f64>> {
+    let list = match value {
+        Value::Array(list) => list.as_slice(),
+        one => std::slice::from_ref(one),
+    };
+    let number = |value: &Value| {
+        let finite = value.as_f64().filter(|number| number.is_finite());
+        finite.ok_or_else(|| wrong_type("margin", value, "a number"))
+    };
+    let margins: Vec<f64> = list.iter().map(number).collect::<Result<_>>()?;
+    match record {
+        Record::Preference { responses, .. } if margins.len() + 1 != responses.len() => {
+            let (margins, responses) = (margins.len(), responses.len());
+            Err(Error::run(format!("`margin` has {margins} numbers for {responses} responses"))
+                .hint("a list says by how much each response is better than the next"))
+        }
+        _ => Ok(margins),
+    }
 }

@@ -159,6 +159,15 @@ pub enum Record {
         /// Best first: `[edited,] chosen, rejected`, or `responses`.
         responses: Vec<Side>,
     },
+    /// A prompt and an answer in steps, each right or wrong (`prompt`, `completions`, `labels`, as in TRL).
+    Steps {
+        /// What comes before.
+        prompt: Side,
+        /// The steps' texts, in order.
+        steps: Vec<String>,
+        /// Whether each is right.
+        labels: Vec<bool>,
+    },
     /// Text to train on as it is.
     Text(String),
     /// A prompt without a response.
@@ -172,6 +181,7 @@ impl Record {
             Self::Conversation(_) => "messages",
             Self::Completion { .. } => "prompt and completion",
             Self::Preference { .. } => "prompt, chosen and rejected",
+            Self::Steps { .. } => "prompt, completions and labels",
             Self::Text(_) => "text",
             Self::Prompt(_) => "prompt",
         }
@@ -187,8 +197,8 @@ pub struct Row {
     pub record: Record,
     /// Tool descriptions for the chat template.
     pub tools: Option<Value>,
-    /// By how much the chosen response is better, where an annotator said so.
-    pub margin: Option<f64>,
+    /// By how much each ranked response is better than the next, where an annotator said so; empty where nobody did.
+    pub margins: Vec<f64>,
     /// Further variables for the chat template (`chat_template_kwargs`).
     pub template_kwargs: Map<String, Value>,
     /// All other columns, such as `answer`.
@@ -202,7 +212,7 @@ impl Row {
             place: place.into(),
             record,
             tools: None,
-            margin: None,
+            margins: Vec::new(),
             template_kwargs: Map::new(),
             extra: Map::new(),
         }
@@ -224,6 +234,7 @@ impl Row {
             }
             Record::Completion { prompt, .. }
             | Record::Preference { prompt, .. }
+            | Record::Steps { prompt, .. }
             | Record::Prompt(prompt) => prompt.clone().into_messages("user"),
             Record::Text(_) => Vec::new(),
         };
@@ -255,16 +266,35 @@ impl Row {
     /// No such column, or neither a boolean nor 0 or 1.
     pub fn label(&self) -> Result<bool> {
         let hint = "true for a response that is wanted, false for one that is not";
-        match self.extra.get("label") {
-            Some(Value::Bool(label)) => Ok(*label),
-            Some(Value::Number(number)) if number.as_u64().is_some_and(|number| number < 2) => {
-                Ok(number.as_u64() == Some(1))
-            }
-            Some(other) => {
-                Err(Error::run(format!("`label` is {other}, expected true or false")).hint(hint))
-            }
-            None => Err(Error::run("no column `label`").hint(hint)),
+        let value = self.extra.get("label");
+        let value = value.ok_or_else(|| Error::run("no column `label`").hint(hint))?;
+        truth(value).ok_or_else(|| {
+            Error::run(format!("`label` is {value}, expected true or false")).hint(hint)
+        })
+    }
+
+    /// The numbers of the named columns; `None` where the row has none.
+    ///
+    /// # Errors
+    /// A column that is no finite number; no number in any of them.
+    pub fn numbers(&self, columns: &[String]) -> Result<Vec<Option<f64>>> {
+        let number = |column: &String| match self.extra.get(column) {
+            None => Ok(None),
+            Some(value) => value
+                .as_f64()
+                .filter(|n| n.is_finite())
+                .map(Some)
+                .ok_or_else(|| Error::run(format!("`{column}` is {value}, expected a number"))),
+        };
+        let numbers: Vec<Option<f64>> = columns.iter().map(number).collect::<Result<_>>()?;
+        if numbers.iter().all(Option::is_none) {
+            return Err(Error::run(format!(
+                "none of the columns {} has a number",
+                columns.join(", ")
+            ))
+            .hint("`attributes` names the columns with a response's ratings"));
         }
+        Ok(numbers)
     }
 
     /// The column `answer`, as text.
@@ -274,6 +304,19 @@ impl Row {
             Value::Null => None,
             other => Some(other.to_string()),
         }
+    }
+}
+
+/// True, false, 1 or 0.
+pub(super) fn truth(value: &Value) -> Option<bool> {
+    match value {
+        Value::Bool(truth) => Some(*truth),
+        Value::Number(number) => match number.as_u64() {
+            Some(0) => Some(false),
+            Some(1) => Some(true),
+            _ => None,
+        },
+        _ => None,
     }
 }
 
@@ -317,5 +360,13 @@ mod tests {
         );
         assert_eq!(refused(json!(-1)).1, "`weight` is -1, expected a number of 0 or more");
         assert_eq!(row(json!(1)).weight("w").unwrap_err().to_string(), "no column `w`");
+        let numbers = |value: Value| {
+            let columns = ["label", "other"].map(str::to_owned);
+            row(value).numbers(&columns).map_err(|error| error.to_string())
+        };
+        assert_eq!(numbers(json!(3)), Ok(vec![Some(3.0), None]));
+        assert_eq!(numbers(json!("3")), Err("`label` is \"3\", expected a number".to_owned()));
+        let nothing = row(json!(1)).numbers(&["other".to_owned()]).unwrap_err().to_string();
+        assert_eq!(nothing, "none of the columns other has a number");
     }
 }

@@ -6,7 +6,7 @@
 //! | part | content |
 //! | --- | --- |
 //! | header | [`MAGIC`], format version `u32`, SHA-256 of all that the examples depend on, 32 bytes |
-//! | trees | segments `u32`; each: parent `u32` (`u32::MAX`: none), tokens `u32`, ids `u32` each, roles `u8` each |
+//! | trees | segments `u32`; each: parent `u32` (`u32::MAX`: none), tokens `u32`, ids `u32` each, roles `u8` each; labels `u32`; each: numbers `u32`, then `f64` each (NaN: none) |
 //! | index | an example each: offset of its tree `u64`, its length in bytes `u64`, its source `u64` |
 //! | report | [`PrepareReport`] as JSON |
 //! | footer | offsets of index and report `u64`, number of examples `u64`, CRC-32C of all before it `u32`, [`MAGIC`] |
@@ -29,7 +29,7 @@ use crate::store::io_error;
 pub const MAGIC: [u8; 8] = *b"ARRTREES";
 
 /// Raised with every change of the layout.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 const HEADER: u64 = 8 + 4 + 32;
 const ENTRY: u64 = 24;
@@ -249,6 +249,11 @@ fn encode(tree: &Tree, out: &mut Vec<u8>) -> Result<()> {
             Role::Format => 2,
         }));
     }
+    number(tree.labels.len(), out)?;
+    for label in &tree.labels {
+        number(label.len(), out)?;
+        out.extend(label.iter().flat_map(|number| number.unwrap_or(f64::NAN).to_le_bytes()));
+    }
     Ok(())
 }
 
@@ -272,7 +277,14 @@ fn decode(record: &[u8], source: usize) -> Result<Tree> {
             roles: roles.collect::<Result<_>>()?,
         });
     }
-    let tree = Tree { segments, source };
+    let mut labels = Vec::new();
+    for _ in 0..fields.u32()? {
+        let numbers = fields.u32()? as usize;
+        let numbers = fields.slice(numbers.saturating_mul(8))?.as_chunks().0;
+        let number = |bytes: &[u8; 8]| Some(f64::from_le_bytes(*bytes)).filter(|n| !n.is_nan());
+        labels.push(numbers.iter().map(number).collect());
+    }
+    let tree = Tree { segments, labels, source };
     tree.check()?;
     Ok(tree)
 }

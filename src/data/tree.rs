@@ -36,11 +36,16 @@ pub struct Segment {
     pub roles: Vec<Role>,
 }
 
+/// What a row says of one scored response; `None` is a number that the row does not give.
+pub type Label = Vec<Option<f64>>;
+
 /// One example: segments in topological order, parents first.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tree {
     /// The segments; the first is the root.
     pub segments: Vec<Segment>,
+    /// What the row says of each of [`scored`](Self::scored); empty where the loss reads no labels.
+    pub labels: Vec<Label>,
     /// Which row of the dataset this came from: names the row in errors and keys caches.
     pub source: usize,
 }
@@ -48,7 +53,8 @@ pub struct Tree {
 impl Tree {
     /// A single sequence.
     pub fn sequence(tokens: Vec<u32>, roles: Vec<Role>, source: usize) -> Self {
-        Self { segments: vec![Segment { parent: None, tokens, roles }], source }
+        let segments = vec![Segment { parent: None, tokens, roles }];
+        Self { segments, labels: Vec::new(), source }
     }
 
     /// A prompt (context only) with one child per response.
@@ -64,7 +70,22 @@ impl Tree {
             tokens,
             roles,
         }));
-        Self { segments, source }
+        Self { segments, labels: Vec::new(), source }
+    }
+
+    /// A prompt (context only) and what follows it in one row, a segment each part: every part sees those before it.
+    pub fn chain(prompt: Vec<u32>, parts: Vec<(Vec<u32>, Vec<Role>)>, source: usize) -> Self {
+        let mut tree = Self::siblings(prompt, parts, source);
+        for (index, segment) in tree.segments.iter_mut().enumerate() {
+            segment.parent = index.checked_sub(1);
+        }
+        tree
+    }
+
+    /// The same tree with labels, one for each of [`scored`](Self::scored).
+    #[must_use]
+    pub fn labelled(self, labels: Vec<Label>) -> Self {
+        Self { labels, ..self }
     }
 
     /// Number of tokens, shared ones counted once.
@@ -79,6 +100,13 @@ impl Tree {
             is_parent[parent] = true;
         }
         (0..self.segments.len()).filter(|&index| !is_parent[index]).collect()
+    }
+
+    /// Indices of the segments that have a trained token, in order: a reward model gives each a score, read at its last
+    /// trained token. Siblings and the parts of a chain are scored alike.
+    pub fn scored(&self) -> Vec<usize> {
+        let trained = |segment: &Segment| segment.roles.iter().any(|role| role.trained());
+        (0..self.segments.len()).filter(|&index| trained(&self.segments[index])).collect()
     }
 
     /// Segment indices from the root down to `leaf`.
@@ -102,7 +130,7 @@ impl Tree {
         (tokens, roles)
     }
 
-    /// Checks the invariants: parents come first, one role a token, no empty leaf.
+    /// Checks the invariants: parents come first, one role a token, no empty leaf, no label or one a scored segment.
     pub fn check(&self) -> Result<()> {
         let fail = |message: String| Err(Error::run(message).at(format!("row {}", self.source)));
         if self.segments.is_empty() {
@@ -116,6 +144,10 @@ impl Tree {
                 let (tokens, roles) = (segment.tokens.len(), segment.roles.len());
                 return fail(format!("segment {index} has {tokens} tokens and {roles} roles"));
             }
+        }
+        let (labels, scored) = (self.labels.len(), self.scored().len());
+        if labels != 0 && labels != scored {
+            return fail(format!("{labels} labels for {scored} scored segments"));
         }
         match self.leaves().into_iter().find(|&leaf| self.segments[leaf].tokens.is_empty()) {
             Some(leaf) => fail(format!("segment {leaf} is an empty response")),

@@ -6,18 +6,20 @@
 //! gradient.
 
 pub mod preference;
+pub mod ranking;
 pub mod reward;
 pub mod sft;
 
 use crate::data::forest::Forest;
 use crate::error::Result;
+use reward::Observation;
 
 /// Which numbers of a forest an objective reads and weighs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Readout {
     /// The log-probability of each of [`Forest::targets`].
     Logps,
-    /// The score of each of [`Forest::leaves`], read at its end.
+    /// The scores of each of [`Forest::ends`], as many as the head has outputs.
     Scores,
 }
 
@@ -83,6 +85,16 @@ pub trait Objective: Sync {
 
     /// Loss and gradient for the values of one micro-batch.
     fn weigh(&self, forest: &Forest, values: &[f32], totals: &StepTotals) -> Result<Weighed>;
+
+    /// What an evaluation keeps of one micro-batch for [`summarize`](Self::summarize).
+    fn observe(&self, _forest: &Forest, _values: &[f32]) -> Vec<Observation> {
+        Vec::new()
+    }
+
+    /// Numbers of a whole evaluation that are no means over its micro-batches.
+    fn summarize(&self, _observations: &[Observation]) -> Vec<(String, f64)> {
+        Vec::new()
+    }
 }
 
 /// `ln σ(x)`, exact to rounding at both ends.

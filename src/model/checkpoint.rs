@@ -129,8 +129,11 @@ pub fn peek(path: &Path) -> Result<(Config, Option<ChatTokenizer>)> {
             let base = match source::resolve(&base, None)? {
                 Source::Directory(path) | Source::Gguf(path) => path,
             };
-            let (mut config, tokenizer) = peek(&base)?;
-            config.architecture = adapter.architecture();
+            let (config, tokenizer) = peek(&base)?;
+            let config = match adapter.architecture() {
+                Architecture::CausalLm => config,
+                _ => load_config(path)?,
+            };
             let own = path.join("tokenizer.json").is_file().then(|| ChatTokenizer::from_dir(path));
             return Ok((config, own.transpose()?.or(tokenizer)));
         }
@@ -250,7 +253,7 @@ pub(super) fn is_derived(name: &str) -> bool {
 
 /// Some writers store the tied head a second time. It is dropped, after a check that it is a copy.
 fn drop_tied_head(config: &Config, weights: &mut Weights) -> Result<()> {
-    if config.architecture == Architecture::SequenceClassification || !config.tie_word_embeddings {
+    if config.architecture != Architecture::CausalLm || !config.tie_word_embeddings {
         return Ok(());
     }
     let Some(head) = weights.remove(params::HEAD) else { return Ok(()) };

@@ -8,8 +8,8 @@
 use candle_core::DType;
 use serde_json::{Map, Value, json};
 
-use super::refusals;
 use super::rope::Rope;
+use super::{labels, refusals};
 use crate::error::{Context, Error, Result};
 
 /// Which Hugging Face model family the checkpoint belongs to; the mathematics differ in biases only.
@@ -22,6 +22,14 @@ pub enum Family {
 }
 
 impl Family {
+    /// What the names of its classes in transformers begin with.
+    fn class_prefix(self) -> &'static str {
+        match self {
+            Self::Llama => "Llama",
+            Self::Qwen2 => "Qwen2",
+        }
+    }
+
     /// The value of `model_type`.
     pub fn model_type(self) -> &'static str {
         match self {
@@ -36,8 +44,10 @@ impl Family {
 pub enum Architecture {
     /// A language model: the vocabulary projection `lm_head.weight`, or the tied embedding.
     CausalLm,
-    /// A reward model: `score.weight` `[1, D]`, no vocabulary projection.
+    /// A reward model: `score.weight` `[L, D]`, no vocabulary projection.
     SequenceClassification,
+    /// A process reward model, read at the end of each step: `score.weight` `[L, D]` and `score.bias` `[L]`.
+    TokenClassification,
 }
 
 /// The configuration of one model. Sizes are named as in `config.json`.
@@ -47,6 +57,8 @@ pub struct Config {
     pub family: Family,
     /// Language model or reward model.
     pub architecture: Architecture,
+    /// Names of the score head's `L` outputs; empty for a language model.
+    pub labels: Vec<String>,
     /// Rows of the embedding, `V`.
     pub vocab_size: usize,
     /// Width of the residual stream, `D`.
@@ -116,6 +128,7 @@ impl Config {
         let config = Self {
             family,
             architecture,
+            labels: labels::read(architecture, &mut keys)?,
             vocab_size: keys.size("vocab_size")?,
             intermediate_size: keys.size("intermediate_size")?,
             num_hidden_layers: keys.size("num_hidden_layers")?,
@@ -173,12 +186,12 @@ impl Config {
         let suffix = match self.architecture {
             Architecture::CausalLm => "ForCausalLM",
             Architecture::SequenceClassification => "ForSequenceClassification",
+            Architecture::TokenClassification => "ForTokenClassification",
         };
-        let prefix = match self.family {
-            Family::Llama => "Llama",
-            Family::Qwen2 => "Qwen2",
+        let prefix = self.family.class_prefix();
+        let mut put = |key: &str, value: Value| {
+            keys.insert(key.to_owned(), value);
         };
-        let mut put = |key: &str, value: Value| keys.insert(key.to_owned(), value);
         put("architectures", json!([format!("{prefix}{suffix}")]));
         put("model_type", json!(self.family.model_type()));
         put("vocab_size", json!(self.vocab_size));
@@ -200,11 +213,7 @@ impl Config {
         put("bos_token_id", json!(self.bos_token_id));
         put("eos_token_id", one_or_list(&self.eos_token_ids));
         put("pad_token_id", json!(self.pad_token_id));
-        // transformers derives num_labels from id2label and assumes two labels where it is absent.
-        if self.architecture == Architecture::SequenceClassification {
-            put("id2label", json!({"0": "reward"}));
-            put("label2id", json!({"reward": 0}));
-        }
+        labels::write(&self.labels, &mut put);
         put("torch_dtype", json!(dtype_name(self.dtype)));
         put("dtype", json!(dtype_name(self.dtype)));
         self.rope.to_keys(&mut keys);
@@ -261,40 +270,18 @@ fn architecture(family: Family, keys: &mut Keys) -> Result<Architecture> {
         Value::Array(list) => list.first().and_then(Value::as_str),
         _ => return Err(Keys::wrong("architectures", &names, "a list of names")),
     };
-    let architecture = match (family, name) {
-        (_, None)
-        | (Family::Llama, Some("LlamaForCausalLM"))
-        | (Family::Qwen2, Some("Qwen2ForCausalLM")) => Architecture::CausalLm,
-        (Family::Llama, Some("LlamaForSequenceClassification"))
-        | (Family::Qwen2, Some("Qwen2ForSequenceClassification")) => {
-            Architecture::SequenceClassification
-        }
-        (_, Some(other)) => {
-            return Err(Error::run(format!(
-                "architecture `{other}` is not supported for model_type `{}`",
-                family.model_type()
-            ))
-            .hint(
-                "supported: LlamaForCausalLM, LlamaForSequenceClassification, Qwen2ForCausalLM, \
-                 Qwen2ForSequenceClassification",
-            ));
-        }
-    };
-    if architecture == Architecture::SequenceClassification {
-        check_one_label(keys)?;
-    }
-    Ok(architecture)
-}
-
-/// A reward model has one label; more labels make a classifier, which this crate does not train.
-fn check_one_label(keys: &mut Keys) -> Result<()> {
-    let names = keys.0.shift_remove("id2label");
-    keys.0.shift_remove("label2id");
-    let named = names.as_ref().and_then(Value::as_object).map(Map::len);
-    match keys.optional_size("num_labels")?.or(named) {
-        Some(1) | None => Ok(()),
-        Some(labels) => Err(Error::run(format!("{labels} labels, expected 1"))
-            .hint("only reward models with a single score are supported")),
+    let Some(name) = name else { return Ok(Architecture::CausalLm) };
+    match name.strip_prefix(family.class_prefix()) {
+        Some("ForCausalLM") => Ok(Architecture::CausalLm),
+        Some("ForSequenceClassification") => Ok(Architecture::SequenceClassification),
+        Some("ForTokenClassification") => Ok(Architecture::TokenClassification),
+        _ => Err(Error::run(format!(
+            "architecture `{name}` is not supported for model_type `{}`",
+            family.model_type()
+        ))
+        .hint(
+            "supported: ForCausalLM, ForSequenceClassification and ForTokenClassification of Llama and Qwen2",
+        )),
     }
 }
 
@@ -319,10 +306,10 @@ pub(super) fn dtype_name(dtype: DType) -> &'static str {
 }
 
 /// The keys of a `config.json` that have not been read yet.
-struct Keys(Map<String, Value>);
+pub(super) struct Keys(pub(super) Map<String, Value>);
 
 impl Keys {
-    fn wrong(key: &str, value: &Value, expected: &str) -> Error {
+    pub(super) fn wrong(key: &str, value: &Value, expected: &str) -> Error {
         Error::run(format!("`{key}` is {value}, expected {expected}"))
     }
 
@@ -341,7 +328,7 @@ impl Keys {
         }
     }
 
-    fn optional_size(&mut self, key: &str) -> Result<Option<usize>> {
+    pub(super) fn optional_size(&mut self, key: &str) -> Result<Option<usize>> {
         // The cap keeps products of sizes from overflowing on hostile files.
         let read = |value: &Value| value.as_u64().filter(|n| (1..=1 << 31).contains(n));
         Ok(self.take(key, "a whole number from 1 to 2^31", read)?.map(|n| n as usize))
@@ -453,7 +440,7 @@ mod tests {
     fn unknown_models_and_wrong_sizes_are_refused() {
         refused(&[("model_type", json!("mistral"))], "model_type `mistral`");
         refused(&[("model_type", Value::Null)], "model_type");
-        refused(&[("architectures", json!(["LlamaForTokenClassification"]))], "TokenClass");
+        refused(&[("architectures", json!(["LlamaForQuestionAnswering"]))], "QuestionAnsw");
         refused(&[("num_key_value_heads", json!(3))], "not a multiple");
         refused(&[("head_dim", json!(3))], "head_dim 3");
         refused(&[("hidden_size", json!(0))], "hidden_size");
@@ -461,9 +448,12 @@ mod tests {
         refused(&[("vocab_size", Value::Null)], "missing key `vocab_size`");
         refused(&[("pad_token_id", json!(32))], "special token id 32");
         let classifier = ("architectures", json!(["LlamaForSequenceClassification"]));
-        refused(&[classifier.clone(), ("num_labels", json!(2))], "2 labels");
-        let names = json!({"0": "no", "1": "yes"});
-        refused(&[classifier, ("id2label", names)], "2 labels");
+        let two = json!({"0": "no", "1": "yes"});
+        let counted = [classifier.clone(), ("num_labels", json!(3)), ("id2label", two)];
+        refused(&counted, "num_labels is 3, id2label has 2 names");
+        let gap = json!({"0": "no", "2": "yes"});
+        refused(&[classifier.clone(), ("id2label", gap)], "no name for \"1\"");
+        refused(&[classifier, ("id2label", json!(["no"]))], "id2label");
         assert!(Config::from_json("[1]").is_err());
         assert!(Config::from_json("{").is_err());
     }
@@ -490,12 +480,15 @@ mod tests {
             "type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
             "original_max_position_embeddings": 64,
         });
-        let cases: [&[(&str, Value)]; 5] = [
+        let rated = json!({"0": "helpfulness", "1": "verbosity"});
+        let cases: [&[(&str, Value)]; 7] = [
             &[],
             &[("rope_scaling", scaling), ("eos_token_id", json!([2, 5])), ("head_dim", json!(8))],
             &[("attention_bias", json!(true)), ("torch_dtype", json!("bfloat16"))],
             &[("model_type", json!("qwen2")), ("architectures", json!(["Qwen2ForCausalLM"]))],
             &[("architectures", json!(["LlamaForSequenceClassification"])), ("my_key", json!([1]))],
+            &[("architectures", json!(["LlamaForSequenceClassification"])), ("id2label", rated)],
+            &[("architectures", json!(["LlamaForTokenClassification"])), ("num_labels", json!(2))],
         ];
         for changes in cases {
             let config = with(changes).unwrap();

@@ -146,6 +146,7 @@ impl Gguf {
             eos_token_ids: self.end_ids(),
             pad_token_id: self.token_id("padding_token_id"),
             dtype: DType::F32,
+            labels: Vec::new(),
             other: Map::new(),
         };
         config.check_sizes()?;

@@ -1,39 +1,51 @@
-//! The reward model's head: one number at the end of each sequence.
+//! The reward model's head: `L` numbers at the end of each scored segment.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
-use crate::data::forest::Leaf;
+use crate::data::forest::End;
 use crate::error::Result;
 use crate::ops;
 
-/// Score of each sequence: its end row times the head. Shapes: `hidden` `[T, D]`, `head` `[1, D]` -> `S` values.
-pub fn scores(hidden: &Tensor, head: &Tensor, leaves: &[Leaf]) -> Result<Vec<f32>> {
-    let ends = end_rows(hidden, leaves)?;
-    Ok(ops::linear(&ends, &head.detach(), None)?.squeeze(1)?.to_vec1::<f32>()?)
-}
-
-/// Gradients of `Σ_s d_scores[s] · score[s]`: of the hidden states `[T, D]` and of the head `[1, D]`.
-pub fn backward(
+/// Scores of each end: its hidden row times the head's weight `[L, D]`, plus its bias `[L]`. Shapes: `hidden` `[T, D]` ->
+/// `E · L` values, end by end.
+pub fn scores(
     hidden: &Tensor,
-    head: &Tensor,
-    leaves: &[Leaf],
-    d_scores: &[f32],
-) -> Result<(Tensor, Tensor)> {
-    let device = hidden.device();
-    let d = Tensor::from_slice(d_scores, (d_scores.len(), 1), device)?;
-    let ids = end_ids(leaves, hidden)?;
-    let d_hidden = hidden.zeros_like()?.index_add(&ids, &d.matmul(&head.detach())?, 0)?;
-    let d_head = d.t()?.matmul(&end_rows(hidden, leaves)?)?;
-    Ok((d_hidden, d_head))
+    (weight, bias): (&Tensor, Option<&Tensor>),
+    ends: &[End],
+) -> Result<Vec<f32>> {
+    let bias = bias.map(Tensor::detach);
+    let scores = ops::linear(&end_rows(hidden, ends)?, &weight.detach(), bias.as_ref())?;
+    Ok(scores.flatten_all()?.to_vec1::<f32>()?)
 }
 
-fn end_ids(leaves: &[Leaf], hidden: &Tensor) -> Result<Tensor> {
-    let ids: Vec<u32> = leaves.iter().map(|leaf| leaf.end as u32).collect();
-    Ok(Tensor::from_vec(ids, leaves.len(), hidden.device())?)
+/// The gradients of the scores as a tensor `[E, L]`.
+pub(super) fn d_scores(d: &[f32], shape: (usize, usize), device: &Device) -> Result<Tensor> {
+    Ok(Tensor::from_slice(d, shape, device)?)
 }
 
-fn end_rows(hidden: &Tensor, leaves: &[Leaf]) -> Result<Tensor> {
-    Ok(hidden.detach().index_select(&end_ids(leaves, hidden)?, 0)?)
+/// Gradient of the hidden states, `[T, D]`, from `d` `[E, L]`.
+pub(super) fn d_hidden(
+    hidden: &Tensor,
+    weight: &Tensor,
+    ends: &[End],
+    d: &Tensor,
+) -> Result<Tensor> {
+    let d_rows = d.matmul(&weight.detach().to_dtype(d.dtype())?)?;
+    Ok(hidden.zeros_like()?.index_add(&end_ids(ends, hidden)?, &d_rows, 0)?)
+}
+
+/// Gradient of the head's weight, `[L, D]`, from `d` `[E, L]`.
+pub(super) fn d_weight(hidden: &Tensor, ends: &[End], d: &Tensor) -> Result<Tensor> {
+    Ok(d.t()?.matmul(&end_rows(hidden, ends)?)?)
+}
+
+fn end_ids(ends: &[End], hidden: &Tensor) -> Result<Tensor> {
+    let ids: Vec<u32> = ends.iter().map(|end| end.row as u32).collect();
+    Ok(Tensor::from_vec(ids, ends.len(), hidden.device())?)
+}
+
+fn end_rows(hidden: &Tensor, ends: &[End]) -> Result<Tensor> {
+    Ok(hidden.detach().index_select(&end_ids(ends, hidden)?, 0)?)
 }
 
 #[cfg(test)]
@@ -41,15 +53,20 @@ mod tests {
     use super::*;
     use crate::ops::linear::tests::random;
 
+    fn end(row: usize) -> End {
+        End { row, ..End::default() }
+    }
+
     #[test]
     fn a_score_is_the_same_bits_whatever_is_scored_beside_it() {
-        let (hidden, head) = (random(1, (40, 577)), random(2, (1, 577)));
-        let leaf = |end: usize| Leaf { tree: end, span: end, end };
-        let leaves: Vec<Leaf> = (0..40).map(leaf).collect();
-        let all = scores(&hidden, &head, &leaves).unwrap();
-        for (end, score) in all.iter().enumerate() {
-            let alone = scores(&hidden, &head, &[leaf(end)]).unwrap();
-            assert_eq!(alone[0].to_bits(), score.to_bits(), "row {end}");
+        let (hidden, head) = (random(1, (40, 577)), random(2, (3, 577)));
+        let bias = random(3, 3);
+        let ends: Vec<End> = (0..40).map(end).collect();
+        let all = scores(&hidden, (&head, Some(&bias)), &ends).unwrap();
+        for (row, three) in all.chunks(3).enumerate() {
+            let alone = scores(&hidden, (&head, Some(&bias)), &[end(row)]).unwrap();
+            let bits = |scores: &[f32]| scores.iter().map(|s| s.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&alone), bits(three), "row {row}");
         }
     }
 }

@@ -21,6 +21,7 @@ pub mod gradients;
 pub mod heads;
 pub mod hub;
 pub mod init;
+pub mod labels;
 pub mod lora;
 pub mod matrix;
 pub mod on_disk;

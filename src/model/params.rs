@@ -12,8 +12,10 @@ pub const EMBEDDING: &str = "model.embed_tokens.weight";
 pub const FINAL_NORM: &str = "model.norm.weight";
 /// The vocabulary projection of an untied language model, `[V, D]`.
 pub const HEAD: &str = "lm_head.weight";
-/// The score head of a reward model, `[1, D]`.
+/// The score head of a reward model, `[L, D]`.
 pub const SCORE: &str = "score.weight";
+/// The bias of a process reward model's head, `[L]`.
+pub const SCORE_BIAS: &str = "score.bias";
 
 /// Every parameter of the model with its shape. A tied head is not a parameter of its own.
 ///
@@ -21,7 +23,9 @@ pub const SCORE: &str = "score.weight";
 pub fn shapes(config: &Config) -> BTreeMap<String, Vec<usize>> {
     let hidden = config.hidden_size;
     let mut shapes = BTreeMap::new();
-    let mut put = |name: &str, shape: &[usize]| shapes.insert(name.to_owned(), shape.to_vec());
+    let mut put = |name: &str, shape: &[usize]| {
+        shapes.insert(name.to_owned(), shape.to_vec());
+    };
     put(EMBEDDING, &[config.vocab_size, hidden]);
     put(FINAL_NORM, &[hidden]);
     match config.architecture {
@@ -29,8 +33,10 @@ pub fn shapes(config: &Config) -> BTreeMap<String, Vec<usize>> {
             put(HEAD, &[config.vocab_size, hidden]);
         }
         Architecture::CausalLm => {}
-        Architecture::SequenceClassification => {
-            put(SCORE, &[1, hidden]);
+        Architecture::SequenceClassification => put(SCORE, &[config.labels.len(), hidden]),
+        Architecture::TokenClassification => {
+            put(SCORE, &[config.labels.len(), hidden]);
+            put(SCORE_BIAS, &[config.labels.len()]);
         }
     }
     for layer in 0..config.num_hidden_layers {

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::checkpoint::Checkpoint;
 use super::config::Architecture;
-use super::{init, params};
+use super::{init, labels, params};
 use crate::error::{Error, Result};
 
 impl Checkpoint {
@@ -50,23 +50,51 @@ impl Checkpoint {
         Ok(added)
     }
 
-    /// The same transformer with a fresh score head `[1, D]` in place of the vocabulary projection.
+    /// [`into_scorer`](Self::into_scorer) with one score, the reward.
     ///
     /// # Errors
-    /// A tensor operation that fails.
-    pub fn into_reward_model(mut self, seed: u64) -> Result<Self> {
-        if self.config.architecture == Architecture::SequenceClassification {
-            return Ok(self);
+    /// As there.
+    pub fn into_reward_model(self, seed: u64) -> Result<Self> {
+        self.into_scorer(Architecture::SequenceClassification, &[labels::REWARD], seed)
+    }
+
+    /// The same transformer with a fresh score head `[L, D]`, an output a label, in place of the vocabulary projection. One
+    /// that has this head already keeps it.
+    ///
+    /// # Errors
+    /// Another score head; a tensor operation that fails.
+    pub fn into_scorer<S: AsRef<str>>(
+        mut self,
+        architecture: Architecture,
+        labels: &[S],
+        seed: u64,
+    ) -> Result<Self> {
+        let labels: Vec<String> = labels.iter().map(|label| label.as_ref().to_owned()).collect();
+        if self.config.architecture != Architecture::CausalLm {
+            let found = (self.config.architecture, self.config.labels.clone());
+            if found == (architecture, labels.clone()) {
+                return Ok(self);
+            }
+            return Err(Error::run(format!(
+                "the model has a score head {:?} of {:?}, expected {architecture:?} of {labels:?}",
+                found.0, found.1
+            ))
+            .hint("begin with the base model, or with a reward model of the same `head`"));
         }
         let Some(embedding) = self.weights.get(params::EMBEDDING) else {
             return Err(Error::run(format!("missing tensor `{}`", params::EMBEDDING)));
         };
         let device = embedding.device().clone();
-        self.config.architecture = Architecture::SequenceClassification;
+        self.config.architecture = architecture;
+        self.config.labels = labels;
         self.weights.remove(params::HEAD);
-        let shape = [1, self.config.hidden_size];
-        let score = init::tensor(&self.config, params::SCORE, &shape, seed, &device)?;
-        self.weights.insert(params::SCORE.to_owned(), score);
+        let shapes = params::shapes(&self.config);
+        for name in [params::SCORE, params::SCORE_BIAS] {
+            if let Some(shape) = shapes.get(name) {
+                let score = init::tensor(&self.config, name, shape, seed, &device)?;
+                self.weights.insert(name.to_owned(), score);
+            }
+        }
         Ok(self)
     }
 }

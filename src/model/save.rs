@@ -61,10 +61,10 @@ impl Checkpoint {
     }
 
     /// Writes all files but the weights, which are stored in `dtype`.
-    pub(super) fn write_beside(&self, dir: &Path, dtype: DType) -> Result<()> {
+    pub(crate) fn write_beside(&self, dir: &Path, dtype: DType) -> Result<()> {
         let mut config = self.config.clone();
         config.dtype = dtype;
-        if config.architecture == Architecture::SequenceClassification {
+        if config.architecture != Architecture::CausalLm {
             config.pad_token_id = Some(self.reward_pad()?);
         }
         self.write_tokenizer(dir, &config)?;

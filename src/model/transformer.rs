@@ -8,9 +8,9 @@ use super::backward::Backward;
 use super::block::{Block, Layout};
 use super::block_cpu::Kept;
 use super::gradients::Gradients;
-use super::params::{EMBEDDING, FINAL_NORM, HEAD, SCORE};
-use super::{Architecture, Config, Tensors, Weights};
-use crate::data::forest::Forest;
+use super::params::{EMBEDDING, FINAL_NORM, HEAD, SCORE, SCORE_BIAS};
+use super::{Architecture, Config, Tensors, Weights, heads};
+use crate::data::forest::{End, Forest};
 use crate::error::{Error, Result};
 use crate::ops::{self, AttentionPlan, Rotary};
 
@@ -23,6 +23,8 @@ pub struct Transformer {
     blocks: Vec<Block>,
     pub(super) norm: Tensor,
     head: Tensor,
+    /// Of a process reward model.
+    head_bias: Option<Tensor>,
 }
 
 /// What a forward pass keeps for its backward.
@@ -71,8 +73,9 @@ impl Transformer {
         let head = match config.architecture {
             Architecture::CausalLm if config.tie_word_embeddings => get(EMBEDDING)?,
             Architecture::CausalLm => get(HEAD)?,
-            Architecture::SequenceClassification => get(SCORE)?,
+            Architecture::SequenceClassification | Architecture::TokenClassification => get(SCORE)?,
         };
+        let has_bias = config.architecture == Architecture::TokenClassification;
         let blocks = (0..config.num_hidden_layers).map(|index| Block::new(config, tensors, index));
         Ok(Self {
             frequencies: config.rope.inverse_frequencies(config.head_dim),
@@ -80,6 +83,7 @@ impl Transformer {
             blocks: blocks.collect::<Result<_>>()?,
             norm: get(FINAL_NORM)?,
             head,
+            head_bias: has_bias.then(|| get(SCORE_BIAS)).transpose()?,
             config: config.clone(),
         })
     }
@@ -99,7 +103,7 @@ impl Transformer {
         &self.embedding
     }
 
-    /// The head's weight: `[V, D]`, or `[1, D]` for a reward model.
+    /// The head's weight: `[V, D]`, or `[L, D]` for a reward model.
     pub fn head(&self) -> &Tensor {
         &self.head
     }
@@ -109,8 +113,37 @@ impl Transformer {
         match self.config.architecture {
             Architecture::CausalLm if self.config.tie_word_embeddings => EMBEDDING,
             Architecture::CausalLm => HEAD,
-            Architecture::SequenceClassification => SCORE,
+            Architecture::SequenceClassification | Architecture::TokenClassification => SCORE,
         }
+    }
+
+    /// Scores at the given ends, `L` numbers each, end by end. `hidden`: `[T, D]`.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn scores(&self, hidden: &Tensor, ends: &[End]) -> Result<Vec<f32>> {
+        heads::scores(hidden, (&self.head, self.head_bias.as_ref()), ends)
+    }
+
+    /// Gradient of `Σ d_scores · scores` of the hidden states, `[T, D]`; that of the head goes to `grads`.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn scores_backward(
+        &self,
+        hidden: &Tensor,
+        ends: &[End],
+        d_scores: &[f32],
+        grads: &mut Gradients,
+    ) -> Result<Tensor> {
+        let d = heads::d_scores(d_scores, (ends.len(), self.head.dim(0)?), hidden.device())?;
+        if self.head.is_variable() {
+            grads.add(SCORE, heads::d_weight(hidden, ends, &d)?)?;
+        }
+        if self.head_bias.as_ref().is_some_and(Tensor::is_variable) {
+            grads.add(SCORE_BIAS, d.sum(0)?)?;
+        }
+        heads::d_hidden(hidden, &self.head, ends, &d)
     }
 
     /// Where the weights lie.

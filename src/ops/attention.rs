@@ -202,7 +202,7 @@ mod tests {
                         roles: vec![Role::Content; len],
                     })
                     .collect(),
-                source: 0,
+                ..Tree::default()
             })
             .collect();
         Forest::pack(&trees).unwrap()

@@ -8,6 +8,7 @@ use super::plan::Dataset;
 use crate::data::prepare::PairOptions;
 use crate::error::{Error, Result};
 use crate::loss::preference::{FDivergence, LossOptions, PreferenceLoss, Summing};
+use crate::loss::ranking::Ranking;
 use crate::model::lora::Lora;
 use crate::train::Settings;
 
@@ -37,6 +38,8 @@ pub struct Dpo {
     pub loss_type: Vec<PreferenceLoss>,
     /// One weight a loss; none is 1 for each.
     pub loss_weights: Vec<f64>,
+    /// What is compared of more than two ranked responses: `all_pairs`, `adjacent` or `plackett_luce`.
+    pub ranking: Ranking,
     /// Strength of the tie to the reference.
     pub beta: f64,
     /// Share of labels taken to be wrong.
@@ -88,6 +91,7 @@ impl Default for Dpo {
             lora: Lora::default(),
             loss_type: vec![PreferenceLoss::Sigmoid],
             loss_weights: Vec::new(),
+            ranking: Ranking::default(),
             beta,
             label_smoothing,
             sft_loss_weight: 0.2,
@@ -168,6 +172,9 @@ impl Dpo {
                     .hint("give one of them the sum of the weights"));
             }
         }
+        if self.ranking == Ranking::PlackettLuce {
+            self.check_lists()?;
+        }
         if !(0.0..=1.0).contains(&self.ld_alpha) {
             return refuse("ld_alpha", self.ld_alpha, "from 0 to 1");
         }
@@ -182,6 +189,18 @@ impl Dpo {
             .hint("leave it out"));
         }
         self.loss_options().check(&self.loss_type)
+    }
+
+    /// A list is ranked by its rewards as they are: nothing that changes a pair's loss applies.
+    fn check_lists(&self) -> Result<()> {
+        let plain = self.loss_type == [PreferenceLoss::Sigmoid]
+            && self.label_smoothing <= 0.0
+            && self.f_divergence_type == FDivergence::ReverseKl;
+        if plain {
+            return Ok(());
+        }
+        Err(Error::usage("`ranking` is \"plackett_luce\" with another loss than plain `sigmoid`")
+            .hint("rank by \"all_pairs\" or \"adjacent\", or leave label_smoothing and f_divergence_type out"))
     }
 
     /// What is allowed, and worth knowing before an expensive run.
@@ -368,6 +387,15 @@ mod tests {
             "loss_type = ['ipo', 'ipo']",
             "r.toml:5: stage `dpo`: `loss_type` names `ipo` twice (hint: give one of them the sum of the weights)",
         );
+        let lists = "`ranking` is \"plackett_luce\" with another loss than plain `sigmoid` (hint: rank by \"all_pairs\" or \
+                     \"adjacent\", or leave label_smoothing and f_divergence_type out)";
+        for other in
+            ["loss_type = 'ipo'", "label_smoothing = 0.1", "f_divergence_type = 'forward_kl'"]
+        {
+            let keys = format!("ranking = 'plackett_luce'\n{other}");
+            refuses(&keys, &format!("r.toml:5: stage `dpo`: {lists}"));
+        }
+        assert_eq!(dpo("ranking = 'plackett_luce'").ranking, Ranking::PlackettLuce);
         refuses(
             "loss_type = 'ipo'\nloss_weights = [0]",
             "r.toml:5: stage `dpo`: `loss_type` leaves nothing to train (hint: name a loss, with a weight above 0)",

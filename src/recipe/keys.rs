@@ -148,6 +148,7 @@ pub const INERT: &[Inert] = &[
         values: &["\"turn\"", "\"all\"", "true"],
         why: "the end-of-turn token of a trained message is always trained",
     },
+    Inert { key: "num_labels", values: &[], why: "`head` and `attributes` say it" },
     Inert { key: "reward_model_training", values: &[], why: "`kind` says it" },
 ];
 

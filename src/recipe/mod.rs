@@ -10,6 +10,7 @@ pub mod keys;
 pub mod plan;
 pub mod refs;
 pub mod resolve;
+pub mod reward;
 mod shape;
 pub mod top;
 

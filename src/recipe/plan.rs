@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::data::pipeline::Source;
-use crate::data::prepare::{OnBadRow, PairOptions, SftOptions};
+use crate::data::prepare::{OnBadRow, SftOptions};
 use crate::data::read::{Format, ReadOptions};
 use crate::error::{Context, Error, Result};
 use crate::generate::sampling::Sampling;
@@ -18,6 +18,7 @@ use crate::train::Settings;
 
 pub use super::average::{Average, AverageMethod};
 pub use super::dpo::{Dpo, Preset};
+pub use super::reward::{Head, Reward};
 
 /// A whole run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -209,6 +210,7 @@ impl Spec {
             Self::Reward(spec) => {
                 spec.train.check()?;
                 spec.lora.check()?;
+                spec.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
             Self::Sample(spec) => {
@@ -349,28 +351,6 @@ pub struct Sft {
     pub loss_normalization: Normalization,
     /// The column with each row's weight, 0 or more; empty weighs all rows the same.
     pub row_weight_column: String,
-}
-
-/// `reward`: a Bradley-Terry reward model. Writes `checkpoint/`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Reward {
-    /// The start.
-    pub model_name_or_path: String,
-    /// Preferences to learn.
-    pub datasets: Vec<Dataset>,
-    /// Preferences to evaluate on; may be empty.
-    pub eval_datasets: Vec<Dataset>,
-    /// How rows become tokens.
-    pub data: PairOptions,
-    /// A built-in chat template or a Jinja file, for models that have none; empty keeps the model's own.
-    pub chat_template: String,
-    /// How to train.
-    pub train: Settings,
-    /// Whether to train adapters instead.
-    pub lora: Lora,
-    /// Weight of the squared mean reward of each pair; 0 is off.
-    pub center_rewards_coefficient: f64,
 }
 
 /// `sample`: K candidates a prompt, scored. Writes `data.jsonl`.

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::progress::short;
+use super::quality;
 use super::record::Metrics;
 use super::summary::{Finished, HEADLINE, Summary};
 
@@ -65,6 +66,18 @@ fn stages(summary: &Summary, page: &mut String) {
         let _ = writeln!(page, "{}", stage_row(stage));
     }
     page.push_str("</table>\n");
+    for stage in &summary.stages {
+        let Some(manifest) = &stage.manifest else { continue };
+        for rows in quality::tables(&manifest.record.metrics) {
+            let _ = writeln!(page, "<h3>{}</h3>\n<table>", escape(&stage.id));
+            for row in rows {
+                let cells =
+                    row.iter().map(|cell| escape(cell)).collect::<Vec<_>>().join("</td><td>");
+                let _ = writeln!(page, "<tr><td>{cells}</td></tr>");
+            }
+            page.push_str("</table>\n");
+        }
+    }
 }
 
 fn stage_row(stage: &Finished) -> String {
@@ -76,6 +89,7 @@ fn stage_row(stage: &Finished) -> String {
     let numbers: Vec<String> = record
         .metrics
         .iter()
+        .filter(|(name, _)| !quality::is_tabled(name))
         .map(|(name, value)| format!("{} {}", escape(name), short(*value)))
         .collect();
     let hashes = [record.weights_sha256.as_deref().unwrap_or("–"), &manifest.inputs_hash]

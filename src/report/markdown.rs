@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::progress::short;
+use super::quality;
 use super::summary::{HEADLINE, Summary};
 
 /// The table round × stage × (accuracy, reward, KL to base, mean length), aligned for reading as plain text. Empty
@@ -86,10 +87,17 @@ pub fn render(summary: &Summary) -> String {
             .record
             .metrics
             .iter()
+            .filter(|(name, _)| !quality::is_tabled(name))
             .map(|(name, value)| format!("{name} {}", short(*value)))
             .collect();
         if !numbers.is_empty() {
             let _ = writeln!(text, "- **{}**: {}", stage.id, numbers.join(", "));
+        }
+    }
+    for stage in &summary.stages {
+        let Some(manifest) = &stage.manifest else { continue };
+        for rows in quality::tables(&manifest.record.metrics) {
+            let _ = write!(text, "\n### {}\n\n{}", stage.id, table(&rows));
         }
     }
     let _ = writeln!(text, "\n## What made it\n");

@@ -4,6 +4,7 @@ pub mod html;
 pub mod markdown;
 pub mod metrics;
 pub mod progress;
+pub mod quality;
 pub mod record;
 pub mod summary;
 

@@ -5,6 +5,8 @@ pub mod reward_model;
 pub mod select;
 pub mod verifiers;
 
+use std::collections::BTreeMap;
+
 use candle_core::Device;
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
@@ -12,7 +14,7 @@ use serde_json::Value;
 
 use crate::data::record::Message;
 use crate::error::{Context, Error, Result};
-use reward_model::RewardModel;
+use reward_model::{Reading, RewardModel, StepAggregation};
 use verifiers::{Check, Verifier};
 
 /// One judge as a recipe names it: a verifier or a reward model, and the weight of its score in the sum.
@@ -32,6 +34,12 @@ pub struct ScorerSpec {
     /// A reward model's checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reward_model: Option<String>,
+    /// What each attribute of a rating model counts, by name: `{helpfulness = 1, verbosity = -0.2}`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub attribute_weights: BTreeMap<String, f64>,
+    /// How a model that judges steps judges an answer: `min`, `last` or `product`.
+    #[serde(default)]
+    pub step_aggregation: StepAggregation,
     /// The score's name in the rows; the verifier's name or `reward` where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -67,6 +75,8 @@ impl ScorerSpec {
         Self {
             verifier: Some(check),
             reward_model: None,
+            attribute_weights: BTreeMap::new(),
+            step_aggregation: StepAggregation::default(),
             name: None,
             weight: 1.0,
             pattern: None,
@@ -116,7 +126,13 @@ impl ScorerSpec {
         self.check()?;
         Ok(match (self.verifier, &self.reward_model) {
             (Some(check), _) => Box::new(Verifier::new(check, self)?),
-            (None, Some(path)) => Box::new(RewardModel::load(path, device)?),
+            (None, Some(path)) => {
+                let reading = Reading {
+                    attribute_weights: self.attribute_weights.clone(),
+                    step_aggregation: self.step_aggregation,
+                };
+                Box::new(RewardModel::load(path, device, &reading)?)
+            }
             (None, None) => return Err(Error::usage("a scorer without a judge")),
         })
     }

@@ -1,97 +1,282 @@
-//! A learned reward model as a judge: all answers to a prompt in one tree, each read at its end.
+//! A learned reward model as a judge: all answers to a prompt in one tree, each read at its end; or each answer step by
+//! step.
+
+use std::collections::BTreeMap;
 
 use candle_core::Device;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{Question, Score, Scorer};
 use crate::data::forest::{Forest, micro_batches};
-use crate::data::prepare::{PairOptions, Truncation, pair_trees};
+use crate::data::lessons::Lesson;
+use crate::data::prepare::{PairOptions, Rule, Truncation};
 use crate::data::record::{Message, Record, Row, Side};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
-use crate::model::Architecture;
+use crate::loss::reward::Correctness;
+use crate::loss::sigmoid;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
-use crate::model::heads;
 use crate::model::transformer::Transformer;
+use crate::model::{Architecture, Config};
 
 /// Most tokens of one forward pass.
 const BUDGET: usize = 4096;
+
+/// The key of `config.json` that holds the text which ends a step.
+pub const STEP_SEPARATOR: &str = "step_separator";
+
+/// One number for an answer from the probabilities that its steps are right.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepAggregation {
+    /// The least sure step.
+    #[default]
+    Min,
+    /// The last step.
+    Last,
+    /// All steps, as if they were independent (Lightman et al., 2023).
+    Product,
+}
+
+impl StepAggregation {
+    /// Of an answer without steps, 0.
+    ///
+    /// ```
+    /// use arriero::score::reward_model::StepAggregation::{Last, Min, Product};
+    /// assert_eq!([Min, Last, Product].map(|how| how.of(&[0.5, 0.25, 0.75])), [0.25, 0.75, 0.09375]);
+    /// assert_eq!(Product.of(&[]), 0.0);
+    /// ```
+    pub fn of(self, steps: &[f64]) -> f64 {
+        let Some(&last) = steps.last() else { return 0.0 };
+        match self {
+            Self::Min => steps.iter().copied().fold(1.0, f64::min),
+            Self::Last => last,
+            Self::Product => steps.iter().product(),
+        }
+    }
+}
+
+/// How a model's outputs become one score.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Reading {
+    /// Weights of a rating model's attributes; those that are not named weigh 0.
+    pub attribute_weights: BTreeMap<String, f64>,
+    /// For models that judge steps.
+    pub step_aggregation: StepAggregation,
+}
+
+/// What the outputs are.
+enum Outputs {
+    /// One weight each.
+    Weighted(Vec<f64>),
+    /// Wrong or right after each step.
+    Steps { separator: String, aggregation: StepAggregation },
+}
+
+impl Outputs {
+    fn of(config: &Config, reading: &Reading) -> Result<Self> {
+        let (weights, labels) = (&reading.attribute_weights, &config.labels);
+        let known = || format!("the model's are: {}", labels.join(", "));
+        match config.architecture {
+            Architecture::CausalLm => Err(Error::usage("is no reward model: it has no score head")
+                .hint("give the checkpoint of a `reward` stage")),
+            Architecture::TokenClassification => {
+                let separator = config.other.get(STEP_SEPARATOR).and_then(Value::as_str);
+                let separator = separator.filter(|text| !text.is_empty()).unwrap_or("\n");
+                Ok(Self::Steps {
+                    separator: separator.to_owned(),
+                    aggregation: reading.step_aggregation,
+                })
+            }
+            Architecture::SequenceClassification if weights.is_empty() => match labels.len() {
+                1 => Ok(Self::Weighted(vec![1.0])),
+                count => {
+                    Err(Error::usage(format!("{count} attributes and no `attribute_weights`"))
+                        .hint(format!("write a weight for some; {}", known())))
+                }
+            },
+            Architecture::SequenceClassification => {
+                if let Some(name) = weights.keys().find(|name| !labels.contains(name)) {
+                    return Err(
+                        Error::usage(format!("`attribute_weights` names `{name}`")).hint(known())
+                    );
+                }
+                let weight = |label: &String| weights.get(label).copied().unwrap_or(0.0);
+                Ok(Self::Weighted(labels.iter().map(weight).collect()))
+            }
+        }
+    }
+}
 
 /// A reward model with its tokenizer.
 pub struct RewardModel {
     model: Transformer,
     tokenizer: ChatTokenizer,
+    outputs: Outputs,
 }
 
 impl RewardModel {
     /// Loads a checkpoint: a directory or a hub id.
     ///
     /// # Errors
-    /// What loading can fail with; a checkpoint without a score head or without a tokenizer.
-    pub fn load(path: &str, device: &Device) -> Result<Self> {
+    /// What loading can fail with; a checkpoint without a score head or without a tokenizer; weights that do not fit its
+    /// attributes.
+    pub fn load(path: &str, device: &Device, reading: &Reading) -> Result<Self> {
         let checkpoint = Checkpoint::load(path, device, &LoadOptions::default())?;
         let tokenizer = checkpoint.tokenizer().at(path)?.clone();
-        Self::new(&checkpoint, tokenizer).at(path)
-    }
-
-    /// From a checkpoint in memory.
-    ///
-    /// # Errors
-    /// A model without a score head.
-    pub fn new(checkpoint: &Checkpoint, tokenizer: ChatTokenizer) -> Result<Self> {
-        if checkpoint.config.architecture != Architecture::SequenceClassification {
-            return Err(Error::usage("is no reward model: it has no score head")
-                .hint("give the checkpoint of a `reward` stage"));
-        }
+        let outputs = Outputs::of(&checkpoint.config, reading).at(path)?;
         let model = Transformer::new(&checkpoint.config, &checkpoint.weights)?;
-        Ok(Self { model, tokenizer })
+        Ok(Self { model, tokenizer, outputs })
     }
 
-    /// The score of every response of every row, row by row in the rows' order.
+    /// The score of every response of every row, row by row in the rows' order. Ranked responses and completions are
+    /// scored at their ends; answers in steps, by a model that judges steps, as a whole.
     ///
     /// # Errors
     /// A row that the chat template refuses, or that is longer than the model's positions.
     pub fn score_rows(&self, rows: &[Row]) -> Result<Vec<Vec<f64>>> {
+        let of_row = |scores: Vec<f64>| match &self.outputs {
+            Outputs::Steps { aggregation, .. } => {
+                vec![aggregation.of(&scores.into_iter().map(sigmoid).collect::<Vec<_>>())]
+            }
+            Outputs::Weighted(_) => scores,
+        };
+        Ok(self.ends(rows)?.into_iter().map(of_row).collect())
+    }
+
+    /// One number at each end of each row.
+    fn ends(&self, rows: &[Row]) -> Result<Vec<Vec<f64>>> {
         let options = PairOptions {
             max_length: Some(self.model.config().max_position_embeddings),
             truncation: Truncation::KeepStart,
             ..PairOptions::default()
         };
-        let trees = pair_trees(rows, &self.tokenizer, &options)?.trees;
-        let borrowed: Vec<_> = trees.iter().collect();
+        let rule = match &self.outputs {
+            Outputs::Steps { separator, .. } => {
+                Rule::Reward(Lesson::Steps(separator.clone()), options)
+            }
+            Outputs::Weighted(_)
+                if rows.iter().all(|row| matches!(row.record, Record::Completion { .. })) =>
+            {
+                Rule::Responses(options)
+            }
+            Outputs::Weighted(_) => Rule::Pairs(options),
+        };
+        let trees = rule.trees(rows, &self.tokenizer)?.trees;
         let mut scores = Vec::with_capacity(rows.len());
-        for range in micro_batches(&borrowed, BUDGET) {
+        for range in micro_batches(&trees, BUDGET) {
             let forest = Forest::pack(&trees[range])?;
             let hidden = self.model.hidden(&forest)?;
-            let flat = heads::scores(&hidden, self.model.head(), &forest.leaves)?;
+            let outputs = self.model.scores(&hidden, &forest.ends)?;
             let mut of_tree = vec![Vec::new(); forest.trees()];
-            for (leaf, score) in forest.leaves.iter().zip(flat) {
-                of_tree[leaf.tree].push(f64::from(score));
+            for (end, value) in forest.ends.iter().zip(self.combined(&outputs)) {
+                of_tree[end.tree].push(value);
             }
             scores.append(&mut of_tree);
         }
         Ok(scores)
     }
+
+    fn combined(&self, outputs: &[f32]) -> Vec<f64> {
+        match &self.outputs {
+            Outputs::Steps { .. } => Correctness { outputs: 2 }.log_odds(outputs),
+            Outputs::Weighted(weights) => {
+                let sum = |of_end: &[f32]| {
+                    of_end.iter().zip(weights).map(|(x, weight)| f64::from(*x) * weight).sum()
+                };
+                outputs.chunks(weights.len()).map(sum).collect()
+            }
+        }
+    }
+
+    /// The rows that ask for a score of each answer.
+    fn rows(&self, question: &Question<'_>, answers: &[&str]) -> Vec<Row> {
+        let prompt = || Side::Messages(question.prompt.to_vec());
+        let row = |record| {
+            let mut row = Row::new(question.place, record);
+            row.tools = question.tools.cloned();
+            row
+        };
+        let side = |text: &&str| Side::Messages(vec![Message::new("assistant", *text)]);
+        match (&self.outputs, answers) {
+            (Outputs::Steps { separator, .. }, _) => {
+                let steps = |answer: &&str| {
+                    let steps: Vec<String> = steps_of(answer, separator);
+                    let labels = vec![false; steps.len()];
+                    row(Record::Steps { prompt: prompt(), steps, labels })
+                };
+                answers.iter().map(steps).collect()
+            }
+            (Outputs::Weighted(_), [only]) => {
+                vec![row(Record::Completion { prompt: prompt(), completion: side(only) })]
+            }
+            (Outputs::Weighted(_), _) => {
+                let responses = answers.iter().map(side).collect();
+                vec![row(Record::Preference { prompt: prompt(), responses })]
+            }
+        }
+    }
+}
+
+/// The steps of an answer. One without any text is one step, which the model judges as it is.
+fn steps_of(answer: &str, separator: &str) -> Vec<String> {
+    let parts = answer.split(separator).filter(|part| !part.trim().is_empty());
+    let steps: Vec<String> = parts.map(str::to_owned).collect();
+    if steps.is_empty() { vec![answer.to_owned()] } else { steps }
 }
 
 impl Scorer for RewardModel {
     fn score(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
-        // A tree wants siblings: a lone answer is judged beside itself.
-        let mut sides: Vec<Side> = answers
-            .iter()
-            .map(|text| Side::Messages(vec![Message::new("assistant", *text)]))
-            .collect();
-        if let [only] = sides.as_slice() {
-            sides.push(only.clone());
-        }
-        let prompt = Side::Messages(question.prompt.to_vec());
-        let mut row = Row::new(question.place, Record::Preference { prompt, responses: sides });
-        row.tools = question.tools.cloned();
-        let scores = self.score_rows(&[row])?.remove(0);
-        let judged = scores.into_iter().take(answers.len());
+        let scores = self.score_rows(&self.rows(question, answers))?;
+        let judged = scores.into_iter().flatten();
         Ok(judged.map(|value| Score { value, why: "reward model".to_owned() }).collect())
     }
 
     fn verifies(&self) -> bool {
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outputs(labels: &[&str], weights: &[(&str, f64)]) -> Result<Outputs> {
+        let keys = serde_json::json!({
+            "model_type": "llama", "architectures": ["LlamaForSequenceClassification"], "vocab_size": 8,
+            "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1,
+            "id2label": labels.iter().enumerate().map(|(id, name)| (id.to_string(), *name)).collect::<BTreeMap<_, _>>(),
+        });
+        let attribute_weights =
+            weights.iter().map(|(name, weight)| ((*name).to_owned(), *weight)).collect();
+        let reading = Reading { attribute_weights, ..Reading::default() };
+        Outputs::of(&Config::from_json(&keys.to_string())?, &reading)
+    }
+
+    #[test]
+    fn attributes_are_weighed_by_name_and_a_model_of_several_needs_weights() {
+        let two = ["helpfulness", "verbosity"];
+        let Ok(Outputs::Weighted(weights)) = outputs(&two, &[("verbosity", -0.5)]) else {
+            panic!()
+        };
+        assert_eq!(weights, [0.0, -0.5]);
+        let refused =
+            |weights: &[(&str, f64)]| format!("{:?}", outputs(&two, weights).err().unwrap());
+        assert_eq!(
+            refused(&[]),
+            "2 attributes and no `attribute_weights` (hint: write a weight for some; the model's are: helpfulness, verbosity)"
+        );
+        assert_eq!(
+            refused(&[("help", 1.0)]),
+            "`attribute_weights` names `help` (hint: the model's are: helpfulness, verbosity)"
+        );
+        assert!(matches!(outputs(&["reward"], &[]), Ok(Outputs::Weighted(one)) if one == [1.0]));
+    }
+
+    #[test]
+    fn an_answer_is_cut_into_its_steps() {
+        assert_eq!(steps_of("a = 1\n\nb = 2\n", "\n"), ["a = 1", "b = 2"]);
+        assert_eq!(steps_of("", "\n"), [""]);
     }
 }

@@ -79,13 +79,19 @@ impl Adapt<'_> {
     }
 
     fn config(&self, model: &Config) -> Result<AdapterConfig> {
-        let reward = model.architecture == Architecture::SequenceClassification;
+        let task = match model.architecture {
+            Architecture::CausalLm => "CAUSAL_LM",
+            Architecture::SequenceClassification => "SEQ_CLS",
+            Architecture::TokenClassification => "TOKEN_CLS",
+        };
         let mut saved = self.lora.lora_modules_to_save.clone();
-        if reward && !saved.iter().any(|module| module == "score") {
+        if model.architecture != Architecture::CausalLm
+            && !saved.iter().any(|module| module == "score")
+        {
             saved.push("score".to_owned());
         }
         Ok(AdapterConfig {
-            task_type: Some(if reward { "SEQ_CLS" } else { "CAUSAL_LM" }.to_owned()),
+            task_type: Some(task.to_owned()),
             base_model_name_or_path: Some(lora::load::lasting_name(self.base)?),
             r: self.lora.lora_r,
             lora_alpha: self.lora.lora_alpha,
@@ -152,6 +158,11 @@ impl Trainee {
         trained: &Weights,
     ) -> Result<()> {
         peft::write(dir, config, trained, &files.fingerprint)?;
+        if self.config.architecture != Architecture::CausalLm {
+            let (config, tokenizer) = (self.config.clone(), self.tokenizer.clone());
+            let scorer = Checkpoint { config, weights: Weights::new(), tokenizer };
+            return scorer.write_beside(dir, DType::F32);
+        }
         match &self.tokenizer {
             Some(tokenizer) => tokenizer.save(dir),
             None => Ok(()),
@@ -198,6 +209,7 @@ mod tests {
     use super::*;
     use crate::data::forest::Forest;
     use crate::data::tree::{Role, Tree};
+    use crate::model::export::Encoding;
     use crate::model::packed::Quantization;
     use crate::model::{Transformer, params};
     use crate::recipe::plan::{Dataset, Dpo, Reward, Sft};
@@ -336,13 +348,13 @@ mod tests {
                 adapter: dir.clone(),
                 base: None,
                 out: out.clone(),
-                dtype: Precision::F32,
+                encoding: Encoding::F32,
             };
             let report = merge::merge(&work).unwrap();
             assert_eq!(report.modules, 7 * base.config.num_hidden_layers);
             assert_eq!(outputs(&load(&out)), outputs(&trained), "{name}");
             let error = merge::merge(&work).unwrap_err();
-            assert!(error.to_string().contains("not empty"), "{error}");
+            assert!(error.to_string().contains("exists already"), "{error}");
         }
     }
 

@@ -75,10 +75,11 @@ impl Method {
         let reference = BTreeMap::new();
         if !rows.iter().any(|row| matches!(row.record, Record::Completion { .. })) {
             let margins = rows.iter().enumerate();
-            let margins = margins.filter_map(|(at, row)| Some((at, row.margin?))).collect();
+            let margins = margins.map(|(at, row)| (at, row.margins.clone())).collect();
             return Ok(Self::Paired(Preference {
                 losses: spec.losses(),
                 options,
+                ranking: spec.ranking,
                 sft_weight: spec.sft_loss_weight,
                 summing,
                 reference,

@@ -1,36 +1,73 @@
-//! Reward modelling (Llama 3, section 4.1.2): the base model with a score head learns which response people prefer.
+//! Reward modelling (Llama 3, section 4.1.2): the base model with a score head learns which responses people prefer, how they
+//! rate them, or which answers and steps are right.
+
+use serde_json::Value;
 
 use super::adapt::Adapt;
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
-use crate::data::prepare::Rule;
 use crate::error::Result;
-use crate::loss::reward::Reward;
-use crate::recipe::plan;
+use crate::loss::Objective;
+use crate::loss::reward::{Correctness, Regression, Reward};
+use crate::model::Architecture;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::labels;
+use crate::recipe::plan::{self, Head};
+use crate::score::reward_model::STEP_SEPARATOR;
 
-/// Trains a score head and the model under it on ranked responses. Input: a checkpoint (the paper takes the
-/// pre-trained one) and preferences. Output: `checkpoint/`, a `LlamaForSequenceClassification`.
+/// Trains a score head and the model under it. Input: a checkpoint (the paper takes the pre-trained one) and rows that fit
+/// the head. Output: `checkpoint/`, a `LlamaForSequenceClassification`, or for steps a `LlamaForTokenClassification`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
-    let start = start.into_reward_model(context.seed)?;
+    let start = with_head(start, spec, context.seed)?;
     let adapt = Adapt {
         lora: &spec.lora,
         base: &spec.model_name_or_path,
         dtype: spec.train.dtype,
         seed: context.seed,
     };
-    let rule = Rule::Pairs(spec.data.clone());
+    let rule = spec.rule(context.seed);
     let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
     let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
-    let objective = Reward { center_coefficient: spec.center_rewards_coefficient };
+    let objective = objective(spec);
     let work = Work {
         start,
-        objective: &objective,
+        objective: objective.as_ref(),
         train: &train,
-        eval: (&objective, held_out.as_ref()),
+        eval: (objective.as_ref(), held_out.as_ref()),
         samples: &[],
         settings: &spec.train,
         adapt,
     };
     training::fit(context, work)
+}
+
+fn with_head(start: Checkpoint, spec: &plan::Reward, seed: u64) -> Result<Checkpoint> {
+    match spec.head {
+        Head::BradleyTerry | Head::Outcome => start.into_reward_model(seed),
+        Head::Regression => {
+            start.into_scorer(Architecture::SequenceClassification, &spec.attributes, seed)
+        }
+        Head::Process => {
+            let architecture = Architecture::TokenClassification;
+            let mut model = start.into_scorer(architecture, &labels::STEP, seed)?;
+            // Who scores with the model must cut answers as it was taught.
+            let separator = Value::String(spec.step_separator.clone());
+            model.config.other.insert(STEP_SEPARATOR.to_owned(), separator);
+            Ok(model)
+        }
+    }
+}
+
+fn objective(spec: &plan::Reward) -> Box<dyn Objective> {
+    match spec.head {
+        Head::BradleyTerry => Box::new(Reward {
+            ranking: spec.ranking,
+            use_margin: spec.use_margin,
+            center_coefficient: spec.center_rewards_coefficient,
+        }),
+        Head::Regression => Box::new(Regression { attributes: spec.attributes.clone() }),
+        Head::Process => Box::new(Correctness { outputs: labels::STEP.len() }),
+        Head::Outcome => Box::new(Correctness { outputs: 1 }),
+    }
 }

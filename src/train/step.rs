@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::loss::{Mean, Objective, Readout, StepTotals, Weighed};
 use crate::model::gradients::Gradients;
 use crate::model::transformer::Transformer;
-use crate::model::{Config, Precision, heads};
+use crate::model::{Config, Precision};
 use crate::ops::head;
 use crate::report::record::Metrics;
 
@@ -129,13 +129,16 @@ pub fn evaluate(
         }
         StepTotals { counts: counts.check()?, statistics: Vec::new() }
     };
-    let mut sums = Sums::new(objective);
+    let (mut sums, mut seen) = (Sums::new(objective), Vec::new());
     for forest in packed(examples, max_tokens) {
         let forest = forest?;
         let values = read(model, objective.readout(), &forest)?;
         sums.add(weigh(objective, &forest, &values, &totals)?, &forest);
+        seen.extend(objective.observe(&forest, &values));
     }
-    Ok(sums.report(objective, &totals))
+    let mut report = sums.report(objective, &totals);
+    report.metrics.extend(objective.summarize(&seen));
+    Ok(report)
 }
 
 /// The values an objective reads from one forest: log-probabilities of its targets or scores of its leaves.
@@ -143,7 +146,7 @@ pub fn read(model: &Transformer, readout: Readout, forest: &Forest) -> Result<Ve
     let hidden = model.hidden(forest)?;
     match readout {
         Readout::Logps => Ok(head::logps(&hidden, model.head(), &forest.targets)?),
-        Readout::Scores => heads::scores(&hidden, model.head(), &forest.leaves),
+        Readout::Scores => model.scores(&hidden, &forest.ends),
     }
 }
 
@@ -225,13 +228,9 @@ pub(super) fn head_step(
     let trained = weight.is_variable();
     match objective.readout() {
         Readout::Scores => {
-            let scores = heads::scores(hidden, weight, &forest.leaves)?;
+            let scores = model.scores(hidden, &forest.ends)?;
             let weighed = weigh(objective, forest, &scores, totals)?;
-            let (d_hidden, d_weight) =
-                heads::backward(hidden, weight, &forest.leaves, &weighed.d_values)?;
-            if trained {
-                grads.add(model.head_name(), d_weight)?;
-            }
+            let d_hidden = model.scores_backward(hidden, &forest.ends, &weighed.d_values, grads)?;
             Ok((weighed, d_hidden))
         }
         Readout::Logps => {
@@ -266,11 +265,11 @@ fn weigh(
     totals: &StepTotals,
 ) -> Result<Weighed> {
     if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-        let leaf = match objective.readout() {
-            Readout::Logps => forest.targets[index].leaf as usize,
-            Readout::Scores => index,
+        let tree = match objective.readout() {
+            Readout::Logps => forest.leaves[forest.targets[index].leaf as usize].tree,
+            Readout::Scores => forest.ends[index * forest.ends.len() / values.len()].tree,
         };
-        let row = forest.sources[forest.leaves[leaf].tree];
+        let row = forest.sources[tree];
         return Err(Error::run(format!("the model's output is {}", values[index]))
             .at(format!("row {row}"))
             .hint("the weights have diverged: lower learning_rate, or look for a bad row"));

@@ -5,8 +5,9 @@
 IDS.json holds rows of token ids, e.g. [[1, 4093, 198], [1, 5]].
 
 A language model gives `logits.0`, `logits.1`, ... of shape [tokens, vocabulary], one a row, each row
-run alone. A reward model gives `scores` of shape [rows], all rows in one batch padded on the right
-with the checkpoint's own pad_token_id, and `scores_alone`, each row run alone without padding.
+run alone; a process reward model the same of shape [tokens, labels]. A reward model gives `scores` of
+shape [rows, labels], all rows in one batch padded on the right with the checkpoint's own pad_token_id,
+and `scores_alone`, each row run alone without padding.
 
 Prints one JSON object: the class, the padding and end ids that transformers read, and what it called
 missing or unexpected among the weights.
@@ -21,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
 )
@@ -31,6 +33,8 @@ def load(directory):
     config = AutoConfig.from_pretrained(directory)
     is_reward = config.architectures[0].endswith("ForSequenceClassification")
     auto = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+    if config.architectures[0].endswith("ForTokenClassification"):
+        auto = AutoModelForTokenClassification
     model, info = auto.from_pretrained(
         directory, attn_implementation="eager", output_loading_info=True
     )
@@ -49,8 +53,8 @@ def reward(model, rows):
     longest = max(len(row) for row in rows)
     ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    alone = [model(torch.tensor([row])).logits[0, 0] for row in rows]
-    return {"scores": model(ids, attention_mask=mask).logits[:, 0].contiguous(),
+    alone = [model(torch.tensor([row])).logits[0] for row in rows]
+    return {"scores": model(ids, attention_mask=mask).logits.contiguous(),
             "scores_alone": torch.stack(alone)}
 
 

@@ -1,5 +1,5 @@
-//! Preference losses over the pairs of a forest, several at once, with the chosen side's negative log-likelihood beside
-//! them.
+//! Preference losses over the pairs of a forest, or its ranked lists (DPO, appendix A.3), several at once, with the best
+//! response's negative log-likelihood beside them.
 //!
 //! In the form of Llama 3 (section 4.1.4): `sigmoid`, formatting tokens left out of both sides' log-probabilities, and
 //! 0.2 of the chosen response's negative log-likelihood over all its tokens.
@@ -7,29 +7,34 @@
 use std::collections::BTreeMap;
 use std::mem::replace;
 
-use super::{LossOptions, Pair, PairLoss, PreferenceLoss, Response, Sides, Summing};
+use super::{LossOptions, Pair, PreferenceLoss, Response, Sides, Summing};
 use crate::data::forest::Forest;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
+use crate::loss::ranking::{Ranking, plackett_luce};
 use crate::loss::{Mean, Objective, StepTotals, Weighed};
 
-/// The preference objective: the chosen response is each tree's first leaf, the rejected one its second. With
-/// [`PreferenceLoss::Kto`] further leaves are responses to other prompts.
+/// The preference objective: each tree's leaves are ranked responses, best first, mostly a chosen and a rejected one. With
+/// [`PreferenceLoss::Kto`] a tree has two, and further leaves are responses to other prompts.
 #[derive(Clone, Debug)]
 pub struct Preference {
     /// The losses, each with its weight; may be empty beside `sft_weight`.
     pub losses: Vec<(PreferenceLoss, f64)>,
     /// Their constants.
     pub options: LossOptions,
-    /// Weight of the chosen response's negative log-likelihood, a mean over the step's chosen tokens; 0 turns it off.
+    /// What is compared of more than two responses. By pairs, losses are means over all pairs of the step; as
+    /// Plackett-Luce lists, over its trees.
+    pub ranking: Ranking,
+    /// Weight of the best response's negative log-likelihood, a mean over the tokens of the step's best responses; 0 turns
+    /// it off.
     pub sft_weight: f64,
     /// Which tokens enter the preference losses.
     pub summing: Summing,
     /// The reference's log-probability of each leaf, under the same mask, by the pair's row. Empty where no loss
     /// needs one.
     pub reference: BTreeMap<usize, Vec<f64>>,
-    /// The column `margin` by row, where a loss reads it.
-    pub margins: BTreeMap<usize, f64>,
+    /// The column `margin` by row, where a loss reads it: by how much each response is better than the next.
+    pub margins: BTreeMap<usize, Vec<f64>>,
 }
 
 impl Default for Preference {
@@ -37,6 +42,7 @@ impl Default for Preference {
         Self {
             losses: vec![(PreferenceLoss::Sigmoid, 1.0)],
             options: LossOptions::default(),
+            ranking: Ranking::default(),
             sft_weight: 0.0,
             summing: Summing::default(),
             reference: BTreeMap::new(),
@@ -45,10 +51,15 @@ impl Default for Preference {
     }
 }
 
-/// The pairs of one forest, and the log-ratios of the responses to other prompts.
+/// What one forest's log-probabilities say.
 #[derive(Default)]
 struct Read {
     pairs: Vec<Pair>,
+    /// Leaves (better, worse) of each pair.
+    leaves: Vec<(usize, usize)>,
+    /// Each tree's first leaf, and the log-ratios of its responses, best first.
+    lists: Vec<(usize, Vec<f64>)>,
+    /// Log-ratios of the responses to other prompts.
     mismatched: Vec<f64>,
 }
 
@@ -62,50 +73,83 @@ impl Preference {
         self.losses.iter().any(|(loss, _)| property(*loss))
     }
 
-    /// Refuses a tree that no loss can be taken of: not a pair, a response without a token that enters, two equal
-    /// responses.
+    /// Refuses a row's tree that no loss can be taken of: not two or more responses, one without a token that enters, two
+    /// that are equal.
     ///
     /// # Errors
     /// Says which.
     pub fn check_tree(&self, tree: &Tree) -> Result<()> {
         let leaves = tree.leaves();
-        self.check_leaves(leaves.len())?;
+        check_leaves(leaves.len())?;
+        if leaves.len() > 2
+            && (self.has(PreferenceLoss::needs_mismatched) || self.summing.ld_alpha < 1.0)
+        {
+            return Err(Error::run(format!("{} ranked responses, expected two", leaves.len()))
+                .hint("`kto` and `ld_alpha` know a chosen and a rejected one only"));
+        }
         let lengths = self.summing.lengths(tree);
         if let Some(leaf) = lengths.iter().position(|&length| length == 0) {
             return Err(empty(leaf));
         }
-        if tree.unroll(leaves[0]).0 == tree.unroll(leaves[1]).0 {
-            return Err(Error::run("chosen and rejected are the same tokens").hint(
-                "such a pair teaches nothing; where only their ends differ, raise max_length",
-            ));
+        let responses: Vec<Vec<u32>> = leaves.iter().map(|&leaf| tree.unroll(leaf).0).collect();
+        let twins = Ranking::AllPairs.pairs(leaves.len());
+        match twins.into_iter().find(|&(one, other)| responses[one] == responses[other]) {
+            None => Ok(()),
+            Some((one, other)) => Err(Error::run(match leaves.len() {
+                2 => "chosen and rejected are the same tokens".to_owned(),
+                _ => format!("responses {one} and {other} are the same tokens"),
+            })
+            .hint("such a pair teaches nothing; where only their ends differ, raise max_length")),
         }
-        Ok(())
     }
 
-    fn check_leaves(&self, leaves: usize) -> Result<()> {
-        if leaves == 2 || leaves > 2 && self.has(PreferenceLoss::needs_mismatched) {
-            return Ok(());
-        }
-        Err(Error::run(format!("{leaves} responses, expected two: a chosen and a rejected one")))
+    /// How many pairs a forest has.
+    fn pairs(&self, forest: &Forest) -> usize {
+        let mut leaves = vec![0; forest.trees()];
+        forest.leaves.iter().for_each(|leaf| leaves[leaf.tree] += 1);
+        let two_at_most = self.has(PreferenceLoss::needs_mismatched);
+        let ranked = |&count: &usize| if two_at_most { count.min(2) } else { count };
+        leaves.iter().map(|count| self.ranking.pairs(ranked(count)).len()).sum()
     }
 
     /// What the losses are told of each tree.
     fn read(&self, forest: &Forest, logps: &[f32]) -> Result<Read> {
         let mut read = Read::default();
+        let mut first = 0;
         for (source, policy) in self.summing.trees(forest, logps) {
-            let count = policy.len();
-            let row = || format!("row {source}");
-            self.check_leaves(count).map_err(|error| error.at(row()))?;
-            if let Some(leaf) = policy.iter().position(|response| response.length < 1.0) {
-                return Err(empty(leaf).at(row()));
-            }
-            let reference = self.reference_of(source, count).map_err(|error| error.at(row()))?;
-            let margin = self.margin_of(source).map_err(|error| error.at(row()))?;
-            read.pairs.push(pair(&policy, &reference, margin));
-            let others = policy.iter().zip(&reference).skip(2);
-            read.mismatched.extend(others.map(|(response, reference)| response.logp - reference));
+            self.read_tree((source, first), &policy, &mut read)
+                .map_err(|error| error.at(format!("row {source}")))?;
+            first += policy.len();
         }
         Ok(read)
+    }
+
+    /// `first` is the tree's first leaf.
+    fn read_tree(
+        &self,
+        (source, first): (usize, usize),
+        policy: &[Response],
+        read: &mut Read,
+    ) -> Result<()> {
+        check_leaves(policy.len())?;
+        if let Some(leaf) = policy.iter().position(|response| response.length < 1.0) {
+            return Err(empty(leaf));
+        }
+        let reference = self.reference_of(source, policy.len())?;
+        let mismatches = self.has(PreferenceLoss::needs_mismatched);
+        let ranked = if mismatches { 2 } else { policy.len() };
+        let margins = self.margins_of(source, ranked)?;
+        for (better, worse) in self.ranking.pairs(ranked) {
+            let margin = margins[better..worse].iter().sum();
+            read.pairs.push(pair((better, worse), policy, &reference, margin));
+            read.leaves.push((first + better, first + worse));
+        }
+        let ratios = policy.iter().zip(&reference);
+        let mut ratios: Vec<f64> =
+            ratios.map(|(policy, reference)| policy.logp - reference).collect();
+        read.mismatched.extend(ratios.drain(ranked..));
+        read.lists.push((first, ratios));
+        Ok(())
     }
 
     fn reference_of(&self, source: usize, leaves: usize) -> Result<Vec<f64>> {
@@ -119,32 +163,45 @@ impl Preference {
             .ok_or_else(|| Error::run("no reference log-probability was computed"))
     }
 
-    fn margin_of(&self, source: usize) -> Result<f64> {
+    fn margins_of(&self, source: usize, responses: usize) -> Result<Vec<f64>> {
         if !self.has(PreferenceLoss::needs_margin) {
-            return Ok(0.0);
+            return Ok(vec![0.0; responses - 1]);
         }
-        self.margins.get(&source).copied().ok_or_else(|| {
+        let margins = self.margins.get(&source).filter(|margins| margins.len() + 1 == responses);
+        margins.cloned().ok_or_else(|| {
             Error::run("the row has no `margin`")
                 .hint("rpo needs it: by how much the chosen response's reward is higher")
         })
     }
 
-    /// The slopes of each pair, with weights and counts, and each loss's plain sum.
-    fn losses_of(&self, pairs: &[Pair], totals: &StepTotals) -> (Vec<PairLoss>, Vec<f64>) {
-        let mut all = vec![PairLoss::default(); pairs.len()];
+    /// The slope of each leaf's log-probability, with weights and counts, and each loss's plain sum.
+    fn losses_of(&self, read: &Read, leaves: usize, totals: &StepTotals) -> (Vec<f64>, Vec<f64>) {
+        let mut slopes = vec![0.0; leaves];
         let mut sums = Vec::with_capacity(self.losses.len() + 1);
         let shares = self.shares(totals);
         for (((loss, weight), count), own) in self.losses.iter().zip(&totals.counts).zip(shares) {
             let mut sum = 0.0;
-            for (pair, total) in pairs.iter().zip(&mut all) {
-                let one = loss.of_pair(pair, own, &self.options);
-                sum += one.loss;
-                total.d_chosen += weight * one.d_chosen / count;
-                total.d_rejected += weight * one.d_rejected / count;
+            if self.ranking == Ranking::PlackettLuce {
+                for (first, ratios) in &read.lists {
+                    let beta = self.options.beta;
+                    let rewards: Vec<f64> = ratios.iter().map(|ratio| beta * ratio).collect();
+                    let (value, by_reward) = plackett_luce(&rewards);
+                    sum += value;
+                    for (total, slope) in slopes[*first..].iter_mut().zip(by_reward) {
+                        *total += weight * beta * slope / count;
+                    }
+                }
+            } else {
+                for (pair, &(better, worse)) in read.pairs.iter().zip(&read.leaves) {
+                    let one = loss.of_pair(pair, own, &self.options);
+                    sum += one.loss;
+                    slopes[better] += weight * one.d_chosen / count;
+                    slopes[worse] += weight * one.d_rejected / count;
+                }
             }
             sums.push(sum);
         }
-        (all, sums)
+        (slopes, sums)
     }
 
     /// Each loss's part of the step's statistics.
@@ -186,11 +243,25 @@ impl Preference {
     }
 }
 
-fn pair(policy: &[Response], reference: &[f64], margin: f64) -> Pair {
+fn check_leaves(leaves: usize) -> Result<()> {
+    if leaves >= 2 {
+        return Ok(());
+    }
+    Err(Error::run(format!("{leaves} response, expected two or more, best first")))
+}
+
+/// The pair of two places of a list.
+fn pair(
+    (better, worse): (usize, usize),
+    policy: &[Response],
+    reference: &[f64],
+    margin: f64,
+) -> Pair {
+    let (chosen, rejected) = (policy[better], policy[worse]);
     Pair {
-        policy: Sides { chosen: policy[0].logp, rejected: policy[1].logp },
-        reference: Sides { chosen: reference[0], rejected: reference[1] },
-        lengths: Sides { chosen: policy[0].length, rejected: policy[1].length },
+        policy: Sides { chosen: chosen.logp, rejected: rejected.logp },
+        reference: Sides { chosen: reference[better], rejected: reference[worse] },
+        lengths: Sides { chosen: chosen.length, rejected: rejected.length },
         margin,
     }
 }
@@ -200,7 +271,7 @@ pub(super) fn empty(leaf: usize) -> Error {
     let side = match leaf {
         0 => "the first response",
         1 => "the second response",
-        _ => "the response to another prompt",
+        _ => "a further response",
     };
     Error::run(format!("{side} has no token that enters the loss")).hint(
         "an empty response has formatting tokens only, which mask_formatting_tokens leaves out",
@@ -222,7 +293,11 @@ impl Objective for Preference {
     fn counts(&self, forest: &Forest) -> Vec<f64> {
         let chosen = is_first(forest);
         let tokens = forest.targets.iter().filter(|target| chosen[target.leaf as usize]).count();
-        let mut counts = vec![forest.trees() as f64; self.losses.len()];
+        let counted = match self.ranking {
+            Ranking::PlackettLuce => forest.trees(),
+            _ => self.pairs(forest),
+        };
+        let mut counts = vec![counted as f64; self.losses.len()];
         counts.push(tokens as f64);
         counts
     }
@@ -247,32 +322,24 @@ impl Objective for Preference {
 
     fn weigh(&self, forest: &Forest, logps: &[f32], totals: &StepTotals) -> Result<Weighed> {
         let read = self.read(forest, logps)?;
-        let (slopes, mut sums) = self.losses_of(&read.pairs, totals);
+        let (slopes, mut sums) = self.losses_of(&read, forest.leaves.len(), totals);
         let per_token = if self.sft_weight > 0.0 {
             self.sft_weight / totals.counts[self.losses.len()]
         } else {
             0.0
         };
-        let chosen = is_first(forest);
-        // Which of its tree's leaves a leaf is: 0 chosen, 1 rejected, further ones carry no gradient.
-        let mut place = vec![0_usize; forest.leaves.len()];
-        for leaf in 1..place.len() {
-            place[leaf] = if chosen[leaf] { 0 } else { place[leaf - 1] + 1 };
-        }
+        let best = is_first(forest);
         let mut nll = 0.0;
         let weights = self.summing.weights(forest);
         let d_values =
             forest.targets.iter().zip(logps).zip(weights).map(|((target, &logp), weight)| {
                 let leaf = target.leaf as usize;
-                let slopes = &slopes[forest.leaves[leaf].tree];
-                match place[leaf] {
-                    0 => {
-                        nll -= f64::from(logp);
-                        (weight * slopes.d_chosen - per_token) as f32
-                    }
-                    1 => (weight * slopes.d_rejected) as f32,
-                    _ => 0.0,
+                let preference = weight * slopes[leaf];
+                if !best[leaf] {
+                    return preference as f32;
                 }
+                nll -= f64::from(logp);
+                (preference - per_token) as f32
             });
         let d_values = d_values.collect();
         sums.push(nll);

@@ -68,7 +68,7 @@ impl Reading {
         let off = match (encoding, self.architecture) {
             (Encoding::F32, _) => difference.max_logit_difference > 0.0,
             (_, Architecture::CausalLm) => difference.kl.is_nan() || difference.kl > most,
-            (_, Architecture::SequenceClassification) => {
+            (_, Architecture::SequenceClassification | Architecture::TokenClassification) => {
                 let scale = self.logits.iter().flatten().fold(0.0_f32, |a, b| a.max(b.abs()));
                 difference.max_logit_difference > most * f64::from(scale.max(1.0))
             }

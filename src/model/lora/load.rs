@@ -7,8 +7,8 @@ use candle_core::Device;
 use super::peft::{self, AdapterConfig, Saved};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
-use crate::model::checkpoint::{Checkpoint, INDEX, LoadOptions, SINGLE};
-use crate::model::{Architecture, params};
+use crate::model::checkpoint::{Checkpoint, INDEX, LoadOptions, SINGLE, load_config};
+use crate::model::{Architecture, Config, params};
 use crate::store;
 
 /// Whether a directory holds an adapter and no weights of its own.
@@ -52,7 +52,7 @@ impl Checkpoint {
     /// # Errors
     /// An adapter of another base: other weights, or other shapes.
     pub fn with_adapter(self, saved: Saved, dir: &Path) -> Result<Self> {
-        let mut checkpoint = self.prepare_for(&saved)?;
+        let mut checkpoint = self.prepare_for(&saved, dir)?;
         super::merge(&mut checkpoint.weights, &saved.adapters).at(dir.display())?;
         if dir.join("tokenizer.json").is_file() {
             checkpoint.tokenizer = Some(ChatTokenizer::from_dir(dir)?);
@@ -64,7 +64,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`with_adapter`](Self::with_adapter).
-    pub fn prepare_for(self, saved: &Saved) -> Result<Self> {
+    pub fn prepare_for(self, saved: &Saved, dir: &Path) -> Result<Self> {
         if let Some(expected) = &saved.base {
             let found = peft::fingerprint(&self.weights)?;
             if found != *expected {
@@ -77,12 +77,19 @@ impl Checkpoint {
             }
         }
         let mut checkpoint = self;
-        if saved.config.architecture() == Architecture::SequenceClassification {
-            checkpoint = checkpoint.into_reward_model(0)?;
+        if saved.config.architecture() != Architecture::CausalLm {
+            checkpoint = match scorer(dir)? {
+                // What its outputs are called, and how answers are cut, is in the adapter's own configuration.
+                Some(Config { architecture, labels, other, .. }) => {
+                    let mut scorer = checkpoint.into_scorer(architecture, &labels, 0)?;
+                    scorer.config.other = other;
+                    scorer
+                }
+                None => checkpoint.into_reward_model(0)?,
+            };
             if !saved.weights.contains_key(params::SCORE) {
-                return Err(Error::run(format!("missing tensor `{}`", params::SCORE)).hint(
-                    "the adapter's task_type is SEQ_CLS: its files must hold the score head",
-                ));
+                return Err(Error::run(format!("missing tensor `{}`", params::SCORE))
+                    .hint("the adapter makes a reward model: its files must hold the score head"));
             }
         }
         for (name, tensor) in &saved.weights {
@@ -90,13 +97,18 @@ impl Checkpoint {
                 return Err(Error::run(format!("unexpected tensor `{name}`"))
                     .hint("the base model has no such parameter"));
             };
-            if old.dims() != tensor.dims() && name != params::SCORE {
+            if old.dims() != tensor.dims() {
                 return Err(params::wrong_shape(name, tensor.dims(), old.dims()));
             }
             *old = tensor.clone();
         }
         Ok(checkpoint)
     }
+}
+
+/// The configuration that an adapter has beside it where it makes a reward model.
+fn scorer(dir: &Path) -> Result<Option<Config>> {
+    dir.join("config.json").is_file().then(|| load_config(dir)).transpose()
 }
 
 /// Configuration of the adapter in `dir`, with the base's path.

@@ -167,7 +167,8 @@ impl Lora {
     /// Whether a parameter of the model is trained in full.
     pub fn trains(&self, name: &str) -> bool {
         let module = name.strip_suffix(".weight").or(name.strip_suffix(".bias")).unwrap_or(name);
-        name == params::SCORE || self.lora_modules_to_save.iter().any(|saved| names(saved, module))
+        [params::SCORE, params::SCORE_BIAS].contains(&name)
+            || self.lora_modules_to_save.iter().any(|saved| names(saved, module))
     }
 }
 

@@ -26,7 +26,7 @@ const PREFIX: &str = "base_model.model.";
 pub struct AdapterConfig {
     /// `LORA`.
     pub peft_type: String,
-    /// `CAUSAL_LM`, or `SEQ_CLS` for a reward model.
+    /// `CAUSAL_LM`; `SEQ_CLS` or `TOKEN_CLS` for a reward model.
     pub task_type: Option<String>,
     /// The model that the adapter belongs to: a path or a hub id.
     pub base_model_name_or_path: Option<String>,
@@ -110,6 +110,7 @@ impl AdapterConfig {
     pub fn architecture(&self) -> Architecture {
         match self.task_type.as_deref() {
             Some("SEQ_CLS") => Architecture::SequenceClassification,
+            Some("TOKEN_CLS") => Architecture::TokenClassification,
             _ => Architecture::CausalLm,
         }
     }
@@ -257,10 +258,10 @@ pub fn write(dir: &Path, config: &AdapterConfig, trained: &Weights, base: &str) 
 /// The device's.
 pub fn fingerprint(weights: &Weights) -> Result<String> {
     const SAMPLES: usize = 64;
+    // A reward model has another head than its base.
+    const HEADS: [&str; 3] = [params::HEAD, params::SCORE, params::SCORE_BIAS];
     let mut text = String::new();
-    for (name, tensor) in
-        weights.iter().filter(|(name, _)| *name != params::SCORE && *name != params::HEAD)
-    {
+    for (name, tensor) in weights.iter().filter(|(name, _)| !HEADS.contains(&name.as_str())) {
         let count = tensor.elem_count();
         let ids: Vec<u32> =
             (0..SAMPLES.min(count)).map(|i| (i * count / SAMPLES.min(count)) as u32).collect();

@@ -1,0 +1,131 @@
+"""Measures a reward model's scores of TruthfulQA's held-out answers; see benches/reward_truthfulqa.
+
+    python truthfulqa.py RUN DATA
+
+RUN/scores.jsonl has a list of scores for each row of DATA/heldout.jsonl. A question's accuracy is the share of its pairs of a
+right and a wrong answer in which the right one scores higher, ties counting half; *best* looks at the best right answer and the
+best wrong one only. Intervals are 95 %, by bootstrap over questions.
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+import torch
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+DRAWS = 10_000
+FOLDS = 5
+PENALTIES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+
+
+def lines(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def accuracies(row, scores):
+    """Of all pairs, and of the best pair."""
+    right, wrong = scores[: row["right"]], scores[row["right"]:]
+    won = lambda a, b: 1.0 if a > b else 0.5 if a == b else 0.0
+    pairs = [won(a, b) for a in right for b in wrong]
+    return sum(pairs) / len(pairs), won(right[0], wrong[0])
+
+
+class BagOfWords:
+    """Logistic regression on the words that a right answer has and the wrong one has not, and the other way."""
+
+    def __init__(self, pairs):
+        texts = [text for row in pairs for text in (row["chosen"], row["rejected"])]
+        self.words = {word: i for i, word in enumerate(sorted(set().union(*map(self.split, texts))))}
+        self.differences = torch.stack([self.vector(row["chosen"]) - self.vector(row["rejected"]) for row in pairs])
+        prompts = sorted({row["prompt"] for row in pairs})
+        fold = {prompt: i % FOLDS for i, prompt in enumerate(prompts)}
+        self.folds = torch.tensor([fold[row["prompt"]] for row in pairs])
+        self.penalty = max(PENALTIES, key=self.cross_validated)
+        self.weights = self.fit(self.differences, self.penalty)
+
+    @staticmethod
+    def split(text):
+        return set(re.findall(r"[a-z0-9']+", text.lower()))
+
+    def vector(self, text):
+        vector = torch.zeros(len(self.words), dtype=torch.float64)
+        vector[[self.words[word] for word in self.split(text) if word in self.words]] = 1.0
+        return vector
+
+    def fit(self, differences, penalty):
+        weights = torch.zeros(len(self.words), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = -logsigmoid(differences @ weights).mean() + penalty * weights @ weights
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return weights.detach()
+
+    def cross_validated(self, penalty):
+        hits = 0.0
+        for fold in range(FOLDS):
+            weights = self.fit(self.differences[self.folds != fold], penalty)
+            hits += ((self.differences[self.folds == fold] @ weights) > 0).sum().item()
+        return hits
+
+    def score(self, text):
+        return float(self.vector(text) @ self.weights)
+
+
+def in_transformers(checkpoint, rows):
+    """Scores of the saved model, each answer run alone: its prompt's and its own tokens, closed by the end token."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    scores = []
+    with torch.no_grad():
+        for row in rows:
+            prompt = ids(row["prompt"])
+            sequences = [prompt + ids(text) + [tokenizer.eos_token_id] for text in row["responses"]]
+            scores.append([float(model(torch.tensor([s])).logits[0, 0]) for s in sequences])
+    return scores
+
+
+def interval(values, draws):
+    means = values[draws].mean(1).sort().values
+    return f"{values.mean():.3f} [{means[int(0.025 * DRAWS)]:.3f}, {means[int(0.975 * DRAWS)]:.3f}]"
+
+
+def main():
+    run, data = map(pathlib.Path, sys.argv[1:])
+    rows, pairs = lines(data / "heldout.jsonl"), lines(data / "train.jsonl")
+    checkpoint = run / "stages/01-reward/checkpoint"
+    ours, theirs = lines(run / "scores.jsonl"), in_transformers(checkpoint, rows)
+    bag = BagOfWords(pairs)
+    scorers = {
+        "reward model": ours,
+        "longest answer": [[len(text) for text in row["responses"]] for row in rows],
+        "bag of words": [[bag.score(text) for text in row["responses"]] for row in rows],
+    }
+    draws = torch.randint(len(rows), (DRAWS, len(rows)), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, scores in scorers.items():
+        found[name] = torch.tensor([accuracies(*pair) for pair in zip(rows, scores)], dtype=torch.float64)
+        print(f"{name}: all pairs {interval(found[name][:, 0], draws)}, best pair {interval(found[name][:, 1], draws)}")
+    for name in ["longest answer", "bag of words"]:
+        lead = found["reward model"] - found[name]
+        print(f"ahead of {name}: all pairs {interval(lead[:, 0], draws)}, best pair {interval(lead[:, 1], draws)}")
+    gap = max(abs(a - b) for one, two in zip(ours, theirs) for a, b in zip(one, two))
+    print(f"loaded against transformers: largest difference {gap:.2e}")
+    record = json.loads((run / "stages/01-reward/manifest.json").read_text())["record"]["metrics"]
+    gaps = torch.tensor([scores[0] - scores[row["right"]] for row, scores in zip(rows, ours)], dtype=torch.float64)
+    before, after = record["eval_loss"], float(-logsigmoid(gaps).mean())
+    print(f"loss on the best pairs before saving {before:.9f}, after loading {after:.9f}")
+    print(f"{len(rows)} questions; bag of words: penalty {bag.penalty:g}, {len(bag.words)} words")
+
+
+if __name__ == "__main__":
+    main()

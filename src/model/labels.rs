@@ -1,0 +1,61 @@
+//! The names of a score head's outputs: `id2label` of `config.json`, or as many as `num_labels` says.
+
+use serde_json::{Map, Value, json};
+
+use super::config::{Architecture, Keys};
+use crate::error::{Error, Result};
+
+/// What the one output of a reward model is called.
+pub const REWARD: &str = "reward";
+/// What the two outputs of a process reward model are called, in order.
+pub const STEP: [&str; 2] = ["wrong", "right"];
+
+/// Takes the names from `config.json`; none for a language model. Where nothing is said a reward model has one.
+pub(super) fn read(architecture: Architecture, keys: &mut Keys) -> Result<Vec<String>> {
+    if architecture == Architecture::CausalLm {
+        return Ok(Vec::new());
+    }
+    let names = keys.0.shift_remove("id2label");
+    keys.0.shift_remove("label2id");
+    let count = keys.optional_size("num_labels")?;
+    let labels = match &names {
+        None | Some(Value::Null) => match count {
+            None if architecture == Architecture::TokenClassification => {
+                STEP.map(str::to_owned).to_vec()
+            }
+            None | Some(1) => vec![REWARD.to_owned()],
+            Some(count) => (0..count).map(|index| format!("LABEL_{index}")).collect(),
+        },
+        Some(Value::Object(names)) => named(names)?,
+        Some(other) => return Err(Keys::wrong("id2label", other, "an object of names")),
+    };
+    match count {
+        Some(count) if count != labels.len() => {
+            Err(Error::run(format!("num_labels is {count}, id2label has {} names", labels.len())))
+        }
+        _ => Ok(labels),
+    }
+}
+
+fn named(names: &Map<String, Value>) -> Result<Vec<String>> {
+    let name = |index: usize| {
+        names.get(&index.to_string()).and_then(Value::as_str).map(str::to_owned).ok_or_else(|| {
+            Error::run(format!("id2label has no name for \"{index}\""))
+                .hint("names are numbered from \"0\" without gaps")
+        })
+    };
+    (0..names.len()).map(name).collect()
+}
+
+/// Writes the names. transformers derives `num_labels` from them and assumes two where they are absent.
+pub(super) fn write(labels: &[String], mut put: impl FnMut(&str, Value)) {
+    if labels.is_empty() {
+        return;
+    }
+    let ids = labels.iter().enumerate();
+    let id2label: Map<String, Value> =
+        ids.clone().map(|(id, name)| (id.to_string(), json!(name))).collect();
+    let label2id: Map<String, Value> = ids.map(|(id, name)| (name.clone(), json!(id))).collect();
+    put("id2label", Value::Object(id2label));
+    put("label2id", Value::Object(label2id));
+}
