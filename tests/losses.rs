@@ -552,6 +552,7 @@ fn objective() -> Preference {
         options: options(0.6, 0.1),
         sft_weight: 0.2,
         summing: Summing { mask_formatting_tokens: true, ld_alpha: 1.0 },
+        weighting: false,
         reference: (0..3).map(|row| (row, vec![-3.0 + row as f64, -4.0, -2.5])).collect(),
         margins: BTreeMap::new(),
     }
@@ -565,7 +566,7 @@ fn weigh(objective: &dyn Objective, forests: &[Forest], logps: &[&[f32]]) -> Vec
     }
     let readings: Vec<(&Forest, &[f32])> = forests.iter().zip(logps.iter().copied()).collect();
     let totals = StepTotals { counts, statistics: objective.statistics(&readings) };
-    let weighed = readings.iter().map(|(forest, logps)| objective.weigh(forest, logps, &totals));
+    let weighed = readings.iter().map(|(forest, logps)| objective.weigh(forest, (*logps).into(), &totals));
     weighed.map(Result::unwrap).collect()
 }
 
@@ -646,11 +647,11 @@ fn token_gradients_are_finite_differences_of_the_whole_loss() {
             statistics: objective.statistics(&[(&forest, &logps)]),
         };
         let loss = |logps: &[f32]| -> f64 {
-            let sums = objective.weigh(&forest, logps, &totals).unwrap().sums;
+            let sums = objective.weigh(&forest, logps.into(), &totals).unwrap().sums;
             let terms = objective.terms().into_iter().zip(sums).zip(&totals.counts);
             terms.map(|(((_, weight), sum), count)| weight * sum / count).sum()
         };
-        let gradient = objective.weigh(&forest, &logps, &totals).unwrap().d_values;
+        let gradient = objective.weigh(&forest, logps.as_slice().into(), &totals).unwrap().d_values;
         for at in 0..logps.len() {
             let moved = |h: f32| {
                 let mut logps = logps.clone();
@@ -720,7 +721,7 @@ fn bad_pairs_are_refused_with_their_row() {
     let forest = Forest::pack(&trees).unwrap();
     let error = |objective: &Preference, forest: &Forest| {
         let totals = StepTotals { counts: objective.counts(forest), statistics: Vec::new() };
-        format!("{:?}", objective.weigh(forest, &logps, &totals).unwrap_err())
+        format!("{:?}", objective.weigh(forest, logps.as_slice().into(), &totals).unwrap_err())
     };
     let mut no_reference = objective();
     no_reference.reference.remove(&1);

@@ -1,7 +1,7 @@
 //! Reward models: Bradley-Terry on the scores of ranked responses (Llama 2, equation 1, without the margin that
 //! Llama 3 dropped; Llama 3, section 4.1.2).
 
-use super::{Mean, Objective, Readout, StepTotals, Weighed, log_sigmoid, sigmoid};
+use super::{Mean, Objective, Reading, Readout, StepTotals, Weighed, log_sigmoid, sigmoid};
 use crate::data::forest::Forest;
 use crate::error::{Error, Result};
 
@@ -55,7 +55,8 @@ impl Objective for Reward {
         vec![pairs as f64; 2]
     }
 
-    fn weigh(&self, forest: &Forest, scores: &[f32], totals: &StepTotals) -> Result<Weighed> {
+    fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {
+        let scores = reading.values;
         let mut d_values = vec![0.0_f64; scores.len()];
         let (mut loss, mut center, mut right, mut margins, mut pairs) = (0.0, 0.0, 0.0, 0.0, 0.0);
         let (mut best, mut worst) = (0.0, 0.0);
@@ -117,10 +118,10 @@ mod tests {
         assert_eq!(totals.counts, [4.0, 4.0]);
         let scores = [0.3_f32, -0.5, 1.2, 0.0, 0.25];
         let loss = |scores: &[f32]| {
-            let weighed = reward.weigh(&forest, scores, &totals).unwrap();
+            let weighed = reward.weigh(&forest, scores.into(), &totals).unwrap();
             weighed.sums[0] / 4.0 + 0.01 * weighed.sums[1] / 4.0
         };
-        let weighed = reward.weigh(&forest, &scores, &totals).unwrap();
+        let weighed = reward.weigh(&forest, scores.as_slice().into(), &totals).unwrap();
         for i in 0..scores.len() {
             let moved = |h: f32| {
                 let mut scores = scores;
@@ -136,7 +137,7 @@ mod tests {
     fn a_lone_response_is_refused() {
         let forest = forest(&[1]);
         let totals = StepTotals { counts: vec![1.0, 1.0], statistics: Vec::new() };
-        let error = Reward::default().weigh(&forest, &[0.0], &totals).unwrap_err();
+        let error = Reward::default().weigh(&forest, [0.0].as_slice().into(), &totals).unwrap_err();
         assert_eq!(error.to_string(), "row 0: expected two or more ranked responses");
     }
 }

@@ -68,6 +68,7 @@ impl Method {
                 options,
                 sft_weight: spec.sft_loss_weight,
                 summing,
+                weighting: spec.use_weighting,
                 reference,
                 margins,
             }));

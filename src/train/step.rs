@@ -8,11 +8,11 @@ use crate::data::examples::Examples;
 use crate::data::forest::{Forest, micro_batches, packed};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
-use crate::loss::{Mean, Objective, Readout, StepTotals, Weighed};
+use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
 use crate::model::gradients::Gradients;
 use crate::model::transformer::Transformer;
 use crate::model::{Config, Precision, heads};
-use crate::ops::head;
+use crate::ops::head::{self, Asked, Readings, RowStats};
 use crate::report::record::Metrics;
 
 /// How a step is computed; all but the type changes memory and speed, never what is computed.
@@ -126,8 +126,9 @@ pub fn evaluate(
     let mut sums = Sums::new(objective);
     for forest in packed(examples, max_tokens) {
         let forest = forest?;
-        let values = read(model, objective.readout(), &forest)?;
-        sums.add(weigh(objective, &forest, &values, &totals)?, &forest);
+        let hidden = model.hidden(&forest)?;
+        let readings = readings(model, objective, (&forest, &hidden))?;
+        sums.add(weigh(objective, &forest, &readings, &totals)?, &forest);
     }
     Ok(sums.report(objective, &totals))
 }
@@ -139,6 +140,29 @@ pub fn read(model: &Transformer, readout: Readout, forest: &Forest) -> Result<Ve
         Readout::Logps => Ok(head::logps(&hidden, model.head(), &forest.targets)?),
         Readout::Scores => heads::scores(&hidden, model.head(), &forest.leaves),
     }
+}
+
+/// The same of hidden states that are there, with what the objective or the log needs of each row.
+fn readings(
+    model: &Transformer,
+    objective: &dyn Objective,
+    (forest, hidden): (&Forest, &Tensor),
+) -> Result<Readings> {
+    match objective.readout() {
+        Readout::Logps => {
+            let rows = wants_rows(model, objective);
+            Ok(head::read(hidden, model.head(), &forest.targets, rows)?)
+        }
+        Readout::Scores => {
+            let logps = heads::scores(hidden, model.head(), &forest.leaves)?;
+            Ok(Readings { logps, rows: Vec::new() })
+        }
+    }
+}
+
+/// Rows cost the CPU one part in a hundred of the head's products; the plain form more than that.
+fn wants_rows(model: &Transformer, objective: &dyn Objective) -> bool {
+    objective.reads_rows() || model.device().is_cpu()
 }
 
 pub(super) fn pack(trees: &[&Tree], max_tokens: usize) -> Result<Vec<Forest>> {
@@ -217,46 +241,45 @@ pub(super) fn head_step(
 ) -> Result<(Weighed, Tensor)> {
     let weight = model.head();
     let trained = weight.is_variable();
-    match objective.readout() {
-        Readout::Scores => {
-            let scores = heads::scores(hidden, weight, &forest.leaves)?;
-            let weighed = weigh(objective, forest, &scores, totals)?;
-            let (d_hidden, d_weight) =
-                heads::backward(hidden, weight, &forest.leaves, &weighed.d_values)?;
-            if trained {
-                grads.add(model.head_name(), d_weight)?;
-            }
-            Ok((weighed, d_hidden))
+    if objective.readout() == Readout::Scores {
+        let weighed = weigh(objective, forest, &readings(model, objective, (forest, hidden))?, totals)?;
+        let (d_hidden, d_weight) =
+            heads::backward(hidden, weight, &forest.leaves, &weighed.d_values)?;
+        if trained {
+            grads.add(model.head_name(), d_weight)?;
         }
-        Readout::Logps => {
-            let known = objective.fixed_gradient(forest, totals);
-            let early = if known.is_some() {
-                None
-            } else {
-                let logps = head::logps(hidden, weight, &forest.targets)?;
-                Some(weigh(objective, forest, &logps, totals)?)
-            };
-            let d_logps =
-                known.as_deref().or(early.as_ref().map(|weighed| weighed.d_values.as_slice()));
-            let d_logps = d_logps.unwrap_or_default();
-            let out = head::backward(hidden, weight, &forest.targets, d_logps, trained)?;
-            if let Some(d_weight) = out.d_weight {
-                grads.add(model.head_name(), d_weight)?;
-            }
-            let weighed = match early {
-                Some(weighed) => weighed,
-                None => weigh(objective, forest, &out.logps, totals)?,
-            };
-            Ok((weighed, out.d_hidden))
-        }
+        return Ok((weighed, d_hidden));
     }
+    let known = objective.fixed_gradient(forest, totals);
+    let early = match known {
+        Some(_) => None,
+        None => {
+            let readings = readings(model, objective, (forest, hidden))?;
+            Some(weigh(objective, forest, &readings, totals)?)
+        }
+    };
+    let slopes = match (&known, &early) {
+        (Some(known), _) => known.slopes(),
+        (None, Some(weighed)) => weighed.d_values.as_slice().into(),
+        (None, None) => [].as_slice().into(),
+    };
+    let asked = Asked { rows: known.is_some() && wants_rows(model, objective), d_weight: trained };
+    let out = head::backward(hidden, weight, &forest.targets, slopes, asked)?;
+    if let Some(d_weight) = out.d_weight {
+        grads.add(model.head_name(), d_weight)?;
+    }
+    let weighed = match early {
+        Some(weighed) => weighed,
+        None => weigh(objective, forest, &out.readings, totals)?,
+    };
+    Ok((weighed, out.d_hidden))
 }
 
 /// Weighs values after checking that all of them are finite.
 fn weigh(
     objective: &dyn Objective,
     forest: &Forest,
-    values: &[f32],
+    Readings { logps: values, rows }: &Readings,
     totals: &StepTotals,
 ) -> Result<Weighed> {
     if let Some(index) = values.iter().position(|value| !value.is_finite()) {
@@ -269,7 +292,18 @@ fn weigh(
             .at(format!("row {row}"))
             .hint("the weights have diverged: lower learning_rate, or look for a bad row"));
     }
-    objective.weigh(forest, values, totals)
+    let mut weighed = objective.weigh(forest, Reading { values, rows }, totals)?;
+    if !rows.is_empty() {
+        let mean = |name, of: &dyn Fn(&f32, &RowStats) -> f64| Mean {
+            name,
+            sum: values.iter().zip(rows).map(|(logp, row)| of(logp, row)).sum(),
+            count: rows.len() as f64,
+        };
+        weighed.metrics.push(mean("entropy", &|_, row| f64::from(row.entropy)));
+        let right = |logp: &f32, row: &RowStats| f64::from(u8::from(*logp >= row.best_logp));
+        weighed.metrics.push(mean("mean_token_accuracy", &right));
+    }
+    Ok(weighed)
 }
 
 /// Running sums of a step.
