@@ -182,7 +182,10 @@ mod vocabulary {
         };
         let targets: Vec<Target> = ids.iter().enumerate().map(target).collect();
         let d_logps = vec![-1.0 / HEAD_ROWS as f32; HEAD_ROWS];
-        bencher.bench_local(|| head::backward(&hidden, &weight, &targets, &d_logps, true).unwrap());
+        let asked = head::Asked { d_weight: true, ..Default::default() };
+        bencher.bench_local(|| {
+            head::backward(&hidden, &weight, &targets, d_logps.as_slice().into(), asked).unwrap()
+        });
     }
 
     #[divan::bench]

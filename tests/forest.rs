@@ -345,14 +345,14 @@ fn the_end_of_turn_token_enters_the_nll_and_not_the_preference_term() {
     let objective = dpo(true, &trees);
     let totals =
         arriero::loss::StepTotals { counts: objective.counts(&forest), statistics: Vec::new() };
-    let before = objective.weigh(&forest, &logps, &totals).unwrap();
+    let before = objective.weigh(&forest, logps.as_slice().into(), &totals).unwrap();
     let at = forest
         .targets
         .iter()
         .position(|target| target.leaf == 0 && target.role == Role::Format)
         .unwrap();
     logps[at] -= 1.5;
-    let after = objective.weigh(&forest, &logps, &totals).unwrap();
+    let after = objective.weigh(&forest, logps.as_slice().into(), &totals).unwrap();
     assert_eq!(before.sums[0].to_bits(), after.sums[0].to_bits());
     assert!((after.sums[1] - before.sums[1] - 1.5).abs() < 1e-5);
 }

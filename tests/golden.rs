@@ -195,6 +195,35 @@ fn golden_b_sft_loss_and_gradients() {
     }
 }
 
+/// torch's `cross_entropy(label_smoothing=…)` and the mean square of its `logsumexp`.
+#[test]
+fn golden_b3_label_smoothing_and_z_loss() {
+    let golden = json("b3_sft_smoothing.json");
+    let learner = learner(golden["model"].as_str().unwrap());
+    let [batch, _] = sft_batches();
+    for (name, case) in golden["cases"].as_object().unwrap() {
+        let number = |key: &str| case[key].as_f64().unwrap();
+        let objective = Sft {
+            label_smoothing: number("label_smoothing"),
+            z_loss_coefficient: number("z_loss_coefficient"),
+            ..Sft::default()
+        };
+        // One tree a micro-batch: the split must not show.
+        for max_tokens in [1, OPTIONS.max_tokens] {
+            let options = StepOptions { max_tokens, ..OPTIONS };
+            let (grads, report) =
+                step::gradients(&learner, &objective, &refs(&batch), options).unwrap();
+            assert_close(report.loss, number("loss"), 1e-5, name);
+            if objective.z_loss_coefficient > 0.0 {
+                assert_close(report.metrics["loss/z_loss"], number("z_loss"), 1e-5, name);
+            }
+            check_grad_norms(&grads, case, name);
+        }
+        let report = step::evaluate(learner.model(), &objective, &batch, 1 << 20).unwrap();
+        assert_close(report.loss, number("loss"), 1e-5, name);
+    }
+}
+
 #[test]
 fn golden_b_five_adamw_steps() {
     for variant in VARIANTS {
@@ -313,13 +342,9 @@ fn with_reference(objective: &mut Preference, reference: &Transformer, trees: &[
     }
 }
 
-/// The objective of a case's `config` (TRL 1.16) or of its keys (TRL 0.19.1); none where it needs more than a
-/// log-probability a token.
-fn objective(case: &Value) -> Option<Preference> {
+/// The objective of a case's `config` (TRL 1.16) or of its keys (TRL 0.19.1).
+fn objective(case: &Value) -> Preference {
     let config = if case["config"].is_object() { &case["config"] } else { case };
-    if config["use_weighting"].as_bool().unwrap_or(false) {
-        return None;
-    }
     let number = |key: &str, default: f64| config[key].as_f64().unwrap_or(default);
     let losses: Vec<Value> = match &config["loss_type"] {
         Value::Array(losses) => losses.clone(),
@@ -334,6 +359,7 @@ fn objective(case: &Value) -> Option<Preference> {
         },
         sft_weight: number("rpo_alpha", 0.0),
         summing: Summing { ld_alpha: number("ld_alpha", 1.0), ..Summing::default() },
+        weighting: config["use_weighting"].as_bool().unwrap_or(false),
         ..Preference::default()
     };
     if let Some(name) = config["f_divergence_type"].as_str() {
@@ -349,12 +375,12 @@ fn objective(case: &Value) -> Option<Preference> {
             objective.losses.push((loss, weight));
         }
     }
-    Some(objective)
+    objective
 }
 
 #[test]
 fn golden_c_preference_losses_as_shared_prompt_trees_and_as_separate_rows() {
-    for (file, cases) in [("c_dpo.json", 18), ("c_dpo_trl0.19.1.json", 8)] {
+    for (file, cases) in [("c_dpo.json", 19), ("c_dpo_trl0.19.1.json", 8)] {
         let golden = json(file);
         let model = |name: &str| golden[name].as_str().unwrap().to_owned();
         let learner = learner(&model("policy"));
@@ -364,7 +390,7 @@ fn golden_c_preference_losses_as_shared_prompt_trees_and_as_separate_rows() {
         for trees in [unshared(&shared), shared] {
             let mut checked = 0;
             for (name, case) in golden["cases"].as_object().unwrap() {
-                let Some(mut objective) = objective(case) else { continue };
+                let mut objective = objective(case);
                 with_reference(&mut objective, &reference, &trees);
                 let (grads, report) =
                     step::gradients(&learner, &objective, &refs(&trees), OPTIONS).unwrap();
@@ -404,9 +430,14 @@ fn check_rewards(metrics: &BTreeMap<String, f64>, case: &Value, what: &str) {
             "{what}, {metric}"
         );
     }
-    for metric in ["logps/chosen", "logps/rejected"] {
+    for metric in ["logps/chosen", "logps/rejected", "entropy"] {
         if let Some(expected) = case["metrics"][metric].as_f64() {
             assert_close(metrics[metric], expected, 1e-5, &format!("{what}, {metric}"));
+        }
+    }
+    for metric in ["logits/chosen", "logits/rejected", "mean_token_accuracy"] {
+        if let Some(expected) = case["metrics"][metric].as_f64() {
+            assert!((metrics[metric] - expected).abs() < 1e-5, "{what}, {metric}");
         }
     }
 }

@@ -554,6 +554,7 @@ fn objective() -> Preference {
         sft_weight: 0.2,
         summing: Summing { mask_formatting_tokens: true, ld_alpha: 1.0 },
         ranking: Ranking::AllPairs,
+        weighting: false,
         reference: (0..3).map(|row| (row, vec![-3.0 + row as f64, -4.0, -2.5])).collect(),
         margins: BTreeMap::new(),
     }
@@ -567,7 +568,8 @@ fn weigh(objective: &dyn Objective, forests: &[Forest], logps: &[&[f32]]) -> Vec
     }
     let readings: Vec<(&Forest, &[f32])> = forests.iter().zip(logps.iter().copied()).collect();
     let totals = StepTotals { counts, statistics: objective.statistics(&readings) };
-    let weighed = readings.iter().map(|(forest, logps)| objective.weigh(forest, logps, &totals));
+    let weighed =
+        readings.iter().map(|(forest, logps)| objective.weigh(forest, (*logps).into(), &totals));
     weighed.map(Result::unwrap).collect()
 }
 
@@ -648,11 +650,11 @@ fn token_gradients_are_finite_differences_of_the_whole_loss() {
             statistics: objective.statistics(&[(&forest, &logps)]),
         };
         let loss = |logps: &[f32]| -> f64 {
-            let sums = objective.weigh(&forest, logps, &totals).unwrap().sums;
+            let sums = objective.weigh(&forest, logps.into(), &totals).unwrap().sums;
             let terms = objective.terms().into_iter().zip(sums).zip(&totals.counts);
             terms.map(|(((_, weight), sum), count)| weight * sum / count).sum()
         };
-        let gradient = objective.weigh(&forest, &logps, &totals).unwrap().d_values;
+        let gradient = objective.weigh(&forest, logps.as_slice().into(), &totals).unwrap().d_values;
         for at in 0..logps.len() {
             let moved = |h: f32| {
                 let mut logps = logps.clone();
@@ -749,10 +751,10 @@ fn ranked_lists_are_compared_as_pairs_or_as_a_whole() {
         let objective = Preference { ranking, ..plain.clone() };
         let totals = StepTotals { counts: objective.counts(&forest), statistics: Vec::new() };
         assert_near(totals.counts[0], count, 0.0, "count");
-        let weighed = objective.weigh(&forest, &logps, &totals).unwrap();
+        let weighed = objective.weigh(&forest, logps.as_slice().into(), &totals).unwrap();
         assert_near(weighed.sums[0], expected, 1e-9, "sum");
         let loss = |logps: &[f32]| {
-            let sums = objective.weigh(&forest, logps, &totals).unwrap().sums;
+            let sums = objective.weigh(&forest, logps.into(), &totals).unwrap().sums;
             sums[0] / totals.counts[0] + 0.2 * sums[1] / totals.counts[1]
         };
         for at in 0..logps.len() {
@@ -774,7 +776,7 @@ fn bad_pairs_are_refused_with_their_row() {
     let forest = Forest::pack(&trees).unwrap();
     let error = |objective: &Preference, forest: &Forest| {
         let totals = StepTotals { counts: objective.counts(forest), statistics: Vec::new() };
-        format!("{:?}", objective.weigh(forest, &logps, &totals).unwrap_err())
+        format!("{:?}", objective.weigh(forest, logps.as_slice().into(), &totals).unwrap_err())
     };
     let mut no_reference = objective();
     no_reference.reference.remove(&1);

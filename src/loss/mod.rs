@@ -12,6 +12,7 @@ pub mod sft;
 
 use crate::data::forest::Forest;
 use crate::error::Result;
+use crate::ops::head::{RowStats, Slopes};
 use reward::Observation;
 
 /// Which numbers of a forest an objective reads and weighs.
@@ -30,6 +31,41 @@ pub struct StepTotals {
     pub counts: Vec<f64>,
     /// What [`Objective::statistics`] returned for a coupled objective; empty otherwise.
     pub statistics: Vec<f64>,
+}
+
+/// What was read of one micro-batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading<'a> {
+    /// One value a target or a leaf, as the [`Readout`] says.
+    pub values: &'a [f32],
+    /// What each target's row says; may be empty unless [`Objective::reads_rows`].
+    pub rows: &'a [RowStats],
+}
+
+impl<'a> From<&'a [f32]> for Reading<'a> {
+    /// Of the values alone.
+    fn from(values: &'a [f32]) -> Self {
+        Self { values, rows: &[] }
+    }
+}
+
+/// A gradient that is known before anything is read.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FixedGradient {
+    /// Of each log-probability.
+    pub d_logps: Vec<f32>,
+    /// As in [`Slopes`].
+    pub mean_logp: f32,
+    /// As in [`Slopes`].
+    pub squared_lse: f32,
+}
+
+impl FixedGradient {
+    /// The gradient as the head takes it.
+    pub fn slopes(&self) -> Slopes<'_> {
+        let Self { d_logps, mean_logp, squared_lse } = self;
+        Slopes { d_logps, mean_logp: *mean_logp, squared_lse: *squared_lse }
+    }
 }
 
 /// A mean in the making: metrics are averaged over the step, not over micro-batches.
@@ -67,8 +103,13 @@ pub trait Objective: Sync {
     /// What this micro-batch adds to each term's count.
     fn counts(&self, forest: &Forest) -> Vec<f64>;
 
-    /// The gradient of each value where it does not depend on the values (SFT): the head then runs in one pass.
-    fn fixed_gradient(&self, _forest: &Forest, _totals: &StepTotals) -> Option<Vec<f32>> {
+    /// Whether [`weigh`](Self::weigh) needs [`Reading::rows`].
+    fn reads_rows(&self) -> bool {
+        false
+    }
+
+    /// The gradient where it does not depend on the values (SFT): the head then runs in one pass.
+    fn fixed_gradient(&self, _forest: &Forest, _totals: &StepTotals) -> Option<FixedGradient> {
         None
     }
 
@@ -84,7 +125,7 @@ pub trait Objective: Sync {
     }
 
     /// Loss and gradient for the values of one micro-batch.
-    fn weigh(&self, forest: &Forest, values: &[f32], totals: &StepTotals) -> Result<Weighed>;
+    fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed>;
 
     /// What an evaluation keeps of one micro-batch for [`summarize`](Self::summarize).
     fn observe(&self, _forest: &Forest, _values: &[f32]) -> Vec<Observation> {

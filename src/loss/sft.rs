@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Mean, Objective, StepTotals, Weighed};
+use super::{FixedGradient, Mean, Objective, Reading, StepTotals, Weighed};
 use crate::data::forest::Forest;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What a trained token costs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,9 +62,40 @@ pub struct Sft {
     pub normalization: Normalization,
     /// Weights of rows, 0 or more; a row that is not listed weighs 1.
     pub row_weights: BTreeMap<usize, f64>,
+    /// Share `ε` of each token's probability that is spread evenly over the vocabulary: a token costs
+    /// `(1 − ε)(−ln p) + ε mean_v(−ln p(v))`, as `torch.nn.functional.cross_entropy` has it (Szegedy et al., 2016).
+    pub label_smoothing: f64,
+    /// `c` of the z-loss `c (ln Σ e^x)²` a token, which keeps logits from drifting (PaLM, Chowdhery et al., 2022,
+    /// section 5).
+    pub z_loss_coefficient: f64,
 }
 
 impl Sft {
+    /// Refuses constants that it cannot be taken with.
+    ///
+    /// # Errors
+    /// Names the key, its value and what was expected.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |key: &str, value: f64, expected: &str| {
+            Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
+        };
+        let Self { label_smoothing, z_loss_coefficient, .. } = *self;
+        if !(0.0..1.0).contains(&label_smoothing) {
+            return refuse("label_smoothing", label_smoothing, "0 or more and less than 1");
+        }
+        if !z_loss_coefficient.is_finite() || z_loss_coefficient < 0.0 {
+            return refuse("z_loss_coefficient", z_loss_coefficient, "0 or more");
+        }
+        for (key, value) in
+            [("label_smoothing", label_smoothing), ("z_loss_coefficient", z_loss_coefficient)]
+        {
+            if value > 0.0 && self.loss == TokenLoss::Dft {
+                return refuse(key, value, "0 with `loss_type` \"dft\"");
+            }
+        }
+        Ok(())
+    }
+
     fn weight_of(&self, forest: &Forest, leaf: usize) -> f64 {
         let row = forest.sources[forest.leaves[leaf].tree];
         self.row_weights.get(&row).copied().unwrap_or(1.0)
@@ -88,6 +119,12 @@ impl Sft {
         };
         forest.targets.iter().map(|target| weight(target.leaf as usize)).collect()
     }
+
+    /// What label smoothing and the z-loss add beside the negative log-likelihood: name and weight of each term.
+    fn row_terms(&self) -> Vec<(&'static str, f64)> {
+        let all = [("uniform", self.label_smoothing), ("z_loss", self.z_loss_coefficient)];
+        all.into_iter().filter(|(_, weight)| *weight > 0.0).collect()
+    }
 }
 
 impl Objective for Sft {
@@ -96,7 +133,7 @@ impl Objective for Sft {
             TokenLoss::Nll => "nll",
             TokenLoss::Dft => "dft",
         };
-        vec![(name, 1.0)]
+        [vec![(name, 1.0 - self.label_smoothing)], self.row_terms()].concat()
     }
 
     fn counts(&self, forest: &Forest) -> Vec<f64> {
@@ -107,29 +144,50 @@ impl Objective for Sft {
                 Normalization::Row | Normalization::Step => weight * length.min(1.0),
             }
         });
-        vec![count.sum()]
+        vec![count.sum(); 1 + self.row_terms().len()]
     }
 
-    fn fixed_gradient(&self, forest: &Forest, totals: &StepTotals) -> Option<Vec<f32>> {
+    fn reads_rows(&self) -> bool {
+        !self.row_terms().is_empty()
+    }
+
+    fn fixed_gradient(&self, forest: &Forest, totals: &StepTotals) -> Option<FixedGradient> {
         if self.loss != TokenLoss::Nll {
             return None;
         }
+        let own = 1.0 - self.label_smoothing;
         let weights = self.weights(forest).into_iter();
-        Some(weights.map(|weight| (-weight / totals.counts[0]) as f32).collect())
+        Some(FixedGradient {
+            d_logps: weights.map(|weight| (-own * weight / totals.counts[0]) as f32).collect(),
+            mean_logp: (self.label_smoothing / own) as f32,
+            squared_lse: (-self.z_loss_coefficient / own) as f32,
+        })
     }
 
-    fn weigh(&self, forest: &Forest, logps: &[f32], totals: &StepTotals) -> Result<Weighed> {
-        let mut sum = 0.0;
-        let d_values = self.weights(forest).into_iter().zip(logps).map(|(weight, &logp)| {
+    fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {
+        let weights = self.weights(forest);
+        let own = 1.0 - self.label_smoothing;
+        let mut sums = vec![0.0];
+        let d_values = weights.iter().zip(reading.values).map(|(weight, &logp)| {
             let (value, slope) = self.loss.of_token(f64::from(logp));
-            sum += weight * value;
-            (weight * slope / totals.counts[0]) as f32
+            sums[0] += weight * value;
+            (own * weight * slope / totals.counts[0]) as f32
         });
         let d_values = d_values.collect();
+        for (term, _) in self.row_terms() {
+            let of_row = weights.iter().zip(reading.rows).map(|(weight, row)| {
+                let lse = f64::from(row.log_sum_exp);
+                let value =
+                    if term == "z_loss" { lse * lse } else { lse - f64::from(row.mean_logit) };
+                weight * value
+            });
+            sums.push(of_row.sum());
+        }
+        let trained = reading.values.len() as f64;
         Ok(Weighed {
             d_values,
-            sums: vec![sum],
-            metrics: vec![Mean { name: "trained_tokens", sum: logps.len() as f64, count: 0.0 }],
+            sums,
+            metrics: vec![Mean { name: "trained_tokens", sum: trained, count: 0.0 }],
         })
     }
 }
@@ -152,9 +210,9 @@ mod tests {
     fn of(objective: &Sft) -> (f64, Vec<f32>) {
         let (forest, logps) = forest();
         let totals = StepTotals { counts: objective.counts(&forest), statistics: Vec::new() };
-        let weighed = objective.weigh(&forest, &logps, &totals).unwrap();
+        let weighed = objective.weigh(&forest, logps.as_slice().into(), &totals).unwrap();
         if let Some(fixed) = objective.fixed_gradient(&forest, &totals) {
-            assert_eq!(fixed, weighed.d_values);
+            assert_eq!(fixed.d_logps, weighed.d_values);
         }
         (weighed.sums[0] / totals.counts[0], weighed.d_values)
     }

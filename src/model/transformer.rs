@@ -8,6 +8,7 @@ use super::backward::Backward;
 use super::block::{Block, Layout};
 use super::block_cpu::Kept;
 use super::gradients::Gradients;
+use super::lora::Masks;
 use super::params::{EMBEDDING, FINAL_NORM, HEAD, SCORE, SCORE_BIAS};
 use super::{Architecture, Config, Tensors, Weights, heads};
 use crate::data::forest::{End, Forest};
@@ -209,12 +210,22 @@ impl Transformer {
     /// Forward pass for training. The last `keep` blocks, whose backward comes first, keep what it needs; of the others
     /// only the input is kept, and they run again.
     pub fn trace(&self, forest: &Forest, keep: usize) -> Result<Trace> {
-        let layout = self.layout(forest)?;
-        let x = self.embed(&forest.tokens)?;
+        self.trace_embedded(forest, &self.embed(&forest.tokens)?, (keep, None))
+    }
+
+    /// The same from embedded tokens `x`, `[T, D]`, to which somebody may have added something, with what dropout takes
+    /// from the adapters.
+    pub fn trace_embedded(
+        &self,
+        forest: &Forest,
+        x: &Tensor,
+        (keep, masks): (usize, Option<Masks>),
+    ) -> Result<Trace> {
+        let layout = Layout { masks: masks.map(Arc::new), ..self.layout(forest)? };
         let (form, last) = if self.is_by_hand() {
-            self.trace_by_hand(&x, &layout, keep)?
+            self.trace_by_hand(x, &layout, keep)?
         } else {
-            self.trace_graphs(&x, &layout, keep)?
+            self.trace_graphs(x, &layout, keep)?
         };
         let hidden = self.final_norm(&last)?.detach();
         Ok(Trace { layout, form, hidden })

@@ -1,29 +1,82 @@
 //! The vocabulary head, the one place where logits exist (design idea 2).
 //!
 //! Works on *targets*: (hidden row, token id, sequence). Rows without a target are dropped before the product; logits
-//! live for one chunk of rows and are never stored. Two calls: [`logps`] reads what each target's log-probability is,
-//! [`backward`] takes the gradient with respect to each log-probability and runs the head's own backward. Where that
-//! gradient is known beforehand (SFT), `backward` alone is a single pass, as it returns the log-probabilities too.
+//! live for one chunk of rows and are never stored. Two calls: [`read`] says what each target's log-probability is and,
+//! where asked, what else the row's softmax says ([`RowStats`]); [`backward`] takes the gradient with respect to each
+//! log-probability and runs the head's own backward. Where that gradient is known beforehand (SFT), `backward` alone is a
+//! single pass, as it returns what `read` does too.
 
-use candle_core::{D, DType, Result, Tensor};
+mod chunks;
+mod plain;
+
+use candle_core::{DType, Result, Tensor};
 use half::bf16;
-use rayon::prelude::*;
 
-use super::cpu::{
-    self, Element,
-    matmul::{Mat, Threads, matmul, matmul_into},
-    simd,
-};
+use super::cpu::simd;
 use crate::data::forest::Target;
+use chunks::on_cpu;
+use plain::plain;
 
 /// Logits held at once, in elements: 48 MiB of f32.
 pub const CHUNK_ELEMENTS: usize = 12 << 20;
 
+/// What one row of logits `x` says beside the log-probabilities `ln p` of its targets. All logarithms are natural.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RowStats {
+    /// `ln Σ e^x`.
+    pub log_sum_exp: f32,
+    /// Mean of `x` over the vocabulary; less `log_sum_exp` it is the mean of `ln p`.
+    pub mean_logit: f32,
+    /// `−Σ p ln p`.
+    pub entropy: f32,
+    /// `ln Σ p²`.
+    pub log_sum_squares: f32,
+    /// `ln p` of the likeliest token.
+    pub best_logp: f32,
+}
+
+/// What is read of each target.
+#[derive(Clone, Debug, Default)]
+pub struct Readings {
+    /// Its log-probability, `[N]`.
+    pub logps: Vec<f32>,
+    /// Its row, `[N]` where asked for, else empty.
+    pub rows: Vec<RowStats>,
+}
+
+/// The gradient that [`backward`] is given: that of `Σ_n d_logps[n] · (logp[n] + mean_logp · mean_v ln p_n(v) +
+/// squared_lse · lse_n²)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Slopes<'a> {
+    /// One a target.
+    pub d_logps: &'a [f32],
+    /// Label smoothing's part: the mean of the row's log-probabilities over the vocabulary.
+    pub mean_logp: f32,
+    /// The z-loss's part: the square of the row's log-sum-exp.
+    pub squared_lse: f32,
+}
+
+impl<'a> From<&'a [f32]> for Slopes<'a> {
+    /// Of the log-probabilities alone.
+    fn from(d_logps: &'a [f32]) -> Self {
+        Self { d_logps, mean_logp: 0.0, squared_lse: 0.0 }
+    }
+}
+
+/// What [`backward`] returns beside the gradients that it always does.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Asked {
+    /// [`Readings::rows`].
+    pub rows: bool,
+    /// The gradient of the head's weight.
+    pub d_weight: bool,
+}
+
 /// What [`backward`] returns.
 #[derive(Debug)]
 pub struct HeadGrads {
-    /// Log-probability of each target, `[N]`.
-    pub logps: Vec<f32>,
+    /// Of each target.
+    pub readings: Readings,
     /// Gradient of the hidden states, `[T, D]`; zero in rows without a target.
     pub d_hidden: Tensor,
     /// Gradient of the head's weight, `[V, D]`, where it was asked for.
@@ -35,27 +88,36 @@ pub struct HeadGrads {
 /// # Shapes
 /// - `hidden`: `[T, D]`, `weight`: `[V, D]`, `targets`: `N`  →  `N` values
 pub fn logps(hidden: &Tensor, weight: &Tensor, targets: &[Target]) -> Result<Vec<f32>> {
-    Ok(run(hidden, weight, targets, None)?.0)
+    Ok(read(hidden, weight, targets, false)?.logps)
 }
 
-/// Log-probabilities, and the gradients of `Σ_n d_logps[n] · logp[n]`.
+/// Log-probability of each target under the full softmax and, with `rows`, its row's [`RowStats`].
 ///
 /// # Shapes
-/// - `hidden`: `[T, D]`, `weight`: `[V, D]`, `targets` and `d_logps`: `N`
+/// As [`logps`].
+pub fn read(hidden: &Tensor, weight: &Tensor, targets: &[Target], rows: bool) -> Result<Readings> {
+    Ok(run(hidden, weight, targets, Pass { rows, gradient: None })?.0)
+}
+
+/// What [`read`] reads, and the gradients of what [`Slopes`] says.
+///
+/// # Shapes
+/// - `hidden`: `[T, D]`, `weight`: `[V, D]`, `targets` and the slopes: `N`
 pub fn backward(
     hidden: &Tensor,
     weight: &Tensor,
     targets: &[Target],
-    d_logps: &[f32],
-    want_d_weight: bool,
+    slopes: Slopes<'_>,
+    asked: Asked,
 ) -> Result<HeadGrads> {
-    if d_logps.len() != targets.len() {
-        candle_core::bail!("{} weights for {} targets", d_logps.len(), targets.len());
+    if slopes.d_logps.len() != targets.len() {
+        candle_core::bail!("{} weights for {} targets", slopes.d_logps.len(), targets.len());
     }
-    let (logps, grads) = run(hidden, weight, targets, Some((d_logps, want_d_weight)))?;
+    let pass = Pass { rows: asked.rows, gradient: Some((slopes, asked.d_weight)) };
+    let (readings, grads) = run(hidden, weight, targets, pass)?;
     match grads {
-        Some((d_hidden, d_weight)) => Ok(HeadGrads { logps, d_hidden, d_weight }),
-        None => Ok(HeadGrads { logps, d_hidden: hidden.zeros_like()?, d_weight: None }),
+        Some((d_hidden, d_weight)) => Ok(HeadGrads { readings, d_hidden, d_weight }),
+        None => Ok(HeadGrads { readings, d_hidden: hidden.zeros_like()?, d_weight: None }),
     }
 }
 
@@ -66,12 +128,44 @@ pub fn rows_at_once(vocab: usize) -> usize {
 
 type Grads = Option<(Tensor, Option<Tensor>)>;
 
+/// What one run over the chunks computes.
+#[derive(Clone, Copy)]
+struct Pass<'a> {
+    rows: bool,
+    /// The slopes, and whether the weight's gradient is wanted.
+    gradient: Option<(Slopes<'a>, bool)>,
+}
+
+impl Readings {
+    /// Room for `count` targets.
+    fn zeros(count: usize, rows: bool) -> Self {
+        let rows = if rows { vec![RowStats::default(); count] } else { Vec::new() };
+        Self { logps: vec![0.0; count], rows }
+    }
+
+    fn set(&mut self, index: usize, logp: f32, row: Option<RowStats>) {
+        self.logps[index] = logp;
+        if let Some(row) = row {
+            self.rows[index] = row;
+        }
+    }
+}
+
+impl Slopes<'_> {
+    /// Factors in a row's gradient, of its softmax and of one: both follow from the sum of its targets' slopes.
+    fn of_row(&self, targets: &[(usize, u32)], log_sum_exp: f32, vocab: usize) -> (f32, f32) {
+        let total: f32 = targets.iter().map(|&(index, _)| self.d_logps[index]).sum();
+        let softmax = -1.0 - self.mean_logp + 2.0 * self.squared_lse * log_sum_exp;
+        (total * softmax, total * self.mean_logp / vocab as f32)
+    }
+}
+
 fn run(
     hidden: &Tensor,
     weight: &Tensor,
     targets: &[Target],
-    d: Option<(&[f32], bool)>,
-) -> Result<(Vec<f32>, Grads)> {
+    pass: Pass<'_>,
+) -> Result<(Readings, Grads)> {
     let (t, width) = hidden.dims2()?;
     let (vocab, weight_width) = weight.dims2()?;
     let misplaced = targets.iter().find(|x| x.row as usize >= t || x.id as usize >= vocab);
@@ -90,11 +184,11 @@ fn run(
     if hidden.device().is_cpu() {
         let sizes = [t, width, vocab];
         return match weight.dtype() {
-            DType::BF16 => on_cpu::<bf16>((&hidden, &weight), sizes, &rows, d),
-            _ => on_cpu::<f32>((&hidden, &weight), sizes, &rows, d),
+            DType::BF16 => on_cpu::<bf16>((&hidden, &weight), sizes, &rows, pass),
+            _ => on_cpu::<f32>((&hidden, &weight), sizes, &rows, pass),
         };
     }
-    plain(&hidden, &weight, &rows, d)
+    plain(&hidden, &weight, &rows, pass)
 }
 
 /// Targets grouped by hidden row.
@@ -135,76 +229,6 @@ impl Rows {
     }
 }
 
-/// Contiguous inputs on the CPU.
-struct Dense<'a, E> {
-    h: &'a [f32],
-    w: &'a [E],
-    t: usize,
-    width: usize,
-    vocab: usize,
-}
-
-fn on_cpu<E: Element>(
-    (hidden, weight): (&Tensor, &Tensor),
-    [t, width, vocab]: [usize; 3],
-    rows: &Rows,
-    d: Option<(&[f32], bool)>,
-) -> Result<(Vec<f32>, Grads)> {
-    cpu::with_slice(hidden, |h| {
-        cpu::with_slice::<E, _>(weight, |w| by_chunks(&Dense { h, w, t, width, vocab }, rows, d))
-    })??
-}
-
-/// Products in the weight's type, logits and their softmax in f32.
-fn by_chunks<E: Element>(
-    inputs: &Dense<'_, E>,
-    rows: &Rows,
-    d: Option<(&[f32], bool)>,
-) -> Result<(Vec<f32>, Grads)> {
-    let Dense { h, w, t, width, vocab } = *inputs;
-    let mut logps = vec![0.0; rows.order.len()];
-    let mut d_hidden = d.map(|_| vec![0.0; t * width]);
-    let mut d_weight = d.and_then(|(_, wanted)| wanted.then(|| vec![0.0; vocab * width]));
-    let weight = Mat::new(w, vocab, width);
-    let chunk = Rows::chunk(vocab);
-    for first in (0..rows.hidden.len()).step_by(chunk) {
-        let slots = first..(first + chunk).min(rows.hidden.len());
-        let mut x = Vec::with_capacity(slots.len() * width);
-        rows.hidden[slots.clone()]
-            .iter()
-            .for_each(|&row| x.extend_from_slice(&h[row as usize * width..][..width]));
-        let x = E::rounded(x);
-        let x = Mat::new(&x, slots.len(), width);
-        let mut logits = matmul(x, weight.t(), Threads::All);
-        let found: Vec<Vec<(usize, f32)>> = logits
-            .par_chunks_mut(vocab)
-            .zip(slots.clone())
-            .map(|(logits, slot)| row_on_cpu(logits, rows.targets(slot), d.map(|(d, _)| d)))
-            .collect();
-        found.into_iter().flatten().for_each(|(index, logp)| logps[index] = logp);
-        let Some(d_hidden) = &mut d_hidden else { continue };
-        let d_logits = E::rounded_from(&logits);
-        let d_logits = Mat::new(&d_logits, slots.len(), vocab);
-        let d_x = matmul(d_logits, weight, Threads::All);
-        for (&row, d_x) in rows.hidden[slots].iter().zip(d_x.chunks_exact(width)) {
-            d_hidden[row as usize * width..][..width].copy_from_slice(d_x);
-        }
-        if let Some(d_weight) = &mut d_weight {
-            matmul_into(d_weight, d_logits.t(), x, true, Threads::All);
-        }
-    }
-    let device = candle_core::Device::Cpu;
-    let grads = match d_hidden {
-        Some(d_hidden) => {
-            let d_weight =
-                d_weight.map(|d| Tensor::from_vec(d, (vocab, width), &device)).transpose()?;
-            Some((Tensor::from_vec(d_hidden, (t, width), &device)?, d_weight))
-        }
-        None => None,
-    };
-    Ok((logps, grads))
-}
-
 /// `ln Σ e^x` of one row of logits: what every log-probability subtracts, in training and in sampling. Not finite where
 /// the row is not.
 pub fn log_sum_exp(row: &[f32]) -> f32 {
@@ -216,86 +240,10 @@ fn log_of_sum(max: f32, sum: f32) -> f32 {
     max + sum.ln()
 }
 
-/// Reads one row's targets; where a gradient is asked for, turns the logits into `d logits` in place:
-/// `Σ_n d_n · (onehot(id_n) − softmax)`.
-fn row_on_cpu(
-    logits: &mut [f32],
-    targets: &[(usize, u32)],
-    d_logps: Option<&[f32]>,
-) -> Vec<(usize, f32)> {
-    let max = simd::max(logits);
-    let picked: Vec<f32> = targets.iter().map(|&(_, id)| logits[id as usize]).collect();
-    let sum = match d_logps {
-        Some(_) => simd::exp_sub(logits, max),
-        None => simd::sum_exp_sub(logits, max),
-    };
-    let log_sum_exp = log_of_sum(max, sum);
-    if let Some(d_logps) = d_logps {
-        let total: f32 = targets.iter().map(|&(index, _)| d_logps[index]).sum();
-        simd::scale(logits, -total / sum);
-        for &(index, id) in targets {
-            logits[id as usize] += d_logps[index];
-        }
-    }
-    targets.iter().zip(picked).map(|(&(index, _), logit)| (index, logit - log_sum_exp)).collect()
-}
-
-/// The plain form, on any device: the same chunks in Candle's ops.
-fn plain(
-    hidden: &Tensor,
-    weight: &Tensor,
-    rows: &Rows,
-    d: Option<(&[f32], bool)>,
-) -> Result<(Vec<f32>, Grads)> {
-    let (device, vocab) = (hidden.device(), weight.dim(0)?);
-    let mut logps = vec![0.0; rows.order.len()];
-    let mut d_hidden = hidden.zeros_like()?;
-    let mut d_weight = match d {
-        Some((_, true)) => Some(weight.zeros_like()?),
-        _ => None,
-    };
-    let chunk = Rows::chunk(vocab);
-    for first in (0..rows.hidden.len()).step_by(chunk) {
-        let slots = first..(first + chunk).min(rows.hidden.len());
-        let ids = Tensor::from_slice(&rows.hidden[slots.clone()], slots.len(), device)?;
-        let x = hidden.index_select(&ids, 0)?;
-        let log_probs =
-            candle_nn::ops::log_softmax(&x.matmul(&weight.t()?)?.to_dtype(DType::F32)?, D::Minus1)?;
-        // (slot, target, id) of every target of the chunk, as flat positions in [slots, V].
-        let entries: Vec<(usize, usize)> = slots
-            .clone()
-            .flat_map(|slot| {
-                let start = (slot - first) * vocab;
-                rows.targets(slot).iter().map(move |&(index, id)| (index, start + id as usize))
-            })
-            .collect();
-        let flat: Vec<u32> = entries.iter().map(|&(_, at)| at as u32).collect();
-        let flat = Tensor::from_vec(flat, entries.len(), device)?;
-        let picked = log_probs.flatten_all()?.index_select(&flat, 0)?.to_vec1::<f32>()?;
-        entries.iter().zip(picked).for_each(|(&(index, _), logp)| logps[index] = logp);
-        let Some((d_logps, _)) = d else { continue };
-        let totals: Vec<f32> = slots
-            .clone()
-            .map(|slot| rows.targets(slot).iter().map(|&(index, _)| d_logps[index]).sum())
-            .collect();
-        let totals = Tensor::from_vec(totals, (slots.len(), 1), device)?;
-        let own: Vec<f32> = entries.iter().map(|&(index, _)| d_logps[index]).collect();
-        let own = Tensor::from_vec(own, entries.len(), device)?;
-        let d_logits = log_probs.exp()?.broadcast_mul(&totals.neg()?)?.flatten_all()?;
-        let d_logits = d_logits
-            .index_add(&flat, &own, 0)?
-            .reshape((slots.len(), vocab))?
-            .to_dtype(x.dtype())?;
-        d_hidden = d_hidden.index_add(&ids, &d_logits.matmul(weight)?, 0)?;
-        if let Some(sum) = d_weight {
-            d_weight = Some((sum + d_logits.t()?.matmul(&x)?)?);
-        }
-    }
-    Ok((logps, d.is_some().then_some((d_hidden, d_weight))))
-}
-
 #[cfg(test)]
 mod tests {
+    use candle_core::D;
+
     use super::*;
     use crate::data::tree::Role;
     use crate::ops::linear::tests::{distance, random};
@@ -319,33 +267,88 @@ mod tests {
             let (hidden, weight) = (random(1, (t, width)), random(2, (vocab, width)));
             let targets = targets(t, vocab);
             let d_logps: Vec<f32> = (0..targets.len()).map(|i| (i as f32 * 0.3).sin()).collect();
-            let ours = backward(&hidden, &weight, &targets, &d_logps, true).unwrap();
-            assert_eq!(ours.logps, logps(&hidden, &weight, &targets).unwrap());
-            let rows = Rows::new(&targets);
-            let (plain_logps, grads) =
-                plain(&hidden, &weight, &rows, Some((&d_logps, true))).unwrap();
-            let (d_hidden, d_weight) = grads.unwrap();
-            assert!(ours.logps.iter().zip(&plain_logps).all(|(a, b)| (a - b).abs() < 1e-5));
-            assert!(distance(&ours.d_hidden, &d_hidden) < 1e-5);
-            assert!(distance(ours.d_weight.as_ref().unwrap(), &d_weight.unwrap()) < 1e-5);
+            for (mean_logp, squared_lse) in [(0.0, 0.0), (0.25, 0.0), (0.0, -0.5), (0.3, 0.02)] {
+                let slopes = Slopes { d_logps: &d_logps, mean_logp, squared_lse };
+                let asked = Asked { rows: true, d_weight: true };
+                let ours = backward(&hidden, &weight, &targets, slopes, asked).unwrap();
+                let read = read(&hidden, &weight, &targets, true).unwrap();
+                assert_eq!((&ours.readings.logps, &ours.readings.rows), (&read.logps, &read.rows));
+                assert_eq!(read.logps, logps(&hidden, &weight, &targets).unwrap());
+                let pass = Pass { rows: true, gradient: Some((slopes, true)) };
+                let (plain, grads) = plain(&hidden, &weight, &Rows::new(&targets), pass).unwrap();
+                let (d_hidden, d_weight) = grads.unwrap();
+                assert_near(&read, &plain, 1e-5);
+                assert!(distance(&ours.d_hidden, &d_hidden) < 1e-5);
+                assert!(distance(ours.d_weight.as_ref().unwrap(), &d_weight.unwrap()) < 1e-5);
 
-            // Candle's own graph over the full logits.
-            let (h, w) = (
-                candle_core::Var::from_tensor(&hidden).unwrap(),
-                candle_core::Var::from_tensor(&weight).unwrap(),
-            );
-            let log_probs =
-                candle_nn::ops::log_softmax(&h.matmul(&w.t().unwrap()).unwrap(), D::Minus1)
-                    .unwrap();
-            let mut weights = vec![0_f32; t * vocab];
-            targets
+                let [h, w] = graph((&hidden, &weight), &targets, slopes);
+                assert!(distance(&ours.d_hidden, &h) < 1e-5, "{mean_logp} {squared_lse}");
+                assert!(distance(&ours.d_weight.unwrap(), &w) < 1e-5, "{mean_logp} {squared_lse}");
+            }
+        }
+    }
+
+    fn assert_near(a: &Readings, b: &Readings, tolerance: f32) {
+        let near = |a: f32, b: f32| (a - b).abs() <= tolerance * (1.0 + b.abs());
+        assert!(a.logps.iter().zip(&b.logps).all(|(a, b)| near(*a, *b)));
+        assert!(!a.rows.is_empty() && a.rows.len() == b.rows.len());
+        let parts = |row: &RowStats| {
+            let RowStats { log_sum_exp, mean_logit, entropy, log_sum_squares, best_logp } = *row;
+            [log_sum_exp, mean_logit, entropy, log_sum_squares, best_logp]
+        };
+        for (a, b) in a.rows.iter().zip(&b.rows) {
+            assert!(parts(a).into_iter().zip(parts(b)).all(|(a, b)| near(a, b)), "{a:?} {b:?}");
+        }
+    }
+
+    /// Gradients of what [`Slopes`] says, by Candle's own graph over the full logits.
+    fn graph((h, w): (&Tensor, &Tensor), targets: &[Target], slopes: Slopes<'_>) -> [Tensor; 2] {
+        let [h, w] = [h, w].map(|tensor| candle_core::Var::from_tensor(tensor).unwrap());
+        let logits = h.matmul(&w.t().unwrap()).unwrap();
+        let (t, vocab) = logits.dims2().unwrap();
+        let log_probs = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap();
+        let lse = logits.log_sum_exp(D::Minus1).unwrap();
+        let (mut picks, mut totals) = (vec![0_f32; t * vocab], vec![0_f32; t]);
+        for (target, d) in targets.iter().zip(slopes.d_logps) {
+            picks[target.row as usize * vocab + target.id as usize] += d;
+            totals[target.row as usize] += d;
+        }
+        let picks = Tensor::from_vec(picks, (t, vocab), h.device()).unwrap();
+        let totals = Tensor::from_vec(totals, t, h.device()).unwrap();
+        let mean = (log_probs.mean(D::Minus1).unwrap() * f64::from(slopes.mean_logp)).unwrap();
+        let square = (lse.sqr().unwrap() * f64::from(slopes.squared_lse)).unwrap();
+        let rows = (mean + square).unwrap().mul(&totals).unwrap().sum_all().unwrap();
+        let own = (log_probs * picks).unwrap().sum_all().unwrap();
+        let grads = (own + rows).unwrap().backward().unwrap();
+        [h, w].map(|var| grads.get(&var).unwrap().clone())
+    }
+
+    /// The definitions, in double precision.
+    #[test]
+    fn a_row_says_what_its_softmax_is() {
+        let (hidden, weight) = (random(5, (6, 24)), random(6, (71, 24)));
+        let targets = targets(6, 71);
+        let logits = hidden.matmul(&weight.t().unwrap()).unwrap().to_vec2::<f32>().unwrap();
+        for (bf16, tolerance) in [(false, 1e-5), (true, 3e-2)] {
+            let weight = if bf16 { weight.to_dtype(DType::BF16).unwrap() } else { weight.clone() };
+            let read = read(&hidden, &weight, &targets, true).unwrap();
+            let exact: Vec<RowStats> = targets
                 .iter()
-                .zip(&d_logps)
-                .for_each(|(x, d)| weights[x.row as usize * vocab + x.id as usize] += d);
-            let weights = Tensor::from_vec(weights, (t, vocab), hidden.device()).unwrap();
-            let graph = (log_probs * weights).unwrap().sum_all().unwrap().backward().unwrap();
-            assert!(distance(&ours.d_hidden, graph.get(&h).unwrap()) < 1e-5);
-            assert!(distance(&ours.d_weight.unwrap(), graph.get(&w).unwrap()) < 1e-5);
+                .map(|target| {
+                    let x: Vec<f64> =
+                        logits[target.row as usize].iter().map(|&x| f64::from(x)).collect();
+                    let lse = x.iter().map(|x| x.exp()).sum::<f64>().ln();
+                    let p = || x.iter().map(|x| (x - lse).exp());
+                    RowStats {
+                        log_sum_exp: lse as f32,
+                        mean_logit: (x.iter().sum::<f64>() / x.len() as f64) as f32,
+                        entropy: -p().map(|p| p * p.ln()).sum::<f64>() as f32,
+                        log_sum_squares: p().map(|p| p * p).sum::<f64>().ln() as f32,
+                        best_logp: p().fold(0.0, f64::max).ln() as f32,
+                    }
+                })
+                .collect();
+            assert_near(&read, &Readings { logps: read.logps.clone(), rows: exact }, tolerance);
         }
     }
 

@@ -54,6 +54,8 @@ pub struct Dpo {
     pub f_alpha_divergence_coef: f64,
     /// Weight of tokens beyond the length of a pair's shorter response (LD-DPO); 1 is off.
     pub ld_alpha: f64,
+    /// Weigh each pair by how likely the policy is to answer so (WPO).
+    pub use_weighting: bool,
     /// SimPO's target margin.
     pub simpo_gamma: f64,
     /// DiscoPOP's temperature.
@@ -99,6 +101,7 @@ impl Default for Dpo {
             f_divergence_type: divergence,
             f_alpha_divergence_coef: alpha,
             ld_alpha: 1.0,
+            use_weighting: false,
             simpo_gamma,
             discopop_tau,
             gt_reward_scale,
@@ -180,6 +183,15 @@ impl Dpo {
         }
         if self.ld_alpha < 1.0 && self.loss_type.iter().any(|loss| loss.unpaired()) {
             return refuse("ld_alpha", self.ld_alpha, "1: it compares the two sides of a pair");
+        }
+        let unweighted = |loss: &&PreferenceLoss| loss.coupled() || loss.unpaired();
+        if self.use_weighting
+            && let Some(loss) = self.loss_type.iter().find(unweighted)
+        {
+            return Err(Error::usage(format!(
+                "`use_weighting` is true, expected false: {} does not look at one pair alone",
+                loss.name()
+            )));
         }
         if !self.ref_model_name_or_path.is_empty() && !self.needs_reference() {
             return Err(Error::usage(format!(

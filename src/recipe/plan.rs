@@ -201,6 +201,7 @@ impl Spec {
                         "adapters add to what a model has learned: leave one of the two out",
                     ));
                 }
+                spec.loss().check()?;
                 if spec.train.streaming && !spec.row_weight_column.is_empty() {
                     return Err(Error::usage("`streaming` with `row_weight_column`")
                         .hint("weights are read before training begins: leave `streaming` out"));
@@ -349,8 +350,25 @@ pub struct Sft {
     pub loss_type: TokenLoss,
     /// What a step's sum is divided by: `token`, `row` or `step`.
     pub loss_normalization: Normalization,
+    /// Share of each token's probability that is spread evenly over the vocabulary.
+    pub label_smoothing: f64,
+    /// Coefficient of the squared log-sum-exp of the logits (PaLM); 0 is off.
+    pub z_loss_coefficient: f64,
     /// The column with each row's weight, 0 or more; empty weighs all rows the same.
     pub row_weight_column: String,
+}
+
+impl Sft {
+    /// The loss, without weights of rows.
+    pub fn loss(&self) -> crate::loss::sft::Sft {
+        crate::loss::sft::Sft {
+            loss: self.loss_type,
+            normalization: self.loss_normalization,
+            label_smoothing: self.label_smoothing,
+            z_loss_coefficient: self.z_loss_coefficient,
+            ..Default::default()
+        }
+    }
 }
 
 /// `sample`: K candidates a prompt, scored. Writes `data.jsonl`.

@@ -82,6 +82,7 @@ impl Method {
                 ranking: spec.ranking,
                 sft_weight: spec.sft_loss_weight,
                 summing,
+                weighting: spec.use_weighting,
                 reference,
                 margins,
             }));

@@ -67,5 +67,5 @@ fn objective(
             row_weights.insert(index, row.weight(&spec.row_weight_column).at(&row.place)?);
         }
     }
-    Ok(Sft { loss: spec.loss_type, normalization: spec.loss_normalization, row_weights })
+    Ok(Sft { row_weights, ..spec.loss() })
 }

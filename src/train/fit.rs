@@ -110,9 +110,11 @@ impl<'a> Run<'a> {
         let schedule = settings.lr_scheduler_type;
         let lr = settings.learning_rate
             * schedule.factor(self.state.step, total, settings.warmup(total));
+        let dropout = self.learner.dropout(self.job.seed, self.state.step);
+        let options = StepOptions { dropout, ..self.options };
         let pace = Pace { lr, max_grad_norm: settings.max_grad_norm };
         let what = (self.job.objective, trees.as_slice());
-        let (report, norm) = update(self.learner, what, self.options, &mut self.adamw, pace)
+        let (report, norm) = update(self.learner, what, options, &mut self.adamw, pace)
             .map_err(|error| error.at(&at))?;
         if let Some(ema) = &self.ema {
             ema.update(self.learner)?;

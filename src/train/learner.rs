@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 
 use crate::error::{Context, Error, Result};
 use crate::model::checkpoint::load_weights;
-use crate::model::lora::{A, Adapter, Attached, B, Dora, MAGNITUDE, parameter, peft};
+use crate::model::lora::{A, Adapter, Attached, B, Dora, Dropout, MAGNITUDE, parameter, peft};
 use crate::model::transformer::Transformer;
 use crate::model::{Config, Precision, Tensors, Weights};
 use crate::optim::Param;
@@ -20,6 +20,8 @@ pub struct Learner {
     params: BTreeMap<String, Param>,
     tensors: Tensors,
     model: Transformer,
+    /// Share of what adapters read that is dropped in training.
+    dropout: f64,
 }
 
 impl Learner {
@@ -65,7 +67,7 @@ impl Learner {
             tensors.weights.insert(name.clone(), param.computed().clone());
             params.insert(name, param);
         }
-        Ok(Self { params, model: Transformer::of(config, &tensors)?, tensors })
+        Ok(Self { params, model: Transformer::of(config, &tensors)?, tensors, dropout: 0.0 })
     }
 
     /// Trains adapters beside a model whose own parameters stay as they are, but for those that `trained` names.
@@ -108,8 +110,14 @@ impl Learner {
             let adapter = Adapter { module: module.clone(), a, b, scale, dora };
             learner.tensors.adapters.insert(module.clone(), adapter);
         }
+        learner.dropout = attached.dropout;
         learner.model = Transformer::of(config, &learner.tensors)?;
         Ok(learner)
+    }
+
+    /// The dropout of a step after `step` others.
+    pub fn dropout(&self, seed: u64, step: usize) -> Option<Dropout> {
+        (self.dropout > 0.0).then_some(Dropout { rate: self.dropout, seed, step })
     }
 
     /// All that the model is made of.

@@ -131,6 +131,7 @@ impl Settings {
             budget: self.budget(held)?,
             dtype: self.dtype,
             adapted: None,
+            dropout: None,
             optimizer_in_backward: self.optimizer_in_backward,
             averages: self.ema_decay > 0.0,
         })

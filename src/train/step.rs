@@ -8,14 +8,15 @@ use crate::data::examples::Examples;
 use crate::data::forest::{Forest, micro_batches, packed};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
-use crate::loss::{Mean, Objective, Readout, StepTotals, Weighed};
+use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
 use crate::model::gradients::Gradients;
-use crate::model::transformer::Transformer;
+use crate::model::lora::Dropout;
+use crate::model::transformer::{Trace, Transformer};
 use crate::model::{Config, Precision};
-use crate::ops::head;
+use crate::ops::head::{self, Asked, Readings, RowStats};
 use crate::report::record::Metrics;
 
-/// How a step is computed; all but the type changes memory and speed, never what is computed.
+/// How a step is computed; all but the type and the dropout changes memory and speed, never what is computed.
 #[derive(Clone, Copy, Debug)]
 pub struct StepOptions {
     /// Token budget of a micro-batch.
@@ -28,6 +29,8 @@ pub struct StepOptions {
     pub dtype: Precision,
     /// What is held, where not the whole model is trained.
     pub adapted: Option<Adapted>,
+    /// What adapters do not read.
+    pub dropout: Option<Dropout>,
     /// Weights move in the backward pass: see [`update`](super::update::update).
     pub optimizer_in_backward: bool,
     /// A moving average of the weights is held beside them: see [`Ema`](super::Ema).
@@ -43,6 +46,7 @@ impl StepOptions {
             budget: u64::MAX,
             dtype: Precision::F32,
             adapted: None,
+            dropout: None,
             optimizer_in_backward: false,
             averages: false,
         }
@@ -102,13 +106,20 @@ pub fn gradients(
     let mut grads = Gradients::new(model.device());
     let mut sums = Sums::new(objective);
     for forest in &forests {
-        let trace = model.trace(forest, options.keep(model.config(), forest.len()))?;
+        let trace = trace(model, forest, options)?;
         let (weighed, d_hidden) =
             head_step(model, objective, (forest, &trace.hidden), &totals, &mut grads)?;
         sums.add(weighed, forest);
         model.backward(forest, trace, &d_hidden, &mut grads)?;
     }
     Ok((grads, sums.report(objective, &totals)))
+}
+
+/// The forward pass of a step.
+pub(super) fn trace(model: &Transformer, forest: &Forest, options: StepOptions) -> Result<Trace> {
+    let keep = options.keep(model.config(), forest.len());
+    let masks = options.dropout.map(|dropout| dropout.over(forest));
+    model.trace_embedded(forest, &model.embed(&forest.tokens)?, (keep, masks))
 }
 
 /// The same measures without gradients, one micro-batch at a time.
@@ -132,9 +143,10 @@ pub fn evaluate(
     let (mut sums, mut seen) = (Sums::new(objective), Vec::new());
     for forest in packed(examples, max_tokens) {
         let forest = forest?;
-        let values = read(model, objective.readout(), &forest)?;
-        sums.add(weigh(objective, &forest, &values, &totals)?, &forest);
-        seen.extend(objective.observe(&forest, &values));
+        let hidden = model.hidden(&forest)?;
+        let readings = readings(model, objective, (&forest, &hidden))?;
+        seen.extend(objective.observe(&forest, &readings.logps));
+        sums.add(weigh(objective, &forest, &readings, &totals)?, &forest);
     }
     let mut report = sums.report(objective, &totals);
     report.metrics.extend(objective.summarize(&seen));
@@ -148,6 +160,29 @@ pub fn read(model: &Transformer, readout: Readout, forest: &Forest) -> Result<Ve
         Readout::Logps => Ok(head::logps(&hidden, model.head(), &forest.targets)?),
         Readout::Scores => model.scores(&hidden, &forest.ends),
     }
+}
+
+/// The same of hidden states that are there, with what the objective or the log needs of each row.
+fn readings(
+    model: &Transformer,
+    objective: &dyn Objective,
+    (forest, hidden): (&Forest, &Tensor),
+) -> Result<Readings> {
+    match objective.readout() {
+        Readout::Logps => {
+            let rows = wants_rows(model, objective);
+            Ok(head::read(hidden, model.head(), &forest.targets, rows)?)
+        }
+        Readout::Scores => {
+            let logps = model.scores(hidden, &forest.ends)?;
+            Ok(Readings { logps, rows: Vec::new() })
+        }
+    }
+}
+
+/// Rows cost the CPU one part in a hundred of the head's products; the plain form more than that.
+fn wants_rows(model: &Transformer, objective: &dyn Objective) -> bool {
+    objective.reads_rows() || model.device().is_cpu()
 }
 
 pub(super) fn pack(trees: &[&Tree], max_tokens: usize) -> Result<Vec<Forest>> {
@@ -226,42 +261,42 @@ pub(super) fn head_step(
 ) -> Result<(Weighed, Tensor)> {
     let weight = model.head();
     let trained = weight.is_variable();
-    match objective.readout() {
-        Readout::Scores => {
-            let scores = model.scores(hidden, &forest.ends)?;
-            let weighed = weigh(objective, forest, &scores, totals)?;
-            let d_hidden = model.scores_backward(hidden, &forest.ends, &weighed.d_values, grads)?;
-            Ok((weighed, d_hidden))
-        }
-        Readout::Logps => {
-            let known = objective.fixed_gradient(forest, totals);
-            let early = if known.is_some() {
-                None
-            } else {
-                let logps = head::logps(hidden, weight, &forest.targets)?;
-                Some(weigh(objective, forest, &logps, totals)?)
-            };
-            let d_logps =
-                known.as_deref().or(early.as_ref().map(|weighed| weighed.d_values.as_slice()));
-            let d_logps = d_logps.unwrap_or_default();
-            let out = head::backward(hidden, weight, &forest.targets, d_logps, trained)?;
-            if let Some(d_weight) = out.d_weight {
-                grads.add(model.head_name(), d_weight)?;
-            }
-            let weighed = match early {
-                Some(weighed) => weighed,
-                None => weigh(objective, forest, &out.logps, totals)?,
-            };
-            Ok((weighed, out.d_hidden))
-        }
+    if objective.readout() == Readout::Scores {
+        let readings = readings(model, objective, (forest, hidden))?;
+        let weighed = weigh(objective, forest, &readings, totals)?;
+        let d_hidden = model.scores_backward(hidden, &forest.ends, &weighed.d_values, grads)?;
+        return Ok((weighed, d_hidden));
     }
+    let known = objective.fixed_gradient(forest, totals);
+    let early = match known {
+        Some(_) => None,
+        None => {
+            let readings = readings(model, objective, (forest, hidden))?;
+            Some(weigh(objective, forest, &readings, totals)?)
+        }
+    };
+    let slopes = match (&known, &early) {
+        (Some(known), _) => known.slopes(),
+        (None, Some(weighed)) => weighed.d_values.as_slice().into(),
+        (None, None) => [].as_slice().into(),
+    };
+    let asked = Asked { rows: known.is_some() && wants_rows(model, objective), d_weight: trained };
+    let out = head::backward(hidden, weight, &forest.targets, slopes, asked)?;
+    if let Some(d_weight) = out.d_weight {
+        grads.add(model.head_name(), d_weight)?;
+    }
+    let weighed = match early {
+        Some(weighed) => weighed,
+        None => weigh(objective, forest, &out.readings, totals)?,
+    };
+    Ok((weighed, out.d_hidden))
 }
 
 /// Weighs values after checking that all of them are finite.
 fn weigh(
     objective: &dyn Objective,
     forest: &Forest,
-    values: &[f32],
+    Readings { logps: values, rows }: &Readings,
     totals: &StepTotals,
 ) -> Result<Weighed> {
     if let Some(index) = values.iter().position(|value| !value.is_finite()) {
@@ -274,7 +309,18 @@ fn weigh(
             .at(format!("row {row}"))
             .hint("the weights have diverged: lower learning_rate, or look for a bad row"));
     }
-    objective.weigh(forest, values, totals)
+    let mut weighed = objective.weigh(forest, Reading { values, rows }, totals)?;
+    if !rows.is_empty() {
+        let mean = |name, of: &dyn Fn(&f32, &RowStats) -> f64| Mean {
+            name,
+            sum: values.iter().zip(rows).map(|(logp, row)| of(logp, row)).sum(),
+            count: rows.len() as f64,
+        };
+        weighed.metrics.push(mean("entropy", &|_, row| f64::from(row.entropy)));
+        let right = |logp: &f32, row: &RowStats| f64::from(u8::from(*logp >= row.best_logp));
+        weighed.metrics.push(mean("mean_token_accuracy", &right));
+    }
+    Ok(weighed)
 }
 
 /// Running sums of a step.

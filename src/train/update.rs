@@ -62,7 +62,7 @@ fn in_backward(
     let totals = step::totals(model, objective, &forests)?;
     let mut grads = Gradients::new(model.device());
     let mut sums = Sums::new(objective);
-    let trace = model.trace(forest, options.keep(model.config(), forest.len()))?;
+    let trace = step::trace(model, forest, options)?;
     let (weighed, d_hidden) =
         step::head_step(model, objective, (forest, &trace.hidden), &totals, &mut grads)?;
     sums.add(weighed, forest);

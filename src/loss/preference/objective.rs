@@ -12,7 +12,8 @@ use crate::data::forest::Forest;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::ranking::{Ranking, plackett_luce};
-use crate::loss::{Mean, Objective, StepTotals, Weighed};
+use crate::loss::{Mean, Objective, Reading, StepTotals, Weighed};
+use crate::ops::head::RowStats;
 
 /// The preference objective: each tree's leaves are ranked responses, best first, mostly a chosen and a rejected one. With
 /// [`PreferenceLoss::Kto`] a tree has two, and further leaves are responses to other prompts.
@@ -30,6 +31,9 @@ pub struct Preference {
     pub sft_weight: f64,
     /// Which tokens enter the preference losses.
     pub summing: Summing,
+    /// Weigh each pair by how likely the policy itself is to answer so (`use_weighting`; WPO, Zhou et al., 2024,
+    /// equation 2): by `exp` of the mean of `ln p − ln Σp²` over each response's tokens, held constant.
+    pub weighting: bool,
     /// The reference's log-probability of each leaf, under the same mask, by the pair's row. Empty where no loss
     /// needs one.
     pub reference: BTreeMap<usize, Vec<f64>>,
@@ -45,6 +49,7 @@ impl Default for Preference {
             ranking: Ranking::default(),
             sft_weight: 0.0,
             summing: Summing::default(),
+            weighting: false,
             reference: BTreeMap::new(),
             margins: BTreeMap::new(),
         }
@@ -174,9 +179,31 @@ impl Preference {
         })
     }
 
+    /// Of each leaf, the length-normalised alignment whose sum over a pair is the logarithm of the pair's weight; nothing
+    /// where pairs are not weighted. See [`Preference::weighting`].
+    fn alignments(&self, forest: &Forest, reading: Reading<'_>) -> Vec<f64> {
+        if !self.weighting {
+            return Vec::new();
+        }
+        let alignment = |(logp, row): (&f32, &RowStats)| logp - row.log_sum_squares;
+        let aligned: Vec<f32> = reading.values.iter().zip(reading.rows).map(alignment).collect();
+        let summing = Summing { ld_alpha: 1.0, ..self.summing };
+        let trees = summing.trees(forest, &aligned).into_iter();
+        trees.flat_map(|(_, responses)| responses).map(|one| one.logp / one.length).collect()
+    }
+
     /// The slope of each leaf's log-probability, with weights and counts, and each loss's plain sum.
-    fn losses_of(&self, read: &Read, leaves: usize, totals: &StepTotals) -> (Vec<f64>, Vec<f64>) {
+    fn losses_of(
+        &self,
+        (read, alignments): (&Read, &[f64]),
+        leaves: usize,
+        totals: &StepTotals,
+    ) -> (Vec<f64>, Vec<f64>) {
         let mut slopes = vec![0.0; leaves];
+        let pair_weight = |better: usize, worse: usize| match alignments {
+            [] => 1.0,
+            all => (all[better] + all[worse]).exp(),
+        };
         let mut sums = Vec::with_capacity(self.losses.len() + 1);
         let shares = self.shares(totals);
         for (((loss, weight), count), own) in self.losses.iter().zip(&totals.counts).zip(shares) {
@@ -194,9 +221,10 @@ impl Preference {
             } else {
                 for (pair, &(better, worse)) in read.pairs.iter().zip(&read.leaves) {
                     let one = loss.of_pair(pair, own, &self.options);
-                    sum += one.loss;
-                    slopes[better] += weight * one.d_chosen / count;
-                    slopes[worse] += weight * one.d_rejected / count;
+                    let pair_weight = pair_weight(better, worse);
+                    sum += pair_weight * one.loss;
+                    slopes[better] += weight * pair_weight * one.d_chosen / count;
+                    slopes[worse] += weight * pair_weight * one.d_rejected / count;
                 }
             }
             sums.push(sum);
@@ -216,7 +244,8 @@ impl Preference {
         share.collect()
     }
 
-    /// TRL's names. Rewards without a reference are `β log π`.
+    /// TRL's names. Rewards without a reference are `β log π`. `kl/chosen` is the mean over chosen tokens of
+    /// `ln π − ln π_ref`: the estimator k1 of KL(π ‖ π_ref) on tokens that π did not draw, so that it may be negative.
     fn metrics(&self, read: &Read, totals: &StepTotals) -> Vec<Mean> {
         let count = read.pairs.len() as f64;
         let beta = self.options.beta;
@@ -232,7 +261,14 @@ impl Preference {
             mean("rewards/accuracies", &|pair| f64::from(u8::from(pair.log_ratios().gap() > 0.0))),
             mean("logps/chosen", &|pair| pair.policy.chosen),
             mean("logps/rejected", &|pair| pair.policy.rejected),
+            mean("lengths/chosen", &|pair| pair.lengths.chosen),
+            mean("lengths/rejected", &|pair| pair.lengths.rejected),
         ];
+        if self.needs_reference() {
+            let ratios = mean("kl/chosen", &|pair| pair.log_ratios().chosen);
+            let tokens = read.pairs.iter().map(|pair| pair.lengths.chosen).sum();
+            metrics.push(Mean { count: tokens, ..ratios });
+        }
         for ((loss, _), own) in self.losses.iter().zip(self.shares(totals)) {
             if loss.needs_mismatched() {
                 let kl = own.first().copied().unwrap_or_default();
@@ -278,6 +314,29 @@ pub(super) fn empty(leaf: usize) -> Error {
     )
 }
 
+/// Which of its tree's leaves each leaf is: 0 chosen, 1 rejected, further ones carry no gradient.
+fn places(forest: &Forest) -> Vec<usize> {
+    let chosen = is_first(forest);
+    let mut place = vec![0; chosen.len()];
+    for leaf in 1..place.len() {
+        place[leaf] = if chosen[leaf] { 0 } else { place[leaf - 1] + 1 };
+    }
+    place
+}
+
+/// Mean logit over the vocabulary and each side's trained tokens, where rows were read.
+fn mean_logits(forest: &Forest, rows: &[RowStats]) -> Vec<Mean> {
+    let place = places(forest);
+    let sides = ["logits/chosen", "logits/rejected"].into_iter().enumerate();
+    let mean = |(side, name): (usize, &'static str)| {
+        let targets = forest.targets.iter().zip(rows);
+        let own = targets.filter(|(target, _)| place[target.leaf as usize] == side);
+        let logits: Vec<f64> = own.map(|(_, row)| f64::from(row.mean_logit)).collect();
+        Mean { name, sum: logits.iter().sum(), count: logits.len() as f64 }
+    };
+    sides.map(mean).filter(|mean| mean.count > 0.0).collect()
+}
+
 /// Whether each leaf is its tree's first.
 pub(super) fn is_first(forest: &Forest) -> Vec<bool> {
     let mut seen = vec![false; forest.trees()];
@@ -302,6 +361,10 @@ impl Objective for Preference {
         counts
     }
 
+    fn reads_rows(&self) -> bool {
+        self.weighting
+    }
+
     fn coupled(&self) -> bool {
         self.has(PreferenceLoss::coupled)
     }
@@ -320,9 +383,11 @@ impl Objective for Preference {
         self.losses.iter().flat_map(statistic).collect()
     }
 
-    fn weigh(&self, forest: &Forest, logps: &[f32], totals: &StepTotals) -> Result<Weighed> {
+    fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {
+        let logps = reading.values;
         let read = self.read(forest, logps)?;
-        let (slopes, mut sums) = self.losses_of(&read, forest.leaves.len(), totals);
+        let alignments = self.alignments(forest, reading);
+        let (slopes, mut sums) = self.losses_of((&read, &alignments), forest.leaves.len(), totals);
         let per_token = if self.sft_weight > 0.0 {
             self.sft_weight / totals.counts[self.losses.len()]
         } else {
@@ -343,6 +408,8 @@ impl Objective for Preference {
             });
         let d_values = d_values.collect();
         sums.push(nll);
-        Ok(Weighed { d_values, sums, metrics: self.metrics(&read, totals) })
+        let mut metrics = self.metrics(&read, totals);
+        metrics.extend(mean_logits(forest, reading.rows));
+        Ok(Weighed { d_values, sums, metrics })
     }
 }

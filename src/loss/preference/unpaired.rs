@@ -8,7 +8,7 @@ use super::{LossOptions, PreferenceLoss, Response, Summing};
 use crate::data::forest::Forest;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
-use crate::loss::{Mean, Objective, StepTotals, Weighed};
+use crate::loss::{Mean, Objective, Reading, StepTotals, Weighed};
 
 /// The unpaired objective: each tree's first leaf is a labelled response, its further leaves are responses to other
 /// prompts, from which the KL is estimated.
@@ -131,7 +131,8 @@ impl Objective for Unpaired {
         vec![kl_estimate(&mismatched)]
     }
 
-    fn weigh(&self, forest: &Forest, logps: &[f32], totals: &StepTotals) -> Result<Weighed> {
+    fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {
+        let logps = reading.values;
         let read = self.read(forest, logps)?;
         let kl = shift(&totals.statistics);
         let losses: Vec<(f64, f64)> = read

@@ -4,7 +4,7 @@ use super::bradley_terry;
 use super::quality::{self, Observation};
 use crate::data::forest::{End, Forest};
 use crate::error::{Error, Result};
-use crate::loss::{Mean, Objective, Readout, StepTotals, Weighed, sigmoid};
+use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed, sigmoid};
 
 /// Ratings in several attributes, an output each: the mean squared error over those that are given (HelpSteer, Wang et
 /// al., 2023).
@@ -40,7 +40,8 @@ impl Objective for Regression {
         vec![self.given(forest).count() as f64]
     }
 
-    fn weigh(&self, forest: &Forest, scores: &[f32], totals: &StepTotals) -> Result<Weighed> {
+    fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {
+        let scores = reading.values;
         let (mut d_values, mut sum, mut absolute) = (vec![0.0_f32; scores.len()], 0.0, 0.0);
         for (output, _, rating) in self.given(forest) {
             let error = f64::from(scores[output]) - rating;
@@ -109,7 +110,8 @@ impl Objective for Correctness {
         vec![forest.ends.len() as f64]
     }
 
-    fn weigh(&self, forest: &Forest, scores: &[f32], totals: &StepTotals) -> Result<Weighed> {
+    fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {
+        let scores = reading.values;
         let mut d_values = Vec::with_capacity(scores.len());
         let (mut sum, mut hits, mut probability) = (0.0, 0.0, 0.0);
         for (end, odds) in forest.ends.iter().zip(self.log_odds(scores)) {
@@ -160,10 +162,10 @@ mod tests {
     fn check(objective: &dyn Objective, forest: &Forest, scores: &[f32], expected: f64) {
         let totals = StepTotals { counts: objective.counts(forest), statistics: Vec::new() };
         let loss = |scores: &[f32]| {
-            objective.weigh(forest, scores, &totals).unwrap().sums[0] / totals.counts[0]
+            objective.weigh(forest, scores.into(), &totals).unwrap().sums[0] / totals.counts[0]
         };
         assert!((loss(scores) - expected).abs() < 1e-7, "{}, expected {expected}", loss(scores));
-        let d_values = objective.weigh(forest, scores, &totals).unwrap().d_values;
+        let d_values = objective.weigh(forest, scores.into(), &totals).unwrap().d_values;
         assert_eq!(d_values.len(), scores.len());
         for at in 0..scores.len() {
             let moved = |h: f32| {
@@ -198,14 +200,19 @@ mod tests {
     fn certain_mistakes_stay_finite() {
         let forest = forest(vec![vec![Some(0.0)]]);
         let totals = StepTotals { counts: vec![1.0], statistics: Vec::new() };
-        let weighed = Correctness { outputs: 1 }.weigh(&forest, &[1e4], &totals).unwrap();
+        let weighed =
+            Correctness { outputs: 1 }.weigh(&forest, [1e4].as_slice().into(), &totals).unwrap();
         assert_eq!((weighed.sums[0], weighed.d_values[0]), (1e4, 1.0));
     }
 
     #[test]
     fn an_end_without_a_label_is_refused_with_its_row() {
         let totals = StepTotals { counts: vec![1.0], statistics: Vec::new() };
-        let error = Correctness { outputs: 1 }.weigh(&forest(vec![vec![None]]), &[0.0], &totals);
+        let error = Correctness { outputs: 1 }.weigh(
+            &forest(vec![vec![None]]),
+            [0.0].as_slice().into(),
+            &totals,
+        );
         assert_eq!(error.unwrap_err().to_string(), "row 4: no label");
     }
 }

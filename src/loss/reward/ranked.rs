@@ -6,7 +6,7 @@ use super::quality::{self, Observation};
 use crate::data::forest::{End, Forest};
 use crate::error::{Error, Result};
 use crate::loss::ranking::{Ranking, plackett_luce};
-use crate::loss::{Mean, Objective, Readout, StepTotals, Weighed};
+use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
 
 /// The objective over ranked responses, which are a tree's ends: best first, or in the order of the ranks that their
 /// labels give (see [`Lesson::Ranked`](crate::data::lessons::Lesson)).
@@ -117,7 +117,8 @@ impl Objective for Reward {
         vec![if self.ranking == Ranking::PlackettLuce { lists } else { pairs }, pairs]
     }
 
-    fn weigh(&self, forest: &Forest, scores: &[f32], totals: &StepTotals) -> Result<Weighed> {
+    fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {
+        let scores = reading.values;
         let ranks = ranks(forest);
         if let Some(tree) = ranks.iter().position(|ends| ends.len() < 2) {
             return Err(Error::run("expected two or more ranked responses")
@@ -210,10 +211,10 @@ mod tests {
             assert_eq!(totals.counts, counts);
             let scores = [0.3_f32, -0.5, 1.2, 0.0, 0.25];
             let loss = |scores: &[f32]| {
-                let weighed = reward.weigh(&forest, scores, &totals).unwrap();
+                let weighed = reward.weigh(&forest, scores.into(), &totals).unwrap();
                 weighed.sums[0] / counts[0] + 0.01 * weighed.sums[1] / counts[1]
             };
-            let weighed = reward.weigh(&forest, &scores, &totals).unwrap();
+            let weighed = reward.weigh(&forest, scores.as_slice().into(), &totals).unwrap();
             for i in 0..scores.len() {
                 let moved = |h: f32| {
                     let mut scores = scores;
@@ -231,7 +232,8 @@ mod tests {
     fn a_shuffled_list_is_compared_by_its_ranks_with_the_margins_of_its_levels() {
         let (forest, scores) = (shuffled(), [1.0_f32, 2.5, 1.25]);
         let reward = Reward { use_margin: true, ..Reward::default() };
-        let weighed = reward.weigh(&forest, &scores, &totals(reward, &forest)).unwrap();
+        let weighed =
+            reward.weigh(&forest, scores.as_slice().into(), &totals(reward, &forest)).unwrap();
         let expected = -log_sigmoid(1.25 - 2.0) - log_sigmoid(1.5 - 2.0) - log_sigmoid(0.25);
         assert!((weighed.sums[0] - expected).abs() < 1e-12, "{}", weighed.sums[0]);
         assert_eq!(weighed.metrics[0].sum.to_bits(), 3.0_f64.to_bits());
@@ -247,7 +249,7 @@ mod tests {
     fn a_lone_response_and_a_missing_margin_are_refused_with_their_row() {
         let refused = |forest: &Forest, reward: Reward, scores: &[f32]| {
             let totals = StepTotals { counts: vec![1.0, 1.0], statistics: Vec::new() };
-            reward.weigh(forest, scores, &totals).unwrap_err().to_string()
+            reward.weigh(forest, scores.into(), &totals).unwrap_err().to_string()
         };
         let lone = refused(&forest(&[1]), Reward::default(), &[0.0]);
         assert_eq!(lone, "row 0: expected two or more ranked responses");

@@ -20,6 +20,8 @@ pub struct Attached {
     pub scales: BTreeMap<String, f64>,
     /// See [`Lora::loraplus_lr_ratio`].
     pub lr_ratio: f64,
+    /// See [`Lora::lora_dropout`].
+    pub dropout: f64,
 }
 
 /// Makes the adapters of a model. `weights` are in f32; with PiSSA the adapted ones lose what the factors take over.
@@ -27,7 +29,11 @@ pub struct Attached {
 /// # Errors
 /// A rank that is larger than a matrix, no module to adapt.
 pub fn attach(lora: &Lora, config: &Config, weights: &mut Weights, seed: u64) -> Result<Attached> {
-    let mut attached = Attached { lr_ratio: lora.loraplus_lr_ratio, ..Attached::default() };
+    let mut attached = Attached {
+        lr_ratio: lora.loraplus_lr_ratio,
+        dropout: lora.lora_dropout,
+        ..Attached::default()
+    };
     for module in lora.modules(config)? {
         let name = format!("{module}.weight");
         let weight = weights.get(&name).ok_or_else(|| unknown(&module))?.clone();

@@ -155,7 +155,7 @@ impl Saved {
         Attached {
             factors: tensors.map(|(name, tensor)| (name, tensor.clone())).collect(),
             scales: self.adapters.values().map(|a| (a.module.clone(), a.scale)).collect(),
-            lr_ratio: 0.0,
+            ..Attached::default()
         }
     }
 

@@ -120,6 +120,34 @@ fn sum_exp_sub_body(row: &[f32], shift: f32) -> f32 {
 }
 
 #[inline(always)]
+fn moments_body(row: &[f32], shift: f32) -> [f32; 4] {
+    let mut lanes = [[0.0; LANES]; 4];
+    let chunks = row.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    let add = |x: f32, lanes: &mut [[f32; LANES]; 4], i: usize| {
+        let below = x - shift;
+        let e = exp(below);
+        lanes[0][i] += e;
+        // Where e is 0, its product with minus infinity is not a number.
+        lanes[1][i] += e * below.max(-100.0);
+        lanes[2][i] += e * e;
+        lanes[3][i] += below;
+    };
+    for chunk in chunks {
+        for i in 0..LANES {
+            add(chunk[i], &mut lanes, i);
+        }
+    }
+    let mut sums = lanes.map(sum_lanes);
+    for &x in rest {
+        let mut one = [[0.0; LANES]; 4];
+        add(x, &mut one, 0);
+        sums.iter_mut().zip(one).for_each(|(sum, one)| *sum += one[0]);
+    }
+    sums
+}
+
+#[inline(always)]
 fn scale_body(row: &mut [f32], factor: f32) {
     for value in row {
         *value *= factor;
@@ -218,6 +246,11 @@ multiversion! {
     pub fn sum_exp_sub(row: &[f32], shift: f32) -> f32 = sum_exp_sub_body
 }
 multiversion! {
+    /// Sums of `e`, `e (x - shift)`, `e²` and `x - shift`, with `e = e^(x - shift)`; the first has the bits of
+    /// [`sum_exp_sub`].
+    pub fn moments(row: &[f32], shift: f32) -> [f32; 4] = moments_body
+}
+multiversion! {
     /// Multiplies each element.
     pub fn scale(row: &mut [f32], factor: f32) = scale_body
 }
@@ -270,6 +303,7 @@ mod tests {
             let mut copy = row.clone();
             let sum = exp_sub(&mut copy, shift);
             assert!((f64::from(sum) - exact).abs() < 1e-5 || len == 0);
+            assert_eq!(moments(&row, shift)[0].to_bits(), sum.to_bits());
             let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
             assert!((f64::from(dot(&row, &row)) - squares).abs() < 1e-5);
         }

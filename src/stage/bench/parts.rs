@@ -29,7 +29,8 @@ pub(super) fn head(config: &Config, options: &Options) -> Result<Figures> {
     let targets: Vec<Target> = ids.map(target).collect();
     let d_logps = vec![1.0 / rows as f32; rows];
     repeat(options, || {
-        head::backward(&hidden, &weight, &targets, &d_logps, true)?;
+        let asked = head::Asked { d_weight: true, ..Default::default() };
+        head::backward(&hidden, &weight, &targets, d_logps.as_slice().into(), asked)?;
         Ok(())
     })
 }

@@ -1,0 +1,122 @@
+//! The head on the CPU: our products, and rows of logits in place.
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::{Grads, Pass, Readings, RowStats, Rows, log_of_sum};
+use crate::ops::cpu::{
+    self, Element,
+    matmul::{Mat, Threads, matmul, matmul_into},
+    simd,
+};
+
+/// Contiguous inputs on the CPU.
+struct Dense<'a, E> {
+    h: &'a [f32],
+    w: &'a [E],
+    t: usize,
+    width: usize,
+    vocab: usize,
+}
+
+pub(super) fn on_cpu<E: Element>(
+    (hidden, weight): (&Tensor, &Tensor),
+    [t, width, vocab]: [usize; 3],
+    rows: &Rows,
+    pass: Pass<'_>,
+) -> Result<(Readings, Grads)> {
+    cpu::with_slice(hidden, |h| {
+        cpu::with_slice::<E, _>(weight, |w| by_chunks(&Dense { h, w, t, width, vocab }, rows, pass))
+    })??
+}
+
+/// Products in the weight's type, logits and their softmax in f32.
+fn by_chunks<E: Element>(
+    inputs: &Dense<'_, E>,
+    rows: &Rows,
+    pass: Pass<'_>,
+) -> Result<(Readings, Grads)> {
+    let Dense { h, w, t, width, vocab } = *inputs;
+    let mut readings = Readings::zeros(rows.order.len(), pass.rows);
+    let mut d_hidden = pass.gradient.map(|_| vec![0.0; t * width]);
+    let mut d_weight =
+        pass.gradient.and_then(|(_, wanted)| wanted.then(|| vec![0.0; vocab * width]));
+    let weight = Mat::new(w, vocab, width);
+    let chunk = Rows::chunk(vocab);
+    for first in (0..rows.hidden.len()).step_by(chunk) {
+        let slots = first..(first + chunk).min(rows.hidden.len());
+        let mut x = Vec::with_capacity(slots.len() * width);
+        rows.hidden[slots.clone()]
+            .iter()
+            .for_each(|&row| x.extend_from_slice(&h[row as usize * width..][..width]));
+        let x = E::rounded(x);
+        let x = Mat::new(&x, slots.len(), width);
+        let mut logits = matmul(x, weight.t(), Threads::All);
+        let found: Vec<(Vec<f32>, Option<RowStats>)> = logits
+            .par_chunks_mut(vocab)
+            .zip(slots.clone())
+            .map(|(logits, slot)| row_on_cpu(logits, rows.targets(slot), pass))
+            .collect();
+        for (slot, (logps, row)) in slots.clone().zip(found) {
+            for (&(index, _), logp) in rows.targets(slot).iter().zip(logps) {
+                readings.set(index, logp, row);
+            }
+        }
+        let Some(d_hidden) = &mut d_hidden else { continue };
+        let d_logits = E::rounded_from(&logits);
+        let d_logits = Mat::new(&d_logits, slots.len(), vocab);
+        let d_x = matmul(d_logits, weight, Threads::All);
+        for (&row, d_x) in rows.hidden[slots].iter().zip(d_x.chunks_exact(width)) {
+            d_hidden[row as usize * width..][..width].copy_from_slice(d_x);
+        }
+        if let Some(d_weight) = &mut d_weight {
+            matmul_into(d_weight, d_logits.t(), x, true, Threads::All);
+        }
+    }
+    let device = candle_core::Device::Cpu;
+    let grads = match d_hidden {
+        Some(d_hidden) => {
+            let d_weight =
+                d_weight.map(|d| Tensor::from_vec(d, (vocab, width), &device)).transpose()?;
+            Some((Tensor::from_vec(d_hidden, (t, width), &device)?, d_weight))
+        }
+        None => None,
+    };
+    Ok((readings, grads))
+}
+
+/// Reads one row's targets; where a gradient is asked for, turns the logits into `d logits` in place:
+/// `Σ_n d_n · onehot(id_n)` and the two parts of [`Slopes::of_row`].
+fn row_on_cpu(
+    logits: &mut [f32],
+    targets: &[(usize, u32)],
+    pass: Pass<'_>,
+) -> (Vec<f32>, Option<RowStats>) {
+    let (max, vocab) = (simd::max(logits), logits.len());
+    let picked: Vec<f32> = targets.iter().map(|&(_, id)| logits[id as usize]).collect();
+    let moments = pass.rows.then(|| simd::moments(logits, max));
+    let sum = match (pass.gradient, moments) {
+        (Some(_), _) => simd::exp_sub(logits, max),
+        (None, Some([sum, ..])) => sum,
+        (None, None) => simd::sum_exp_sub(logits, max),
+    };
+    let log_sum_exp = log_of_sum(max, sum);
+    if let Some((slopes, _)) = pass.gradient {
+        let (softmax, one) = slopes.of_row(targets, log_sum_exp, vocab);
+        simd::scale(logits, softmax / sum);
+        if slopes.mean_logp != 0.0 {
+            logits.iter_mut().for_each(|logit| *logit += one);
+        }
+        for &(index, id) in targets {
+            logits[id as usize] += slopes.d_logps[index];
+        }
+    }
+    let stats = moments.map(|[sum, first, squares, plain]| RowStats {
+        log_sum_exp,
+        mean_logit: max + plain / vocab as f32,
+        entropy: sum.ln() - first / sum,
+        log_sum_squares: squares.ln() - 2.0 * sum.ln(),
+        best_logp: max - log_sum_exp,
+    });
+    (picked.into_iter().map(|logit| logit - log_sum_exp).collect(), stats)
+}

@@ -1,0 +1,84 @@
+//! The head's plain form, on any device: the same chunks in Candle's ops.
+
+use candle_core::{D, DType, Result, Tensor};
+
+use super::{Grads, Pass, Readings, RowStats, Rows};
+
+/// As [`on_cpu`](super::chunks::on_cpu).
+pub(super) fn plain(
+    hidden: &Tensor,
+    weight: &Tensor,
+    rows: &Rows,
+    pass: Pass<'_>,
+) -> Result<(Readings, Grads)> {
+    let (device, vocab) = (hidden.device(), weight.dim(0)?);
+    let mut readings = Readings::zeros(rows.order.len(), pass.rows);
+    let mut d_hidden = hidden.zeros_like()?;
+    let mut d_weight = match pass.gradient {
+        Some((_, true)) => Some(weight.zeros_like()?),
+        _ => None,
+    };
+    let chunk = Rows::chunk(vocab);
+    for first in (0..rows.hidden.len()).step_by(chunk) {
+        let slots = first..(first + chunk).min(rows.hidden.len());
+        let ids = Tensor::from_slice(&rows.hidden[slots.clone()], slots.len(), device)?;
+        let x = hidden.index_select(&ids, 0)?;
+        let logits = x.matmul(&weight.t()?)?.to_dtype(DType::F32)?;
+        let log_sum_exp = logits.log_sum_exp(D::Minus1)?.unsqueeze(1)?;
+        let log_probs = logits.broadcast_sub(&log_sum_exp)?;
+        // (target, its place in the flat [slots, V]) of every target of the chunk.
+        let entries: Vec<(usize, usize)> = slots
+            .clone()
+            .flat_map(|slot| {
+                let start = (slot - first) * vocab;
+                rows.targets(slot).iter().map(move |&(index, id)| (index, start + id as usize))
+            })
+            .collect();
+        let flat: Vec<u32> = entries.iter().map(|&(_, at)| at as u32).collect();
+        let flat = Tensor::from_vec(flat, entries.len(), device)?;
+        let picked = log_probs.flatten_all()?.index_select(&flat, 0)?.to_vec1::<f32>()?;
+        let stats = if pass.rows { plain_stats(&logits, &log_probs)? } else { Vec::new() };
+        for (&(index, at), logp) in entries.iter().zip(picked) {
+            readings.set(index, logp, stats.get(at / vocab).copied());
+        }
+        let Some((slopes, _)) = pass.gradient else { continue };
+        let log_sums = log_sum_exp.flatten_all()?.to_vec1::<f32>()?;
+        let (softmax, one): (Vec<f32>, Vec<f32>) = slots
+            .clone()
+            .zip(log_sums)
+            .map(|(slot, lse)| slopes.of_row(rows.targets(slot), lse, vocab))
+            .unzip();
+        let column = |values: Vec<f32>| Tensor::from_vec(values, (slots.len(), 1), device);
+        let own: Vec<f32> = entries.iter().map(|&(index, _)| slopes.d_logps[index]).collect();
+        let own = Tensor::from_vec(own, entries.len(), device)?;
+        let d_logits = log_probs.exp()?.broadcast_mul(&column(softmax)?)?;
+        let d_logits = d_logits.broadcast_add(&column(one)?)?.flatten_all()?;
+        let d_logits = d_logits
+            .index_add(&flat, &own, 0)?
+            .reshape((slots.len(), vocab))?
+            .to_dtype(x.dtype())?;
+        d_hidden = d_hidden.index_add(&ids, &d_logits.matmul(weight)?, 0)?;
+        if let Some(sum) = d_weight {
+            d_weight = Some((sum + d_logits.t()?.matmul(&x)?)?);
+        }
+    }
+    Ok((readings, pass.gradient.is_some().then_some((d_hidden, d_weight))))
+}
+
+/// [`RowStats`] of each row of `logits` and its `log_probs`, `[R, V]` both.
+fn plain_stats(logits: &Tensor, log_probs: &Tensor) -> Result<Vec<RowStats>> {
+    let values = |tensor: Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+    let entropy = values((log_probs.exp()? * log_probs)?.sum(D::Minus1)?.neg()?)?;
+    let log_sum_squares = values((log_probs * 2.0)?.log_sum_exp(D::Minus1)?)?;
+    let mean_logit = values(logits.mean(D::Minus1)?)?;
+    let log_sum_exp = values(logits.log_sum_exp(D::Minus1)?)?;
+    let best_logp = values(log_probs.max(D::Minus1)?)?;
+    let row = |at: usize| RowStats {
+        log_sum_exp: log_sum_exp[at],
+        mean_logit: mean_logit[at],
+        entropy: entropy[at],
+        log_sum_squares: log_sum_squares[at],
+        best_logp: best_logp[at],
+    };
+    Ok((0..entropy.len()).map(row).collect())
+}
