@@ -123,9 +123,11 @@ impl Stage {
             keys: keys::known(kind)?,
             values: IndexMap::new(),
         };
-        // What expansion refuses is a list of losses whose weights do not fit.
+        // What expansion refuses begins with its key.
         let entries = expand(&table.entries).map_err(|error| {
-            let at = table.entries.iter().find(|entry| entry.key == "loss_weights");
+            let text = error.to_string();
+            let key = text.split('`').nth(1);
+            let at = table.entries.iter().find(|entry| Some(entry.key.as_str()) == key);
             stage.locate(file, at.map_or(&stage.line, |entry| &entry.place), error)
         })?;
         for entry in entries {

@@ -69,8 +69,9 @@ impl Reading {
             (Encoding::F32, _) => difference.max_logit_difference > 0.0,
             (_, Architecture::CausalLm) => difference.kl.is_nan() || difference.kl > most,
             (_, Architecture::SequenceClassification | Architecture::TokenClassification) => {
+                // A divergence is of second order in what a score is off by.
                 let scale = self.logits.iter().flatten().fold(0.0_f32, |a, b| a.max(b.abs()));
-                difference.max_logit_difference > most * f64::from(scale.max(1.0))
+                difference.max_logit_difference > most.sqrt() * f64::from(scale.max(1.0))
             }
         };
         if off {
