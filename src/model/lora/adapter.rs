@@ -109,8 +109,8 @@ impl Adapter {
         let x = self.read(x, masks);
         let x = self.rows(&x);
         let inner = self.inner(x)?;
-        let inner = Mat::new(&inner, x.rows(), self.rank());
-        self.with_b::<E, _>(|b| matmul_into(y, inner, b.t(), true, Threads::All))?;
+        let inner = Mat::new(&inner, self.rank(), x.rows());
+        self.with_b::<E, _>(|b| matmul_into(y, inner.t(), b.t(), true, Threads::All))?;
         if let Some(Decomposed { factors, .. }) = self.decomposed::<E>(weight)? {
             y.chunks_exact_mut(factors.len()).for_each(|y| multiply(y, &factors));
         }
@@ -130,11 +130,16 @@ impl Adapter {
         Mat::new(x, x.len() / inner, inner)
     }
 
-    /// `s · x · Aᵀ`, `[T, r]`.
+    /// `s · A · xᵀ`, `[r, T]`: a product with few rows, which reads `x` where it lies. The other way around `x` would be
+    /// packed, which takes longer than the product.
     fn inner<E: Element>(&self, x: Mat<'_, E>) -> Result<Vec<E>> {
-        let mut inner = self.with_a::<E, _>(|a| matmul(x, a.t(), Threads::All))?;
-        cpu::simd::scale(&mut inner, self.scale as f32);
-        Ok(E::rounded(inner))
+        let inner = self.with_a::<E, _>(|a| matmul(a, x.t(), Threads::All))?;
+        Ok(self.scaled(inner))
+    }
+
+    fn scaled<E: Element>(&self, mut values: Vec<f32>) -> Vec<E> {
+        cpu::simd::scale(&mut values, self.scale as f32);
+        E::rounded(values)
     }
 
     /// From the gradient of the product to those of the factors and, added to `d_x`, of the input. Shapes: `x`, `d_x`
@@ -149,18 +154,18 @@ impl Adapter {
         let x = self.read(x, masks);
         let x = self.rows(&x);
         let inner = self.inner(x)?;
-        grads.add_product(&self.name(B), d_y.t(), Mat::new(&inner, x.rows(), rank))?;
-        let mut d_inner = self.with_b::<E, _>(|b| matmul(d_y, b, Threads::All))?;
-        cpu::simd::scale(&mut d_inner, self.scale as f32);
-        let d_inner = E::rounded(d_inner);
-        let d_inner = Mat::new(&d_inner, x.rows(), rank);
-        grads.add_product(&self.name(A), d_inner.t(), x)?;
+        grads.add_product(&self.name(B), d_y.t(), Mat::new(&inner, rank, x.rows()).t())?;
+        // Transposed as `inner` is.
+        let d_inner = self.with_b::<E, _>(|b| matmul(b.t(), d_y.t(), Threads::All))?;
+        let d_inner = self.scaled(d_inner);
+        let d_inner = Mat::new(&d_inner, rank, x.rows());
+        grads.add_product(&self.name(A), d_inner, x)?;
         self.with_a::<E, _>(|a| match masks {
             Some(masks) => {
-                let d_read = matmul(d_inner, a, Threads::All);
+                let d_read = matmul(d_inner.t(), a, Threads::All);
                 residual::add(d_x, &masks.apply(module_key(&self.module), &d_read));
             }
-            None => matmul_into(d_x, d_inner, a, true, Threads::All),
+            None => matmul_into(d_x, d_inner.t(), a, true, Threads::All),
         })
     }
 
@@ -180,8 +185,8 @@ impl Adapter {
         let x = self.read(x, masks);
         let x = self.rows(&x);
         let inner = self.inner(x)?;
-        let inner = Mat::new(&inner, x.rows(), self.rank());
-        self.with_b::<E, _>(|b| matmul_into(&mut product, inner, b.t(), true, Threads::All))?;
+        let inner = Mat::new(&inner, self.rank(), x.rows());
+        self.with_b::<E, _>(|b| matmul_into(&mut product, inner.t(), b.t(), true, Threads::All))?;
         let (mut d_magnitude, mut scratch) = (vec![0.0; norms.len()], Vec::new());
         let mut d_product = d_y.to_vec();
         for (row, d_y) in d_product.chunks_exact_mut(norms.len()).enumerate() {
