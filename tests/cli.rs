@@ -172,6 +172,42 @@ fn one_stage_runs_without_a_recipe() {
 }
 
 #[test]
+fn models_are_averaged_and_the_run_is_exported() {
+    const TEACHER: &str = "data/tiny/teacher";
+    let home = tempfile::tempdir().unwrap();
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (run, gguf) = (path("run"), path("mean.gguf"));
+    let average = ["average", TEACHER, TEACHER, "weights=[3,1]", "--out", &run, "--json"];
+    let (status, stdout, stderr) = arriero(&average);
+    assert_eq!(status, 0, "{stderr}");
+    let summary: serde_json::Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    assert_eq!(summary["stages"][0]["metrics"]["models"], 2.0);
+    let (status, stdout, stderr) = arriero(&["export", &run, "--dtype", "q8_0", "--out", &gguf]);
+    assert_eq!(status, 0, "{stderr}");
+    let expected = format!("{gguf}: {run}/stages/01-average/checkpoint as q8_0");
+    assert!(stdout.starts_with(&expected) && stdout.contains("KL "), "{stdout}");
+    // A GGUF file is a model like any other.
+    let (bf16, stage) = (path("bf16"), path("run/stages/01-average"));
+    let export = ["export", &gguf, "--dtype", "bf16", "--out", &bf16, "--json"];
+    let (status, stdout, stderr) = arriero(&export);
+    assert_eq!(status, 0, "{stderr}");
+    let about: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    assert!(about["kl"].as_f64().unwrap() < 0.05, "{about}");
+    refuses(
+        &["export", &stage, "--dtype", "q4_0", "--out", &path("new")],
+        "error: safetensors in q4_0, expected f32, f16 or bf16\nhint: quantised weights need --format gguf",
+    );
+    refuses(
+        &["export", &stage, "--out", &bf16],
+        &format!("error: {bf16}: exists already\nhint: give the name of a new file or directory"),
+    );
+    refuses(
+        &["average", TEACHER, "method=slerp", "--out", &path("slerp")],
+        "error: `models=[\"data/tiny/teacher\"]`: stage `average`: `models` has 1 entries, `slerp` takes 2",
+    );
+}
+
+#[test]
 fn recipes_are_copied_once_and_validated() {
     let dir = tempfile::tempdir().unwrap();
     let copy = dir.path().join("mine.toml");

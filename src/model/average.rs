@@ -42,22 +42,30 @@ pub struct Output {
     pub shard_bytes: Option<usize>,
 }
 
-/// Refuses models whose average has no meaning: of other shapes, other mathematics or another vocabulary.
+/// Opens models to be averaged. All but the first take over its tokenizer, which knows the same tokens: the others' are
+/// not held.
 ///
 /// # Errors
-/// Names the model, the key or the tensor, and both values.
-pub fn check(models: &[OnDisk]) -> Result<()> {
-    let Some((first, others)) = models.split_first() else {
-        return Err(Error::usage("no models to average"));
-    };
-    others.iter().try_for_each(|other| check_pair(first, other).at(&other.name))
+/// All of [`OnDisk::open`]; models whose average has no meaning, being of other shapes, other mathematics or another
+/// vocabulary: names the model, the key or the tensor, and both values.
+pub fn open<'a>(names: impl IntoIterator<Item = &'a String>) -> Result<Vec<OnDisk>> {
+    let mut models: Vec<OnDisk> = Vec::new();
+    for name in names {
+        let mut model = OnDisk::open(name)?;
+        if let Some(first) = models.first() {
+            check(first, &model).at(&model.name)?;
+            model.take_tokenizer_of(first);
+        }
+        models.push(model);
+    }
+    Ok(models)
 }
 
-/// Writes the average of `models` as the new directory `dir`, with the first model's configuration, tokenizer and chat
+/// Writes the average of models that [`open`] opened as the new directory `dir`, with the first model's configuration, tokenizer and chat
 /// template. `watch` is told each tensor's name before its turn and may end the work.
 ///
 /// # Errors
-/// All of [`check`], numbers that are not finite or beyond the stored type, I/O errors. Nothing is left behind then.
+/// No models, numbers that are not finite or beyond the stored type, I/O errors. Nothing is left behind then.
 pub fn write(
     dir: &Path,
     models: &[OnDisk],
@@ -65,8 +73,7 @@ pub fn write(
     output: Output,
     watch: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<()> {
-    check(models)?;
-    let first = &models[0];
+    let first = models.first().ok_or_else(|| Error::usage("no models to average"))?;
     let dtype = output.dtype.unwrap_or_else(|| first.dtype());
     let size = |name: &str| first.elements(name) * dtype.size_in_bytes();
     let sizes = first.shapes().map(|(name, _)| (name, size(name)));
@@ -175,7 +182,7 @@ fn spherical(t: f64, dot: f64, squares: [f64; 2]) -> [f64; 2] {
     [(angle - angle * t).sin() / angle.sin(), (angle * t).sin() / angle.sin()]
 }
 
-fn check_pair(first: &OnDisk, other: &OnDisk) -> Result<()> {
+fn check(first: &OnDisk, other: &OnDisk) -> Result<()> {
     match (&first.kind, &other.kind) {
         (Kind::Model(config, tokenizer), Kind::Model(other_config, other_tokenizer)) => {
             check_configs(config, other_config)?;
@@ -459,13 +466,13 @@ mod tests {
         assert_eq!(left.len(), 2, "{left:?}");
     }
 
-    fn adapter(dir: &Path, alpha: u32, value: f32) -> OnDisk {
+    fn adapter(dir: &Path, (alpha, width): (u32, usize), value: f32) -> OnDisk {
         let config = serde_json::json!({
             "peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": ["v_proj", "q_proj"],
             "base_model_name_or_path": dir.display().to_string(),
         });
         store::write_json(&dir.join(peft::CONFIG), &config).unwrap();
-        let a = Tensor::full(value, (2, 3), &Device::Cpu).unwrap();
+        let a = Tensor::full(value, (2, width), &Device::Cpu).unwrap();
         let tensors = BTreeMap::from([("base_model.model.q_proj.lora_A.weight", &a)]);
         store::write_atomic_with(&dir.join("adapter_model.safetensors"), |out| {
             tensor_file::write(out, &tensors, DType::F32)
@@ -477,8 +484,8 @@ mod tests {
     #[test]
     fn adapters_of_one_shape_are_averaged_and_others_refused() {
         let home = tempfile::tempdir().unwrap();
-        let adapter = |name: &str, alpha, value| adapter(&home.path().join(name), alpha, value);
-        let models = [adapter("a", 8, 1.0), adapter("b", 8, 4.0)];
+        let adapter = |name: &str, form, value| adapter(&home.path().join(name), form, value);
+        let models = [adapter("a", (8, 3), 1.0), adapter("b", (8, 3), 4.0)];
         let dir = home.path().join("out");
         let shares = Shares::Fixed(vec![2.0 / 3.0, 1.0 / 3.0]);
         write(&dir, &models, &shares, SAME, &mut |_| Ok(())).unwrap();
@@ -487,7 +494,28 @@ mod tests {
         let found: f32 = found.values().next().unwrap().max_all().unwrap().to_scalar().unwrap();
         assert!((found - 2.0).abs() < 1e-6, "{found}");
         let [a, _] = models;
-        let error = check(&[a, adapter("c", 16, 1.0)]).unwrap_err().to_string();
-        assert!(error.ends_with("`lora_alpha` is 16, in the first adapter 8"), "{error}");
+        let refuse = |other: OnDisk, expected: &str| {
+            let error = open(&[a.name.clone(), other.name]).err().unwrap().to_string();
+            assert!(error.ends_with(expected), "{error}");
+        };
+        refuse(adapter("c", (16, 3), 1.0), "c: `lora_alpha` is 16, in the first adapter 8");
+        refuse(
+            adapter("d", (8, 5), 1.0),
+            "d: tensor `base_model.model.q_proj.lora_A.weight` has shape [2, 5], in the first model [2, 3]",
+        );
+        let whole = save(&home.path().join("m"), [1.0, 0.0], 2.0, &SaveOptions::new(DType::F32));
+        refuse(whole, "m: an adapter beside a whole model");
+    }
+
+    #[test]
+    fn a_model_with_a_tensor_missing_is_refused_when_it_is_opened() {
+        let home = tempfile::tempdir().unwrap();
+        let mut weights = init::random(&config(), 1, &Device::Cpu).unwrap();
+        weights.remove(params::FINAL_NORM);
+        write_weights(home.path(), &weights, &SaveOptions::new(DType::F32)).unwrap();
+        let text = config().to_json();
+        store::write_atomic(&home.path().join("config.json"), text.as_bytes()).unwrap();
+        let error = OnDisk::open(home.path().to_str().unwrap()).err().unwrap().to_string();
+        assert!(error.ends_with("missing tensor `model.norm.weight`"), "{error}");
     }
 }

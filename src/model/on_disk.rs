@@ -178,6 +178,13 @@ impl OnDisk {
         Ok(())
     }
 
+    /// Exchanges the tokenizer for that of another model.
+    pub(super) fn take_tokenizer_of(&mut self, other: &Self) {
+        if let (Kind::Model(_, own), Kind::Model(_, tokenizer)) = (&mut self.kind, &other.kind) {
+            own.clone_from(tokenizer);
+        }
+    }
+
     /// Names and shapes, in the order of names.
     pub fn shapes(&self) -> impl Iterator<Item = (&str, &[usize])> {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry.shape.as_slice()))

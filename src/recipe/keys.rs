@@ -80,6 +80,7 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("reference_model", "reference"),
     ("merge_method", "method"),
     ("weight", "weights"),
+    ("out_dtype", "save_dtype"),
 ];
 
 /// Keys, at any depth of a spec, whose text names something to read.

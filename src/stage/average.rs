@@ -23,20 +23,15 @@ const EVAL_TOKENS: usize = 4096;
 pub fn run(context: &StageContext<'_>, spec: &plan::Average) -> Result<Metrics> {
     let mut models = open(spec)?;
     note_types(context, &models);
-    let count = models.len();
+    let count = spec.models.len();
     let mut metrics = Metrics::from([("models".to_owned(), count as f64)]);
-    let weights = |equal: f64| match spec.weights.as_slice() {
-        [] => vec![equal; count],
-        weights => weights.to_vec(),
-    };
+    let weights = if spec.weights.is_empty() { vec![1.0; count] } else { spec.weights.clone() };
     let shares = match spec.method {
-        AverageMethod::Linear => Shares::Fixed(shares(&weights(1.0))),
+        AverageMethod::Linear => Shares::Fixed(shares(&weights)),
         AverageMethod::Slerp => Shares::Spherical(spec.t),
         AverageMethod::TaskArithmetic => {
-            let deltas = weights(1.0).into_iter().map(|weight| spec.lambda * weight);
-            let mut shares: Vec<f64> = deltas.collect();
+            let mut shares: Vec<f64> = weights.iter().map(|w| spec.lambda * w).collect();
             shares.push(1.0 - shares.iter().sum::<f64>());
-            models.push(OnDisk::open(&spec.base_model)?);
             Shares::Fixed(shares)
         }
         AverageMethod::GreedySoup => {
@@ -52,10 +47,10 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Average) -> Result<Metrics> 
     Ok(metrics)
 }
 
+/// The models, and after them the base where there is one.
 fn open(spec: &plan::Average) -> Result<Vec<OnDisk>> {
-    let models: Vec<OnDisk> =
-        spec.models.iter().map(|name| OnDisk::open(name)).collect::<Result<_>>()?;
-    average::check(&models)?;
+    let base = (spec.method == AverageMethod::TaskArithmetic).then_some(&spec.base_model);
+    let models = average::open(spec.models.iter().chain(base))?;
     match models.iter().find(|model| matches!(model.kind, Kind::Adapter(_))) {
         Some(adapter) if spec.method != AverageMethod::Linear => {
             Err(Error::usage("an adapter, of which there is only the `linear` average")

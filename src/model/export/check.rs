@@ -68,10 +68,10 @@ impl Reading {
         let off = match (encoding, self.architecture) {
             (Encoding::F32, _) => difference.max_logit_difference > 0.0,
             (_, Architecture::CausalLm) => difference.kl.is_nan() || difference.kl > most,
+            // Logits that are √(2 KL) apart diverge by about KL.
             (_, Architecture::SequenceClassification | Architecture::TokenClassification) => {
-                // A divergence is of second order in what a score is off by.
-                let scale = self.logits.iter().flatten().fold(0.0_f32, |a, b| a.max(b.abs()));
-                difference.max_logit_difference > most.sqrt() * f64::from(scale.max(1.0))
+                let scale = self.logits.iter().flatten().fold(1.0_f32, |a, b| a.max(b.abs()));
+                difference.max_logit_difference > (2.0 * most).sqrt() * f64::from(scale)
             }
         };
         if off {
