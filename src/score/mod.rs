@@ -104,6 +104,17 @@ impl ScorerSpec {
             let weight = self.weight;
             return Err(Error::usage(format!("`weight` is {weight}, expected a number")));
         }
+        if let Some((name, weight)) = self.attribute_weights.iter().find(|(_, w)| !w.is_finite()) {
+            return Err(Error::usage(format!(
+                "`attribute_weights.{name}` is {weight}, expected a number"
+            )));
+        }
+        let reads_model =
+            !self.attribute_weights.is_empty() || self.step_aggregation != StepAggregation::Min;
+        if reads_model && self.reward_model.is_none() {
+            return Err(Error::usage("`attribute_weights` or `step_aggregation` without a model")
+                .hint("they say how a `reward_model` is read"));
+        }
         match (self.verifier, &self.reward_model) {
             (Some(check), None) => Verifier::new(check, self).map(|_| ()),
             (None, Some(_)) => Ok(()),
@@ -289,6 +300,8 @@ mod tests {
             (json!({"verifier": "exakt"}), "exakt"),
             (json!({"verifier": "exact", "wieght": 2}), "wieght"),
             (json!({"verifier": "length", "min": 5, "max": 4}), "min"),
+            (json!({"verifier": "exact", "step_aggregation": "last"}), "without a model"),
+            (json!({"reward_model": "x", "step_aggregation": "mean"}), "mean"),
         ] {
             let error = panel(&[spec]).err().unwrap().to_string();
             assert!(error.starts_with("scorers[0]: ") && error.contains(part), "{error}");

@@ -196,3 +196,54 @@ impl Labelled {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use serde_json::json;
+
+    use super::*;
+    use crate::loss::ranking::Ranking;
+    use crate::report::record::Silent;
+
+    /// Against itself as the reference every order is as likely as any other.
+    #[test]
+    fn ranked_lists_begin_at_ln_two_a_pair_and_at_ln_six_a_list_of_three() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let row = |n: usize| {
+            let [edited, chosen, rejected] =
+                ["apples", "pears", "plums"].map(|f| format!("{n} {f}"));
+            json!({"prompt": "How many?", "edited": edited, "chosen": chosen, "rejected": rejected})
+        };
+        let rows: Vec<String> = (0..4).map(|n| row(n).to_string()).collect();
+        crate::store::write_atomic(&path, rows.join("\n").as_bytes()).unwrap();
+        for (ranking, first) in
+            [(Ranking::AllPairs, 2_f64), (Ranking::Adjacent, 2.0), (Ranking::PlackettLuce, 6.0)]
+        {
+            let mut spec = plan::Dpo {
+                model_name_or_path: "data/tiny/student".to_owned(),
+                datasets: vec![plan::Dataset {
+                    path: path.display().to_string(),
+                    ..plan::Dataset::default()
+                }],
+                chat_template: "chatml".to_owned(),
+                sft_loss_weight: 0.0,
+                ranking,
+                ..plan::Dpo::default()
+            };
+            spec.train.max_steps = 8;
+            spec.train.learning_rate = 1e-3;
+            let context = StageContext {
+                dir: dir.path().join(format!("{ranking:?}")),
+                round: 1,
+                seed: 3,
+                device: Device::Cpu,
+                events: &Silent,
+            };
+            let metrics = run(&context, &spec).unwrap();
+            assert!((metrics["first_loss"] - first.ln()).abs() < 1e-12, "{metrics:?}");
+            assert!(metrics["loss"] < 0.9 * first.ln(), "{metrics:?}");
+        }
+    }
+}

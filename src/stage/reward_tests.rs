@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Metrics, StageContext, reward};
 use crate::data::record::Message;
+use crate::loss::log_sigmoid;
 use crate::model::Architecture;
 use crate::model::checkpoint::load_config;
 use crate::optim::schedule::Schedule;
@@ -156,4 +157,14 @@ fn right_and_wrong_responses_are_told_apart() {
     let found = scores(dir.path(), &Reading::default(), &["9 apples", "9 pears"]);
     assert!(found[0] > 0.0 && found[1] < 0.0, "{found:?}");
     assert_eq!(scores(dir.path(), &Reading::default(), &["9 apples"]), found[..1]);
+
+    // What was measured before saving is what the saved model says.
+    let loss = |fruit: &str, sign: f64| {
+        let answers = COUNTS.map(|n| format!("{n} {fruit}"));
+        let answers: Vec<&str> = answers.iter().map(String::as_str).collect();
+        let odds = scores(dir.path(), &Reading::default(), &answers);
+        odds.into_iter().map(|odds| -log_sigmoid(sign * odds)).sum::<f64>()
+    };
+    let after = (loss("apples", 1.0) + loss("pears", -1.0)) / 16.0;
+    assert!((after - metrics["eval_loss"]).abs() < 1e-12, "{after} {metrics:?}");
 }
