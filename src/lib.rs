@@ -10,7 +10,7 @@
 //! // A preference pair is a tree: the prompt once, both responses under it.
 //! let response = |tokens: Vec<u32>| Segment { parent: Some(0), roles: vec![Role::Content; tokens.len()], tokens };
 //! let prompt = Segment { parent: None, tokens: vec![1, 5, 9], roles: vec![Role::Context; 3] };
-//! let pair = Tree { segments: vec![prompt, response(vec![4, 2]), response(vec![7, 8, 2])], source: 0 };
+//! let pair = Tree { segments: vec![prompt, response(vec![4, 2]), response(vec![7, 8, 2])], source: 0, ..Tree::default() };
 //! assert_eq!(pair.leaves(), [1, 2]);
 //! assert_eq!(pair.tokens(), 8);
 //! ```

@@ -554,6 +554,7 @@ fn objective() -> Preference {
         summing: Summing { mask_formatting_tokens: true, ld_alpha: 1.0 },
         weighting: false,
         reference: (0..3).map(|row| (row, vec![-3.0 + row as f64, -4.0, -2.5])).collect(),
+        live: None,
         margins: BTreeMap::new(),
     }
 }
@@ -566,7 +567,8 @@ fn weigh(objective: &dyn Objective, forests: &[Forest], logps: &[&[f32]]) -> Vec
     }
     let readings: Vec<(&Forest, &[f32])> = forests.iter().zip(logps.iter().copied()).collect();
     let totals = StepTotals { counts, statistics: objective.statistics(&readings) };
-    let weighed = readings.iter().map(|(forest, logps)| objective.weigh(forest, (*logps).into(), &totals));
+    let weighed =
+        readings.iter().map(|(forest, logps)| objective.weigh(forest, (*logps).into(), &totals));
     weighed.map(Result::unwrap).collect()
 }
 
@@ -688,6 +690,7 @@ fn unpaired_kto_is_the_mean_over_labelled_responses() {
         summing: Summing::default(),
         labels: [(0, true), (1, false), (2, true)].into(),
         reference: (0..3).map(|row| (row, vec![-2.0, -2.0])).collect(),
+        live: None,
     };
     let sigma = |x: f64| 1.0 / (1.0 + (-x).exp());
     // Log-ratios of the mismatched: 0.5, 0.25, 1; of the labelled: 1, −1, −0.5.

@@ -64,6 +64,8 @@ pub struct Forest {
     pub leaves: Vec<Leaf>,
     /// Every trained prediction, sequence by sequence. A target in a shared segment appears once a sequence.
     pub targets: Vec<Target>,
+    /// How much each target's loss weighs, `[N]`; empty where each weighs 1. Losses on tokens read it.
+    pub weights: Vec<f32>,
     /// `source` of each tree.
     pub sources: Vec<usize>,
 }
@@ -120,8 +122,14 @@ impl Forest {
             self.spans.push(Span { start, len, parent, position, tree: index });
         }
         self.sources.push(tree.source);
+        if !tree.weights.is_empty() {
+            self.weights.resize(self.targets.len(), 1.0);
+        }
         for leaf in tree.leaves() {
             self.push_leaf(tree, leaf, first_span, index);
+        }
+        if !self.weights.is_empty() {
+            self.weights.resize(self.targets.len(), 1.0);
         }
     }
 
@@ -138,6 +146,9 @@ impl Forest {
                     // The very first token of a sequence has nothing to be predicted from.
                     if let Some(row) = previous {
                         self.targets.push(Target { row: row as u32, id, leaf: leaf_index, role });
+                        // The tree's own tokens begin where its first span does.
+                        let token = start + offset - self.spans[first_span].start;
+                        self.weights.extend(tree.weights.get(token));
                     }
                 }
                 previous = Some(start + offset);
@@ -213,6 +224,7 @@ mod tests {
                 segment(Some(0), &[7], Content),
             ],
             source: 3,
+            ..Tree::default()
         };
         let forest = Forest::pack([&tree]).unwrap();
         assert_eq!(forest.tokens, [1, 5, 9, 4, 2, 7]);
@@ -236,6 +248,7 @@ mod tests {
                 segment(Some(0), &[7], Content),
             ],
             source: 0,
+            ..Tree::default()
         };
         let forest = Forest::pack([&tree]).unwrap();
         assert_eq!(forest.targets.iter().filter(|target| target.id == 5).count(), 2);

@@ -233,8 +233,8 @@ fn a_file_that_is_cut_damaged_or_foreign_is_not_opened() {
         assert_ne!(why(&flipped, &hash), "", "byte {at} flipped");
     }
     let mut newer = whole.clone();
-    newer[8] = 2;
-    assert_eq!(why(&newer, &hash), "x.trees: format version 2, expected 1");
+    newer[8] = 3;
+    assert_eq!(why(&newer, &hash), "x.trees: format version 3, expected 2");
 
     // Damage after it was opened is an error of the example that it hits.
     std::fs::write(&path, &whole).unwrap();
@@ -357,13 +357,17 @@ proptest! {
             proptest::collection::vec((any::<u32>(), 0..3_usize), 1..9), 1..4
         ),
         source in any::<u32>(),
+        weighted in any::<bool>(),
     ) {
         let roles = [Role::Context, Role::Content, Role::Format];
         let responses = responses
             .into_iter()
             .map(|tokens| tokens.into_iter().map(|(id, role)| (id, roles[role])).unzip())
             .collect();
-        let tree = Tree::siblings(prompt, responses, source as usize);
+        let mut tree = Tree::siblings(prompt, responses, source as usize);
+        if weighted {
+            tree.weights = (0..tree.tokens()).map(|at| 0.5 * at as f32).collect();
+        }
         let home = Home::new();
         let path = home.path("x.trees");
         write_atomic_with(&path, |out| {

@@ -6,7 +6,8 @@
 //! | part | content |
 //! | --- | --- |
 //! | header | [`MAGIC`], format version `u32`, SHA-256 of all that the examples depend on, 32 bytes |
-//! | trees | segments `u32`; each: parent `u32` (`u32::MAX`: none), tokens `u32`, ids `u32` each, roles `u8` each |
+//! | trees | segments `u32`; each: parent `u32` (`u32::MAX`: none), tokens `u32`, ids `u32` each, roles `u8` each;
+//! | | then weights `u32`: none, or one `f32` a token |
 //! | index | an example each: offset of its tree `u64`, its length in bytes `u64`, its source `u64` |
 //! | report | [`PrepareReport`] as JSON |
 //! | footer | offsets of index and report `u64`, number of examples `u64`, CRC-32C of all before it `u32`, [`MAGIC`] |
@@ -29,7 +30,7 @@ use crate::store::io_error;
 pub const MAGIC: [u8; 8] = *b"ARRTREES";
 
 /// Raised with every change of the layout.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 const HEADER: u64 = 8 + 4 + 32;
 const ENTRY: u64 = 24;
@@ -249,6 +250,8 @@ fn encode(tree: &Tree, out: &mut Vec<u8>) -> Result<()> {
             Role::Format => 2,
         }));
     }
+    number(tree.weights.len(), out)?;
+    out.extend(tree.weights.iter().flat_map(|weight| weight.to_le_bytes()));
     Ok(())
 }
 
@@ -272,7 +275,10 @@ fn decode(record: &[u8], source: usize) -> Result<Tree> {
             roles: roles.collect::<Result<_>>()?,
         });
     }
-    let tree = Tree { segments, source };
+    let count = fields.u32()? as usize;
+    let weights = fields.slice(count.saturating_mul(4))?.as_chunks().0;
+    let weights = weights.iter().map(|weight| f32::from_le_bytes(*weight)).collect();
+    let tree = Tree { segments, weights, source };
     tree.check()?;
     Ok(tree)
 }

@@ -37,10 +37,12 @@ pub struct Segment {
 }
 
 /// One example: segments in topological order, parents first.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tree {
     /// The segments; the first is the root.
     pub segments: Vec<Segment>,
+    /// How much each token's loss weighs, over the segments laid end to end; empty where each weighs 1.
+    pub weights: Vec<f32>,
     /// Which row of the dataset this came from: names the row in errors and keys caches.
     pub source: usize,
 }
@@ -48,7 +50,7 @@ pub struct Tree {
 impl Tree {
     /// A single sequence.
     pub fn sequence(tokens: Vec<u32>, roles: Vec<Role>, source: usize) -> Self {
-        Self { segments: vec![Segment { parent: None, tokens, roles }], source }
+        Self { segments: vec![Segment { parent: None, tokens, roles }], source, ..Self::default() }
     }
 
     /// A prompt (context only) with one child per response.
@@ -64,7 +66,17 @@ impl Tree {
             tokens,
             roles,
         }));
-        Self { segments, source }
+        Self { segments, source, ..Self::default() }
+    }
+
+    /// Cuts a single sequence down to the tokens of `range`.
+    pub fn keep(&mut self, range: std::ops::Range<usize>) {
+        let cut = |list_len: usize| range.start.min(list_len)..range.end.min(list_len);
+        if let [segment] = &mut self.segments[..] {
+            segment.tokens = segment.tokens[cut(segment.tokens.len())].to_vec();
+            segment.roles = segment.roles[cut(segment.roles.len())].to_vec();
+            self.weights = self.weights[cut(self.weights.len())].to_vec();
+        }
     }
 
     /// Number of tokens, shared ones counted once.
@@ -102,7 +114,7 @@ impl Tree {
         (tokens, roles)
     }
 
-    /// Checks the invariants: parents come first, one role a token, no empty leaf.
+    /// Checks the invariants: parents come first, one role and one or no weight a token, no empty leaf.
     pub fn check(&self) -> Result<()> {
         let fail = |message: String| Err(Error::run(message).at(format!("row {}", self.source)));
         if self.segments.is_empty() {
@@ -116,6 +128,12 @@ impl Tree {
                 let (tokens, roles) = (segment.tokens.len(), segment.roles.len());
                 return fail(format!("segment {index} has {tokens} tokens and {roles} roles"));
             }
+        }
+        if !self.weights.is_empty() && self.weights.len() != self.tokens() {
+            let (weights, tokens) = (self.weights.len(), self.tokens());
+            return fail(format!(
+                "{weights} loss weights, expected one for each of {tokens} tokens"
+            ));
         }
         match self.leaves().into_iter().find(|&leaf| self.segments[leaf].tokens.is_empty()) {
             Some(leaf) => fail(format!("segment {leaf} is an empty response")),

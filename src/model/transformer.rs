@@ -173,12 +173,16 @@ impl Transformer {
     /// Forward pass for training. The last `keep` blocks, whose backward comes first, keep what it needs; of the others
     /// only the input is kept, and they run again.
     pub fn trace(&self, forest: &Forest, keep: usize) -> Result<Trace> {
+        self.trace_embedded(forest, &self.embed(&forest.tokens)?, keep)
+    }
+
+    /// The same from embedded tokens `x`, `[T, D]`, to which somebody may have added something.
+    pub fn trace_embedded(&self, forest: &Forest, x: &Tensor, keep: usize) -> Result<Trace> {
         let layout = self.layout(forest)?;
-        let x = self.embed(&forest.tokens)?;
         let (form, last) = if self.is_by_hand() {
-            self.trace_by_hand(&x, &layout, keep)?
+            self.trace_by_hand(x, &layout, keep)?
         } else {
-            self.trace_graphs(&x, &layout, keep)?
+            self.trace_graphs(x, &layout, keep)?
         };
         let hidden = self.final_norm(&last)?.detach();
         Ok(Trace { layout, form, hidden })

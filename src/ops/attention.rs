@@ -203,6 +203,7 @@ mod tests {
                     })
                     .collect(),
                 source: 0,
+                ..Tree::default()
             })
             .collect();
         Forest::pack(&trees).unwrap()

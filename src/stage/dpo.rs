@@ -16,7 +16,7 @@ use crate::model::Transformer;
 use crate::model::checkpoint::Checkpoint;
 use crate::recipe::plan;
 use crate::train::reference::{Logps, Request, reference_logps};
-use crate::train::{Data, Order};
+use crate::train::{Data, Follower, Order};
 
 /// Trains the policy on preferences, against a frozen reference where a loss reads one: by default its own start.
 /// Input: a checkpoint and pairs, or labelled responses. Output: `checkpoint/`.
@@ -25,17 +25,21 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     let mut train = Labelled::read(context, &start, spec, &spec.datasets)?;
     let mut held_out = Labelled::read(context, &start, spec, &spec.eval_datasets)?;
 
+    let mut follower = None;
     if spec.needs_reference() {
         let reference = match spec.ref_model_name_or_path.as_str() {
             "" => start.clone(),
             other => training::load(context, other, &spec.chat_template)?,
         };
-        let weights_hash = training::weights_sha256(&reference.weights)?;
-        // Plain tensors: no graph, no optimizer. Computed in the policy's type, so that equal weights give equal numbers.
-        let reference = reference.computed_in(spec.train.dtype)?;
-        let reference = Transformer::new(&reference.config, &reference.weights)?;
-        train.read_reference(context, spec, (&reference, &weights_hash))?;
-        held_out.read_reference(context, spec, (&reference, &weights_hash))?;
+        if spec.sync_ref_model {
+            let Checkpoint { config, weights, .. } = reference;
+            let made = Follower::new(&config, weights, spec.train.dtype, spec.pace())?;
+            train.method.set_live(&made);
+            held_out.method.set_live(&made);
+            follower = Some(made);
+        } else {
+            read_references(context, spec, reference, [&mut train, &mut held_out])?;
+        }
     }
 
     let Labelled { trees, method } = train;
@@ -44,10 +48,28 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
         objective: method.objective(),
         train: &Data::Set(Box::new(trees)),
         eval: (held_out.method.objective(), &held_out.trees),
+        follower: follower.as_ref(),
         samples: &[],
         settings: &spec.train,
     };
     training::fit(context, work)
+}
+
+/// Reads the log-probabilities of a reference that stays as it is.
+fn read_references(
+    context: &StageContext<'_>,
+    spec: &plan::Dpo,
+    reference: Checkpoint,
+    datasets: [&mut Labelled; 2],
+) -> Result<()> {
+    let weights_hash = training::weights_sha256(&reference.weights)?;
+    // Plain tensors: no graph, no optimizer. Computed in the policy's type, so that equal weights give equal numbers.
+    let reference = reference.computed_in(spec.train.dtype)?;
+    let reference = Transformer::new(&reference.config, &reference.weights)?;
+    for dataset in datasets {
+        dataset.read_reference(context, spec, (&reference, &weights_hash))?;
+    }
+    Ok(())
 }
 
 /// What one dataset is trained with.
@@ -70,6 +92,7 @@ impl Method {
                 summing,
                 weighting: spec.use_weighting,
                 reference,
+                live: None,
                 margins,
             }));
         }
@@ -77,7 +100,14 @@ impl Method {
             [(loss, weight)] if loss.unpaired() && spec.sft_loss_weight <= 0.0 && weight > 0.0 => {
                 let labels = rows.iter().enumerate();
                 let labels = labels.filter_map(|(at, row)| Some((at, row.label().ok()?))).collect();
-                Ok(Self::Unpaired(Unpaired { loss, options, summing, labels, reference }))
+                Ok(Self::Unpaired(Unpaired {
+                    loss,
+                    options,
+                    summing,
+                    labels,
+                    reference,
+                    live: None,
+                }))
             }
             _ => Err(Error::usage("single responses need one loss, `kto` or `apo_zero_unpaired`")
                 .at("`loss_type`")
@@ -100,6 +130,13 @@ impl Method {
                 row.label()?;
                 objective.check_tree(tree)
             }
+        }
+    }
+
+    fn set_live(&mut self, follower: &Follower) {
+        match self {
+            Self::Paired(objective) => objective.live = Some(follower.live()),
+            Self::Unpaired(objective) => objective.live = Some(follower.live()),
         }
     }
 

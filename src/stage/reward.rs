@@ -21,6 +21,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
         objective: &objective,
         train: &train,
         eval: (&objective, held_out.as_ref()),
+        follower: None,
         samples: &[],
         settings: &spec.train,
     };

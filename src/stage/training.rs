@@ -24,7 +24,7 @@ use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::model::save::SaveOptions;
 use crate::recipe::plan::Dataset;
 use crate::report::record::Metrics;
-use crate::train::{self, Data, Job, Learner, Settings};
+use crate::train::{self, Data, Follower, Job, Learner, Settings};
 
 /// Loads a checkpoint and, where one is named, gives its tokenizer another chat template.
 pub fn load(context: &StageContext<'_>, model: &str, chat_template: &str) -> Result<Checkpoint> {
@@ -191,6 +191,8 @@ pub struct Work<'a> {
     pub train: &'a Data,
     /// Held-out examples and their objective.
     pub eval: (&'a dyn Objective, &'a dyn Examples),
+    /// A reference that follows the policy.
+    pub follower: Option<&'a Follower>,
     /// Prompts to answer at each evaluation, for people to read.
     pub samples: &'a [Row],
     /// How to train.
@@ -220,6 +222,7 @@ pub fn fit(context: &StageContext<'_>, work: Work<'_>) -> Result<Metrics> {
         seed: context.seed,
         dir: &context.dir,
         save: &save,
+        follower: work.follower,
         samples: (!work.samples.is_empty()).then_some(&samples),
         events: context.events,
     };

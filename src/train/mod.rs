@@ -4,16 +4,21 @@
 pub mod checkpoint;
 pub mod feed;
 pub mod fit;
+pub mod follower;
 pub mod learner;
 pub mod memory;
+pub mod noise;
+mod norms;
 pub mod order;
 pub mod reference;
 pub mod settings;
 pub mod step;
 pub mod update;
+pub mod watchdog;
 
 pub use feed::Data;
 pub use fit::{Job, fit};
+pub use follower::Follower;
 pub use learner::Learner;
 pub use memory::Recompute;
 pub use order::Order;

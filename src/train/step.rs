@@ -4,18 +4,19 @@ use candle_core::Tensor;
 
 use super::Learner;
 use super::memory::{Footprint, Recompute};
+use super::noise::Noise;
 use crate::data::examples::Examples;
 use crate::data::forest::{Forest, micro_batches, packed};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
 use crate::model::gradients::Gradients;
-use crate::model::transformer::Transformer;
+use crate::model::transformer::{Trace, Transformer};
 use crate::model::{Config, Precision, heads};
 use crate::ops::head::{self, Asked, Readings, RowStats};
 use crate::report::record::Metrics;
 
-/// How a step is computed; all but the type changes memory and speed, never what is computed.
+/// How a step is computed; all but the type and the noise changes memory and speed, never what is computed.
 #[derive(Clone, Copy, Debug)]
 pub struct StepOptions {
     /// Token budget of a micro-batch.
@@ -28,6 +29,8 @@ pub struct StepOptions {
     pub dtype: Precision,
     /// Weights move in the backward pass: see [`update`](super::update::update).
     pub optimizer_in_backward: bool,
+    /// Noise on the embedded tokens.
+    pub noise: Option<Noise>,
 }
 
 impl StepOptions {
@@ -39,6 +42,7 @@ impl StepOptions {
             budget: u64::MAX,
             dtype: Precision::F32,
             optimizer_in_backward: false,
+            noise: None,
         }
     }
 
@@ -96,13 +100,25 @@ pub fn gradients(
     let mut grads = Gradients::new(model.device());
     let mut sums = Sums::new(objective);
     for forest in &forests {
-        let trace = model.trace(forest, options.keep(model.config(), forest.len()))?;
+        let trace = trace(model, forest, options)?;
         let (weighed, d_hidden) =
             head_step(model, objective, (forest, &trace.hidden), &totals, &mut grads)?;
         sums.add(weighed, forest);
         model.backward(forest, trace, &d_hidden, &mut grads)?;
     }
     Ok((grads, sums.report(objective, &totals)))
+}
+
+/// The forward pass of a step.
+pub(super) fn trace(model: &Transformer, forest: &Forest, options: StepOptions) -> Result<Trace> {
+    let keep = options.keep(model.config(), forest.len());
+    match options.noise {
+        Some(noise) => {
+            let x = noise.add(forest, &model.embed(&forest.tokens)?)?;
+            model.trace_embedded(forest, &x, keep)
+        }
+        None => model.trace(forest, keep),
+    }
 }
 
 /// The same measures without gradients, one micro-batch at a time.
@@ -160,7 +176,7 @@ fn readings(
     }
 }
 
-/// Rows cost the CPU one part in a hundred of the head's products; the plain form more than that.
+/// Rows cost the CPU two or three parts in a hundred of the head, half a part of a step; the plain form more than that.
 fn wants_rows(model: &Transformer, objective: &dyn Objective) -> bool {
     objective.reads_rows() || model.device().is_cpu()
 }
@@ -242,7 +258,8 @@ pub(super) fn head_step(
     let weight = model.head();
     let trained = weight.is_variable();
     if objective.readout() == Readout::Scores {
-        let weighed = weigh(objective, forest, &readings(model, objective, (forest, hidden))?, totals)?;
+        let weighed =
+            weigh(objective, forest, &readings(model, objective, (forest, hidden))?, totals)?;
         let (d_hidden, d_weight) =
             heads::backward(hidden, weight, &forest.leaves, &weighed.d_values)?;
         if trained {
@@ -251,12 +268,11 @@ pub(super) fn head_step(
         return Ok((weighed, d_hidden));
     }
     let known = objective.fixed_gradient(forest, totals);
-    let early = match known {
-        Some(_) => None,
-        None => {
-            let readings = readings(model, objective, (forest, hidden))?;
-            Some(weigh(objective, forest, &readings, totals)?)
-        }
+    let early = if known.is_some() {
+        None
+    } else {
+        let readings = readings(model, objective, (forest, hidden))?;
+        Some(weigh(objective, forest, &readings, totals)?)
     };
     let slopes = match (&known, &early) {
         (Some(known), _) => known.slopes(),

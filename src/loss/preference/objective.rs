@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::mem::replace;
 
-use super::{LossOptions, Pair, PairLoss, PreferenceLoss, Response, Sides, Summing};
+use super::{LiveReference, LossOptions, Pair, PairLoss, PreferenceLoss, Response, Sides, Summing};
 use crate::data::forest::Forest;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
@@ -32,6 +32,8 @@ pub struct Preference {
     /// The reference's log-probability of each leaf, under the same mask, by the pair's row. Empty where no loss
     /// needs one.
     pub reference: BTreeMap<usize, Vec<f64>>,
+    /// A reference that moves; asked instead of `reference` where there is one.
+    pub live: Option<LiveReference>,
     /// The column `margin` by row, where a loss reads it.
     pub margins: BTreeMap<usize, f64>,
 }
@@ -45,6 +47,7 @@ impl Default for Preference {
             summing: Summing::default(),
             weighting: false,
             reference: BTreeMap::new(),
+            live: None,
             margins: BTreeMap::new(),
         }
     }
@@ -97,6 +100,8 @@ impl Preference {
     /// What the losses are told of each tree.
     fn read(&self, forest: &Forest, logps: &[f32]) -> Result<Read> {
         let mut read = Read::default();
+        let place = (self.summing, forest);
+        let table = LiveReference::table(self.live.as_ref(), &self.reference, place)?;
         for (source, policy) in self.summing.trees(forest, logps) {
             let count = policy.len();
             let row = || format!("row {source}");
@@ -104,7 +109,8 @@ impl Preference {
             if let Some(leaf) = policy.iter().position(|response| response.length < 1.0) {
                 return Err(empty(leaf).at(row()));
             }
-            let reference = self.reference_of(source, count).map_err(|error| error.at(row()))?;
+            let reference =
+                self.reference_of(&table, source, count).map_err(|error| error.at(row()))?;
             let margin = self.margin_of(source).map_err(|error| error.at(row()))?;
             read.pairs.push(pair(&policy, &reference, margin));
             let others = policy.iter().zip(&reference).skip(2);
@@ -113,11 +119,16 @@ impl Preference {
         Ok(read)
     }
 
-    fn reference_of(&self, source: usize, leaves: usize) -> Result<Vec<f64>> {
+    fn reference_of(
+        &self,
+        table: &BTreeMap<usize, Vec<f64>>,
+        source: usize,
+        leaves: usize,
+    ) -> Result<Vec<f64>> {
         if !self.needs_reference() {
             return Ok(vec![0.0; leaves]);
         }
-        self.reference
+        table
             .get(&source)
             .filter(|logps| logps.len() == leaves)
             .cloned()
