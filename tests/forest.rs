@@ -90,7 +90,7 @@ fn random_tree(seed: u64) -> Tree {
     twin.tokens.extend(tokens(&mut rng, 2));
     twin.roles.extend([Role::Content, Role::Format]);
     segments.push(twin);
-    Tree { segments, labels: Vec::new(), source: seed as usize }
+    Tree { segments, source: seed as usize, ..Tree::default() }
 }
 
 /// Each sequence of a tree as a tree of its own.

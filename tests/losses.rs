@@ -556,6 +556,7 @@ fn objective() -> Preference {
         ranking: Ranking::AllPairs,
         weighting: false,
         reference: (0..3).map(|row| (row, vec![-3.0 + row as f64, -4.0, -2.5])).collect(),
+        live: None,
         margins: BTreeMap::new(),
     }
 }
@@ -691,6 +692,7 @@ fn unpaired_kto_is_the_mean_over_labelled_responses() {
         summing: Summing::default(),
         labels: [(0, true), (1, false), (2, true)].into(),
         reference: (0..3).map(|row| (row, vec![-2.0, -2.0])).collect(),
+        live: None,
     };
     let sigma = |x: f64| 1.0 / (1.0 + (-x).exp());
     // Log-ratios of the mismatched: 0.5, 0.25, 1; of the labelled: 1, −1, −0.5.

@@ -20,10 +20,11 @@ use arriero::model::{Config, Precision, Transformer, Weights};
 use arriero::optim::schedule::Schedule;
 use arriero::report::record::{Events, Metrics, Silent};
 use arriero::rng::Stream;
+use arriero::train::follower::Pace;
 use arriero::train::order::Order;
 use arriero::train::reference::{Request, reference_logps};
 use arriero::train::step::evaluate;
-use arriero::train::{self, Data, Job, Learner, Settings};
+use arriero::train::{self, Data, Follower, Job, Learner, Settings};
 use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 
@@ -97,13 +98,24 @@ struct Trained {
 }
 
 fn fit(
-    (config, weights): (&Config, &Weights),
+    model: (&Config, &Weights),
     objective: &dyn Objective,
+    data: (&[Tree], &[Tree]),
+    settings: &Settings,
+    place: (&Path, &dyn Events),
+) -> Trained {
+    fit_against(model, (objective, None), data, settings, place)
+}
+
+/// The same with a reference that follows the policy.
+fn fit_against(
+    (config, weights): (&Config, &Weights),
+    (objective, follower): (&dyn Objective, Option<&Follower>),
     (trees, held_out): (&[Tree], &[Tree]),
     settings: &Settings,
     (dir, events): (&Path, &dyn Events),
 ) -> Trained {
-    let learner = Learner::new(config, weights).unwrap();
+    let learner = Learner::with(config, weights.clone(), settings.dtype, |_| false).unwrap();
     let save = |learner: &Learner, dir: &Path| {
         let weights = learner.weights();
         Checkpoint { config: config.clone(), weights, tokenizer: None }
@@ -117,6 +129,7 @@ fn fit(
         seed: 11,
         dir,
         save: &save,
+        follower,
         samples: None,
         events,
     };
@@ -182,6 +195,78 @@ fn dpo_tells_the_sides_of_eight_pairs_apart() {
     assert!(metrics["rewards/accuracies"] > 0.999 && metrics["loss"] < 0.3, "{metrics:?}");
 }
 
+/// TR-DPO: a reference that is replaced after every step is the policy again when the next begins; one that follows
+/// half of the way every other step lies between; and a stop shows in neither.
+#[test]
+fn a_reference_follows_the_policy_and_a_stop_does_not_show() {
+    let start = start();
+    let trees = pairs(8, 77);
+    let settings = Settings { learning_rate: 3e-4, max_steps: 7, save_steps: 1, ..settings() };
+    let model = (&start.config, &start.weights);
+    let train = |pace: Option<Pace>, stop: Option<u64>| {
+        let dir = tempfile::tempdir().unwrap();
+        let run = |events: &dyn Events| {
+            let pace = pace.unwrap_or(Pace { mixup_alpha: 1.0, sync_steps: usize::MAX });
+            let masters = start.weights.clone();
+            let follower = Follower::new(&start.config, masters, settings.dtype, pace).unwrap();
+            let objective = Preference { live: Some(follower.live()), ..Preference::default() };
+            let objective = (&objective as &dyn Objective, Some(&follower));
+            fit_against(model, objective, (&trees, &trees), &settings, (dir.path(), events))
+        };
+        if let Some(steps) = stop {
+            let stopped = run(&StopAfter { steps, seen: AtomicU64::new(0) });
+            assert!(stopped.outcome.is_err());
+        }
+        let trained = run(&Silent);
+        (trained.outcome.unwrap(), bits(&trained.weights))
+    };
+    let (still, _) = train(None, None);
+    let replaced = Pace { mixup_alpha: 1.0, sync_steps: 1 };
+    let (close, _) = train(Some(replaced), None);
+    assert_eq!(close["rewards/margins"].to_bits(), 0.0_f64.to_bits(), "{close:?}");
+    assert_eq!(close["eval_rewards/margins"].to_bits(), 0.0_f64.to_bits(), "{close:?}");
+    let half = Pace { mixup_alpha: 0.5, sync_steps: 2 };
+    let (between, whole) = train(Some(half), None);
+    let margin = between["eval_rewards/margins"];
+    assert!(margin > 0.0 && margin < still["eval_rewards/margins"], "{between:?} {still:?}");
+    for stop in [1, 4] {
+        let (metrics, resumed) = train(Some(half), Some(stop));
+        assert_eq!(resumed, whole, "stopped after step {stop}");
+        assert_eq!(metrics["eval_rewards/margins"].to_bits(), margin.to_bits());
+    }
+}
+
+/// Held-out rows that training makes unlikely: the lowest loss is the first.
+#[test]
+fn training_stops_early_where_the_evaluation_loss_only_rises() {
+    let start = start();
+    let (trees, held_out) = (conversations(4), conversations(12).split_off(8));
+    let settings = Settings {
+        max_steps: 40,
+        eval_steps: 2,
+        early_stopping_patience: 3,
+        load_best_model_at_end: true,
+        learning_rate: 3e-2,
+        ..settings()
+    };
+    let model = (&start.config, &start.weights);
+    let run = |held_out: &[Tree], settings: &Settings| {
+        let dir = tempfile::tempdir().unwrap();
+        fit(model, &Sft::default(), (&trees, held_out), settings, (dir.path(), &Silent)).outcome
+    };
+    let metrics = run(&held_out, &settings).unwrap();
+    assert!(metrics["steps"] <= 12.0 && metrics["steps"] >= 8.0, "{metrics:?}");
+    assert!(metrics["best_eval_loss"] < metrics["eval_loss"], "{metrics:?}");
+    let refused =
+        |held_out: &[Tree], settings: &Settings| run(held_out, settings).unwrap_err().to_string();
+    assert_eq!(refused(&[], &settings), "`early_stopping_patience` without `eval_datasets`");
+    let never = Settings { eval_steps: 0, ..settings };
+    assert_eq!(
+        refused(&held_out, &never),
+        "`early_stopping_patience` is 3 and `eval_steps` is 0, expected 1 or more"
+    );
+}
+
 /// Neither a reference nor its log-probabilities exist anywhere in this run.
 #[test]
 fn simpo_and_orpo_tell_the_sides_of_eight_pairs_apart_without_a_reference() {
@@ -225,6 +310,7 @@ fn kto_raises_wanted_responses_and_lowers_the_others() {
         summing: Summing::default(),
         labels: (0..8).map(|row| (row, row % 2 == 0)).collect(),
         reference: BTreeMap::new(),
+        live: None,
     };
     let reference = Transformer::new(&start.config, &start.weights).unwrap();
     let order = Order::new(11, trees.len(), &settings);
@@ -277,12 +363,14 @@ fn a_reward_model_finds_a_planted_token_in_answers_it_has_not_seen() {
     assert!(metrics["eval_accuracy"] > 0.9, "{metrics:?}");
 }
 
+/// Noise of the step and the row: neither the stop nor the cut into micro-batches shows.
 #[test]
 fn training_that_is_stopped_and_resumed_ends_with_the_same_bits() {
     let start = start();
     let trees = conversations(20);
     let settings = Settings {
         max_steps: 9,
+        neftune_noise_alpha: 5.0,
         per_device_train_batch_size: 4,
         save_steps: 2,
         eval_steps: 2,
@@ -349,6 +437,23 @@ fn the_average_of_weights_is_evaluated_and_saved_and_survives_a_stop() {
             assert_eq!(bits(&resumed.weights), bits(&whole.weights), "stopped after step {stop}");
         }
     }
+}
+
+#[test]
+fn noise_changes_training_and_not_evaluation() {
+    let start = start();
+    let trees = conversations(8);
+    let trained = |neftune_noise_alpha: f64, learning_rate: f64| {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = Settings { max_steps: 1, neftune_noise_alpha, learning_rate, ..settings() };
+        let model = (&start.config, &start.weights);
+        let data = (trees.as_slice(), trees.as_slice());
+        fit(model, &Sft::default(), data, &settings, (dir.path(), &Silent)).outcome.unwrap()
+    };
+    // A step too small to move a weight.
+    let (plain, noisy) = (trained(0.0, 1e-30), trained(5.0, 1e-30));
+    assert!((plain["loss"] - noisy["loss"]).abs() > 1e-4, "{plain:?} {noisy:?}");
+    assert_eq!(plain["eval_loss"].to_bits(), noisy["eval_loss"].to_bits());
 }
 
 #[test]

@@ -76,6 +76,8 @@ pub struct Forest {
     pub ends: Vec<End>,
     /// Every trained prediction, sequence by sequence. A target in a shared segment appears once a sequence.
     pub targets: Vec<Target>,
+    /// How much each target's loss weighs, `[N]`; empty where each weighs 1. Losses on tokens read it.
+    pub weights: Vec<f32>,
     /// `source` of each tree.
     pub sources: Vec<usize>,
 }
@@ -142,8 +144,14 @@ impl Forest {
                 label: tree.labels.get(place).cloned().unwrap_or_default(),
             });
         }
+        if !tree.weights.is_empty() {
+            self.weights.resize(self.targets.len(), 1.0);
+        }
         for leaf in tree.leaves() {
             self.push_leaf(tree, leaf, first_span, index);
+        }
+        if !self.weights.is_empty() {
+            self.weights.resize(self.targets.len(), 1.0);
         }
     }
 
@@ -157,6 +165,9 @@ impl Forest {
                 // The very first token of a sequence has nothing to be predicted from.
                 if let Some(row) = previous.filter(|_| role.trained()) {
                     self.targets.push(Target { row: row as u32, id, leaf: leaf_index, role });
+                    // The tree's own tokens begin where its first span does.
+                    let token = start + offset - self.spans[first_span].start;
+                    self.weights.extend(tree.weights.get(token));
                 }
                 previous = Some(start + offset);
             }

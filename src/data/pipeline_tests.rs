@@ -358,13 +358,17 @@ proptest! {
             proptest::collection::vec((any::<u32>(), 0..3_usize), 1..9), 1..4
         ),
         source in any::<u32>(),
+        weighted in any::<bool>(),
     ) {
         let roles = [Role::Context, Role::Content, Role::Format];
         let responses = responses
             .into_iter()
             .map(|tokens| tokens.into_iter().map(|(id, role)| (id, roles[role])).unzip())
             .collect();
-        let tree = Tree::siblings(prompt, responses, source as usize);
+        let mut tree = Tree::siblings(prompt, responses, source as usize);
+        if weighted {
+            tree.weights = (0..tree.tokens()).map(|at| 0.5 * at as f32).collect();
+        }
         let home = Home::new();
         let path = home.path("x.trees");
         write_atomic_with(&path, |out| {

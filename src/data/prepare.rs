@@ -309,40 +309,32 @@ fn sft_tree(
     tokenizer: &ChatTokenizer,
     options: &SftOptions,
 ) -> Result<Outcome> {
-    let (mut ids, mut roles) = sft_tokens(row, tokenizer, options)?;
-    let keep = 1 + roles.iter().rposition(|role| role.trained()).ok_or_else(untrained)?;
-    ids.truncate(keep);
-    roles.truncate(keep);
+    let mut tree = sft_tokens(row, tokenizer, options)?;
+    tree.source = index;
+    let roles = |tree: &Tree| tree.segments[0].roles.clone();
+    let keep = 1 + roles(&tree).iter().rposition(|role| role.trained()).ok_or_else(untrained)?;
+    tree.keep(0..keep);
     let limit = options.max_length.unwrap_or(usize::MAX);
-    let truncated = ids.len() > limit;
+    let truncated = keep > limit;
     if truncated {
-        let why = too_long(ids.len(), limit);
+        let why = too_long(keep, limit);
         match options.truncation {
-            Truncation::KeepStart => {
-                ids.truncate(limit);
-                roles.truncate(limit);
-            }
-            Truncation::KeepEnd => {
-                ids.drain(..ids.len() - limit);
-                roles.drain(..roles.len() - limit);
-            }
+            Truncation::KeepStart => tree.keep(0..limit),
+            Truncation::KeepEnd => tree.keep(keep - limit..keep),
             Truncation::Drop => return Ok(Outcome::Dropped(why)),
             Truncation::Error => return Err(Error::run(why).hint(TOO_LONG_HINT)),
         }
     }
     // The first token has nothing to be predicted from.
-    match roles.iter().skip(1).rposition(|role| role.trained()) {
-        Some(last) => {
-            ids.truncate(last + 2);
-            roles.truncate(last + 2);
-        }
+    match roles(&tree).iter().skip(1).rposition(|role| role.trained()) {
+        Some(last) => tree.keep(0..last + 2),
         None if truncated => {
             return Err(Error::run(format!("no trained token is left of the first {limit}"))
                 .hint("raise max_length, or set truncation = \"drop\" or \"keep_end\""));
         }
         None => return Err(untrained()),
     }
-    Ok(Outcome::Tree(Tree::sequence(ids, roles, index), truncated))
+    Ok(Outcome::Tree(tree, truncated))
 }
 
 pub(super) const TOO_LONG_HINT: &str =
@@ -358,7 +350,8 @@ pub(super) fn untrained() -> Error {
     )
 }
 
-fn sft_tokens(row: &Row, tokenizer: &ChatTokenizer, options: &SftOptions) -> Result<Tokens> {
+/// A row as one sequence, not yet cut.
+fn sft_tokens(row: &Row, tokenizer: &ChatTokenizer, options: &SftOptions) -> Result<Tree> {
     match &row.record {
         Record::Conversation(messages) => {
             conversation(row, messages, 0, !options.assistant_only_loss, (tokenizer, options))
@@ -373,7 +366,7 @@ fn sft_tokens(row: &Row, tokenizer: &ChatTokenizer, options: &SftOptions) -> Res
         Record::Text(text) => {
             let ids = text_ids(tokenizer, text, options.parse_special_in_content, true)?;
             let roles = text_roles(tokenizer, &ids);
-            Ok((ids, roles))
+            Ok(Tree::sequence(ids, roles, 0))
         }
         Record::Steps { .. } => Err(Error::run("an answer in steps is for reward models")
             .hint("a reward stage reads it with head = \"process\"")),
@@ -389,7 +382,7 @@ fn answered(
     response: &Side,
     tokenizer: &ChatTokenizer,
     options: &SftOptions,
-) -> Result<Tokens> {
+) -> Result<Tree> {
     if let (Side::Text(prompt), Side::Text(response)) = (prompt, response) {
         let parse = options.parse_special_in_content;
         let mut ids = prompt_text_ids(tokenizer, prompt, parse)?;
@@ -401,7 +394,7 @@ fn answered(
         let response = plain_tokens(tokenizer, response, parse)?;
         ids.extend(response.0);
         roles.extend(response.1);
-        return Ok((ids, roles));
+        return Ok(Tree::sequence(ids, roles, 0));
     }
     let mut messages = prompt.clone().into_messages("user");
     let first = messages.len();
@@ -416,7 +409,8 @@ fn conversation(
     first: usize,
     everything: bool,
     (tokenizer, options): (&ChatTokenizer, &SftOptions),
-) -> Result<Tokens> {
+) -> Result<Tree> {
+    let weights = Message::weights(messages)?;
     let kwargs = merged(&options.chat_template_kwargs, &row.template_kwargs);
     let request = Request {
         messages,
@@ -426,25 +420,29 @@ fn conversation(
     };
     let rendered = render::render(tokenizer, request)?;
     let encoded = rendered.encode(tokenizer, options.parse_special_in_content)?;
-    if everything && options.roles_to_train.is_none() {
+    let everything = everything && options.roles_to_train.is_none();
+    if everything && weights.is_empty() {
         let turn = render::Turn { message: 0, span: 0..rendered.text.len() };
         let roles = rendered.roles(&encoded, &[turn], messages);
-        return Ok((encoded.ids, roles));
+        return Ok(Tree::sequence(encoded.ids, roles, 0));
     }
     let trains = |role: &str| match &options.roles_to_train {
         Some(roles) => roles.iter().any(|name| name == role),
-        None => role == "assistant",
+        None => everything || role == "assistant",
     };
     let last = messages.iter().rposition(|message| trains(message.role()));
     let wanted = |index: usize| {
         let message = &messages[index];
         let by_role =
             trains(message.role()) && (!options.final_response_only || Some(index) == last);
-        index >= first && message.training().unwrap_or(by_role)
+        let wanted = message.training().unwrap_or(by_role);
+        index >= first && wanted && weights.get(index).is_none_or(|weight| *weight > 0.0)
     };
     let turns = rendered.turns(tokenizer, request, wanted)?;
     let roles = rendered.roles(&encoded, &turns, messages);
-    Ok((encoded.ids, roles))
+    let plain = weights.iter().all(|weight| [0.0, 1.0].contains(weight));
+    let weights = if plain { Vec::new() } else { render::weights(&encoded, &turns, &weights) };
+    Ok(Tree { weights, ..Tree::sequence(encoded.ids, roles, 0) })
 }
 
 fn merged(base: &Map<String, Value>, row: &Map<String, Value>) -> Map<String, Value> {

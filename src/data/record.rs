@@ -75,6 +75,35 @@ impl Message {
         ["training", "train"].iter().find_map(|key| self.fields.get(*key).and_then(Value::as_bool))
     }
 
+    /// How much the message's tokens weigh in the loss, where its row says so (`weight`): 0 leaves them out.
+    ///
+    /// # Errors
+    /// Not a finite number of 0 or more.
+    pub fn weight(&self) -> Result<Option<f64>> {
+        let Some(value) = self.fields.get("weight") else { return Ok(None) };
+        match value.as_f64().filter(|weight| weight.is_finite() && *weight >= 0.0) {
+            Some(weight) => Ok(Some(weight)),
+            None => Err(Error::run(format!("`weight` is {value}, expected a number of 0 or more"))
+                .hint("0 leaves a message out of the loss, 1 is what others weigh")),
+        }
+    }
+
+    /// The weight of each message; none where no message says one.
+    ///
+    /// # Errors
+    /// As [`weight`](Self::weight), with the message's place.
+    pub fn weights(messages: &[Self]) -> Result<Vec<f64>> {
+        let weight = |(index, message): (usize, &Self)| {
+            message.weight().map_err(|error| error.at(format!("message {index}")))
+        };
+        let weights: Vec<Option<f64>> =
+            messages.iter().enumerate().map(weight).collect::<Result<_>>()?;
+        if weights.iter().all(Option::is_none) {
+            return Ok(Vec::new());
+        }
+        Ok(weights.into_iter().map(|weight| weight.unwrap_or(1.0)).collect())
+    }
+
     /// Every field, in the order of the source.
     pub fn fields(&self) -> &Map<String, Value> {
         &self.fields

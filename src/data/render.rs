@@ -357,6 +357,15 @@ impl Rendered {
     }
 }
 
+/// What `of` says of the message that each token belongs to; 0 outside of `turns`.
+pub fn weights(encoded: &Encoded, turns: &[Turn], of: &[f64]) -> Vec<f32> {
+    let weight = |range: &Range<usize>| {
+        let turn = turns.iter().find(|turn| touches(&turn.span, range));
+        turn.map_or(0.0, |turn| of[turn.message] as f32)
+    };
+    encoded.ranges.iter().map(weight).collect()
+}
+
 fn hidden_turn(index: usize) -> Error {
     Error::run(format!(
         "message {index}: the chat template does not show where this response begins"

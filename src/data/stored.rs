@@ -6,7 +6,8 @@
 //! | part | content |
 //! | --- | --- |
 //! | header | [`MAGIC`], format version `u32`, SHA-256 of all that the examples depend on, 32 bytes |
-//! | trees | segments `u32`; each: parent `u32` (`u32::MAX`: none), tokens `u32`, ids `u32` each, roles `u8` each; labels `u32`; each: numbers `u32`, then `f64` each (NaN: none) |
+//! | trees | segments `u32`; each: parent `u32` (`u32::MAX`: none), tokens `u32`, ids `u32` each, roles `u8` each; |
+//! | | labels `u32`; each: numbers `u32`, then `f64` each (NaN: none); weights `u32`: none, or one `f32` a token |
 //! | index | an example each: offset of its tree `u64`, its length in bytes `u64`, its source `u64` |
 //! | report | [`PrepareReport`] as JSON |
 //! | footer | offsets of index and report `u64`, number of examples `u64`, CRC-32C of all before it `u32`, [`MAGIC`] |
@@ -254,6 +255,8 @@ fn encode(tree: &Tree, out: &mut Vec<u8>) -> Result<()> {
         number(label.len(), out)?;
         out.extend(label.iter().flat_map(|number| number.unwrap_or(f64::NAN).to_le_bytes()));
     }
+    number(tree.weights.len(), out)?;
+    out.extend(tree.weights.iter().flat_map(|weight| weight.to_le_bytes()));
     Ok(())
 }
 
@@ -284,7 +287,10 @@ fn decode(record: &[u8], source: usize) -> Result<Tree> {
         let number = |bytes: &[u8; 8]| Some(f64::from_le_bytes(*bytes)).filter(|n| !n.is_nan());
         labels.push(numbers.iter().map(number).collect());
     }
-    let tree = Tree { segments, labels, source };
+    let count = fields.u32()? as usize;
+    let weights = fields.slice(count.saturating_mul(4))?.as_chunks().0;
+    let weights = weights.iter().map(|weight| f32::from_le_bytes(*weight)).collect();
+    let tree = Tree { segments, labels, weights, source };
     tree.check()?;
     Ok(tree)
 }

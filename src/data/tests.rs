@@ -97,6 +97,51 @@ fn the_mask_follows_roles_flags_and_the_final_response() {
 }
 
 #[test]
+fn messages_weigh_what_their_row_says() {
+    let tokenizer = tokenizer("chatml");
+    let talk = |first: Value, second: Value| {
+        row(json!({"messages": [
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": "bb", "weight": first},
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": second},
+        ]}))
+    };
+    let tree = |row: Row, options: &SftOptions| {
+        sft_trees(&[row], &tokenizer, options).map(|prepared| prepared.trees[0].clone())
+    };
+    let weighed = |tree: &super::tree::Tree| {
+        let forest = super::forest::Forest::pack([tree]).unwrap();
+        assert!(forest.weights.is_empty() || forest.weights.len() == forest.targets.len());
+        forest.weights
+    };
+    let options = SftOptions::default();
+    // Two letters and the end of the turn, then one and the end.
+    let both = tree(talk(json!(0.5), json!(2)), &options).unwrap();
+    assert_eq!(weighed(&both), [0.5, 0.5, 0.5, 2.0, 2.0]);
+    let end =
+        SftOptions { max_length: Some(8), truncation: Truncation::KeepEnd, ..options.clone() };
+    assert_eq!(weighed(&tree(talk(json!(0.5), json!(2)), &end).unwrap()), [2.0, 2.0]);
+    // Zeros and ones are a mask and cost nothing further on.
+    let second = tree(talk(json!(0), json!(1)), &options).unwrap();
+    assert_eq!((second.weights.len(), weighed(&second).len()), (0, 0));
+    check_sft(
+        json!({"messages": [
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": "bb", "weight": 0},
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
+        ]}),
+        &options,
+        "d",
+        "<|im_end|>",
+    );
+    for bad in [json!(-1), json!("much"), json!(true)] {
+        let error = tree(talk(json!(1), bad.clone()), &options).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("data.jsonl:1: message 3: `weight` is {bad}, expected a number of 0 or more")
+        );
+    }
+}
+
+#[test]
 fn quoted_special_tokens_stay_inert_through_trim_and_tojson() {
     let templates = [
         "chatml",

@@ -46,6 +46,8 @@ pub struct Tree {
     pub segments: Vec<Segment>,
     /// What the row says of each of [`scored`](Self::scored); empty where the loss reads no labels.
     pub labels: Vec<Label>,
+    /// How much each token's loss weighs, over the segments laid end to end; empty where each weighs 1.
+    pub weights: Vec<f32>,
     /// Which row of the dataset this came from: names the row in errors and keys caches.
     pub source: usize,
 }
@@ -53,8 +55,7 @@ pub struct Tree {
 impl Tree {
     /// A single sequence.
     pub fn sequence(tokens: Vec<u32>, roles: Vec<Role>, source: usize) -> Self {
-        let segments = vec![Segment { parent: None, tokens, roles }];
-        Self { segments, labels: Vec::new(), source }
+        Self { segments: vec![Segment { parent: None, tokens, roles }], source, ..Self::default() }
     }
 
     /// A prompt (context only) with one child per response.
@@ -70,7 +71,7 @@ impl Tree {
             tokens,
             roles,
         }));
-        Self { segments, labels: Vec::new(), source }
+        Self { segments, source, ..Self::default() }
     }
 
     /// A prompt (context only) and what follows it in one row, a segment each part: every part sees those before it.
@@ -86,6 +87,16 @@ impl Tree {
     #[must_use]
     pub fn labelled(self, labels: Vec<Label>) -> Self {
         Self { labels, ..self }
+    }
+
+    /// Cuts a single sequence down to the tokens of `range`.
+    pub fn keep(&mut self, range: std::ops::Range<usize>) {
+        let cut = |list_len: usize| range.start.min(list_len)..range.end.min(list_len);
+        if let [segment] = &mut self.segments[..] {
+            segment.tokens = segment.tokens[cut(segment.tokens.len())].to_vec();
+            segment.roles = segment.roles[cut(segment.roles.len())].to_vec();
+            self.weights = self.weights[cut(self.weights.len())].to_vec();
+        }
     }
 
     /// Number of tokens, shared ones counted once.
@@ -130,7 +141,8 @@ impl Tree {
         (tokens, roles)
     }
 
-    /// Checks the invariants: parents come first, one role a token, no empty leaf, no label or one a scored segment.
+    /// Checks the invariants: parents come first, one role and one or no weight a token, no empty leaf, no label or one a
+    /// scored segment.
     pub fn check(&self) -> Result<()> {
         let fail = |message: String| Err(Error::run(message).at(format!("row {}", self.source)));
         if self.segments.is_empty() {
@@ -148,6 +160,12 @@ impl Tree {
         let (labels, scored) = (self.labels.len(), self.scored().len());
         if labels != 0 && labels != scored {
             return fail(format!("{labels} labels for {scored} scored segments"));
+        }
+        if !self.weights.is_empty() && self.weights.len() != self.tokens() {
+            let (weights, tokens) = (self.weights.len(), self.tokens());
+            return fail(format!(
+                "{weights} loss weights, expected one for each of {tokens} tokens"
+            ));
         }
         match self.leaves().into_iter().find(|&leaf| self.segments[leaf].tokens.is_empty()) {
             Some(leaf) => fail(format!("segment {leaf} is an empty response")),

@@ -101,11 +101,16 @@ impl Sft {
         self.row_weights.get(&row).copied().unwrap_or(1.0)
     }
 
-    /// Trained tokens of each sequence.
+    /// How much a token weighs within its row: what its message says.
+    fn of_token(forest: &Forest, target: usize) -> f64 {
+        forest.weights.get(target).map_or(1.0, |weight| f64::from(*weight))
+    }
+
+    /// Trained tokens of each sequence, each counted as much as it weighs.
     fn lengths(forest: &Forest) -> Vec<f64> {
         let mut lengths = vec![0.0; forest.leaves.len()];
-        for target in &forest.targets {
-            lengths[target.leaf as usize] += 1.0;
+        for (at, target) in forest.targets.iter().enumerate() {
+            lengths[target.leaf as usize] += Self::of_token(forest, at);
         }
         lengths
     }
@@ -117,7 +122,10 @@ impl Sft {
             Normalization::Token | Normalization::Step => self.weight_of(forest, leaf),
             Normalization::Row => self.weight_of(forest, leaf) / lengths[leaf],
         };
-        forest.targets.iter().map(|target| weight(target.leaf as usize)).collect()
+        let targets = forest.targets.iter().enumerate();
+        targets
+            .map(|(at, target)| Self::of_token(forest, at) * weight(target.leaf as usize))
+            .collect()
     }
 
     /// What label smoothing and the z-loss add beside the negative log-likelihood: name and weight of each term.
@@ -141,7 +149,9 @@ impl Objective for Sft {
             let weight = self.weight_of(forest, leaf);
             match self.normalization {
                 Normalization::Token => weight * length,
-                Normalization::Row | Normalization::Step => weight * length.min(1.0),
+                Normalization::Row | Normalization::Step => {
+                    weight * f64::from(u8::from(length > 0.0))
+                }
             }
         });
         vec![count.sum(); 1 + self.row_terms().len()]
@@ -253,6 +263,44 @@ mod tests {
         check(&with(Normalization::Row, 3.0), row, [-0.75, sixth / 2.0, sixth / 2.0, sixth / 2.0]);
         let third = -1.0 / 3.0;
         check(&with(Normalization::Token, 0.0), 2.75 / 3.0, [0.0, third, third, third]);
+    }
+
+    #[test]
+    fn a_token_weighs_what_its_message_says_within_its_row() {
+        let (mut forest, logps) = forest();
+        // Tokens cost 1 | 2, 0.5, 0.25.
+        forest.weights = vec![1.0, 0.5, 0.0, 2.0];
+        for (normalization, loss) in [
+            (Normalization::Token, (1.0 + 1.0 + 0.5) / 3.5),
+            (Normalization::Row, f64::midpoint(1.0, 1.5 / 2.5)),
+            (Normalization::Step, 2.5 / 2.0),
+        ] {
+            let objective = Sft { normalization, ..Sft::default() };
+            let counts = objective.counts(&forest);
+            let totals = StepTotals { counts, statistics: Vec::new() };
+            let weighed = objective.weigh(&forest, logps.as_slice().into(), &totals).unwrap();
+            let value = weighed.sums[0] / totals.counts[0];
+            assert!((value - loss).abs() < 1e-12, "{normalization:?}: {value}, expected {loss}");
+            let moved: f32 = weighed.d_values.iter().zip(logps).map(|(d, logp)| d * logp).sum();
+            assert!((f64::from(moved) - loss).abs() < 1e-6, "{normalization:?}: slopes of {moved}");
+        }
+    }
+
+    #[test]
+    fn constants_without_sense_are_refused() {
+        let refused = |sft: Sft| sft.check().unwrap_err().to_string();
+        assert_eq!(
+            refused(Sft { label_smoothing: 1.0, ..Sft::default() }),
+            "`label_smoothing` is 1, expected 0 or more and less than 1"
+        );
+        assert_eq!(
+            refused(Sft { z_loss_coefficient: -1e-4, ..Sft::default() }),
+            "`z_loss_coefficient` is -0.0001, expected 0 or more"
+        );
+        assert_eq!(
+            refused(Sft { z_loss_coefficient: 1e-4, loss: TokenLoss::Dft, ..Sft::default() }),
+            "`z_loss_coefficient` is 0.0001, expected 0 with `loss_type` \"dft\""
+        );
     }
 
     /// The slope of DFT is `−p`, not the derivative of its value: `p` is held.

@@ -37,6 +37,16 @@ impl Param {
         Ok(Self { master, copy, lr_scale: 1.0 })
     }
 
+    /// A parameter of its own with the same values.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn twin(&self) -> Result<Self> {
+        let copy = |var: &Var| Var::from_tensor(&var.as_tensor().detach());
+        let twin = self.copy.as_ref().map(copy).transpose()?;
+        Ok(Self { master: copy(&self.master)?, copy: twin, lr_scale: self.lr_scale })
+    }
+
     /// What the model computes with.
     pub fn computed(&self) -> &Tensor {
         self.copy.as_ref().unwrap_or(&self.master).as_tensor()

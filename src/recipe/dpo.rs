@@ -11,6 +11,7 @@ use crate::loss::preference::{FDivergence, LossOptions, PreferenceLoss, Summing}
 use crate::loss::ranking::Ranking;
 use crate::model::lora::Lora;
 use crate::train::Settings;
+use crate::train::follower::Pace;
 
 /// `dpo`: preference optimization. Writes `checkpoint/`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,8 +21,15 @@ pub struct Dpo {
     pub preset: Option<Preset>,
     /// The policy's start.
     pub model_name_or_path: String,
-    /// The frozen reference; empty is the policy's start. Losses without a reference load none.
+    /// The reference (`reference`): `"stage_start"` or empty is the policy's start, `"base"` the model that the recipe's
+    /// first policy begins with, `"none"` none, for losses without one. Those load none anyway.
     pub ref_model_name_or_path: String,
+    /// Let the reference follow the policy (TR-DPO); its log-probabilities are then computed anew each step.
+    pub sync_ref_model: bool,
+    /// How much of the policy goes into the reference each time it follows; 1 replaces it.
+    pub ref_model_mixup_alpha: f64,
+    /// After how many steps the reference follows.
+    pub ref_model_sync_steps: usize,
     /// Preferences to learn; for `kto` and `apo_zero_unpaired` also `prompt`, `completion` and `label`.
     pub datasets: Vec<Dataset>,
     /// Preferences to evaluate on; may be empty.
@@ -85,6 +93,9 @@ impl Default for Dpo {
             preset: None,
             model_name_or_path: String::new(),
             ref_model_name_or_path: String::new(),
+            sync_ref_model: false,
+            ref_model_mixup_alpha: 0.6,
+            ref_model_sync_steps: 512,
             datasets: Vec::new(),
             eval_datasets: Vec::new(),
             data: PairOptions::default(),
@@ -125,6 +136,12 @@ impl Dpo {
             desirable_weight: self.desirable_weight,
             undesirable_weight: self.undesirable_weight,
         }
+    }
+
+    /// How the reference follows.
+    pub fn pace(&self) -> Pace {
+        let (mixup_alpha, sync_steps) = (self.ref_model_mixup_alpha, self.ref_model_sync_steps);
+        Pace { mixup_alpha, sync_steps }
     }
 
     /// Which tokens enter.
@@ -193,13 +210,7 @@ impl Dpo {
                 loss.name()
             )));
         }
-        if !self.ref_model_name_or_path.is_empty() && !self.needs_reference() {
-            return Err(Error::usage(format!(
-                "`ref_model_name_or_path` is \"{}\", but no loss reads a reference",
-                self.ref_model_name_or_path
-            ))
-            .hint("leave it out"));
-        }
+        self.check_reference()?;
         self.loss_options().check(&self.loss_type)
     }
 
@@ -213,6 +224,54 @@ impl Dpo {
         }
         Err(Error::usage("`ranking` is \"plackett_luce\" with another loss than plain `sigmoid`")
             .hint("rank by \"all_pairs\" or \"adjacent\", or leave label_smoothing and f_divergence_type out"))
+    }
+
+    fn check_reference(&self) -> Result<()> {
+        let named = self.ref_model_name_or_path.as_str();
+        if let Some(loss) = self.loss_type.iter().find(|loss| loss.needs_reference())
+            && named == NO_REFERENCE
+        {
+            return Err(Error::usage(format!(
+                "`ref_model_name_or_path` is \"none\", but {} reads a reference",
+                loss.name()
+            ))
+            .hint("leave it out, or take cpo, simpo or orpo"));
+        }
+        for (key, is_written, shown) in [
+            ("ref_model_name_or_path", !["", NO_REFERENCE].contains(&named), format!("{named:?}")),
+            ("sync_ref_model", self.sync_ref_model, "true".to_owned()),
+        ] {
+            if is_written && !self.needs_reference() {
+                return Err(Error::usage(format!(
+                    "`{key}` is {shown}, but no loss reads a reference"
+                ))
+                .hint("leave it out"));
+            }
+        }
+        if self.sync_ref_model && self.lora.use_peft {
+            return Err(Error::usage(
+                "`sync_ref_model` with `use_peft`: an adapter's reference is its frozen base",
+            )
+            .hint("leave one of the two out"));
+        }
+        let alpha = self.ref_model_mixup_alpha;
+        if !(alpha > 0.0 && alpha <= 1.0) {
+            return Err(Error::usage(format!(
+                "`ref_model_mixup_alpha` is {alpha}, expected more than 0 and at most 1"
+            )));
+        }
+        if self.ref_model_sync_steps == 0 {
+            return Err(Error::usage("`ref_model_sync_steps` is 0, expected 1 or more"));
+        }
+        Ok(())
+    }
+
+    /// Takes back a `"none"` that [`check`](Self::check) has found to be true: it names nothing to read.
+    pub(super) fn without_none(self) -> Self {
+        if self.ref_model_name_or_path == NO_REFERENCE {
+            return Self { ref_model_name_or_path: String::new(), ..self };
+        }
+        self
     }
 
     /// What is allowed, and worth knowing before an expensive run.
@@ -240,6 +299,9 @@ impl Dpo {
         notes
     }
 }
+
+/// The word for a recipe without a reference.
+const NO_REFERENCE: &str = "none";
 
 /// Settings that somebody published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -367,6 +429,31 @@ mod tests {
         assert!(plan("preset = 'llama3'").unwrap().notes.is_empty());
     }
 
+    /// The base is what the recipe's first policy begins with, through all rounds.
+    #[test]
+    fn a_reference_is_the_stages_start_the_base_another_stage_or_none() {
+        let references = |key: &str| -> Vec<String> {
+            let text = format!(
+                "rounds = 2\n[[stage]]\nkind = 'sft'\nmodel = ['@dpo?', 'src']\ndatasets = 'src/lib.rs'\n\
+                 [[stage]]\nkind = 'dpo'\nmodel = '@sft'\ndatasets = 'src/lib.rs'\n{key}\n"
+            );
+            let file = RecipeFile::parse(&text, Path::new("r.toml")).unwrap();
+            let steps = resolve(&file, Some(Path::new("o"))).unwrap().plan.steps.into_iter();
+            let reference = |step: crate::recipe::Step| match step.spec {
+                Spec::Dpo(dpo) => Some(dpo.ref_model_name_or_path),
+                _ => None,
+            };
+            steps.filter_map(reference).collect()
+        };
+        assert_eq!(references("reference = 'stage_start'"), ["", ""]);
+        assert_eq!(references("reference = 'base'"), ["src", "src"]);
+        assert_eq!(references("reference = 'none'\nloss_type = 'simpo'"), ["", ""]);
+        assert_eq!(
+            references("reference = '@sft'"),
+            ["o/stages/01-sft/checkpoint", "o/stages/03-sft-r2/checkpoint"]
+        );
+    }
+
     #[test]
     fn settings_that_are_likely_mistakes_are_noted() {
         let notes = |keys: &str| plan(keys).unwrap().notes.join("; ");
@@ -382,6 +469,22 @@ mod tests {
         assert_eq!(
             notes("loss_type = 'sigmoid'\nbeta = 5.0"),
             "stage `dpo`: `beta` is 5 with `sigmoid`: values above 1 belong to losses a token (`sigmoid_norm`, `simpo`)"
+        );
+    }
+
+    #[test]
+    fn references_that_nothing_reads_or_that_are_missing_are_refused() {
+        refuses(
+            "loss_type = ['simpo', 'ipo']\nreference = 'none'",
+            "r.toml:6: stage `dpo`: `ref_model_name_or_path` is \"none\", but ipo reads a reference (hint: leave it out, or take cpo, simpo or orpo)",
+        );
+        refuses(
+            "loss_type = 'simpo'\nsync_ref_model = true",
+            "r.toml:6: stage `dpo`: `sync_ref_model` is true, but no loss reads a reference (hint: leave it out)",
+        );
+        refuses(
+            "ref_model_mixup_alpha = 1.5",
+            "r.toml:5: stage `dpo`: `ref_model_mixup_alpha` is 1.5, expected more than 0 and at most 1",
         );
     }
 
@@ -427,6 +530,10 @@ mod tests {
         refuses(
             "loss_type = 'kto'\nld_alpha = 0.5",
             "r.toml:6: stage `dpo`: `ld_alpha` is 0.5, expected 1: it compares the two sides of a pair",
+        );
+        refuses(
+            "loss_type = ['sigmoid', 'aot']\nuse_weighting = true",
+            "r.toml:6: stage `dpo`: `use_weighting` is true, expected false: aot does not look at one pair alone",
         );
         refuses(
             "loss_type = 'nca'\nf_divergence_type = 'js'",

@@ -17,6 +17,7 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("checkpoint_dir", "model_name_or_path"),
     ("ref_model", "ref_model_name_or_path"),
     ("reference_model", "ref_model_name_or_path"),
+    ("reference", "ref_model_name_or_path"),
     ("truncation_mode", "truncation"),
     ("teacher_model_name_or_path", "teacher"),
     ("teacher_model", "teacher"),
@@ -44,6 +45,8 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("enable_activation_checkpointing", "gradient_checkpointing"),
     ("recompute", "gradient_checkpointing"),
     ("optimizer_in_bwd", "optimizer_in_backward"),
+    ("neftune_alpha", "neftune_noise_alpha"),
+    ("noisy_embedding_alpha", "neftune_noise_alpha"),
     ("gradient_clipping", "max_grad_norm"),
     ("torch_dtype", "dtype"),
     ("buffer_size", "shuffle_buffer_size"),
@@ -145,7 +148,7 @@ pub const INERT: &[Inert] = &[
     Inert {
         key: "precompute_ref_log_probs",
         values: &[],
-        why: "reference log-probabilities are always computed beforehand",
+        why: "reference log-probabilities are computed beforehand, unless `sync_ref_model`",
     },
     Inert {
         key: "train_on_eos",

@@ -182,6 +182,15 @@ impl Spec {
         }
     }
 
+    /// What a policy that this stage trains begins with.
+    pub(super) fn policy(&self) -> Option<&str> {
+        match self {
+            Self::Sft(spec) => Some(&spec.model_name_or_path),
+            Self::Dpo(spec) => Some(&spec.model_name_or_path),
+            _ => None,
+        }
+    }
+
     /// Refuses settings that cannot be acted on.
     ///
     /// # Errors

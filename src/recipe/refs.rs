@@ -61,6 +61,8 @@ pub struct Scope<'a> {
     pub done: &'a [Done],
     /// The present round.
     pub round: u32,
+    /// What the recipe's first policy begins with, once it is known.
+    pub base: Option<&'a str>,
     /// The recipe's directory: the second place where paths are looked for.
     pub home: &'a Path,
 }
@@ -190,7 +192,8 @@ mod tests {
             done("sft", Kind::Sft, "s/3"),
             done("pick", Kind::Select, "s/4"),
         ];
-        let scope = Scope { stages: &stages, done: &done, round: 2, home: Path::new("") };
+        let scope =
+            Scope { stages: &stages, done: &done, round: 2, base: None, home: Path::new("") };
         let check =
             |text: &str, expected: Result<&[&str], &str>| match (scope.paths(text), expected) {
                 (Ok(paths), Ok(expected)) => assert_eq!(paths, expected, "{text}"),

@@ -50,11 +50,15 @@ pub fn resolve(file: &RecipeFile, output_dir: Option<&Path>) -> Result<Resolved>
 
     let mut steps: Vec<Step> = Vec::new();
     let mut done: Vec<Done> = Vec::new();
+    let mut base: Option<String> = None;
     for round in 1..=top.rounds {
         for stage in stages.iter().filter(|stage| round == 1 || !stage.once) {
-            let scope = Scope { stages: &names, done: &done, round, home };
+            let scope = Scope { stages: &names, done: &done, round, base: base.as_deref(), home };
             let seed = derive_seed(stage.seed.unwrap_or(top.seed), &stage.name, round);
             let spec = stage.spec(file, &scope, seed)?;
+            if base.is_none() {
+                base = spec.policy().map(str::to_owned);
+            }
             if let Spec::Dpo(dpo) = &spec {
                 let at = &stage.name;
                 notes.extend(dpo.notes().into_iter().map(|note| format!("stage `{at}`: {note}")));
@@ -252,7 +256,10 @@ impl Stage {
                 .map_or(&self.line, |(_, place)| place);
             self.locate(file, place, error)
         })?;
-        Ok(spec)
+        Ok(match spec {
+            Spec::Dpo(dpo) => Spec::Dpo(dpo.without_none()),
+            other => other,
+        })
     }
 
     fn typed(&self, object: &Value) -> Result<Spec, (String, Error)> {

@@ -164,12 +164,22 @@ pub(super) fn shaped(key: &str, value: Value, default: &Value) -> Value {
 
 const MODEL_KEYS: [&str; 5] =
     ["model_name_or_path", "ref_model_name_or_path", "base_model", "teacher", "reference"];
+/// Words for references that are no paths.
+const REFERENCES: [&str; 3] = ["stage_start", "base", "none"];
 /// Between the alternatives of a model; no path has it.
 const OR: &str = "\0";
 
 /// Replaces references and relative paths in the values that name inputs.
 pub(super) fn inputs(key: &str, value: Value, scope: &Scope<'_>) -> Result<Value> {
     match (key, value) {
+        ("ref_model_name_or_path", Value::String(text)) if REFERENCES.contains(&text.as_str()) => {
+            Ok(Value::from(match text.as_str() {
+                // Of the first policy it is its own start.
+                "base" => scope.base.unwrap_or_default(),
+                "stage_start" => "",
+                word => word,
+            }))
+        }
         (key, Value::String(text)) if MODEL_KEYS.contains(&key) => {
             first_model(&text, scope).map(Value::String)
         }

@@ -14,7 +14,20 @@ svg{background:#fafafa;border:1px solid #ddd}figure{display:inline-block;margin:
 code{font-size:12px}@media(prefers-color-scheme:dark){body{background:#16161a;color:#e8e8ea}pre,svg{background:#222}th,td{border-color:#444}}";
 
 /// Curves that a stage of training draws, those that it has.
-const CURVES: [&str; 6] = ["loss", "eval_loss", "accuracy", "margin", "learning_rate", "grad_norm"];
+const CURVES: [&str; 12] = [
+    "loss",
+    "eval_loss",
+    "accuracy",
+    "margin",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "kl/chosen",
+    "entropy",
+    "learning_rate",
+    "grad_norm",
+];
 
 /// The whole page.
 pub fn render(summary: &Summary) -> String {

@@ -63,8 +63,19 @@ impl Observer for Progress<'_> {
     fn end(&self, step: &Step, record: &StageRecord) {
         let how =
             if record.reused { "reused".to_owned() } else { format!("{:.1} s", record.wall_s) };
-        let shown =
-            ["accuracy", "reward", "kl", "mean_length", "loss", "eval_loss", "margin", "rows"];
+        let shown = [
+            "accuracy",
+            "reward",
+            "kl",
+            "mean_length",
+            "loss",
+            "eval_loss",
+            "margin",
+            "rewards/accuracies",
+            "rewards/margins",
+            "kl/chosen",
+            "rows",
+        ];
         let numbers: Vec<String> = shown
             .iter()
             .filter_map(|name| Some(format!("{name} {}", short(*record.metrics.get(*name)?))))

@@ -106,14 +106,14 @@ impl Adapt<'_> {
 }
 
 impl Trainee {
-    /// The model as it is now, adapters merged: what samples are drawn from.
+    /// A model in this training as it is now, adapters merged: what samples are drawn from.
     ///
     /// # Errors
     /// The device's.
-    pub fn checkpoint(&self) -> Result<Checkpoint> {
+    pub fn checkpoint(&self, learner: &Learner) -> Result<Checkpoint> {
         let weights = match &self.adapter {
-            Some(_) => self.learner.tensors().merged()?,
-            None => self.learner.weights(),
+            Some(_) => learner.tensors().merged()?,
+            None => learner.weights(),
         };
         let tokenizer = self.tokenizer.clone();
         Ok(Checkpoint { config: self.config.clone(), weights, tokenizer })
@@ -126,7 +126,7 @@ impl Trainee {
     pub fn write(&self, dir: &Path) -> Result<()> {
         match &self.adapter {
             Some(files) => self.write_adapter(dir, &files.config, files, &self.learner.weights()),
-            None => self.checkpoint()?.write_into(dir, &SaveOptions::new(DType::F32)),
+            None => self.checkpoint(&self.learner)?.write_into(dir, &SaveOptions::new(DType::F32)),
         }
     }
 
@@ -136,7 +136,7 @@ impl Trainee {
     /// As [`write`](Self::write).
     pub fn save(&self, dir: &Path, dtype: Precision) -> Result<()> {
         let Some(files) = &self.adapter else {
-            return self.checkpoint()?.save(dir, &SaveOptions::new(dtype.dtype()));
+            return self.checkpoint(&self.learner)?.save(dir, &SaveOptions::new(dtype.dtype()));
         };
         let building = crate::store::AtomicDir::create(dir)?;
         let trained = self.learner.weights();
@@ -271,12 +271,22 @@ mod tests {
 
         /// Trains on the rows; returns the checkpoint's directory, unless it was stopped.
         fn sft(&self, name: &str, lora: &Lora, stop: u64) -> Result<std::path::PathBuf> {
+            self.sft_with(name, lora, settings(), stop)
+        }
+
+        fn sft_with(
+            &self,
+            name: &str,
+            lora: &Lora,
+            train: Settings,
+            stop: u64,
+        ) -> Result<std::path::PathBuf> {
             let events = StopAfter(stop, AtomicU64::default());
             let context = self.context(name, &events);
             let spec = Sft {
                 model_name_or_path: BASE.to_owned(),
                 datasets: self.data("rows.jsonl"),
-                train: settings(),
+                train,
                 lora: lora.clone(),
                 ..Sft::default()
             };
@@ -370,6 +380,16 @@ mod tests {
             let resumed = home.sft(&cut, &lora, NEVER).unwrap();
             assert_eq!(bytes(&resumed), bytes(&whole), "{name}");
         }
+    }
+
+    /// An average that hardly moves stays where the factors began, and changes nothing of what the model says.
+    #[test]
+    fn the_average_of_adapters_is_what_is_saved() {
+        let home = Home::new();
+        let settings = Settings { ema_decay: 0.999_999, eval_steps: 2, ..settings() };
+        let dir = home.sft_with("average", &lora(), settings, NEVER).unwrap();
+        let apart = worst(&outputs(&load(&dir)), &outputs(&load(Path::new(BASE))));
+        assert!(apart < 1e-3 && apart > 0.0, "{apart}");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::model::Transformer;
 use crate::model::checkpoint::Checkpoint;
 use crate::recipe::plan;
 use crate::train::reference::{Logps, Request, reference_logps};
-use crate::train::{Data, Order};
+use crate::train::{Data, Follower, Order};
 
 /// Trains the policy on preferences, against a frozen reference where a loss reads one: by default its own start.
 /// Input: a checkpoint and pairs, or labelled responses. Output: `checkpoint/`.
@@ -32,9 +32,8 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     let mut train = Labelled::read(context, &start, spec, &spec.datasets)?;
     let mut held_out = Labelled::read(context, &start, spec, &spec.eval_datasets)?;
 
+    let mut follower = None;
     if spec.needs_reference() {
-        // Plain tensors: no graph, no optimizer. Held and computed with as the policy's base is, so that equal weights give
-        // equal numbers: of adapters the reference is the model with its adapters off, which shares its weights.
         let (adapt, reference) = match spec.ref_model_name_or_path.as_str() {
             "" => (adapt, start.clone()),
             other => (
@@ -42,12 +41,15 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
                 training::load(context, other, &spec.chat_template)?,
             ),
         };
-        let hash = training::weights_sha256(&reference.weights)?;
-        let weights_hash = format!("{hash} {:?}", spec.lora.quantization);
-        let tensors = adapt.frozen(reference.weights)?;
-        let reference = Transformer::of(&reference.config, &tensors)?;
-        train.read_reference(context, spec, (&reference, &weights_hash))?;
-        held_out.read_reference(context, spec, (&reference, &weights_hash))?;
+        if spec.sync_ref_model {
+            let Checkpoint { config, weights, .. } = reference;
+            let made = Follower::new(&config, weights, spec.train.dtype, spec.pace())?;
+            train.method.set_live(&made);
+            held_out.method.set_live(&made);
+            follower = Some(made);
+        } else {
+            read_references(context, spec, (adapt, reference), [&mut train, &mut held_out])?;
+        }
     }
 
     let Labelled { trees, method } = train;
@@ -56,11 +58,31 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
         objective: method.objective(),
         train: &Data::Set(Box::new(trees)),
         eval: (held_out.method.objective(), &held_out.trees),
+        follower: follower.as_ref(),
         samples: &[],
         settings: &spec.train,
         adapt,
     };
     training::fit(context, work)
+}
+
+/// Reads the log-probabilities of a reference that stays as it is.
+fn read_references(
+    context: &StageContext<'_>,
+    spec: &plan::Dpo,
+    (adapt, reference): (Adapt<'_>, Checkpoint),
+    datasets: [&mut Labelled; 2],
+) -> Result<()> {
+    let hash = training::weights_sha256(&reference.weights)?;
+    let weights_hash = format!("{hash} {:?}", spec.lora.quantization);
+    // Plain tensors: no graph, no optimizer. Held and computed with as the policy's base is, so that equal weights give equal
+    // numbers: of adapters the reference is the model with its adapters off, which shares its weights.
+    let tensors = adapt.frozen(reference.weights)?;
+    let reference = Transformer::of(&reference.config, &tensors)?;
+    for dataset in datasets {
+        dataset.read_reference(context, spec, (&reference, &weights_hash))?;
+    }
+    Ok(())
 }
 
 /// What one dataset is trained with.
@@ -84,6 +106,7 @@ impl Method {
                 summing,
                 weighting: spec.use_weighting,
                 reference,
+                live: None,
                 margins,
             }));
         }
@@ -91,7 +114,14 @@ impl Method {
             [(loss, weight)] if loss.unpaired() && spec.sft_loss_weight <= 0.0 && weight > 0.0 => {
                 let labels = rows.iter().enumerate();
                 let labels = labels.filter_map(|(at, row)| Some((at, row.label().ok()?))).collect();
-                Ok(Self::Unpaired(Unpaired { loss, options, summing, labels, reference }))
+                Ok(Self::Unpaired(Unpaired {
+                    loss,
+                    options,
+                    summing,
+                    labels,
+                    reference,
+                    live: None,
+                }))
             }
             _ => Err(Error::usage("single responses need one loss, `kto` or `apo_zero_unpaired`")
                 .at("`loss_type`")
@@ -114,6 +144,13 @@ impl Method {
                 row.label()?;
                 objective.check_tree(tree)
             }
+        }
+    }
+
+    fn set_live(&mut self, follower: &Follower) {
+        match self {
+            Self::Paired(objective) => objective.live = Some(follower.live()),
+            Self::Unpaired(objective) => objective.live = Some(follower.live()),
         }
     }
 

@@ -35,6 +35,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
         objective: objective.as_ref(),
         train: &train,
         eval: (objective.as_ref(), held_out.as_ref()),
+        follower: None,
         samples: &[],
         settings: &spec.train,
         adapt,

@@ -47,6 +47,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
         objective: &objective,
         train: &train,
         eval: (&held_out_objective, held_out.as_ref()),
+        follower: None,
         samples: &samples,
         settings: &spec.train,
         adapt,

@@ -24,7 +24,7 @@ use crate::model::Weights;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::recipe::plan::Dataset;
 use crate::report::record::Metrics;
-use crate::train::{self, Data, Job, Learner, Settings};
+use crate::train::{self, Data, Follower, Job, Learner, Settings};
 
 /// Loads a checkpoint and, where one is named, gives its tokenizer another chat template.
 pub fn load(context: &StageContext<'_>, model: &str, chat_template: &str) -> Result<Checkpoint> {
@@ -191,6 +191,8 @@ pub struct Work<'a> {
     pub train: &'a Data,
     /// Held-out examples and their objective.
     pub eval: (&'a dyn Objective, &'a dyn Examples),
+    /// A reference that follows the policy.
+    pub follower: Option<&'a Follower>,
     /// Prompts to answer at each evaluation, for people to read.
     pub samples: &'a [Row],
     /// How to train.
@@ -203,8 +205,8 @@ pub struct Work<'a> {
 pub fn fit(context: &StageContext<'_>, work: Work<'_>) -> Result<Metrics> {
     let trainee = work.adapt.trainee(work.start)?;
     let save = |_: &Learner, dir: &std::path::Path| trainee.write(dir);
-    let samples = |_: &Learner| {
-        answers(&trainee.checkpoint()?.computed_in(work.settings.dtype)?, work.samples)
+    let samples = |learner: &Learner| {
+        answers(&trainee.checkpoint(learner)?.computed_in(work.settings.dtype)?, work.samples)
     };
     let job = Job {
         objective: work.objective,
@@ -214,6 +216,7 @@ pub fn fit(context: &StageContext<'_>, work: Work<'_>) -> Result<Metrics> {
         seed: context.seed,
         dir: &context.dir,
         save: &save,
+        follower: work.follower,
         samples: (!work.samples.is_empty()).then_some(&samples),
         events: context.events,
     };

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, safetensors};
 use serde::{Deserialize, Serialize};
 
+use super::watchdog::Watch;
 use super::{Ema, Learner};
 use crate::data::stream::Cursor;
 use crate::error::{Context, Result};
@@ -32,8 +33,17 @@ pub struct State {
     pub last: Metrics,
     /// Numbers of the last evaluation.
     pub eval: Metrics,
-    /// The lowest evaluation loss, where the best weights are kept.
+    /// The lowest evaluation loss.
     pub best: Option<f64>,
+    /// Evaluations since then.
+    #[serde(default)]
+    pub evals_since_best: usize,
+    /// Steps whose gradient was clipped.
+    #[serde(default)]
+    pub clipped: usize,
+    /// What the watchdog saw.
+    #[serde(default)]
+    pub watch: Watch,
     /// Where a stream of examples stands.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cursor: Option<Cursor>,
@@ -84,6 +94,11 @@ impl Saved {
             .collect();
         steps.sort();
         Ok(steps.into_iter().map(|dir| Self { dir }).collect())
+    }
+
+    /// Its directory.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Puts weights, their average and the optimizer back to where they were.

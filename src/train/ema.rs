@@ -28,9 +28,7 @@ impl Ema {
         if settings.ema_decay <= 0.0 {
             return Ok(None);
         }
-        let config = learner.model().config();
-        let average = Learner::with(config, learner.weights(), settings.dtype, |_| false)?;
-        Ok(Some(Self { decay: settings.ema_decay as f32, average }))
+        Ok(Some(Self { decay: settings.ema_decay as f32, average: learner.twin()? }))
     }
 
     /// The averaged model.

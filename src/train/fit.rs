@@ -8,7 +8,7 @@ use super::checkpoint::{Saved, State};
 use super::feed::{Data, Feed};
 use super::step::{self, StepOptions, StepReport};
 use super::update::{Pace, update};
-use super::{Ema, Learner, Recompute, Settings};
+use super::{Ema, Follower, Learner, Recompute, Settings};
 use crate::data::examples::Examples;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
@@ -35,6 +35,8 @@ pub struct Job<'a> {
     pub dir: &'a Path,
     /// Writes the current weights as a complete Hugging Face directory.
     pub save: &'a dyn Fn(&Learner, &Path) -> Result<()>,
+    /// A reference that follows the policy, where the objective asks one.
+    pub follower: Option<&'a Follower>,
     /// Answers a few held-out prompts with the current weights, for people to read. Returns lines to note.
     pub samples: Option<&'a Samples<'a>>,
     /// Where progress and numbers go.
@@ -50,8 +52,12 @@ pub struct Job<'a> {
 /// No examples; a loss or gradient that is not finite, named by step and rows; [`Error::interrupted`] after saving.
 pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
     job.settings.check()?;
+    if job.settings.early_stopping_patience > 0 && job.eval.1.is_empty() {
+        return Err(Error::usage("`early_stopping_patience` without `eval_datasets`")
+            .hint("it waits for a lower evaluation loss: name held-out data"));
+    }
     let mut run = Run::resume(learner, job)?;
-    while run.state.step < run.feed.total_steps() {
+    while run.state.step < run.feed.total_steps() && !run.waited_long_enough() {
         run.step()?;
         run.after_step()?;
     }
@@ -77,6 +83,9 @@ impl<'a> Run<'a> {
         let state = match Saved::newest(&Self::checkpoints(job))? {
             Some(saved) => {
                 let state = saved.load((learner, ema.as_ref()), &mut adamw)?;
+                if let Some(follower) = job.follower {
+                    follower.load(saved.dir())?;
+                }
                 job.events.note(&format!("resuming after step {}", state.step));
                 state
             }
@@ -111,7 +120,8 @@ impl<'a> Run<'a> {
         let lr = settings.learning_rate
             * schedule.factor(self.state.step, total, settings.warmup(total));
         let dropout = self.learner.dropout(self.job.seed, self.state.step);
-        let options = StepOptions { dropout, ..self.options };
+        let noise = settings.noise(self.job.seed, self.state.step);
+        let options = StepOptions { dropout, noise, ..self.options };
         let pace = Pace { lr, max_grad_norm: settings.max_grad_norm };
         let what = (self.job.objective, trees.as_slice());
         let (report, norm) = update(self.learner, what, options, &mut self.adamw, pace)
@@ -120,6 +130,9 @@ impl<'a> Run<'a> {
             ema.update(self.learner)?;
         }
         self.state.step += 1;
+        if let Some(follower) = self.job.follower {
+            follower.after_step(self.learner, self.state.step)?;
+        }
         self.state.cursor = self.feed.cursor();
         self.state.tokens += report.tokens as u64;
         self.started.1 += report.tokens;
@@ -131,6 +144,10 @@ impl<'a> Run<'a> {
         let mut metrics = report.metrics;
         metrics.insert("loss".to_owned(), report.loss);
         metrics.insert("grad_norm".to_owned(), norm);
+        if self.job.settings.max_grad_norm > 0.0 {
+            self.state.clipped += usize::from(norm > self.job.settings.max_grad_norm);
+            metrics.insert("clipped_share".to_owned(), self.state.clipped as f64 / step as f64);
+        }
         metrics.insert("learning_rate".to_owned(), lr);
         metrics.insert("epoch".to_owned(), self.feed.epoch(step));
         metrics.insert("num_tokens".to_owned(), self.state.tokens as f64);
@@ -140,6 +157,10 @@ impl<'a> Run<'a> {
             self.state.first = metrics.clone();
         }
         self.state.last = metrics.clone();
+        let heard = self.state.watch.see(&metrics, self.job.settings.watchdog);
+        if let Some(warning) = heard.map_err(|error| error.at(format!("step {step}")))? {
+            self.job.events.note(&format!("step {step}: {warning}"));
+        }
         let what = format!("loss {:.4}", report.loss);
         self.job.events.progress(&what, step as u64, total as u64);
         if step % self.job.settings.logging_steps == 0 || step == total {
@@ -161,7 +182,11 @@ impl<'a> Run<'a> {
         if (due(settings.save_steps) && !last) || interrupted {
             let dir = Self::checkpoints(self.job);
             let weights = (self.learner, self.ema.as_ref());
-            Saved::write(&dir, weights, &self.adamw, &self.state, self.job.save)?;
+            let save = |learner: &Learner, dir: &Path| {
+                self.job.follower.map_or(Ok(()), |follower| follower.save(dir))?;
+                (self.job.save)(learner, dir)
+            };
+            Saved::write(&dir, weights, &self.adamw, &self.state, &save)?;
             Saved::prune(&dir, settings.save_total_limit)?;
         }
         if interrupted { Err(Error::interrupted()) } else { Ok(()) }
@@ -183,17 +208,36 @@ impl<'a> Run<'a> {
             );
             self.job.events.metrics(self.state.step as u64, &metrics)?;
             self.state.eval = metrics;
-            if self.job.settings.load_best_model_at_end
-                && self.state.best.is_none_or(|best| report.loss < best)
-            {
-                Saved::write_best(self.job.dir, self.kept())?;
-                self.state.best = Some(report.loss);
-            }
+            self.compare(report.loss)?;
         }
         if let Some(samples) = self.job.samples {
             samples(self.kept())?.iter().for_each(|line| self.job.events.note(line));
         }
         Ok(())
+    }
+
+    /// Counts evaluations without a new lowest loss, and keeps the weights of the lowest.
+    fn compare(&mut self, loss: f64) -> Result<()> {
+        if self.state.best.is_some_and(|best| loss >= best) {
+            self.state.evals_since_best += 1;
+            if self.waited_long_enough() {
+                let (step, waited) = (self.state.step, self.state.evals_since_best);
+                self.job.events.note(&format!(
+                    "stopping after step {step}: no lower evaluation loss in {waited} evaluations"
+                ));
+            }
+            return Ok(());
+        }
+        (self.state.best, self.state.evals_since_best) = (Some(loss), 0);
+        if self.job.settings.load_best_model_at_end {
+            Saved::write_best(self.job.dir, self.kept())?;
+        }
+        Ok(())
+    }
+
+    fn waited_long_enough(&self) -> bool {
+        let patience = self.job.settings.early_stopping_patience;
+        patience > 0 && self.state.evals_since_best >= patience
     }
 
     fn finish(self) -> Result<Metrics> {
@@ -203,11 +247,14 @@ impl<'a> Run<'a> {
             self.learner.set(&ema.learner().weights())?;
         }
         let State { step, tokens, first, last, eval, best, .. } = self.state;
+        // Where training began is told by what the objective measures.
+        let told = |name: &str| {
+            !["tokens_per_second", "num_tokens", "epoch", "clipped_share"].contains(&name)
+                && !name.starts_with("grad_norm/")
+        };
+        let first = first.into_iter().filter(|(name, _)| told(name));
         let mut metrics: Metrics =
-            first.into_iter().map(|(name, value)| (format!("first_{name}"), value)).collect();
-        metrics.retain(|name, _| {
-            !matches!(name.as_str(), "first_tokens_per_second" | "first_num_tokens" | "first_epoch")
-        });
+            first.map(|(name, value)| (format!("first_{name}"), value)).collect();
         metrics.extend(last);
         metrics.extend(eval);
         metrics.insert("steps".to_owned(), step as f64);

@@ -120,6 +120,30 @@ impl Learner {
         (self.dropout > 0.0).then_some(Dropout { rate: self.dropout, seed, step })
     }
 
+    /// The same model with trained parameters of its own; what is frozen is shared.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn twin(&self) -> Result<Self> {
+        let params = self.params.iter().map(|(name, param)| Ok((name.clone(), param.twin()?)));
+        let params: BTreeMap<String, Param> = params.collect::<Result<_>>()?;
+        let own = |name: &str, tensor: &Tensor| match params.get(name) {
+            Some(param) => param.computed().clone(),
+            None => tensor.clone(),
+        };
+        let mut tensors = self.tensors.clone();
+        tensors.weights.iter_mut().for_each(|(name, tensor)| *tensor = own(name, tensor));
+        for (module, adapter) in &mut tensors.adapters {
+            adapter.a = own(&parameter(module, A), &adapter.a);
+            adapter.b = own(&parameter(module, B), &adapter.b);
+            if let Some(dora) = &mut adapter.dora {
+                dora.magnitude = own(&parameter(module, MAGNITUDE), &dora.magnitude);
+            }
+        }
+        let model = Transformer::of(self.model.config(), &tensors)?;
+        Ok(Self { params, tensors, model, dropout: self.dropout })
+    }
+
     /// All that the model is made of.
     pub fn tensors(&self) -> &Tensors {
         &self.tensors

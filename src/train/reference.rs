@@ -65,9 +65,7 @@ pub fn reference_logps(request: &Request<'_>, summing: Summing) -> Result<Logps>
         for range in micro_batches(&trees, request.settings.max_tokens_per_micro_batch) {
             let forest = Forest::pack(&trees[range])?;
             let logps = step::read(request.model, Readout::Logps, &forest)?;
-            table.extend(summing.trees(&forest, &logps).into_iter().map(|(source, responses)| {
-                (source, responses.iter().map(|response| response.logp).collect())
-            }));
+            table.extend(summing.table(&forest, &logps));
         }
         request.events.progress("reference", step_index as u64 + 1, steps as u64);
     }

@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::memory::{Recompute, available, parse_bytes};
+use super::noise::Noise;
 use super::step::StepOptions;
+use super::watchdog::Watchdog;
 use crate::error::{Error, Result};
 use crate::model::Precision;
 use crate::optim::adamw::{Hyper, is_decayed};
@@ -51,6 +53,9 @@ pub struct Settings {
     /// Update a block's weights as soon as its gradient is there, and free it: gradients of one block exist at a time.
     /// For steps of one micro-batch without clipping (`max_grad_norm = 0`).
     pub optimizer_in_backward: bool,
+    /// NEFTune: uniform noise within `±alpha / sqrt(L D)` on the embedded tokens while training, with `L` the row's tokens and
+    /// `D` the width; 0 is off, the paper takes 5 to 15.
+    pub neftune_noise_alpha: f64,
     /// Evaluate every so many steps; 0 evaluates at the end only.
     pub eval_steps: usize,
     /// Write a checkpoint every so many steps; 0 writes none before the end.
@@ -61,6 +66,11 @@ pub struct Settings {
     pub logging_steps: usize,
     /// Finish with the weights of the best evaluation rather than the last.
     pub load_best_model_at_end: bool,
+    /// Stop after so many evaluations in a row without a new lowest loss; 0 never does. Needs `eval_steps`.
+    pub early_stopping_patience: usize,
+    /// What to do when a preference loss makes the chosen responses unlikely, by 1 nat a token: `"warn"`, `"stop"` or
+    /// `"off"`.
+    pub watchdog: Watchdog,
     /// What products compute with: `f32`, or `bf16` with f32 masters, sums, norms and softmax.
     pub dtype: Precision,
     /// Element type of the saved weights.
@@ -98,11 +108,14 @@ impl Default for Settings {
             gradient_checkpointing: Recompute::None,
             memory_budget: String::new(),
             optimizer_in_backward: false,
+            neftune_noise_alpha: 0.0,
             eval_steps: 0,
             save_steps: 0,
             save_total_limit: 2,
             logging_steps: 1,
             load_best_model_at_end: false,
+            early_stopping_patience: 0,
+            watchdog: Watchdog::Warn,
             dtype: Precision::F32,
             save_dtype: Precision::F32,
             ema_decay: 0.0,
@@ -134,6 +147,7 @@ impl Settings {
             dropout: None,
             optimizer_in_backward: self.optimizer_in_backward,
             averages: self.ema_decay > 0.0,
+            noise: None,
         })
     }
 
@@ -148,6 +162,12 @@ impl Settings {
             Error::usage("how much memory is free is not known on this system")
                 .hint("set memory_budget, for example \"6GiB\"")
         })
+    }
+
+    /// The noise of a step, after `step` others.
+    pub fn noise(&self, seed: u64, step: usize) -> Option<Noise> {
+        let alpha = self.neftune_noise_alpha;
+        (alpha > 0.0).then_some(Noise { alpha, seed, step })
     }
 
     /// AdamW's constants.
@@ -208,6 +228,19 @@ impl Settings {
                     "`{key}` is {value}, expected 0 or more and less than 1"
                 )));
             }
+        }
+        if self.early_stopping_patience > 0 && self.eval_steps == 0 {
+            return Err(Error::usage(format!(
+                "`early_stopping_patience` is {} and `eval_steps` is 0, expected 1 or more",
+                self.early_stopping_patience
+            ))
+            .hint("it counts evaluations: say how often they are"));
+        }
+        let alpha = self.neftune_noise_alpha;
+        if !alpha.is_finite() || alpha < 0.0 {
+            return Err(Error::usage(format!(
+                "`neftune_noise_alpha` is {alpha}, expected 0 or more"
+            )));
         }
         if self.streaming && self.max_steps == 0 {
             return Err(Error::usage(

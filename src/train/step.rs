@@ -4,6 +4,7 @@ use candle_core::Tensor;
 
 use super::Learner;
 use super::memory::{Adapted, Footprint, Recompute};
+use super::noise::Noise;
 use crate::data::examples::Examples;
 use crate::data::forest::{Forest, micro_batches, packed};
 use crate::data::tree::Tree;
@@ -16,7 +17,7 @@ use crate::model::{Config, Precision};
 use crate::ops::head::{self, Asked, Readings, RowStats};
 use crate::report::record::Metrics;
 
-/// How a step is computed; all but the type and the dropout changes memory and speed, never what is computed.
+/// How a step is computed; all but the type, the dropout and the noise changes memory and speed, never what is computed.
 #[derive(Clone, Copy, Debug)]
 pub struct StepOptions {
     /// Token budget of a micro-batch.
@@ -35,6 +36,8 @@ pub struct StepOptions {
     pub optimizer_in_backward: bool,
     /// A moving average of the weights is held beside them: see [`Ema`](super::Ema).
     pub averages: bool,
+    /// Noise on the embedded tokens.
+    pub noise: Option<Noise>,
 }
 
 impl StepOptions {
@@ -49,6 +52,7 @@ impl StepOptions {
             dropout: None,
             optimizer_in_backward: false,
             averages: false,
+            noise: None,
         }
     }
 
@@ -119,7 +123,11 @@ pub fn gradients(
 pub(super) fn trace(model: &Transformer, forest: &Forest, options: StepOptions) -> Result<Trace> {
     let keep = options.keep(model.config(), forest.len());
     let masks = options.dropout.map(|dropout| dropout.over(forest));
-    model.trace_embedded(forest, &model.embed(&forest.tokens)?, (keep, masks))
+    let mut x = model.embed(&forest.tokens)?;
+    if let Some(noise) = options.noise {
+        x = noise.add(forest, &x)?;
+    }
+    model.trace_embedded(forest, &x, (keep, masks))
 }
 
 /// The same measures without gradients, one micro-batch at a time.
@@ -180,7 +188,7 @@ fn readings(
     }
 }
 
-/// Rows cost the CPU one part in a hundred of the head's products; the plain form more than that.
+/// Rows cost the CPU two or three parts in a hundred of the head, half a part of a step; the plain form more than that.
 fn wants_rows(model: &Transformer, objective: &dyn Objective) -> bool {
     objective.reads_rows() || model.device().is_cpu()
 }
@@ -268,12 +276,11 @@ pub(super) fn head_step(
         return Ok((weighed, d_hidden));
     }
     let known = objective.fixed_gradient(forest, totals);
-    let early = match known {
-        Some(_) => None,
-        None => {
-            let readings = readings(model, objective, (forest, hidden))?;
-            Some(weigh(objective, forest, &readings, totals)?)
-        }
+    let early = if known.is_some() {
+        None
+    } else {
+        let readings = readings(model, objective, (forest, hidden))?;
+        Some(weigh(objective, forest, &readings, totals)?)
     };
     let slopes = match (&known, &early) {
         (Some(known), _) => known.slopes(),

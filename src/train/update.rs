@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use super::Learner;
+use super::norms::Norms;
 use super::step::{self, StepOptions, StepReport, Sums};
 use crate::data::forest::Forest;
 use crate::data::tree::Tree;
@@ -35,9 +36,14 @@ pub fn update(
     if options.optimizer_in_backward {
         return in_backward(learner, (objective, trees), options, adamw, pace.lr);
     }
-    let (grads, report) = step::gradients(learner, objective, trees, options)?;
-    let norm = grads.norm()?;
+    let (grads, mut report) = step::gradients(learner, objective, trees, options)?;
+    let mut norms = Norms::default();
+    for (name, grad) in grads.iter() {
+        norms.add(name, square_sum(grad)?);
+    }
+    let norm = norms.total();
     check(report.loss, norm, trees)?;
+    norms.log(&mut report.metrics);
     adamw.step(learner.params(), &grads, pace.lr, clip_factor(norm, pace.max_grad_norm))?;
     Ok((report, norm))
 }
@@ -66,11 +72,11 @@ fn in_backward(
     let (weighed, d_hidden) =
         step::head_step(model, objective, (forest, &trace.hidden), &totals, &mut grads)?;
     sums.add(weighed, forest);
-    let report = sums.report(objective, &totals);
+    let mut report = sums.report(objective, &totals);
     check(report.loss, square_sum(&d_hidden)?.sqrt(), trees)?;
 
     adamw.begin_step();
-    let mut squares = 0.0;
+    let mut norms = Norms::default();
     let mut apply = |whole: Vec<(String, Tensor)>| -> Result<()> {
         for (name, grad) in whole {
             let square = square_sum(&grad)?;
@@ -79,7 +85,7 @@ fn in_backward(
                     .at(name)
                     .hint("later blocks have moved: go on from the last checkpoint"));
             }
-            squares += square;
+            norms.add(&name, square);
             adamw.apply(learner.params(), (&name, &grad), lr, 1.0)?;
         }
         Ok(())
@@ -90,7 +96,8 @@ fn in_backward(
     }
     drop(backward);
     apply(grads.take(""))?;
-    Ok((report, squares.sqrt()))
+    norms.log(&mut report.metrics);
+    Ok((report, norms.total()))
 }
 
 fn check(loss: f64, norm: f64, trees: &[&Tree]) -> Result<()> {

@@ -11,6 +11,7 @@
 
 mod coupled;
 mod divergence;
+mod live;
 mod objective;
 mod pairwise;
 mod summing;
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 pub use divergence::FDivergence;
+pub use live::LiveReference;
 pub use objective::Preference;
 pub use summing::{Response, Summing};
 pub use unpaired::Unpaired;

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::mem::replace;
 
-use super::{LossOptions, Pair, PreferenceLoss, Response, Sides, Summing};
+use super::{LiveReference, LossOptions, Pair, PreferenceLoss, Response, Sides, Summing};
 use crate::data::forest::Forest;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
@@ -37,6 +37,8 @@ pub struct Preference {
     /// The reference's log-probability of each leaf, under the same mask, by the pair's row. Empty where no loss
     /// needs one.
     pub reference: BTreeMap<usize, Vec<f64>>,
+    /// A reference that moves; asked instead of `reference` where there is one.
+    pub live: Option<LiveReference>,
     /// The column `margin` by row, where a loss reads it: by how much each response is better than the next.
     pub margins: BTreeMap<usize, Vec<f64>>,
 }
@@ -51,6 +53,7 @@ impl Default for Preference {
             summing: Summing::default(),
             weighting: false,
             reference: BTreeMap::new(),
+            live: None,
             margins: BTreeMap::new(),
         }
     }
@@ -120,9 +123,11 @@ impl Preference {
     /// What the losses are told of each tree.
     fn read(&self, forest: &Forest, logps: &[f32]) -> Result<Read> {
         let mut read = Read::default();
+        let place = (self.summing, forest);
+        let table = LiveReference::table(self.live.as_ref(), &self.reference, place)?;
         let mut first = 0;
         for (source, policy) in self.summing.trees(forest, logps) {
-            self.read_tree((source, first), &policy, &mut read)
+            self.read_tree((source, first), &policy, &table, &mut read)
                 .map_err(|error| error.at(format!("row {source}")))?;
             first += policy.len();
         }
@@ -134,13 +139,14 @@ impl Preference {
         &self,
         (source, first): (usize, usize),
         policy: &[Response],
+        table: &BTreeMap<usize, Vec<f64>>,
         read: &mut Read,
     ) -> Result<()> {
         check_leaves(policy.len())?;
         if let Some(leaf) = policy.iter().position(|response| response.length < 1.0) {
             return Err(empty(leaf));
         }
-        let reference = self.reference_of(source, policy.len())?;
+        let reference = self.reference_of(table, source, policy.len())?;
         let mismatches = self.has(PreferenceLoss::needs_mismatched);
         let ranked = if mismatches { 2 } else { policy.len() };
         let margins = self.margins_of(source, ranked)?;
@@ -157,11 +163,16 @@ impl Preference {
         Ok(())
     }
 
-    fn reference_of(&self, source: usize, leaves: usize) -> Result<Vec<f64>> {
+    fn reference_of(
+        &self,
+        table: &BTreeMap<usize, Vec<f64>>,
+        source: usize,
+        leaves: usize,
+    ) -> Result<Vec<f64>> {
         if !self.needs_reference() {
             return Ok(vec![0.0; leaves]);
         }
-        self.reference
+        table
             .get(&source)
             .filter(|logps| logps.len() == leaves)
             .cloned()

@@ -1,5 +1,7 @@
 //! From tokens to one log-probability a response.
 
+use std::collections::BTreeMap;
+
 use crate::data::forest::Forest;
 use crate::data::tree::{Role, Tree};
 
@@ -69,6 +71,13 @@ impl Summing {
             trees[leaf.tree].1.push(response);
         }
         trees
+    }
+
+    /// The log-probability of each leaf by row: what a reference is kept as.
+    pub fn table(self, forest: &Forest, logps: &[f32]) -> BTreeMap<usize, Vec<f64>> {
+        let logp = |response: Response| response.logp;
+        let trees = self.trees(forest, logps).into_iter();
+        trees.map(|(row, all)| (row, all.into_iter().map(logp).collect())).collect()
     }
 
     /// Every leaf's response, in the order of [`Forest::leaves`].

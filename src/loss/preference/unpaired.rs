@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::coupled::{kl_estimate, shift};
 use super::objective::{empty, is_first};
-use super::{LossOptions, PreferenceLoss, Response, Summing};
+use super::{LiveReference, LossOptions, PreferenceLoss, Response, Summing};
 use crate::data::forest::Forest;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
@@ -24,6 +24,8 @@ pub struct Unpaired {
     pub labels: BTreeMap<usize, bool>,
     /// The reference's log-probability of each leaf, under the same mask, by row.
     pub reference: BTreeMap<usize, Vec<f64>>,
+    /// A reference that moves; asked instead of `reference` where there is one.
+    pub live: Option<LiveReference>,
 }
 
 /// One tree.
@@ -61,22 +63,28 @@ impl Unpaired {
 
     fn read(&self, forest: &Forest, logps: &[f32]) -> Result<Read> {
         let mut read = Read::default();
+        let place = (self.summing, forest);
+        let table = LiveReference::table(self.live.as_ref(), &self.reference, place)?;
         for (source, policy) in self.summing.trees(forest, logps) {
-            self.read_tree(source, &policy, &mut read)
+            let reference = table.get(&source).map_or(&[][..], Vec::as_slice);
+            self.read_tree((source, reference), &policy, &mut read)
                 .map_err(|error| error.at(format!("row {source}")))?;
         }
         Ok(read)
     }
 
-    fn read_tree(&self, source: usize, policy: &[Response], read: &mut Read) -> Result<()> {
+    fn read_tree(
+        &self,
+        (source, reference): (usize, &[f64]),
+        policy: &[Response],
+        read: &mut Read,
+    ) -> Result<()> {
         if let Some(leaf) = policy.iter().position(|response| response.length < 1.0) {
             return Err(empty(leaf));
         }
-        let reference = self
-            .reference
-            .get(&source)
-            .filter(|logps| logps.len() == policy.len())
-            .ok_or_else(|| Error::run("no reference log-probability was computed"))?;
+        if reference.len() != policy.len() {
+            return Err(Error::run("no reference log-probability was computed"));
+        }
         let mut ratios = policy.iter().zip(reference).map(|(own, other)| own.logp - other);
         let log_ratio = ratios.next().unwrap_or_default();
         read.mismatched.extend(ratios);

@@ -105,7 +105,9 @@ fn row_on_cpu(
         let (softmax, one) = slopes.of_row(targets, log_sum_exp, vocab);
         simd::scale(logits, softmax / sum);
         if slopes.mean_logp != 0.0 {
-            logits.iter_mut().for_each(|logit| *logit += one);
+            for logit in logits.iter_mut() {
+                *logit += one;
+            }
         }
         for &(index, id) in targets {
             logits[id as usize] += slopes.d_logps[index];

@@ -1,0 +1,41 @@
+//! A reference that is asked anew for every micro-batch, because it moves.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use super::Summing;
+use crate::data::forest::Forest;
+use crate::error::Result;
+
+type Ask = dyn Fn(&Forest) -> Result<Vec<f32>> + Send + Sync;
+
+/// Where a moving reference's log-probabilities of a forest's targets come from.
+#[derive(Clone)]
+pub struct LiveReference(Arc<Ask>);
+
+impl LiveReference {
+    /// Asks `ask` for one log-probability a target.
+    pub fn new(ask: impl Fn(&Forest) -> Result<Vec<f32>> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(ask))
+    }
+
+    /// The log-probability of each leaf by row: what `live` says of this forest where there is one, else what is `kept`.
+    pub(super) fn table<'a>(
+        live: Option<&Self>,
+        kept: &'a BTreeMap<usize, Vec<f64>>,
+        (summing, forest): (Summing, &Forest),
+    ) -> Result<Cow<'a, BTreeMap<usize, Vec<f64>>>> {
+        match live {
+            Some(Self(ask)) => Ok(Cow::Owned(summing.table(forest, &ask(forest)?))),
+            None => Ok(Cow::Borrowed(kept)),
+        }
+    }
+}
+
+impl fmt::Debug for LiveReference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LiveReference")
+    }
+}
