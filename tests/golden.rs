@@ -547,7 +547,7 @@ fn golden_f_adapters_of_peft() {
         }
 
         // Merged, the same logits.
-        let merged = base.clone().with_adapter(saved.clone(), &dir).unwrap();
+        let merged = base.clone().with_adapter(&saved, &dir).unwrap();
         let merged = Transformer::new(&merged.config, &merged.weights).unwrap();
         for (row, tree) in trees.iter().enumerate() {
             let forest = Forest::pack([tree]).unwrap();

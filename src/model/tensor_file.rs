@@ -185,7 +185,9 @@ pub(super) fn write_header<'a>(
     let mut header = Map::new();
     // transformers refuses a file that does not say which framework's layout it has.
     let mut metadata = json!({"format": "pt"});
-    texts.iter().for_each(|(key, text)| metadata[key] = json!(text));
+    for (key, text) in texts {
+        metadata[key] = json!(text);
+    }
     header.insert("__metadata__".to_owned(), metadata);
     let mut offset = 0;
     for (name, shape) in tensors {

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::Weights;
-use super::lora::{self, Adapters};
+use super::lora::{self, Adapter, Adapters};
 use super::matrix::Matrix;
 use super::packed::PackedWeights;
 use crate::error::{Error, Result};
@@ -75,7 +75,7 @@ impl Tensors {
             .take_while(|(name, _)| name.starts_with(prefix))
             .map(|(name, tensor)| (name.clone(), tensor));
         let adapters = self.adapters.values().filter(|adapter| adapter.module.starts_with(prefix));
-        let all = weights.chain(adapters.flat_map(|adapter| adapter.tensors()));
+        let all = weights.chain(adapters.flat_map(Adapter::tensors));
         let mut trained: Vec<(String, Tensor)> = all
             .filter(|(_, tensor)| tensor.is_variable())
             .map(|(name, tensor)| (name, tensor.clone()))

@@ -205,6 +205,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use candle_core::Device;
+    use serde_json::Value;
 
     use super::*;
     use crate::data::forest::Forest;
@@ -240,21 +241,16 @@ mod tests {
     impl Home {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
-            let rows: String = (0..12)
-                .map(|n| {
-                    let prompt = format!("\"prompt\": \"{n} + 1\"");
-                    let (right, wrong) = (n + 1, n + 2);
-                    format!("{{{prompt}, \"completion\": \"{right}\"}}\n{{{prompt}, \"chosen\": \"{right}\", \"rejected\": \"{wrong}\"}}\n")
-                })
-                .collect();
-            let pick = |what: &str| -> String {
-                rows.lines()
-                    .filter(|row| row.contains(what))
-                    .map(|row| format!("{row}\n"))
-                    .collect()
+            let rows = |row: &dyn Fn(u32) -> Value| -> String {
+                (0..12).map(row).map(|row| row.to_string() + "\n").collect()
             };
-            for (name, what) in [("rows.jsonl", "completion"), ("pairs.jsonl", "chosen")] {
-                crate::store::write_atomic(&dir.path().join(name), pick(what).as_bytes()).unwrap();
+            let prompt = |n: u32| format!("{n} + 1");
+            let [answer, wrong] = [1, 2].map(|more| move |n: u32| (n + more).to_string());
+            let demonstration = |n| json!({"prompt": prompt(n), "completion": answer(n)});
+            let pair = |n| json!({"prompt": prompt(n), "chosen": answer(n), "rejected": wrong(n)});
+            for (name, rows) in [("rows.jsonl", rows(&demonstration)), ("pairs.jsonl", rows(&pair))]
+            {
+                crate::store::write_atomic(&dir.path().join(name), rows.as_bytes()).unwrap();
             }
             Self { dir }
         }

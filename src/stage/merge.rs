@@ -63,7 +63,7 @@ pub fn merge(work: &Merge) -> Result<Merged> {
     drop(live);
 
     let modules = saved.adapters.len();
-    let merged = base.with_adapter(saved, &work.adapter)?;
+    let merged = base.with_adapter(&saved, &work.adapter)?;
     let found = outputs(&Transformer::new(&merged.config, &merged.weights)?)?;
     let apart = |(a, b): (&f32, &f32)| f64::from((a - b).abs());
     let max_difference = expected.iter().zip(&found).map(apart).fold(0.0, f64::max);

@@ -97,15 +97,11 @@ impl Learner {
                 Ok(computed)
             };
             let (a, b) = (param(A, dtype.dtype())?, param(B, dtype.dtype())?);
-            let dora = match attached.factors.contains_key(&parameter(module, MAGNITUDE)) {
-                true => {
-                    let magnitude = param(MAGNITUDE, DType::F32)?;
-                    Some(Dora {
-                        magnitude,
-                        squares: learner.tensors.matrix(module)?.row_squares()?,
-                    })
-                }
-                false => None,
+            let dora = if attached.factors.contains_key(&parameter(module, MAGNITUDE)) {
+                let magnitude = param(MAGNITUDE, DType::F32)?;
+                Some(Dora { magnitude, squares: learner.tensors.matrix(module)?.row_squares()? })
+            } else {
+                None
             };
             let adapter = Adapter { module: module.clone(), a, b, scale, dora };
             learner.tensors.adapters.insert(module.clone(), adapter);

@@ -44,15 +44,15 @@ impl Checkpoint {
         let base = base_of(dir, &saved.config)?;
         let base = Self::load(&base, device, &LoadOptions::default())
             .map_err(|error| error.at(format!("base of {}", dir.display())))?;
-        base.with_adapter(saved, dir)
+        base.with_adapter(&saved, dir)
     }
 
     /// Merges an adapter that was read from `dir`, whose tokenizer, if it has one, replaces the base's.
     ///
     /// # Errors
     /// An adapter of another base: other weights, or other shapes.
-    pub fn with_adapter(self, saved: Saved, dir: &Path) -> Result<Self> {
-        let mut checkpoint = self.prepare_for(&saved, dir)?;
+    pub fn with_adapter(self, saved: &Saved, dir: &Path) -> Result<Self> {
+        let mut checkpoint = self.prepare_for(saved, dir)?;
         super::merge(&mut checkpoint.weights, &saved.adapters).at(dir.display())?;
         if dir.join("tokenizer.json").is_file() {
             checkpoint.tokenizer = Some(ChatTokenizer::from_dir(dir)?);

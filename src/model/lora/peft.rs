@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::{A, Adapter, Adapters, Attached, B, Dora, MAGNITUDE};
 use crate::error::{Context, Error, Result};
@@ -23,6 +24,7 @@ const PREFIX: &str = "base_model.model.";
 /// What is read and written of `adapter_config.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of peft's file")]
 pub struct AdapterConfig {
     /// `LORA`.
     pub peft_type: String,
@@ -260,14 +262,15 @@ pub fn fingerprint(weights: &Weights) -> Result<String> {
     const SAMPLES: usize = 64;
     // A reward model has another head than its base.
     const HEADS: [&str; 3] = [params::HEAD, params::SCORE, params::SCORE_BIAS];
-    let mut text = String::new();
+    let mut hasher = Sha256::new();
     for (name, tensor) in weights.iter().filter(|(name, _)| !HEADS.contains(&name.as_str())) {
         let count = tensor.elem_count();
         let ids: Vec<u32> =
             (0..SAMPLES.min(count)).map(|i| (i * count / SAMPLES.min(count)) as u32).collect();
         let ids = Tensor::new(ids, tensor.device())?;
         let samples = tensor.flatten_all()?.index_select(&ids, 0)?.to_dtype(DType::F32)?;
-        text += &format!("{name} {:?} {:?}\n", tensor.dims(), samples.to_vec1::<f32>()?);
+        let (shape, samples) = (tensor.dims(), samples.to_vec1::<f32>()?);
+        hasher.update(format!("{name} {shape:?} {samples:?}\n"));
     }
-    Ok(store::sha256_bytes(text.as_bytes()))
+    Ok(store::hex(&hasher.finalize()))
 }

@@ -70,7 +70,7 @@ pub fn pack(weights: &mut Weights, kind: Quantization, source: &Source) -> Resul
             .collect(),
         (Quantization::Gguf, Source::Gguf(path)) => {
             let packed = gguf::packed(path)?;
-            names.iter().for_each(|name| drop(weights.remove(name)));
+            weights.retain(|name, _| !packed.contains_key(name));
             Ok(packed)
         }
         (Quantization::Gguf, Source::Directory(path)) => {
