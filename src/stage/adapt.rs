@@ -5,6 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde_json::json;
 
+use super::StageContext;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::model::checkpoint::Checkpoint;
@@ -13,7 +14,7 @@ use crate::model::lora::{self, A, Attached, B, Init, Lora, parameter};
 use crate::model::save::SaveOptions;
 use crate::model::source;
 use crate::model::{Architecture, Config, Precision, Tensors, Weights, packed};
-use crate::train::Learner;
+use crate::train::{Learner, Settings};
 
 /// How a stage's keys ask for its model to be trained.
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +46,16 @@ struct Files {
     first: Option<Attached>,
 }
 
-impl Adapt<'_> {
+impl<'a> Adapt<'a> {
+    /// What a stage asks for.
+    pub fn new(
+        context: &StageContext<'_>,
+        (lora, base): (&'a Lora, &'a str),
+        settings: &Settings,
+    ) -> Self {
+        Self { lora, base, dtype: settings.dtype, seed: context.seed }
+    }
+
     /// The start as a frozen model: DPO's reference, and what adapters are trained beside.
     ///
     /// # Errors
@@ -215,8 +225,7 @@ mod tests {
     use crate::model::{Transformer, params};
     use crate::recipe::plan::{Dataset, Dpo, Reward, Sft};
     use crate::report::record::{Events, Metrics};
-    use crate::stage::{StageContext, dpo, merge, reward, sft};
-    use crate::train::Settings;
+    use crate::stage::{dpo, merge, reward, sft};
 
     const BASE: &str = "data/tiny/student";
 

@@ -23,12 +23,7 @@ use crate::train::{Data, Follower, Order};
 /// Input: a checkpoint and pairs, or labelled responses. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
-    let adapt = Adapt {
-        lora: &spec.lora,
-        base: &spec.model_name_or_path,
-        dtype: spec.train.dtype,
-        seed: context.seed,
-    };
+    let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
     let mut train = Labelled::read(context, &start, spec, &spec.datasets)?;
     let mut held_out = Labelled::read(context, &start, spec, &spec.eval_datasets)?;
 

@@ -20,12 +20,7 @@ use crate::score::reward_model::STEP_SEPARATOR;
 pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
     let start = with_head(start, spec, context.seed)?;
-    let adapt = Adapt {
-        lora: &spec.lora,
-        base: &spec.model_name_or_path,
-        dtype: spec.train.dtype,
-        seed: context.seed,
-    };
+    let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
     let rule = spec.rule(context.seed);
     let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
     let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;

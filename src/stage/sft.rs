@@ -28,12 +28,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
         )
         .hint("add them in a stage that trains the whole model"));
     }
-    let adapt = Adapt {
-        lora: &spec.lora,
-        base: &spec.model_name_or_path,
-        dtype: spec.train.dtype,
-        seed: context.seed,
-    };
+    let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
     let rule = Rule::Sft(spec.data.clone());
     let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
     let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
