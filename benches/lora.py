@@ -53,7 +53,9 @@ def main():
     args.folder.mkdir(parents=True, exist_ok=True)
     with open(args.data, encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(args.steps * args.batch))]
-    text = "".join(json.dumps({"prompt": row["question"], "completion": row["answer"]}) + "\n" for row in rows)
+    turn = lambda role, content: {"role": role, "content": content}
+    chats = [{"messages": [turn("user", row["question"]), turn("assistant", row["answer"])]} for row in rows]
+    text = "".join(json.dumps(chat) + "\n" for chat in chats)
     (args.folder / "rows.jsonl").write_text(text, encoding="utf-8")
     lora = ["use_peft=true", f"lora_r={args.rank}", f"lora_alpha={2 * args.rank}", "learning_rate=1e-3"]
     # A step that moves nothing leaves the factors as they begin.

@@ -2,7 +2,7 @@
 
     peft_rows.py MODEL_DIR ADAPTER_DIR ROWS_JSONL STEPS BATCH LEARNING_RATE
 
-Rows have `prompt` and `completion`; the loss is the mean over the tokens of the answers and their ends, AdamW as in
+Rows have `messages`, a question and its answer; the loss is the mean over the tokens of the answers and their ends, AdamW as in
 `arriero sft`: no decay, gradients clipped to 1.
 """
 
@@ -28,9 +28,9 @@ with open(rows_file, encoding="utf-8") as file:
 
 def example(row):
     """Ids and labels: the answer up to its end-of-turn token is trained."""
-    asked = [{"role": "user", "content": row["prompt"]}]
-    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-    answer = row["completion"] + tokenizer.eos_token
+    asked, answered = row["messages"]
+    prompt = tokenizer.apply_chat_template([asked], add_generation_prompt=True, tokenize=False)
+    answer = answered["content"] + tokenizer.eos_token
     prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
     return prompt + answer, [-100] * len(prompt) + answer
 
