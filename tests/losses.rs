@@ -36,6 +36,20 @@ fn pair(chosen: f64, rejected: f64) -> Pair {
     }
 }
 
+/// The gradient against central differences of `loss`, number by number.
+#[track_caller]
+fn assert_is_slope(loss: &dyn Fn(&[f32]) -> f64, logps: &[f32], gradient: &[f32], what: &str) {
+    for (at, slope) in gradient.iter().enumerate() {
+        let moved = |h: f32| {
+            let mut logps = logps.to_vec();
+            logps[at] += h;
+            loss(&logps)
+        };
+        let difference = (moved(1.0 / 64.0) - moved(-1.0 / 64.0)) * 32.0;
+        assert_near(f64::from(*slope), difference, 2e-4, &format!("{what}target {at}"));
+    }
+}
+
 #[track_caller]
 fn assert_near(actual: f64, expected: f64, tolerance: f64, what: &str) {
     let error = (actual - expected).abs();
@@ -656,15 +670,7 @@ fn token_gradients_are_finite_differences_of_the_whole_loss() {
             terms.map(|(((_, weight), sum), count)| weight * sum / count).sum()
         };
         let gradient = objective.weigh(&forest, logps.as_slice().into(), &totals).unwrap().d_values;
-        for at in 0..logps.len() {
-            let moved = |h: f32| {
-                let mut logps = logps.clone();
-                logps[at] += h;
-                loss(&logps)
-            };
-            let difference = (moved(1.0 / 64.0) - moved(-1.0 / 64.0)) * 32.0;
-            assert_near(f64::from(gradient[at]), difference, 2e-4, &format!("target {at}"));
-        }
+        assert_is_slope(&loss, &logps, &gradient, "");
     }
 }
 
@@ -759,16 +765,7 @@ fn ranked_lists_are_compared_as_pairs_or_as_a_whole() {
             let sums = objective.weigh(&forest, logps.into(), &totals).unwrap().sums;
             sums[0] / totals.counts[0] + 0.2 * sums[1] / totals.counts[1]
         };
-        for at in 0..logps.len() {
-            let moved = |h: f32| {
-                let mut logps = logps.clone();
-                logps[at] += h;
-                loss(&logps)
-            };
-            let difference = (moved(1.0 / 64.0) - moved(-1.0 / 64.0)) * 32.0;
-            let what = format!("{ranking:?}, target {at}");
-            assert_near(f64::from(weighed.d_values[at]), difference, 2e-4, &what);
-        }
+        assert_is_slope(&loss, &logps, &weighed.d_values, &format!("{ranking:?}, "));
     }
 }
 

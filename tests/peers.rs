@@ -198,16 +198,22 @@ fn assert_same_scores(python: &Path, model: &Checkpoint, rows: &[Vec<u32>], prom
     }
 }
 
-#[test]
-fn golden_reward_model_scores_padded_rows_as_transformers_does() {
-    let Some(python) = python("ARRIERO_PEERS") else { return };
-    let model = Checkpoint::load_dir(&goldens().join("model_reward"), &Device::Cpu).unwrap();
+/// Rows that share their first three tokens.
+#[track_caller]
+fn assert_same_scores_of_a_tree(python: &Path, model: &Checkpoint) {
     let mut rows = some_rows(model.config.vocab_size as u32, 3);
     let shared: Vec<u32> = rows[1][..3].to_vec();
     for row in &mut rows {
         row.splice(..3, shared.iter().copied());
     }
-    assert_same_scores(&python, &model, &rows, 3);
+    assert_same_scores(python, model, &rows, 3);
+}
+
+#[test]
+fn golden_reward_model_scores_padded_rows_as_transformers_does() {
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    let model = Checkpoint::load_dir(&goldens().join("model_reward"), &Device::Cpu).unwrap();
+    assert_same_scores_of_a_tree(&python, &model);
 }
 
 #[test]
@@ -293,12 +299,7 @@ fn rating_models_of_several_attributes_score_as_in_transformers() {
     let model = Checkpoint::load_dir(&goldens().join("model_untied"), &Device::Cpu).unwrap();
     let attributes = ["helpfulness", "correctness", "verbosity"];
     let model = model.into_scorer(Architecture::SequenceClassification, &attributes, 7).unwrap();
-    let mut rows = some_rows(model.config.vocab_size as u32, 3);
-    let shared: Vec<u32> = rows[1][..3].to_vec();
-    for row in &mut rows {
-        row.splice(..3, shared.iter().copied());
-    }
-    assert_same_scores(&python, &model, &rows, 3);
+    assert_same_scores_of_a_tree(&python, &model);
 }
 
 #[test]

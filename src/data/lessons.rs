@@ -111,12 +111,7 @@ impl Ranked {
         tokenizer: &ChatTokenizer,
         options: &PairOptions,
     ) -> Result<Outcome> {
-        let Record::Preference { prompt, responses } = &row.record else {
-            return Err(Error::run(format!("a row of {} is no preference", row.record.name()))
-                .hint(
-                    "preferences need `chosen` and `rejected`, or `responses` ranked best first",
-                ));
-        };
+        let (prompt, responses) = row.preference()?;
         if self.margins && row.margins.is_empty() {
             return Err(Error::run("no column `margin`")
                 .hint("`use_margin` needs it: by how much the chosen response is better"));

@@ -507,10 +507,7 @@ fn pair_tree(
     tokenizer: &ChatTokenizer,
     options: &PairOptions,
 ) -> Result<Outcome> {
-    let Record::Preference { prompt, responses } = &row.record else {
-        return Err(Error::run(format!("a row of {} is no preference", row.record.name()))
-            .hint("preferences need `chosen` and `rejected`, or `responses` ranked best first"));
-    };
+    let (prompt, responses) = row.preference()?;
     if responses.len() < 2 {
         return Err(Error::run(format!("{} response, expected two or more", responses.len())));
     }

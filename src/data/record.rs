@@ -247,6 +247,19 @@ impl Row {
         }
     }
 
+    /// The prompt and the ranked responses of a preference.
+    ///
+    /// # Errors
+    /// A row of another kind.
+    pub fn preference(&self) -> Result<(&Side, &[Side])> {
+        match &self.record {
+            Record::Preference { prompt, responses } => Ok((prompt, responses)),
+            other => Err(Error::run(format!("a row of {} is no preference", other.name())).hint(
+                "preferences need `chosen` and `rejected`, or `responses` ranked best first",
+            )),
+        }
+    }
+
     /// The messages to answer: the prompt, or a conversation up to its last assistant turn. A text prompt is one
     /// user message.
     ///

@@ -238,37 +238,31 @@ impl OnDisk {
         count: usize,
         numbers: &mut Vec<f32>,
     ) -> Result<()> {
-        self.read_piece(name, start, count, numbers).at(format!("{}: tensor `{name}`", self.name))
-    }
-
-    fn read_piece(
-        &self,
-        name: &str,
-        start: usize,
-        count: usize,
-        numbers: &mut Vec<f32>,
-    ) -> Result<()> {
-        let entry = self.tensors.get(name).ok_or_else(|| Error::run("there is no such tensor"))?;
-        match &self.store {
-            Numbers::Files(files) => {
-                let (_, file) = &files[entry.file];
-                let width = entry.dtype.bitsize() / 8;
-                let mut bytes = vec![0; count * width];
-                let mut file = file;
-                file.seek(SeekFrom::Start(entry.start + (start * width) as u64))?;
-                file.read_exact(&mut bytes)?;
-                *numbers = tensor_file::to_f32(entry.dtype, &bytes)?;
-            }
-            Numbers::Gguf(gguf, last) => {
-                let mut last = last.borrow_mut();
-                if last.0 != name {
-                    *last = (name.to_owned(), self.dequantised(gguf, name)?);
+        let mut read = || {
+            let entry =
+                self.tensors.get(name).ok_or_else(|| Error::run("there is no such tensor"))?;
+            match &self.store {
+                Numbers::Files(files) => {
+                    let (_, file) = &files[entry.file];
+                    let width = entry.dtype.bitsize() / 8;
+                    let mut bytes = vec![0; count * width];
+                    let mut file = file;
+                    file.seek(SeekFrom::Start(entry.start + (start * width) as u64))?;
+                    file.read_exact(&mut bytes)?;
+                    *numbers = tensor_file::to_f32(entry.dtype, &bytes)?;
                 }
-                numbers.clear();
-                numbers.extend_from_slice(&last.1[start..start + count]);
+                Numbers::Gguf(gguf, last) => {
+                    let mut last = last.borrow_mut();
+                    if last.0 != name {
+                        *last = (name.to_owned(), self.dequantised(gguf, name)?);
+                    }
+                    numbers.clear();
+                    numbers.extend_from_slice(&last.1[start..start + count]);
+                }
             }
-        }
-        tensor_file::check_finite(numbers)
+            tensor_file::check_finite(numbers)
+        };
+        read().at(format!("{}: tensor `{name}`", self.name))
     }
 
     fn dequantised(&self, gguf: &Gguf, name: &str) -> Result<Vec<f32>> {

@@ -373,6 +373,38 @@ mod tests {
         }
     }
 
+    /// An adapter that another program wrote says nothing of its base: shapes are all there is to go by.
+    #[test]
+    fn an_adapter_that_does_not_fit_its_base_is_refused_by_merge() {
+        let home = Home::new();
+        let dir = home.dir.path().join("narrow");
+        let module = "model.layers.0.mlp.up_proj";
+        let factor = |shape: (usize, usize)| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+        let factors = Weights::from([
+            (parameter(module, A), factor((2, 8))),
+            (parameter(module, B), factor((8, 2))),
+        ]);
+        let config = |base: &str| AdapterConfig {
+            r: 2,
+            base_model_name_or_path: Some(base.to_owned()),
+            ..AdapterConfig::default()
+        };
+        let base = load(Path::new(BASE));
+        let fingerprint = peft::fingerprint(&base.weights).unwrap();
+        peft::write(&dir, &config(BASE), &factors, &fingerprint).unwrap();
+        let out = home.dir.path().join("out");
+        let encoding = Encoding::F32;
+        let work = merge::Merge { adapter: dir.clone(), base: None, out, encoding };
+        let error = merge::merge(&work).unwrap_err();
+        assert!(
+            error.to_string().contains("factors [8, 2] and [2, 8] for a projection"),
+            "{error}"
+        );
+        peft::write(&dir, &config(dir.to_str().unwrap()), &factors, &fingerprint).unwrap();
+        let error = merge::merge(&work).unwrap_err();
+        assert!(error.to_string().contains("is the adapter itself"), "{error}");
+    }
+
     #[test]
     fn training_adapters_that_is_stopped_and_resumed_ends_with_the_same_bits() {
         let home = Home::new();

@@ -65,8 +65,10 @@ impl Adapter {
     /// # Errors
     /// Names the module and the shapes.
     pub(super) fn check(&self, weight: &[usize]) -> Result<()> {
-        let expected = [self.b.dims()[0], self.a.dims()[1]];
-        if weight == expected && self.b.dims()[1] == self.rank() {
+        let (outer, inner) = (self.b.dims()[0], self.a.dims()[1]);
+        let magnitudes = self.dora.as_ref().map(|dora| dora.magnitude.elem_count());
+        let fits = weight == [outer, inner] && magnitudes.is_none_or(|count| count == outer);
+        if fits && self.b.dims()[1] == self.rank() {
             return Ok(());
         }
         let (a, b) = (self.a.dims(), self.b.dims());
@@ -76,12 +78,9 @@ impl Adapter {
     }
 
     /// `s · B · A`, `[O, I]` in f32.
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn delta(&self) -> Result<Tensor> {
+    fn delta(&self) -> candle_core::Result<Tensor> {
         let [a, b] = [&self.a, &self.b].map(|factor| factor.detach().to_dtype(DType::F32));
-        Ok((b?.matmul(&a?)? * self.scale)?)
+        b?.matmul(&a?)? * self.scale
     }
 
     /// The matrix that computes what projection and adapter compute together, `[O, I]` in f32.
@@ -106,15 +105,18 @@ impl Adapter {
         y: &mut [f32],
         weight: &Matrix,
     ) -> Result<()> {
-        let x = self.read(x, masks);
-        let x = self.rows(&x);
-        let inner = self.inner(x)?;
-        let inner = Mat::new(&inner, self.rank(), x.rows());
-        self.with_b::<E, _>(|b| matmul_into(y, inner.t(), b.t(), true, Threads::All))?;
+        self.add_low_rank(self.rows(&self.read(x, masks)), y)?;
         if let Some(Decomposed { factors, .. }) = self.decomposed::<E>(weight)? {
             y.chunks_exact_mut(factors.len()).for_each(|y| multiply(y, &factors));
         }
         Ok(())
+    }
+
+    /// `y += s · x · Aᵀ · Bᵀ`.
+    fn add_low_rank<E: Element>(&self, x: Mat<'_, E>, y: &mut [f32]) -> Result<()> {
+        let inner = self.inner(x)?;
+        let inner = Mat::new(&inner, self.rank(), x.rows());
+        self.with_b::<E, _>(|b| matmul_into(y, inner.t(), b.t(), true, Threads::All))
     }
 
     /// What the first factor reads: the input, or in training what dropout leaves of it.
@@ -182,11 +184,7 @@ impl Adapter {
             return Ok(None);
         };
         let mut product = weight.with(|weight| matmul(self.rows(x), weight.t(), Threads::All))?;
-        let x = self.read(x, masks);
-        let x = self.rows(&x);
-        let inner = self.inner(x)?;
-        let inner = Mat::new(&inner, self.rank(), x.rows());
-        self.with_b::<E, _>(|b| matmul_into(&mut product, inner.t(), b.t(), true, Threads::All))?;
+        self.add_low_rank(self.rows(&self.read(x, masks)), &mut product)?;
         let (mut d_magnitude, mut scratch) = (vec![0.0; norms.len()], Vec::new());
         let mut d_product = d_y.to_vec();
         for (row, d_y) in d_product.chunks_exact_mut(norms.len()).enumerate() {
@@ -254,8 +252,7 @@ impl Adapter {
         let low_rank = linear(&linear(&read, &self.a, None)?, &self.b, None)?;
         let y = (product + (low_rank * self.scale)?)?;
         let Some(Dora { magnitude, .. }) = &self.dora else { return Ok(y) };
-        let [a, b] = [&self.a, &self.b].map(|factor| factor.detach().to_dtype(DType::F32));
-        let sum = (weight.detach().to_dtype(DType::F32)? + (b?.matmul(&a?)? * self.scale)?)?;
+        let sum = (weight.detach().to_dtype(DType::F32)? + self.delta()?)?;
         let norms = sum.sqr()?.sum(1)?.sqrt()?;
         y.broadcast_mul(&(magnitude / norms)?.to_dtype(y.dtype())?)
     }

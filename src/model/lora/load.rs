@@ -30,6 +30,13 @@ pub fn base_of(dir: &Path, config: &AdapterConfig) -> Result<String> {
             ));
     };
     let beside: PathBuf = dir.join(base);
+    let is_itself = |path: &Path| {
+        path.canonicalize().is_ok_and(|path| dir.canonicalize().is_ok_and(|dir| path == dir))
+    };
+    if is_itself(Path::new(base)) || is_itself(&beside) {
+        return Err(Error::run("`base_model_name_or_path` is the adapter itself")
+            .at(dir.join(peft::CONFIG).display()));
+    }
     let here = Path::new(base).exists();
     Ok(if !here && beside.exists() { beside.display().to_string() } else { base.to_owned() })
 }
@@ -53,7 +60,7 @@ impl Checkpoint {
     /// An adapter of another base: other weights, or other shapes.
     pub fn with_adapter(self, saved: &Saved, dir: &Path) -> Result<Self> {
         let mut checkpoint = self.prepare_for(saved, dir)?;
-        super::merge(&mut checkpoint.weights, &saved.adapters).at(dir.display())?;
+        super::merge(&mut checkpoint.weights, &saved.adapters)?;
         if dir.join("tokenizer.json").is_file() {
             checkpoint.tokenizer = Some(ChatTokenizer::from_dir(dir)?);
         }
@@ -68,10 +75,11 @@ impl Checkpoint {
         if let Some(expected) = &saved.base {
             let found = peft::fingerprint(&self.weights)?;
             if found != *expected {
+                let short = |hash: &str| hash.chars().take(12).collect::<String>();
                 return Err(Error::run(format!(
                     "the base's weights have fingerprint {}, the adapter was trained beside {}",
-                    &found[..12],
-                    &expected[..12.min(expected.len())]
+                    short(&found),
+                    short(expected)
                 ))
                 .hint("give the very model that the adapter was trained beside"));
             }
@@ -102,6 +110,7 @@ impl Checkpoint {
             }
             *old = tensor.clone();
         }
+        super::check_fit(&checkpoint.weights, &saved.adapters).at(dir.display())?;
         Ok(checkpoint)
     }
 }

@@ -187,15 +187,24 @@ fn names(pattern: &str, module: &str) -> bool {
     module.strip_suffix(pattern).is_some_and(|front| front.is_empty() || front.ends_with('.'))
 }
 
-/// A model's weights with its adapters merged into them, in f32.
+/// Refuses adapters that do not fit a model.
 ///
 /// # Errors
 /// An adapter for a module that the model does not have, or of another shape.
+pub fn check_fit(weights: &Weights, adapters: &Adapters) -> Result<()> {
+    adapters.iter().try_for_each(|(module, adapter)| {
+        let weight = weights.get(&format!("{module}.weight")).ok_or_else(|| unknown(module))?;
+        adapter.check(weight.dims())
+    })
+}
+
+/// A model's weights with its adapters, which [fit](check_fit), merged into them, in f32.
+///
+/// # Errors
+/// An adapter for a module that the model does not have.
 pub fn merge(weights: &mut Weights, adapters: &Adapters) -> Result<()> {
     for (module, adapter) in adapters {
-        let name = format!("{module}.weight");
-        let weight = weights.get_mut(&name).ok_or_else(|| unknown(module))?;
-        adapter.check(weight.dims())?;
+        let weight = weights.get_mut(&format!("{module}.weight")).ok_or_else(|| unknown(module))?;
         *weight = adapter.merged(weight)?;
     }
     Ok(())
