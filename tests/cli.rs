@@ -207,6 +207,28 @@ fn models_are_averaged_and_the_run_is_exported() {
     );
 }
 
+/// An adapter's checkpoint is a model: of a run it is the last that was made.
+#[test]
+#[expect(clippy::disallowed_methods, reason = "the data of a test")]
+fn a_run_of_adapters_is_exported_and_merged() {
+    let home = tempfile::tempdir().unwrap();
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (data, run, gguf, merged) = (path("a.jsonl"), path("run"), path("a.gguf"), path("merged"));
+    std::fs::write(&data, "{\"prompt\": \"1 + 1\", \"completion\": \"2\"}\n".repeat(4)).unwrap();
+    let datasets = format!("datasets={data}");
+    let model = "model_name_or_path=data/tiny/student";
+    let sft = ["sft", model, &datasets, "use_peft=true", "lora_r=2", "max_steps=1", "--out", &run];
+    let (status, _, stderr) = arriero(&sft);
+    assert_eq!(status, 0, "{stderr}");
+    let (status, stdout, stderr) = arriero(&["export", &run, "--dtype", "f32", "--out", &gguf]);
+    assert_eq!(status, 0, "{stderr}");
+    let checkpoint = format!("{run}/stages/01-sft/checkpoint");
+    assert!(stdout.starts_with(&format!("{gguf}: {checkpoint} as f32")), "{stdout}");
+    let (status, stdout, stderr) = arriero(&["merge", &checkpoint, "--out", &merged]);
+    assert_eq!(status, 0, "{stderr}");
+    assert!(stdout.contains(&format!("adapters merged into {merged}: ")), "{stdout}");
+}
+
 #[test]
 fn recipes_are_copied_once_and_validated() {
     let dir = tempfile::tempdir().unwrap();

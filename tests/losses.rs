@@ -582,7 +582,7 @@ fn weigh(objective: &dyn Objective, forests: &[Forest], logps: &[&[f32]]) -> Vec
         counts.iter_mut().zip(objective.counts(forest)).for_each(|(sum, count)| *sum += count);
     }
     let readings: Vec<(&Forest, &[f32])> = forests.iter().zip(logps.iter().copied()).collect();
-    let totals = StepTotals { counts, statistics: objective.statistics(&readings) };
+    let totals = StepTotals { counts, statistics: objective.statistics(&readings).unwrap() };
     let weighed =
         readings.iter().map(|(forest, logps)| objective.weigh(forest, (*logps).into(), &totals));
     weighed.map(Result::unwrap).collect()
@@ -662,7 +662,7 @@ fn token_gradients_are_finite_differences_of_the_whole_loss() {
         };
         let totals = StepTotals {
             counts: objective.counts(&forest),
-            statistics: objective.statistics(&[(&forest, &logps)]),
+            statistics: objective.statistics(&[(&forest, &logps)]).unwrap(),
         };
         let loss = |logps: &[f32]| -> f64 {
             let sums = objective.weigh(&forest, logps.into(), &totals).unwrap().sums;

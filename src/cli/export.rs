@@ -10,7 +10,8 @@ use super::{estimate, output};
 use crate::error::{Error, Result};
 use crate::model::Architecture;
 use crate::model::checkpoint::{Checkpoint, LoadOptions, peek};
-use crate::model::export::{Difference, Encoding, Format, export};
+use crate::model::export::{Difference, Encoding, Format, check_new, export};
+use crate::model::lora::load::is_adapter;
 use crate::stage::memory;
 use crate::store::{self, MANIFEST};
 use crate::train::memory::parse_bytes;
@@ -84,6 +85,7 @@ pub(super) fn run(args: &ExportArgs) -> Result<()> {
         None if is_gguf => Format::Gguf,
         _ => Format::Safetensors(parse_bytes("--max-shard-size", &args.max_shard_size)? as usize),
     };
+    check_new(&args.out)?;
     let source = source(&args.checkpoint)?;
     let checkpoint = Checkpoint::load(&source, &Device::Cpu, &LoadOptions::default())?;
     let stored = Encoding::of(checkpoint.config.dtype);
@@ -134,7 +136,8 @@ fn source(text: &str) -> Result<String> {
     let path = Path::new(text);
     let checkpoint = |stage: &Path| {
         let checkpoint = stage.join("checkpoint");
-        checkpoint.join("config.json").is_file().then_some(checkpoint)
+        let is_model = checkpoint.join("config.json").is_file() || is_adapter(&checkpoint);
+        is_model.then_some(checkpoint)
     };
     if let Some(checkpoint) = checkpoint(path) {
         return Ok(checkpoint.display().to_string());

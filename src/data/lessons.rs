@@ -147,16 +147,13 @@ fn levels(row: &Row, responses: usize) -> Vec<Label> {
 
 /// Refuses responses of the same tokens.
 fn check_different(tree: &Tree) -> Result<()> {
-    let responses = &tree.segments[1..];
-    for (at, response) in responses.iter().enumerate() {
-        if let Some(twin) = responses[..at].iter().position(|other| other.tokens == response.tokens)
-        {
-            return Err(Error::run(format!("responses {twin} and {at} are the same tokens")).hint(
-                "such a pair teaches nothing; where only their ends differ, raise max_length",
-            ));
-        }
+    match tree.twins() {
+        None => Ok(()),
+        Some((one, other)) => Err(Error::run(format!(
+            "responses {one} and {other} are the same tokens"
+        ))
+        .hint("such a pair teaches nothing; where only their ends differ, raise max_length")),
     }
-    Ok(())
 }
 
 /// Ids of the prompt, and of each step with the text that ends it.

@@ -311,8 +311,11 @@ fn sft_tree(
 ) -> Result<Outcome> {
     let mut tree = sft_tokens(row, tokenizer, options)?;
     tree.source = index;
-    let roles = |tree: &Tree| tree.segments[0].roles.clone();
-    let keep = 1 + roles(&tree).iter().rposition(|role| role.trained()).ok_or_else(untrained)?;
+    // The last trained token, but for `skip` at the front.
+    let last = |tree: &Tree, skip: usize| {
+        tree.segments[0].roles.iter().skip(skip).rposition(|role| role.trained())
+    };
+    let keep = 1 + last(&tree, 0).ok_or_else(untrained)?;
     tree.keep(0..keep);
     let limit = options.max_length.unwrap_or(usize::MAX);
     let truncated = keep > limit;
@@ -326,7 +329,7 @@ fn sft_tree(
         }
     }
     // The first token has nothing to be predicted from.
-    match roles(&tree).iter().skip(1).rposition(|role| role.trained()) {
+    match last(&tree, 1) {
         Some(last) => tree.keep(0..last + 2),
         None if truncated => {
             return Err(Error::run(format!("no trained token is left of the first {limit}"))

@@ -81,11 +81,9 @@ impl Message {
     /// Not a finite number of 0 or more.
     pub fn weight(&self) -> Result<Option<f64>> {
         let Some(value) = self.fields.get("weight") else { return Ok(None) };
-        match value.as_f64().filter(|weight| weight.is_finite() && *weight >= 0.0) {
-            Some(weight) => Ok(Some(weight)),
-            None => Err(Error::run(format!("`weight` is {value}, expected a number of 0 or more"))
-                .hint("0 leaves a message out of the loss, 1 is what others weigh")),
-        }
+        weight("weight", value).map(Some).map_err(|error| {
+            error.hint("0 leaves a message out of the loss, 1 is what others weigh")
+        })
     }
 
     /// The weight of each message; none where no message says one.
@@ -297,9 +295,7 @@ impl Row {
             return Err(Error::run(format!("no column `{column}`"))
                 .hint("`row_weight_column` names the column with each row's weight"));
         };
-        value.as_f64().filter(|weight| weight.is_finite() && *weight >= 0.0).ok_or_else(|| {
-            Error::run(format!("`{column}` is {value}, expected a number of 0 or more"))
-        })
+        weight(column, value)
     }
 
     /// The column `label` of a labelled response: whether it is wanted.
@@ -372,6 +368,14 @@ pub(crate) fn kind(value: &Value) -> &'static str {
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     }
+}
+
+/// How much something weighs in the loss.
+fn weight(name: &str, value: &Value) -> Result<f64> {
+    value
+        .as_f64()
+        .filter(|weight| weight.is_finite() && *weight >= 0.0)
+        .ok_or_else(|| Error::run(format!("`{name}` is {value}, expected a number of 0 or more")))
 }
 
 #[cfg(test)]

@@ -130,6 +130,14 @@ impl ChatTokenizer {
         Ok((Self::new(full, self.inner.settings.clone())?, added))
     }
 
+    /// [`from_dir`](Self::from_dir) where the directory has a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// Files that contradict the vocabulary.
+    pub fn in_dir(dir: &Path) -> Result<Option<Self>> {
+        dir.join("tokenizer.json").is_file().then(|| Self::from_dir(dir)).transpose()
+    }
+
     /// Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`, `special_tokens_map.json` and the end
     /// ids of `generation_config.json` and `config.json`, as Hugging Face lays them out.
     ///

@@ -91,11 +91,14 @@ impl Tree {
 
     /// Cuts a single sequence down to the tokens of `range`.
     pub fn keep(&mut self, range: std::ops::Range<usize>) {
-        let cut = |list_len: usize| range.start.min(list_len)..range.end.min(list_len);
+        fn cut<T>(list: &mut Vec<T>, range: &std::ops::Range<usize>) {
+            list.truncate(range.end);
+            list.drain(..range.start.min(list.len()));
+        }
         if let [segment] = &mut self.segments[..] {
-            segment.tokens = segment.tokens[cut(segment.tokens.len())].to_vec();
-            segment.roles = segment.roles[cut(segment.roles.len())].to_vec();
-            self.weights = self.weights[cut(self.weights.len())].to_vec();
+            cut(&mut segment.tokens, &range);
+            cut(&mut segment.roles, &range);
+            cut(&mut self.weights, &range);
         }
     }
 
@@ -118,6 +121,22 @@ impl Tree {
     pub fn scored(&self) -> Vec<usize> {
         let trained = |segment: &Segment| segment.roles.iter().any(|role| role.trained());
         (0..self.segments.len()).filter(|&index| trained(&self.segments[index])).collect()
+    }
+
+    /// Two sequences of the same tokens, by their places among the [`leaves`](Self::leaves).
+    pub fn twins(&self) -> Option<(usize, usize)> {
+        let leaves = self.leaves();
+        let same = |one: usize, other: usize| {
+            let [a, b] = [one, other].map(|leaf| &self.segments[leaf]);
+            // What siblings share need not be compared.
+            if a.parent == b.parent {
+                a.tokens == b.tokens
+            } else {
+                self.unroll(one).0 == self.unroll(other).0
+            }
+        };
+        let pairs = (0..leaves.len()).flat_map(|i| (i + 1..leaves.len()).map(move |j| (i, j)));
+        pairs.into_iter().find(|&(i, j)| same(leaves[i], leaves[j]))
     }
 
     /// Segment indices from the root down to `leaf`.

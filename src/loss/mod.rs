@@ -120,8 +120,8 @@ pub trait Objective: Sync {
     }
 
     /// The step's statistics, from every micro-batch and its values.
-    fn statistics(&self, _readings: &[(&Forest, &[f32])]) -> Vec<f64> {
-        Vec::new()
+    fn statistics(&self, _readings: &[(&Forest, &[f32])]) -> Result<Vec<f64>> {
+        Ok(Vec::new())
     }
 
     /// Loss and gradient for the values of one micro-batch.

@@ -507,6 +507,30 @@ mod tests {
         refuse(whole, "m: an adapter beside a whole model");
     }
 
+    /// `model-00001-of-00001.safetensors` is found through its index alone, and one file is written without an index.
+    #[test]
+    fn the_average_of_models_of_one_shard_is_a_model() {
+        const SHARD: &str = "model-00001-of-00001.safetensors";
+        let home = tempfile::tempdir().unwrap();
+        let weights = init::random(&config(), 1, &Device::Cpu).unwrap();
+        let tensors = weights.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        store::write_atomic_with(&home.path().join(SHARD), |out| {
+            tensor_file::write(out, &tensors, DType::F32)
+        })
+        .unwrap();
+        let map: Map<String, Value> =
+            weights.keys().map(|name| (name.clone(), Value::from(SHARD))).collect();
+        let index = serde_json::json!({"metadata": {}, "weight_map": map});
+        store::write_json(&home.path().join("model.safetensors.index.json"), &index).unwrap();
+        store::write_atomic(&home.path().join("config.json"), config().to_json().as_bytes())
+            .unwrap();
+        let model = || OnDisk::open(home.path().to_str().unwrap()).unwrap();
+        let (models, dir) = ([model(), model()], home.path().join("out"));
+        let shares = Shares::Fixed(vec![0.5, 0.5]);
+        write(&dir, &models, &shares, SAME, &mut |_| Ok(())).unwrap();
+        load_weights(&dir, &config(), &Device::Cpu).unwrap();
+    }
+
     #[test]
     fn a_model_with_a_tensor_missing_is_refused_when_it_is_opened() {
         let home = tempfile::tempdir().unwrap();

@@ -72,8 +72,7 @@ impl Checkpoint {
             return Self::load_adapter(dir, device);
         }
         let config = load_config(dir)?;
-        let tokenizer = dir.join("tokenizer.json").exists().then(|| ChatTokenizer::from_dir(dir));
-        let tokenizer = tokenizer.transpose()?;
+        let tokenizer = ChatTokenizer::in_dir(dir)?;
         check_vocabulary(&config, tokenizer.as_ref()).at(dir.display())?;
         let weights = load_weights(dir, &config, device)?;
         Ok(Self { config, weights, tokenizer })
@@ -134,12 +133,9 @@ pub fn peek(path: &Path) -> Result<(Config, Option<ChatTokenizer>)> {
                 Architecture::CausalLm => config,
                 _ => load_config(path)?,
             };
-            let own = path.join("tokenizer.json").is_file().then(|| ChatTokenizer::from_dir(path));
-            return Ok((config, own.transpose()?.or(tokenizer)));
+            return Ok((config, ChatTokenizer::in_dir(path)?.or(tokenizer)));
         }
-        let has_tokenizer = path.join("tokenizer.json").is_file();
-        let tokenizer = has_tokenizer.then(|| ChatTokenizer::from_dir(path)).transpose()?;
-        return Ok((load_config(path)?, tokenizer));
+        return Ok((load_config(path)?, ChatTokenizer::in_dir(path)?));
     }
     let gguf = Gguf::open(path)?;
     let read = || Ok::<_, Error>((gguf.config()?, Some(gguf_tokenizer::chat_tokenizer(&gguf)?)));

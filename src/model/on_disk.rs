@@ -18,7 +18,7 @@ use super::lora::peft;
 use super::save::Files;
 use super::source::{self, Source};
 use super::tensor_file::{self, Mapped};
-use super::{Config, params};
+use super::{Architecture, Config, params};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::store;
@@ -102,11 +102,10 @@ impl OnDisk {
     }
 
     fn adapter(name: &str, dir: &Path) -> Result<Self> {
-        let has_tokenizer = dir.join("tokenizer.json").is_file();
         let files = AdapterFiles {
             config: store::read_json(&dir.join(peft::CONFIG))?,
             base: peft::base(dir)?,
-            tokenizer: has_tokenizer.then(|| ChatTokenizer::from_dir(dir)).transpose()?,
+            tokenizer: ChatTokenizer::in_dir(dir)?,
         };
         let mut opened = Self {
             name: name.to_owned(),
@@ -161,8 +160,12 @@ impl OnDisk {
 
     /// A head that is stored beside the embedding that it is tied to is dropped, after a check that it is a copy.
     fn drop_tied_head(&mut self, config: &Config) -> Result<()> {
-        if !config.tie_word_embeddings || !self.tensors.contains_key(params::HEAD) {
+        let is_tied = config.architecture == Architecture::CausalLm && config.tie_word_embeddings;
+        if !is_tied || !self.tensors.contains_key(params::HEAD) {
             return Ok(());
+        }
+        if self.shape(params::HEAD) != self.shape(params::EMBEDDING) {
+            return Err(checkpoint::not_tied());
         }
         let elements = self.elements(params::HEAD);
         let (mut head, mut embedding) = (Vec::new(), Vec::new());
@@ -224,7 +227,13 @@ impl OnDisk {
         let name =
             |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let all = files.iter().enumerate().map(|(at, (path, _))| (name(path), in_file(at)));
-        all.filter(|(_, tensors): &(_, Vec<_>)| !tensors.is_empty()).collect()
+        let mut files: Files =
+            all.filter(|(_, tensors): &(_, Vec<_>)| !tensors.is_empty()).collect();
+        // Alone, a shard is found without an index by the name of an unsharded model only.
+        if let (Kind::Model(..), [(name, _)]) = (&self.kind, files.as_mut_slice()) {
+            SINGLE.clone_into(name);
+        }
+        files
     }
 
     /// Puts `count` numbers of a tensor, from the number `start` on, into `numbers` as f32.

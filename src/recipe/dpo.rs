@@ -218,12 +218,13 @@ impl Dpo {
     fn check_lists(&self) -> Result<()> {
         let plain = self.loss_type == [PreferenceLoss::Sigmoid]
             && self.label_smoothing <= 0.0
+            && !self.use_weighting
             && self.f_divergence_type == FDivergence::ReverseKl;
         if plain {
             return Ok(());
         }
         Err(Error::usage("`ranking` is \"plackett_luce\" with another loss than plain `sigmoid`")
-            .hint("rank by \"all_pairs\" or \"adjacent\", or leave label_smoothing and f_divergence_type out"))
+            .hint("rank by \"all_pairs\" or \"adjacent\", or leave label_smoothing, use_weighting and f_divergence_type out"))
     }
 
     fn check_reference(&self) -> Result<()> {
@@ -503,7 +504,7 @@ mod tests {
             "r.toml:5: stage `dpo`: `loss_type` names `ipo` twice (hint: give one of them the sum of the weights)",
         );
         let lists = "`ranking` is \"plackett_luce\" with another loss than plain `sigmoid` (hint: rank by \"all_pairs\" or \
-                     \"adjacent\", or leave label_smoothing and f_divergence_type out)";
+                     \"adjacent\", or leave label_smoothing, use_weighting and f_divergence_type out)";
         for other in
             ["loss_type = 'ipo'", "label_smoothing = 0.1", "f_divergence_type = 'forward_kl'"]
         {

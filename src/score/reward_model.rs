@@ -18,7 +18,7 @@ use crate::loss::reward::Correctness;
 use crate::loss::sigmoid;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::model::transformer::Transformer;
-use crate::model::{Architecture, Config};
+use crate::model::{Architecture, Config, labels};
 
 /// Most tokens of one forward pass.
 const BUDGET: usize = 4096;
@@ -81,6 +81,14 @@ impl Outputs {
         match config.architecture {
             Architecture::CausalLm => Err(Error::usage("is no reward model: it has no score head")
                 .hint("give the checkpoint of a `reward` stage")),
+            Architecture::TokenClassification if !weights.is_empty() => {
+                Err(Error::usage("`attribute_weights` for a model that judges steps")
+                    .hint(format!("it has no attributes; {}", known())))
+            }
+            Architecture::TokenClassification if labels.len() != labels::STEP.len() => {
+                Err(Error::usage(format!("{} outputs a step, expected 2", labels.len()))
+                    .hint(format!("wrong and right, in this order; {}", known())))
+            }
             Architecture::TokenClassification => {
                 let separator = config.other.get(STEP_SEPARATOR).and_then(Value::as_str);
                 let separator = separator.filter(|text| !text.is_empty()).unwrap_or("\n");

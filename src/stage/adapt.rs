@@ -187,10 +187,6 @@ fn relative(
     trained: &Weights,
     first: &Attached,
 ) -> Result<(AdapterConfig, Weights)> {
-    if config.use_dora {
-        return Err(Error::usage("`use_dora` with `init_lora_weights` pissa cannot be saved")
-            .hint("what is left of a weight has another norm: choose one of the two"));
-    }
     let mut trained = trained.clone();
     for module in first.scales.keys() {
         for (part, sign, dim) in [(A, 1.0, 0), (B, -1.0, 1)] {

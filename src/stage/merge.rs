@@ -9,7 +9,7 @@ use crate::data::forest::Forest;
 use crate::data::tree::{Role, Tree};
 use crate::error::{Error, Result};
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
-use crate::model::export::{Difference, Encoding, Format, export};
+use crate::model::export::{Difference, Encoding, Format, check_new, export};
 use crate::model::lora::{self, peft};
 use crate::model::save::SaveOptions;
 use crate::model::{Precision, Tensors, Transformer};
@@ -50,6 +50,7 @@ const BOUND: f64 = 1e-4;
 /// # Errors
 /// `out` is there; an adapter of another base; outputs that differ by more than rounding. Nothing is left behind then.
 pub fn merge(work: &Merge) -> Result<Merged> {
+    check_new(&work.out)?;
     let saved = peft::read(&work.adapter, &Device::Cpu)?;
     let base = match &work.base {
         Some(base) => base.clone(),

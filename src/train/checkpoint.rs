@@ -141,7 +141,7 @@ fn load_tensors(path: &Path, learner: &Learner) -> Result<()> {
     learner.set(&tensors.into_iter().collect()).at(path.display())
 }
 
-fn write_tensors(tensors: &crate::model::Weights, path: &Path) -> Result<()> {
+pub(super) fn write_tensors(tensors: &crate::model::Weights, path: &Path) -> Result<()> {
     let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     store::write_atomic_with(path, |out| {
         crate::model::tensor_file::write(out, &tensors, DType::F32)

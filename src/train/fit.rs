@@ -92,7 +92,7 @@ impl<'a> Run<'a> {
             None => State::default(),
         };
         job.events.resume_after(state.step as u64)?;
-        let averaged = ema.as_ref().map_or(0, |ema| ema.learner().bytes());
+        let averaged = ema.as_ref().map_or(0, |ema| ema.learner().trained_bytes());
         let options = StepOptions {
             adapted: learner.adapted_sizes(),
             ..settings.step_options(learner.bytes() + averaged)?
@@ -218,19 +218,19 @@ impl<'a> Run<'a> {
 
     /// Counts evaluations without a new lowest loss, and keeps the weights of the lowest.
     fn compare(&mut self, loss: f64) -> Result<()> {
-        if self.state.best.is_some_and(|best| loss >= best) {
-            self.state.evals_since_best += 1;
-            if self.waited_long_enough() {
-                let (step, waited) = (self.state.step, self.state.evals_since_best);
-                self.job.events.note(&format!(
-                    "stopping after step {step}: no lower evaluation loss in {waited} evaluations"
-                ));
+        if !loss.is_nan() && self.state.best.is_none_or(|best| loss < best) {
+            (self.state.best, self.state.evals_since_best) = (Some(loss), 0);
+            if self.job.settings.load_best_model_at_end {
+                Saved::write_best(self.job.dir, self.kept())?;
             }
             return Ok(());
         }
-        (self.state.best, self.state.evals_since_best) = (Some(loss), 0);
-        if self.job.settings.load_best_model_at_end {
-            Saved::write_best(self.job.dir, self.kept())?;
+        self.state.evals_since_best += 1;
+        if self.waited_long_enough() {
+            let (step, waited) = (self.state.step, self.state.evals_since_best);
+            self.job.events.note(&format!(
+                "stopping after step {step}: no lower evaluation loss in {waited} evaluations"
+            ));
         }
         Ok(())
     }

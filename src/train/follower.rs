@@ -6,14 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, safetensors};
 
 use super::Learner;
+use super::checkpoint::write_tensors;
 use super::step;
 use crate::data::forest::Forest;
 use crate::error::{Context, Result};
 use crate::loss::Readout;
 use crate::loss::preference::LiveReference;
 use crate::model::transformer::Transformer;
-use crate::model::{Config, Precision, Weights, tensor_file};
-use crate::store;
+use crate::model::{Config, Precision, Weights};
 
 const FILE: &str = "reference.safetensors";
 
@@ -60,10 +60,9 @@ impl Follower {
 
     /// What the losses ask.
     pub fn live(&self) -> LiveReference {
-        let now = Arc::clone(&self.now);
+        let follower = self.clone();
         LiveReference::new(move |forest: &Forest| {
-            let now = now.lock().unwrap_or_else(PoisonError::into_inner);
-            step::read(&now.model, Readout::Logps, forest)
+            step::read(&follower.lock().model, Readout::Logps, forest)
         })
     }
 
@@ -90,11 +89,7 @@ impl Follower {
     /// # Errors
     /// The file system's.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        let now = self.lock();
-        let tensors = now.masters.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        store::write_atomic_with(&dir.join(FILE), |out| {
-            tensor_file::write(out, &tensors, DType::F32)
-        })
+        write_tensors(&self.lock().masters, &dir.join(FILE))
     }
 
     /// Goes back to where it stood at a checkpoint.

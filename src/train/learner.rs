@@ -163,11 +163,16 @@ impl Learner {
 
     /// Bytes of trained masters, their copies, and of what is frozen.
     pub fn bytes(&self) -> u64 {
+        self.trained_bytes() + self.frozen_bytes()
+    }
+
+    /// Bytes of trained masters and their copies.
+    pub fn trained_bytes(&self) -> u64 {
         let bytes = |param: &Param| {
             let copy = param.copy.as_ref().map_or(0, |copy| size(copy));
             size(&param.master) + copy
         };
-        self.params.values().map(bytes).sum::<u64>() + self.frozen_bytes()
+        self.params.values().map(bytes).sum()
     }
 
     fn frozen_bytes(&self) -> u64 {

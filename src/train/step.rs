@@ -254,7 +254,7 @@ pub(super) fn totals(
             .zip(&values)
             .map(|(forest, values)| (forest, values.as_slice()))
             .collect();
-        totals.statistics = objective.statistics(&readings);
+        totals.statistics = objective.statistics(&readings)?;
     }
     Ok(totals)
 }

@@ -99,9 +99,7 @@ impl Preference {
         if let Some(leaf) = lengths.iter().position(|&length| length == 0) {
             return Err(empty(leaf));
         }
-        let responses: Vec<Vec<u32>> = leaves.iter().map(|&leaf| tree.unroll(leaf).0).collect();
-        let twins = Ranking::AllPairs.pairs(leaves.len());
-        match twins.into_iter().find(|&(one, other)| responses[one] == responses[other]) {
+        match tree.twins() {
             None => Ok(()),
             Some((one, other)) => Err(Error::run(match leaves.len() {
                 2 => "chosen and rejected are the same tokens".to_owned(),
@@ -380,18 +378,17 @@ impl Objective for Preference {
         self.has(PreferenceLoss::coupled)
     }
 
-    fn statistics(&self, readings: &[(&Forest, &[f32])]) -> Vec<f64> {
+    fn statistics(&self, readings: &[(&Forest, &[f32])]) -> Result<Vec<f64>> {
         let mut all = Read::default();
         for (forest, logps) in readings {
-            // A forest that cannot be read is refused with its row when it is weighed.
-            let read = self.read(forest, logps).unwrap_or_default();
+            let read = self.read(forest, logps)?;
             all.pairs.extend(read.pairs);
             all.mismatched.extend(read.mismatched);
         }
         let statistic = |(loss, _): &(PreferenceLoss, f64)| {
             loss.statistics(&all.pairs, &all.mismatched, &self.options)
         };
-        self.losses.iter().flat_map(statistic).collect()
+        Ok(self.losses.iter().flat_map(statistic).collect())
     }
 
     fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {

@@ -132,11 +132,12 @@ impl Objective for Unpaired {
         self.loss.coupled()
     }
 
-    fn statistics(&self, readings: &[(&Forest, &[f32])]) -> Vec<f64> {
-        // A forest that cannot be read is refused with its row when it is weighed.
-        let read = readings.iter().filter_map(|(forest, logps)| self.read(forest, logps).ok());
-        let mismatched: Vec<f64> = read.flat_map(|read| read.mismatched).collect();
-        vec![kl_estimate(&mismatched)]
+    fn statistics(&self, readings: &[(&Forest, &[f32])]) -> Result<Vec<f64>> {
+        let mut mismatched = Vec::new();
+        for (forest, logps) in readings {
+            mismatched.extend(self.read(forest, logps)?.mismatched);
+        }
+        Ok(vec![kl_estimate(&mismatched)])
     }
 
     fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {

@@ -65,7 +65,7 @@ pub(super) fn summarize(observations: &[Observation], attributes: &[String]) -> 
     if let Some(r) = pearson(&as_ranks(&scores)) {
         put("length/spearman", r);
     }
-    for (attribute, seen) in attributes.iter().zip(&ratings) {
+    for (attribute, seen) in attributes.iter().zip(&ratings).filter(|(_, seen)| !seen.is_empty()) {
         let square = |(predicted, given): &(f64, f64)| (predicted - given).powi(2);
         put(&format!("mse/{attribute}"), mean(seen.iter().map(square)));
         if let Some(r) = pearson(seen) {

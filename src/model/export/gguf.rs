@@ -26,7 +26,7 @@ pub(super) fn write(
     (name, encoding): (&str, Encoding),
 ) -> Result<()> {
     let config = &checkpoint.config;
-    if config.architecture == Architecture::SequenceClassification {
+    if config.architecture != Architecture::CausalLm {
         return Err(Error::usage("a reward model, for which llama.cpp has no form")
             .hint("export it with --format safetensors"));
     }

@@ -118,6 +118,19 @@ pub struct Difference {
     pub tokens: usize,
 }
 
+/// Refuses a place that is taken.
+///
+/// # Errors
+/// `to` exists.
+pub fn check_new(to: &Path) -> Result<()> {
+    if to.exists() {
+        return Err(Error::usage("exists already")
+            .at(to.display())
+            .hint("give the name of a new file or directory"));
+    }
+    Ok(())
+}
+
 /// Writes `checkpoint` to the new file or directory `to`, reads it back and compares. The model's weights are freed on
 /// the way.
 ///
@@ -130,11 +143,7 @@ pub fn export(
     format: Format,
     encoding: Encoding,
 ) -> Result<Difference> {
-    if to.exists() {
-        return Err(Error::usage("exists already")
-            .at(to.display())
-            .hint("give the name of a new file or directory"));
-    }
+    check_new(to)?;
     let live = Reading::of(&checkpoint)?;
     let building = AtomicDir::create(to)?;
     let (written, back) = match format {

@@ -25,9 +25,7 @@ pub fn base_of(dir: &Path, config: &AdapterConfig) -> Result<String> {
     else {
         return Err(Error::run("`base_model_name_or_path` is missing")
             .at(dir.join(peft::CONFIG).display())
-            .hint(
-                "write the base model's path there, or give it to `arriero merge` as base=PATH",
-            ));
+            .hint("write the base model's path there, or give it to `arriero merge` with --base"));
     };
     let beside: PathBuf = dir.join(base);
     let is_itself = |path: &Path| {
@@ -61,9 +59,7 @@ impl Checkpoint {
     pub fn with_adapter(self, saved: &Saved, dir: &Path) -> Result<Self> {
         let mut checkpoint = self.prepare_for(saved, dir)?;
         super::merge(&mut checkpoint.weights, &saved.adapters)?;
-        if dir.join("tokenizer.json").is_file() {
-            checkpoint.tokenizer = Some(ChatTokenizer::from_dir(dir)?);
-        }
+        checkpoint.tokenizer = ChatTokenizer::in_dir(dir)?.or(checkpoint.tokenizer);
         Ok(checkpoint)
     }
 

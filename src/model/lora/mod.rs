@@ -124,6 +124,10 @@ impl Lora {
         if !(self.loraplus_lr_ratio >= 0.0 && self.loraplus_lr_ratio.is_finite()) {
             return refuse("loraplus_lr_ratio", self.loraplus_lr_ratio, "0 or more");
         }
+        if self.init_lora_weights == Init::Pissa && self.use_dora {
+            return Err(Error::usage("`use_dora` with `init_lora_weights` pissa cannot be saved")
+                .hint("what is left of a weight has another norm: choose one of the two"));
+        }
         if self.init_lora_weights == Init::Pissa && self.quantization == Quantization::Gguf {
             return Err(Error::usage("`init_lora_weights` is pissa with `quantization` gguf")
                 .hint("what is left of a weight cannot be put back into the file's blocks"));

@@ -91,6 +91,8 @@ fn what_cannot_be_adapted_is_refused_with_a_hint() {
     assert!(error.to_string().contains("`lora_target_modules` is empty"), "{error}");
     let error = refused(Lora { lora_dropout: 1.0, ..on.clone() });
     assert!(error.to_string().contains("`lora_dropout` is 1"), "{error}");
+    let both = Lora { init_lora_weights: Init::Pissa, use_dora: true, ..on.clone() };
+    assert!(refused(both).to_string().contains("`use_dora` with `init_lora_weights` pissa"));
     let packed = Lora { quantization: Quantization::Nf4, ..Lora::default() };
     assert!(refused(packed).hint_text().unwrap().contains("use_peft"));
 
