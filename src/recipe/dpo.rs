@@ -505,9 +505,12 @@ mod tests {
         );
         let lists = "`ranking` is \"plackett_luce\" with another loss than plain `sigmoid` (hint: rank by \"all_pairs\" or \
                      \"adjacent\", or leave label_smoothing, use_weighting and f_divergence_type out)";
-        for other in
-            ["loss_type = 'ipo'", "label_smoothing = 0.1", "f_divergence_type = 'forward_kl'"]
-        {
+        for other in [
+            "loss_type = 'ipo'",
+            "label_smoothing = 0.1",
+            "use_weighting = true",
+            "f_divergence_type = 'forward_kl'",
+        ] {
             let keys = format!("ranking = 'plackett_luce'\n{other}");
             refuses(&keys, &format!("r.toml:5: stage `dpo`: {lists}"));
         }

@@ -251,8 +251,12 @@ mod tests {
     use super::*;
 
     fn outputs(labels: &[&str], weights: &[(&str, f64)]) -> Result<Outputs> {
+        outputs_of("LlamaForSequenceClassification", labels, weights)
+    }
+
+    fn outputs_of(class: &str, labels: &[&str], weights: &[(&str, f64)]) -> Result<Outputs> {
         let keys = serde_json::json!({
-            "model_type": "llama", "architectures": ["LlamaForSequenceClassification"], "vocab_size": 8,
+            "model_type": "llama", "architectures": [class], "vocab_size": 8,
             "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1,
             "id2label": labels.iter().enumerate().map(|(id, name)| (id.to_string(), *name)).collect::<BTreeMap<_, _>>(),
         });
@@ -280,6 +284,25 @@ mod tests {
             "`attribute_weights` names `help` (hint: the model's are: helpfulness, verbosity)"
         );
         assert!(matches!(outputs(&["reward"], &[]), Ok(Outputs::Weighted(one)) if one == [1.0]));
+    }
+
+    #[test]
+    fn a_model_of_steps_says_wrong_and_right_and_nothing_else() {
+        let of = |labels: &[&str], weights: &[(&str, f64)]| {
+            outputs_of("LlamaForTokenClassification", labels, weights)
+        };
+        assert!(matches!(of(&labels::STEP, &[]), Ok(Outputs::Steps { .. })));
+        let refused = |labels: &[&str], weights: &[(&str, f64)]| {
+            format!("{:?}", of(labels, weights).err().unwrap())
+        };
+        assert_eq!(
+            refused(&["wrong", "neutral", "right"], &[]),
+            "3 outputs a step, expected 2 (hint: wrong and right, in this order; the model's are: wrong, neutral, right)"
+        );
+        assert_eq!(
+            refused(&labels::STEP, &[("right", 1.0)]),
+            "`attribute_weights` for a model that judges steps (hint: it has no attributes; the model's are: wrong, right)"
+        );
     }
 
     #[test]
