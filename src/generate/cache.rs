@@ -46,9 +46,9 @@ impl CacheShape {
 #[derive(Debug)]
 pub struct PagedCache<E = f32> {
     shape: CacheShape,
-    /// What this segment continues: all of it is visible.
+    /// What this segment continues, up to `start`.
     parent: Option<Arc<Self>>,
-    /// Position of the first token.
+    /// Position of the first token. Of the parent, what lies before it is visible.
     start: usize,
     len: usize,
     pages: Vec<Vec<E>>,
@@ -64,9 +64,12 @@ pub enum Part {
 }
 
 impl<E: Element> PagedCache<E> {
-    /// An empty segment that continues `parent`.
-    pub fn new(shape: CacheShape, parent: Option<Arc<Self>>) -> Self {
-        let start = parent.as_ref().map_or(0, |parent| parent.end());
+    /// An empty segment that continues the first positions of `parent`.
+    pub fn new(shape: CacheShape, parent: Option<(Arc<Self>, usize)>) -> Self {
+        let (parent, start) = match parent {
+            Some((parent, shared)) => (Some(parent), shared),
+            None => (None, 0),
+        };
         Self { shape, parent, start, len: 0, pages: Vec::new() }
     }
 
@@ -83,6 +86,11 @@ impl<E: Element> PagedCache<E> {
             self.pages.push(vec![E::default(); self.shape.page_len()]);
         }
         first
+    }
+
+    /// Forgets what lies at `end` and after it, within this segment.
+    pub fn truncate(&mut self, end: usize) {
+        self.len = self.len.min(end.saturating_sub(self.start));
     }
 
     /// Stores one token's keys or values of one layer, `[G, E]`, at `position`, which [`extend`](Self::extend) gave.
@@ -111,8 +119,8 @@ impl<E: Element> PagedCache<E> {
         position: usize,
         see: &mut impl FnMut(usize, &'a [E]),
     ) {
-        if let Some(parent) = &self.parent {
-            parent.visit(tile, position, see);
+        if let (Some(parent), Some(last)) = (&self.parent, self.start.checked_sub(1)) {
+            parent.visit(tile, position.min(last), see);
         }
         let (layer, part, head) = tile;
         let CacheShape { heads, width, .. } = self.shape;
@@ -145,7 +153,7 @@ mod tests {
         let mut prompt = PagedCache::new(shape, None);
         fill(&mut prompt, 19);
         let prompt = Arc::new(prompt);
-        let mut sample = PagedCache::new(shape, Some(Arc::clone(&prompt)));
+        let mut sample = PagedCache::new(shape, Some((Arc::clone(&prompt), 19)));
         fill(&mut sample, 1);
         fill(&mut sample, 2);
         let read = |cache: &PagedCache, tile, position| {
@@ -157,5 +165,12 @@ mod tests {
         assert_eq!(read(&sample, (1, Part::Keys, 1), 20), keys);
         assert_eq!(read(&prompt, (0, Part::Values, 0), 1), [0.0, -10.0]);
         assert_eq!((prompt.end(), sample.end()), (19, 22));
+        // Another continues the prompt's first 17 positions, is cut back, and goes on.
+        let mut other = PagedCache::new(shape, Some((prompt, 17)));
+        fill(&mut other, 3);
+        other.truncate(18);
+        fill(&mut other, 1);
+        let keys: Vec<f32> = (0..19).map(|position| (position * 10 + 1) as f32 + 0.5).collect();
+        assert_eq!((other.end(), read(&other, (1, Part::Keys, 1), 18)), (19, keys));
     }
 }

@@ -4,6 +4,7 @@
 //! whatever it is batched with, and the bits that training computes for equal weights and segments. [`PlainDecoder`](super::plain::PlainDecoder) runs on every device.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -22,6 +23,30 @@ pub struct Feed<'a, C> {
     pub cache: &'a mut C,
     /// At least one token.
     pub tokens: &'a [u32],
+    /// Whose predictions are wanted.
+    pub wanted: Wanted,
+}
+
+/// The tokens of a feed after which the model's predictions are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// None: more of the same sequence follows.
+    Nothing,
+    /// The last.
+    Last,
+    /// All, in their order.
+    All,
+}
+
+impl Wanted {
+    /// Which of `count` tokens.
+    pub fn of(self, count: usize) -> Range<usize> {
+        match self {
+            Self::Nothing => count..count,
+            Self::Last => count - 1..count,
+            Self::All => 0..count,
+        }
+    }
 }
 
 /// A model that reads tokens into caches and predicts the next ones.
@@ -29,10 +54,17 @@ pub trait Decoder {
     /// Keys and values of one sequence.
     type Cache: Send + Sync;
 
-    /// An empty cache that continues `parent`.
-    fn cache(&self, parent: Option<Arc<Self::Cache>>) -> Self::Cache;
+    /// An empty cache that continues so many first positions of `parent`.
+    fn cache(&self, parent: Option<(Arc<Self::Cache>, usize)>) -> Self::Cache;
 
-    /// Reads each feed's tokens. `logits` becomes `[feeds, V]`: the predictions after each feed's last token.
+    /// Forgets the tokens of a cache from position `end` on; those of its parent stay.
+    ///
+    /// # Errors
+    /// The device's.
+    fn truncate(&self, cache: &mut Self::Cache, end: usize) -> Result<()>;
+
+    /// Reads each feed's tokens. `logits` becomes `[wanted, V]`: the predictions after the wanted tokens, in the order of
+    /// the feeds.
     ///
     /// # Errors
     /// The device fails, or a token lies outside the vocabulary.
@@ -240,8 +272,13 @@ fn attend<E: Element>(
 impl<E: Element> Decoder for CpuDecoder<E> {
     type Cache = PagedCache<E>;
 
-    fn cache(&self, parent: Option<Arc<PagedCache<E>>>) -> PagedCache<E> {
+    fn cache(&self, parent: Option<(Arc<PagedCache<E>>, usize)>) -> PagedCache<E> {
         PagedCache::new(self.cache_shape(), parent)
+    }
+
+    fn truncate(&self, cache: &mut PagedCache<E>, end: usize) -> Result<()> {
+        cache.truncate(end);
+        Ok(())
     }
 
     fn forward(&self, feeds: &mut [Feed<'_, PagedCache<E>>], logits: &mut Vec<f32>) -> Result<()> {
@@ -265,14 +302,15 @@ impl<E: Element> Decoder for CpuDecoder<E> {
         for index in 0..parts.layers.len() {
             self.block(index, &mut x, feeds, &rows)?;
         }
-        let mut last = Vec::with_capacity(feeds.len() * width);
-        let mut end = 0;
+        let mut wanted = Vec::with_capacity(feeds.len() * width);
+        let mut first = 0;
         for feed in feeds.iter() {
-            end += feed.tokens.len();
-            last.extend_from_slice(&x[(end - 1) * width..end * width]);
+            let rows = feed.wanted.of(feed.tokens.len());
+            wanted.extend_from_slice(&x[(first + rows.start) * width..(first + rows.end) * width]);
+            first += feed.tokens.len();
         }
-        let last = self.norm(&last, &parts.norm)?;
-        *logits = linear::forward(&last, &parts.head, None)?;
+        let wanted = self.norm(&wanted, &parts.norm)?;
+        *logits = linear::forward(&wanted, &parts.head, None)?;
         Ok(())
     }
 

@@ -1,12 +1,15 @@
 //! A model in this process that answers prompts: the local teacher, and the policy that is sampled.
 
+use std::sync::OnceLock;
+
 use candle_core::DType;
 use half::bf16;
 use serde_json::{Map, Value};
 
 use super::cache::CacheShape;
-use super::decode::CpuDecoder;
-use super::engine::{Answer, Engine, Limits, Prompt, Vocabulary};
+use super::decode::{CpuDecoder, Decoder};
+use super::engine::{Answer, Engine, Limits, Prompt, Schedule, Scheduler, Vocabulary};
+use super::grammar::Grammars;
 use super::plain::PlainDecoder;
 use super::sampling::Sampling;
 use crate::data::forest::{Forest, micro_batches};
@@ -76,6 +79,7 @@ pub struct LocalModel {
     backend: Backend,
     words: Words,
     limits: Limits,
+    grammars: OnceLock<Grammars>,
 }
 
 enum Backend {
@@ -123,9 +127,52 @@ impl LocalModel {
             max_prefill: MAX_PREFILL,
             cache_tokens: CACHE_BYTES / bytes_a_token.max(1),
             max_positions: config.max_position_embeddings,
+            keep_prefixes: false,
         };
         let words = Words { tokenizer: checkpoint.tokenizer()?.clone(), ends: checkpoint.ends() };
-        Ok(Self { backend, words, limits })
+        Ok(Self { backend, words, limits, grammars: OnceLock::new() })
+    }
+
+    /// What bounds a batch of this model.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// The model's vocabulary size, `V`.
+    pub fn vocab_size(&self) -> usize {
+        match &self.backend {
+            Backend::Cpu(decoder) => decoder.vocab_size(),
+            Backend::Bf16(decoder) => decoder.vocab_size(),
+            Backend::Plain(decoder) => decoder.vocab_size(),
+        }
+    }
+
+    /// The vocabulary held against grammars; read at the first call.
+    ///
+    /// # Errors
+    /// A tokenizer whose tokens have no bytes, or no end-of-turn token.
+    pub fn grammars(&self) -> Result<&Grammars> {
+        if let Some(grammars) = self.grammars.get() {
+            return Ok(grammars);
+        }
+        let Words { tokenizer, ends } = &self.words;
+        let grammars = Grammars::new(tokenizer, ends, self.vocab_size())?;
+        Ok(self.grammars.get_or_init(|| grammars))
+    }
+
+    /// A scheduler of this model for requests that come and go.
+    pub fn scheduler(&self, limits: Limits) -> Box<dyn Schedule + '_> {
+        let words = &self.words;
+        match &self.backend {
+            Backend::Cpu(decoder) => Box::new(Scheduler::new(decoder, words, limits)),
+            Backend::Bf16(decoder) => Box::new(Scheduler::new(decoder, words, limits)),
+            Backend::Plain(decoder) => Box::new(Scheduler::new(decoder, words, limits)),
+        }
+    }
+
+    /// The text of tokens, special ones left out.
+    pub fn text(&self, ids: &[u32]) -> String {
+        self.words.text(ids)
     }
 
     /// The tokenizer.

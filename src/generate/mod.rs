@@ -5,6 +5,7 @@
 pub mod cache;
 pub mod decode;
 pub mod engine;
+pub mod grammar;
 pub mod local;
 pub mod plain;
 pub mod sampler;

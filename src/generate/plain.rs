@@ -24,11 +24,26 @@ impl TensorCache {
     }
 
     /// Keys and values of all that is visible, the root's first.
-    fn gather(&self, layer: usize) -> Vec<[Tensor; 2]> {
-        let mut parts = self.parent.as_ref().map_or_else(Vec::new, |parent| parent.gather(layer));
-        parts.extend(self.layers[layer].clone());
-        parts
+    fn gather(&self, layer: usize) -> Result<Vec<[Tensor; 2]>> {
+        self.gather_before(layer, usize::MAX)
     }
+
+    fn gather_before(&self, layer: usize, end: usize) -> Result<Vec<[Tensor; 2]>> {
+        let mut parts = match &self.parent {
+            Some(parent) => parent.gather_before(layer, end.min(self.start))?,
+            None => Vec::new(),
+        };
+        let visible = end.min(self.end()).saturating_sub(self.start);
+        if let (Some([keys, values]), 1..) = (&self.layers[layer], visible) {
+            parts.push([cut(keys, visible)?, cut(values, visible)?]);
+        }
+        Ok(parts)
+    }
+}
+
+/// The first `count` rows at most.
+fn cut(rows: &Tensor, count: usize) -> Result<Tensor> {
+    Ok(rows.narrow(0, 0, count.min(rows.dim(0)?))?)
 }
 
 /// A causal language model on any device.
@@ -83,7 +98,7 @@ impl PlainDecoder {
                 }
                 None => own,
             });
-            let seen = feed.cache.gather(index);
+            let seen = feed.cache.gather(index)?;
             let keys = Tensor::cat(&seen.iter().map(|[keys, _]| keys).collect::<Vec<_>>(), 0)?;
             let values =
                 Tensor::cat(&seen.iter().map(|[_, values]| values).collect::<Vec<_>>(), 0)?;
@@ -125,20 +140,37 @@ impl PlainDecoder {
 impl Decoder for PlainDecoder {
     type Cache = TensorCache;
 
-    fn cache(&self, parent: Option<Arc<TensorCache>>) -> TensorCache {
-        let start = parent.as_ref().map_or(0, |parent| parent.end());
+    fn cache(&self, parent: Option<(Arc<TensorCache>, usize)>) -> TensorCache {
+        let (parent, start) = match parent {
+            Some((parent, shared)) => (Some(parent), shared),
+            None => (None, 0),
+        };
         TensorCache { parent, start, len: 0, layers: vec![None; self.parts.layers.len()] }
+    }
+
+    fn truncate(&self, cache: &mut TensorCache, end: usize) -> Result<()> {
+        cache.len = cache.len.min(end.saturating_sub(cache.start));
+        for layer in &mut cache.layers {
+            *layer = match layer.take() {
+                Some([keys, values]) if cache.len > 0 => {
+                    Some([cut(&keys, cache.len)?, cut(&values, cache.len)?])
+                }
+                _ => None,
+            };
+        }
+        Ok(())
     }
 
     fn forward(&self, feeds: &mut [Feed<'_, TensorCache>], logits: &mut Vec<f32>) -> Result<()> {
         let parts = &self.parts;
-        let (mut tokens, mut positions, mut last) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut tokens, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
         for feed in feeds.iter_mut() {
             parts.check_tokens(feed.tokens)?;
             let first = feed.cache.end() as u32;
+            let rows = feed.wanted.of(feed.tokens.len());
+            wanted.extend(rows.map(|row| (tokens.len() + row) as u32));
             tokens.extend_from_slice(feed.tokens);
             positions.extend((0..feed.tokens.len() as u32).map(|offset| first + offset));
-            last.push(tokens.len() as u32 - 1);
             feed.cache.len += feed.tokens.len();
         }
         let rotary = Rotary::new(&parts.frequencies, &positions);
@@ -146,7 +178,11 @@ impl Decoder for PlainDecoder {
         for index in 0..parts.layers.len() {
             x = self.block(index, &x, feeds, &rotary)?;
         }
-        let last = x.index_select(&Tensor::new(last, &self.device)?, 0)?;
+        if wanted.is_empty() {
+            logits.clear();
+            return Ok(());
+        }
+        let last = x.index_select(&Tensor::new(wanted, &self.device)?, 0)?;
         let last = ops::rms_norm(&last, &parts.norm, parts.config.rms_norm_eps)?;
         let predicted = ops::linear(&last, &parts.head, None)?.to_dtype(DType::F32)?;
         *logits = predicted.flatten_all()?.to_vec1()?;

@@ -1,17 +1,21 @@
 //! One row of logits to one token.
 //!
-//! Order of the steps as in Hugging Face's generation: repetition penalty, temperature, top-k, top-p, min-p. Ties go
+//! Order of the steps as in Hugging Face's generation: bias and penalties, temperature, top-k, top-p, min-p. What a
+//! grammar does not allow is left out before the temperature. Ties go
 //! to the smaller token id, so equal logits and equal draws give equal tokens everywhere.
 
-use rand::Rng;
 use std::cmp::Ordering;
 
+use llguidance::toktrie::SimpleVob;
+use rand::Rng;
+
+use super::engine::{Extras, Likely};
 use super::sampling::Sampling;
 use crate::error::{Error, Result};
 use crate::ops::head::log_sum_exp;
 
 /// A drawn token and how likely it was.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Draw {
     /// The token.
     pub id: u32,
@@ -19,6 +23,8 @@ pub struct Draw {
     pub logprob: f32,
     /// Its log-probability under the distribution it was drawn from, in nats; 0 where nothing was left to chance.
     pub sample_logprob: f32,
+    /// The likeliest tokens under the model alone, where they were asked for.
+    pub top: Vec<Likely>,
 }
 
 /// Draws tokens by fixed settings. Holds buffers only: a draw depends on its arguments and the settings alone.
@@ -29,59 +35,101 @@ pub struct Sampler {
     top_k: usize,
     min_p: f32,
     penalty: f32,
+    presence: f32,
+    frequency: f32,
+    bias: Vec<(u32, f32)>,
+    top: usize,
     /// Unnormalised probabilities, one a token.
     weights: Vec<f32>,
     kept: Vec<u32>,
-    /// Tokens whose logits the penalty changed, with the logits as they came; ordered by id.
-    penalised: Vec<(u32, f32)>,
+    /// Tokens whose logits were changed, with the logits as they came; ordered by id.
+    changed: Vec<(u32, f32)>,
 }
 
 impl Sampler {
     /// A sampler with these settings.
-    pub fn new(settings: &Sampling) -> Self {
+    pub fn new(settings: &Sampling, extras: &Extras) -> Self {
         Self {
             temperature: settings.temperature as f32,
             top_p: settings.top_p,
             top_k: settings.top_k,
             min_p: settings.min_p as f32,
             penalty: settings.repetition_penalty as f32,
+            presence: extras.presence_penalty,
+            frequency: extras.frequency_penalty,
+            bias: extras.logit_bias.clone(),
+            top: extras.top_logprobs,
             weights: Vec::new(),
             kept: Vec::new(),
-            penalised: Vec::new(),
+            changed: Vec::new(),
         }
     }
 
-    /// Draws one token. `logits` has one entry a token and is overwritten; `history` is what the repetition penalty
-    /// looks back on, prompt included.
+    /// Whether a draw depends on earlier tokens.
+    pub fn looks_back(&self) -> bool {
+        let off = [(self.penalty, 1.0_f32), (self.presence, 0.0), (self.frequency, 0.0)];
+        off.iter().any(|(value, off)| value.to_bits() != off.to_bits())
+    }
+
+    /// Draws one token. `logits` has one entry a token and is overwritten. `history` is what penalties look back on, the
+    /// prompt first, and where in it the answer begins. `allowed` are the tokens that a grammar allows.
     ///
     /// # Errors
-    /// Logits without one finite maximum: the model has diverged.
+    /// Logits without one finite maximum: the model has diverged. No token that is allowed.
     pub fn draw(
         &mut self,
         logits: &mut [f32],
-        history: &[u32],
+        (history, answer): (&[u32], usize),
+        allowed: Option<&SimpleVob>,
         rng: &mut impl Rng,
     ) -> Result<Draw> {
-        let log_sum = log_sum_exp(logits);
-        if !log_sum.is_finite() {
-            return Err(Error::run("the model's logits are not finite")
-                .hint("check the checkpoint's weights for NaN, or lower the learning rate"));
+        let log_sum = finite_log_sum(logits)?;
+        let top = likeliest(logits, log_sum, self.top, &mut self.kept);
+        self.adjust(logits, history, answer);
+        if let Some(allowed) = allowed {
+            for (id, logit) in logits.iter_mut().enumerate() {
+                if !allowed.is_allowed(id as u32) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
         }
-        self.penalise(logits, history);
+        let best = argmax(logits);
+        if logits[best as usize] == f32::NEG_INFINITY {
+            return Err(Error::run("no token may come next")
+                .hint("the grammar or `logit_bias` leaves none; allow an end of the answer"));
+        }
         let (id, sample_logprob) = match self.temperature {
-            0.0 => (argmax(logits), 0.0),
-            _ => self.draw_by_chance(logits, rng),
+            0.0 => (best, 0.0),
+            _ => self.draw_by_chance(logits, logits[best as usize], rng),
         };
-        let as_it_came = match self.penalised.binary_search_by_key(&id, |&(id, _)| id) {
-            Ok(index) => self.penalised[index].1,
+        let as_it_came = match self.changed.binary_search_by_key(&id, |&(id, _)| id) {
+            Ok(index) => self.changed[index].1,
             Err(_) => logits[id as usize],
         };
-        Ok(Draw { id, logprob: as_it_came - log_sum, sample_logprob })
+        Ok(Draw { id, logprob: as_it_came - log_sum, sample_logprob, top })
     }
 
-    fn penalise(&mut self, logits: &mut [f32], history: &[u32]) {
-        self.penalised.clear();
-        if self.penalty.to_bits() == 1.0_f32.to_bits() {
+    /// Bias, then the penalties on what the history has.
+    fn adjust(&mut self, logits: &mut [f32], history: &[u32], answer: usize) {
+        self.changed.clear();
+        if !self.looks_back() && self.bias.is_empty() {
+            return;
+        }
+        self.kept.clear();
+        if self.looks_back() {
+            self.kept.extend_from_slice(history);
+        }
+        self.kept.extend(self.bias.iter().map(|&(id, _)| id));
+        self.kept.retain(|&id| (id as usize) < logits.len());
+        self.kept.sort_unstable();
+        self.kept.dedup();
+        self.changed.extend(self.kept.iter().map(|&id| (id, logits[id as usize])));
+        for &(id, bias) in &self.bias {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit += bias;
+            }
+        }
+        if !self.looks_back() {
             return;
         }
         self.kept.clear();
@@ -90,13 +138,26 @@ impl Sampler {
         self.kept.dedup();
         for &id in &self.kept {
             let logit = &mut logits[id as usize];
-            self.penalised.push((id, *logit));
             *logit = if *logit > 0.0 { *logit / self.penalty } else { *logit * self.penalty };
+        }
+        if self.presence != 0.0 || self.frequency != 0.0 {
+            let answer = &history[answer.min(history.len())..];
+            for &id in answer {
+                if let Some(logit) = logits.get_mut(id as usize) {
+                    *logit -= self.frequency;
+                }
+            }
+            self.kept.clear();
+            self.kept.extend(answer.iter().filter(|&&id| (id as usize) < logits.len()));
+            self.kept.sort_unstable();
+            self.kept.dedup();
+            for &id in &self.kept {
+                logits[id as usize] -= self.presence;
+            }
         }
     }
 
-    fn draw_by_chance(&mut self, logits: &[f32], rng: &mut impl Rng) -> (u32, f32) {
-        let top = logits[argmax(logits) as usize];
+    fn draw_by_chance(&mut self, logits: &[f32], top: f32, rng: &mut impl Rng) -> (u32, f32) {
         let scale = 1.0 / self.temperature;
         self.weights.clear();
         self.weights.extend(logits.iter().map(|&logit| ((logit - top) * scale).exp()));
@@ -143,6 +204,40 @@ impl Sampler {
         self.kept.retain(|&id| weights[id as usize] >= floor);
         self.kept.sort_unstable();
     }
+}
+
+/// The log-probability of one token and the likeliest `count`, under the model alone, in nats.
+///
+/// # Errors
+/// Logits without one finite maximum.
+pub(super) fn scores(logits: &[f32], id: u32, count: usize) -> Result<(f32, Vec<Likely>)> {
+    let log_sum = finite_log_sum(logits)?;
+    let top = likeliest(logits, log_sum, count, &mut Vec::new());
+    Ok((logits[id as usize] - log_sum, top))
+}
+
+fn finite_log_sum(logits: &[f32]) -> Result<f32> {
+    let log_sum = log_sum_exp(logits);
+    if log_sum.is_finite() {
+        return Ok(log_sum);
+    }
+    Err(Error::run("the model's logits are not finite")
+        .hint("check the checkpoint's weights for NaN, or lower the learning rate"))
+}
+
+/// The likeliest tokens, the smaller id first of equals. `ids` is a buffer.
+fn likeliest(logits: &[f32], log_sum: f32, count: usize, ids: &mut Vec<u32>) -> Vec<Likely> {
+    let count = count.min(logits.len());
+    if count == 0 {
+        return Vec::new();
+    }
+    ids.clear();
+    ids.extend(0..logits.len() as u32);
+    let likelier = |a: &u32, b: &u32| by_weight(logits, *a, *b);
+    ids.select_nth_unstable_by(count - 1, likelier);
+    ids.truncate(count);
+    ids.sort_unstable_by(likelier);
+    ids.iter().map(|&id| (id, logits[id as usize] - log_sum)).collect()
 }
 
 /// Likelier first, then the smaller id.
@@ -217,12 +312,12 @@ mod tests {
     /// point for up to 8 degrees of freedom; the seed is fixed, so the outcome is too.
     #[track_caller]
     fn check(settings: &Sampling, logits: &[f32], expected: &[f64]) {
-        let mut sampler = Sampler::new(settings);
+        let mut sampler = Sampler::new(settings, &Extras::default());
         let mut rng = Stream::new(11, "test").at(0, 0);
         let mut counts = vec![0_u32; logits.len()];
         let draws = 20_000;
         for _ in 0..draws {
-            let draw = sampler.draw(&mut logits.to_vec(), &[], &mut rng).unwrap();
+            let draw = sampler.draw(&mut logits.to_vec(), (&[], 0), None, &mut rng).unwrap();
             counts[draw.id as usize] += 1;
             let probability = expected[draw.id as usize];
             assert!((f64::from(draw.sample_logprob) - probability.ln()).abs() < 1e-5);
@@ -289,9 +384,9 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_equals_and_reports_the_untempered_log_probability() {
-        let mut sampler = Sampler::new(&Sampling::greedy(1));
+        let mut sampler = Sampler::new(&Sampling::greedy(1), &Extras::default());
         let mut rng = Stream::new(0, "test").at(0, 0);
-        let draw = sampler.draw(&mut LOGITS.to_vec(), &[], &mut rng).unwrap();
+        let draw = sampler.draw(&mut LOGITS.to_vec(), (&[], 0), None, &mut rng).unwrap();
         let expected = probabilities(&LOGITS, 1.0)[1].ln() as f32;
         assert_eq!((draw.id, draw.sample_logprob.to_bits()), (1, 0.0_f32.to_bits()));
         assert!((draw.logprob - expected).abs() < 1e-6);
@@ -300,27 +395,73 @@ mod tests {
     #[test]
     fn the_penalty_weakens_seen_tokens_of_either_sign_once() {
         let settings = Sampling { repetition_penalty: 4.0, ..Sampling::greedy(1) };
-        let mut sampler = Sampler::new(&settings);
+        let mut sampler = Sampler::new(&settings, &Extras::default());
         let mut rng = Stream::new(0, "test").at(0, 0);
         let mut logits = LOGITS.to_vec();
         // 1 and 4 fall from 2 to 0.5, 3 from -1 to -4: token 2 at 1.0 wins. An id outside the vocabulary is ignored.
-        let draw = sampler.draw(&mut logits, &[1, 4, 3, 1, 99], &mut rng).unwrap();
+        let draw = sampler.draw(&mut logits, (&[1, 4, 3, 1, 99], 5), None, &mut rng).unwrap();
         assert_eq!(draw.id, 2);
         assert_eq!(logits, [0.0, 0.5, 1.0, -4.0, 0.5, -3.0]);
         // The reported log-probability is the model's own even of a penalised token.
         let settings = Sampling { repetition_penalty: 1.01, ..Sampling::greedy(1) };
-        let draw = Sampler::new(&settings).draw(&mut LOGITS.to_vec(), &[4, 1], &mut rng).unwrap();
+        let draw = Sampler::new(&settings, &Extras::default())
+            .draw(&mut LOGITS.to_vec(), (&[4, 1], 2), None, &mut rng)
+            .unwrap();
         assert!((f64::from(draw.logprob) - probabilities(&LOGITS, 1.0)[1].ln()).abs() < 1e-6);
     }
 
     #[test]
     fn logits_that_are_not_finite_are_an_error() {
-        let mut sampler = Sampler::new(&Sampling::default());
+        let mut sampler = Sampler::new(&Sampling::default(), &Extras::default());
         let mut rng = Stream::new(0, "test").at(0, 0);
         for bad in [f32::NAN, f32::INFINITY] {
-            assert!(sampler.draw(&mut [0.0, bad, 1.0], &[], &mut rng).is_err());
+            assert!(sampler.draw(&mut [0.0, bad, 1.0], (&[], 0), None, &mut rng).is_err());
         }
-        assert!(sampler.draw(&mut [f32::NEG_INFINITY; 3], &[], &mut rng).is_err());
-        assert_eq!(sampler.draw(&mut [f32::NEG_INFINITY, 0.0], &[], &mut rng).unwrap().id, 1);
+        assert!(sampler.draw(&mut [f32::NEG_INFINITY; 3], (&[], 0), None, &mut rng).is_err());
+        assert_eq!(
+            sampler.draw(&mut [f32::NEG_INFINITY, 0.0], (&[], 0), None, &mut rng).unwrap().id,
+            1
+        );
+    }
+
+    #[test]
+    fn bias_and_penalties_change_the_draw_and_not_the_models_log_probability() {
+        let extras = Extras {
+            logit_bias: vec![(5, 100.0)],
+            presence_penalty: 60.0,
+            frequency_penalty: 30.0,
+            top_logprobs: 3,
+            ..Extras::default()
+        };
+        let mut sampler = Sampler::new(&Sampling::greedy(1), &extras);
+        let mut rng = Stream::new(0, "test").at(0, 0);
+        let expected = |id: usize| probabilities(&LOGITS, 1.0)[id].ln();
+        // 5 in the prompt costs nothing, once in the answer 90, twice 120: -3 + 100 - 120 loses to 2.
+        for (history, id) in [(&[5, 9][..], 5), (&[5, 9, 5], 5), (&[5, 9, 5, 5], 1)] {
+            let draw = sampler.draw(&mut LOGITS.to_vec(), (history, 2), None, &mut rng).unwrap();
+            assert_eq!(draw.id, id, "{history:?}");
+            assert!((f64::from(draw.logprob) - expected(id as usize)).abs() < 1e-6);
+            assert_eq!(draw.top.iter().map(|&(id, _)| id).collect::<Vec<_>>(), [1, 4, 2]);
+            assert!((f64::from(draw.top[2].1) - expected(2)).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn only_what_is_allowed_is_drawn() {
+        let mut allowed = SimpleVob::alloc(6);
+        [0, 2].into_iter().for_each(|id| allowed.allow_token(id));
+        let mut sampler = Sampler::new(&Sampling::default(), &Extras::default());
+        let mut rng = Stream::new(0, "test").at(0, 0);
+        let expected = renormalised(&[0, 2]);
+        for _ in 0..200 {
+            let draw =
+                sampler.draw(&mut LOGITS.to_vec(), (&[], 0), Some(&allowed), &mut rng).unwrap();
+            assert!(
+                (f64::from(draw.sample_logprob) - expected[draw.id as usize].ln()).abs() < 1e-5
+            );
+        }
+        let nothing = SimpleVob::alloc(6);
+        let error = sampler.draw(&mut LOGITS.to_vec(), (&[], 0), Some(&nothing), &mut rng);
+        assert!(error.unwrap_err().to_string().contains("no token may come next"));
     }
 }

@@ -1,10 +1,14 @@
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::Device;
 
-use super::decode::{CpuDecoder, Decoder, Feed};
-use super::engine::{Answer, Engine, Finish, Limits, Prompt, Vocabulary};
+use super::decode::{CpuDecoder, Decoder, Feed, Wanted};
+use super::engine::{
+    Answer, Engine, Event, Extras, Finish, Guess, Guesser, Limits, Lookup, Piece, Prompt,
+    PromptScores, Request, Scheduler, Ticket, Vocabulary,
+};
 use super::plain::PlainDecoder;
 use super::sampler::argmax;
 use super::sampling::Sampling;
@@ -51,20 +55,27 @@ struct Parrot {
 impl Decoder for Parrot {
     type Cache = (usize, usize);
 
-    fn cache(&self, parent: Option<Arc<(usize, usize)>>) -> (usize, usize) {
+    fn cache(&self, parent: Option<(Arc<(usize, usize)>, usize)>) -> (usize, usize) {
         let start = parent.map_or(0, |parent| parent.1);
         (start, start)
+    }
+
+    fn truncate(&self, cache: &mut (usize, usize), end: usize) -> Result<()> {
+        cache.1 = end;
+        Ok(())
     }
 
     fn forward(&self, feeds: &mut [Feed<'_, (usize, usize)>], logits: &mut Vec<f32>) -> Result<()> {
         logits.clear();
         for feed in feeds {
-            feed.cache.1 += feed.tokens.len();
             // The prompt has one token.
-            let said = feed.cache.1 - 1;
-            let mut row = vec![0.0; self.vocab_size()];
-            row[self.says[said % self.says.len()] as usize] = 9.0;
-            logits.extend(row);
+            let said = feed.cache.1;
+            feed.cache.1 += feed.tokens.len();
+            for place in feed.wanted.of(feed.tokens.len()) {
+                let mut row = vec![0.0; self.vocab_size()];
+                row[self.says[(said + place) % self.says.len()] as usize] = 9.0;
+                logits.extend(row);
+            }
         }
         Ok(())
     }
@@ -74,8 +85,13 @@ impl Decoder for Parrot {
     }
 }
 
-const WIDE: Limits =
-    Limits { max_batch: 8, max_prefill: 64, cache_tokens: 4096, max_positions: 256 };
+const WIDE: Limits = Limits {
+    max_batch: 8,
+    max_prefill: 64,
+    cache_tokens: 4096,
+    max_positions: 256,
+    keep_prefixes: false,
+};
 
 #[track_caller]
 fn parrot(says: &[u32], stop: &[&str], vocabulary: &Bytes) -> Answer {
@@ -231,16 +247,27 @@ fn samples_have_the_trainers_bits<E: Element>(precision: Precision) {
 fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
     let (mut logits, mut all) = (Vec::new(), Vec::new());
     let mut prompt = decoder.cache(None);
-    decoder.forward(&mut [Feed { cache: &mut prompt, tokens: &[5, 9, 30] }], &mut logits).unwrap();
-    decoder.forward(&mut [Feed { cache: &mut prompt, tokens: &[8, 7] }], &mut logits).unwrap();
+    decoder
+        .forward(
+            &mut [Feed { cache: &mut prompt, tokens: &[5, 9, 30], wanted: Wanted::Nothing }],
+            &mut logits,
+        )
+        .unwrap();
+    decoder
+        .forward(
+            &mut [Feed { cache: &mut prompt, tokens: &[8, 7], wanted: Wanted::All }],
+            &mut logits,
+        )
+        .unwrap();
     all.extend_from_slice(&logits);
     let prompt = Arc::new(prompt);
-    let mut samples = [decoder.cache(Some(Arc::clone(&prompt))), decoder.cache(Some(prompt))];
+    let mut samples =
+        [decoder.cache(Some((Arc::clone(&prompt), 5))), decoder.cache(Some((prompt, 4)))];
     for tokens in [[11, 12], [40, 41]] {
         let mut feeds: Vec<_> = samples
             .iter_mut()
             .zip(tokens.chunks(1))
-            .map(|(cache, tokens)| Feed { cache, tokens })
+            .map(|(cache, tokens)| Feed { cache, tokens, wanted: Wanted::Last })
             .collect();
         decoder.forward(&mut feeds, &mut logits).unwrap();
         all.extend_from_slice(&logits);
@@ -285,6 +312,7 @@ fn an_answer_of_a_golden_model_is_the_same_whatever_it_is_batched_with() {
         Limits { max_batch: 1, ..WIDE },
         Limits { max_batch: 5, max_prefill: 7, ..WIDE },
         Limits { cache_tokens: 90, ..WIDE },
+        Limits { max_prefill: 1, keep_prefixes: true, ..WIDE },
     ];
     for limits in narrow {
         assert!(engine(limits).answers(&prompts, &sampling).unwrap() == reference, "{limits:?}");
@@ -294,4 +322,181 @@ fn an_answer_of_a_golden_model_is_the_same_whatever_it_is_batched_with() {
     assert!(rest == reference[6..]);
     let other = Sampling { seed: 6, ..sampling };
     assert!(engine(WIDE).answers(&prompts, &other).unwrap() != reference);
+}
+
+#[test]
+fn guesses_change_no_answer() {
+    let checkpoint = golden("model_tied");
+    let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let vocabulary = Bytes { ends: (0..20).collect(), ..Bytes::default() };
+    // Repeats itself, so that there is something to look up.
+    let prompts = [7_u32, 60].map(|len| Prompt {
+        index: u64::from(len),
+        tokens: (0..len).map(|i| 40 + i % 5).collect(),
+    });
+    let answers = |guesser: Option<Box<dyn Guesser + Send>>, sampling: &Sampling| {
+        let mut scheduler = Scheduler::new(&decoder, &vocabulary, WIDE);
+        if let Some(guesser) = guesser {
+            scheduler = scheduler.guessing(guesser, 4);
+        }
+        for prompt in &prompts {
+            scheduler.submit(Request::new(prompt.clone(), Arc::new(sampling.clone()))).unwrap();
+        }
+        let (mut all, mut passes) = (Vec::new(), 0);
+        let mut on = |event| match event {
+            Event::Done(ticket, answers, _) => {
+                all.push((ticket, answers));
+                Ok(())
+            }
+            Event::Failed(_, error) => Err(error),
+            Event::Piece(..) => Ok(()),
+        };
+        while scheduler.step(&mut on).unwrap() {
+            passes += 1;
+        }
+        all.sort_by_key(|(ticket, _)| *ticket);
+        (all, passes)
+    };
+    let by_chance =
+        Sampling { num_samples: 3, max_new_tokens: 40, temperature: 0.7, ..Sampling::default() };
+    for sampling in [Sampling::greedy(40), by_chance] {
+        let (expected, passes) = answers(None, &sampling);
+        let (found, fewer) = answers(Some(Box::new(Lookup::default())), &sampling);
+        assert!(found == expected, "{sampling:?}");
+        assert!(fewer <= passes);
+        let oracle = Known { answers: expected.clone(), wrong_at: 3 };
+        let (found, fewer) = answers(Some(Box::new(oracle)), &sampling);
+        assert!(found == expected, "{sampling:?}");
+        assert!(fewer * 2 < passes, "{fewer} passes, without guesses {passes}");
+    }
+}
+
+/// Guesses from what the answers are known to be, with a mistake now and then.
+struct Known {
+    answers: Vec<(Ticket, Vec<Answer>)>,
+    wrong_at: usize,
+}
+
+impl Guesser for Known {
+    fn guess(&mut self, asked: &mut [Guess<'_>]) -> Result<()> {
+        for one in asked {
+            let (ticket, sample) = one.key;
+            let ids = &self.answers[ticket as usize].1[sample].ids;
+            assert!(ids.starts_with(one.ids));
+            let rest = ids[one.ids.len()..].iter().take(one.most);
+            one.guess.extend(rest);
+            if let (0, Some(id)) = (one.ids.len() % self.wrong_at, one.guess.get_mut(1)) {
+                *id += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Streams one request and returns its pieces, the answers, and the scores of the prompt.
+fn stream<D: Decoder>(
+    decoder: &D,
+    vocabulary: &dyn Vocabulary,
+    request: Request,
+) -> (Vec<Piece>, Vec<Answer>, PromptScores) {
+    let mut scheduler = Scheduler::new(decoder, vocabulary, WIDE);
+    scheduler.submit(request).unwrap();
+    let (mut pieces, mut done) = (Vec::new(), None);
+    let mut on = |event| {
+        match event {
+            Event::Piece(_, piece) => pieces.push(piece),
+            Event::Done(_, answers, scores) => done = Some((answers, scores)),
+            Event::Failed(_, error) => return Err(error),
+        }
+        Ok(())
+    };
+    while scheduler.step(&mut on).unwrap() {}
+    let (answers, scores) = done.unwrap();
+    (pieces, answers, scores)
+}
+
+#[test]
+fn a_streamed_answer_comes_in_whole_characters_and_never_shows_a_stop_string() {
+    let vocabulary = Bytes { ends: vec![0], pieces: vec!["one ST", "OP two", "AY "] };
+    let said: Vec<u32> =
+        [256, 258, 256].into_iter().chain(ids("aé")).chain([257, 256, 257]).collect();
+    let sampling = Sampling { stop: vec!["STOP".to_owned()], ..Sampling::greedy(40) };
+    let extras = Extras { stream: true, top_logprobs: 2, ..Extras::default() };
+    let prompt = Prompt { index: 0, tokens: vec![7] };
+    let request = Request { extras: Arc::new(extras), ..Request::new(prompt, Arc::new(sampling)) };
+    let (pieces, answers, _) = stream(&Parrot { says: said }, &vocabulary, request);
+    let texts: Vec<&str> = pieces.iter().map(|piece| piece.text.as_str()).collect();
+    assert_eq!(texts, ["one ", "STAY ", "one ", "STa", "", "é", "OP two", "one ", ""]);
+    assert_eq!(texts.concat(), answers[0].text);
+    let (ids, tops): (Vec<u32>, Vec<_>) =
+        pieces.iter().flat_map(|p| p.ids.iter().copied().zip(p.top_logprobs.clone())).unzip();
+    assert_eq!((&ids, &tops), (&answers[0].ids, &answers[0].top_logprobs));
+    let finishes: Vec<_> = pieces.iter().filter_map(|piece| piece.finish).collect();
+    assert_eq!(finishes, [Finish::Stop]);
+}
+
+#[test]
+fn a_prompts_own_tokens_are_scored_as_by_the_whole_forward() {
+    let checkpoint = golden("model_untied");
+    let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let model = Transformer::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let tokens: Vec<u32> = (0..90).map(|i| 3 + (i * 29) % 400).collect();
+    let extras = Extras { prompt_logprobs: true, top_logprobs: 1, ..Extras::default() };
+    let request = Request {
+        extras: Arc::new(extras),
+        ..Request::new(Prompt { index: 0, tokens: tokens.clone() }, Arc::new(Sampling::greedy(1)))
+    };
+    let (_, _, scores) = stream(&decoder, &Bytes::default(), request);
+    assert_eq!((scores.logprobs.len(), scores.top_logprobs.len()), (89, 89));
+    for place in [1, 40, 63, 64, 65, 89] {
+        let expected = whole_forward(&model, &tokens[..place]);
+        let found = scores.logprobs[place - 1];
+        assert!((found - expected[tokens[place] as usize]).abs() < 1e-4, "{place}");
+        assert_eq!(scores.top_logprobs[place - 1][0].0, argmax(&expected));
+    }
+}
+
+#[test]
+fn prompts_that_begin_alike_are_read_once_and_requests_may_leave() {
+    let checkpoint = golden("model_tied");
+    let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let vocabulary = Bytes::default();
+    let limits = Limits { keep_prefixes: true, max_positions: 200, ..WIDE };
+    let prompt =
+        |index: u64| Prompt { index, tokens: (0..50).chain([60 + index as u32, 70]).collect() };
+    let sampling = Arc::new(Sampling { max_new_tokens: 12, ..Sampling::default() });
+    let alone = Engine { decoder: &decoder, vocabulary: &vocabulary, limits: WIDE }
+        .answers(&[prompt(0), prompt(1), prompt(2)], &sampling)
+        .unwrap();
+    let mut scheduler = Scheduler::new(&decoder, &vocabulary, limits);
+    let submit = |scheduler: &mut Scheduler<'_, _>, index| {
+        scheduler.submit(Request::new(prompt(index), Arc::clone(&sampling))).unwrap()
+    };
+    for index in 0..2 {
+        submit(&mut scheduler, index);
+    }
+    let leaves = submit(&mut scheduler, 9);
+    submit(&mut scheduler, 2);
+    let (mut done, mut steps, mut most) = (BTreeMap::new(), 0, 0);
+    while scheduler
+        .step(&mut |event| match event {
+            Event::Done(ticket, answers, _) => {
+                done.insert(ticket.0, answers);
+                Ok(())
+            }
+            other => panic!("{other:?}"),
+        })
+        .unwrap()
+    {
+        steps += 1;
+        most = most.max(scheduler.cached_tokens());
+        if steps == 3 {
+            scheduler.cancel(leaves);
+        }
+    }
+    assert_eq!(done.keys().copied().collect::<Vec<_>>(), [0, 1, 3]);
+    assert!(done.into_values().eq(alone), "sharing changes no answer");
+    // 52 tokens of the first prompt, two or three of each other, 12 an answer: apart it would be more than 200.
+    assert!(most < 52 + 3 * 3 + 4 * 12, "{most} tokens in caches");
+    assert_eq!(scheduler.load(), (0, 0));
 }

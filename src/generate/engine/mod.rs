@@ -1,0 +1,121 @@
+//! Continuous batching: prompts are read in pieces beside the answers that are written, samples of a prompt share its
+//! cache, prompts that begin alike share what they have in common, and a finished answer's place goes to the next one.
+//!
+//! An answer depends on its prompt, its settings and its own random stream, never on its neighbours: the CPU decoder
+//! keeps the row rule and draws are keyed by (seed, prompt index, sample index).
+
+mod guess;
+mod prefix;
+mod request;
+mod running;
+mod scheduler;
+
+use std::sync::Arc;
+
+pub use guess::{Guess, Guesser, Lookup};
+pub use request::{
+    Answer, Event, Extras, Finish, Likely, Piece, Prompt, PromptScores, Request, Ticket,
+};
+pub use scheduler::Scheduler;
+
+use super::decode::Decoder;
+use super::sampling::Sampling;
+use crate::error::{Context, Result};
+
+/// What bounds a batch. Changes speed and memory, never an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Most answers under way at once.
+    pub max_batch: usize,
+    /// Most prompt tokens read in one forward pass.
+    pub max_prefill: usize,
+    /// Most tokens in all caches together. One answer is always let in.
+    pub cache_tokens: usize,
+    /// The model's positions.
+    pub max_positions: usize,
+    /// Whether caches of answered prompts are kept as long as there is room, for prompts that come later. Where not,
+    /// only while a prompt that waits begins like them.
+    pub keep_prefixes: bool,
+}
+
+/// What generation needs to know of the text behind the tokens.
+pub trait Vocabulary: Sync {
+    /// Tokens to text, special tokens left out.
+    fn text(&self, ids: &[u32]) -> String;
+    /// Tokens that end an answer.
+    fn ends(&self) -> &[u32];
+}
+
+/// A [`Scheduler`] of any decoder.
+pub trait Schedule {
+    /// See [`Scheduler::submit`].
+    ///
+    /// # Errors
+    /// A request that this model can never answer.
+    fn submit(&mut self, request: Request) -> Result<Ticket>;
+    /// See [`Scheduler::cancel`].
+    fn cancel(&mut self, ticket: Ticket);
+    /// See [`Scheduler::step`].
+    ///
+    /// # Errors
+    /// The device's, and those of `on`.
+    fn step(&mut self, on: &mut dyn FnMut(Event) -> Result<()>) -> Result<bool>;
+    /// See [`Scheduler::load`].
+    fn load(&self) -> (usize, usize);
+    /// See [`Scheduler::cached_tokens`].
+    fn cached_tokens(&self) -> usize;
+}
+
+/// Generates with one model.
+pub struct Engine<'a, D: Decoder> {
+    /// The model.
+    pub decoder: &'a D,
+    /// Its tokens.
+    pub vocabulary: &'a dyn Vocabulary,
+    /// Batch bounds.
+    pub limits: Limits,
+}
+
+impl<D: Decoder> Engine<'_, D> {
+    /// Draws `sampling.num_samples` answers to each prompt. `done` is called with a prompt's place in the list and
+    /// its answers, in the order of the samples, as soon as they are all there; an error from it ends the call.
+    ///
+    /// # Errors
+    /// Settings that no distribution has; a prompt that is empty or leaves no position for an answer.
+    pub fn run(
+        &self,
+        prompts: &[Prompt],
+        sampling: &Sampling,
+        done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
+    ) -> Result<()> {
+        sampling.check()?;
+        let sampling = Arc::new(sampling.clone());
+        let mut scheduler = Scheduler::new(self.decoder, self.vocabulary, self.limits);
+        for (place, prompt) in prompts.iter().enumerate() {
+            scheduler
+                .submit(Request::new(prompt.clone(), Arc::clone(&sampling)))
+                .at(format_args!("prompt {place}"))?;
+        }
+        // Tickets are numbered as they are given.
+        let mut on = |event| match event {
+            Event::Done(ticket, answers, _) => done(ticket.0 as usize, answers),
+            Event::Failed(_, error) => Err(error),
+            Event::Piece(..) => Ok(()),
+        };
+        while scheduler.step(&mut on)? {}
+        Ok(())
+    }
+
+    /// All answers at once, prompt by prompt.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn answers(&self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Answer>>> {
+        let mut all = vec![Vec::new(); prompts.len()];
+        self.run(prompts, sampling, &mut |place, answers| {
+            all[place] = answers;
+            Ok(())
+        })?;
+        Ok(all)
+    }
+}

@@ -1,0 +1,129 @@
+//! Caches of what was read, with their share of the memory, and those that are kept for prompts with an equal beginning.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Fewest equal tokens that are worth sharing.
+pub(super) const WORTH: usize = 16;
+/// Most caches that are kept for later prompts.
+const KEPT: usize = 64;
+
+/// Tokens promised to caches, counted by all who hold some.
+pub(super) type Reserved = Arc<AtomicUsize>;
+
+/// A share of the memory; given back when dropped.
+#[derive(Debug)]
+pub(super) struct Share {
+    tokens: usize,
+    reserved: Reserved,
+}
+
+impl Share {
+    pub(super) fn new(tokens: usize, reserved: &Reserved) -> Self {
+        reserved.fetch_add(tokens, Ordering::Relaxed);
+        Self { tokens, reserved: Arc::clone(reserved) }
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.reserved.fetch_sub(self.tokens, Ordering::Relaxed);
+    }
+}
+
+/// A cache that is read and not written any more. Holds its parents' shares as long as its own.
+#[derive(Debug)]
+pub(super) struct Held<C> {
+    pub(super) cache: Arc<C>,
+    pub(super) _share: Share,
+    pub(super) _parent: Option<Arc<Self>>,
+}
+
+/// How many tokens two lists begin with in common.
+pub(super) fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+struct Entry<C> {
+    tokens: Vec<u32>,
+    held: Arc<Held<C>>,
+    used: u64,
+}
+
+/// Caches kept for prompts that begin like ones read before. The least recently used go first.
+pub(super) struct Prefixes<C> {
+    entries: Vec<Entry<C>>,
+    clock: u64,
+}
+
+impl<C> Default for Prefixes<C> {
+    fn default() -> Self {
+        Self { entries: Vec::new(), clock: 0 }
+    }
+}
+
+impl<C> Prefixes<C> {
+    /// The cache that shares the longest beginning with `tokens`, and its length: at most all but the last token, whose
+    /// prediction is wanted.
+    pub(super) fn find(&mut self, tokens: &[u32]) -> Option<(Arc<Held<C>>, usize)> {
+        let most = tokens.len().saturating_sub(1);
+        let shared = |entry: &Entry<C>| common(&entry.tokens, &tokens[..most]);
+        let best = self.entries.iter_mut().max_by_key(|entry| shared(entry))?;
+        let len = common(&best.tokens, &tokens[..most]);
+        if len < WORTH {
+            return None;
+        }
+        self.clock += 1;
+        best.used = self.clock;
+        Some((Arc::clone(&best.held), len))
+    }
+
+    /// Keeps a cache of `tokens`; one that it continues is no longer needed by itself.
+    pub(super) fn keep(&mut self, tokens: Vec<u32>, held: Arc<Held<C>>) {
+        self.entries.retain(|entry| !tokens.starts_with(&entry.tokens));
+        if self.entries.len() >= KEPT {
+            self.drop_oldest();
+        }
+        self.clock += 1;
+        self.entries.push(Entry { tokens, held, used: self.clock });
+    }
+
+    /// Lets the least recently used cache go; false where there is none.
+    pub(super) fn drop_oldest(&mut self) -> bool {
+        let oldest = self.entries.iter().enumerate().min_by_key(|(_, entry)| entry.used);
+        let Some((index, _)) = oldest else { return false };
+        self.entries.swap_remove(index);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_beginning_is_found_and_the_oldest_goes_first() {
+        let reserved = Reserved::default();
+        let held = |name: &'static str| {
+            let share = Share::new(10, &reserved);
+            Arc::new(Held { cache: Arc::new(name), _share: share, _parent: None })
+        };
+        let tokens = |tail: u32| (0..20).chain([tail]).collect::<Vec<u32>>();
+        let mut prefixes = Prefixes::default();
+        assert!(prefixes.find(&tokens(1)).is_none() && !prefixes.drop_oldest());
+        prefixes.keep((0..17).collect(), held("short"));
+        prefixes.keep((100..150).collect(), held("other"));
+        prefixes.keep(tokens(7), held("long"));
+        // `long` continues `short`, which is let go.
+        assert_eq!(reserved.load(Ordering::Relaxed), 20);
+        let (found, len) = prefixes.find(&tokens(8)).unwrap();
+        assert_eq!((*found.cache, len), ("long", 20));
+        // The last token of a prompt is always read.
+        assert_eq!(prefixes.find(&tokens(7)).unwrap().1, 20);
+        assert!(prefixes.find(&(0..10).chain(50..80).collect::<Vec<u32>>()).is_none());
+        assert!(prefixes.drop_oldest());
+        assert!(prefixes.find(&(100..150).collect::<Vec<u32>>()).is_none());
+        drop((found, prefixes));
+        assert_eq!(reserved.load(Ordering::Relaxed), 0);
+    }
+}

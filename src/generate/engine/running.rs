@@ -1,0 +1,180 @@
+//! An answer under way.
+
+use std::sync::Arc;
+
+use rand_chacha::ChaCha8Rng;
+
+use super::prefix::{Held, Share};
+use super::{Answer, Finish, Likely, Piece, Request, Ticket, Vocabulary};
+use crate::error::Result;
+use crate::generate::grammar::Matcher;
+use crate::generate::sampler::{Draw, Sampler};
+use crate::generate::stop::{Shown, StopStrings};
+
+pub(super) struct Running<C> {
+    pub(super) ticket: Ticket,
+    pub(super) sample: usize,
+    pub(super) request: Arc<Request>,
+    pub(super) stops: Arc<StopStrings>,
+    pub(super) cache: C,
+    pub(super) held: Arc<Held<C>>,
+    pub(super) share: Share,
+    pub(super) rng: ChaCha8Rng,
+    pub(super) sampler: Sampler,
+    pub(super) matcher: Option<Matcher>,
+    /// What penalties look back on: the prompt and the answer; empty where there are none.
+    pub(super) history: Vec<u32>,
+    pub(super) ids: Vec<u32>,
+    pub(super) logprobs: Vec<f32>,
+    pub(super) sample_logprobs: Vec<f32>,
+    pub(super) top_logprobs: Vec<Vec<Likely>>,
+    /// Most tokens of this answer.
+    pub(super) room: usize,
+    /// Tokens guessed to come next, read together with the last one.
+    pub(super) guess: Vec<u32>,
+    /// What the next forward pass reads: the last token and the guess.
+    pub(super) feed: Vec<u32>,
+    shown: Shown,
+    pub(super) ended: Option<(Finish, String)>,
+}
+
+/// What an answer starts with.
+pub(super) struct Start<C> {
+    pub(super) ticket: Ticket,
+    pub(super) sample: usize,
+    pub(super) request: Arc<Request>,
+    pub(super) stops: Arc<StopStrings>,
+    pub(super) cache: C,
+    pub(super) held: Arc<Held<C>>,
+    pub(super) share: Share,
+    pub(super) rng: ChaCha8Rng,
+    pub(super) room: usize,
+}
+
+impl<C> Running<C> {
+    pub(super) fn new(start: Start<C>) -> Result<Self> {
+        let Start { ticket, sample, request, stops, cache, held, share, rng, room } = start;
+        let sampler = Sampler::new(&request.sampling, &request.extras);
+        let matcher = request.extras.grammar.as_ref().map(|grammar| grammar.start()).transpose()?;
+        let history = if sampler.looks_back() { request.prompt.tokens.clone() } else { Vec::new() };
+        Ok(Self {
+            ticket,
+            sample,
+            request,
+            stops,
+            cache,
+            held,
+            share,
+            rng,
+            sampler,
+            matcher,
+            history,
+            ids: Vec::new(),
+            logprobs: Vec::new(),
+            sample_logprobs: Vec::new(),
+            top_logprobs: Vec::new(),
+            room,
+            guess: Vec::new(),
+            feed: Vec::new(),
+            shown: Shown::default(),
+            ended: None,
+        })
+    }
+
+    /// Draws from the predictions after the last token and each guessed one, as long as the guesses come true: what is
+    /// drawn is what would have been drawn without guesses. Returns how many tokens were drawn.
+    ///
+    /// # Errors
+    /// Logits that are not finite; a grammar that went wrong.
+    pub(super) fn draw_all(
+        &mut self,
+        logits: &mut [f32],
+        vocab: usize,
+        vocabulary: &dyn Vocabulary,
+    ) -> Result<usize> {
+        let mut drawn = 0;
+        for (place, logits) in logits.chunks_exact_mut(vocab).enumerate() {
+            let id = self.draw(logits, vocabulary)?;
+            drawn += 1;
+            if self.ended.is_some() || self.guess.get(place) != Some(&id) {
+                break;
+            }
+        }
+        Ok(drawn)
+    }
+
+    /// Draws one token.
+    pub(super) fn draw(&mut self, logits: &mut [f32], vocabulary: &dyn Vocabulary) -> Result<u32> {
+        let allowed = self.matcher.as_mut().map(Matcher::allowed).transpose()?;
+        let answer = self.history.len().saturating_sub(self.ids.len());
+        let draw =
+            self.sampler.draw(logits, (&self.history, answer), allowed.as_ref(), &mut self.rng)?;
+        let id = draw.id;
+        self.take(draw);
+        if let Some(matcher) = &mut self.matcher {
+            matcher.take(id)?;
+        }
+        self.ended = self.end(vocabulary);
+        Ok(id)
+    }
+
+    fn take(&mut self, draw: Draw) {
+        let Draw { id, logprob, sample_logprob, top } = draw;
+        self.ids.push(id);
+        self.logprobs.push(logprob);
+        self.sample_logprobs.push(sample_logprob);
+        if self.request.extras.top_logprobs > 0 {
+            self.top_logprobs.push(top);
+        }
+        if self.sampler.looks_back() {
+            self.history.push(id);
+        }
+    }
+
+    /// Whether the answer ends after its newest token, and its text if so.
+    fn end(&self, vocabulary: &dyn Vocabulary) -> Option<(Finish, String)> {
+        let (last, before) = self.ids.split_last()?;
+        if vocabulary.ends().contains(last) {
+            return Some((Finish::Stop, vocabulary.text(before)));
+        }
+        if let Some(text) = self.stops.cut(vocabulary, &self.ids) {
+            return Some((Finish::Stop, text));
+        }
+        if self.matcher.as_ref().is_some_and(Matcher::is_done) {
+            return Some((Finish::Stop, vocabulary.text(&self.ids)));
+        }
+        (self.ids.len() >= self.room).then(|| (Finish::Length, vocabulary.text(&self.ids)))
+    }
+
+    /// What became certain since the last piece, where the answer is streamed.
+    pub(super) fn piece(&mut self, drawn: usize, vocabulary: &dyn Vocabulary) -> Option<Piece> {
+        if !self.request.extras.stream {
+            return None;
+        }
+        let text = match &self.ended {
+            Some((_, whole)) => self.shown.rest(whole),
+            None => self.shown.more(vocabulary, &self.ids, &self.stops),
+        };
+        let first = self.ids.len() - drawn;
+        Some(Piece {
+            sample: self.sample,
+            text,
+            ids: self.ids[first..].to_vec(),
+            logprobs: self.logprobs[first..].to_vec(),
+            top_logprobs: self.top_logprobs.get(first..).unwrap_or_default().to_vec(),
+            finish: self.ended.as_ref().map(|(finish, _)| *finish),
+        })
+    }
+
+    /// The finished answer.
+    pub(super) fn answer(&mut self, finish: Finish, text: String) -> Answer {
+        Answer {
+            text,
+            ids: std::mem::take(&mut self.ids),
+            logprobs: std::mem::take(&mut self.logprobs),
+            sample_logprobs: std::mem::take(&mut self.sample_logprobs),
+            top_logprobs: std::mem::take(&mut self.top_logprobs),
+            finish,
+        }
+    }
+}

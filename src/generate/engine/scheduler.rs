@@ -1,0 +1,523 @@
+//! Which prompts are read and which answers are written in the next forward pass.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rayon::prelude::*;
+
+use super::guess::{Guess, Guesser};
+use super::prefix::{self, Held, Prefixes, Reserved, Share};
+use super::running::{Running, Start};
+use super::{Answer, Event, Finish, Limits, PromptScores, Request, Schedule, Ticket, Vocabulary};
+use crate::error::Result;
+use crate::generate::decode::{Decoder, Feed, Wanted};
+use crate::generate::sampler;
+use crate::generate::stop::StopStrings;
+use crate::rng::Stream;
+
+/// Most prompt tokens of a forward pass whose predictions are all wanted: they take a vocabulary's numbers each.
+const SCORED: usize = 64;
+
+/// Called with what happens; an error from it ends the work.
+pub(super) type On<'a> = dyn FnMut(Event) -> Result<()> + 'a;
+
+/// A prompt that is being read.
+struct Reading<C> {
+    ticket: Ticket,
+    request: Arc<Request>,
+    cache: C,
+    parent: Option<Arc<Held<C>>>,
+    share: Share,
+    /// Tokens that are read.
+    done: usize,
+    /// Tokens that the next forward pass reads.
+    now: usize,
+    scores: PromptScores,
+}
+
+/// A prompt that was read and whose answers are not all there yet.
+struct Open<C> {
+    request: Arc<Request>,
+    stops: Arc<StopStrings>,
+    stream: Stream,
+    held: Arc<Held<C>>,
+    /// The prediction after the prompt: every sample starts from it.
+    logits: Vec<f32>,
+    started: usize,
+    answers: Vec<Option<Answer>>,
+    scores: PromptScores,
+}
+
+/// Reads prompts and writes answers, one forward pass a [`step`](Self::step). Requests may come and go at any time.
+pub struct Scheduler<'a, D: Decoder> {
+    decoder: &'a D,
+    vocabulary: &'a dyn Vocabulary,
+    limits: Limits,
+    guesser: Option<(Box<dyn Guesser + Send + 'a>, usize)>,
+    next: u64,
+    queue: VecDeque<(Ticket, Arc<Request>)>,
+    reading: Vec<Reading<D::Cache>>,
+    open: BTreeMap<Ticket, Open<D::Cache>>,
+    /// Prompts that were read, with samples to start.
+    waiting: VecDeque<Ticket>,
+    running: Vec<Running<D::Cache>>,
+    prefixes: Prefixes<D::Cache>,
+    reserved: Reserved,
+    logits: Vec<f32>,
+}
+
+impl<'a, D: Decoder> Scheduler<'a, D> {
+    /// A scheduler without work.
+    pub fn new(decoder: &'a D, vocabulary: &'a dyn Vocabulary, limits: Limits) -> Self {
+        Self {
+            decoder,
+            vocabulary,
+            limits,
+            guesser: None,
+            next: 0,
+            queue: VecDeque::new(),
+            reading: Vec::new(),
+            open: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            prefixes: Prefixes::default(),
+            reserved: Reserved::default(),
+            logits: Vec::new(),
+        }
+    }
+
+    /// Lets `guesser` guess up to `most` tokens ahead.
+    #[must_use]
+    pub fn guessing(mut self, guesser: Box<dyn Guesser + Send + 'a>, most: usize) -> Self {
+        self.guesser = Some((guesser, most));
+        self
+    }
+
+    /// Takes a request. Tickets count from 0.
+    ///
+    /// # Errors
+    /// A request that this model can never answer.
+    pub fn submit(&mut self, request: Request) -> Result<Ticket> {
+        request.check(self.limits.max_positions, self.decoder.vocab_size())?;
+        let ticket = Ticket(self.next);
+        self.next += 1;
+        self.queue.push_back((ticket, Arc::new(request)));
+        Ok(ticket)
+    }
+
+    /// Forgets a request, wherever it stands. Nothing more is reported of it.
+    pub fn cancel(&mut self, ticket: Ticket) {
+        self.queue.retain(|(waiting, _)| *waiting != ticket);
+        self.reading.retain(|reading| reading.ticket != ticket);
+        self.waiting.retain(|waiting| *waiting != ticket);
+        self.open.remove(&ticket);
+        let guesser = &mut self.guesser;
+        self.running.retain(|running| {
+            if let (Some((guesser, _)), true) = (guesser.as_mut(), running.ticket == ticket) {
+                guesser.forget((ticket.0, running.sample));
+            }
+            running.ticket != ticket
+        });
+    }
+
+    /// How many requests wait to be read, and how many answers are under way.
+    pub fn load(&self) -> (usize, usize) {
+        (self.queue.len(), self.running.len() + self.reading.len())
+    }
+
+    /// Tokens in all caches, and promised to them.
+    pub fn cached_tokens(&self) -> usize {
+        self.reserved.load(Ordering::Relaxed)
+    }
+
+    /// One forward pass: a piece of the prompts that are read, and the next token of every answer. False where nothing
+    /// is left to do.
+    ///
+    /// # Errors
+    /// The device's, and those of `on`. What is wrong with one request alone is reported as [`Event::Failed`].
+    pub fn step(&mut self, on: &mut On<'_>) -> Result<bool> {
+        self.admit(on)?;
+        if self.running.is_empty() && self.reading.is_empty() {
+            return Ok(!self.queue.is_empty());
+        }
+        self.guess()?;
+        let mut logits = std::mem::take(&mut self.logits);
+        self.forward(&mut logits)?;
+        let vocab = self.decoder.vocab_size();
+        let written: usize = self.running.iter().map(|running| running.feed.len()).sum();
+        let (written, read) = logits.split_at_mut(written * vocab);
+        let drawn = self.draw(written);
+        self.take_read(read)?;
+        self.logits = logits;
+        self.report(drawn, on)?;
+        Ok(true)
+    }
+
+    /// Fills the batch: starts samples of prompts that were read, and reads more prompts when those run out.
+    fn admit(&mut self, on: &mut On<'_>) -> Result<()> {
+        while let Some(&ticket) = self.waiting.front() {
+            let Some(room) = self.open.get(&ticket).map(|open| self.answer_room(&open.request))
+            else {
+                self.waiting.pop_front();
+                continue;
+            };
+            if !self.has_room(room) {
+                return Ok(());
+            }
+            self.start(ticket, room, on)?;
+        }
+        self.plan_reading();
+        Ok(())
+    }
+
+    /// Takes prompts from the queue while their samples find places, and says how much of each is read now.
+    fn plan_reading(&mut self) {
+        let samples = |request: &Request| request.sampling.num_samples;
+        let coming: usize = self.reading.iter().map(|one| samples(&one.request)).sum();
+        let mut places = self.limits.max_batch.saturating_sub(self.running.len() + coming);
+        let mut left = self.limits.max_prefill.max(1);
+        left = left.saturating_sub(self.reading.iter().map(Reading::left).sum());
+        while let Some((ticket, request)) = self.queue.front() {
+            let idle = self.running.is_empty() && self.reading.is_empty();
+            if !idle && (places == 0 || left == 0) {
+                break;
+            }
+            let (ticket, request) = (*ticket, Arc::clone(request));
+            let tokens = &request.prompt.tokens;
+            let prefix = self.usable_prefix(&request);
+            let shared = prefix.as_ref().map_or(0, |(_, len)| *len);
+            let begins_like = |one: &Reading<D::Cache>| {
+                prefix::common(&one.request.prompt.tokens, tokens) >= shared + prefix::WORTH
+            };
+            if self.reading.iter().any(begins_like) {
+                // What they have in common is soon there to share.
+                break;
+            }
+            let own = tokens.len() - shared;
+            if !self.has_room(own + self.answer_room(&request)) {
+                break;
+            }
+            self.queue.pop_front();
+            places = places.saturating_sub(samples(&request));
+            left = left.saturating_sub(own);
+            let share = Share::new(own, &self.reserved);
+            let of = prefix.as_ref().map(|(held, len)| (Arc::clone(&held.cache), *len));
+            self.reading.push(Reading {
+                ticket,
+                request,
+                cache: self.decoder.cache(of),
+                parent: prefix.map(|(held, _)| held),
+                share,
+                done: shared,
+                now: 0,
+                scores: PromptScores::default(),
+            });
+        }
+        let mut left = self.limits.max_prefill.max(1);
+        for one in &mut self.reading {
+            let most = if one.request.extras.prompt_logprobs { SCORED.min(left) } else { left };
+            one.now = one.left().min(most);
+            left -= one.now;
+        }
+    }
+
+    /// The kept cache that a prompt may continue. One whose own tokens are to be scored must be read anew.
+    fn usable_prefix(&mut self, request: &Request) -> Option<(Arc<Held<D::Cache>>, usize)> {
+        if request.extras.prompt_logprobs {
+            return None;
+        }
+        self.prefixes.find(&request.prompt.tokens)
+    }
+
+    /// Whether so many more tokens fit, letting kept caches go where needed. One request is always let in.
+    fn has_room(&mut self, tokens: usize) -> bool {
+        if self.running.is_empty() && self.reading.is_empty() {
+            return true;
+        }
+        if self.running.len() >= self.limits.max_batch.max(1) {
+            return false;
+        }
+        while self.cached_tokens() + tokens > self.limits.cache_tokens {
+            if !self.prefixes.drop_oldest() {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn answer_room(&self, request: &Request) -> usize {
+        let left = self.limits.max_positions - request.prompt.tokens.len();
+        request.sampling.max_new_tokens.min(left)
+    }
+
+    /// Starts the next sample of a prompt that was read.
+    fn start(&mut self, ticket: Ticket, room: usize, on: &mut On<'_>) -> Result<()> {
+        let Some(open) = self.open.get_mut(&ticket) else { return Ok(()) };
+        let sample = open.started;
+        open.started += 1;
+        if open.started == open.request.sampling.num_samples {
+            self.waiting.pop_front();
+        }
+        let shared = open.request.prompt.tokens.len();
+        let started = Running::new(Start {
+            ticket,
+            sample,
+            request: Arc::clone(&open.request),
+            stops: Arc::clone(&open.stops),
+            cache: self.decoder.cache(Some((Arc::clone(&open.held.cache), shared))),
+            held: Arc::clone(&open.held),
+            share: Share::new(room, &self.reserved),
+            rng: open.stream.at(open.request.prompt.index, sample as u64),
+            room,
+        });
+        let mut logits = open.logits.clone();
+        let vocabulary = self.vocabulary;
+        let drawn = started.and_then(|mut running| {
+            running.draw(&mut logits, vocabulary)?;
+            Ok(running)
+        });
+        match drawn {
+            Ok(mut running) => {
+                if let Some(piece) = running.piece(1, vocabulary) {
+                    on(Event::Piece(ticket, piece))?;
+                }
+                match running.ended.take() {
+                    Some(end) => self.finish(running, end, on),
+                    None => {
+                        self.running.push(running);
+                        Ok(())
+                    }
+                }
+            }
+            Err(error) => {
+                self.cancel(ticket);
+                on(Event::Failed(ticket, error))
+            }
+        }
+    }
+
+    fn guess(&mut self) -> Result<()> {
+        for running in &mut self.running {
+            running.guess.clear();
+        }
+        let Some((guesser, most)) = &mut self.guesser else { return Ok(()) };
+        let mut asked: Vec<Guess<'_>> = self
+            .running
+            .iter_mut()
+            .filter(|running| running.room > running.ids.len() + 1)
+            .map(|running| Guess {
+                key: (running.ticket.0, running.sample),
+                request: &running.request,
+                ids: &running.ids,
+                rng: running.rng.clone(),
+                most: (*most).min(running.room - running.ids.len() - 1),
+                guess: &mut running.guess,
+            })
+            .collect();
+        guesser.guess(&mut asked)
+    }
+
+    fn forward(&mut self, logits: &mut Vec<f32>) -> Result<()> {
+        let mut feeds = Vec::with_capacity(self.running.len() + self.reading.len());
+        for running in &mut self.running {
+            running.feed.clear();
+            running.feed.extend(running.ids.last());
+            running.feed.extend_from_slice(&running.guess);
+            feeds.push(Feed {
+                cache: &mut running.cache,
+                tokens: &running.feed,
+                wanted: Wanted::All,
+            });
+        }
+        for reading in self.reading.iter_mut().filter(|reading| reading.now > 0) {
+            let wanted = reading.wanted();
+            let tokens = &reading.request.prompt.tokens[reading.done..][..reading.now];
+            feeds.push(Feed { cache: &mut reading.cache, tokens, wanted });
+        }
+        self.decoder.forward(&mut feeds, logits)
+    }
+
+    /// Draws for every answer; says for each how many tokens, or what went wrong.
+    fn draw(&mut self, logits: &mut [f32]) -> Vec<Result<usize>> {
+        let vocab = self.decoder.vocab_size();
+        let (decoder, vocabulary) = (self.decoder, self.vocabulary);
+        let mut rows = Vec::with_capacity(self.running.len());
+        let mut rest = logits;
+        for running in &self.running {
+            let (own, others) = rest.split_at_mut(running.feed.len() * vocab);
+            rows.push(own);
+            rest = others;
+        }
+        let drawn: Vec<Result<usize>> = self
+            .running
+            .par_iter_mut()
+            .zip(rows)
+            .map(|(running, logits)| running.draw_all(logits, vocab, vocabulary))
+            .collect();
+        let keep = |(running, drawn): (&mut Running<D::Cache>, Result<usize>)| {
+            let drawn = drawn?;
+            if drawn < running.feed.len() {
+                // Everything up to the last token drawn was read; that one is read next.
+                let end = running.request.prompt.tokens.len() + running.ids.len() - 1;
+                decoder.truncate(&mut running.cache, end)?;
+            }
+            Ok(drawn)
+        };
+        self.running.iter_mut().zip(drawn).map(keep).collect()
+    }
+
+    /// Passes on what was drawn, and lets finished answers go.
+    fn report(&mut self, drawn: Vec<Result<usize>>, on: &mut On<'_>) -> Result<()> {
+        let vocabulary = self.vocabulary;
+        let mut failed = Vec::new();
+        for (mut running, drawn) in std::mem::take(&mut self.running).into_iter().zip(drawn) {
+            match drawn {
+                Ok(drawn) => {
+                    if let Some(piece) = running.piece(drawn, vocabulary) {
+                        on(Event::Piece(running.ticket, piece))?;
+                    }
+                    match running.ended.take() {
+                        Some(end) => self.finish(running, end, on)?,
+                        None => self.running.push(running),
+                    }
+                }
+                Err(error) => failed.push((running.ticket, error)),
+            }
+        }
+        failed.dedup_by_key(|(ticket, _)| *ticket);
+        for (ticket, error) in failed {
+            self.cancel(ticket);
+            on(Event::Failed(ticket, error))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the predictions of the prompts that were read, and opens those that were read to their end.
+    fn take_read(&mut self, logits: &[f32]) -> Result<()> {
+        let vocab = self.decoder.vocab_size();
+        let mut rows = logits.chunks_exact(vocab);
+        let mut open = Vec::new();
+        for mut reading in std::mem::take(&mut self.reading) {
+            let wanted = reading.wanted().of(reading.now.max(1)).len();
+            let count = if reading.now == 0 { 0 } else { wanted };
+            let mut last = &[][..];
+            for _ in 0..count {
+                last = rows.next().unwrap_or_default();
+                reading.score(last)?;
+            }
+            reading.done += reading.now;
+            if reading.left() > 0 {
+                self.reading.push(reading);
+            } else {
+                open.push((reading, last.to_vec()));
+            }
+        }
+        for (reading, last) in open {
+            self.open(reading, last);
+        }
+        Ok(())
+    }
+
+    fn open(&mut self, reading: Reading<D::Cache>, logits: Vec<f32>) {
+        let Reading { ticket, request, cache, parent, share, scores, .. } = reading;
+        let held = Arc::new(Held { cache: Arc::new(cache), _share: share, _parent: parent });
+        let tokens = &request.prompt.tokens;
+        let next_begins_like = |(_, next): &(Ticket, Arc<Request>)| {
+            prefix::common(&next.prompt.tokens, tokens) >= prefix::WORTH
+        };
+        if self.limits.keep_prefixes || self.queue.front().is_some_and(next_begins_like) {
+            self.prefixes.keep(tokens.clone(), Arc::clone(&held));
+        }
+        self.waiting.push_back(ticket);
+        let open = Open {
+            stops: Arc::new(StopStrings::new(&request.sampling.stop)),
+            stream: Stream::new(request.sampling.seed, "generate"),
+            held,
+            logits,
+            started: 0,
+            answers: vec![None; request.sampling.num_samples],
+            scores,
+            request,
+        };
+        self.open.insert(ticket, open);
+    }
+
+    fn finish(
+        &mut self,
+        mut running: Running<D::Cache>,
+        (finish, text): (Finish, String),
+        on: &mut On<'_>,
+    ) -> Result<()> {
+        let answer = running.answer(finish, text);
+        let Running { ticket, sample, cache, held, share, request, .. } = running;
+        if let Some((guesser, _)) = &mut self.guesser {
+            guesser.forget((ticket.0, sample));
+        }
+        if self.limits.keep_prefixes && request.sampling.num_samples == 1 {
+            // The next turn of a conversation begins with this one. The last token was drawn and not read.
+            let mut tokens = request.prompt.tokens.clone();
+            tokens.extend_from_slice(&answer.ids[..answer.ids.len() - 1]);
+            let held = Held { cache: Arc::new(cache), _share: share, _parent: Some(held) };
+            self.prefixes.keep(tokens, Arc::new(held));
+        }
+        let Some(open) = self.open.get_mut(&ticket) else { return Ok(()) };
+        open.answers[sample] = Some(answer);
+        if open.answers.iter().any(Option::is_none) {
+            return Ok(());
+        }
+        let Some(open) = self.open.remove(&ticket) else { return Ok(()) };
+        on(Event::Done(ticket, open.answers.into_iter().flatten().collect(), open.scores))
+    }
+}
+
+impl<D: Decoder> Schedule for Scheduler<'_, D> {
+    fn submit(&mut self, request: Request) -> Result<Ticket> {
+        Self::submit(self, request)
+    }
+
+    fn cancel(&mut self, ticket: Ticket) {
+        Self::cancel(self, ticket);
+    }
+
+    fn step(&mut self, on: &mut On<'_>) -> Result<bool> {
+        Self::step(self, on)
+    }
+
+    fn load(&self) -> (usize, usize) {
+        Self::load(self)
+    }
+
+    fn cached_tokens(&self) -> usize {
+        Self::cached_tokens(self)
+    }
+}
+
+impl<C> Reading<C> {
+    fn left(&self) -> usize {
+        self.request.prompt.tokens.len() - self.done
+    }
+
+    /// What the next forward pass must predict.
+    fn wanted(&self) -> Wanted {
+        match self.request.extras.prompt_logprobs {
+            true => Wanted::All,
+            false if self.now < self.left() => Wanted::Nothing,
+            false => Wanted::Last,
+        }
+    }
+
+    /// Scores the prompt's next token by the prediction for it.
+    fn score(&mut self, logits: &[f32]) -> Result<()> {
+        let Request { prompt, extras, .. } = &*self.request;
+        let place = self.scores.logprobs.len() + 1;
+        if let (true, Some(&next)) = (extras.prompt_logprobs, prompt.tokens.get(place)) {
+            let (logprob, top) = sampler::scores(logits, next, extras.top_logprobs)?;
+            self.scores.logprobs.push(logprob);
+            if extras.top_logprobs > 0 {
+                self.scores.top_logprobs.push(top);
+            }
+        }
+        Ok(())
+    }
+}
