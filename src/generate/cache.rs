@@ -122,6 +122,21 @@ impl<E: Element> PagedCache<E> {
         if let (Some(parent), Some(last)) = (&self.parent, self.start.checked_sub(1)) {
             parent.visit(tile, position.min(last), see);
         }
+        self.visit_own(tile, position, see);
+    }
+
+    /// What this segment continues, and how many positions of it.
+    pub fn continues(&self) -> Option<(&Arc<Self>, usize)> {
+        self.parent.as_ref().map(|parent| (parent, self.start))
+    }
+
+    /// As [`visit`](Self::visit), this segment alone.
+    pub fn visit_own<'a>(
+        &'a self,
+        tile: (usize, Part, usize),
+        position: usize,
+        see: &mut impl FnMut(usize, &'a [E]),
+    ) {
         let (layer, part, head) = tile;
         let CacheShape { heads, width, .. } = self.shape;
         let visible = (position + 1).saturating_sub(self.start).min(self.len);

@@ -2,11 +2,13 @@
 //!
 //! Knows nothing of stages, scores or files.
 
+mod attend;
 pub mod cache;
 pub mod decode;
 pub mod engine;
 pub mod grammar;
 pub mod local;
+mod parts;
 pub mod plain;
 pub mod sampler;
 pub mod sampling;

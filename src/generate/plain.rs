@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Tensor};
 
-use super::decode::{Decoder, Feed, Layer, Parts};
-use crate::error::Result;
+use super::decode::{Decoder, Feed};
+use super::parts::{Layer, Matrix, Parts};
+use crate::error::{Error, Result};
 use crate::model::{Config, Weights};
 use crate::ops::{self, Rotary};
 
@@ -41,6 +42,13 @@ impl TensorCache {
     }
 }
 
+fn dense(matrix: &Matrix) -> Result<&Tensor> {
+    match matrix {
+        Matrix::Dense(tensor) => Ok(tensor),
+        Matrix::Blocks(_) => Err(Error::run("weights in blocks are computed with on the CPU only")),
+    }
+}
+
 /// The first `count` rows at most.
 fn cut(rows: &Tensor, count: usize) -> Result<Tensor> {
     Ok(rows.narrow(0, 0, count.min(rows.dim(0)?))?)
@@ -60,7 +68,7 @@ impl PlainDecoder {
     /// A missing tensor, or a reward model.
     pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
         let parts = Parts::new(config, weights)?;
-        let device = parts.embedding.device().clone();
+        let device = dense(&parts.embedding)?.device().clone();
         Ok(Self { parts, device })
     }
 
@@ -72,17 +80,18 @@ impl PlainDecoder {
         rotary: &Rotary,
     ) -> Result<Tensor> {
         let config = &self.parts.config;
-        let Layer { input_norm, qkv, o, post_norm, gate, up, down } = &self.parts.layers[index];
+        let Layer { input_norm, qkv, qkv_bias, o, o_bias, post_norm, gate, up, down } =
+            &self.parts.layers[index];
         let rows = x.dim(0)?;
         let normed = ops::rms_norm(x, input_norm, config.rms_norm_eps)?;
         let heads =
             [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads];
-        let project = |i: usize| {
-            ops::linear(&normed, &qkv[i].0, qkv[i].1.as_ref())?.reshape((
+        let project = |i: usize| -> Result<Tensor> {
+            Ok(ops::linear(&normed, dense(&qkv[i])?, qkv_bias[i].as_ref())?.reshape((
                 rows,
                 heads[i],
                 config.head_dim,
-            ))
+            ))?)
         };
         let (q, k, v) =
             (ops::rope(&project(0)?, rotary)?, ops::rope(&project(1)?, rotary)?, project(2)?);
@@ -106,11 +115,13 @@ impl PlainDecoder {
             first += count;
         }
         let mixed = Tensor::cat(&mixed, 0)?;
-        let x = (x + ops::linear(&mixed, &o.0, o.1.as_ref())?)?;
+        let x = (x + ops::linear(&mixed, dense(o)?, o_bias.as_ref())?)?;
         let normed = ops::rms_norm(&x, post_norm, config.rms_norm_eps)?;
-        let active =
-            ops::swiglu(&ops::linear(&normed, gate, None)?, &ops::linear(&normed, up, None)?)?;
-        Ok((&x + ops::linear(&active, down, None)?)?)
+        let active = ops::swiglu(
+            &ops::linear(&normed, dense(gate)?, None)?,
+            &ops::linear(&normed, dense(up)?, None)?,
+        )?;
+        Ok((&x + ops::linear(&active, dense(down)?, None)?)?)
     }
 
     /// Causal attention of the last rows of a sequence over all of it.
@@ -174,7 +185,8 @@ impl Decoder for PlainDecoder {
             feed.cache.len += feed.tokens.len();
         }
         let rotary = Rotary::new(&parts.frequencies, &positions);
-        let mut x = parts.embedding.index_select(&Tensor::new(tokens, &self.device)?, 0)?;
+        let mut x =
+            dense(&parts.embedding)?.index_select(&Tensor::new(tokens, &self.device)?, 0)?;
         for index in 0..parts.layers.len() {
             x = self.block(index, &x, feeds, &rotary)?;
         }
@@ -184,7 +196,7 @@ impl Decoder for PlainDecoder {
         }
         let last = x.index_select(&Tensor::new(wanted, &self.device)?, 0)?;
         let last = ops::rms_norm(&last, &parts.norm, parts.config.rms_norm_eps)?;
-        let predicted = ops::linear(&last, &parts.head, None)?.to_dtype(DType::F32)?;
+        let predicted = ops::linear(&last, dense(&parts.head)?, None)?.to_dtype(DType::F32)?;
         *logits = predicted.flatten_all()?.to_vec1()?;
         Ok(())
     }

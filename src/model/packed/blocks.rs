@@ -3,6 +3,8 @@
 use candle_core::quantized::GgmlDType;
 use half::f16;
 
+use crate::ops::cpu::blocks::{Bits, Block};
+
 /// Weights a block.
 pub(super) const LEN: usize = 32;
 
@@ -25,6 +27,48 @@ impl BlockType {
             GgmlDType::Q4_1 => Some(Self::Q4_1),
             GgmlDType::Q8_0 => Some(Self::Q8_0),
             _ => None,
+        }
+    }
+
+    /// Its name in Candle.
+    pub fn dtype(self) -> GgmlDType {
+        match self {
+            Self::Q4_0 => GgmlDType::Q4_0,
+            Self::Q4_1 => GgmlDType::Q4_1,
+            Self::Q8_0 => GgmlDType::Q8_0,
+        }
+    }
+
+    /// Bits a weight.
+    pub(super) fn bits(self) -> Bits {
+        match self {
+            Self::Q4_0 | Self::Q4_1 => Bits::Four,
+            Self::Q8_0 => Bits::Eight,
+        }
+    }
+
+    /// One block as integers with scale and minimum. Q4_0's −8 becomes a minimum.
+    pub(super) fn block(self, bytes: &[u8]) -> Block {
+        let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let scale = half(0);
+        let nibbles = |bytes: &[u8]| {
+            std::array::from_fn(|k| {
+                let byte = bytes[k % (LEN / 2)];
+                (if k < LEN / 2 { byte & 15 } else { byte >> 4 }).cast_signed()
+            })
+        };
+        match self {
+            Self::Q4_0 => Block {
+                scale,
+                minimum: f16::from_f32(-8.0 * scale.to_f32()),
+                numbers: nibbles(&bytes[2..]),
+            },
+            Self::Q4_1 => Block { scale, minimum: half(2), numbers: nibbles(&bytes[4..]) },
+            Self::Q8_0 => Block {
+                scale,
+                minimum: f16::ZERO,
+                numbers: std::array::from_fn(|k| bytes[2 + k].cast_signed()),
+            },
         }
     }
 
@@ -88,6 +132,15 @@ mod tests {
             let theirs = theirs.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             assert_eq!(ours.unpack::<f32>(), theirs, "{dtype:?}");
             assert_eq!(ours.bytes(), packed.storage_size_in_bytes());
+            let (matrix, mut rows) = (ours.block_matrix().unwrap(), Vec::new());
+            (0..9).for_each(|row| matrix.row(row, &mut rows));
+            for (found, expected) in rows.iter().zip(&theirs) {
+                // A minimum of -8 scales is rounded once.
+                assert!(
+                    (found - expected).abs() <= expected.abs() * 1e-3 + 1e-6,
+                    "{found} {expected}"
+                );
+            }
         }
         let error = Packed::blocks(BlockType::Q8_0, (2, 48), vec![0; 102]).unwrap_err();
         assert!(error.to_string().contains("[2, 48]"), "{error}");

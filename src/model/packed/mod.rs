@@ -11,6 +11,7 @@ mod nf4;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -21,6 +22,7 @@ use nf4::Nf4;
 use super::source::Source;
 use super::{Weights, gguf, lora};
 use crate::error::{Error, Result};
+use crate::ops::cpu::blocks::BlockMatrix;
 use crate::ops::cpu::{self, Element};
 
 /// Blocks a task: fixed, so that no sum or rounding depends on the number of threads.
@@ -79,6 +81,25 @@ pub fn pack(weights: &mut Weights, kind: Quantization, source: &Source) -> Resul
                 .hint("give a .gguf file, or quantization = \"nf4\""))
         }
     }
+}
+
+/// Rounds a matrix to blocks as llama.cpp does, for products of integers.
+///
+/// # Errors
+/// A tensor that is no matrix, rows that are no whole blocks, the device's.
+pub fn block_matrix(weight: &Tensor, kind: BlockType) -> Result<BlockMatrix> {
+    let shape = weight.dims2()?;
+    if !shape.1.is_multiple_of(blocks::LEN) {
+        return Err(Error::usage(format!(
+            "rows of {} weights, {kind:?} has blocks of {}",
+            shape.1,
+            blocks::LEN
+        ))
+        .hint("quantization = \"none\""));
+    }
+    let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    let rounded = QTensor::quantize(&weight, kind.dtype())?;
+    Packed::blocks(kind, shape, rounded.data()?.into_owned())?.block_matrix()
 }
 
 /// A matrix `[O, I]` in blocks, row after row.
@@ -162,6 +183,20 @@ impl Packed {
                 kind.unpack(&bytes[index * size..][..size], out);
             }
         }
+    }
+
+    /// The same matrix for products of integers.
+    ///
+    /// # Errors
+    /// NF4, whose numbers are no multiples of a scale.
+    pub fn block_matrix(&self) -> Result<BlockMatrix> {
+        let Form::Blocks(kind, bytes) = &self.form else {
+            return Err(Error::usage("NF4 has no products of integers"));
+        };
+        let (size, blocks) = (kind.bytes(), self.cols / blocks::LEN);
+        Ok(BlockMatrix::new((self.rows, self.cols), kind.bits(), |row, index| {
+            kind.block(&bytes[(row * blocks + index) * size..][..size])
+        }))
     }
 
     /// The dense matrix on `device`, in `dtype`.

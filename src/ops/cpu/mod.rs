@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod alloc;
 pub mod attention;
+pub mod blocks;
 pub mod element;
 #[cfg(all(test, unix))]
 mod guard;

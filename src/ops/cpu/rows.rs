@@ -35,11 +35,105 @@ fn scores_body(scores: &mut [f32], query: &[f32], tile: &[f32], scale: f32) {
     }
 }
 
+/// The same for `N` queries, which share the reading of the keys.
+#[inline(always)]
+fn many_body<const N: usize>(
+    scores: &mut [[f32; TILE]],
+    queries: &[f32],
+    tile: &[f32],
+    scale: f32,
+) {
+    let width = tile.len() / TILE;
+    let mut totals = [[0.0_f32; TILE]; N];
+    for (block, keys) in tile.chunks(KC * TILE).enumerate() {
+        let mut sums = [[0.0_f32; TILE]; N];
+        for (e, keys) in keys.chunks_exact(TILE).enumerate() {
+            for (n, sums) in sums.iter_mut().enumerate() {
+                let value = queries[n * width + block * KC + e];
+                for i in 0..TILE {
+                    sums[i] = value.mul_add(keys[i], sums[i]);
+                }
+            }
+        }
+        for (total, sums) in totals.iter_mut().zip(sums) {
+            for i in 0..TILE {
+                total[i] = if block == 0 { sums[i] } else { total[i] + sums[i] };
+            }
+        }
+    }
+    for (scores, total) in scores.iter_mut().zip(totals) {
+        for i in 0..TILE {
+            scores[i] = total[i] * scale;
+        }
+    }
+}
+
+#[inline(always)]
+fn two_body(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) {
+    many_body::<2>(scores, queries, tile, scale);
+}
+
+#[inline(always)]
+fn three_body(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) {
+    many_body::<3>(scores, queries, tile, scale);
+}
+
+#[inline(always)]
+fn four_body(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) {
+    many_body::<4>(scores, queries, tile, scale);
+}
+
+/// Columns of a mixture that stay in registers.
+const COLUMNS: usize = 32;
+
 #[inline(always)]
 fn mix_body(out: &mut [f32], weights: &[f32], values: &[f32]) {
-    for (weight, value) in weights.iter().zip(values.chunks_exact(out.len())) {
-        for (out, value) in out.iter_mut().zip(value) {
+    let width = out.len();
+    let mut chunks = out.chunks_exact_mut(COLUMNS);
+    let mut first = 0;
+    for out in &mut chunks {
+        let mut sums = [0.0_f32; COLUMNS];
+        sums.copy_from_slice(out);
+        for (weight, value) in weights.iter().zip(values.chunks_exact(width)) {
+            let value = &value[first..first + COLUMNS];
+            for i in 0..COLUMNS {
+                sums[i] = weight.mul_add(value[i], sums[i]);
+            }
+        }
+        out.copy_from_slice(&sums);
+        first += COLUMNS;
+    }
+    let rest = chunks.into_remainder();
+    for (weight, value) in weights.iter().zip(values.chunks_exact(width)) {
+        for (out, value) in rest.iter_mut().zip(&value[first..]) {
             *out = weight.mul_add(*value, *out);
+        }
+    }
+}
+
+multiversion! {
+    fn two(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) = two_body
+}
+multiversion! {
+    fn three(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) = three_body
+}
+multiversion! {
+    fn four(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) = four_body
+}
+
+/// [`scores`] of several queries `[N, E]` for all keys of a tile, the same bits.
+///
+/// # Panics
+/// Where the queries are not as wide as the keys: the caller's shapes are wrong.
+pub fn scores_of_many(out: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) {
+    let width = tile.len() / TILE;
+    assert_eq!(out.len() * width, queries.len(), "queries of another width");
+    for (out, queries) in out.chunks_mut(4).zip(queries.chunks(4 * width)) {
+        match out.len() {
+            4 => four(out, queries, tile, scale),
+            3 => three(out, queries, tile, scale),
+            2 => two(out, queries, tile, scale),
+            _ => scores(&mut out[0], queries, tile, scale),
         }
     }
 }
@@ -123,6 +217,15 @@ mod tests {
             }
             let expected =
                 matmul(Mat::new(&query, 1, width), Mat::new(&keys, count, width).t(), Threads::One);
+            let queries = stream.normal(4, 7 * width, 1.0);
+            let tile = stream.normal(5, width * TILE, 1.0);
+            let mut together = [[f32::NAN; TILE]; 7];
+            scores_of_many(&mut together, &queries, &tile, 0.25);
+            for (together, query) in together.iter().zip(queries.chunks(width)) {
+                let mut alone = [f32::NAN; TILE];
+                scores(&mut alone, query, &tile, 0.25);
+                assert_eq!(*together, alone);
+            }
             let scaled: Vec<f32> = expected.iter().map(|sum| sum * 0.5).collect();
             assert!(found == scaled);
             let mut out = vec![f32::NAN; width];

@@ -1,0 +1,208 @@
+//! Attention of new tokens to everything before them. Rows that see the same tiles go through them together: a tile is
+//! read once for all samples of a prompt, and for all heads that share it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::cache::{PagedCache, Part};
+use crate::ops::cpu::rows::{Mixture, TILE, scores_of_many};
+use crate::ops::cpu::{Element, simd};
+
+/// Most rows that go through tiles together: their queries and probabilities stay in a core's own cache.
+const TOGETHER: usize = 16;
+
+/// New tokens: cache and position of each, those of one cache in their order.
+pub(super) type Rows<'a, E> = &'a [(&'a PagedCache<E>, usize)];
+
+/// A layer's shape: which it is, its query heads a key head, and its heads' width.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Heads {
+    pub(super) layer: usize,
+    pub(super) key_heads: usize,
+    pub(super) group: usize,
+    pub(super) width: usize,
+}
+
+/// `softmax(q · Kᵀ / √E) · V` of each row over everything up to its position.
+///
+/// # Shapes
+/// - `q`: `[M, H·E]`  →  `[M, H·E]`
+pub(super) fn attention<E: Element>(q: &[E], rows: Rows<'_, E>, heads: Heads) -> Vec<E> {
+    let Heads { key_heads, group, width, .. } = heads;
+    let row_len = key_heads * group * width;
+    let tasks: Vec<(Range<usize>, usize)> = groups(rows)
+        .into_iter()
+        .flat_map(|range| (0..key_heads).map(move |head| (range.clone(), head)))
+        .collect();
+    let results: Vec<Vec<E>> = tasks
+        .par_iter()
+        .map_init(Scratch::default, |scratch, (range, head)| {
+            scratch.queries.clear();
+            for row in range.clone() {
+                let from = row * row_len + head * group * width;
+                let mut wide = Vec::new();
+                scratch.queries.extend_from_slice(E::widen(&q[from..][..group * width], &mut wide));
+            }
+            E::rounded(together(scratch, &rows[range.clone()], *head, heads))
+        })
+        .collect();
+    let mut mixed = vec![E::default(); q.len()];
+    for ((range, head), result) in tasks.into_iter().zip(results) {
+        for (row, result) in range.zip(result.chunks_exact(group * width)) {
+            mixed[row * row_len + head * group * width..][..group * width].copy_from_slice(result);
+        }
+    }
+    mixed
+}
+
+/// Cuts rows into those that share what they see: rows of one cache, or samples of one prompt.
+fn groups<E: Element>(rows: Rows<'_, E>) -> Vec<Range<usize>> {
+    let mut groups: Vec<Range<usize>> = Vec::new();
+    for row in 0..rows.len() {
+        match groups.last_mut() {
+            Some(group)
+                if group.len() < TOGETHER && see_alike(&rows[group.clone()], rows[row].0) =>
+            {
+                group.end += 1;
+            }
+            _ => groups.push(row..row + 1),
+        }
+    }
+    groups
+}
+
+fn see_alike<E: Element>(group: Rows<'_, E>, cache: &PagedCache<E>) -> bool {
+    let first = group[0].0;
+    if std::ptr::eq(first, cache) {
+        // A group is of one kind: rows of one cache, or of one parent.
+        return group.iter().all(|(other, _)| std::ptr::eq(*other, cache));
+    }
+    let one_each = group.windows(2).all(|pair| !std::ptr::eq(pair[0].0, pair[1].0));
+    match (first.continues(), cache.continues()) {
+        (Some((a, a_len)), Some((b, b_len))) => one_each && Arc::ptr_eq(a, b) && a_len == b_len,
+        _ => false,
+    }
+}
+
+#[derive(Default)]
+struct Scratch {
+    /// `[rows, group, E]`.
+    queries: Vec<f32>,
+    /// `[rows, group, longest]`.
+    probs: Vec<f32>,
+    tile: Vec<f32>,
+    scores: Vec<[f32; TILE]>,
+}
+
+/// What a group of rows sees together, and from where on each row sees its own segment.
+struct Seen<'a, E> {
+    shared: Option<(&'a PagedCache<E>, usize)>,
+    /// Positions of `shared` that row `i` sees.
+    visible: Vec<usize>,
+    own: bool,
+}
+
+impl<'a, E: Element> Seen<'a, E> {
+    fn of(rows: &[(&'a PagedCache<E>, usize)]) -> Self {
+        let (first, last) = (rows[0], rows[rows.len() - 1]);
+        if rows.len() > 1 && std::ptr::eq(first.0, last.0) {
+            let visible = rows.iter().map(|(_, position)| position + 1).collect();
+            return Self { shared: Some((last.0, last.1 + 1)), visible, own: false };
+        }
+        match first.0.continues() {
+            Some((parent, len)) if len > 0 => {
+                Self { shared: Some((parent, len)), visible: vec![len; rows.len()], own: true }
+            }
+            _ => Self { shared: None, visible: vec![0; rows.len()], own: true },
+        }
+    }
+}
+
+/// One key head of rows that see alike: `[rows, group, E]`.
+fn together<E: Element>(
+    scratch: &mut Scratch,
+    rows: Rows<'_, E>,
+    head: usize,
+    heads: Heads,
+) -> Vec<f32> {
+    let Heads { layer, group, width, .. } = heads;
+    let Scratch { queries, probs, tile, scores } = scratch;
+    let scale = 1.0 / (width as f32).sqrt();
+    let seen = Seen::of(rows);
+    let longest = rows.iter().map(|(_, position)| position + 1).max().unwrap_or(0);
+    probs.clear();
+    probs.resize(rows.len() * group * longest, 0.0);
+    scores.resize(rows.len() * group, [0.0; TILE]);
+
+    let keys = (layer, Part::Keys, head);
+    if let Some((shared, len)) = seen.shared {
+        let mut done = 0;
+        shared.visit(keys, len - 1, &mut |count, keys| {
+            scores_of_many(scores, queries, E::widen(keys, tile), scale);
+            for (index, scores) in scores.iter().enumerate() {
+                let visible = seen.visible[index / group].saturating_sub(done).min(count);
+                probs[index * longest + done..][..visible].copy_from_slice(&scores[..visible]);
+            }
+            done += count;
+        });
+    }
+    for (row, &(cache, position)) in rows.iter().enumerate().filter(|_| seen.own) {
+        let mut done = seen.visible[row];
+        let queries = &queries[row * group * width..][..group * width];
+        cache.visit_own(keys, position, &mut |count, keys| {
+            let scores = &mut scores[..group];
+            scores_of_many(scores, queries, E::widen(keys, tile), scale);
+            for (index, scores) in scores.iter().enumerate() {
+                let at = (row * group + index) * longest + done;
+                probs[at..][..count].copy_from_slice(&scores[..count]);
+            }
+            done += count;
+        });
+    }
+    for (index, probs) in probs.chunks_exact_mut(longest.max(1)).enumerate() {
+        let probs = &mut probs[..=rows[index / group].1];
+        let top = simd::max(probs);
+        let sum = simd::exp_sub(probs, top);
+        simd::scale(probs, 1.0 / sum);
+    }
+    mixture(probs, rows, &seen, (layer, head, group, width, longest), tile)
+}
+
+/// The values by their probabilities.
+fn mixture<E: Element>(
+    probs: &[f32],
+    rows: Rows<'_, E>,
+    seen: &Seen<'_, E>,
+    (layer, head, group, width, longest): (usize, usize, usize, usize, usize),
+    tile: &mut Vec<f32>,
+) -> Vec<f32> {
+    let mut out = vec![0.0; rows.len() * group * width];
+    let mut sums: Vec<Mixture<'_>> = out.chunks_exact_mut(width).map(Mixture::new).collect();
+    let values = (layer, Part::Values, head);
+    if let Some((shared, len)) = seen.shared {
+        let mut done = 0;
+        shared.visit(values, len - 1, &mut |count, values| {
+            let values = E::widen(&values[..count * width], tile);
+            for (index, sum) in sums.iter_mut().enumerate() {
+                let visible = seen.visible[index / group].saturating_sub(done).min(count);
+                let probs = &probs[index * longest + done..][..visible];
+                sum.add(probs, &values[..visible * width]);
+            }
+            done += count;
+        });
+    }
+    for (row, &(cache, position)) in rows.iter().enumerate().filter(|_| seen.own) {
+        let mut done = seen.visible[row];
+        cache.visit_own(values, position, &mut |count, values| {
+            let values = E::widen(&values[..count * width], tile);
+            for (index, sum) in sums[row * group..][..group].iter_mut().enumerate() {
+                sum.add(&probs[(row * group + index) * longest + done..][..count], values);
+            }
+            done += count;
+        });
+    }
+    sums.into_iter().for_each(Mixture::finish);
+    out
+}

@@ -1,0 +1,182 @@
+//! A causal language model's weights in the order of the forward pass, dense or in blocks.
+
+use std::cell::OnceCell;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use crate::error::{Error, Result};
+use crate::model::packed::{BlockType, block_matrix};
+use crate::model::{Architecture, Config, Weights};
+use crate::ops::cpu::blocks::{BlockMatrix, RoundedRows, products};
+use crate::ops::cpu::{self, Element};
+use crate::ops::linear;
+
+/// A matrix `[O, I]`.
+#[derive(Clone, Debug)]
+pub(super) enum Matrix {
+    /// In the type that is computed with.
+    Dense(Tensor),
+    /// In blocks of few bits; on the CPU only.
+    Blocks(Arc<BlockMatrix>),
+}
+
+/// Rows `[T, I]` that meet several matrices: rounded once for all that lie in blocks.
+pub(super) struct Input<'a, E> {
+    x: &'a [E],
+    rounded: OnceCell<RoundedRows>,
+}
+
+impl<'a, E: Element> Input<'a, E> {
+    pub(super) fn new(x: &'a [E]) -> Self {
+        Self { x, rounded: OnceCell::new() }
+    }
+
+    /// `x · Wᵀ` for each of the matrices, in f32.
+    pub(super) fn times<const N: usize>(&self, matrices: [&Matrix; N]) -> Result<[Vec<f32>; N]> {
+        let mut results = [const { Vec::new() }; N];
+        let mut blocks = Vec::with_capacity(N);
+        for (matrix, result) in matrices.iter().zip(&mut results) {
+            match matrix {
+                Matrix::Dense(weight) => *result = linear::forward(self.x, weight, None)?,
+                Matrix::Blocks(weight) => blocks.push((&**weight, result)),
+            }
+        }
+        if let Some((first, _)) = blocks.first() {
+            let (_, inner) = first.shape();
+            let rounded = self.rounded.get_or_init(|| {
+                let mut scratch = Vec::new();
+                RoundedRows::new(E::widen(self.x, &mut scratch), inner)
+            });
+            let weights: Vec<&BlockMatrix> = blocks.iter().map(|(weight, _)| *weight).collect();
+            let computed = products(rounded, &weights);
+            blocks.into_iter().zip(computed).for_each(|((_, result), y)| *result = y);
+        }
+        Ok(results)
+    }
+}
+
+/// One block's weights.
+#[derive(Clone, Debug)]
+pub(super) struct Layer {
+    pub(super) input_norm: Tensor,
+    pub(super) qkv: [Matrix; 3],
+    pub(super) qkv_bias: [Option<Tensor>; 3],
+    pub(super) o: Matrix,
+    pub(super) o_bias: Option<Tensor>,
+    pub(super) post_norm: Tensor,
+    pub(super) gate: Matrix,
+    pub(super) up: Matrix,
+    pub(super) down: Matrix,
+}
+
+/// The weights of a causal language model. Dense ones are shared, not copied.
+#[derive(Clone, Debug)]
+pub(super) struct Parts {
+    pub(super) config: Config,
+    pub(super) embedding: Matrix,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Tensor,
+    pub(super) head: Matrix,
+    pub(super) frequencies: Vec<f32>,
+}
+
+/// How matrices are held: which type of blocks, if any; given a name and the dense matrix.
+pub(super) type Hold<'a> = dyn Fn(&str, &Tensor) -> Result<Option<BlockMatrix>> + 'a;
+
+impl Parts {
+    /// All matrices dense.
+    pub(super) fn new(config: &Config, weights: &Weights) -> Result<Self> {
+        Self::held(config, weights, &|_, _| Ok(None))
+    }
+
+    /// Matrices as `hold` says.
+    pub(super) fn held(config: &Config, weights: &Weights, hold: &Hold<'_>) -> Result<Self> {
+        if config.architecture != Architecture::CausalLm {
+            return Err(Error::usage("a reward model cannot write text")
+                .hint("give a causal language model here"));
+        }
+        let get = |name: &str| -> Result<Tensor> {
+            let tensor =
+                weights.get(name).ok_or_else(|| Error::run("missing from the weights").at(name))?;
+            Ok(tensor.detach().contiguous()?)
+        };
+        let matrix = |name: &str| -> Result<Matrix> {
+            let dense = get(name)?;
+            Ok(match hold(name, &dense)? {
+                Some(blocks) => Matrix::Blocks(Arc::new(blocks)),
+                None => Matrix::Dense(dense),
+            })
+        };
+        let layer = |index: usize| -> Result<Layer> {
+            let at = |name: &str| format!("model.layers.{index}.{name}");
+            let bias = |name: &str, is_there: bool| {
+                is_there.then(|| get(&at(&format!("self_attn.{name}.bias")))).transpose()
+            };
+            let projection = |name: &str| matrix(&at(&format!("self_attn.{name}.weight")));
+            Ok(Layer {
+                input_norm: get(&at("input_layernorm.weight"))?,
+                qkv: [projection("q_proj")?, projection("k_proj")?, projection("v_proj")?],
+                qkv_bias: [
+                    bias("q_proj", config.qkv_bias)?,
+                    bias("k_proj", config.qkv_bias)?,
+                    bias("v_proj", config.qkv_bias)?,
+                ],
+                o: projection("o_proj")?,
+                o_bias: bias("o_proj", config.output_bias)?,
+                post_norm: get(&at("post_attention_layernorm.weight"))?,
+                gate: matrix(&at("mlp.gate_proj.weight"))?,
+                up: matrix(&at("mlp.up_proj.weight"))?,
+                down: matrix(&at("mlp.down_proj.weight"))?,
+            })
+        };
+        let embedding = matrix("model.embed_tokens.weight")?;
+        let head =
+            if config.tie_word_embeddings { embedding.clone() } else { matrix("lm_head.weight")? };
+        Ok(Self {
+            embedding,
+            layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            norm: get("model.norm.weight")?,
+            head,
+            frequencies: config.rope.inverse_frequencies(config.head_dim),
+            config: config.clone(),
+        })
+    }
+
+    /// Every matrix in blocks of one type, but for embedding and head, which keep 8 bits as llama.cpp's files do.
+    ///
+    /// # Errors
+    /// Rows that are no whole blocks.
+    pub(super) fn rounded(config: &Config, weights: &Weights, kind: BlockType) -> Result<Self> {
+        Self::held(config, weights, &|name, dense| {
+            let outer = name == "model.embed_tokens.weight" || name == "lm_head.weight";
+            let kind = if outer { BlockType::Q8_0 } else { kind };
+            Ok(Some(block_matrix(dense, kind).map_err(|error| error.at(name))?))
+        })
+    }
+
+    /// Refuses token ids that the embedding does not have.
+    pub(super) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        let size = self.config.vocab_size;
+        match tokens.iter().find(|&&token| token as usize >= size) {
+            Some(token) => Err(Error::run(format!("token {token}, the model has {size}"))
+                .hint("this tokenizer does not belong to this model")),
+            None => Ok(()),
+        }
+    }
+
+    /// Appends the embeddings of tokens to the rows `x`.
+    pub(super) fn embed<E: Element>(&self, tokens: &[u32], x: &mut Vec<f32>) -> Result<()> {
+        let width = self.config.hidden_size;
+        match &self.embedding {
+            Matrix::Dense(table) => cpu::with_slice::<E, _>(table, |table| {
+                for &token in tokens {
+                    let row = &table[token as usize * width..][..width];
+                    x.extend(row.iter().map(|x| x.widened()));
+                }
+            })?,
+            Matrix::Blocks(table) => tokens.iter().for_each(|&token| table.row(token as usize, x)),
+        }
+        Ok(())
+    }
+}
