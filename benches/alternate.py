@@ -45,14 +45,19 @@ def works():
         found[f"attention-{dtype}"] = ("attention", dense + told, ["PyTorch attention"])
     for samples in ("1", "16"):
         told = ["--batch", samples, "--prompt", "32", "--seq", "160"]
-        found[f"generate-{samples}"] = ("generate", told, ["transformers", "llama.cpp, Q4_1"])
+        peers = ["transformers", "llama.cpp, Q4_1"]
+        found[f"generate-{samples}"] = ("generate", told, peers)
+        found[f"generate-{samples}-bf16"] = ("generate", told + ["--dtype", "bf16"], peers)
+        found[f"generate-{samples}-q4_1"] = ("generate", told + ["--quantization", "q4_1"], peers)
+    many = ["--prompts", "32", "--batch", "16", "--prompt", "512", "--seq", "576"]
+    found["generate-32x16-q4_1"] = ("generate", many + ["--quantization", "q4_1"], ["llama.cpp, Q4_1"])
     found["ceiling"] = ("ceiling", dense, ["PyTorch products"])
     return found
 
 
 def small(told):
     """The same arguments with small sizes."""
-    sizes = {"--batch": 2, "--seq": 16, "--prompt": 8}
+    sizes = {"--batch": 2, "--seq": 16, "--prompt": 8, "--prompts": 2}
     return [
         str(min(int(value), sizes[flag])) if flag in sizes else value
         for flag, value in zip([""] + told, told)

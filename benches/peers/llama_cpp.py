@@ -17,20 +17,22 @@ import xllamacpp  # noqa: E402
 
 params = xllamacpp.CommonParams()
 params.model.path = args.model
-params.n_parallel = args.batch
-params.n_ctx = args.batch * (args.seq + 8)
+# As many slots as samples of a prompt, and at most 32: more are no faster here.
+params.n_parallel = min(args.batch * args.prompts, 32)
+params.n_ctx = params.n_parallel * (args.seq + 8)
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
 params.warmup = True
 params.verbosity = 0
 server = xllamacpp.Server(params)
 new = args.seq - args.prompt
 # Any ids that the vocabulary of a Llama-family model has.
-prompt = work.ids(30_000, 0, args.prompt)
+prompts = [work.ids(30_000, row, args.prompt) for row in range(args.prompts)]
 
 
-def sample(seed):
+def sample(job):
+    row, seed = job
     answer = server.handle_completions({
-        "prompt": prompt,
+        "prompt": prompts[row],
         "n_predict": new,
         "ignore_eos": True,
         "temperature": 1.0,
@@ -44,7 +46,8 @@ def sample(seed):
     assert drawn == new, f"{drawn} tokens drawn, expected {new}"
 
 
-with concurrent.futures.ThreadPoolExecutor(args.batch) as pool:
-    steps_s = work.timed(lambda: list(pool.map(sample, range(args.batch))), args.steps)
+jobs = [(row, seed) for row in range(args.prompts) for seed in range(args.batch)]
+with concurrent.futures.ThreadPoolExecutor(params.n_parallel) as pool:
+    steps_s = work.timed(lambda: list(pool.map(sample, jobs)), args.steps)
 versions = {"xllamacpp": importlib.metadata.version("xllamacpp")}
-work.report(steps_s, args.batch * new, versions, threads=args.threads)
+work.report(steps_s, args.prompts * args.batch * new, versions, threads=args.threads)

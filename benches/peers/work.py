@@ -25,7 +25,9 @@ def arguments(description, *flags):
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--lora", type=int, metavar="RANK")
-    parser.add_argument("--quantization", choices=["none", "nf4"], default="none")
+    # Of `arriero`'s own weights where it writes; the peers have theirs.
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--prompts", type=int, default=1)
     for flag in flags:
         parser.add_argument(flag, action="store_true")
     return parser.parse_args()

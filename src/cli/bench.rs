@@ -4,7 +4,8 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::output;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::generate::sampling::WeightFormat;
 use crate::model::Precision;
 use crate::model::lora::Lora;
 use crate::model::packed::Quantization;
@@ -47,9 +48,12 @@ pub(super) struct BenchArgs {
     /// Train adapters of this rank beside the frozen model
     #[arg(long, value_name = "RANK")]
     lora: Option<usize>,
-    /// With --lora: how the frozen projections are held
-    #[arg(long, default_value = "none", requires = "lora")]
+    /// How the frozen projections of --lora (nf4, gguf), or the matrices of `generate` are held (q8_0, q4_0, q4_1)
+    #[arg(long, default_value = "none")]
     quantization: QuantizationName,
+    /// Prompts to sample at once, --batch answers each
+    #[arg(long, default_value_t = 1)]
+    prompts: usize,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -80,6 +84,33 @@ enum QuantizationName {
     None,
     Nf4,
     Gguf,
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_0")]
+    Q4_0,
+    #[value(name = "q4_1")]
+    Q4_1,
+}
+
+impl QuantizationName {
+    /// Of frozen projections.
+    fn frozen(self) -> Quantization {
+        match self {
+            Self::Nf4 => Quantization::Nf4,
+            Self::Gguf => Quantization::Gguf,
+            _ => Quantization::None,
+        }
+    }
+
+    /// Of a model that writes.
+    fn writing(self) -> WeightFormat {
+        match self {
+            Self::Q8_0 => WeightFormat::Q8_0,
+            Self::Q4_0 => WeightFormat::Q4_0,
+            Self::Q4_1 => WeightFormat::Q4_1,
+            Self::None | Self::Nf4 | Self::Gguf => WeightFormat::None,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -105,14 +136,16 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         lora: Lora {
             use_peft: args.lora.is_some(),
             lora_r: args.lora.unwrap_or(1),
-            quantization: match args.quantization {
-                QuantizationName::None => Quantization::None,
-                QuantizationName::Nf4 => Quantization::Nf4,
-                QuantizationName::Gguf => Quantization::Gguf,
-            },
+            quantization: args.quantization.frozen(),
             ..Lora::default()
         },
+        prompts: args.prompts,
+        weights: args.quantization.writing(),
     };
+    if options.lora.quantization != Quantization::None && args.lora.is_none() {
+        return Err(Error::usage("--quantization nf4 or gguf without --lora")
+            .hint("packed projections are frozen; give --lora 16"));
+    }
     let method = match args.method {
         MethodName::Sft => Method::Sft,
         MethodName::Dpo => Method::Dpo,

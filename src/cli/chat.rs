@@ -19,7 +19,7 @@ use crate::stage::rounds::device;
 pub(super) struct ChatArgs {
     /// A checkpoint directory, a .gguf file, or a hub id
     model: String,
-    /// Settings: system=… chat_template=… device=cpu dtype=bf16 temperature=0.7 max_new_tokens=256
+    /// Settings: system=… chat_template=… device=cpu dtype=bf16 quantization=q4_1 temperature=0.7 max_new_tokens=256
     #[arg(value_name = "KEY=VALUE")]
     settings: Vec<String>,
 }
@@ -42,7 +42,8 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
         checkpoint.tokenizer =
             Some(checkpoint.tokenizer()?.with_template(template).at("chat_template")?);
     }
-    let model = LocalModel::new(&checkpoint)?;
+    let model = LocalModel::held(&checkpoint, setup.sampling.quantization)?;
+    drop(checkpoint);
     let mut messages: Vec<Message> =
         setup.system.iter().map(|text| Message::new("system", text)).collect();
     let prompting = std::io::stdin().is_terminal();

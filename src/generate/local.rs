@@ -11,7 +11,7 @@ use super::decode::{CpuDecoder, Decoder};
 use super::engine::{Answer, Engine, Limits, Prompt, Schedule, Scheduler, Vocabulary};
 use super::grammar::Grammars;
 use super::plain::PlainDecoder;
-use super::sampling::Sampling;
+use super::sampling::{Sampling, WeightFormat};
 use crate::data::forest::{Forest, micro_batches};
 use crate::data::record::{Message, Row};
 use crate::data::tokenizer::ChatTokenizer;
@@ -109,10 +109,25 @@ impl LocalModel {
     /// # Errors
     /// A reward model, or a checkpoint without tokenizer.
     pub fn new(checkpoint: &Checkpoint) -> Result<Self> {
+        Self::held(checkpoint, WeightFormat::None)
+    }
+
+    /// The same with matrices in another format. Those that are rounded are not kept.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); rows that are no whole blocks; blocks elsewhere than on the CPU.
+    pub fn held(checkpoint: &Checkpoint, format: WeightFormat) -> Result<Self> {
         let Checkpoint { config, weights, .. } = checkpoint;
         let on_cpu = weights.values().all(|tensor| tensor.device().is_cpu());
         let in_bf16 = weights.values().any(|tensor| tensor.dtype() == DType::BF16);
         let backend = match (on_cpu, in_bf16) {
+            _ if let Some(kind) = format.block_type() => {
+                if !on_cpu {
+                    return Err(Error::usage("`quantization` on another device than the CPU")
+                        .hint("quantization = \"none\""));
+                }
+                Backend::Cpu(CpuDecoder::rounded(config, weights, kind)?)
+            }
             (true, true) => Backend::Bf16(CpuDecoder::new(config, weights)?),
             (true, false) => Backend::Cpu(CpuDecoder::new(config, weights)?),
             (false, _) => Backend::Plain(PlainDecoder::new(config, weights)?),

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::model::Precision;
+use crate::model::packed::BlockType;
 
 /// Sampling keys, resolved: every field has a value that is used.
 ///
@@ -41,6 +42,39 @@ pub struct Sampling {
     /// What the model computes with: `f32` or `bf16`.
     #[serde(alias = "torch_dtype")]
     pub dtype: Precision,
+    /// How the model's matrices are held while it writes.
+    pub quantization: WeightFormat,
+}
+
+/// How matrices are held while a model writes. Blocks of few bits are read faster and multiplied as integers; an answer's
+/// log-probabilities are then those of the rounded model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightFormat {
+    /// As they are computed with.
+    #[default]
+    None,
+    /// 8 bits and a scale for each 32.
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// 4 bits and a scale for each 32; embedding and head keep 8.
+    #[serde(rename = "q4_0")]
+    Q4_0,
+    /// 4 bits, a scale and a minimum for each 32; embedding and head keep 8. A GGUF file of this type loses nothing.
+    #[serde(rename = "q4_1")]
+    Q4_1,
+}
+
+impl WeightFormat {
+    /// The type of block, where there are blocks.
+    pub fn block_type(self) -> Option<BlockType> {
+        match self {
+            Self::None => None,
+            Self::Q8_0 => Some(BlockType::Q8_0),
+            Self::Q4_0 => Some(BlockType::Q4_0),
+            Self::Q4_1 => Some(BlockType::Q4_1),
+        }
+    }
 }
 
 impl Default for Sampling {
@@ -56,6 +90,7 @@ impl Default for Sampling {
             seed: 0,
             num_samples: 1,
             dtype: Precision::F32,
+            quantization: WeightFormat::None,
         }
     }
 }
@@ -96,6 +131,10 @@ impl Sampling {
         if self.stop.iter().any(String::is_empty) {
             return Err(Error::usage("`stop` has an empty string, which would end every answer"));
         }
+        if self.quantization != WeightFormat::None && self.dtype != Precision::F32 {
+            return Err(Error::usage("`quantization` with another `dtype` than f32")
+                .hint("blocks of few bits have a type of their own; leave `dtype` out"));
+        }
         self.dtype.check_compute()
     }
 }
@@ -129,6 +168,14 @@ mod tests {
             (Sampling { max_new_tokens: 0, ..Sampling::default() }, "max_new_tokens"),
             (Sampling { num_samples: 0, ..Sampling::default() }, "num_samples"),
             (Sampling { stop: vec![String::new()], ..Sampling::default() }, "stop"),
+            (
+                Sampling {
+                    quantization: WeightFormat::Q8_0,
+                    dtype: Precision::Bf16,
+                    ..Sampling::default()
+                },
+                "quantization",
+            ),
         ];
         for (sampling, key) in bad {
             assert!(sampling.check().unwrap_err().to_string().starts_with(&format!("`{key}`")));

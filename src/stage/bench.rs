@@ -16,7 +16,7 @@ use crate::data::tree::{Role, Tree};
 use crate::error::{Error, Result};
 use crate::generate::engine::Prompt;
 use crate::generate::local::LocalModel;
-use crate::generate::sampling::Sampling;
+use crate::generate::sampling::{Sampling, WeightFormat};
 use crate::loss::Objective;
 use crate::loss::preference::Preference;
 use crate::loss::reward::Reward;
@@ -79,6 +79,10 @@ pub struct Options {
     pub dtype: Precision,
     /// Train adapters of all projections instead of the model.
     pub lora: Lora,
+    /// Prompts to sample at once, `batch` answers each.
+    pub prompts: usize,
+    /// How the model that writes holds its matrices.
+    pub weights: WeightFormat,
 }
 
 /// Token budget of a micro-batch.
@@ -105,6 +109,13 @@ impl Options {
             let (prompt, seq) = (self.prompt, self.seq);
             return Err(Error::usage(format!("a prompt of {prompt} in sequences of {seq} tokens"))
                 .hint("--prompt is 1 or more and less than --seq"));
+        }
+        let writes = self.prompts > 1 || self.weights != WeightFormat::None;
+        if writes && method != Method::Generate {
+            return Err(Error::usage(
+                "--prompts or blocks of 4 or 8 bits, which only `generate` takes",
+            )
+            .hint("--quantization nf4 or gguf with --lora trains beside packed projections"));
         }
         if self.chat && method != Method::Sft {
             return Err(Error::usage("--chat asks for chat rows, which only `sft` takes")
@@ -266,8 +277,12 @@ fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Prefer
 }
 
 fn generate(start: &Checkpoint, options: &Options) -> Result<Figures> {
-    let model = LocalModel::new(&start.clone().computed_in(options.dtype)?)?;
-    let prompts = [Prompt { index: 0, tokens: tokens(start.config.vocab_size, 0, options.prompt) }];
+    let model = LocalModel::held(&start.clone().computed_in(options.dtype)?, options.weights)?;
+    let prompt = |index| Prompt {
+        index: index as u64,
+        tokens: tokens(start.config.vocab_size, index, options.prompt),
+    };
+    let prompts: Vec<Prompt> = (0..options.prompts.max(1)).map(prompt).collect();
     let sampling = Sampling {
         num_samples: options.batch,
         max_new_tokens: options.seq - options.prompt,
@@ -323,6 +338,8 @@ mod tests {
             steps: 2,
             recompute: false,
             dtype: Precision::F32,
+            prompts: 1,
+            weights: WeightFormat::None,
             lora: Lora::default(),
         }
     }

@@ -8,6 +8,7 @@ use super::{Metrics, StageContext, training};
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::{Answer, Finish};
 use crate::generate::local::{Asked, LocalModel, Teacher, answer_logprobs};
+use crate::generate::sampling::WeightFormat;
 use crate::model::Transformer;
 use crate::recipe::plan;
 use crate::score::Panel;
@@ -27,10 +28,17 @@ pub struct Measured {
 
 /// Answers and judges the held-out prompts. Input: a checkpoint, rows, a reference. Output: `data.jsonl`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
-    let policy = generation::load(context, &spec.model_name_or_path, spec.sampling.dtype)?;
+    let policy = generation::load(context, &spec.model_name_or_path, &spec.sampling)?;
     let panel = Panel::new(&spec.scorers, &context.device)?;
     let rows = generation::rows(context, &spec.datasets)?;
     let reference = reference(context, spec, &policy)?;
+    let rescored = match (&reference, spec.sampling.quantization) {
+        (Some(_), format) if format != WeightFormat::None => {
+            let dense = training::load(context, &spec.model_name_or_path, "")?;
+            Some(Transformer::new(&dense.config, &dense.weights)?)
+        }
+        _ => None,
+    };
 
     let measured = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;
@@ -39,9 +47,9 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
             let drawn = (answers.as_slice(), "eval");
             let (row, verdicts) = generation::candidates(&panel, asked, row, drawn, &[])?;
             let rewards = verdicts.iter().filter_map(|verdict| verdict.reward).collect();
-            let kl_sum = reference
-                .as_ref()
-                .map_or(Ok(0.0), |reference| kl(&policy, reference, asked, &answers))?;
+            let kl_sum = reference.as_ref().map_or(Ok(0.0), |reference| {
+                kl((&policy, rescored.as_ref()), reference, asked, &answers)
+            })?;
             keep(left[place], Measured { row, rewards, kl_sum })
         })
     })?;
@@ -70,16 +78,22 @@ fn reference(
 }
 
 /// Σ log p(policy) − log p(reference) over the tokens of the policy's own answers: an unbiased estimate of the KL
-/// divergence where the answers were drawn at temperature 1.
+/// divergence where the answers were drawn at temperature 1. A policy that writes with rounded weights is `rescored` by
+/// its own.
 fn kl(
-    policy: &LocalModel,
+    (policy, rescored): (&LocalModel, Option<&Transformer>),
     reference: &Transformer,
     asked: &Asked,
     answers: &[Answer],
 ) -> Result<f64> {
     let ids: Vec<&[u32]> = answers.iter().map(|answer| answer.ids.as_slice()).collect();
-    let logprobs = answer_logprobs(reference, &policy.prompt_ids(asked)?, &ids)?;
-    let pairs = answers.iter().flat_map(|answer| &answer.logprobs).zip(logprobs.iter().flatten());
+    let prompt = policy.prompt_ids(asked)?;
+    let expected = answer_logprobs(reference, &prompt, &ids)?;
+    let own = match rescored {
+        Some(policy) => answer_logprobs(policy, &prompt, &ids)?,
+        None => answers.iter().map(|answer| answer.logprobs.clone()).collect(),
+    };
+    let pairs = own.iter().flatten().zip(expected.iter().flatten());
     Ok(pairs.map(|(policy, reference)| f64::from(*policy) - f64::from(*reference)).sum())
 }
 

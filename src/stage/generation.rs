@@ -9,15 +9,16 @@ use crate::data::record::Row;
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::Answer;
 use crate::generate::local::{Asked, LocalModel};
-use crate::model::Precision;
+use crate::generate::sampling::Sampling;
 use crate::recipe::plan::Dataset;
 use crate::score::candidates::{Candidate, Candidates};
 use crate::score::{Panel, Question, Verdict};
 use crate::store::{self, JsonlWriter};
 
-/// Loads a model that writes text.
-pub fn load(context: &StageContext<'_>, model: &str, dtype: Precision) -> Result<LocalModel> {
-    LocalModel::new(&training::load(context, model, "")?.computed_in(dtype)?).at(model)
+/// Loads a model that writes text, held as the sampling settings say.
+pub fn load(context: &StageContext<'_>, model: &str, sampling: &Sampling) -> Result<LocalModel> {
+    let checkpoint = training::load(context, model, "")?.computed_in(sampling.dtype)?;
+    LocalModel::held(&checkpoint, sampling.quantization).at(model)
 }
 
 /// Reads the rows whose prompts are to be answered.

@@ -16,7 +16,7 @@ use crate::store;
 /// Draws and judges K candidates a prompt. Input: a checkpoint, prompts, earlier rounds' candidates. Output:
 /// `data.jsonl`, one row a prompt.
 pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
-    let policy = generation::load(context, &spec.model_name_or_path, spec.sampling.dtype)?;
+    let policy = generation::load(context, &spec.model_name_or_path, &spec.sampling)?;
     let panel = Panel::new(&spec.scorers, &context.device)?;
     let rows = generation::rows(context, &spec.datasets)?;
     let earlier = earlier_best(&spec.earlier)?;

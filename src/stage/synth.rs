@@ -42,7 +42,7 @@ pub struct Meta {
 /// Lets the teacher answer every prompt and keeps what the judges accept. Input: a checkpoint and prompts. Output:
 /// `data.jsonl`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
-    let teacher = generation::load(context, &spec.teacher, spec.sampling.dtype)?;
+    let teacher = generation::load(context, &spec.teacher, &spec.sampling)?;
     let panel = Panel::new(&spec.scorers, &context.device)?;
     let rows = generation::rows(context, &spec.datasets)?;
 
