@@ -11,7 +11,7 @@ use arriero::data::record::Message;
 use arriero::data::tree::{Role, Tree};
 use arriero::generate::engine::{Finish, Prompt};
 use arriero::generate::local::LocalModel;
-use arriero::generate::sampling::Sampling;
+use arriero::generate::sampling::{Sampling, WeightFormat};
 use arriero::model::checkpoint::Checkpoint;
 use arriero::model::export::{Encoding, Format, export};
 use arriero::model::packed::{Quantization, pack};
@@ -80,6 +80,29 @@ fn the_golden_prompt_has_its_greedy_answer() {
         .unwrap();
     assert_eq!(answers[0].text, "The capital of France is Paris.");
     assert_eq!((answers[0].ids.last(), answers[0].finish), (Some(&2), Finish::Stop));
+}
+
+/// The file's own type of blocks, multiplied as integers: the same words, from a model that is rounded no further than its
+/// activations.
+#[test]
+fn the_golden_prompt_has_its_greedy_answer_from_blocks_of_four_bits() {
+    let answer = |format| {
+        let model = LocalModel::held(checkpoint(), format).unwrap();
+        let prompts = [Prompt { index: 0, tokens: PROMPT.to_vec() }];
+        let mut answers = Vec::new();
+        model
+            .run(&prompts, &Sampling::greedy(24), &mut |_, drawn| {
+                answers.extend(drawn);
+                Ok(())
+            })
+            .unwrap();
+        answers.remove(0)
+    };
+    let (dense, blocks) = (answer(WeightFormat::None), answer(WeightFormat::Q4_1));
+    assert_eq!(blocks.text, "The capital of France is Paris.");
+    let apart = dense.logprobs.iter().zip(&blocks.logprobs).map(|(a, b)| (a - b).abs());
+    let worst = apart.fold(0.0, f32::max);
+    assert!(worst > 0.0 && worst < 0.1, "log-probabilities {worst} apart");
 }
 
 /// Packed, every projection is in the blocks of the file, and means to the last bit what the dense model holds.

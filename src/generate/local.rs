@@ -8,7 +8,9 @@ use serde_json::{Map, Value};
 
 use super::cache::CacheShape;
 use super::decode::{CpuDecoder, Decoder};
-use super::engine::{Answer, Engine, Limits, Prompt, Schedule, Scheduler, Vocabulary};
+use super::engine::{
+    Answer, Draft, Guesser, Limits, Lookup, Prompt, Schedule, Scheduler, Vocabulary, answer_all,
+};
 use super::grammar::Grammars;
 use super::plain::PlainDecoder;
 use super::sampling::{Sampling, WeightFormat};
@@ -80,6 +82,27 @@ pub struct LocalModel {
     words: Words,
     limits: Limits,
     grammars: OnceLock<Grammars>,
+    guessing: Guessing,
+}
+
+/// Who guesses what comes next, and how many tokens ahead.
+#[derive(Default)]
+pub enum Guessing {
+    /// Nobody.
+    #[default]
+    None,
+    /// What followed the same tokens earlier in prompt and answer; see [`Lookup`].
+    Lookup {
+        /// Tokens ahead.
+        tokens: usize,
+    },
+    /// A smaller model of the same vocabulary.
+    Draft {
+        /// The model.
+        model: Box<LocalModel>,
+        /// Tokens ahead.
+        tokens: usize,
+    },
 }
 
 enum Backend {
@@ -145,7 +168,7 @@ impl LocalModel {
             keep_prefixes: false,
         };
         let words = Words { tokenizer: checkpoint.tokenizer()?.clone(), ends: checkpoint.ends() };
-        Ok(Self { backend, words, limits, grammars: OnceLock::new() })
+        Ok(Self { backend, words, limits, grammars: OnceLock::new(), guessing: Guessing::None })
     }
 
     /// What bounds a batch of this model.
@@ -175,13 +198,54 @@ impl LocalModel {
         Ok(self.grammars.get_or_init(|| grammars))
     }
 
+    /// Guesses tokens ahead, which changes how fast answers come and never an answer.
+    ///
+    /// # Errors
+    /// A draft model of another vocabulary.
+    pub fn guessing(mut self, guessing: Guessing) -> Result<Self> {
+        if let Guessing::Draft { model, .. } = &guessing {
+            let (own, other) = (self.tokenizer().hash(), model.tokenizer().hash());
+            if own != other || self.vocab_size() != model.vocab_size() {
+                return Err(Error::usage("the draft model has another vocabulary")
+                    .hint("a draft model guesses token by token: its tokenizer must be the same"));
+            }
+        }
+        self.guessing = guessing;
+        Ok(self)
+    }
+
     /// A scheduler of this model for requests that come and go.
     pub fn scheduler(&self, limits: Limits) -> Box<dyn Schedule + '_> {
-        let words = &self.words;
         match &self.backend {
-            Backend::Cpu(decoder) => Box::new(Scheduler::new(decoder, words, limits)),
-            Backend::Bf16(decoder) => Box::new(Scheduler::new(decoder, words, limits)),
-            Backend::Plain(decoder) => Box::new(Scheduler::new(decoder, words, limits)),
+            Backend::Cpu(decoder) => self.scheduler_of(decoder, limits),
+            Backend::Bf16(decoder) => self.scheduler_of(decoder, limits),
+            Backend::Plain(decoder) => self.scheduler_of(decoder, limits),
+        }
+    }
+
+    fn scheduler_of<'a, D: Decoder>(
+        &'a self,
+        decoder: &'a D,
+        limits: Limits,
+    ) -> Box<dyn Schedule + 'a> {
+        let scheduler = Scheduler::new(decoder, &self.words, limits);
+        let Some((guesser, most)) = self.guesser() else { return Box::new(scheduler) };
+        Box::new(scheduler.guessing(guesser, most))
+    }
+
+    fn guesser(&self) -> Option<(Box<dyn Guesser + '_>, usize)> {
+        match &self.guessing {
+            Guessing::None => None,
+            Guessing::Lookup { tokens } => Some((Box::new(Lookup::default()), *tokens)),
+            Guessing::Draft { model, tokens } => {
+                let positions = model.limits.max_positions;
+                let draft: Box<dyn Guesser + '_> = match &model.backend {
+                    Backend::Cpu(decoder) => Box::new(Draft::new(decoder, positions)),
+                    Backend::Bf16(decoder) => Box::new(Draft::new(decoder, positions)),
+                    Backend::Plain(decoder) => Box::new(Draft::new(decoder, positions)),
+                };
+                Some((draft, *tokens))
+            }
         }
     }
 
@@ -216,18 +280,7 @@ impl LocalModel {
         sampling: &Sampling,
         done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
     ) -> Result<()> {
-        let (vocabulary, limits) = (&self.words, self.limits);
-        match &self.backend {
-            Backend::Cpu(decoder) => {
-                Engine { decoder, vocabulary, limits }.run(prompts, sampling, done)
-            }
-            Backend::Bf16(decoder) => {
-                Engine { decoder, vocabulary, limits }.run(prompts, sampling, done)
-            }
-            Backend::Plain(decoder) => {
-                Engine { decoder, vocabulary, limits }.run(prompts, sampling, done)
-            }
-        }
+        answer_all(&mut *self.scheduler(self.limits), prompts, sampling, done)
     }
 }
 

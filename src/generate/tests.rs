@@ -6,7 +6,7 @@ use candle_core::Device;
 
 use super::decode::{CpuDecoder, Decoder, Feed, Wanted};
 use super::engine::{
-    Answer, Engine, Event, Extras, Finish, Guess, Guesser, Limits, Lookup, Piece, Prompt,
+    Answer, Draft, Engine, Event, Extras, Finish, Guess, Guesser, Limits, Lookup, Piece, Prompt,
     PromptScores, Request, Scheduler, Ticket, Vocabulary,
 };
 use super::plain::PlainDecoder;
@@ -17,6 +17,7 @@ use crate::data::tree::{Role, Tree};
 use crate::error::Result;
 use crate::model::Precision;
 use crate::model::checkpoint::Checkpoint;
+use crate::model::packed::BlockType;
 use crate::model::transformer::Transformer;
 use crate::ops::cpu::Element;
 use crate::ops::head;
@@ -334,7 +335,7 @@ fn guesses_change_no_answer() {
         index: u64::from(len),
         tokens: (0..len).map(|i| 40 + i % 5).collect(),
     });
-    let answers = |guesser: Option<Box<dyn Guesser + Send>>, sampling: &Sampling| {
+    let answers = |guesser: Option<Box<dyn Guesser>>, sampling: &Sampling| {
         let mut scheduler = Scheduler::new(&decoder, &vocabulary, WIDE);
         if let Some(guesser) = guesser {
             scheduler = scheduler.guessing(guesser, 4);
@@ -364,6 +365,14 @@ fn guesses_change_no_answer() {
         let (found, fewer) = answers(Some(Box::new(Lookup::default())), &sampling);
         assert!(found == expected, "{sampling:?}");
         assert!(fewer <= passes);
+        // A model guesses itself, from equal random numbers, without a mistake; another one is of less help.
+        let own = Draft::new(&decoder, 256);
+        let (found, fewer) = answers(Some(Box::new(own)), &sampling);
+        assert!(found == expected && fewer * 3 < passes, "{fewer} passes of {passes}");
+        let other = golden("model_untied");
+        let other: CpuDecoder = CpuDecoder::new(&other.config, &other.weights).unwrap();
+        let (found, fewer) = answers(Some(Box::new(Draft::new(&other, 256))), &sampling);
+        assert!(found == expected && fewer <= passes, "{fewer} passes of {passes}");
         let oracle = Known { answers: expected.clone(), wrong_at: 3 };
         let (found, fewer) = answers(Some(Box::new(oracle)), &sampling);
         assert!(found == expected, "{sampling:?}");
@@ -499,4 +508,39 @@ fn prompts_that_begin_alike_are_read_once_and_requests_may_leave() {
     // 52 tokens of the first prompt, two or three of each other, 12 an answer: apart it would be more than 200.
     assert!(most < 52 + 3 * 3 + 4 * 12, "{most} tokens in caches");
     assert_eq!(scheduler.load(), (0, 0));
+}
+
+#[test]
+fn rounded_weights_predict_nearly_the_same_and_keep_the_row_rule() {
+    for (kind, most) in [(BlockType::Q8_0, 0.02), (BlockType::Q4_1, 0.25), (BlockType::Q4_0, 0.3)] {
+        let checkpoint = golden("model_llama3rope");
+        let dense: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+        let rounded = CpuDecoder::rounded(&checkpoint.config, &checkpoint.weights, kind).unwrap();
+        let (expected, found) = (predict(&dense), predict(&rounded));
+        let size = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let apart: Vec<f32> = expected.iter().zip(&found).map(|(a, b)| a - b).collect();
+        let share = size(&apart) / size(&expected);
+        assert!(share > 1e-5 && share < most, "{kind:?}: {share}");
+        let prompts: Vec<Prompt> = (0..5_u32)
+            .map(|index| Prompt {
+                index: u64::from(index),
+                tokens: (0..=9 * index).map(|i| 40 + (i * 31 + index) % 400).collect(),
+            })
+            .collect();
+        let sampling = Sampling { num_samples: 3, max_new_tokens: 12, ..Sampling::default() };
+        let answers = |limits| {
+            let vocabulary = &Bytes::default();
+            Engine { decoder: &rounded, vocabulary, limits }.answers(&prompts, &sampling).unwrap()
+        };
+        let alone = Limits { max_batch: 1, max_prefill: 5, ..WIDE };
+        assert!(answers(WIDE) == answers(alone), "{kind:?}");
+    }
+    let mut checkpoint = golden("model_tied");
+    checkpoint.weights.insert(
+        "model.embed_tokens.weight".to_owned(),
+        candle_core::Tensor::zeros((8, 33), candle_core::DType::F32, &Device::Cpu).unwrap(),
+    );
+    let error = CpuDecoder::rounded(&checkpoint.config, &checkpoint.weights, BlockType::Q4_0);
+    let error = error.unwrap_err().to_string();
+    assert!(error.starts_with("model.embed_tokens.weight: rows of 33 weights"), "{error}");
 }

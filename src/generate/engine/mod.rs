@@ -4,6 +4,7 @@
 //! An answer depends on its prompt, its settings and its own random stream, never on its neighbours: the CPU decoder
 //! keeps the row rule and draws are keyed by (seed, prompt index, sample index).
 
+mod draft;
 mod guess;
 mod prefix;
 mod request;
@@ -12,6 +13,7 @@ mod scheduler;
 
 use std::sync::Arc;
 
+pub use draft::Draft;
 pub use guess::{Guess, Guesser, Lookup};
 pub use request::{
     Answer, Event, Extras, Finish, Likely, Piece, Prompt, PromptScores, Request, Ticket,
@@ -88,22 +90,8 @@ impl<D: Decoder> Engine<'_, D> {
         sampling: &Sampling,
         done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
     ) -> Result<()> {
-        sampling.check()?;
-        let sampling = Arc::new(sampling.clone());
         let mut scheduler = Scheduler::new(self.decoder, self.vocabulary, self.limits);
-        for (place, prompt) in prompts.iter().enumerate() {
-            scheduler
-                .submit(Request::new(prompt.clone(), Arc::clone(&sampling)))
-                .at(format_args!("prompt {place}"))?;
-        }
-        // Tickets are numbered as they are given.
-        let mut on = |event| match event {
-            Event::Done(ticket, answers, _) => done(ticket.0 as usize, answers),
-            Event::Failed(_, error) => Err(error),
-            Event::Piece(..) => Ok(()),
-        };
-        while scheduler.step(&mut on)? {}
-        Ok(())
+        answer_all(&mut scheduler, prompts, sampling, done)
     }
 
     /// All answers at once, prompt by prompt.
@@ -118,4 +106,34 @@ impl<D: Decoder> Engine<'_, D> {
         })?;
         Ok(all)
     }
+}
+
+/// Has an idle scheduler answer all prompts; see [`Engine::run`].
+///
+/// # Errors
+/// As [`Engine::run`].
+pub fn answer_all(
+    scheduler: &mut dyn Schedule,
+    prompts: &[Prompt],
+    sampling: &Sampling,
+    done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
+) -> Result<()> {
+    sampling.check()?;
+    let sampling = Arc::new(sampling.clone());
+    let mut first = None;
+    for (place, prompt) in prompts.iter().enumerate() {
+        let Ticket(ticket) = scheduler
+            .submit(Request::new(prompt.clone(), Arc::clone(&sampling)))
+            .at(format_args!("prompt {place}"))?;
+        first.get_or_insert(ticket);
+    }
+    // Tickets are numbered as they are given.
+    let first = first.unwrap_or(0);
+    let mut on = |event| match event {
+        Event::Done(ticket, answers, _) => done((ticket.0 - first) as usize, answers),
+        Event::Failed(_, error) => Err(error),
+        Event::Piece(..) => Ok(()),
+    };
+    while scheduler.step(&mut on)? {}
+    Ok(())
 }

@@ -54,7 +54,7 @@ pub struct Scheduler<'a, D: Decoder> {
     decoder: &'a D,
     vocabulary: &'a dyn Vocabulary,
     limits: Limits,
-    guesser: Option<(Box<dyn Guesser + Send + 'a>, usize)>,
+    guesser: Option<(Box<dyn Guesser + 'a>, usize)>,
     next: u64,
     queue: VecDeque<(Ticket, Arc<Request>)>,
     reading: Vec<Reading<D::Cache>>,
@@ -89,7 +89,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
 
     /// Lets `guesser` guess up to `most` tokens ahead.
     #[must_use]
-    pub fn guessing(mut self, guesser: Box<dyn Guesser + Send + 'a>, most: usize) -> Self {
+    pub fn guessing(mut self, guesser: Box<dyn Guesser + 'a>, most: usize) -> Self {
         self.guesser = Some((guesser, most));
         self
     }

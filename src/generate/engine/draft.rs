@@ -1,0 +1,151 @@
+//! A small model that guesses for a large one (Leviathan et al., 2023), drawing with the large one's own random numbers.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::prefix::common;
+use super::{Guess, Guesser};
+use crate::error::Result;
+use crate::generate::decode::{Decoder, Feed, Wanted};
+use crate::generate::sampler::Sampler;
+
+/// Most prompt tokens that are read at once.
+const PREFILL: usize = 512;
+
+/// Guesses with a decoder of the same vocabulary.
+pub struct Draft<'a, D: Decoder> {
+    decoder: &'a D,
+    max_positions: usize,
+    /// Prompts by ticket.
+    prompts: BTreeMap<u64, Arc<D::Cache>>,
+    answers: BTreeMap<(u64, usize), State<D::Cache>>,
+    logits: Vec<f32>,
+}
+
+/// How far an answer was followed.
+struct State<C> {
+    cache: C,
+    /// Tokens of the answer that the cache holds, guesses among them.
+    read: Vec<u32>,
+    sampler: Sampler,
+}
+
+/// One answer within a call.
+struct Turn {
+    asked: usize,
+    /// What is read next.
+    feed: Vec<u32>,
+}
+
+impl<'a, D: Decoder> Draft<'a, D> {
+    /// A guesser that knows no answer yet.
+    pub fn new(decoder: &'a D, max_positions: usize) -> Self {
+        Self {
+            decoder,
+            max_positions,
+            prompts: BTreeMap::new(),
+            answers: BTreeMap::new(),
+            logits: Vec::new(),
+        }
+    }
+
+    /// The cache of a request's prompt, read where this is its first answer.
+    fn prompt(&mut self, ticket: u64, tokens: &[u32]) -> Result<Arc<D::Cache>> {
+        if let Some(cache) = self.prompts.get(&ticket) {
+            return Ok(Arc::clone(cache));
+        }
+        let mut cache = self.decoder.cache(None);
+        for tokens in tokens.chunks(PREFILL) {
+            let feed = Feed { cache: &mut cache, tokens, wanted: Wanted::Nothing };
+            self.decoder.forward(&mut [feed], &mut self.logits)?;
+        }
+        let cache = Arc::new(cache);
+        self.prompts.insert(ticket, Arc::clone(&cache));
+        Ok(cache)
+    }
+
+    /// Brings an answer's cache back to what was really drawn, and says what it has not read.
+    fn catch_up(&mut self, index: usize, asked: &Guess<'_>) -> Result<Turn> {
+        let prompt = &asked.request.prompt.tokens;
+        if !self.answers.contains_key(&asked.key) {
+            let parent = self.prompt(asked.key.0, prompt)?;
+            let state = State {
+                cache: self.decoder.cache(Some((parent, prompt.len()))),
+                read: Vec::new(),
+                sampler: Sampler::new(&asked.request.sampling, &asked.request.extras),
+            };
+            self.answers.insert(asked.key, state);
+        }
+        let mut feed = Vec::new();
+        if let Some(state) = self.answers.get_mut(&asked.key) {
+            let known = common(&state.read, asked.ids).min(asked.ids.len() - 1);
+            state.read.truncate(known);
+            self.decoder.truncate(&mut state.cache, prompt.len() + known)?;
+            feed.extend_from_slice(&asked.ids[known..]);
+        }
+        Ok(Turn { asked: index, feed })
+    }
+
+    /// Reads what each answer has not read, and returns the predictions after the last tokens.
+    fn read(&mut self, turns: &mut [Turn], asked: &[Guess<'_>]) -> Result<Vec<f32>> {
+        // In the order of the keys, as the answers come.
+        turns.sort_by_key(|turn| asked[turn.asked].key);
+        let mut feeds = Vec::with_capacity(turns.len());
+        let mut states = self.answers.iter_mut();
+        for turn in &*turns {
+            let key = asked[turn.asked].key;
+            if let Some((_, state)) = states.by_ref().find(|(other, _)| **other == key) {
+                state.read.extend_from_slice(&turn.feed);
+                feeds.push(Feed {
+                    cache: &mut state.cache,
+                    tokens: &turn.feed,
+                    wanted: Wanted::Last,
+                });
+            }
+        }
+        let mut logits = std::mem::take(&mut self.logits);
+        self.decoder.forward(&mut feeds, &mut logits)?;
+        Ok(logits)
+    }
+}
+
+impl<D: Decoder> Guesser for Draft<'_, D> {
+    fn guess(&mut self, asked: &mut [Guess<'_>]) -> Result<()> {
+        let mut turns = Vec::new();
+        for (index, one) in asked.iter().enumerate() {
+            let len = one.request.prompt.tokens.len() + one.ids.len() + one.most;
+            if one.most > 0 && len < self.max_positions {
+                turns.push(self.catch_up(index, one)?);
+            }
+        }
+        while !turns.is_empty() {
+            let mut logits = self.read(&mut turns, asked)?;
+            let rows = logits.chunks_exact_mut(self.decoder.vocab_size());
+            for (turn, logits) in turns.iter_mut().zip(rows) {
+                let one = &mut asked[turn.asked];
+                let Some(state) = self.answers.get_mut(&one.key) else { continue };
+                let mut history = Vec::new();
+                if state.sampler.looks_back() {
+                    history.extend_from_slice(&one.request.prompt.tokens);
+                    history.extend_from_slice(one.ids);
+                    history.extend_from_slice(one.guess);
+                }
+                let answer = one.request.prompt.tokens.len();
+                let draw = state.sampler.draw(logits, (&history, answer), None, &mut one.rng)?;
+                one.guess.push(draw.id);
+                turn.feed.clear();
+                turn.feed.push(draw.id);
+            }
+            turns.retain(|turn| asked[turn.asked].guess.len() < asked[turn.asked].most);
+            self.logits = logits;
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, key: (u64, usize)) {
+        self.answers.remove(&key);
+        if self.answers.range((key.0, 0)..=(key.0, usize::MAX)).next().is_none() {
+            self.prompts.remove(&key.0);
+        }
+    }
+}
