@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::curve;
 use super::progress::short;
 use super::quality;
 use super::summary::{HEADLINE, Summary};
@@ -99,6 +100,17 @@ pub fn render(summary: &Summary) -> String {
         for rows in quality::tables(&manifest.record.metrics) {
             let _ = write!(text, "\n### {}\n\n{}", stage.id, table(&rows));
         }
+    }
+    for stage in &summary.stages {
+        let Some(shown) = &stage.curve else { continue };
+        let _ = write!(
+            text,
+            "\n### {}: best of k by {}\n\n{}\n{}",
+            stage.id,
+            shown.choice,
+            table(&curve::table(shown)),
+            table(&curve::spread(&shown.scores))
+        );
     }
     let _ = writeln!(text, "\n## What made it\n");
     for stage in &summary.stages {

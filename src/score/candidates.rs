@@ -39,16 +39,31 @@ pub struct Candidate {
     pub score: f64,
     /// Whether every verifier accepts it; `None` where none judged.
     pub passed: Option<bool>,
-    /// Who drew it: the stage's round and the sample's number.
+    /// Who drew it: the stage's round, the policy's name where it has one, and the sample's number; or [`REFERENCE`].
     pub origin: String,
+    /// What the scores rest on, by judge; those that say something.
+    #[serde(default, skip_serializing_if = "IndexMap::is_empty")]
+    pub why: IndexMap<String, String>,
+}
+
+/// The origin of an answer that came with its row.
+pub const REFERENCE: &str = "reference";
+
+impl Candidate {
+    /// Whether it may be preferred to another: it is finished, and no verifier refused it.
+    pub fn may_win(&self) -> bool {
+        self.finish == Finish::Stop && self.passed != Some(false)
+    }
 }
 
 impl Candidates {
-    /// The candidate with the highest score, the first of equals.
+    /// The candidate with the highest score among those that may win, or among all where none may; the first of
+    /// equals.
     pub fn best(&self) -> Option<&Candidate> {
+        let rank = |one: &Candidate| (one.may_win(), one.score);
         self.candidates
             .iter()
-            .reduce(|best, other| if other.score > best.score { other } else { best })
+            .reduce(|best, other| if rank(other) > rank(best) { other } else { best })
     }
 
     /// What two rows must share to be about the same prompt.

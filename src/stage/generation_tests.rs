@@ -162,6 +162,7 @@ fn sampled_rows_are_selected_with_the_earlier_round_and_evaluated_against_a_refe
             sampling: Sampling { seed, stop: vec!["\u{fffd}".to_owned()], ..sampling(4) },
             scorers: scorers.clone(),
             earlier,
+            ..plan::Sample::default()
         })
     };
     run(home.path().join("s1"), &sample(1, vec![]), &Silent).unwrap();
@@ -231,4 +232,107 @@ fn a_teacher_keeps_whole_answers_that_the_judges_accept() {
     let impossible = json!({"verifier": "regex", "pattern": "impossible"});
     let error = run(home.path().join("c"), &synth(vec![impossible]), &Silent).unwrap_err();
     assert!(error.to_string().starts_with("none of the answers to 6 prompts"), "{error}");
+}
+
+/// Prompts of two capabilities, with answers of their own.
+fn answered(dir: &Path) -> Vec<Dataset> {
+    let path = dir.join("answered.jsonl");
+    let rows: Vec<String> = (0..6)
+        .map(|i| {
+            let capability = if i % 2 == 0 { "code" } else { "chat" };
+            let messages = json!([
+                {"role": "user", "content": format!("say {i}")},
+                {"role": "assistant", "content": format!("own {i}")},
+            ]);
+            json!({"messages": messages, "answer": "0", "capability": capability}).to_string()
+        })
+        .collect();
+    store::write_atomic(&path, rows.join("\n").as_bytes()).unwrap();
+    vec![Dataset { path: path.display().to_string(), ..Dataset::default() }]
+}
+
+#[test]
+fn each_capability_has_its_policy_and_rows_forget_what_steered_them() {
+    let home = tempfile::tempdir().unwrap();
+    let policy = save_model(&home.path().join("policy"), 1, false);
+    let expert = save_model(&home.path().join("expert"), 4, false);
+    let code = plan::Policy {
+        name: "code".to_owned(),
+        conditions: vec![plan::Condition {
+            column: "capability".to_owned(),
+            values: vec![json!("code")],
+        }],
+        model_name_or_path: expert.clone(),
+        system: "use few words".to_owned(),
+        sampling: sampling(2),
+    };
+    let sample = |keep_system, policies: Vec<plan::Policy>, model: &str| plan::Sample {
+        model_name_or_path: model.to_owned(),
+        datasets: answered(home.path()),
+        sampling: sampling(3),
+        scorers: vec![json!({"verifier": "contains", "values": ["own"]})],
+        include_reference: true,
+        keep_system,
+        policies,
+        ..plan::Sample::default()
+    };
+    let draw = |name: &str, spec: plan::Sample| {
+        let metrics = run(home.path().join(name), &Spec::Sample(spec), &Silent).unwrap();
+        (lines(&home.path().join(name).join("data.jsonl")), metrics)
+    };
+    let (rows, metrics) = draw("mixed", sample(false, vec![code.clone()], &policy));
+    let origins: Vec<Vec<&str>> = rows
+        .iter()
+        .map(|row| {
+            let candidates = row["candidates"].as_array().unwrap();
+            candidates.iter().map(|one| one["origin"].as_str().unwrap()).collect()
+        })
+        .collect();
+    assert_eq!(origins[0], ["round 1 code/0", "round 1 code/1", "reference"]);
+    assert_eq!(origins[1], ["round 1/0", "round 1/1", "round 1/2", "reference"]);
+    let own = &rows[2]["candidates"][2];
+    assert_eq!(
+        (&own["text"], &own["finish"], &own["tokens"]),
+        (&json!("own 2"), &json!("stop"), &json!(6))
+    );
+    assert_eq!(own["passed"], json!(true));
+    assert!((metrics["candidates"] - 15.0).abs() < 1e-9 && metrics["reference_score"] > 0.99);
+    assert!(metrics["samples_per_second"] > 0.0 && metrics["pass@2"] <= 1.0, "{metrics:?}");
+
+    // Each policy draws as it would alone, whatever is drawn beside it.
+    let (chat, _) = draw("chat", sample(false, vec![], &policy));
+    assert_eq!(chat[1], rows[1]);
+    let steered = plan::Sample {
+        system: code.system.clone(),
+        sampling: sampling(2),
+        ..sample(false, vec![], &expert)
+    };
+    let (alone, _) = draw("alone", steered);
+    for at in [0, 2, 4] {
+        for sample in 0..2 {
+            assert_eq!(
+                alone[at]["candidates"][sample]["text"],
+                rows[at]["candidates"][sample]["text"]
+            );
+        }
+        assert_eq!(rows[at]["prompt"].as_array().unwrap().len(), 1, "steered, then forgotten");
+    }
+    let (kept, _) = draw("kept", sample(true, vec![code], &policy));
+    assert_eq!(kept[0]["prompt"][0], json!({"role": "system", "content": "use few words"}));
+    assert_eq!(kept[1]["prompt"].as_array().unwrap().len(), 1);
+    for file in ["candidates.html", "curve.json"] {
+        assert!(home.path().join("kept").join(file).is_file(), "{file}");
+    }
+
+    // What is chosen: the reference alone contains the word.
+    let select = Spec::Select(plan::Select {
+        datasets: vec![Dataset {
+            path: home.path().join("mixed/data.jsonl").display().to_string(),
+            ..Dataset::default()
+        }],
+        strategy: crate::score::select::PairStrategy::BestRandom,
+        ..plan::Select::default()
+    });
+    let metrics = run(home.path().join("chosen"), &select, &Silent).unwrap();
+    assert!((metrics["from_reference"] - 6.0).abs() < 1e-9, "{metrics:?}");
 }
