@@ -225,10 +225,7 @@ impl Spec {
                 spec.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
-            Self::Select(spec) => {
-                spec.rules(0)?;
-                (&[], Some(&spec.datasets))
-            }
+            Self::Select(spec) => (&[], spec.rules(0).map(|_| Some(spec.datasets.as_slice()))?),
             Self::Dpo(spec) => {
                 spec.train.check()?;
                 spec.lora.check()?;

@@ -128,7 +128,7 @@ fn strategies_choose_the_pairs_that_they_name() {
         ("e", 0.1, None),
     ]);
     let check = |pairs, pairs_per_prompt, min_margin, expected: &[&str]| {
-        let rules = Rules { pairs, pairs_per_prompt, min_margin, ..Rules::default() };
+        let rules = Rules { pairs, min_margin, pairs_per_prompt, ..Rules::default() };
         let found: Vec<String> = select(&row, &rules)
             .pairs
             .iter()
@@ -216,7 +216,7 @@ fn a_quantile_keeps_the_best_share_of_all_prompts_and_takes_turns_at_its_border(
     let right = group(&[("a", 1.0, None), ("b", 1.0, None), ("c", 1.0, None), ("d", 1.0, None)]);
     let rows = vec![right; 6];
     assert_eq!(kept(&rows, &Rules { top_quantile: 0.25, ..rules.clone() }), [1; 6]);
-    let half = kept(&rows, &Rules { top_quantile: 0.125, ..rules.clone() });
+    let half = kept(&rows, &Rules { top_quantile: 0.125, ..rules });
     assert_eq!(half.iter().sum::<usize>(), 3);
     assert_ne!(half, [1, 1, 1, 0, 0, 0]);
 }
