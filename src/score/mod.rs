@@ -233,7 +233,8 @@ pub struct Verdict {
     pub score: f64,
     /// Whether every verifier accepts it; `None` where no judge verifies.
     pub passed: Option<bool>,
-    /// What the judges that do not verify say together, weighted; `None` where there are none.
+    /// What the judges that do not verify say together, weighted, less their length penalties; `None` where there are
+    /// none.
     pub reward: Option<f64>,
 }
 

@@ -26,6 +26,11 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
         return Err(Error::run("`include_reference`, but no row has an answer of its own")
             .hint("it comes from the last assistant message, `completion` or `chosen`"));
     }
+    for (at, policy) in spec.policies.iter().enumerate() {
+        if rows.iter().all(|row| spec.policy_of(&row.extra) != Some(at)) {
+            context.events.note(&format!("policy `{}` draws for none of the rows", policy.name));
+        }
+    }
     let panel = Panel::new(&spec.scorers, &context.device)?;
     let earlier = earlier_best(&spec.earlier)?;
     let mut pace = Pace::start();
