@@ -341,6 +341,7 @@ fn candidates(row: usize) -> Candidates {
         score,
         passed: Some(score > 0.5),
         origin: format!("r1/{number}"),
+        why: indexmap::IndexMap::default(),
     };
     let answers = [
         ((row + 2).to_string(), 1.0),
@@ -365,7 +366,8 @@ fn write_lines<'a, T: serde::Serialize + 'a>(path: &Path, rows: impl Iterator<It
 fn trl_trains_on_what_select_writes() {
     let Some(python) = python("ARRIERO_PEERS_TRL") else { return };
     let dir = tempfile::tempdir().unwrap();
-    let chosen: Vec<_> = (0..4).map(|row| select(&candidates(row), &Rules::default())).collect();
+    let rows: Vec<_> = (0..4).map(candidates).collect();
+    let chosen = select(&rows, &Rules::default());
     write_lines(&dir.path().join("sft.jsonl"), chosen.iter().flat_map(|one| &one.sft));
     write_lines(&dir.path().join("pairs.jsonl"), chosen.iter().flat_map(|one| &one.pairs));
     let model = goldens().join("model_untied");

@@ -11,14 +11,22 @@ use serde_json::Value;
 const RECIPE: &str = "tests/fixtures/tiny/two-rounds.toml";
 
 fn arriero(out: &Path) -> Command {
+    arriero_on(RECIPE, out)
+}
+
+fn arriero_on(recipe: &str, out: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_arriero"));
-    command.args(["run", RECIPE, "--json", "--out"]).arg(out);
+    command.args(["run", recipe, "--json", "--out"]).arg(out);
     command
 }
 
 /// Runs to the end; name, round, reuse and weights of every stage.
 fn finish(out: &Path) -> Vec<(String, u64, bool, String)> {
-    let done = arriero(out).output().unwrap();
+    finish_with(arriero(out))
+}
+
+fn finish_with(mut run: Command) -> Vec<(String, u64, bool, String)> {
+    let done = run.output().unwrap();
     let stderr = String::from_utf8_lossy(&done.stderr);
     assert!(done.status.success(), "{stderr}");
     stages(&done.stdout)
@@ -58,7 +66,11 @@ fn appeared(dir: &Path, parts: &[&str]) -> bool {
 
 /// Starts the run and kills it as soon as a path with all `parts` is there. False where it ended before.
 fn kill_when(out: &Path, parts: &[&str]) -> bool {
-    let mut child = arriero(out).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    kill_run_when(arriero(out), out, parts)
+}
+
+fn kill_run_when(mut run: Command, out: &Path, parts: &[&str]) -> bool {
+    let mut child = run.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let started = Instant::now();
     while !appeared(&out.join("stages"), parts) {
         if child.try_wait().unwrap().is_some() {
@@ -182,4 +194,44 @@ fn an_interrupted_run_exits_130_and_resumes() {
     assert!(saved.iter().any(of_its_own), "what was trained is not saved: {saved:?}");
     let resumed = finish(&out);
     assert_eq!(weights(&resumed), weights(&finish(&dir.path().join("whole"))));
+}
+
+const REJECTION: &str = "tests/fixtures/tiny/rejection.toml";
+
+/// Drawing by capability, references, a reward model, and the choice: what comes out does not depend on how often it
+/// was killed.
+#[test]
+fn rejection_sampling_killed_five_times_ends_in_the_same_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    finish_with(arriero_on(REJECTION, &whole));
+    let moments: [&[&str]; 5] = [
+        &["drafts.work", "ledger"],             // the first answers are drawn
+        &["reward.work", "checkpoint.partial"], // the reward model is being written
+        &["04-sample.work", "ledger"], // the capability with a policy of its own, or the others
+        &["04-sample.work", "data.jsonl"], // all are drawn, the page is being made
+        &["-select"],                  // pairs are chosen, or just were
+    ];
+    for parts in moments {
+        let run = arriero_on(REJECTION, &killed);
+        assert!(kill_run_when(run, &killed, parts), "ended before it was killed at {parts:?}");
+    }
+    finish_with(arriero_on(REJECTION, &killed));
+    for file in [
+        "01-drafts/data.jsonl",
+        "02-preferences/pairs.jsonl",
+        "04-sample/data.jsonl",
+        "04-sample/curve.json",
+        "04-sample/candidates.html",
+        "05-select/sft.jsonl",
+        "05-select/pairs.jsonl",
+    ] {
+        let read = |run: &Path| std::fs::read(run.join("stages").join(file)).unwrap();
+        assert!(!read(&whole).is_empty() && read(&whole) == read(&killed), "{file}");
+    }
+    let report = std::fs::read_to_string(whole.join("report.md")).unwrap();
+    assert!(
+        report.contains("04-sample: best of k by score") && report.contains("pass@6"),
+        "{report}"
+    );
 }

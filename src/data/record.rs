@@ -286,6 +286,26 @@ impl Row {
         Ok(messages)
     }
 
+    /// The answer that came with the row, as text: what follows [`prompt_messages`](Self::prompt_messages) in a
+    /// conversation, a completion, or the best of ranked responses. `None` where there is none, or more than one message
+    /// of text.
+    pub fn reference_answer(&self) -> Option<String> {
+        let messages: Vec<Message> = match &self.record {
+            Record::Conversation(messages) => {
+                let asked = messages.iter().rposition(|message| message.role() != "assistant")?;
+                messages[asked + 1..].to_vec()
+            }
+            Record::Completion { completion, .. } => completion.clone().into_messages("assistant"),
+            Record::Preference { responses, .. } => {
+                responses.first()?.clone().into_messages("assistant")
+            }
+            Record::Steps { .. } | Record::Text(_) | Record::Prompt(_) => return None,
+        };
+        let [message] = &messages[..] else { return None };
+        let is_text = !message.fields().contains_key("tool_calls");
+        Some(message.text()).filter(|text| is_text && !text.trim().is_empty())
+    }
+
     /// The weight of the row, from the column of that name.
     ///
     /// # Errors
@@ -382,6 +402,24 @@ fn weight(name: &str, value: &Value) -> Result<f64> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn the_answer_of_a_row_is_what_follows_its_prompt() {
+        let message = |role: &str, text: &str| Message::new(role, text);
+        let answer = |record| Row::new("f:1", record).reference_answer();
+        let talk = |messages: Vec<Message>| answer(Record::Conversation(messages));
+        let asked = message("user", "q");
+        assert_eq!(talk(vec![asked.clone(), message("assistant", "a")]).as_deref(), Some("a"));
+        assert_eq!(talk(vec![asked.clone()]), None);
+        assert_eq!(talk(vec![asked.clone(), message("assistant", " ")]), None);
+        let twice = vec![asked, message("assistant", "a"), message("assistant", "b")];
+        assert_eq!(talk(twice), None);
+        let side = |text: &str| Side::Text(text.to_owned());
+        let ranked =
+            Record::Preference { prompt: side("q"), responses: vec![side("a"), side("b")] };
+        assert_eq!(answer(ranked).as_deref(), Some("a"));
+        assert_eq!(answer(Record::Prompt(side("q"))), None);
+    }
 
     #[test]
     fn weights_and_labels_are_numbers_and_truths_or_refused() {

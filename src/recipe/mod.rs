@@ -9,8 +9,9 @@ pub mod file;
 pub mod keys;
 pub mod plan;
 pub mod refs;
+pub mod rejection;
 pub mod resolve;
-pub mod reward;
+mod reward;
 mod shape;
 pub mod top;
 

@@ -18,6 +18,7 @@ use crate::train::Settings;
 
 pub use super::average::{Average, AverageMethod};
 pub use super::dpo::{Dpo, Preset};
+pub use super::rejection::{Condition, Policy, Sample, Select};
 pub use super::reward::{Head, Reward};
 
 /// A whole run.
@@ -65,7 +66,7 @@ pub enum Spec {
     Reward(Reward),
     /// K scored candidates a prompt.
     Sample(Sample),
-    /// Best of K as training rows, best and worst as pairs.
+    /// Good candidates as training rows, better and worse ones as pairs.
     Select(Select),
     /// Preference optimization: DPO and its relatives.
     Dpo(Dpo),
@@ -155,13 +156,9 @@ impl Kind {
     pub fn version(self) -> u32 {
         match self {
             // 2: products with an order of summation of their own; `select` prefers a finished answer.
-            Self::Synth
-            | Self::Sft
-            | Self::Reward
-            | Self::Sample
-            | Self::Select
-            | Self::Dpo
-            | Self::Eval => 2,
+            Self::Synth | Self::Sft | Self::Reward | Self::Select | Self::Dpo => 2,
+            // 3: rows say what scores rest on; the best of an earlier round is one that may win.
+            Self::Sample | Self::Eval => 3,
             Self::Average => 1,
         }
     }
@@ -225,10 +222,10 @@ impl Spec {
             }
             Self::Sample(spec) => {
                 check_scorers(&spec.scorers)?;
-                spec.sampling.check()?;
+                spec.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
-            Self::Select(spec) => (&[], Some(&spec.datasets)),
+            Self::Select(spec) => (&[], spec.rules(0).map(|_| Some(spec.datasets.as_slice()))?),
             Self::Dpo(spec) => {
                 spec.train.check()?;
                 spec.lora.check()?;
@@ -376,50 +373,6 @@ impl Sft {
             label_smoothing: self.label_smoothing,
             z_loss_coefficient: self.z_loss_coefficient,
             ..Default::default()
-        }
-    }
-}
-
-/// `sample`: K candidates a prompt, scored. Writes `data.jsonl`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Sample {
-    /// The policy.
-    pub model_name_or_path: String,
-    /// The prompts.
-    pub datasets: Vec<Dataset>,
-    /// How to sample; `num_samples` is K.
-    pub sampling: Sampling,
-    /// Who judges.
-    pub scorers: Vec<Value>,
-    /// Earlier rounds' `data.jsonl`, whose best candidate of each prompt joins this round's.
-    pub earlier: Vec<String>,
-}
-
-/// `select`: best of K as training rows, best and worst as pairs. Writes `sft.jsonl` and `pairs.jsonl`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Select {
-    /// `data.jsonl` of `sample` stages.
-    pub datasets: Vec<Dataset>,
-    /// A training row needs at least this score.
-    pub min_score: f64,
-    /// A pair needs at least this distance between its scores.
-    pub min_margin: f64,
-    /// Best candidates a prompt that become training rows.
-    pub best_of: usize,
-    /// Pairs a prompt.
-    pub pairs_per_prompt: usize,
-}
-
-impl Default for Select {
-    fn default() -> Self {
-        Self {
-            datasets: Vec::new(),
-            min_score: f64::MIN,
-            min_margin: 0.0,
-            best_of: 1,
-            pairs_per_prompt: 1,
         }
     }
 }

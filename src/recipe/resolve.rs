@@ -241,6 +241,11 @@ impl Stage {
         if self.keys.get("num_samples").is_some_and(|key| key.section.is_some()) {
             object["sampling"]["seed"] = Value::from(seed);
         }
+        if self.kind == Kind::Sample {
+            let place = self.values.get("policies").map_or(&self.line, |(_, place)| place);
+            super::rejection::fill_policies(&mut object, &self.keys, scope)
+                .map_err(|error| self.locate(file, place, error))?;
+        }
         let spec = self.typed(&object).map_err(|(path, error)| {
             let key = path.split(['.', '[']).find(|part| self.values.contains_key(*part));
             let place = key.map_or(&self.line, |key| &self.values[key].1);

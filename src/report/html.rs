@@ -2,10 +2,13 @@
 
 use std::fmt::Write;
 
+use super::candidates::PAGE;
+use super::curve;
 use super::progress::short;
 use super::quality;
 use super::record::Metrics;
 use super::summary::{Finished, HEADLINE, Summary};
+use crate::score::curve::Curve;
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1d1d1f;background:#fff}\
 table{border-collapse:collapse;margin:1rem 0}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}\
@@ -41,7 +44,12 @@ pub fn render(summary: &Summary) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(page, "<h2>{}</h2>", escape(&stage.id));
         for curve in CURVES {
-            page.push_str(&figure(curve, &stage.steps));
+            page.push_str(&figure(curve, "steps", &stage.steps));
+        }
+    }
+    for stage in &summary.stages {
+        if let Some(curve) = &stage.curve {
+            best_of_k(stage, curve, &mut page);
         }
     }
     stages(summary, &mut page);
@@ -73,6 +81,32 @@ fn measures(summary: &Summary, page: &mut String) {
     let _ = writeln!(page, "</tr>\n{rows}</table>");
 }
 
+/// What choosing among k answers gives, how the scores are spread, and the way to the answers themselves.
+fn best_of_k(stage: &Finished, shown: &Curve, page: &mut String) {
+    let id = escape(&stage.id);
+    let _ = writeln!(page, "<h2>{id}: best of k by {}</h2>", escape(&shown.choice));
+    let lines = curve::lines(shown);
+    for name in [shown.choice.as_str(), "accuracy", "pass@k"] {
+        page.push_str(&figure(name, "k", &lines));
+    }
+    page.push_str(&curve::histogram(&shown.scores));
+    rows(&curve::table(shown), page);
+    rows(&curve::spread(&shown.scores), page);
+    let _ = writeln!(
+        page,
+        "<p><a href=\"stages/{id}/{PAGE}\">every prompt with its candidates</a></p>"
+    );
+}
+
+fn rows(rows: &[Vec<String>], page: &mut String) {
+    page.push_str("<table>\n");
+    for row in rows {
+        let cells = row.iter().map(|cell| escape(cell)).collect::<Vec<_>>().join("</td><td>");
+        let _ = writeln!(page, "<tr><td>{cells}</td></tr>");
+    }
+    page.push_str("</table>\n");
+}
+
 fn stages(summary: &Summary, page: &mut String) {
     page.push_str("<h2>Stages</h2>\n<table><tr><th>stage</th><th>kind</th><th>seconds</th><th>numbers</th><th>weights and inputs</th></tr>\n");
     for stage in &summary.stages {
@@ -81,14 +115,9 @@ fn stages(summary: &Summary, page: &mut String) {
     page.push_str("</table>\n");
     for stage in &summary.stages {
         let Some(manifest) = &stage.manifest else { continue };
-        for rows in quality::tables(&manifest.record.metrics) {
-            let _ = writeln!(page, "<h3>{}</h3>\n<table>", escape(&stage.id));
-            for row in rows {
-                let cells =
-                    row.iter().map(|cell| escape(cell)).collect::<Vec<_>>().join("</td><td>");
-                let _ = writeln!(page, "<tr><td>{cells}</td></tr>");
-            }
-            page.push_str("</table>\n");
+        for table in quality::tables(&manifest.record.metrics) {
+            let _ = writeln!(page, "<h3>{}</h3>", escape(&stage.id));
+            rows(&table, page);
         }
     }
 }
@@ -115,8 +144,8 @@ fn stage_row(stage: &Finished) -> String {
     )
 }
 
-/// One curve over the steps; empty where the stage has no such numbers.
-fn figure(name: &str, steps: &[(u64, Metrics)]) -> String {
+/// One curve over the steps, or over what else `axis` counts; empty where there are no such numbers.
+fn figure(name: &str, axis: &str, steps: &[(u64, Metrics)]) -> String {
     const WIDTH: f64 = 420.0;
     const HEIGHT: f64 = 160.0;
     let points: Vec<(f64, f64)> = steps
@@ -140,7 +169,7 @@ fn figure(name: &str, steps: &[(u64, Metrics)]) -> String {
     format!(
         "<figure><svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" width=\"{WIDTH}\" height=\"{HEIGHT}\" role=\"img\" aria-label=\"{name}\">\
          <polyline fill=\"none\" stroke=\"#3b6fd4\" stroke-width=\"1.5\" points=\"{}\"/></svg>\
-         <figcaption>{name}: {} → {} over steps {}–{} (lowest {}, highest {})</figcaption></figure>\n",
+         <figcaption>{name}: {} → {} over {axis} {}–{} (lowest {}, highest {})</figcaption></figure>\n",
         line.trim_end(),
         short(first.1),
         short(last.1),
@@ -193,6 +222,7 @@ mod tests {
             round: 2,
             manifest,
             steps: Vec::new(),
+            curve: None,
         };
         let mut trained = stage("02-sft", None);
         trained.steps = (1..=3)

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::curve;
 use super::progress::short;
 use super::quality;
 use super::summary::{HEADLINE, Summary};
@@ -100,6 +101,7 @@ pub fn render(summary: &Summary) -> String {
             let _ = write!(text, "\n### {}\n\n{}", stage.id, table(&rows));
         }
     }
+    curves(summary, &mut text);
     let _ = writeln!(text, "\n## What made it\n");
     for stage in &summary.stages {
         let Some(manifest) = &stage.manifest else { continue };
@@ -111,4 +113,19 @@ pub fn render(summary: &Summary) -> String {
     }
     let _ = write!(text, "\n## Recipe\n\n```toml\n{}\n```\n", summary.recipe.trim_end());
     text
+}
+
+/// What choosing among k answers gives, of every stage that drew several.
+fn curves(summary: &Summary, text: &mut String) {
+    for stage in &summary.stages {
+        let Some(shown) = &stage.curve else { continue };
+        let _ = write!(
+            text,
+            "\n### {}: best of k by {}\n\n{}\n{}",
+            stage.id,
+            shown.choice,
+            table(&curve::table(shown)),
+            table(&curve::spread(&shown.scores))
+        );
+    }
 }

@@ -1,5 +1,7 @@
 //! What happened, for people and for programs. Reports are made from records on disk, never from live state.
 
+pub mod candidates;
+pub mod curve;
 pub mod html;
 pub mod markdown;
 pub mod metrics;

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::metrics;
 use super::record::{Manifest, Metrics};
 use crate::error::{Context, Error, Result};
+use crate::score::curve::{CURVE, Curve};
 use crate::store::{self, MANIFEST};
 
 /// The numbers that every report leads with: (key of the metrics, heading).
@@ -32,6 +33,8 @@ pub struct Finished {
     pub manifest: Option<Manifest>,
     /// The numbers of its steps, where it trained.
     pub steps: Vec<(u64, Metrics)>,
+    /// Best of k, where it drew and judged several answers a prompt.
+    pub curve: Option<Curve>,
 }
 
 /// A run directory.
@@ -73,6 +76,8 @@ impl Summary {
                 })
                 .transpose()?;
             let steps = metrics::read(&dir)?;
+            let curve = dir.join(CURVE);
+            let curve = curve.is_file().then(|| store::read_json::<Curve>(&curve)).transpose()?;
             stages.push(Finished {
                 name: text(step, "name"),
                 kind: text(step, "kind"),
@@ -80,6 +85,7 @@ impl Summary {
                 id,
                 manifest,
                 steps,
+                curve: curve.filter(|curve| curve.samples > 1),
             });
         }
         Ok(Self { name: text(&plan, "name"), plan, recipe, stages })

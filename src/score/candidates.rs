@@ -10,7 +10,7 @@ use crate::generate::engine::Finish;
 /// One prompt with everything that was drawn for it. All rows have the same columns.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Candidates {
-    /// What was asked.
+    /// What was asked, without a system message that only steered the drawing.
     pub prompt: Vec<Message>,
     /// The right answer; empty where the row has none.
     #[serde(default)]
@@ -39,16 +39,31 @@ pub struct Candidate {
     pub score: f64,
     /// Whether every verifier accepts it; `None` where none judged.
     pub passed: Option<bool>,
-    /// Who drew it: the stage's round and the sample's number.
+    /// Who drew it: the stage's round, the policy's name where it has one, and the sample's number; or [`REFERENCE`].
     pub origin: String,
+    /// What the scores rest on, by judge; those that say something.
+    #[serde(default, skip_serializing_if = "IndexMap::is_empty")]
+    pub why: IndexMap<String, String>,
+}
+
+/// The origin of an answer that came with its row.
+pub const REFERENCE: &str = "reference";
+
+impl Candidate {
+    /// Whether it may be preferred to another: it is finished, and no verifier refused it.
+    pub fn may_win(&self) -> bool {
+        self.finish == Finish::Stop && self.passed != Some(false)
+    }
 }
 
 impl Candidates {
-    /// The candidate with the highest score, the first of equals.
+    /// The candidate with the highest score among those that may win, or among all where none may; the first of
+    /// equals.
     pub fn best(&self) -> Option<&Candidate> {
+        let rank = |one: &Candidate| (one.may_win(), one.score);
         self.candidates
             .iter()
-            .reduce(|best, other| if other.score > best.score { other } else { best })
+            .reduce(|best, other| if rank(other) > rank(best) { other } else { best })
     }
 
     /// What two rows must share to be about the same prompt.
@@ -61,4 +76,33 @@ impl Candidates {
 pub fn prompt_key(prompt: &[Message]) -> String {
     // Messages are JSON already; writing them cannot fail.
     serde_json::to_string(prompt).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_is_one_that_may_win_and_old_rows_still_read() {
+        // As rows were written before they said what scores rest on.
+        let row = |parts: &[(&str, f64, &str)]| -> Candidates {
+            let candidates: Vec<Value> = parts
+                .iter()
+                .map(|(text, score, finish)| {
+                    serde_json::json!({
+                        "text": text, "tokens": 2, "finish": finish, "logprob_sum": -1.0,
+                        "scores": {"judge": score}, "score": score, "passed": null, "origin": "round 1/0",
+                    })
+                })
+                .collect();
+            let row = serde_json::json!({"prompt": [{"role": "user", "content": "q"}], "candidates": candidates});
+            serde_json::from_value(row).unwrap()
+        };
+        let best = |parts| row(parts).best().map(|one| one.text.clone());
+        let cut = [("cut", 3.0, "length"), ("b", 1.0, "stop"), ("c", 1.0, "stop")];
+        assert_eq!(best(&cut).as_deref(), Some("b"));
+        assert_eq!(best(&cut[..1]).as_deref(), Some("cut"));
+        assert_eq!(best(&[]), None);
+        assert!(!serde_json::to_string(&row(&cut)).unwrap().contains("why"));
+    }
 }

@@ -1,8 +1,10 @@
 //! Who judges answers: verifiers that check them, reward models that rank them, and the selection made of it.
 
 pub mod candidates;
+pub mod curve;
 pub mod reward_model;
 pub mod select;
+pub mod statistics;
 pub mod verifiers;
 
 use std::collections::BTreeMap;
@@ -46,6 +48,13 @@ pub struct ScorerSpec {
     /// Weight in the sum.
     #[serde(default = "one")]
     pub weight: f64,
+    /// What each token of an answer, or each character, takes off the score before it is weighed. Whether a verifier
+    /// accepts an answer does not depend on it.
+    #[serde(default)]
+    pub length_penalty: f64,
+    /// What `length_penalty` counts.
+    #[serde(default)]
+    pub length_unit: LengthUnit,
     /// `regex`: what the answer must match somewhere. `exact` and `number`: where in the answer to look, the first
     /// group or the whole match.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -59,6 +68,17 @@ pub struct ScorerSpec {
     /// `length`: most characters.
     #[serde(default = "unlimited")]
     pub max: usize,
+}
+
+/// What a length is counted in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LengthUnit {
+    /// Tokens of the model that drew the answer, the end-of-turn token included.
+    #[default]
+    Tokens,
+    /// Characters, which are the same for every model.
+    Characters,
 }
 
 fn one() -> f64 {
@@ -79,6 +99,8 @@ impl ScorerSpec {
             step_aggregation: StepAggregation::default(),
             name: None,
             weight: 1.0,
+            length_penalty: 0.0,
+            length_unit: LengthUnit::default(),
             pattern: None,
             values: Vec::new(),
             min: 0,
@@ -103,6 +125,10 @@ impl ScorerSpec {
         if !self.weight.is_finite() {
             let weight = self.weight;
             return Err(Error::usage(format!("`weight` is {weight}, expected a number")));
+        }
+        if !self.length_penalty.is_finite() {
+            let penalty = self.length_penalty;
+            return Err(Error::usage(format!("`length_penalty` is {penalty}, expected a number")));
         }
         if let Some((name, weight)) = self.attribute_weights.iter().find(|(_, w)| !w.is_finite()) {
             return Err(Error::usage(format!(
@@ -191,19 +217,24 @@ pub struct Panel {
 struct Judge {
     label: String,
     weight: f64,
+    length_penalty: f64,
+    length_unit: LengthUnit,
     scorer: Box<dyn Scorer>,
 }
 
 /// What the judges say of one answer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Verdict {
-    /// Every judge's score by its name.
+    /// Every judge's score by its name, before any `length_penalty`.
     pub scores: IndexMap<String, f64>,
-    /// The weighted sum.
+    /// What each score rests on, where the judge says so.
+    pub why: IndexMap<String, String>,
+    /// The weighted sum of the scores less their length penalties.
     pub score: f64,
     /// Whether every verifier accepts it; `None` where no judge verifies.
     pub passed: Option<bool>,
-    /// What the judges that do not verify say together, weighted; `None` where there are none.
+    /// What the judges that do not verify say together, weighted, less their length penalties; `None` where there are
+    /// none.
     pub reward: Option<f64>,
 }
 
@@ -225,7 +256,13 @@ impl Panel {
                     .hint("give one of them another `name`"));
             }
             let scorer = spec.build(device).at(place())?;
-            judges.push(Judge { label, weight: spec.weight, scorer });
+            judges.push(Judge {
+                label,
+                weight: spec.weight,
+                length_penalty: spec.length_penalty,
+                length_unit: spec.length_unit,
+                scorer,
+            });
         }
         Ok(Self { judges })
     }
@@ -235,35 +272,52 @@ impl Panel {
         self.judges.is_empty()
     }
 
-    /// Every judge's word on every answer.
+    /// Every judge's word on every answer. `tokens` are the answers' lengths.
     ///
     /// # Errors
     /// A judge's error, by its name.
-    pub fn judge(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Verdict>> {
+    pub fn judge(
+        &self,
+        question: &Question<'_>,
+        answers: &[&str],
+        tokens: &[usize],
+    ) -> Result<Vec<Verdict>> {
         let mut verdicts = vec![Verdict::default(); answers.len()];
         for judge in &self.judges {
-            let scores = judge
-                .scorer
-                .score(question, answers)
-                .at(format_args!("{}: scorer `{}`", question.place, judge.label))?;
-            for (verdict, score) in verdicts.iter_mut().zip(scores) {
+            let place = || format!("{}: scorer `{}`", question.place, judge.label);
+            let scores = judge.scorer.score(question, answers).at(place())?;
+            for (index, (verdict, score)) in verdicts.iter_mut().zip(scores).enumerate() {
                 if !score.value.is_finite() {
                     let value = score.value;
                     return Err(Error::run(format!("a score of {value}"))
-                        .at(format_args!("{}: scorer `{}`", question.place, judge.label))
+                        .at(place())
                         .hint("the reward model has diverged; lower its learning rate"));
                 }
-                verdict.scores.insert(judge.label.clone(), score.value);
-                verdict.score += judge.weight * score.value;
-                if judge.scorer.verifies() {
-                    verdict.passed = Some(verdict.passed.unwrap_or(true) && score.value >= 1.0);
-                } else {
-                    let reward = verdict.reward.unwrap_or(0.0) + judge.weight * score.value;
-                    verdict.reward = Some(reward);
-                }
+                let length = match judge.length_unit {
+                    LengthUnit::Tokens => tokens.get(index).copied().unwrap_or_default(),
+                    LengthUnit::Characters => answers[index].chars().count(),
+                };
+                judge.enter(verdict, score, length);
             }
         }
         Ok(verdicts)
+    }
+}
+
+impl Judge {
+    /// Enters one score into the verdict on an answer of that length.
+    fn enter(&self, verdict: &mut Verdict, score: Score, length: usize) {
+        let weighted = self.weight * (score.value - self.length_penalty * length as f64);
+        verdict.score += weighted;
+        if self.scorer.verifies() {
+            verdict.passed = Some(verdict.passed.unwrap_or(true) && score.value >= 1.0);
+        } else {
+            verdict.reward = Some(verdict.reward.unwrap_or(0.0) + weighted);
+        }
+        verdict.scores.insert(self.label.clone(), score.value);
+        if !score.why.is_empty() {
+            verdict.why.insert(self.label.clone(), score.why);
+        }
     }
 }
 
@@ -284,10 +338,28 @@ mod tests {
         ])
         .unwrap();
         let question = Question { place: "p:1", prompt: &[], tools: None, answer: Some("paris") };
-        let verdicts = panel.judge(&question, &["Paris", "no", "Paris."]).unwrap();
+        let verdicts = panel.judge(&question, &["Paris", "no", "Paris."], &[]).unwrap();
         let brief: Vec<_> = verdicts.iter().map(|v| (v.score, v.passed)).collect();
         assert_eq!(brief, [(1.0, Some(false)), (0.5, Some(false)), (1.0, Some(false))]);
         assert_eq!(verdicts[0].scores.keys().collect::<Vec<_>>(), ["exact", "length"]);
+    }
+
+    #[test]
+    fn length_takes_off_the_weighted_score_and_never_decides_what_is_right() {
+        let panel = panel(&[
+            json!({"verifier": "exact", "length_penalty": 0.25, "weight": 2.0}),
+            json!({"verifier": "contains", "length_penalty": 0.01, "length_unit": "characters"}),
+        ])
+        .unwrap();
+        let question = Question { place: "p:1", prompt: &[], tools: None, answer: Some("no") };
+        let verdict = panel.judge(&question, &["no"], &[3]).unwrap().remove(0);
+        // 2 · (1 − 0.25 · 3) + (1 − 0.01 · 2).
+        assert!((verdict.score - 1.48).abs() < 1e-12, "{verdict:?}");
+        assert_eq!(
+            (verdict.passed, verdict.scores["exact"].to_bits()),
+            (Some(true), 1.0_f64.to_bits())
+        );
+        assert_eq!(verdict.why["exact"], "no");
     }
 
     #[test]
@@ -314,7 +386,7 @@ mod tests {
     fn a_row_without_an_answer_is_named() {
         let panel = panel(&[json!({"verifier": "number"})]).unwrap();
         let question = Question { place: "p:7", prompt: &[], tools: None, answer: None };
-        let error = panel.judge(&question, &["4"]).unwrap_err().to_string();
+        let error = panel.judge(&question, &["4"], &[]).unwrap_err().to_string();
         assert!(error.starts_with("p:7: scorer `number`: "), "{error}");
     }
 }

@@ -238,7 +238,7 @@ impl Scorer for RewardModel {
     fn score(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
         let scores = self.score_rows(&self.rows(question, answers))?;
         let judged = scores.into_iter().flatten();
-        Ok(judged.map(|value| Score { value, why: "reward model".to_owned() }).collect())
+        Ok(judged.map(|value| Score { value, why: String::new() }).collect())
     }
 
     fn verifies(&self) -> bool {

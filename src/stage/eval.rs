@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::generation::{self, mean};
+use super::generation::{self, Pace, mean};
 use super::{Metrics, StageContext, training};
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::{Answer, Finish};
@@ -11,8 +11,11 @@ use crate::generate::local::{Asked, LocalModel, Teacher, answer_logprobs};
 use crate::generate::sampling::WeightFormat;
 use crate::model::Transformer;
 use crate::recipe::plan;
+use crate::report::candidates as page;
 use crate::score::Panel;
 use crate::score::candidates::Candidates;
+use crate::score::curve::{Curve, Drawn};
+use crate::score::statistics::Estimate;
 
 /// One prompt's answers and measures.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,7 +29,8 @@ pub struct Measured {
     pub kl_sum: f64,
 }
 
-/// Answers and judges the held-out prompts. Input: a checkpoint, rows, a reference. Output: `data.jsonl`.
+/// Answers and judges the held-out prompts. Input: a checkpoint, rows, a reference. Output: `data.jsonl`; for people
+/// `candidates.html` and `curve.json`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
     let policy = generation::load(context, &spec.model_name_or_path, &spec.sampling)?;
     let panel = Panel::new(&spec.scorers, &context.device)?;
@@ -40,9 +44,11 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
         _ => None,
     };
 
+    let mut pace = Pace::start();
     let measured = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;
         policy.answer(&asked, &spec.sampling, &mut |place, answers| {
+            pace.add(&answers);
             let (asked, row) = (&asked[place], &rows[left[place]]);
             let drawn = (answers.as_slice(), "eval");
             let (row, verdicts) = generation::candidates(&panel, asked, row, drawn, &[])?;
@@ -55,8 +61,14 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
     })?;
 
     generation::write_rows(context, "data.jsonl", &measured)?;
+    page::write(&context.dir, measured.iter().map(|one| &one.row))?;
+    let curve = if panel.is_empty() { None } else { curve(&measured) };
+    let mut metrics = measures(&measured, reference.is_some());
+    metrics.extend(generation::write_curve(context, curve.as_ref())?);
+    metrics.extend(curve.as_ref().map(best_of_k).unwrap_or_default());
+    metrics.extend(pace.metrics());
     generation::close_ledger(context)?;
-    Ok(measures(&measured, reference.is_some()))
+    Ok(metrics)
 }
 
 /// Loads the reference, which must read the policy's tokens.
@@ -114,9 +126,9 @@ fn measures(measured: &[Measured], has_reference: bool) -> Metrics {
         ("kl", has_reference.then(|| kl_sum / tokens.max(1.0))),
     ];
     if let Some(accuracy) = accuracy {
-        let (low, high) = wilson(accuracy, measured.len());
+        // Answers to one prompt count as one trial.
+        let Estimate { low, high, .. } = Estimate::share(accuracy, measured.len());
         numbers.extend([("accuracy_low", Some(low)), ("accuracy_high", Some(high))]);
-        numbers.extend(best_of_k(measured));
     }
     numbers.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
 }
@@ -125,52 +137,35 @@ fn as_number(yes: bool) -> f64 {
     f64::from(u8::from(yes))
 }
 
+/// Best of k by the reward model, or by the weighted score where nothing but verifiers judges.
+fn curve(measured: &[Measured]) -> Option<Curve> {
+    let rewarded = measured.iter().all(|one| one.rewards.len() == one.row.candidates.len());
+    let drawn = |one: &Measured| {
+        let candidates = one.row.candidates.iter().enumerate();
+        let drawn = candidates.map(|(at, candidate)| Drawn {
+            score: if rewarded { one.rewards[at] } else { candidate.score },
+            passed: candidate.passed,
+        });
+        drawn.collect::<Vec<_>>()
+    };
+    let prompts: Vec<_> = measured.iter().map(drawn).collect();
+    Curve::of(&prompts, if rewarded { "reward" } else { "score" })
+}
+
 /// Accuracy of the answer that the reward model likes best, of a random one, and of the best there is; nothing where
 /// a prompt has one answer or no reward.
-fn best_of_k(measured: &[Measured]) -> Vec<(&'static str, Option<f64>)> {
-    let (mut chosen, mut random, mut oracle) = (Vec::new(), Vec::new(), Vec::new());
-    for one in measured {
-        let passed: Vec<f64> =
-            one.row.candidates.iter().map(|c| as_number(c.passed == Some(true))).collect();
-        if passed.len() < 2 || one.rewards.len() != passed.len() {
-            return Vec::new();
-        }
-        let best = (1..passed.len()).fold(0, |best, index| {
-            if one.rewards[index] > one.rewards[best] { index } else { best }
-        });
-        chosen.push(passed[best]);
-        oracle.push(passed.iter().copied().fold(0.0, f64::max));
-        random.extend(mean(passed));
+fn best_of_k(curve: &Curve) -> Metrics {
+    let mut metrics = Metrics::new();
+    if curve.choice != "reward" || curve.samples < 2 {
+        return metrics;
     }
-    vec![
-        ("best_of_k_accuracy", mean(chosen)),
-        ("random_of_k_accuracy", mean(random)),
-        ("oracle_of_k_accuracy", mean(oracle)),
-    ]
-}
-
-/// The 95 % interval of a share of `count` trials (Wilson, 1927). Answers to one prompt count as one trial.
-fn wilson(share: f64, count: usize) -> (f64, f64) {
-    const Z: f64 = 1.959_963_984_540_054;
-    if count == 0 {
-        return (0.0, 1.0);
+    let (first, last) = (curve.points.first(), curve.points.last());
+    generation::enter(&mut metrics, "best_of_k_accuracy", last.and_then(|last| last.accuracy));
+    for (name, share) in [
+        ("random_of_k_accuracy", first.and_then(|first| first.pass_at_k)),
+        ("oracle_of_k_accuracy", last.and_then(|last| last.pass_at_k)),
+    ] {
+        metrics.extend(share.map(|share| (name.to_owned(), share.mean)));
     }
-    let n = count as f64;
-    let middle = share + Z * Z / (2.0 * n);
-    let spread = Z * (share * (1.0 - share) / n + Z * Z / (4.0 * n * n)).sqrt();
-    let scale = 1.0 + Z * Z / n;
-    (((middle - spread) / scale).max(0.0), ((middle + spread) / scale).min(1.0))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_interval_is_wilsons() {
-        // 8 of 10: 0.4902 to 0.9433 (Newcombe 1998's method 3, any statistics package).
-        let (low, high) = wilson(0.8, 10);
-        assert!((low - 0.4902).abs() < 1e-4 && (high - 0.9433).abs() < 1e-4, "{low} {high}");
-        assert!(wilson(1.0, 5).1 <= 1.0 && wilson(0.0, 5).0 >= 0.0);
-    }
+    metrics
 }

@@ -1,9 +1,11 @@
 //! What the stages that generate share: the policy, the questions, the ledger that survives a kill, the judging.
 
+use std::time::Instant;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{StageContext, training};
+use super::{Metrics, StageContext, training};
 use crate::data::prepare::OnBadRow;
 use crate::data::record::Row;
 use crate::error::{Context, Error, Result};
@@ -12,6 +14,8 @@ use crate::generate::local::{Asked, LocalModel};
 use crate::generate::sampling::Sampling;
 use crate::recipe::plan::Dataset;
 use crate::score::candidates::{Candidate, Candidates};
+use crate::score::curve::{CURVE, Curve};
+use crate::score::statistics::Estimate;
 use crate::score::{Panel, Question, Verdict};
 use crate::store::{self, JsonlWriter};
 
@@ -101,8 +105,13 @@ pub fn close_ledger(context: &StageContext<'_>) -> Result<()> {
     store::remove(&context.dir.join("ledger.jsonl"))
 }
 
-/// Judges answers to one row.
-pub fn judge(panel: &Panel, asked: &Asked, row: &Row, texts: &[&str]) -> Result<Vec<Verdict>> {
+/// Judges answers to one row; `tokens` are their lengths.
+pub fn judge(
+    panel: &Panel,
+    asked: &Asked,
+    row: &Row,
+    (texts, tokens): (&[&str], &[usize]),
+) -> Result<Vec<Verdict>> {
     let answer = row.answer();
     let question = Question {
         place: &asked.place,
@@ -110,23 +119,17 @@ pub fn judge(panel: &Panel, asked: &Asked, row: &Row, texts: &[&str]) -> Result<
         tools: asked.tools.as_ref(),
         answer: answer.as_deref(),
     };
-    panel.judge(&question, texts)
+    panel.judge(&question, texts, tokens)
 }
 
-/// One row's answers with what the judges say; `earlier` candidates are judged anew beside them.
+/// One row's answers with what the judges say; `others`, from elsewhere, are judged beside them.
 pub fn candidates(
     panel: &Panel,
     asked: &Asked,
     row: &Row,
     (answers, origin): (&[Answer], &str),
-    earlier: &[Candidate],
+    others: &[Candidate],
 ) -> Result<(Candidates, Vec<Verdict>)> {
-    let texts: Vec<&str> = answers
-        .iter()
-        .map(|answer| answer.text.as_str())
-        .chain(earlier.iter().map(|candidate| candidate.text.as_str()))
-        .collect();
-    let verdicts = judge(panel, asked, row, &texts)?;
     let drawn = answers.iter().enumerate().map(|(sample, answer)| Candidate {
         text: answer.text.clone(),
         tokens: answer.ids.len(),
@@ -136,17 +139,18 @@ pub fn candidates(
         score: 0.0,
         passed: None,
         origin: format!("{origin}/{sample}"),
+        why: indexmap::IndexMap::new(),
     });
-    let candidates = drawn
-        .chain(earlier.iter().cloned())
-        .zip(&verdicts)
-        .map(|(candidate, verdict)| Candidate {
-            scores: verdict.scores.clone(),
-            score: verdict.score,
-            passed: verdict.passed,
-            ..candidate
-        })
-        .collect();
+    let mut candidates: Vec<Candidate> = drawn.chain(others.iter().cloned()).collect();
+    let texts: Vec<&str> = candidates.iter().map(|candidate| candidate.text.as_str()).collect();
+    let tokens: Vec<usize> = candidates.iter().map(|candidate| candidate.tokens).collect();
+    let verdicts = judge(panel, asked, row, (&texts, &tokens))?;
+    for (candidate, verdict) in candidates.iter_mut().zip(&verdicts) {
+        candidate.scores.clone_from(&verdict.scores);
+        candidate.why.clone_from(&verdict.why);
+        candidate.score = verdict.score;
+        candidate.passed = verdict.passed;
+    }
     let row = Candidates {
         prompt: asked.messages.clone(),
         answer: row.answer().unwrap_or_default(),
@@ -154,6 +158,64 @@ pub fn candidates(
         candidates,
     };
     Ok((row, verdicts))
+}
+
+/// How fast this process draws. The time goes to the record of the stage, never into its rows.
+pub struct Pace {
+    started: Instant,
+    samples: usize,
+    tokens: usize,
+}
+
+impl Pace {
+    /// Counts from now.
+    pub fn start() -> Self {
+        Self { started: Instant::now(), samples: 0, tokens: 0 }
+    }
+
+    /// Counts the answers to a prompt.
+    pub fn add(&mut self, answers: &[Answer]) {
+        self.samples += answers.len();
+        self.tokens += answers.iter().map(|answer| answer.ids.len()).sum::<usize>();
+    }
+
+    /// Samples and tokens a second, judging included; nothing where an earlier process drew them all.
+    pub fn metrics(&self) -> Metrics {
+        let seconds = self.started.elapsed().as_secs_f64();
+        if self.samples == 0 || seconds <= 0.0 {
+            return Metrics::new();
+        }
+        let rate = |count: usize| count as f64 / seconds;
+        [("samples_per_second", rate(self.samples)), ("tokens_per_second", rate(self.tokens))]
+            .map(|(name, value)| (name.to_owned(), value))
+            .into()
+    }
+}
+
+/// Writes `curve.json` and returns the numbers that lead it: `pass@1`, `pass@K` and the score of the best of K, with
+/// their intervals. Nothing where there is no choice to speak of.
+pub fn write_curve(context: &StageContext<'_>, curve: Option<&Curve>) -> Result<Metrics> {
+    let mut metrics = Metrics::new();
+    let Some(curve) = curve else { return Ok(metrics) };
+    store::write_json(&context.dir.join(CURVE), curve)?;
+    let (Some(first), Some(last)) = (curve.points.first(), curve.points.last()) else {
+        return Ok(metrics);
+    };
+    if last.k < 2 {
+        return Ok(metrics);
+    }
+    enter(&mut metrics, "pass@1", first.pass_at_k);
+    enter(&mut metrics, &format!("pass@{}", last.k), last.pass_at_k);
+    enter(&mut metrics, "best_of_k_score", Some(last.score));
+    Ok(metrics)
+}
+
+/// Enters an estimate as three numbers.
+pub fn enter(metrics: &mut Metrics, name: &str, estimate: Option<Estimate>) {
+    let Some(Estimate { mean, low, high }) = estimate else { return };
+    metrics.insert(name.to_owned(), mean);
+    metrics.insert(format!("{name}_low"), low);
+    metrics.insert(format!("{name}_high"), high);
 }
 
 /// The mean of some numbers; `None` of none.

@@ -162,6 +162,7 @@ fn sampled_rows_are_selected_with_the_earlier_round_and_evaluated_against_a_refe
             sampling: Sampling { seed, stop: vec!["\u{fffd}".to_owned()], ..sampling(4) },
             scorers: scorers.clone(),
             earlier,
+            ..plan::Sample::default()
         })
     };
     run(home.path().join("s1"), &sample(1, vec![]), &Silent).unwrap();
@@ -231,4 +232,128 @@ fn a_teacher_keeps_whole_answers_that_the_judges_accept() {
     let impossible = json!({"verifier": "regex", "pattern": "impossible"});
     let error = run(home.path().join("c"), &synth(vec![impossible]), &Silent).unwrap_err();
     assert!(error.to_string().starts_with("none of the answers to 6 prompts"), "{error}");
+}
+
+/// Prompts of two capabilities, with answers of their own.
+fn answered(dir: &Path) -> Vec<Dataset> {
+    let path = dir.join("answered.jsonl");
+    let rows: Vec<String> = (0..6)
+        .map(|i| {
+            let capability = if i % 2 == 0 { "code" } else { "chat" };
+            let messages = json!([
+                {"role": "user", "content": format!("say {i}")},
+                {"role": "assistant", "content": format!("own {i}")},
+            ]);
+            json!({"messages": messages, "answer": "0", "capability": capability}).to_string()
+        })
+        .collect();
+    store::write_atomic(&path, rows.join("\n").as_bytes()).unwrap();
+    vec![Dataset { path: path.display().to_string(), ..Dataset::default() }]
+}
+
+fn mixed_sample(home: &Path, keep_system: bool, policies: Vec<plan::Policy>) -> plan::Sample {
+    let policy = home.join("policy");
+    let model =
+        if policy.exists() { policy.display().to_string() } else { save_model(&policy, 1, false) };
+    plan::Sample {
+        model_name_or_path: model,
+        datasets: answered(home),
+        sampling: sampling(3),
+        scorers: vec![json!({"verifier": "contains", "values": ["own"]})],
+        include_reference: true,
+        keep_system,
+        policies,
+        ..plan::Sample::default()
+    }
+}
+
+/// The policy for code: another model, steered.
+fn code_policy(home: &Path) -> plan::Policy {
+    let condition =
+        plan::Condition { column: "capability".to_owned(), values: vec![json!("code")] };
+    plan::Policy {
+        name: "code".to_owned(),
+        conditions: vec![condition],
+        model_name_or_path: save_model(&home.join("expert"), 4, false),
+        system: "use few words".to_owned(),
+        sampling: sampling(2),
+    }
+}
+
+fn draw(home: &Path, name: &str, spec: plan::Sample) -> (Vec<Value>, Metrics) {
+    let metrics = run(home.join(name), &Spec::Sample(spec), &Silent).unwrap();
+    (lines(&home.join(name).join("data.jsonl")), metrics)
+}
+
+#[test]
+fn each_capability_has_its_policy_and_rows_forget_what_steered_them() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    let code = code_policy(home);
+    let (rows, metrics) = draw(home, "mixed", mixed_sample(home, false, vec![code.clone()]));
+    assert!((metrics["candidates"] - 15.0).abs() < 1e-9, "{metrics:?}");
+    assert!(metrics["samples_per_second"] > 0.0 && metrics["pass@2"] <= 1.0, "{metrics:?}");
+
+    // Each policy draws as it would alone, whatever is drawn beside it.
+    let (chat, _) = draw(home, "chat", mixed_sample(home, false, vec![]));
+    assert_eq!(chat[1], rows[1]);
+    let alone = plan::Sample {
+        model_name_or_path: code.model_name_or_path.clone(),
+        system: code.system.clone(),
+        sampling: sampling(2),
+        ..mixed_sample(home, false, vec![])
+    };
+    let (alone, _) = draw(home, "alone", alone);
+    for at in [0, 2, 4] {
+        for sample in 0..2 {
+            let text = |rows: &[Value]| rows[at]["candidates"][sample]["text"].clone();
+            assert_eq!(text(&alone), text(&rows));
+        }
+        assert_eq!(rows[at]["prompt"].as_array().unwrap().len(), 1, "steered, then forgotten");
+    }
+    let (kept, _) = draw(home, "kept", mixed_sample(home, true, vec![code]));
+    assert_eq!(kept[0]["prompt"][0], json!({"role": "system", "content": "use few words"}));
+    assert_eq!(kept[1]["prompt"].as_array().unwrap().len(), 1);
+    for file in ["candidates.html", "curve.json"] {
+        assert!(home.join("kept").join(file).is_file(), "{file}");
+    }
+}
+
+#[test]
+fn the_answer_of_a_row_is_judged_beside_those_that_were_drawn() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    let spec = mixed_sample(home, false, vec![code_policy(home)]);
+    let (rows, metrics) = draw(home, "mixed", spec.clone());
+    let origins = |row: &Value| -> Vec<String> {
+        let candidates = row["candidates"].as_array().unwrap();
+        candidates.iter().map(|one| one["origin"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(origins(&rows[0]), ["round 1 code/0", "round 1 code/1", "reference"]);
+    assert_eq!(origins(&rows[1]), ["round 1/0", "round 1/1", "round 1/2", "reference"]);
+    let own = &rows[2]["candidates"][2];
+    assert_eq!((&own["text"], &own["finish"]), (&json!("own 2"), &json!("stop")));
+    // Five bytes and the end of the turn.
+    assert_eq!((&own["tokens"], &own["passed"]), (&json!(6), &json!(true)));
+    assert!(metrics["reference_score"] > 0.99);
+
+    // The reference alone contains the word, so it is what is chosen, in the next round too.
+    let first = home.join("mixed/data.jsonl").display().to_string();
+    let select = Spec::Select(plan::Select {
+        datasets: vec![Dataset { path: first.clone(), ..Dataset::default() }],
+        strategy: crate::score::select::PairStrategy::BestRandom,
+        ..plan::Select::default()
+    });
+    let metrics = run(home.join("chosen"), &select, &Silent).unwrap();
+    assert!((metrics["from_reference"] - 6.0).abs() < 1e-9, "{metrics:?}");
+    let (again, _) = draw(home, "again", plan::Sample { earlier: vec![first], ..spec });
+    assert_eq!(origins(&again[0]), origins(&rows[0]), "the earlier best is the reference itself");
+
+    let none = plan::Sample {
+        datasets: prompts(home, 2),
+        include_reference: true,
+        ..mixed_sample(home, false, vec![])
+    };
+    let error = run(home.join("none"), &Spec::Sample(none), &Silent).unwrap_err().to_string();
+    assert!(error.contains("no row has an answer of its own"), "{error}");
 }

@@ -1,42 +1,203 @@
-//! Rejection sampling's draw (Llama 3, section 4.2.2): K candidates a prompt from the newest policy, each judged.
+//! Rejection sampling's draw (Llama 3, section 4.2.2): K candidates a prompt from the newest policy or the one for the
+//! prompt's capability, each judged.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::generation::{self, mean};
+use super::generation::{self, Keep, Pace, mean};
 use super::{Metrics, StageContext};
-use crate::error::Result;
+use crate::data::record::{Message, Row};
+use crate::error::{Error, Result};
 use crate::generate::engine::Finish;
-use crate::generate::local::Teacher;
+use crate::generate::local::{Asked, LocalModel, Teacher};
+use crate::generate::sampling::Sampling;
 use crate::recipe::plan;
+use crate::report::candidates as page;
 use crate::score::Panel;
-use crate::score::candidates::{Candidate, Candidates};
+use crate::score::candidates::{Candidate, Candidates, REFERENCE, prompt_key};
+use crate::score::curve::{Curve, Drawn};
 use crate::store;
 
-/// Draws and judges K candidates a prompt. Input: a checkpoint, prompts, earlier rounds' candidates. Output:
-/// `data.jsonl`, one row a prompt.
+/// Draws and judges K candidates a prompt. Input: checkpoints, prompts, earlier rounds' candidates. Output: `data.jsonl`,
+/// one row a prompt; for people `candidates.html` and `curve.json`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
-    let policy = generation::load(context, &spec.model_name_or_path, &spec.sampling)?;
-    let panel = Panel::new(&spec.scorers, &context.device)?;
     let rows = generation::rows(context, &spec.datasets)?;
+    if spec.include_reference && rows.iter().all(|row| row.reference_answer().is_none()) {
+        return Err(Error::run("`include_reference`, but no row has an answer of its own")
+            .hint("it comes from the last assistant message, `completion` or `chosen`"));
+    }
+    for (at, policy) in spec.policies.iter().enumerate() {
+        if rows.iter().all(|row| spec.policy_of(&row.extra) != Some(at)) {
+            context.events.note(&format!("policy `{}` draws for none of the rows", policy.name));
+        }
+    }
+    let panel = Panel::new(&spec.scorers, &context.device)?;
     let earlier = earlier_best(&spec.earlier)?;
-    let origin = format!("round {}", context.round);
-
+    let mut pace = Pace::start();
     let sampled = generation::once_each(context, rows.len(), |left, keep| {
-        let asked = generation::questions(&rows, left)?;
-        policy.answer(&asked, &spec.sampling, &mut |place, answers| {
-            let asked = &asked[place];
-            let key = crate::score::candidates::prompt_key(&asked.messages);
-            let earlier = earlier.get(&key).map_or(&[][..], Vec::as_slice);
-            let row = &rows[left[place]];
-            let drawn = (answers.as_slice(), origin.as_str());
-            keep(left[place], generation::candidates(&panel, asked, row, drawn, earlier)?.0)
-        })
+        let turns = turns(spec, &rows, left);
+        let mut loaded: Option<(&Turn<'_>, LocalModel)> = None;
+        for turn in &turns {
+            let model = match loaded.take().filter(|(earlier, _)| earlier.shares_model(turn)) {
+                Some((_, model)) => model,
+                None => generation::load(context, turn.model, turn.sampling.dtype)?,
+            };
+            let draw =
+                Draw { round: context.round, spec, rows: &rows, earlier: &earlier, panel: &panel };
+            draw.answers(turn, &model, &mut pace, keep)?;
+            loaded = Some((turn, model));
+        }
+        Ok(())
     })?;
 
     generation::write_rows(context, "data.jsonl", &sampled)?;
+    page::write(&context.dir, sampled.iter())?;
+    let drawn: Vec<usize> = rows.iter().map(|row| way(spec, row).sampling.num_samples).collect();
+    let mut metrics = measures(&sampled, &drawn);
+    if !panel.is_empty() {
+        let curve = Curve::of(&choices(&sampled, &drawn), "score");
+        metrics.extend(generation::write_curve(context, curve.as_ref())?);
+    }
+    metrics.extend(pace.metrics());
     generation::close_ledger(context)?;
-    Ok(measures(&sampled, spec.sampling.num_samples))
+    Ok(metrics)
+}
+
+/// One policy with the rows that it draws for.
+struct Turn<'a> {
+    name: &'a str,
+    model: &'a str,
+    system: &'a str,
+    sampling: &'a Sampling,
+    rows: Vec<usize>,
+}
+
+impl Turn<'_> {
+    fn shares_model(&self, other: &Self) -> bool {
+        self.model == other.model && self.sampling.dtype == other.sampling.dtype
+    }
+}
+
+/// Who draws for a row; no rows yet.
+fn way<'a>(spec: &'a plan::Sample, row: &Row) -> Turn<'a> {
+    match spec.policy_of(&row.extra).map(|at| &spec.policies[at]) {
+        Some(policy) => Turn {
+            name: &policy.name,
+            model: &policy.model_name_or_path,
+            system: &policy.system,
+            sampling: &policy.sampling,
+            rows: Vec::new(),
+        },
+        None => Turn {
+            name: "",
+            model: &spec.model_name_or_path,
+            system: &spec.system,
+            sampling: &spec.sampling,
+            rows: Vec::new(),
+        },
+    }
+}
+
+/// The policies that have something to do among the rows that are left, those of one model in a row: each model is
+/// loaded once, and one at a time.
+fn turns<'a>(spec: &'a plan::Sample, rows: &[Row], left: &[usize]) -> Vec<Turn<'a>> {
+    let mut turns: Vec<Turn<'a>> = Vec::new();
+    for &index in left {
+        let way = way(spec, &rows[index]);
+        let same = |turn: &Turn<'_>| std::ptr::eq(turn.sampling, way.sampling);
+        let at = turns.iter().position(same).unwrap_or_else(|| {
+            let after = turns.iter().rposition(|turn| turn.shares_model(&way));
+            let at = after.map_or(turns.len(), |after| after + 1);
+            turns.insert(at, way);
+            at
+        });
+        turns[at].rows.push(index);
+    }
+    turns
+}
+
+/// What every answer is drawn and judged with.
+struct Draw<'a> {
+    round: u32,
+    spec: &'a plan::Sample,
+    rows: &'a [Row],
+    earlier: &'a BTreeMap<String, Vec<Candidate>>,
+    panel: &'a Panel,
+}
+
+impl Draw<'_> {
+    /// Draws and judges the answers of one policy.
+    fn answers(
+        &self,
+        turn: &Turn<'_>,
+        model: &LocalModel,
+        pace: &mut Pace,
+        keep: &mut Keep<'_, Candidates>,
+    ) -> Result<()> {
+        let origin = match turn.name {
+            "" => format!("round {}", self.round),
+            name => format!("round {} {name}", self.round),
+        };
+        let plain = generation::questions(self.rows, &turn.rows)?;
+        let steered: Vec<Asked> = plain.iter().map(|asked| steer(asked, turn.system)).collect();
+        let written = if self.spec.keep_system { &steered } else { &plain };
+        model.answer(&steered, turn.sampling, &mut |place, answers| {
+            pace.add(&answers);
+            let (asked, index) = (&written[place], turn.rows[place]);
+            let row = &self.rows[index];
+            let others = self.others(asked, row, model);
+            let drawn = (answers.as_slice(), origin.as_str());
+            keep(index, generation::candidates(self.panel, asked, row, drawn, &others)?.0)
+        })
+    }
+
+    /// Candidates that were not drawn here: the row's own answer, then the best of each earlier round.
+    fn others(&self, asked: &Asked, row: &Row, model: &LocalModel) -> Vec<Candidate> {
+        let mut others = Vec::new();
+        if self.spec.include_reference
+            && let Some(text) = row.reference_answer()
+        {
+            others.push(reference(text, model));
+        }
+        let earlier = self.earlier.get(&prompt_key(&asked.messages));
+        for candidate in earlier.map(Vec::as_slice).unwrap_or_default() {
+            if others.iter().all(|known| known.text != candidate.text) {
+                others.push(candidate.clone());
+            }
+        }
+        others
+    }
+}
+
+/// The question with the system message before it; one of the row's own follows in the same message, as chat templates
+/// know one alone.
+fn steer(asked: &Asked, system: &str) -> Asked {
+    let mut steered = asked.clone();
+    if system.is_empty() {
+        return steered;
+    }
+    match steered.messages.first_mut().filter(|message| message.role() == "system") {
+        Some(own) => *own = Message::new("system", format!("{system}\n\n{}", own.text())),
+        None => steered.messages.insert(0, Message::new("system", system)),
+    }
+    steered
+}
+
+/// The answer that came with its row. No model drew it, so its log-probability is left at 0; its length is what the
+/// policy's tokenizer makes of it, the end-of-turn token included.
+fn reference(text: String, model: &LocalModel) -> Candidate {
+    let tokens = model.tokenizer().encode(&text).len() + 1;
+    Candidate {
+        text,
+        tokens,
+        finish: Finish::Stop,
+        logprob_sum: 0.0,
+        scores: indexmap::IndexMap::new(),
+        score: 0.0,
+        passed: None,
+        origin: REFERENCE.to_owned(),
+        why: indexmap::IndexMap::new(),
+    }
 }
 
 /// The best candidate of each earlier round for each prompt.
@@ -54,12 +215,26 @@ fn earlier_best(files: &[String]) -> Result<BTreeMap<String, Vec<Candidate>>> {
     Ok(best)
 }
 
-/// What this round's draws are like; earlier rounds' candidates are left out.
-fn measures(sampled: &[Candidates], drawn: usize) -> Metrics {
-    let all = || sampled.iter().flat_map(|row| row.candidates.iter().take(drawn));
+/// What the policies drew, without what came from elsewhere.
+fn choices(sampled: &[Candidates], drawn: &[usize]) -> Vec<Vec<Drawn>> {
+    let of_row = |(row, drawn): (&Candidates, &usize)| {
+        let drawn = row.candidates.iter().take(*drawn);
+        drawn.map(|one| Drawn { score: one.score, passed: one.passed }).collect()
+    };
+    sampled.iter().zip(drawn).map(of_row).collect()
+}
+
+/// What this round's draws are like; earlier rounds' candidates and references are left out, but for `best_score`.
+fn measures(sampled: &[Candidates], drawn: &[usize]) -> Metrics {
+    let all =
+        || sampled.iter().zip(drawn).flat_map(|(row, drawn)| row.candidates.iter().take(*drawn));
     let best = sampled.iter().filter_map(Candidates::best).map(|candidate| candidate.score);
     let cut_off = |candidate: &Candidate| f64::from(u8::from(candidate.finish == Finish::Length));
     let passed = all().filter_map(|candidate| candidate.passed);
+    let references: Vec<&Candidate> = sampled
+        .iter()
+        .flat_map(|row| row.candidates.iter().filter(|one| one.origin == REFERENCE))
+        .collect();
     [
         ("prompts", Some(sampled.len() as f64)),
         ("candidates", Some(all().count() as f64)),
@@ -68,6 +243,7 @@ fn measures(sampled: &[Candidates], drawn: usize) -> Metrics {
         ("accuracy", mean(passed.map(|passed| f64::from(u8::from(passed))))),
         ("mean_length", mean(all().map(|candidate| candidate.tokens as f64))),
         ("cut_off", mean(all().map(cut_off))),
+        ("reference_score", mean(references.iter().map(|candidate| candidate.score))),
     ]
     .into_iter()
     .filter_map(|(name, value)| Some((name.to_owned(), value?)))

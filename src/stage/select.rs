@@ -1,5 +1,5 @@
-//! Rejection sampling's choice (Llama 3, section 4.2.2): the best candidate is learned, best against worst is
-//! preferred.
+//! Rejection sampling's choice (Llama 3, section 4.2.2): good candidates are learned, better ones are preferred to worse
+//! ones.
 
 use std::path::Path;
 
@@ -7,23 +7,18 @@ use super::generation::{self, mean};
 use super::{Metrics, StageContext};
 use crate::error::{Error, Result};
 use crate::recipe::plan;
-use crate::score::candidates::Candidates;
-use crate::score::select::{Outcome, PairRow, Rules, SftRow, select};
+use crate::score::candidates::{Candidates, REFERENCE};
+use crate::score::select::{Outcome, PairRow, SftRow, select};
 use crate::store;
 
 /// Chooses from every prompt's candidates. Input: `sample` stages' rows. Output: `sft.jsonl` and `pairs.jsonl`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Select) -> Result<Metrics> {
-    let rules = Rules {
-        min_score: spec.min_score,
-        min_margin: spec.min_margin,
-        best_of: spec.best_of,
-        pairs_per_prompt: spec.pairs_per_prompt,
-    };
+    let rules = spec.rules(context.seed)?;
     let mut rows: Vec<Candidates> = Vec::new();
     for dataset in &spec.datasets {
         rows.extend(store::read_ledger(Path::new(&dataset.path))?);
     }
-    let chosen: Vec<_> = rows.iter().map(|row| select(row, &rules)).collect();
+    let chosen = select(&rows, &rules);
     let count = |outcome| chosen.iter().filter(|one| one.outcome == outcome).count() as f64;
     let counts = [Outcome::Identical, Outcome::AllFailed, Outcome::TooClose].map(count);
     let (sft, pairs): (Vec<_>, Vec<_>) = chosen.into_iter().map(|one| (one.sft, one.pairs)).unzip();
@@ -48,6 +43,12 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Select) -> Result<Metrics> {
         ]
         .map(|(name, value)| (name.to_owned(), value)),
     );
+    let from_reference = sft.iter().filter(|row| row.origin == REFERENCE).count();
+    if from_reference > 0 {
+        metrics.insert("from_reference".to_owned(), from_reference as f64);
+    }
+    let agreement = mean(sft.iter().filter_map(|row| row.agreement));
+    metrics.extend(agreement.map(|agreement| ("agreement".to_owned(), agreement)));
     metrics.extend(mean(margins).map(|margin| ("margin".to_owned(), margin)));
     metrics.extend(mean(sft.iter().map(|row| row.score)).map(|score| ("score".to_owned(), score)));
     Ok(metrics)

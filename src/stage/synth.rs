@@ -82,7 +82,8 @@ fn accepted(
     min_score: f64,
 ) -> Result<Vec<Taught>> {
     let texts: Vec<&str> = answers.iter().map(|answer| answer.text.as_str()).collect();
-    let verdicts = generation::judge(panel, asked, row, &texts)?;
+    let tokens: Vec<usize> = answers.iter().map(|answer| answer.ids.len()).collect();
+    let verdicts = generation::judge(panel, asked, row, (&texts, &tokens))?;
     let mut kept: Vec<Taught> = Vec::new();
     for (sample, (answer, verdict)) in answers.iter().zip(verdicts).enumerate() {
         let right =

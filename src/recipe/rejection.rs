@@ -1,0 +1,323 @@
+//! The settings of rejection sampling: who draws candidates for which prompts (`sample`), and what is chosen (`select`).
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::keys::{self, Known, suggestion};
+use super::plan::Dataset;
+use super::refs::Scope;
+use super::shape::{inputs, shaped};
+use crate::error::{Context, Error, Result};
+use crate::generate::sampling::Sampling;
+use crate::score::select::{AnswerReader, PairStrategy, Rules, SftStrategy};
+
+/// `sample`: K candidates a prompt, scored. Writes `data.jsonl`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sample {
+    /// The policy.
+    pub model_name_or_path: String,
+    /// The prompts.
+    pub datasets: Vec<Dataset>,
+    /// How to sample; `num_samples` is K.
+    pub sampling: Sampling,
+    /// Who judges.
+    pub scorers: Vec<Value>,
+    /// Earlier rounds' `data.jsonl`, whose best candidate of each prompt joins this round's.
+    pub earlier: Vec<String>,
+    /// Whether a row's own answer is a candidate too.
+    pub include_reference: bool,
+    /// Put before every prompt as a system message while answers are drawn; empty is none.
+    pub system: String,
+    /// Whether rows keep the system message that steered them.
+    pub keep_system: bool,
+    /// Other policies for some of the prompts; the first that fits a row draws for it.
+    pub policies: Vec<Policy>,
+}
+
+/// Who draws for the rows that it fits, with every setting decided.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Policy {
+    /// What the origin of its candidates calls it.
+    pub name: String,
+    /// All of these must hold.
+    #[serde(rename = "where")]
+    pub conditions: Vec<Condition>,
+    /// The model.
+    pub model_name_or_path: String,
+    /// Its system message; empty is none.
+    pub system: String,
+    /// How to sample.
+    pub sampling: Sampling,
+}
+
+/// A column of the row must have one of some values.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Condition {
+    /// The column.
+    pub column: String,
+    /// The values.
+    pub values: Vec<Value>,
+}
+
+impl Condition {
+    /// Whether a row with these columns fulfils it. A column that is a list needs one of the values in it.
+    pub fn holds(&self, columns: &Map<String, Value>) -> bool {
+        match columns.get(&self.column) {
+            None => false,
+            Some(Value::Array(list)) => list.iter().any(|value| self.values.contains(value)),
+            Some(value) => self.values.contains(value),
+        }
+    }
+}
+
+impl Sample {
+    /// Refuses settings that cannot be acted on.
+    ///
+    /// # Errors
+    /// Names the key, its value and what was expected.
+    pub fn check(&self) -> Result<()> {
+        self.sampling.check()?;
+        for (at, policy) in self.policies.iter().enumerate() {
+            let place = format!("`policies`[{at}]");
+            if policy.conditions.is_empty() {
+                return Err(Error::usage("`where` is missing").at(place).hint(
+                    "where = {capability = \"code\"}: the stage's own keys are for all other rows",
+                ));
+            }
+            policy.sampling.check().at(place)?;
+        }
+        Ok(())
+    }
+
+    /// The place of the policy that draws for a row with these columns; `None` is the stage's own.
+    pub fn policy_of(&self, columns: &Map<String, Value>) -> Option<usize> {
+        let fits = |policy: &Policy| policy.conditions.iter().all(|one| one.holds(columns));
+        self.policies.iter().position(fits)
+    }
+}
+
+/// Keys of a policy that are no sampling keys.
+const POLICY_KEYS: [&str; 4] = ["name", "where", "model_name_or_path", "system"];
+
+/// Brings the policies as written to the plan's form: what a policy leaves out is the stage's.
+///
+/// # Errors
+/// An unknown key, a wrong type, a model that is not there.
+pub(super) fn fill_policies(
+    stage: &mut Value,
+    known: &indexmap::IndexMap<String, Known>,
+    scope: &Scope<'_>,
+) -> Result<()> {
+    let Some(written) = stage["policies"].as_array().cloned() else { return Ok(()) };
+    let mut filled = Vec::new();
+    for (at, policy) in written.iter().enumerate() {
+        let place = || format!("`policies`[{at}]");
+        let Value::Object(table) = policy else {
+            return Err(Error::usage(format!("{policy}, expected a table"))
+                .at(place())
+                .hint("policies = [{where = {capability = \"code\"}, temperature = 0.6}]"));
+        };
+        filled.push(fill(table, stage, known, scope).at(place())?);
+    }
+    stage["policies"] = Value::Array(filled);
+    Ok(())
+}
+
+fn fill(
+    written: &Map<String, Value>,
+    stage: &Value,
+    known: &indexmap::IndexMap<String, Known>,
+    scope: &Scope<'_>,
+) -> Result<Value> {
+    let mut policy = serde_json::json!({
+        "name": "",
+        "where": [],
+        "model_name_or_path": stage["model_name_or_path"],
+        "system": stage["system"],
+        "sampling": stage["sampling"],
+    });
+    for (key, value) in written {
+        let canonical = keys::canonical(key, known).unwrap_or(key);
+        let sampled =
+            known.get(canonical).filter(|known| known.section.as_deref() == Some("sampling"));
+        let default = match (canonical, sampled) {
+            ("where", _) => {
+                policy["where"] = conditions(value)?;
+                continue;
+            }
+            (_, Some(known)) => &known.default,
+            (key, None) if POLICY_KEYS.contains(&key) => &Value::String(String::new()),
+            (key, None) => return Err(unknown(key, known)),
+        };
+        let value = shaped(canonical, value.clone(), default);
+        if let Some(expected) = keys::wrong_type(&value, default) {
+            return Err(Error::usage(format!("`{key}` is {value}, expected {expected}")));
+        }
+        let value = inputs(canonical, value, scope).at(format_args!("`{key}`"))?;
+        match (canonical, sampled) {
+            (_, Some(_)) => policy["sampling"][canonical] = value,
+            // An optional reference that leads nowhere yet leaves the stage's model.
+            ("model_name_or_path", None) if value == "" => {}
+            (_, None) => policy[canonical] = value,
+        }
+    }
+    if policy["name"] == "" {
+        policy["name"] = default_name(&policy["where"]);
+    }
+    Ok(policy)
+}
+
+fn unknown(key: &str, known: &indexmap::IndexMap<String, Known>) -> Error {
+    let sampling = known.iter().filter(|(_, known)| known.section.is_some());
+    let names: Vec<&str> =
+        POLICY_KEYS.into_iter().chain(sampling.map(|(name, _)| name.as_str())).collect();
+    Error::usage(format!("unknown key `{key}`")).hint(suggestion(key, &names))
+}
+
+/// `{column = value}` or `{column = [values]}` as a list of conditions.
+fn conditions(written: &Value) -> Result<Value> {
+    let Value::Object(table) = written else {
+        return Err(Error::usage(format!("`where` is {written}, expected a table"))
+            .hint("where = {capability = \"code\"} or {source = [\"a\", \"b\"]}"));
+    };
+    let condition = |(column, value): (&String, &Value)| Condition {
+        column: column.clone(),
+        values: value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]),
+    };
+    Ok(serde_json::to_value(table.iter().map(condition).collect::<Vec<_>>())?)
+}
+
+/// A policy without a name is called after what it is for: the values of its first condition.
+fn default_name(conditions: &Value) -> Value {
+    let values = conditions[0]["values"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let word = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    Value::String(values.iter().map(word).collect::<Vec<_>>().join("+"))
+}
+
+/// `select`: what is learned and what is preferred. Writes `sft.jsonl` and `pairs.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Select {
+    /// `data.jsonl` of `sample` stages.
+    pub datasets: Vec<Dataset>,
+    /// Which candidates become pairs.
+    pub strategy: PairStrategy,
+    /// Which candidates become training rows.
+    pub sft_strategy: SftStrategy,
+    /// A training row needs at least this score.
+    pub min_score: f64,
+    /// A pair needs at least this distance between its scores.
+    pub min_margin: f64,
+    /// Best candidates a prompt that become training rows.
+    pub best_of: usize,
+    /// Pairs a prompt.
+    pub pairs_per_prompt: usize,
+    /// Share of all candidates that `sft_strategy = "top_quantile"` keeps.
+    pub top_quantile: f64,
+    /// Share of the votes that an answer needs with `sft_strategy = "majority"`.
+    pub min_agreement: f64,
+    /// Where the final answer stands that `majority` votes on; empty takes the last `\boxed{…}` or number.
+    pub answer_pattern: String,
+}
+
+impl Default for Select {
+    fn default() -> Self {
+        let rules = Rules::default();
+        Self {
+            datasets: Vec::new(),
+            strategy: rules.pairs,
+            sft_strategy: rules.sft,
+            min_score: rules.min_score,
+            min_margin: rules.min_margin,
+            best_of: rules.best_of,
+            pairs_per_prompt: rules.pairs_per_prompt,
+            top_quantile: rules.top_quantile,
+            min_agreement: rules.min_agreement,
+            answer_pattern: String::new(),
+        }
+    }
+}
+
+impl Select {
+    /// The rules of choosing, checked.
+    ///
+    /// # Errors
+    /// Names the key, its value and what was expected.
+    pub fn rules(&self, seed: u64) -> Result<Rules> {
+        let rules = Rules {
+            pairs: self.strategy,
+            sft: self.sft_strategy,
+            min_score: self.min_score,
+            min_margin: self.min_margin,
+            best_of: self.best_of,
+            pairs_per_prompt: self.pairs_per_prompt,
+            top_quantile: self.top_quantile,
+            min_agreement: self.min_agreement,
+            answers: AnswerReader::new(&self.answer_pattern)?,
+            seed,
+        };
+        rules.check()?;
+        Ok(rules)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::file::RecipeFile;
+    use super::super::plan::Spec;
+    use super::super::resolve::resolve;
+    use super::*;
+    use serde_json::json;
+
+    fn sample(policies: &str) -> Result<Sample> {
+        let text = format!(
+            "[[stage]]\nkind = 'sample'\nmodel_name_or_path = 'src'\ndatasets = 'src/lib.rs'\n\
+             temperature = 0.9\nmax_new_tokens = 64\nsystem = 'be brief'\npolicies = {policies}\n"
+        );
+        let file = RecipeFile::parse(&text, Path::new("r.toml"))?;
+        match resolve(&file, None)?.plan.steps.remove(0).spec {
+            Spec::Sample(sample) => Ok(sample),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_policy_has_the_stages_settings_but_for_its_own() {
+        let spec = sample(
+            "[{ where = { capability = ['code', 'sql'] }, model = 'tests', n = 4, stop = 'x' }, \
+              { name = 'other', where = { source = 'a', level = 2 }, system = '' }]",
+        )
+        .unwrap();
+        let [code, other] = &spec.policies[..] else { panic!("{spec:?}") };
+        assert_eq!((code.name.as_str(), code.model_name_or_path.as_str()), ("code+sql", "tests"));
+        assert_eq!((code.sampling.num_samples, code.sampling.max_new_tokens), (4, 64));
+        assert_eq!((code.sampling.stop.len(), code.system.as_str()), (1, "be brief"));
+        assert_eq!((other.name.as_str(), other.model_name_or_path.as_str()), ("other", "src"));
+        assert!(other.system.is_empty() && other.sampling == spec.sampling);
+        let fits = |row: Value| spec.policy_of(row.as_object().unwrap());
+        assert_eq!(fits(json!({"capability": "code"})), Some(0));
+        assert_eq!(fits(json!({"capability": ["chat", "sql"], "source": "a"})), Some(0));
+        assert_eq!(fits(json!({"source": "a", "level": 2})), Some(1));
+        assert_eq!(fits(json!({"source": "a"})), None);
+    }
+
+    #[test]
+    fn a_policy_that_fits_all_or_says_nothing_known_is_refused_with_its_place() {
+        for (policies, part) in [
+            ("[{ temperature = 0.1 }]", "`policies`[0]: `where` is missing"),
+            ("[{ where = 'code' }]", "expected a table"),
+            ("['code']", "expected a table"),
+            ("[{ where = { a = 1 }, temprature = 0.1 }]", "did you mean `temperature`?"),
+            ("[{ where = { a = 1 }, temperature = -1 }]", "`temperature` is -1"),
+            ("[{ where = { a = 1 }, temperature = 'hot' }]", "expected a number"),
+            ("[{ where = { a = 1 }, model = 'not/there/at-all' }]", "does not exist"),
+        ] {
+            let error = format!("{:?}", sample(policies).unwrap_err());
+            assert!(error.starts_with("r.toml:8: ") && error.contains(part), "{error}");
+        }
+    }
+}
