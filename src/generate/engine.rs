@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::decode::{Decoder, Feed};
 use super::sampler::{Draw, Sampler};
@@ -35,6 +36,8 @@ pub enum Finish {
     Stop,
     /// `max_new_tokens`, or the model's last position.
     Length,
+    /// A server's filter withheld the answer or the rest of it.
+    Filtered,
 }
 
 /// One answer.
@@ -42,18 +45,27 @@ pub enum Finish {
 pub struct Answer {
     /// The text, without end-of-turn token and stop string.
     pub text: String,
-    /// Every token drawn, the end-of-turn token included.
+    /// Every token drawn, the end-of-turn token included; empty where a server did not say them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ids: Vec<u32>,
-    /// Log-probability of each under the model alone, in nats.
+    /// Log-probability of each under the model alone, in nats; empty where a server did not say them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<f32>,
-    /// Log-probability of each under the distribution it was drawn from, in nats.
+    /// Log-probability of each under the distribution it was drawn from, in nats; servers do not say them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sample_logprobs: Vec<f32>,
+    /// How many tokens were drawn. A server that only counts the tokens of several answers together has each
+    /// answer take an equal share.
+    pub tokens: usize,
     /// Why it ended.
     pub finish: Finish,
+    /// Further fields of the message, as a server gave them: `tool_calls`, `reasoning_content`.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub fields: Map<String, Value>,
 }
 
 impl Answer {
-    /// Log-probability of the whole answer under the model alone, in nats.
+    /// Log-probability of the whole answer under the model alone, in nats; 0 where it is not known.
     pub fn logprob_sum(&self) -> f64 {
         self.logprobs.iter().map(|&logprob| f64::from(logprob)).sum()
     }
@@ -368,7 +380,15 @@ impl<D: Decoder> Run<'_, '_, D> {
         let Running { prompt, sample, ids, logprobs, sample_logprobs, room, .. } = running;
         self.reserved -= room;
         let Some(open) = &mut self.open[prompt] else { return Ok(()) };
-        open.answers[sample] = Some(Answer { text, ids, logprobs, sample_logprobs, finish });
+        open.answers[sample] = Some(Answer {
+            text,
+            tokens: ids.len(),
+            ids,
+            logprobs,
+            sample_logprobs,
+            finish,
+            fields: Map::new(),
+        });
         if open.answers.iter().any(Option::is_none) {
             return Ok(());
         }

@@ -1,15 +1,17 @@
 //! Text from models: sampling settings, the sampler, batched generation with a key/value cache, teachers.
 //!
-//! Knows nothing of stages, scores or files.
+//! Knows nothing of stages or scores, and of files only the ledger of a server's answers.
 
 pub mod cache;
 pub mod decode;
 pub mod engine;
 pub mod local;
+pub mod openai;
 pub mod plain;
 pub mod sampler;
 pub mod sampling;
 mod stop;
+pub mod teacher;
 
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use super::generation::{self, mean};
 use super::{Metrics, StageContext};
 use crate::error::Result;
 use crate::generate::engine::Finish;
-use crate::generate::local::Teacher;
+use crate::generate::teacher::Teacher;
 use crate::recipe::plan;
 use crate::score::Panel;
 use crate::score::candidates::{Candidate, Candidates};
