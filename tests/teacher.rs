@@ -13,7 +13,9 @@
 mod fake_server;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -413,4 +415,188 @@ fn a_probe_finds_out_what_is_honoured() {
     let seen = [probe.n, probe.logprobs, probe.seed, probe.json_schema].map(Option::unwrap);
     assert_eq!(seen, [true; 4]);
     assert_eq!((probe.echo, probe.prompt_logprobs), (Some(false), Some(false)));
+}
+
+/// A recipe whose only stage asks a server, and its home.
+struct Home {
+    dir: tempfile::TempDir,
+}
+
+impl Home {
+    fn new(url: &str, prompts: usize, more: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let rows: String =
+            (0..prompts).map(|i| json!({"prompt": format!("q{i}")}).to_string() + "\n").collect();
+        let recipe = format!(
+            "[[stage]]\nkind = 'synth'\ndatasets = 'prompts.jsonl'\nteacher = {{base_url = '{url}', model = 'big', api_key_env = 'TEACHER_KEY', {more}}}\n"
+        );
+        arriero::store::write_atomic(&dir.path().join("prompts.jsonl"), rows.as_bytes()).unwrap();
+        arriero::store::write_atomic(&dir.path().join("r.toml"), recipe.as_bytes()).unwrap();
+        Self { dir }
+    }
+
+    fn command(&self, verb: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arriero"));
+        command.args([verb, "r.toml"]).current_dir(self.dir.path()).env("TEACHER_KEY", KEY);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs to the end and returns what was said.
+    fn run(&self, verb: &str) -> String {
+        let output = self.command(verb).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned()
+            + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{verb}: {text}");
+        text
+    }
+
+    fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.dir.path().join("runs/r/stages/01-synth").join(name)).unwrap()
+    }
+}
+
+const KEY: &str = "sk-do-not-write-me-down";
+
+#[test]
+fn a_recipe_with_a_server_runs_and_its_key_is_written_nowhere() {
+    let server = FakeServer::start(|request| {
+        assert!(request.authorization.ends_with(KEY));
+        well_behaved(request)
+    });
+    let home = Home::new(&server.url(), 5, "logprobs = true");
+    let said = home.run("validate") + &home.run("plan") + &home.run("run");
+    let rows: Vec<Value> =
+        home.read("data.jsonl").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(rows.len(), 5);
+    assert_eq!(rows[0]["meta"]["logprob_sum"], json!(-0.75));
+    assert_eq!(rows[0]["meta"]["tokens"], json!(2));
+    let account: Value = serde_json::from_str(&home.read("teacher.json")).unwrap();
+    assert_eq!((&account["requests"], &account["probe"]["server"]), (&json!(5), &json!("fake")));
+    assert!(!said.contains(KEY));
+    let mut folders = vec![home.dir.path().to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if entry.is_dir() {
+                folders.push(entry);
+            } else {
+                let text = std::fs::read(&entry).unwrap();
+                assert!(!String::from_utf8_lossy(&text).contains(KEY), "{}", entry.display());
+            }
+        }
+    }
+    // Another address and another speed are the same work.
+    drop(server);
+    let recipe = std::fs::read_to_string(home.dir.path().join("r.toml")).unwrap();
+    let moved = recipe.replace("logprobs = true", "logprobs = true, max_concurrency = 2");
+    let moved = moved.replace("http://127.0.0.1", "http://localhost");
+    assert_ne!(moved, recipe);
+    arriero::store::write_atomic(&home.dir.path().join("r.toml"), moved.as_bytes()).unwrap();
+    home.run("run");
+}
+
+#[test]
+fn a_process_that_is_killed_asks_again_only_what_was_under_way() {
+    let seen: Arc<Mutex<Vec<String>>> = Arc::default();
+    let record = seen.clone();
+    let server = FakeServer::start(move |request| {
+        if !is_probe(request) {
+            record.lock().unwrap().push(request.body.to_string());
+        }
+        Response::After(Duration::from_millis(30), Box::new(well_behaved(request)))
+    });
+    let more = "max_concurrency = 4, samples_per_request = 1";
+    let homes = [0, 1].map(|_| {
+        let home = Home::new(&server.url(), 40, more);
+        let recipe = home.dir.path().join("r.toml");
+        let text = std::fs::read_to_string(&recipe).unwrap() + "num_samples = 3\n";
+        arriero::store::write_atomic(&recipe, text.as_bytes()).unwrap();
+        home
+    });
+    homes[0].run("run");
+    assert_eq!(std::mem::take(&mut *seen.lock().unwrap()).len(), 120);
+
+    let mut child = homes[1].command("run").spawn().unwrap();
+    let begun = Instant::now();
+    while seen.lock().unwrap().len() < 50 && begun.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    homes[1].run("run");
+    let seen = seen.lock().unwrap();
+    let mut times: BTreeMap<&String, usize> = BTreeMap::new();
+    for body in seen.iter() {
+        *times.entry(body).or_default() += 1;
+    }
+    let repeated = times.values().filter(|&&count| count > 1).count();
+    assert_eq!(times.len(), 120);
+    assert!(times.values().all(|&count| count <= 2) && repeated <= 5, "{repeated} were repeated");
+    assert_eq!(homes[0].read("data.jsonl"), homes[1].read("data.jsonl"));
+}
+
+/// The Python that has the peers; `None` where nobody asked for them.
+fn python() -> Option<PathBuf> {
+    if std::env::var_os("ARRIERO_PEERS").is_none_or(|value| value != "1") {
+        println!("not run: ARRIERO_PEERS is not 1; scripts/test sets it");
+        return None;
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let python = std::env::var_os("ARRIERO_PYTHON")
+        .map_or_else(|| root.join(".venv/bin/python"), PathBuf::from);
+    assert!(python.exists(), "there is no {}: run scripts/test", python.display());
+    Some(python)
+}
+
+#[test]
+fn llama_cpp_is_found_out_and_teaches() {
+    let Some(python) = python() else { return };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = std::env::var_os("ARRIERO_SMOLLM2")
+        .map_or_else(|| root.join("data/smollm2"), PathBuf::from);
+    let model = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    assert!(model.exists(), "there is no {}: run scripts/fetch-smollm2", model.display());
+    let mut process = Command::new(python)
+        .arg(root.join("tests/peers/llama_server.py"))
+        .arg(&model)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut address = String::new();
+    BufReader::new(process.stdout.take().unwrap()).read_line(&mut address).unwrap();
+    let spec = ServerSpec {
+        base_url: vec![format!("{}/v1", address.trim())],
+        model: model.display().to_string(),
+        logprobs: true,
+        timeout: 120.0,
+        max_concurrency: 4,
+        ..ServerSpec::default()
+    };
+    let client = Server::new(&spec, None, &Silent).unwrap();
+    let probe = client.probe(Needs { all: true, ..Needs::default() }).unwrap();
+    println!("{probe:?}");
+    assert_eq!(
+        [probe.n, probe.logprobs, probe.seed, probe.json_schema].map(Option::unwrap),
+        [true; 4]
+    );
+    // Known of llama.cpp: `echo` is ignored without a word.
+    assert_eq!((probe.echo, probe.prompt_logprobs), (Some(false), Some(false)));
+
+    let mut got = BTreeMap::new();
+    client
+        .answer(&asked(3), &samples(2), &mut |place, answers| {
+            got.insert(place, answers);
+            Ok(())
+        })
+        .unwrap();
+    for answer in got.values().flatten() {
+        assert!(!answer.text.is_empty() && answer.logprobs.len() == answer.tokens);
+        assert_eq!(answer.ids.len(), answer.tokens);
+    }
+    assert_eq!(got.len(), 3);
+    drop(process.stdin.take());
+    process.wait().unwrap();
 }

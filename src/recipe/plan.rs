@@ -199,12 +199,7 @@ impl Spec {
     pub fn check(&self) -> Result<()> {
         let (models, datasets): (&[(&str, &String)], Option<&[Dataset]>) = match self {
             Self::Synth(spec) => {
-                check_scorers(&spec.scorers)?;
-                spec.sampling.check()?;
-                if spec.teacher.is_empty() {
-                    return Err(missing_model("teacher"));
-                }
-                spec.teacher.check().at("`teacher`").map_err(Error::as_usage)?;
+                spec.check()?;
                 (&[], Some(&spec.datasets))
             }
             Self::Sft(spec) => {
@@ -339,6 +334,17 @@ pub struct Synth {
     pub scorers: Vec<Value>,
     /// Keep an answer whose score is at least this, where `scorers` are given.
     pub min_score: f64,
+}
+
+impl Synth {
+    fn check(&self) -> Result<()> {
+        check_scorers(&self.scorers)?;
+        self.sampling.check()?;
+        if self.teacher.is_empty() {
+            return Err(missing_model("teacher"));
+        }
+        self.teacher.check().at("`teacher`").map_err(Error::as_usage)
+    }
 }
 
 /// `sft`: supervised fine-tuning. Writes `checkpoint/`.

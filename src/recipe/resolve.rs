@@ -493,7 +493,7 @@ mod tests {
         );
         refuses(
             &format!("{sample}scorers = [{{weight = 1.0}}]\n"),
-            "r.toml:5: stage `sample`: `scorers`[0]: a scorer names neither `verifier` nor `reward_model` (hint: write {verifier = \"exact\"} or {reward_model = \"@reward\"})",
+            "r.toml:5: stage `sample`: `scorers`[0]: a scorer names neither `verifier` nor `reward_model` nor `judge` (hint: write {verifier = \"exact\"} or {reward_model = \"@reward\"})",
         );
     }
 

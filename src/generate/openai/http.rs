@@ -13,7 +13,7 @@ use crate::error::{Context, Error, Result};
 /// Largest answer that is read.
 const MAX_BYTES: usize = 64 << 20;
 /// Longest pause that a server may ask for.
-const LONGEST_PAUSE: Duration = Duration::from_secs(600);
+const LONGEST_PAUSE: Duration = Duration::from_mins(10);
 
 /// What kind of failure it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -263,12 +263,11 @@ fn error_message(bytes: &[u8]) -> Option<String> {
 /// How long the server asks to wait: seconds or a date, which is compared with the server's own clock.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
-    let seconds = match text.parse::<f64>() {
-        Ok(seconds) => seconds,
-        Err(_) => {
-            let now = headers.get(DATE).and_then(|date| date.to_str().ok()).and_then(seconds_of);
-            (seconds_of(text)? - now.unwrap_or_else(now_here)) as f64
-        }
+    let seconds = if let Ok(seconds) = text.parse::<f64>() {
+        seconds
+    } else {
+        let now = headers.get(DATE).and_then(|date| date.to_str().ok()).and_then(seconds_of);
+        (seconds_of(text)? - now.unwrap_or_else(now_here)) as f64
     };
     let pause = Duration::try_from_secs_f64(seconds.max(0.0)).ok()?;
     Some(pause.min(LONGEST_PAUSE))

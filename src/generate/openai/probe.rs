@@ -14,6 +14,7 @@ use crate::generate::teacher::Asked;
 
 /// What a run needs to know of the server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a question of its own")]
 pub struct Needs {
     /// Several answers to one request.
     pub n: bool,
