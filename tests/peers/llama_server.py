@@ -12,10 +12,10 @@ import xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path = sys.argv[1]
 params.n_ctx = 2048
-params.n_parallel = 4
+params.n_parallel = 2
 params.hostnames = ["127.0.0.1"]
 params.port = 0
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.verbosity = 0
 server = xllamacpp.Server(params)
 print(server.listening_address, flush=True)

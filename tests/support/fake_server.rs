@@ -27,7 +27,7 @@ pub(crate) enum Response {
     /// A status, headers (each with its line end) and a body.
     Raw(u16, String, String),
     /// The same after a pause.
-    After(Duration, Box<Response>),
+    After(Duration, Box<Self>),
     /// The connection is closed without a word.
     Reset,
     /// Nothing, ever.
