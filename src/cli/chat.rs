@@ -3,13 +3,14 @@
 use std::io::{BufRead, IsTerminal};
 
 use clap::Args;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::output;
 use crate::data::record::Message;
 use crate::error::{Context, Error, Result};
-use crate::generate::local::{Asked, LocalModel, Teacher};
+use crate::generate::local::LocalModel;
 use crate::generate::sampling::Sampling;
+use crate::generate::teacher::{Asked, Teacher};
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::recipe::file::argument_value;
 use crate::recipe::keys::suggestion;
@@ -73,8 +74,7 @@ fn answer(
         index: turn as u64,
         place: format!("turn {}", turn + 1),
         messages: messages.to_vec(),
-        tools: None,
-        template_kwargs: Map::new(),
+        ..Asked::default()
     };
     let mut text = String::new();
     model.answer(&[asked], sampling, &mut |_, answers| {

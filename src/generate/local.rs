@@ -4,7 +4,6 @@ use std::sync::OnceLock;
 
 use candle_core::DType;
 use half::bf16;
-use serde_json::{Map, Value};
 
 use super::cache::CacheShape;
 use super::decode::{CpuDecoder, Decoder};
@@ -14,8 +13,8 @@ use super::engine::{
 use super::grammar::Grammars;
 use super::plain::PlainDecoder;
 use super::sampling::{Sampling, WeightFormat};
+use super::teacher::{Asked, Teacher};
 use crate::data::forest::{Forest, micro_batches};
-use crate::data::record::{Message, Row};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::data::tree::{Role, Tree};
 use crate::error::{Context, Error, Result};
@@ -29,52 +28,6 @@ const MAX_BATCH: usize = 64;
 const MAX_PREFILL: usize = 512;
 /// Bytes of all caches together.
 const CACHE_BYTES: usize = 1 << 30;
-
-/// One conversation that waits for its answer.
-#[derive(Clone, Debug)]
-pub struct Asked {
-    /// Keys the draws: the row's index in its dataset.
-    pub index: u64,
-    /// Names the row in errors.
-    pub place: String,
-    /// The conversation so far.
-    pub messages: Vec<Message>,
-    /// Tool descriptions for the chat template.
-    pub tools: Option<Value>,
-    /// Further variables for the chat template.
-    pub template_kwargs: Map<String, Value>,
-}
-
-impl Asked {
-    /// What row `index` of a dataset asks.
-    ///
-    /// # Errors
-    /// A row without a prompt.
-    pub fn from_row(index: usize, row: &Row) -> Result<Self> {
-        Ok(Self {
-            index: index as u64,
-            place: row.place.clone(),
-            messages: row.prompt_messages()?,
-            tools: row.tools.clone(),
-            template_kwargs: row.template_kwargs.clone(),
-        })
-    }
-}
-
-/// Answers conversations. Implemented by models in this process; a server's client would be another.
-pub trait Teacher {
-    /// Draws `sampling.num_samples` answers to each. `done` is called with a question's place in the list and its
-    /// answers as soon as they are all there; an error from it ends the call.
-    ///
-    /// # Errors
-    /// A question that the model cannot be asked, by its place.
-    fn answer(
-        &self,
-        asked: &[Asked],
-        sampling: &Sampling,
-        done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
-    ) -> Result<()>;
-}
 
 /// A causal language model with its tokenizer.
 pub struct LocalModel {

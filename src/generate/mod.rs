@@ -1,6 +1,6 @@
 //! Text from models: sampling settings, the sampler, batched generation with a key/value cache, teachers.
 //!
-//! Knows nothing of stages, scores or files.
+//! Knows nothing of stages or scores, and of files only the ledger of a server's answers.
 
 mod attend;
 pub mod cache;
@@ -8,11 +8,13 @@ pub mod decode;
 pub mod engine;
 pub mod grammar;
 pub mod local;
+pub mod openai;
 mod parts;
 pub mod plain;
 pub mod sampler;
 pub mod sampling;
 mod stop;
+pub mod teacher;
 
 #[cfg(test)]
 mod tests;

@@ -90,7 +90,7 @@ pub const ALIASES: &[(&str, &str)] = &[
 ];
 
 /// Keys, at any depth of a spec, whose text names something to read.
-pub const INPUT_KEYS: [&str; 10] = [
+pub const INPUT_KEYS: [&str; 11] = [
     "model_name_or_path",
     "ref_model_name_or_path",
     "teacher",
@@ -100,6 +100,7 @@ pub const INPUT_KEYS: [&str; 10] = [
     "earlier",
     "path",
     "reward_model",
+    "judge",
     "chat_template",
 ];
 

@@ -11,6 +11,7 @@ use crate::data::prepare::{OnBadRow, SftOptions};
 use crate::data::read::{Format, ReadOptions};
 use crate::error::{Context, Error, Result};
 use crate::generate::sampling::Sampling;
+use crate::generate::teacher::TeacherSpec;
 use crate::loss::sft::{Normalization, TokenLoss};
 use crate::model::lora::Lora;
 use crate::score::ScorerSpec;
@@ -195,9 +196,8 @@ impl Spec {
     pub fn check(&self) -> Result<()> {
         let (models, datasets): (&[(&str, &String)], Option<&[Dataset]>) = match self {
             Self::Synth(spec) => {
-                check_scorers(&spec.scorers)?;
-                spec.sampling.check()?;
-                (&[("teacher", &spec.teacher)], Some(&spec.datasets))
+                spec.check()?;
+                (&[], Some(&spec.datasets))
             }
             Self::Sft(spec) => {
                 spec.train.check()?;
@@ -244,8 +244,7 @@ impl Spec {
         };
         for (key, model) in models {
             if model.is_empty() {
-                return Err(Error::usage(format!("`{key}` is missing"))
-                    .hint("a directory, a .gguf file, a hub id, or \"@stage\""));
+                return Err(missing_model(key));
             }
         }
         if datasets.is_some_and(<[_]>::is_empty) {
@@ -254,6 +253,11 @@ impl Spec {
         }
         Ok(())
     }
+}
+
+fn missing_model(key: &str) -> Error {
+    Error::usage(format!("`{key}` is missing"))
+        .hint("a directory, a .gguf file, a hub id, or \"@stage\"")
 }
 
 /// Scorers stay as written for the stage, which loads their models; whether they can be built is known here.
@@ -317,8 +321,8 @@ impl Dataset {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Synth {
-    /// The teacher's checkpoint.
-    pub teacher: String,
+    /// The teacher: a checkpoint, or a server's table.
+    pub teacher: TeacherSpec,
     /// The prompts.
     pub datasets: Vec<Dataset>,
     /// How to sample.
@@ -327,6 +331,17 @@ pub struct Synth {
     pub scorers: Vec<Value>,
     /// Keep an answer whose score is at least this, where `scorers` are given.
     pub min_score: f64,
+}
+
+impl Synth {
+    fn check(&self) -> Result<()> {
+        check_scorers(&self.scorers)?;
+        self.sampling.check()?;
+        if self.teacher.is_empty() {
+            return Err(missing_model("teacher"));
+        }
+        self.teacher.check().at("`teacher`").map_err(Error::as_usage)
+    }
 }
 
 /// `sft`: supervised fine-tuning. Writes `checkpoint/`.

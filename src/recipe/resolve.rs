@@ -182,6 +182,8 @@ impl Stage {
         let value = shaped(key, entry.value.clone(), &self.keys[key].default);
         if let Some(expected) = keys::wrong_type(&value, &self.keys[key].default)
             && !value.is_null()
+            // A teacher may be a server, which is a table.
+            && !(key == "teacher" && value.is_object())
         {
             return Err(wrong(expected));
         }
@@ -344,6 +346,7 @@ fn check_defaults(file: &RecipeFile) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::generate::teacher::TeacherSpec;
 
     fn plan(text: &str) -> Result<Resolved> {
         resolve(&RecipeFile::parse(text, Path::new("r.toml"))?, None)
@@ -495,8 +498,45 @@ mod tests {
         );
         refuses(
             &format!("{sample}scorers = [{{weight = 1.0}}]\n"),
-            "r.toml:5: stage `sample`: `scorers`[0]: a scorer names neither `verifier` nor `reward_model` (hint: write {verifier = \"exact\"} or {reward_model = \"@reward\"})",
+            "r.toml:5: stage `sample`: `scorers`[0]: a scorer names neither `verifier` nor `reward_model` nor `judge` (hint: write {verifier = \"exact\"} or {reward_model = \"@reward\"})",
         );
+    }
+
+    #[test]
+    fn a_teacher_is_a_model_or_the_table_of_a_server() {
+        let synth = |teacher: &str| {
+            format!("[[stage]]\nkind = 'synth'\ndatasets = 'src/lib.rs'\nteacher = {teacher}\n")
+        };
+        let spec = |teacher: &str| match plan(&synth(teacher)).unwrap().plan.steps.remove(0).spec {
+            Spec::Synth(synth) => synth.teacher,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(spec("['@synth?', 'src']"), TeacherSpec::Local("src".to_owned()));
+        let table = "{kind = 'openai', base_url = ['http://a:1/v1', 'http://b:1/v1/'], model = 'm', max_concurrency = 3}";
+        let TeacherSpec::Server(server) = spec(table) else { panic!("no server") };
+        assert_eq!(server.base_url, ["http://a:1/v1", "http://b:1/v1"]);
+        assert_eq!((server.max_concurrency, server.max_retries), (3, 8));
+        for (table, expected) in [
+            (
+                "{base_url = 'http://a', modle = 'm'}",
+                "`teacher`: unknown field `modle`, expected one of `kind`,",
+            ),
+            ("{base_url = 'http://a', modle = 'm'}", "(hint: did you mean `model`?)"),
+            ("{model = 'm'}", "`teacher`: `base_url` is missing"),
+            (
+                "{base_url = 'http://a', model = 'm', timeout = 'x'}",
+                "`teacher`: timeout: invalid type: string \"x\", expected f64",
+            ),
+            ("3", "`teacher` is 3, expected text"),
+            ("''", "`teacher` is missing"),
+        ] {
+            let error = format!("{:?}", plan(&synth(table)).unwrap_err());
+            assert!(
+                error.starts_with("r.toml:4: stage `synth`: ") || expected.ends_with("missing"),
+                "{error}"
+            );
+            assert!(error.contains(expected), "{error}");
+        }
     }
 
     #[test]

@@ -212,11 +212,17 @@ pub(super) fn inputs(key: &str, value: Value, scope: &Scope<'_>) -> Result<Value
         ("scorers", Value::Array(list)) => {
             let mut scorers = Vec::new();
             for mut scorer in list {
-                if let Some(model) = scorer.get("reward_model").and_then(Value::as_str) {
-                    let Some(path) = scope.paths(model)?.pop() else { continue };
-                    scorer["reward_model"] = Value::String(path);
+                let mut absent = false;
+                for key in ["reward_model", "judge"] {
+                    let Some(model) = scorer.get(key).and_then(Value::as_str) else { continue };
+                    match scope.paths(model)?.pop() {
+                        Some(path) => scorer[key] = Value::String(path),
+                        None => absent = true,
+                    }
                 }
-                scorers.push(scorer);
+                if !absent {
+                    scorers.push(scorer);
+                }
             }
             Ok(Value::Array(scorers))
         }

@@ -1,7 +1,9 @@
-//! Who judges answers: verifiers that check them, reward models that rank them, and the selection made of it.
+//! Who judges answers: verifiers that check them, reward models that rank them, language models that give their
+//! opinion, and the selection made of it.
 
 pub mod candidates;
 pub mod curve;
+pub mod judge;
 pub mod reward_model;
 pub mod select;
 pub mod statistics;
@@ -16,10 +18,12 @@ use serde_json::Value;
 
 use crate::data::record::Message;
 use crate::error::{Context, Error, Result};
+use crate::generate::teacher::TeacherSpec;
+use judge::{Form, Judge};
 use reward_model::{Reading, RewardModel, StepAggregation};
 use verifiers::{Check, Verifier};
 
-/// One judge as a recipe names it: a verifier or a reward model, and the weight of its score in the sum.
+/// One judge as a recipe names it: a verifier, a reward model or a language model, and the weight of its score in the sum.
 ///
 /// ```
 /// use arriero::score::ScorerSpec;
@@ -36,13 +40,31 @@ pub struct ScorerSpec {
     /// A reward model's checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reward_model: Option<String>,
+    /// A language model, as `teacher` names one: a checkpoint or a server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub judge: Option<TeacherSpec>,
+    /// `judge`: what it is asked: `rubric`, `pairwise` or `code`.
+    #[serde(default)]
+    pub form: Form,
+    /// `judge`: what it should look at; each form has a text of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rubric: Option<String>,
+    /// `judge`: how often it is asked about each answer or pair.
+    #[serde(default = "once")]
+    pub votes: usize,
+    /// `judge`: how warm it is; 0 with one vote, 0.7 with several where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f64>,
+    /// `judge`: most tokens of a verdict with its reason.
+    #[serde(default = "verdict_tokens")]
+    pub max_tokens: usize,
     /// What each attribute of a rating model counts, by name: `{helpfulness = 1, verbosity = -0.2}`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub attribute_weights: BTreeMap<String, f64>,
     /// How a model that judges steps judges an answer: `min`, `last` or `product`.
     #[serde(default)]
     pub step_aggregation: StepAggregation,
-    /// The score's name in the rows; the verifier's name or `reward` where absent.
+    /// The score's name in the rows; the verifier's name, `reward` or `judge` where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Weight in the sum.
@@ -85,6 +107,14 @@ fn one() -> f64 {
     1.0
 }
 
+fn once() -> usize {
+    1
+}
+
+fn verdict_tokens() -> usize {
+    512
+}
+
 fn unlimited() -> usize {
     usize::MAX
 }
@@ -95,6 +125,12 @@ impl ScorerSpec {
         Self {
             verifier: Some(check),
             reward_model: None,
+            judge: None,
+            form: Form::default(),
+            rubric: None,
+            votes: once(),
+            temperature: None,
+            max_tokens: verdict_tokens(),
             attribute_weights: BTreeMap::new(),
             step_aggregation: StepAggregation::default(),
             name: None,
@@ -113,6 +149,7 @@ impl ScorerSpec {
         match (&self.name, self.verifier) {
             (Some(name), _) => name,
             (None, Some(check)) => check.name(),
+            (None, None) if self.judge.is_some() => "judge",
             (None, None) => "reward",
         }
     }
@@ -141,13 +178,19 @@ impl ScorerSpec {
             return Err(Error::usage("`attribute_weights` or `step_aggregation` without a model")
                 .hint("they say how a `reward_model` is read"));
         }
+        self.check_judge()?;
         match (self.verifier, &self.reward_model) {
+            (None, None) if self.judge.is_some() => Ok(()),
+            (_, _) if self.judge.is_some() => {
+                Err(Error::usage("a scorer names `judge` and another one")
+                    .hint("make two scorers of it, each with its weight"))
+            }
             (Some(check), None) => Verifier::new(check, self).map(|_| ()),
             (None, Some(_)) => Ok(()),
-            (None, None) => {
-                Err(Error::usage("a scorer names neither `verifier` nor `reward_model`")
-                    .hint("write {verifier = \"exact\"} or {reward_model = \"@reward\"}"))
-            }
+            (None, None) => Err(Error::usage(
+                "a scorer names neither `verifier` nor `reward_model` nor `judge`",
+            )
+            .hint("write {verifier = \"exact\"} or {reward_model = \"@reward\"}")),
             (Some(_), Some(_)) => {
                 Err(Error::usage("a scorer names both `verifier` and `reward_model`")
                     .hint("make two scorers of it, each with its weight"))
@@ -155,12 +198,38 @@ impl ScorerSpec {
         }
     }
 
-    /// Builds the judge. Reward models are loaded onto `device`.
+    fn check_judge(&self) -> Result<()> {
+        let Some(judge) = &self.judge else {
+            if self.rubric.is_some() || self.votes != 1 || self.form != Form::default() {
+                return Err(Error::usage("`rubric`, `form` or `votes` without `judge`")
+                    .hint("they say what a language model is asked"));
+            }
+            return Ok(());
+        };
+        for (key, value) in [("votes", self.votes), ("max_tokens", self.max_tokens)] {
+            if value == 0 {
+                return Err(Error::usage(format!("`{key}` is 0, expected 1 or more")));
+            }
+        }
+        if let Some(warm) = self.temperature.filter(|warm| !(0.0..=10.0).contains(warm)) {
+            return Err(Error::usage(format!("`temperature` is {warm}, expected 0 to 10")));
+        }
+        if judge.is_empty() {
+            return Err(Error::usage("`judge` is empty")
+                .hint("a directory, a hub id, or {base_url = …, model = …}"));
+        }
+        judge.check().at("`judge`")
+    }
+
+    /// Builds the judge. Models are loaded onto `device`.
     ///
     /// # Errors
     /// As [`check`](Self::check), and what loading a checkpoint can fail with.
     pub fn build(&self, device: &Device) -> Result<Box<dyn Scorer>> {
         self.check()?;
+        if let Some(judge) = &self.judge {
+            return Ok(Box::new(Judge::load(self, judge, device)?));
+        }
         Ok(match (self.verifier, &self.reward_model) {
             (Some(check), _) => Box::new(Verifier::new(check, self)?),
             (None, Some(path)) => {
@@ -199,7 +268,8 @@ pub struct Score {
 
 /// Judges answers.
 pub trait Scorer {
-    /// One score an answer, each depending on the question and that answer alone.
+    /// One score an answer, each depending on the question and that answer alone; a judge that compares answers looks
+    /// at the others too.
     ///
     /// # Errors
     /// The row lacks what the judge needs.
@@ -211,10 +281,10 @@ pub trait Scorer {
 
 /// All judges of a stage.
 pub struct Panel {
-    judges: Vec<Judge>,
+    judges: Vec<Seat>,
 }
 
-struct Judge {
+struct Seat {
     label: String,
     weight: f64,
     length_penalty: f64,
@@ -244,7 +314,7 @@ impl Panel {
     /// # Errors
     /// A judge that cannot be built, by its place in the list; two of one name.
     pub fn new(specs: &[Value], device: &Device) -> Result<Self> {
-        let mut judges: Vec<Judge> = Vec::new();
+        let mut judges: Vec<Seat> = Vec::new();
         for (index, spec) in specs.iter().enumerate() {
             let place = || format!("scorers[{index}]");
             let spec: ScorerSpec = serde_path_to_error::deserialize(spec)
@@ -256,7 +326,7 @@ impl Panel {
                     .hint("give one of them another `name`"));
             }
             let scorer = spec.build(device).at(place())?;
-            judges.push(Judge {
+            judges.push(Seat {
                 label,
                 weight: spec.weight,
                 length_penalty: spec.length_penalty,
@@ -374,6 +444,12 @@ mod tests {
             (json!({"verifier": "length", "min": 5, "max": 4}), "min"),
             (json!({"verifier": "exact", "step_aggregation": "last"}), "without a model"),
             (json!({"reward_model": "x", "step_aggregation": "mean"}), "mean"),
+            (json!({"judge": "x", "verifier": "exact"}), "another one"),
+            (json!({"judge": {"base_url": "http://a", "modle": "m"}}), "modle"),
+            (json!({"judge": {"base_url": "http://a"}}), "`model` is missing"),
+            (json!({"judge": "x", "votes": 0}), "`votes` is 0"),
+            (json!({"judge": "x", "form": "rubrik"}), "rubrik"),
+            (json!({"verifier": "exact", "rubric": "x"}), "without `judge`"),
         ] {
             let error = panel(&[spec]).err().unwrap().to_string();
             assert!(error.starts_with("scorers[0]: ") && error.contains(part), "{error}");

@@ -10,8 +10,10 @@ use crate::data::prepare::OnBadRow;
 use crate::data::record::Row;
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::Answer;
-use crate::generate::local::{Asked, LocalModel};
+use crate::generate::local::LocalModel;
+use crate::generate::openai::Server;
 use crate::generate::sampling::Sampling;
+use crate::generate::teacher::{Asked, Teacher, TeacherSpec};
 use crate::recipe::plan::Dataset;
 use crate::score::candidates::{Candidate, Candidates};
 use crate::score::curve::{CURVE, Curve};
@@ -19,10 +21,63 @@ use crate::score::statistics::Estimate;
 use crate::score::{Panel, Question, Verdict};
 use crate::store::{self, JsonlWriter};
 
+/// What a server has answered, request by request; beside the ledger of finished prompts.
+const REQUESTS: &str = "requests.jsonl";
+
 /// Loads a model that writes text, held as the sampling settings say.
 pub fn load(context: &StageContext<'_>, model: &str, sampling: &Sampling) -> Result<LocalModel> {
     let checkpoint = training::load(context, model, "")?.computed_in(sampling.dtype)?;
     LocalModel::held(&checkpoint, sampling.quantization).at(model)
+}
+
+/// A teacher: a model loaded into this process, or the client of a server, which records what it receives in the
+/// stage's directory.
+pub fn teacher<'a>(
+    context: &StageContext<'a>,
+    spec: &TeacherSpec,
+    sampling: &Sampling,
+) -> Result<Someone<'a>> {
+    Ok(match spec {
+        TeacherSpec::Local(model) => Someone::Here(Box::new(load(context, model, sampling)?)),
+        TeacherSpec::Server(spec) => {
+            let ledger = context.dir.join(REQUESTS);
+            Someone::There(Box::new(Server::new(spec, Some(&ledger), context.events)?))
+        }
+    })
+}
+
+/// A teacher, wherever it is.
+pub enum Someone<'a> {
+    /// In this process.
+    Here(Box<LocalModel>),
+    /// Behind a server.
+    There(Box<Server<'a>>),
+}
+
+impl Someone<'_> {
+    /// Writes who answered and what it cost, where that was a server.
+    pub fn write_account(&self, context: &StageContext<'_>) -> Result<()> {
+        match self {
+            Self::Here(_) => Ok(()),
+            Self::There(server) => {
+                store::write_json(&context.dir.join("teacher.json"), &server.account())
+            }
+        }
+    }
+}
+
+impl Teacher for Someone<'_> {
+    fn answer(
+        &self,
+        asked: &[Asked],
+        sampling: &Sampling,
+        done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
+    ) -> Result<()> {
+        match self {
+            Self::Here(model) => model.answer(asked, sampling, done),
+            Self::There(server) => server.answer(asked, sampling, done),
+        }
+    }
 }
 
 /// Reads the rows whose prompts are to be answered.
@@ -100,8 +155,9 @@ pub fn write_rows<T: Serialize>(context: &StageContext<'_>, name: &str, rows: &[
     store::write_atomic(&context.dir.join(name), &text)
 }
 
-/// Removes the ledger once its content stands in the outputs.
+/// Removes the ledgers once its content stands in the outputs.
 pub fn close_ledger(context: &StageContext<'_>) -> Result<()> {
+    store::remove(&context.dir.join(REQUESTS))?;
     store::remove(&context.dir.join("ledger.jsonl"))
 }
 
@@ -132,7 +188,7 @@ pub fn candidates(
 ) -> Result<(Candidates, Vec<Verdict>)> {
     let drawn = answers.iter().enumerate().map(|(sample, answer)| Candidate {
         text: answer.text.clone(),
-        tokens: answer.ids.len(),
+        tokens: answer.tokens,
         finish: answer.finish,
         logprob_sum: answer.logprob_sum(),
         scores: indexmap::IndexMap::new(),

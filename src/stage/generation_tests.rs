@@ -14,6 +14,7 @@ use crate::data::template;
 use crate::data::tokenizer::{ChatTokenizer, TokenizerSettings};
 use crate::error::Kind;
 use crate::generate::sampling::Sampling;
+use crate::generate::teacher::TeacherSpec;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::save::SaveOptions;
 use crate::model::{Config, init};
@@ -213,7 +214,7 @@ fn a_teacher_keeps_whole_answers_that_the_judges_accept() {
         let teacher =
             if dir.exists() { dir.display().to_string() } else { save_model(&dir, 1, false) };
         Spec::Synth(plan::Synth {
-            teacher,
+            teacher: TeacherSpec::Local(teacher),
             datasets: prompts(home.path(), 6),
             sampling: Sampling { stop: vec!["\u{fffd}".to_owned()], ..sampling(4) },
             scorers,

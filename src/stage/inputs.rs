@@ -8,10 +8,14 @@ use serde_json::{Value, json};
 
 use crate::data::paths;
 use crate::error::{Context, Error, Result};
+use crate::generate::openai::spec::ServerSpec;
 use crate::model::hub;
 use crate::recipe::keys::INPUT_KEYS;
 use crate::recipe::{Step, refs};
 use crate::store;
+
+/// Keys that name a model, as text, or a server, as a table.
+const SERVER_KEYS: [&str; 2] = ["teacher", "judge"];
 
 /// Content hashes of paths, each computed once a process.
 #[derive(Debug, Default)]
@@ -71,7 +75,11 @@ impl Hashes {
                 let list = list.into_iter().map(|item| self.replace(key, item, contents));
                 Value::Array(list.collect::<Result<_>>()?)
             }
-            Value::Object(table) => {
+            Value::Object(mut table) => {
+                // Of a server only what decides answers: not where it is, nor how fast it is asked.
+                if SERVER_KEYS.contains(&key) {
+                    ServerSpec::deciding(&mut table);
+                }
                 let mut replaced = serde_json::Map::new();
                 for (key, value) in table {
                     let value = self.replace(&key, value, contents)?;

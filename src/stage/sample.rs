@@ -9,8 +9,9 @@ use super::{Metrics, StageContext};
 use crate::data::record::{Message, Row};
 use crate::error::{Error, Result};
 use crate::generate::engine::Finish;
-use crate::generate::local::{Asked, LocalModel, Teacher};
+use crate::generate::local::LocalModel;
 use crate::generate::sampling::Sampling;
+use crate::generate::teacher::{Asked, Teacher};
 use crate::recipe::plan;
 use crate::report::candidates as page;
 use crate::score::Panel;
@@ -40,7 +41,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
         for turn in &turns {
             let model = match loaded.take().filter(|(earlier, _)| earlier.shares_model(turn)) {
                 Some((_, model)) => model,
-                None => generation::load(context, turn.model, turn.sampling.dtype)?,
+                None => generation::load(context, turn.model, &turn.sampling)?,
             };
             let draw =
                 Draw { round: context.round, spec, rows: &rows, earlier: &earlier, panel: &panel };

@@ -8,7 +8,7 @@ use super::{Metrics, StageContext};
 use crate::data::record::{Message, Row};
 use crate::error::{Error, Result};
 use crate::generate::engine::{Answer, Finish};
-use crate::generate::local::{Asked, Teacher};
+use crate::generate::teacher::{Asked, Teacher};
 use crate::recipe::plan;
 use crate::score::Panel;
 
@@ -37,12 +37,15 @@ pub struct Meta {
     pub score: f64,
     /// Tokens of the answer.
     pub tokens: usize,
+    /// Log-probability of the answer under a server's model, in nats, where it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprob_sum: Option<f64>,
 }
 
 /// Lets the teacher answer every prompt and keeps what the judges accept. Input: a checkpoint and prompts. Output:
 /// `data.jsonl`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
-    let teacher = generation::load(context, &spec.teacher, &spec.sampling)?;
+    let teacher = generation::teacher(context, &spec.teacher, &spec.sampling)?;
     let panel = Panel::new(&spec.scorers, &context.device)?;
     let rows = generation::rows(context, &spec.datasets)?;
 
@@ -60,6 +63,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
             .hint("raise max_new_tokens if answers are cut off, lower min_score, or check the verifier"));
     }
     generation::write_rows(context, "data.jsonl", &taught)?;
+    teacher.write_account(context)?;
     generation::close_ledger(context)?;
     let drawn = rows.len() * spec.sampling.num_samples;
     Ok(Metrics::from([
@@ -81,15 +85,21 @@ fn accepted(
     answers: &[Answer],
     min_score: f64,
 ) -> Result<Vec<Taught>> {
+    // A prompt that a server refused and the recipe skips.
+    if answers.is_empty() {
+        return Ok(Vec::new());
+    }
     let texts: Vec<&str> = answers.iter().map(|answer| answer.text.as_str()).collect();
-    let tokens: Vec<usize> = answers.iter().map(|answer| answer.ids.len()).collect();
+    let tokens: Vec<usize> = answers.iter().map(|answer| answer.tokens).collect();
     let verdicts = generation::judge(panel, asked, row, (&texts, &tokens))?;
     let mut kept: Vec<Taught> = Vec::new();
     for (sample, (answer, verdict)) in answers.iter().zip(verdicts).enumerate() {
         let right =
             verdict.passed != Some(false) && (panel.is_empty() || verdict.score >= min_score);
         let mut messages = asked.messages.clone();
-        messages.push(Message::new("assistant", answer.text.as_str()));
+        let mut said = Message::new("assistant", answer.text.as_str());
+        said.fields_mut().extend(answer.fields.clone());
+        messages.push(said);
         let is_new = kept.iter().all(|kept| kept.messages != messages);
         if right && is_new && answer.finish == Finish::Stop {
             kept.push(Taught {
@@ -100,10 +110,18 @@ fn accepted(
                     source: row.place.clone(),
                     sample,
                     score: verdict.score,
-                    tokens: answer.ids.len(),
+                    tokens: answer.tokens,
+                    logprob_sum: server_logprob_sum(answer),
                 },
             });
         }
     }
     Ok(kept)
+}
+
+/// What a server said of its answer's probability. A model in this process can be asked again at any time, so its rows
+/// do not carry it.
+fn server_logprob_sum(answer: &Answer) -> Option<f64> {
+    let from_server = answer.sample_logprobs.is_empty() && !answer.logprobs.is_empty();
+    from_server.then(|| answer.logprob_sum())
 }

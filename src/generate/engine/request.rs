@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::generate::grammar::Grammar;
@@ -25,6 +26,8 @@ pub enum Finish {
     Stop,
     /// `max_new_tokens`, or the model's last position.
     Length,
+    /// A server's filter withheld the answer or the rest of it.
+    Filtered,
 }
 
 /// A token with its log-probability in nats.
@@ -35,21 +38,30 @@ pub type Likely = (u32, f32);
 pub struct Answer {
     /// The text, without end-of-turn token and stop string.
     pub text: String,
-    /// Every token drawn, the end-of-turn token included.
+    /// Every token drawn, the end-of-turn token included; empty where a server did not say them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ids: Vec<u32>,
-    /// Log-probability of each under the model alone, in nats.
+    /// Log-probability of each under the model alone, in nats; empty where a server did not say them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<f32>,
-    /// Log-probability of each under the distribution it was drawn from, in nats.
+    /// Log-probability of each under the distribution it was drawn from, in nats; servers do not say them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sample_logprobs: Vec<f32>,
     /// The likeliest tokens at each place under the model alone, likeliest first; empty where they were not asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub top_logprobs: Vec<Vec<Likely>>,
+    /// How many tokens were drawn. A server that only counts the tokens of several answers together has each
+    /// answer take an equal share.
+    pub tokens: usize,
     /// Why it ended.
     pub finish: Finish,
+    /// Further fields of the message, as a server gave them: `tool_calls`, `reasoning_content`.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub fields: Map<String, Value>,
 }
 
 impl Answer {
-    /// Log-probability of the whole answer under the model alone, in nats.
+    /// Log-probability of the whole answer under the model alone, in nats; 0 where it is not known.
     pub fn logprob_sum(&self) -> f64 {
         self.logprobs.iter().map(|&logprob| f64::from(logprob)).sum()
     }

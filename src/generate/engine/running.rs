@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use rand_chacha::ChaCha8Rng;
+use serde_json::Map;
 
 use super::prefix::{Held, Share};
 use super::{Answer, Finish, Likely, Piece, Request, Ticket, Vocabulary};
@@ -170,11 +171,13 @@ impl<C> Running<C> {
     pub(super) fn answer(&mut self, finish: Finish, text: String) -> Answer {
         Answer {
             text,
+            tokens: self.ids.len(),
             ids: std::mem::take(&mut self.ids),
             logprobs: std::mem::take(&mut self.logprobs),
             sample_logprobs: std::mem::take(&mut self.sample_logprobs),
             top_logprobs: std::mem::take(&mut self.top_logprobs),
             finish,
+            fields: Map::new(),
         }
     }
 }

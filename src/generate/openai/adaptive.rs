@@ -1,0 +1,138 @@
+//! How many requests a server is given at once: more while it keeps up, half as many when it does not
+//! (additive increase, multiplicative decrease; Chiu and Jain, 1989).
+
+use std::time::Instant;
+
+/// Requests at once before anything is known of the server.
+const START: f64 = 8.0;
+/// The window stays as it is while requests take this many times as long as they did at best. A batching server's
+/// single request slows down long before its throughput does, so this is generous.
+const STABLE: f64 = 4.0;
+/// Share of a new measurement in the running mean.
+const FRESH: f64 = 0.1;
+/// The best time is forgotten slowly: a server may have become slower for good.
+const FORGET: f64 = 1.001;
+
+/// The number of requests that may be under way.
+#[derive(Clone, Debug)]
+pub struct Window {
+    size: f64,
+    most: f64,
+    /// Until the first trouble every answer lets one more in: the window doubles each round.
+    doubling: bool,
+    cut_at: Option<Instant>,
+    /// Running mean of the time a token takes.
+    pace: f64,
+    best: f64,
+}
+
+impl Window {
+    /// A window of at most `most` requests.
+    ///
+    /// ```
+    /// use arriero::generate::openai::adaptive::Window;
+    /// use std::time::Instant;
+    /// let mut window = Window::new(64);
+    /// assert_eq!(window.limit(), 8);
+    /// window.answered(0.01, true);
+    /// assert_eq!(window.limit(), 9);
+    /// window.trouble(Instant::now());
+    /// assert_eq!(window.limit(), 4);
+    /// ```
+    pub fn new(most: usize) -> Self {
+        let most = most.max(1) as f64;
+        let (pace, best) = (0.0, f64::INFINITY);
+        Self { size: START.min(most), most, doubling: true, cut_at: None, pace, best }
+    }
+
+    /// How many requests may be under way now.
+    pub fn limit(&self) -> usize {
+        self.size as usize
+    }
+
+    /// A request was answered in `seconds` a token; `full` says whether the window was in use to its limit, without
+    /// which nothing was learned about a larger one.
+    pub fn answered(&mut self, seconds: f64, full: bool) {
+        self.pace =
+            if self.pace > 0.0 { self.pace + FRESH * (seconds - self.pace) } else { seconds };
+        self.best = (self.best * FORGET).min(self.pace);
+        if full && self.pace <= STABLE * self.best {
+            let step = if self.doubling { 1.0 } else { 1.0 / self.size };
+            self.size = (self.size + step).min(self.most);
+        } else if full {
+            self.doubling = false;
+        }
+    }
+
+    /// A request that was begun at `begun` was turned away or lost. All that were under way together count as one.
+    pub fn trouble(&mut self, begun: Instant) {
+        self.doubling = false;
+        if self.cut_at.is_none_or(|cut_at| begun >= cut_at) {
+            self.size = (self.size / 2.0).max(1.0);
+            self.cut_at = Some(Instant::now());
+        }
+    }
+
+    /// The server comes back after it was away: one request shows whether it works.
+    pub fn restart(&mut self) {
+        self.size = 1.0;
+        self.doubling = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_window_doubles_then_halves_once_a_round_then_creeps() {
+        let mut window = Window::new(64);
+        for _ in 0..24 {
+            window.answered(0.01, true);
+        }
+        assert_eq!(window.limit(), 32);
+        let begun = Instant::now();
+        for _ in 0..32 {
+            window.trouble(begun);
+        }
+        assert_eq!(window.limit(), 16);
+        for _ in 0..17 {
+            window.answered(0.01, true);
+        }
+        assert_eq!(window.limit(), 17);
+        window.trouble(Instant::now() + Duration::from_secs(1));
+        assert_eq!(window.limit(), 8);
+    }
+
+    #[test]
+    fn the_window_stays_where_requests_become_slow_or_it_is_not_used() {
+        let mut window = Window::new(64);
+        window.answered(0.01, true);
+        for _ in 0..100 {
+            window.answered(0.1, true);
+        }
+        let slow = window.limit();
+        for _ in 0..100 {
+            window.answered(0.1, true);
+        }
+        assert!(window.limit() <= slow + 1 && slow < 24, "{slow} {}", window.limit());
+        let mut idle = Window::new(64);
+        for _ in 0..100 {
+            idle.answered(0.01, false);
+        }
+        assert_eq!(idle.limit(), 8);
+    }
+
+    #[test]
+    fn the_window_never_closes_and_never_passes_its_limit() {
+        let mut window = Window::new(3);
+        assert_eq!(window.limit(), 3);
+        window.answered(0.01, true);
+        assert_eq!(window.limit(), 3);
+        for second in 0..10 {
+            window.trouble(Instant::now() + Duration::from_secs(second));
+        }
+        assert_eq!(window.limit(), 1);
+    }
+}

@@ -1,0 +1,83 @@
+//! Limits by the minute: so many requests, so many tokens.
+
+use std::time::{Duration, Instant};
+
+/// Seconds of the limit that may be used at once after a pause.
+const BURST: f64 = 2.0;
+
+/// One limit as a bucket that fills steadily. It may be overdrawn: the next one then waits longer.
+#[derive(Clone, Debug)]
+pub struct Bucket {
+    /// Units a second; 0 is no limit.
+    rate: f64,
+    filled: f64,
+    at: Instant,
+}
+
+impl Bucket {
+    /// A bucket of `a_minute` units a minute; 0 is no limit.
+    pub fn new(a_minute: f64, now: Instant) -> Self {
+        let rate = a_minute / 60.0;
+        Self { rate, filled: (rate * BURST).max(1.0), at: now }
+    }
+
+    /// How long until something may be taken: zero where it may be now.
+    pub fn wait(&mut self, now: Instant) -> Duration {
+        if self.rate <= 0.0 {
+            return Duration::ZERO;
+        }
+        let passed = now.saturating_duration_since(self.at).as_secs_f64();
+        self.filled = (self.filled + passed * self.rate).min((self.rate * BURST).max(1.0));
+        self.at = now;
+        // Half a unit of rounding must not cost a second round of waiting.
+        if self.filled >= 0.999 {
+            Duration::ZERO
+        } else {
+            Duration::from_secs_f64(((1.0 - self.filled) / self.rate).min(3600.0))
+        }
+    }
+
+    /// Takes `units`; a negative number gives back.
+    pub fn take(&mut self, units: f64) {
+        if self.rate > 0.0 {
+            self.filled -= units;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minute_has_as_many_as_the_limit_says() {
+        let start = Instant::now();
+        let mut bucket = Bucket::new(60.0, start);
+        let mut now = start;
+        let mut taken = 0;
+        while now < start + Duration::from_mins(1) {
+            let wait = bucket.wait(now);
+            if wait.is_zero() {
+                bucket.take(1.0);
+                taken += 1;
+            }
+            now += wait;
+        }
+        assert!((60..=63).contains(&taken), "{taken}");
+    }
+
+    #[test]
+    fn an_overdrawn_bucket_waits_until_it_is_paid_back() {
+        let start = Instant::now();
+        let mut bucket = Bucket::new(6000.0, start);
+        assert!(bucket.wait(start).is_zero());
+        bucket.take(1000.0);
+        let wait = bucket.wait(start).as_secs_f64();
+        assert!((wait - 8.01).abs() < 1e-6, "{wait}");
+        bucket.take(-900.0);
+        assert!(bucket.wait(start).is_zero());
+        let mut free = Bucket::new(0.0, start);
+        free.take(1e9);
+        assert!(free.wait(start).is_zero());
+    }
+}

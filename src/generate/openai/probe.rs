@@ -1,0 +1,270 @@
+//! What a server can do, found out with a few requests of a few tokens: servers ignore in silence what they do not
+//! know, and that must come to light before a long run, not after it.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::http::{Failure, Http, Trouble, start_of};
+use super::spec::ServerSpec;
+use super::wire::{self, ChatReply};
+use crate::data::record::Message;
+use crate::error::did_you_mean;
+use crate::generate::sampling::Sampling;
+use crate::generate::teacher::Asked;
+
+/// What a run needs to know of the server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a question of its own")]
+pub struct Needs {
+    /// Several answers to one request.
+    pub n: bool,
+    /// Log-probabilities of the answer's tokens; without them the run cannot be.
+    pub logprobs: bool,
+    /// Answers held to a JSON schema.
+    pub json_schema: bool,
+    /// Everything else there is to know, for people.
+    pub all: bool,
+}
+
+/// What a server says of itself and what it was seen to do. `None` was not tried.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Probe {
+    /// The models it lists; none where it lists none.
+    pub models: Vec<String>,
+    /// What it is: `vllm`, `sglang`, `llamacpp`.
+    pub server: Option<String>,
+    /// Its version.
+    pub version: Option<String>,
+    /// `system_fingerprint` of its first answer.
+    pub fingerprint: Option<String>,
+    /// Gives `n` choices to a request with `n`.
+    pub n: Option<bool>,
+    /// Gives a log-probability for every token of an answer.
+    pub logprobs: Option<bool>,
+    /// Repeats an answer for an equal seed.
+    pub seed: Option<bool>,
+    /// Gives log-probabilities of a prompt with `echo` (completions).
+    pub echo: Option<bool>,
+    /// Gives log-probabilities of a prompt with `prompt_logprobs` (vLLM).
+    pub prompt_logprobs: Option<bool>,
+    /// Holds an answer to a JSON schema.
+    pub json_schema: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct Models {
+    #[serde(default)]
+    data: Vec<Model>,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    id: String,
+    #[serde(default)]
+    owned_by: Option<String>,
+}
+
+/// Finds out what the server at `url` can do of what is needed.
+///
+/// # Errors
+/// A failure that more patience may cure, or that nothing will.
+pub(super) async fn probe(
+    http: &Http,
+    url: &str,
+    spec: &ServerSpec,
+    needs: Needs,
+) -> Result<Probe, Failure> {
+    let mut found = Probe::default();
+    models(http, url, spec, &mut found).await?;
+    let visitor = Visitor { http, url, spec };
+    let first = visitor.chat(&[("max_tokens", json!(1))]).await?;
+    if first.body.choices.is_empty() {
+        let message = format!("{url}: an answer without choices");
+        return Err(Failure::new(Trouble::Malformed, message));
+    }
+    found.fingerprint = first.body.system_fingerprint;
+    found.server = found.server.or(first.server);
+    found.version = visitor.version().await;
+    if needs.n || needs.all {
+        found.n = Some(visitor.n().await?);
+    }
+    if needs.logprobs || needs.all {
+        let logprobs = visitor.logprobs().await?;
+        found.logprobs = Some(logprobs.is_ok());
+        if let (true, Err(message)) = (needs.logprobs, logprobs) {
+            return Err(Failure {
+                hint: Some("leave `logprobs` out, or use a server that gives them".to_owned()),
+                ..Failure::new(Trouble::Denied, message)
+            });
+        }
+    }
+    if needs.json_schema || needs.all {
+        found.json_schema = Some(visitor.json_schema().await?);
+    }
+    if needs.all {
+        found.seed = Some(visitor.seed().await?);
+        found.echo = Some(visitor.echo().await?);
+        found.prompt_logprobs = Some(visitor.prompt_logprobs().await?);
+    }
+    Ok(found)
+}
+
+/// Looks the model up among those that the server lists. Not every server lists any.
+async fn models(
+    http: &Http,
+    url: &str,
+    spec: &ServerSpec,
+    found: &mut Probe,
+) -> Result<(), Failure> {
+    let list = match http.get::<Models>(&format!("{url}/models")).await {
+        Ok(reply) => reply.body.data,
+        // Not offered; a wrong address shows itself in the next request.
+        Err(failure)
+            if failure.message.contains(": 404 ") || failure.message.contains(": 405 ") =>
+        {
+            return Ok(());
+        }
+        Err(failure) => return Err(failure),
+    };
+    let served = list.iter().find(|model| model.id == spec.model);
+    if served.is_none() && !list.is_empty() {
+        let names: Vec<&str> = list.iter().map(|model| model.id.as_str()).collect();
+        let shown = names.iter().take(20).copied().collect::<Vec<_>>().join(", ");
+        let message = format!("{url}: serves no model `{}`; it has {shown}", spec.model);
+        let near = did_you_mean(&spec.model, names.iter().copied());
+        return Err(Failure {
+            hint: near.map(|near| format!("did you mean `{near}`?")),
+            ..Failure::new(Trouble::Denied, message)
+        });
+    }
+    found.server = served.and_then(|model| model.owned_by.clone());
+    found.models = list.into_iter().map(|model| model.id).collect();
+    Ok(())
+}
+
+/// Asks one server small things.
+struct Visitor<'a> {
+    http: &'a Http,
+    url: &'a str,
+    spec: &'a ServerSpec,
+}
+
+impl Visitor<'_> {
+    fn body(&self, changes: &[(&str, Value)]) -> Map<String, Value> {
+        let asked = Asked {
+            messages: vec![Message::new("user", "Write a few random words.")],
+            ..Asked::default()
+        };
+        let sampling = Sampling { max_new_tokens: 4, ..Sampling::default() };
+        let spec = ServerSpec { logprobs: false, ..self.spec.clone() };
+        let mut body = wire::body(&spec, &asked, &sampling, 1, true);
+        for (key, value) in changes {
+            body.insert((*key).to_owned(), value.clone());
+        }
+        body
+    }
+
+    async fn chat(
+        &self,
+        changes: &[(&str, Value)],
+    ) -> Result<super::http::Reply<ChatReply>, Failure> {
+        let body = Value::Object(self.body(changes)).to_string().into_bytes();
+        self.http.post(&format!("{}/chat/completions", self.url), body).await
+    }
+
+    /// An answer, or none where the server refuses what was changed.
+    async fn tried(&self, changes: &[(&str, Value)]) -> Result<Option<ChatReply>, Failure> {
+        match self.chat(changes).await {
+            Ok(reply) => Ok(Some(reply.body)),
+            // Some servers fail with 500 at what they do not know.
+            Err(failure)
+                if matches!(
+                    failure.trouble,
+                    Trouble::Refused | Trouble::Denied | Trouble::Server
+                ) =>
+            {
+                Ok(None)
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+
+    async fn n(&self) -> Result<bool, Failure> {
+        let reply = self.tried(&[("n", json!(2))]).await?;
+        Ok(reply.is_some_and(|reply| reply.choices.len() == 2))
+    }
+
+    /// What is missing, where something is.
+    async fn logprobs(&self) -> Result<Result<(), String>, Failure> {
+        let url = self.url;
+        let Some(reply) = self.tried(&[("logprobs", json!(true))]).await? else {
+            return Ok(Err(format!("{url}: refuses `logprobs`")));
+        };
+        let entries = reply.logprob_count();
+        let tokens = reply.usage.map_or(1, |usage| usage.completion_tokens as usize);
+        // The end-of-turn token may be without one.
+        if entries == 0 || entries + 1 < tokens {
+            return Ok(Err(format!("{url}: {entries} log-probabilities for {tokens} tokens")));
+        }
+        Ok(Ok(()))
+    }
+
+    async fn seed(&self) -> Result<bool, Failure> {
+        let changes = [("seed", json!(7)), ("temperature", json!(1.5)), ("max_tokens", json!(8))];
+        let first = self.tried(&changes).await?;
+        let second = self.tried(&changes).await?;
+        Ok(match (first, second) {
+            (Some(first), Some(second)) => {
+                !first.text().is_empty() && first.text() == second.text()
+            }
+            _ => false,
+        })
+    }
+
+    async fn json_schema(&self) -> Result<bool, Failure> {
+        let schema = json!({
+            "type": "object",
+            "properties": {"good": {"type": "boolean"}},
+            "required": ["good"],
+            "additionalProperties": false,
+        });
+        let format = wire::response_format(&schema);
+        let changes = [("response_format", format), ("max_tokens", json!(64))];
+        let Some(reply) = self.tried(&changes).await? else { return Ok(false) };
+        let said: Result<Value, _> = serde_json::from_str(reply.text().trim());
+        Ok(said.is_ok_and(|said| said.get("good").is_some_and(Value::is_boolean)))
+    }
+
+    async fn prompt_logprobs(&self) -> Result<bool, Failure> {
+        let reply = self.tried(&[("prompt_logprobs", json!(1))]).await?;
+        let entries = reply.and_then(|reply| reply.prompt_logprobs);
+        Ok(entries.is_some_and(|entries| entries.as_array().is_some_and(|list| !list.is_empty())))
+    }
+
+    /// Whether completions give more log-probabilities than they draw tokens: those of the prompt.
+    async fn echo(&self) -> Result<bool, Failure> {
+        let body = json!({
+            "model": self.spec.model, "prompt": "one two three four", "max_tokens": 1,
+            "echo": true, "logprobs": 1,
+        });
+        let url = format!("{}/completions", self.url);
+        let reply = self.http.post::<Value>(&url, body.to_string().into_bytes()).await;
+        let Ok(reply) = reply else { return Ok(false) };
+        let logprobs = &reply.body["choices"][0]["logprobs"];
+        let entries = ["token_logprobs", "content"].iter().find_map(|key| logprobs[key].as_array());
+        Ok(entries.is_some_and(|entries| entries.len() > 2))
+    }
+
+    /// vLLM tells its version under /version, llama.cpp under /props.
+    async fn version(&self) -> Option<String> {
+        let root = self.url.strip_suffix("/v1").unwrap_or(self.url);
+        for (path, key) in [("version", "version"), ("props", "build_info")] {
+            if let Ok(reply) = self.http.get::<Value>(&format!("{root}/{path}")).await
+                && let Some(version) = reply.body.get(key).and_then(Value::as_str)
+            {
+                return Some(start_of(version, 80));
+            }
+        }
+        None
+    }
+}

@@ -1,0 +1,241 @@
+//! One request until it is answered or given up: a place, the exchange, the pause before the next try.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use rand::Rng;
+
+use super::endpoints::Endpoints;
+use super::http::{Failure, Http, Trouble};
+use super::ledger::Spent;
+use super::probe::{self, Needs, Probe};
+use super::spec::ServerSpec;
+use super::wire::ChatReply;
+use crate::error::Result;
+use crate::generate::engine::Answer;
+use crate::rng::Stream;
+
+/// Longest pause between two tries, in seconds.
+const LONGEST_PAUSE: f64 = 60.0;
+/// How often a request is tried again whose answer is not what the interface promises: a proxy's hiccup passes, a
+/// server that is made that way does not.
+const MALFORMED_RETRIES: u32 = 2;
+/// How often a waiting request looks whether it is still wanted.
+const TICK: Duration = Duration::from_millis(200);
+
+/// What all requests of a server share.
+#[derive(Debug)]
+pub(super) struct Sender {
+    http: Http,
+    endpoints: Endpoints,
+    max_retries: u32,
+    retry_delay: f64,
+    logprobs: bool,
+    max_requests: u64,
+    max_tokens: u64,
+    requests: AtomicU64,
+    tokens: AtomicU64,
+    retries: AtomicU64,
+    /// Nothing new is to be sent.
+    stopping: AtomicBool,
+    /// The newest failure, for people who wonder why nothing happens.
+    trouble: Mutex<Option<String>>,
+}
+
+/// A request to send.
+#[derive(Debug)]
+pub(super) struct Job {
+    /// The prompt's place in the list.
+    pub(super) place: usize,
+    /// The first sample that it asks for.
+    pub(super) first: usize,
+    /// How many answers it asks for.
+    pub(super) count: usize,
+    pub(super) key: String,
+    pub(super) seed: u64,
+    pub(super) body: Vec<u8>,
+    /// Tokens that it may use at most, roughly.
+    pub(super) tokens: f64,
+}
+
+/// How a request ended.
+#[derive(Debug)]
+pub(super) enum Ended {
+    Answered(Vec<Answer>),
+    Failed(Failure),
+    /// The budget named here is used up.
+    OutOfBudget(&'static str),
+    /// The run is ending.
+    Stopped,
+}
+
+/// A request that has ended.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub(super) job: Job,
+    pub(super) used: Spent,
+    pub(super) ended: Ended,
+}
+
+impl Sender {
+    pub(super) fn new(spec: &ServerSpec, spent: Spent) -> Result<Self> {
+        Ok(Self {
+            http: Http::new(spec)?,
+            endpoints: Endpoints::new(spec),
+            max_retries: spec.max_retries,
+            retry_delay: spec.retry_delay,
+            logprobs: spec.logprobs,
+            max_requests: spec.max_requests,
+            max_tokens: spec.max_tokens_total,
+            requests: AtomicU64::new(spent.requests),
+            tokens: AtomicU64::new(spent.tokens),
+            retries: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+            trouble: Mutex::new(None),
+        })
+    }
+
+    pub(super) fn spent(&self) -> Spent {
+        Spent {
+            requests: self.requests.load(Ordering::Relaxed),
+            tokens: self.tokens.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn retries(&self) -> u64 {
+        self.retries.load(Ordering::Relaxed)
+    }
+
+    /// Lets requests under way finish and sends no more, or begins again.
+    pub(super) fn set_stopping(&self, stopping: bool) {
+        self.stopping.store(stopping, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// What went wrong last, once.
+    pub(super) fn take_trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Sends a request until it is answered or nothing more can be hoped for.
+    pub(super) async fn ask(&self, job: Job) -> Outcome {
+        let mut used = Spent::default();
+        let ended = self.attempts(&job, &mut used).await;
+        Outcome { job, used, ended }
+    }
+
+    async fn attempts(&self, job: &Job, used: &mut Spent) -> Ended {
+        loop {
+            let Some(lease) = self.endpoints.lease(job.tokens, &self.stopping).await else {
+                return Ended::Stopped;
+            };
+            if let Err(budget) = self.spend() {
+                self.endpoints.unused(&lease);
+                return Ended::OutOfBudget(budget);
+            }
+            used.requests += 1;
+            let url = format!("{}/chat/completions", lease.url);
+            let reply = self.http.post::<ChatReply>(&url, job.body.clone()).await;
+            let failure = match reply {
+                Ok(reply) => {
+                    let usage = reply.body.usage.unwrap_or_default();
+                    let tokens = usage.prompt_tokens + usage.completion_tokens;
+                    used.tokens += tokens;
+                    self.tokens.fetch_add(tokens, Ordering::Relaxed);
+                    match reply.body.answers(&url, job.count, self.logprobs) {
+                        Ok(answers) => {
+                            self.endpoints.answered(&lease, usage.completion_tokens, tokens);
+                            return Ended::Answered(answers);
+                        }
+                        Err(failure) => failure,
+                    }
+                }
+                Err(failure) => failure,
+            };
+            self.endpoints.failed(&lease, &failure);
+            let tried = used.requests as u32;
+            let most = match failure.trouble {
+                Trouble::Malformed => self.max_retries.min(MALFORMED_RETRIES),
+                _ => self.max_retries,
+            };
+            if !failure.trouble.passes() || tried > most {
+                return Ended::Failed(failure);
+            }
+            self.note(&failure);
+            if !self.pause(job.seed, tried).await {
+                return Ended::Stopped;
+            }
+        }
+    }
+
+    /// Counts one more request.
+    fn spend(&self) -> Result<(), &'static str> {
+        if self.max_tokens > 0 && self.tokens.load(Ordering::Relaxed) >= self.max_tokens {
+            return Err("max_tokens_total");
+        }
+        let before = self.requests.fetch_add(1, Ordering::Relaxed);
+        if self.max_requests > 0 && before >= self.max_requests {
+            self.requests.fetch_sub(1, Ordering::Relaxed);
+            return Err("max_requests");
+        }
+        Ok(())
+    }
+
+    fn note(&self, failure: &Failure) {
+        self.retries.fetch_add(1, Ordering::Relaxed);
+        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        *trouble = Some(failure.message.clone());
+    }
+
+    /// Waits before try `tried` + 1: a random part of a span that doubles each time ("full jitter"), so that
+    /// requests that failed together do not come back together. `false` where the run ends meanwhile.
+    async fn pause(&self, seed: u64, tried: u32) -> bool {
+        let span = (self.retry_delay * 2.0_f64.powi(tried.min(30) as i32 - 1)).min(LONGEST_PAUSE);
+        let share: f64 = Stream::new(seed, "teacher-retry").at(0, u64::from(tried)).random();
+        let mut left = Duration::from_secs_f64(span * share);
+        while !left.is_zero() {
+            if self.is_stopping() {
+                return false;
+            }
+            let slice = left.min(TICK);
+            tokio::time::sleep(slice).await;
+            left -= slice;
+        }
+        !self.is_stopping()
+    }
+
+    /// Finds out what the server can do; see [`probe::probe`]. Of several URLs the first that answers speaks for
+    /// all: they serve the same model.
+    pub(super) async fn probe(&self, spec: &ServerSpec, needs: Needs) -> Result<Probe, Failure> {
+        let mut tried = 0;
+        loop {
+            let mut last = None;
+            for url in &spec.base_url {
+                match probe::probe(&self.http, url, spec, needs).await {
+                    Ok(probe) => return Ok(probe),
+                    Err(failure) if !failure.trouble.passes() => return Err(failure),
+                    Err(failure) => last = Some(failure),
+                }
+            }
+            tried += 1;
+            let Some(failure) = last else {
+                return Err(Failure::new(Trouble::Denied, "no `base_url`"));
+            };
+            let most = match failure.trouble {
+                Trouble::Malformed => self.max_retries.min(MALFORMED_RETRIES),
+                _ => self.max_retries,
+            };
+            if tried > most {
+                return Err(failure);
+            }
+            if let Some(asked) = failure.retry_after {
+                tokio::time::sleep(asked).await;
+            }
+            self.pause(0, tried).await;
+        }
+    }
+}

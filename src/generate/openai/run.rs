@@ -1,0 +1,296 @@
+//! One call of [`Server`]: makes requests as places free up, records what comes back, hands out whole prompts.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::PoisonError;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use serde_json::{Map, Value};
+use tokio::task::JoinSet;
+
+use super::Server;
+use super::http::{Failure, Trouble};
+use super::ledger::{self, Spent};
+use super::probe::Probe;
+use super::request::{Ended, Job, Outcome};
+use super::wire;
+use crate::error::{Error, Result};
+use crate::generate::engine::Answer;
+use crate::generate::sampling::Sampling;
+use crate::generate::teacher::Asked;
+use crate::rng::Stream;
+
+/// How often a run that waits looks whether it is still wanted.
+const TICK: Duration = Duration::from_millis(200);
+/// After this long without any answer the user is told what the trouble is.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// Takes a prompt's place and its answers.
+type Done<'d> = dyn FnMut(usize, Vec<Answer>) -> Result<()> + 'd;
+
+/// A prompt whose answers are not all there.
+struct Open {
+    answers: Vec<Option<Answer>>,
+    missing: usize,
+    /// The server refused it.
+    refused: bool,
+}
+
+/// The state of one call.
+pub(super) struct Run<'r, 'a> {
+    server: &'r Server<'a>,
+    asked: &'r [Asked],
+    sampling: &'r Sampling,
+    /// Whether answers can be held to a schema.
+    schema: bool,
+    /// Answers a request.
+    at_once: usize,
+    /// The next request: its prompt's place and its first sample.
+    next: (usize, usize),
+    open: BTreeMap<usize, Open>,
+    tasks: JoinSet<()>,
+    outcomes: (Sender<Outcome>, Receiver<Outcome>),
+    in_flight: usize,
+    capacity: usize,
+    answered: usize,
+    refused: usize,
+    failed: Option<Error>,
+    heard: Instant,
+}
+
+impl<'r, 'a> Run<'r, 'a> {
+    pub(super) fn new(
+        server: &'r Server<'a>,
+        probe: &Probe,
+        asked: &'r [Asked],
+        sampling: &'r Sampling,
+    ) -> Result<Self> {
+        let spec = &server.spec;
+        let at_once = match spec.samples_per_request {
+            _ if probe.n == Some(false) => 1,
+            0 => sampling.num_samples,
+            some => some.min(sampling.num_samples),
+        };
+        let mut run = Self {
+            server,
+            asked,
+            sampling,
+            schema: probe.json_schema != Some(false),
+            at_once,
+            next: (0, 0),
+            open: BTreeMap::new(),
+            tasks: JoinSet::new(),
+            outcomes: channel(),
+            in_flight: 0,
+            capacity: spec.max_concurrency.saturating_mul(spec.base_url.len()),
+            answered: 0,
+            refused: 0,
+            failed: None,
+            heard: Instant::now(),
+        };
+        run.look_up()?;
+        server.sender.set_stopping(false);
+        Ok(run)
+    }
+
+    /// Answers everything. On an error of a request nothing more is sent, but what is under way is waited for and
+    /// kept.
+    pub(super) fn go(mut self, done: &mut Done<'_>) -> Result<()> {
+        loop {
+            self.fill(done)?;
+            if self.in_flight == 0 {
+                break;
+            }
+            if let Some(outcome) = self.receive()? {
+                self.settle(outcome, done)?;
+            }
+        }
+        if self.refused > 0 {
+            let text = format!("{} prompts were refused by the server and skipped", self.refused);
+            self.server.events.note(&text);
+        }
+        self.failed.map_or(Ok(()), Err)
+    }
+
+    /// Tells the ledger which requests will be made, if it has any at all.
+    fn look_up(&mut self) -> Result<()> {
+        let mut ledger = self.server.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(ledger) = ledger.as_mut() else { return Ok(()) };
+        if self.server.sender.spent() == Spent::default() {
+            return Ok(());
+        }
+        let mut keys = BTreeSet::new();
+        for asked in self.asked {
+            for first in (0..self.sampling.num_samples).step_by(self.at_once) {
+                keys.insert(ledger::key(&self.body(asked, self.count(first))));
+            }
+        }
+        ledger.expect(&keys)
+    }
+
+    /// How many answers the request that begins with sample `first` asks for.
+    fn count(&self, first: usize) -> usize {
+        self.at_once.min(self.sampling.num_samples - first)
+    }
+
+    fn body(&self, asked: &Asked, count: usize) -> Map<String, Value> {
+        wire::body(&self.server.spec, asked, self.sampling, count, self.schema)
+    }
+
+    /// The next request, made only now: however many prompts there are, those that wait cost nothing.
+    fn next_job(&mut self) -> Option<Job> {
+        let (place, first) = self.next;
+        let asked = self.asked.get(place)?;
+        let count = self.count(first);
+        self.next = match first + count {
+            end if end >= self.sampling.num_samples => (place + 1, 0),
+            end => (place, end),
+        };
+        let mut body = self.body(asked, count);
+        let key = ledger::key(&body);
+        let base: u32 = Stream::new(self.sampling.seed, "teacher").at(0, asked.index).random();
+        // Below 2^31: servers read seeds as integers of various widths.
+        let seed = u64::from((base >> 1).wrapping_add(first as u32) & 0x7fff_ffff);
+        body.insert("seed".to_owned(), Value::from(seed));
+        let body = Value::Object(body).to_string().into_bytes();
+        // About four bytes a token, for the limit by the minute only.
+        let tokens = (body.len() / 4 + self.sampling.max_new_tokens * count) as f64;
+        Some(Job { place, first, count, key, seed, body, tokens })
+    }
+
+    /// Sends requests while there is room; those of the ledger are answered at once.
+    fn fill(&mut self, done: &mut Done<'_>) -> Result<()> {
+        while self.failed.is_none() && self.in_flight < self.capacity {
+            let Some(job) = self.next_job() else { return Ok(()) };
+            let samples = self.sampling.num_samples;
+            self.open.entry(job.place).or_insert_with(|| Open {
+                answers: vec![None; samples],
+                missing: samples,
+                refused: false,
+            });
+            if let Some(answers) = self.recorded(&job)? {
+                self.take(&job, Some(answers), done)?;
+                continue;
+            }
+            let (sender, outcomes) = (self.server.sender.clone(), self.outcomes.0.clone());
+            let task = async move {
+                let outcome = sender.ask(job).await;
+                // Nobody listens any more where the call has ended with an error.
+                let _ = outcomes.send(outcome);
+            };
+            self.tasks.spawn_on(task, self.server.runtime.handle());
+            self.in_flight += 1;
+        }
+        Ok(())
+    }
+
+    fn recorded(&self, job: &Job) -> Result<Option<Vec<Answer>>> {
+        let mut ledger = self.server.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        match ledger.as_mut() {
+            Some(ledger) => ledger.take(&job.key, job.seed),
+            None => Ok(None),
+        }
+    }
+
+    /// The next outcome, or none after a while without one.
+    fn receive(&mut self) -> Result<Option<Outcome>> {
+        while let Some(ended) = self.tasks.try_join_next() {
+            ended.map_err(|error| Error::run(format!("a request broke off: {error}")))?;
+        }
+        match self.outcomes.1.recv_timeout(TICK) {
+            Ok(outcome) => {
+                self.in_flight -= 1;
+                self.heard = Instant::now();
+                Ok(Some(outcome))
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(Error::run("the requests have ended")),
+            Err(RecvTimeoutError::Timeout) => {
+                self.server.events.check_interrupt()?;
+                if self.heard.elapsed() > SILENCE
+                    && let Some(trouble) = self.server.sender.take_trouble()
+                {
+                    self.server.events.note(&format!("still trying: {trouble}"));
+                    self.heard = Instant::now();
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    /// Records an outcome and acts on it.
+    fn settle(&mut self, outcome: Outcome, done: &mut Done<'_>) -> Result<()> {
+        let Outcome { job, used, ended } = outcome;
+        match ended {
+            Ended::Answered(answers) => {
+                let mut ledger = self.server.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(ledger) = ledger.as_mut() {
+                    ledger.record((&job.key, job.seed), used, &answers)?;
+                }
+                drop(ledger);
+                self.take(&job, Some(answers), done)
+            }
+            Ended::Failed(failure)
+                if failure.trouble == Trouble::Refused && self.server.spec.skip_refused =>
+            {
+                self.take(&job, None, done)
+            }
+            Ended::Failed(failure) => {
+                let place = &self.asked[job.place].place;
+                self.fail(|| given_up(failure, used).at(place));
+                Ok(())
+            }
+            Ended::OutOfBudget(budget) => {
+                let (answered, all) = (self.answered, self.asked.len());
+                self.fail(|| {
+                    Error::run(format!(
+                        "`{budget}` is used up: {answered} of {all} prompts were answered"
+                    ))
+                    .hint("what was received is kept: raise it and run the same command again")
+                });
+                Ok(())
+            }
+            Ended::Stopped => Ok(()),
+        }
+    }
+
+    /// Keeps the first error and sends nothing more.
+    fn fail(&mut self, error: impl FnOnce() -> Error) {
+        self.failed.get_or_insert_with(error);
+        self.server.sender.set_stopping(true);
+    }
+
+    /// Takes a request's answers, or none where the server refused the prompt, and hands out the prompt once whole.
+    fn take(&mut self, job: &Job, answers: Option<Vec<Answer>>, done: &mut Done<'_>) -> Result<()> {
+        let Some(open) = self.open.get_mut(&job.place) else { return Ok(()) };
+        open.missing -= job.count;
+        match answers {
+            None => open.refused = true,
+            Some(answers) => {
+                for (slot, answer) in open.answers[job.first..].iter_mut().zip(answers) {
+                    *slot = Some(answer);
+                }
+            }
+        }
+        if open.missing > 0 {
+            return Ok(());
+        }
+        let Some(open) = self.open.remove(&job.place) else { return Ok(()) };
+        if open.refused {
+            self.refused += 1;
+            return done(job.place, Vec::new());
+        }
+        self.answered += 1;
+        done(job.place, open.answers.into_iter().flatten().collect())
+    }
+}
+
+/// The error of a request that was given up.
+fn given_up(failure: Failure, used: Spent) -> Error {
+    let tried = used.requests;
+    let failure = match tried {
+        0 | 1 => failure,
+        _ => Failure { message: format!("{} (tried {tried} times)", failure.message), ..failure },
+    };
+    failure.into()
+}

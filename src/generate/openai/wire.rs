@@ -1,0 +1,355 @@
+//! What goes over the wire: the body of a chat request, and the answers that come back.
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::http::{Failure, Trouble, start_of};
+use super::spec::ServerSpec;
+use crate::data::record::Message;
+use crate::generate::engine::{Answer, Finish};
+use crate::generate::sampling::Sampling;
+use crate::generate::teacher::Asked;
+
+/// The body of a chat request for `count` answers, without its seed: what is asked, and how. `schema` says whether
+/// the server can be held to one.
+pub(super) fn body(
+    spec: &ServerSpec,
+    asked: &Asked,
+    sampling: &Sampling,
+    count: usize,
+    schema: bool,
+) -> Map<String, Value> {
+    let mut body = Map::new();
+    let mut set = |key: &str, value: Value| body.insert(key.to_owned(), value);
+    set("model", json!(spec.model));
+    set("messages", asked.messages.iter().map(message).collect());
+    if let Some(tools) = &asked.tools {
+        set("tools", tools.clone());
+    }
+    set("temperature", json!(sampling.temperature));
+    set("max_tokens", json!(sampling.max_new_tokens));
+    // What is off is left out: not every server knows every key.
+    if sampling.top_p < 1.0 {
+        set("top_p", json!(sampling.top_p));
+    }
+    if sampling.top_k > 0 {
+        set("top_k", json!(sampling.top_k));
+    }
+    if sampling.min_p > 0.0 {
+        set("min_p", json!(sampling.min_p));
+    }
+    if (sampling.repetition_penalty - 1.0).abs() > 0.0 {
+        set("repetition_penalty", json!(sampling.repetition_penalty));
+        // The same under llama.cpp's name.
+        set("repeat_penalty", json!(sampling.repetition_penalty));
+    }
+    if !sampling.stop.is_empty() {
+        set("stop", json!(sampling.stop));
+    }
+    if count > 1 {
+        set("n", json!(count));
+    }
+    if spec.logprobs {
+        set("logprobs", json!(true));
+    }
+    if let Some(schema) = asked.schema.as_ref().filter(|_| schema) {
+        set("response_format", response_format(schema));
+    }
+    if !asked.template_kwargs.is_empty() {
+        set("chat_template_kwargs", json!(asked.template_kwargs));
+    }
+    for (key, value) in &spec.extra_body {
+        set(key, value.clone());
+    }
+    body
+}
+
+/// A message as servers read it: without what only training looks at, arguments of tools as text.
+fn message(message: &Message) -> Value {
+    let mut fields = message.fields().clone();
+    fields.retain(|key, _| !["training", "train", "weight"].contains(&key.as_str()));
+    let calls = fields.get_mut("tool_calls").and_then(Value::as_array_mut);
+    for call in calls.into_iter().flatten() {
+        if let Some(arguments @ Value::Object(_)) = call.pointer_mut("/function/arguments") {
+            *arguments = Value::String(arguments.to_string());
+        }
+    }
+    Value::Object(fields)
+}
+
+/// How a request asks for JSON of a schema.
+pub(super) fn response_format(schema: &Value) -> Value {
+    json!({
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "strict": true, "schema": schema},
+    })
+}
+
+/// What a chat request is answered with.
+#[derive(Debug, Deserialize)]
+pub(super) struct ChatReply {
+    #[serde(default)]
+    pub(super) choices: Vec<Choice>,
+    #[serde(default)]
+    pub(super) usage: Option<Usage>,
+    #[serde(default)]
+    pub(super) system_fingerprint: Option<String>,
+    #[serde(default)]
+    pub(super) prompt_logprobs: Option<Value>,
+    #[serde(default)]
+    error: Option<Value>,
+}
+
+/// Tokens that a request used.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub(super) struct Usage {
+    #[serde(default)]
+    pub(super) prompt_tokens: u64,
+    #[serde(default)]
+    pub(super) completion_tokens: u64,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Choice {
+    #[serde(default)]
+    pub(super) index: usize,
+    #[serde(default)]
+    pub(super) message: Map<String, Value>,
+    #[serde(default)]
+    finish_reason: Option<String>,
+    #[serde(default)]
+    pub(super) logprobs: Option<Logprobs>,
+}
+
+/// Log-probabilities of the tokens of one choice.
+#[derive(Debug, Deserialize)]
+pub(super) struct Logprobs {
+    #[serde(default)]
+    pub(super) content: Option<Vec<TokenLogprob>>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct TokenLogprob {
+    /// The token's number: llama.cpp's extension.
+    #[serde(default)]
+    id: Option<u32>,
+    logprob: f64,
+}
+
+impl ChatReply {
+    /// The text of the first choice.
+    pub(super) fn text(&self) -> &str {
+        let message = self.choices.first().map(|choice| &choice.message);
+        message.and_then(|message| message.get("content")).and_then(Value::as_str).unwrap_or("")
+    }
+
+    /// Entries of log-probabilities of the first choice.
+    pub(super) fn logprob_count(&self) -> usize {
+        let logprobs = self.choices.first().and_then(|choice| choice.logprobs.as_ref());
+        logprobs.and_then(|logprobs| logprobs.content.as_ref()).map_or(0, Vec::len)
+    }
+
+    /// The answers, which must be `count` and have what was asked for. `url` names the server in errors.
+    pub(super) fn answers(
+        self,
+        url: &str,
+        count: usize,
+        logprobs: bool,
+    ) -> Result<Vec<Answer>, Failure> {
+        if let Some(error) = self.error.filter(|error| !error.is_null()) {
+            let said = start_of(&error.to_string(), 200);
+            return Err(Failure::new(Trouble::Server, format!("{url}: {said}")));
+        }
+        let mut choices = self.choices;
+        if choices.is_empty() {
+            return Err(Failure::new(
+                Trouble::Malformed,
+                format!("{url}: an answer without choices"),
+            ));
+        }
+        if choices.len() < count {
+            let found = choices.len();
+            let message = format!("{url}: {found} choices, asked for {count}");
+            return Err(Failure {
+                hint: Some("set `samples_per_request = 1`".to_owned()),
+                ..Failure::new(Trouble::Malformed, message)
+            });
+        }
+        choices.sort_by_key(|choice| choice.index);
+        choices.truncate(count);
+        let total = self.usage.map_or(0, |usage| usage.completion_tokens as usize);
+        let share = |at: usize| total / count + usize::from(at < total % count);
+        choices
+            .into_iter()
+            .enumerate()
+            .map(|(at, choice)| {
+                choice.answer(url, share(at), (count == 1).then_some(total), logprobs)
+            })
+            .collect()
+    }
+}
+
+impl Choice {
+    /// `share` is how many tokens it has if all choices are alike, `total` how many it has where that is known.
+    fn answer(
+        self,
+        url: &str,
+        share: usize,
+        total: Option<usize>,
+        wanted: bool,
+    ) -> Result<Answer, Failure> {
+        let malformed =
+            |message: String| Failure::new(Trouble::Malformed, format!("{url}: {message}"));
+        let finish = match self.finish_reason.as_deref() {
+            None | Some("stop" | "eos" | "tool_calls" | "function_call") => Finish::Stop,
+            Some("length") => Finish::Length,
+            Some("content_filter") => Finish::Filtered,
+            // vLLM says `abort` of a request that it dropped.
+            Some(other) => return Err(malformed(format!("an answer that ended with `{other}`"))),
+        };
+        let entries = self.logprobs.and_then(|logprobs| logprobs.content).unwrap_or_default();
+        let text = self.message.get("content").and_then(Value::as_str).unwrap_or("").to_owned();
+        if wanted && finish != Finish::Filtered {
+            check_logprobs(&entries, &text, total, finish).map_err(malformed)?;
+        }
+        let fields = further_fields(self.message);
+        // Tokens without text are text that the server took away, reasoning for instance: no whole answer.
+        let withheld = text.is_empty() && fields.is_empty() && share > 2;
+        let finish = if withheld && finish == Finish::Stop { Finish::Filtered } else { finish };
+        let ids: Option<Vec<u32>> = entries.iter().map(|entry| entry.id).collect();
+        let tokens = if entries.is_empty() { share } else { entries.len() };
+        Ok(Answer {
+            text,
+            ids: ids.unwrap_or_default(),
+            logprobs: entries.iter().map(|entry| entry.logprob as f32).collect(),
+            sample_logprobs: Vec::new(),
+            tokens,
+            finish,
+            fields,
+        })
+    }
+}
+
+/// Refuses log-probabilities that are fewer than the tokens. The end-of-turn token may be without one.
+fn check_logprobs(
+    entries: &[TokenLogprob],
+    text: &str,
+    total: Option<usize>,
+    finish: Finish,
+) -> Result<(), String> {
+    let unlisted = usize::from(finish == Finish::Stop);
+    let needed =
+        total.map_or(usize::from(!text.is_empty()), |total| total.saturating_sub(unlisted));
+    if entries.len() < needed {
+        return Err(format!("{} log-probabilities for {needed} tokens", entries.len()));
+    }
+    match entries.iter().find(|entry| !entry.logprob.is_finite() || entry.logprob > 1e-3) {
+        Some(entry) => Err(format!("a log-probability of {}", entry.logprob)),
+        None => Ok(()),
+    }
+}
+
+/// What a message has besides its text: calls of tools, whose arguments become objects as chat templates expect
+/// them, and reasoning that the server took out of the text.
+fn further_fields(message: Map<String, Value>) -> Map<String, Value> {
+    let mut fields = Map::new();
+    for (key, mut value) in message {
+        let empty = match &value {
+            Value::Null => true,
+            Value::String(text) => text.is_empty(),
+            Value::Array(list) => list.is_empty(),
+            _ => false,
+        };
+        let name = match key.as_str() {
+            "tool_calls" => "tool_calls",
+            "reasoning_content" | "reasoning" => "reasoning_content",
+            _ => continue,
+        };
+        if empty {
+            continue;
+        }
+        for call in value.as_array_mut().into_iter().flatten() {
+            let Some(arguments) = call.pointer_mut("/function/arguments") else { continue };
+            if let Some(Ok(object @ Value::Object(_))) =
+                arguments.as_str().map(serde_json::from_str::<Value>)
+            {
+                *arguments = object;
+            }
+        }
+        fields.insert(name.to_owned(), value);
+    }
+    fields
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reply(value: Value) -> ChatReply {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn what_is_off_is_not_sent() {
+        let spec = ServerSpec { model: "m".to_owned(), ..ServerSpec::default() };
+        let asked = Asked { messages: vec![Message::new("user", "hi")], ..Asked::default() };
+        let plain = body(&spec, &asked, &Sampling::default(), 1, true);
+        assert_eq!(
+            Value::Object(plain),
+            json!({"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 1.0, "max_tokens": 256})
+        );
+        let sampling = Sampling { top_k: 5, min_p: 0.1, top_p: 0.9, ..Sampling::default() };
+        let spec = ServerSpec { logprobs: true, ..spec };
+        let full = body(&spec, &asked, &sampling, 3, true);
+        for key in ["top_k", "min_p", "top_p", "n", "logprobs"] {
+            assert!(full.contains_key(key), "{key}");
+        }
+    }
+
+    #[test]
+    fn answers_keep_what_the_server_said_and_nothing_else() {
+        let answers = reply(json!({
+            "choices": [
+                {"index": 1, "message": {"role": "assistant", "content": "b"}, "finish_reason": "length"},
+                {"index": 0, "message": {"content": null, "tool_calls": [{"function": {"name": "f", "arguments": "{\"x\": 1}"}}]}, "finish_reason": "tool_calls"},
+            ],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10},
+        }))
+        .answers("u", 2, false)
+        .unwrap();
+        assert_eq!((answers[0].tokens, answers[1].tokens), (4, 3));
+        assert_eq!((answers[1].text.as_str(), answers[1].finish), ("b", Finish::Length));
+        assert_eq!(answers[0].fields["tool_calls"][0]["function"]["arguments"], json!({"x": 1}));
+        assert!(answers[0].ids.is_empty() && answers[0].logprobs.is_empty());
+    }
+
+    #[test]
+    fn what_a_server_leaves_out_silently_is_refused() {
+        let choice = |entries: usize, reason: &str| {
+            let content: Vec<Value> =
+                (0..entries).map(|id| json!({"id": id, "logprob": -0.5})).collect();
+            json!({"message": {"content": "hey"}, "finish_reason": reason, "logprobs": {"content": content}})
+        };
+        let with = |choices: Value, tokens: u64| {
+            reply(json!({"choices": choices, "usage": {"completion_tokens": tokens}}))
+        };
+        let refused = |reply: ChatReply, count: usize| {
+            reply.answers("http://u", count, true).unwrap_err().message
+        };
+        assert_eq!(
+            refused(with(json!([choice(2, "length")]), 3), 1),
+            "http://u: 2 log-probabilities for 3 tokens"
+        );
+        assert_eq!(
+            refused(with(json!([choice(3, "stop")]), 3), 2),
+            "http://u: 1 choices, asked for 2"
+        );
+        assert_eq!(refused(with(json!([]), 3), 1), "http://u: an answer without choices");
+        assert_eq!(
+            refused(with(json!([choice(3, "abort")]), 3), 1),
+            "http://u: an answer that ended with `abort`"
+        );
+        let whole = with(json!([choice(2, "stop")]), 3).answers("u", 1, true).unwrap();
+        assert_eq!((whole[0].ids.as_slice(), whole[0].tokens), (&[0, 1][..], 2));
+    }
+}

@@ -1,0 +1,447 @@
+//! A language model as a judge: it reads the question and an answer, or two answers, and says what it thinks of them
+//! as JSON.
+//!
+//! Three forms: a score from 1 to 10 by a rubric; the two binary criteria by which Llama 3 filters code (section
+//! 4.3.1); and comparisons of pairs, each made in both orders, because judges like what stands first (Zheng et al.,
+//! 2023, section 3.4). The judge is any [`Teacher`]: a server or a model in this process.
+
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{Question, Score, Scorer, ScorerSpec};
+use crate::data::record::Message;
+use crate::error::{Context, Error, Result};
+use crate::generate::local::LocalModel;
+use crate::generate::openai::Server;
+use crate::generate::openai::http::start_of;
+use crate::generate::sampling::Sampling;
+use crate::generate::teacher::{Asked, Teacher, TeacherSpec};
+use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::report::record::Silent;
+use crate::store;
+
+/// How often a judge is asked before it is given up.
+const TRIES: u64 = 3;
+/// Where votes are to differ, and where a judge is asked again.
+const WARM: f64 = 0.7;
+/// Up to this many answers each is compared with each, beyond it all with the first.
+const ROUND_ROBIN: usize = 8;
+
+/// What a judge is asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Form {
+    /// A score from 1 to 10, the mean over the votes.
+    #[default]
+    Rubric,
+    /// Which of two answers is better: the share of comparisons that an answer wins, a tie counting half.
+    Pairwise,
+    /// Whether code is right and whether its style is good; 1 where most votes say yes to both, else 0.
+    Code,
+}
+
+/// A judge with what it is asked.
+pub struct Judge {
+    teacher: Box<dyn Teacher>,
+    form: Form,
+    rubric: String,
+    sampling: Sampling,
+}
+
+const RUBRIC: &str = "How helpful, correct, relevant and clear is the answer?";
+const PAIRWISE: &str =
+    "Which answer is more helpful, correct, relevant and clear? Length alone is no merit.";
+const CODE: &str = "Correctness: does the code do what was asked, without errors? Style: is it readable, idiomatic and documented where that helps?";
+
+impl Judge {
+    /// A judge of a recipe's scorer. A model of one's own is loaded onto `device`; a server is not spoken to yet.
+    ///
+    /// # Errors
+    /// What loading a checkpoint can fail with; a key that is not there.
+    pub fn load(spec: &ScorerSpec, judge: &TeacherSpec, device: &Device) -> Result<Self> {
+        let teacher: Box<dyn Teacher> = match judge {
+            TeacherSpec::Local(path) => {
+                let checkpoint = Checkpoint::load(path, device, &LoadOptions::default())?;
+                Box::new(LocalModel::new(&checkpoint).at(path)?)
+            }
+            TeacherSpec::Server(server) => Box::new(Server::new(server, None, &Silent)?),
+        };
+        Ok(Self::new(teacher, spec))
+    }
+
+    /// A judge that asks `teacher` with the settings of `spec`.
+    pub fn new(teacher: Box<dyn Teacher>, spec: &ScorerSpec) -> Self {
+        let preset = match spec.form {
+            Form::Rubric => RUBRIC,
+            Form::Pairwise => PAIRWISE,
+            Form::Code => CODE,
+        };
+        let usual = if spec.votes > 1 { WARM } else { 0.0 };
+        let sampling = Sampling {
+            temperature: spec.temperature.unwrap_or(usual),
+            max_new_tokens: spec.max_tokens,
+            num_samples: spec.votes,
+            ..Sampling::default()
+        };
+        let rubric = spec.rubric.clone().unwrap_or_else(|| preset.to_owned());
+        Self { teacher, form: spec.form, rubric, sampling }
+    }
+
+    /// One score an answer by `read`, which makes a number of a verdict.
+    fn alone(
+        &self,
+        question: &Question<'_>,
+        answers: &[&str],
+        read: fn(&Value) -> Option<f64>,
+    ) -> Result<Vec<Score>> {
+        let asked: Vec<String> =
+            answers.iter().map(|answer| shown(question, &[("Answer", answer)])).collect();
+        let votes = self.votes(question.place, &asked, read)?;
+        Ok(votes.into_iter().map(|votes| self.summed(&votes)).collect())
+    }
+
+    /// What the votes on one answer come to.
+    fn summed(&self, votes: &[(f64, String)]) -> Score {
+        let mean = votes.iter().map(|(vote, _)| vote).sum::<f64>() / votes.len() as f64;
+        let value = match self.form {
+            Form::Code => f64::from(u8::from(mean > 0.5)),
+            Form::Rubric | Form::Pairwise => mean,
+        };
+        let reason = votes.first().map_or("", |(_, reason)| reason);
+        Score { value, why: format!("{mean:.2} of {} votes: {reason}", votes.len()) }
+    }
+
+    /// The share of comparisons that each answer wins.
+    fn compared(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
+        let pairs = pairs(answers.len());
+        let asked: Vec<String> = pairs
+            .iter()
+            .flat_map(|&(one, other)| [(one, other), (other, one)])
+            .map(|(a, b)| shown(question, &[("Answer A", answers[a]), ("Answer B", answers[b])]))
+            .collect();
+        let votes = self.votes(question.place, &asked, winner)?;
+        let mut points = vec![0.0; answers.len()];
+        let mut games = vec![0.0; answers.len()];
+        for (&(one, other), orders) in pairs.iter().zip(votes.chunks(2)) {
+            let [straight, swapped] = orders else { continue };
+            for ((first, _), (second, _)) in straight.iter().zip(swapped) {
+                let point = agreed(*first, 1.0 - second);
+                points[one] += point;
+                points[other] += 1.0 - point;
+                games[one] += 1.0;
+                games[other] += 1.0;
+            }
+        }
+        let score = |(points, games): (&f64, &f64)| Score {
+            // Alone, an answer neither wins nor loses.
+            value: if *games > 0.0 { points / games } else { 0.5 },
+            why: format!("{points} of {games} comparisons"),
+        };
+        Ok(points.iter().zip(&games).map(score).collect())
+    }
+
+    /// Asks for as many verdicts as votes on each text. What cannot be read is asked again.
+    fn votes(
+        &self,
+        place: &str,
+        texts: &[String],
+        read: fn(&Value) -> Option<f64>,
+    ) -> Result<Vec<Vec<(f64, String)>>> {
+        let wanted = self.sampling.num_samples;
+        let mut votes: Vec<Vec<(f64, String)>> = vec![Vec::new(); texts.len()];
+        let mut unread = None;
+        for tried in 0..TRIES {
+            let open: Vec<usize> =
+                (0..texts.len()).filter(|&at| votes[at].len() < wanted).collect();
+            if open.is_empty() {
+                break;
+            }
+            let asked: Vec<Asked> =
+                open.iter().map(|&at| self.asked(place, &texts[at], tried)).collect();
+            let mut sampling = self.sampling.clone();
+            if tried > 0 {
+                sampling.temperature = sampling.temperature.max(WARM);
+            }
+            self.teacher.answer(&asked, &sampling, &mut |at, answers| {
+                let votes = &mut votes[open[at]];
+                for answer in answers {
+                    let verdict = first_object(&answer.text);
+                    match verdict.as_ref().and_then(|said| Some((read(said)?, reason(said)))) {
+                        Some(vote) if votes.len() < wanted => votes.push(vote),
+                        Some(_) => {}
+                        None => {
+                            unread.get_or_insert(answer.text);
+                        }
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        if votes.iter().any(Vec::is_empty) {
+            let said = start_of(&unread.unwrap_or_default(), 160);
+            return Err(Error::run(format!(
+                "the judge gave no verdict that can be read in {TRIES} tries; it said `{said}`"
+            ))
+            .hint(
+                "raise `max_tokens` if it was cut off, or name a model that can answer in JSON",
+            ));
+        }
+        Ok(votes)
+    }
+
+    fn asked(&self, place: &str, text: &str, tried: u64) -> Asked {
+        let system = format!("{}\n\n{}", self.rubric, self.form.instruction());
+        // The draw depends on what is judged and on nothing else.
+        let digest = store::sha256_bytes(format!("{tried}/{system}/{text}").as_bytes());
+        Asked {
+            index: u64::from_str_radix(&digest[..15], 16).unwrap_or_default(),
+            place: place.to_owned(),
+            messages: vec![Message::new("system", system), Message::new("user", text)],
+            schema: Some(self.form.schema()),
+            ..Asked::default()
+        }
+    }
+}
+
+impl Form {
+    /// What every rubric is followed by.
+    fn instruction(self) -> &'static str {
+        match self {
+            Self::Rubric => {
+                "You judge an assistant's answer. Reply with one JSON object and nothing else: {\"reason\": \"one or two sentences\", \"score\": N}, where N is a whole number from 1 (useless) to 10 (could not be better)."
+            }
+            Self::Pairwise => {
+                "You compare two answers of assistants. The order in which they stand must not matter. Reply with one JSON object and nothing else: {\"reason\": \"one or two sentences\", \"winner\": \"A\", \"B\" or \"tie\"}."
+            }
+            Self::Code => {
+                "You review an assistant's code. Reply with one JSON object and nothing else: {\"reason\": \"one or two sentences\", \"correctness\": 0 or 1, \"style\": 0 or 1}."
+            }
+        }
+    }
+
+    /// The schema of a verdict. The reason comes first, so that the verdict follows from it.
+    fn schema(self) -> Value {
+        let object = |properties: Value, required: &[&str]| {
+            json!({
+                "type": "object", "properties": properties, "required": required,
+                "additionalProperties": false,
+            })
+        };
+        let (text, bit) = (json!({"type": "string"}), json!({"type": "integer", "enum": [0, 1]}));
+        match self {
+            Self::Rubric => object(
+                json!({"reason": text, "score": {"type": "integer", "minimum": 1, "maximum": 10}}),
+                &["reason", "score"],
+            ),
+            Self::Pairwise => object(
+                json!({"reason": text, "winner": {"type": "string", "enum": ["A", "B", "tie"]}}),
+                &["reason", "winner"],
+            ),
+            Self::Code => object(
+                json!({"reason": text, "correctness": bit, "style": bit}),
+                &["reason", "correctness", "style"],
+            ),
+        }
+    }
+}
+
+impl Scorer for Judge {
+    fn score(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
+        match self.form {
+            Form::Rubric => self.alone(question, answers, points),
+            Form::Code => self.alone(question, answers, both),
+            Form::Pairwise => self.compared(question, answers),
+        }
+    }
+
+    fn verifies(&self) -> bool {
+        self.form == Form::Code
+    }
+}
+
+/// The question with answers, as the judge reads them.
+fn shown(question: &Question<'_>, answers: &[(&str, &str)]) -> String {
+    let mut parts = Vec::new();
+    for message in question.prompt {
+        parts.push(format!("[{}]\n{}", message.role(), message.text()));
+    }
+    if let Some(answer) = question.answer.filter(|answer| !answer.is_empty()) {
+        parts.push(format!("[Reference answer]\n{answer}"));
+    }
+    for (name, answer) in answers {
+        parts.push(format!("[{name}]\n{answer}\n[End of {name}]"));
+    }
+    parts.join("\n\n")
+}
+
+/// Who is compared with whom: each with each, or all with the first where there are many.
+fn pairs(count: usize) -> Vec<(usize, usize)> {
+    let firsts = if count > ROUND_ROBIN { 1 } else { count };
+    (0..firsts).flat_map(|one| (one + 1..count).map(move |other| (one, other))).collect()
+}
+
+/// What two orders of one comparison come to: what both say, or a tie.
+fn agreed(straight: f64, swapped: f64) -> f64 {
+    if (straight - swapped).abs() < 0.25 { straight } else { 0.5 }
+}
+
+fn points(verdict: &Value) -> Option<f64> {
+    let score = number(verdict.get("score")?)?;
+    (1.0..=10.0).contains(&score).then_some(score)
+}
+
+fn both(verdict: &Value) -> Option<f64> {
+    let bit = |key: &str| match verdict.get(key)? {
+        Value::Bool(yes) => Some(*yes),
+        value => [0.0, 1.0].iter().position(|bit| Some(*bit) == number(value)).map(|at| at == 1),
+    };
+    Some(f64::from(u8::from(bit("correctness")? && bit("style")?)))
+}
+
+/// 1 where A wins, 0 where B does.
+fn winner(verdict: &Value) -> Option<f64> {
+    match verdict.get("winner")?.as_str()?.trim().to_ascii_lowercase().as_str() {
+        "a" | "answer a" => Some(1.0),
+        "b" | "answer b" => Some(0.0),
+        "tie" => Some(0.5),
+        _ => None,
+    }
+}
+
+/// A number, which some judges write as text.
+fn number(value: &Value) -> Option<f64> {
+    value.as_f64().or_else(|| value.as_str()?.trim().parse().ok())
+}
+
+fn reason(verdict: &Value) -> String {
+    start_of(verdict.get("reason").and_then(Value::as_str).unwrap_or_default(), 200)
+}
+
+/// The first JSON object in a text; what a model thinks aloud before it answers is passed over.
+fn first_object(text: &str) -> Option<Value> {
+    let said = text.rsplit_once("</think>").map_or(text, |(_, said)| said);
+    said.match_indices('{').find_map(|(at, _)| {
+        let mut values = serde_json::Deserializer::from_str(&said[at..]).into_iter::<Value>();
+        values.next()?.ok().filter(Value::is_object)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generate::engine::{Answer, Finish};
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    /// A teacher that answers with what a function makes of the user's text and the number of the call.
+    struct Parrot {
+        says: fn(&str, usize) -> String,
+        calls: Rc<RefCell<usize>>,
+    }
+
+    impl Teacher for Parrot {
+        fn answer(
+            &self,
+            asked: &[Asked],
+            sampling: &Sampling,
+            done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
+        ) -> Result<()> {
+            for (place, asked) in asked.iter().enumerate() {
+                let answers = (0..sampling.num_samples).map(|_| {
+                    *self.calls.borrow_mut() += 1;
+                    Answer {
+                        text: (self.says)(&asked.messages[1].text(), *self.calls.borrow()),
+                        ids: Vec::new(),
+                        logprobs: Vec::new(),
+                        sample_logprobs: Vec::new(),
+                        tokens: 1,
+                        finish: Finish::Stop,
+                        fields: serde_json::Map::new(),
+                    }
+                });
+                done(place, answers.collect())?;
+            }
+            Ok(())
+        }
+    }
+
+    /// The scores of answers by a judge that says what `says` makes of them, and how often it was asked.
+    fn judged(
+        spec: Value,
+        says: fn(&str, usize) -> String,
+        answers: &[&str],
+    ) -> (Result<Vec<f64>>, usize) {
+        let mut spec = spec;
+        spec["judge"] = json!("unused");
+        let spec: ScorerSpec = serde_json::from_value(spec).unwrap();
+        let calls = Rc::new(RefCell::new(0));
+        let judge = Judge::new(Box::new(Parrot { says, calls: calls.clone() }), &spec);
+        let prompt = [Message::new("user", "how?")];
+        let question = Question { place: "p:1", prompt: &prompt, tools: None, answer: None };
+        let scores = judge.score(&question, answers);
+        let calls = *calls.borrow();
+        (scores.map(|scores| scores.into_iter().map(|score| score.value).collect()), calls)
+    }
+
+    #[test]
+    fn a_rubric_averages_votes_and_reads_json_in_prose() {
+        let says = |_: &str, call: usize| match call {
+            1 => "{\"score\": 4, \"reason\": \"so so\"}".to_owned(),
+            2 => "<think>{\"score\": 1}</think>Sure! {not json} {\"score\": \"8\"} done".to_owned(),
+            _ => "{\"score\": 6}".to_owned(),
+        };
+        let (scores, calls) = judged(json!({"votes": 3}), says, &["x"]);
+        assert_eq!((scores.unwrap(), calls), (vec![6.0], 3));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_asked_again_and_then_given_up_with_its_words() {
+        let late = |_: &str, call: usize| match call {
+            1 => "I would say it is rather good.".to_owned(),
+            2 => "{\"score\": 11}".to_owned(),
+            _ => "{\"score\": 10}".to_owned(),
+        };
+        assert_eq!(judged(json!({}), late, &["x"]).0.unwrap(), [10.0]);
+        let prose = |_: &str, _: usize| "What a fine\nanswer this is!".to_owned();
+        let (error, calls) = judged(json!({}), prose, &["x"]);
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "the judge gave no verdict that can be read in 3 tries; it said `What a fine answer this is!`"
+        );
+        assert_eq!(calls, 3);
+    }
+
+    #[test]
+    fn pairs_are_compared_in_both_orders_and_a_judge_that_likes_the_first_gives_ties() {
+        // The better answer is the longer one: 3 beats 2 beats 1.
+        let fair = |text: &str, _: usize| {
+            let part = |name: &str| {
+                let start = text.find(&format!("[{name}]")).unwrap();
+                text.find(&format!("[End of {name}]")).unwrap() - start
+            };
+            let winner = if part("Answer A") > part("Answer B") { "A" } else { "B" };
+            json!({"reason": "", "winner": winner}).to_string()
+        };
+        let pairwise = json!({"form": "pairwise"});
+        let (scores, calls) = judged(pairwise.clone(), fair, &["a", "aaa", "aa"]);
+        assert_eq!((scores.unwrap(), calls), (vec![0.0, 1.0, 0.5], 6));
+        let first = |_: &str, _: usize| "{\"winner\": \"A\"}".to_owned();
+        assert_eq!(judged(pairwise.clone(), first, &["a", "b"]).0.unwrap(), [0.5, 0.5]);
+        let (alone, calls) = judged(pairwise.clone(), first, &["a"]);
+        assert_eq!((alone.unwrap(), calls), (vec![0.5], 0));
+        // Ten answers: nine comparisons with the first, not forty-five.
+        let (scores, calls) = judged(pairwise, first, &["a"; 10]);
+        assert_eq!((scores.unwrap(), calls), (vec![0.5; 10], 18));
+    }
+
+    #[test]
+    fn code_passes_with_both_criteria_only() {
+        let says = |text: &str, _: usize| {
+            let style = i32::from(!text.contains("ugly"));
+            json!({"reason": "", "correctness": 1, "style": style}).to_string()
+        };
+        let code = json!({"form": "code"});
+        assert_eq!(judged(code, says, &["nice", "ugly"]).0.unwrap(), [1.0, 0.0]);
+    }
+}

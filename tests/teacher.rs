@@ -1,0 +1,601 @@
+//! The client of a teacher's server, beside servers that misbehave in every way that a script can say, and beside
+//! llama.cpp's real one (`ARRIERO_PEERS`, see tests/peers.rs).
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a test program; a failure here is a failed test"
+)]
+
+#[path = "support/fake_server.rs"]
+mod fake_server;
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use arriero::data::record::Message;
+use arriero::error::{Error, Result};
+use arriero::generate::engine::{Answer, Finish};
+use arriero::generate::openai::Server;
+use arriero::generate::openai::probe::Needs;
+use arriero::generate::openai::spec::ServerSpec;
+use arriero::generate::sampling::Sampling;
+use arriero::generate::teacher::{Asked, Teacher};
+use arriero::report::record::Silent;
+use fake_server::{FakeServer, Request, Response, chat, is_probe, well_behaved};
+use serde_json::{Value, json};
+
+/// A client's settings that lose no time.
+fn spec(servers: &[&FakeServer]) -> ServerSpec {
+    ServerSpec {
+        base_url: servers.iter().map(|server| server.url()).collect(),
+        model: "big".to_owned(),
+        retry_delay: 0.001,
+        timeout: 5.0,
+        max_retries: 4,
+        ..ServerSpec::default()
+    }
+}
+
+fn asked(count: usize) -> Vec<Asked> {
+    (0..count)
+        .map(|index| Asked {
+            index: index as u64,
+            place: format!("prompts:{}", index + 1),
+            messages: vec![Message::new("user", format!("q{index}"))],
+            ..Asked::default()
+        })
+        .collect()
+}
+
+fn samples(num_samples: usize) -> Sampling {
+    Sampling { num_samples, max_new_tokens: 16, seed: 3, ..Sampling::default() }
+}
+
+/// Asks everything, and returns the answers' texts by prompt and how it ended.
+fn ask(
+    spec: &ServerSpec,
+    ledger: Option<&Path>,
+    count: usize,
+    sampling: &Sampling,
+) -> (BTreeMap<usize, Vec<Answer>>, Result<()>) {
+    let mut got = BTreeMap::new();
+    let ended = Server::new(spec, ledger, &Silent).and_then(|server| {
+        server.answer(&asked(count), sampling, &mut |place, answers| {
+            assert!(got.insert(place, answers).is_none(), "{place} twice");
+            Ok(())
+        })
+    });
+    (got, ended)
+}
+
+#[track_caller]
+fn assert_refused(server: &FakeServer, parts: &[&str]) -> Error {
+    let (_, ended) = ask(&spec(&[server]), None, 1, &samples(1));
+    let error = ended.expect_err("an error");
+    let shown = format!("{error:?}");
+    for part in parts {
+        assert!(shown.contains(part), "`{part}` is not in: {shown}");
+    }
+    assert!(shown.contains(&server.url()), "the url is not in: {shown}");
+    error
+}
+
+/// A server that is well-behaved when it is probed, and does `trouble` for the first `times` real requests.
+fn troubled(times: usize, trouble: Response) -> (FakeServer, Arc<AtomicUsize>) {
+    let seen = Arc::new(AtomicUsize::new(0));
+    let count = seen.clone();
+    let server = FakeServer::start(move |request| {
+        if is_probe(request) || count.fetch_add(1, Ordering::Relaxed) >= times {
+            return well_behaved(request);
+        }
+        trouble.clone()
+    });
+    (server, seen)
+}
+
+fn raw(status: u16, headers: &str, body: &str) -> Response {
+    Response::Raw(status, headers.to_owned(), body.to_owned())
+}
+
+#[test]
+fn answers_come_back_whole_with_what_the_server_said() {
+    let server = FakeServer::start(well_behaved);
+    let spec = ServerSpec { logprobs: true, ..spec(&[&server]) };
+    let (got, ended) = ask(&spec, None, 20, &samples(3));
+    ended.unwrap();
+    assert_eq!(got.len(), 20);
+    for (place, answers) in &got {
+        assert_eq!(answers.len(), 3);
+        for answer in answers {
+            assert!(answer.text.starts_with(&format!("q{place} #")), "{}", answer.text);
+            assert_eq!((answer.tokens, answer.finish), (2, Finish::Stop));
+            assert_eq!(answer.logprobs, [-0.25, -0.5]);
+            assert!(answer.ids.is_empty());
+        }
+    }
+    // Seeds are the same in every run and differ between prompts.
+    assert_eq!(ask(&spec, None, 20, &samples(3)).0, got);
+    assert_ne!(got[&0][0].text[3..], got[&1][0].text[3..]);
+}
+
+#[test]
+fn a_server_without_n_is_asked_once_a_sample_with_seeds_in_a_row() {
+    let server = FakeServer::start(|request| {
+        let mut alone = request.clone();
+        alone.body["n"] = json!(1);
+        well_behaved(&alone)
+    });
+    let (got, ended) = ask(&spec(&[&server]), None, 2, &samples(3));
+    ended.unwrap();
+    let seeds: Vec<u64> = got[&1]
+        .iter()
+        .map(|answer| answer.text[4..].split('.').next().unwrap().parse().unwrap())
+        .collect();
+    assert_eq!(seeds, [seeds[0], seeds[0] + 1, seeds[0] + 2]);
+}
+
+#[test]
+fn what_passes_is_tried_again() {
+    for trouble in [
+        raw(500, "", "oops"),
+        raw(429, "retry-after: 0\r\n", "{}"),
+        raw(503, "", "loading"),
+        raw(200, "content-type: text/html\r\n", "<html>busy</html>"),
+        raw(200, "", "{\"choices\": [{\"mess"),
+        Response::Json(json!({"choices": []})),
+        Response::Json(json!({"error": {"message": "overloaded"}})),
+        Response::Reset,
+    ] {
+        let shown = format!("{trouble:?}");
+        let (server, seen) = troubled(2, trouble);
+        let (got, ended) = ask(&spec(&[&server]), None, 1, &samples(1));
+        ended.unwrap_or_else(|error| panic!("{shown}: {error:?}"));
+        assert_eq!((got.len(), seen.load(Ordering::Relaxed)), (1, 3), "{shown}");
+    }
+}
+
+#[test]
+fn what_stays_is_named_with_its_url_and_a_way_out() {
+    let always = |response: Response| troubled(usize::MAX, response).0;
+    assert_refused(
+        &always(raw(200, "", "<html><title>Welcome</title>")),
+        &["prompts:1: ", "the answer begins with `<html><title>Welcome", "(tried 3 times)", "/v1"],
+    );
+    assert_refused(&always(raw(200, "", "{\"choices\": [{")), &["JSON that ends after 14 bytes"]);
+    assert_refused(&always(Response::Json(json!({"choices": []}))), &["without choices"]);
+    assert_refused(
+        &always(raw(500, "", "{\"error\": \"boom\"}")),
+        &["500", "boom", "tried 5 times"],
+    );
+    assert_refused(
+        &always(raw(401, "", "{\"error\": {\"message\": \"who are you\"}}")),
+        &["401", "who are you", "OPENAI_API_KEY"],
+    );
+    assert_refused(
+        &always(raw(400, "", "{\"message\": \"prompt is too long\"}")),
+        &["prompts:1: ", "400", "prompt is too long"],
+    );
+    assert_refused(
+        &always(raw(
+            429,
+            "",
+            "{\"error\": {\"message\": \"no\", \"code\": \"insufficient_quota\"}}",
+        )),
+        &["429", "insufficient_quota"],
+    );
+    let error = assert_refused(&always(Response::Reset), &["tried 5 times"]);
+    assert!(error.to_string().contains("connection"), "{error}");
+}
+
+#[test]
+fn a_model_that_is_not_served_is_named_beside_those_that_are() {
+    let server = FakeServer::start(well_behaved);
+    let spec = ServerSpec { model: "bog".to_owned(), ..spec(&[&server]) };
+    let error = format!("{:?}", ask(&spec, None, 1, &samples(1)).1.unwrap_err());
+    assert!(
+        error.contains("serves no model `bog`; it has big (hint: did you mean `big`?)"),
+        "{error}"
+    );
+}
+
+#[test]
+fn silence_ends_in_an_error_that_names_the_url() {
+    let (server, _) = troubled(usize::MAX, Response::Silence);
+    let spec = ServerSpec { timeout: 0.1, max_retries: 1, ..spec(&[&server]) };
+    let begun = Instant::now();
+    let error = format!("{:?}", ask(&spec, None, 1, &samples(1)).1.unwrap_err());
+    assert!(error.contains("no answer within 0.1 s") && error.contains(&server.url()), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn nobody_at_the_address_ends_in_an_error_that_names_it() {
+    let server = FakeServer::start(well_behaved);
+    let spec = spec(&[&server]);
+    drop(server);
+    let spec = ServerSpec { max_retries: 1, ..spec };
+    let error = format!("{:?}", ask(&spec, None, 1, &samples(1)).1.unwrap_err());
+    assert!(
+        error.contains("is the server running") && error.contains(&spec.base_url[0]),
+        "{error}"
+    );
+}
+
+#[test]
+fn what_a_server_leaves_out_in_silence_is_refused() {
+    let fewer = FakeServer::start(|request| {
+        let mut changed = request.clone();
+        if !is_probe(request) {
+            changed.body["n"] = json!(2);
+        }
+        well_behaved(&changed)
+    });
+    let error = format!("{:?}", ask(&spec(&[&fewer]), None, 1, &samples(3)).1.unwrap_err());
+    assert!(
+        error.contains("2 choices, asked for 3") && error.contains("samples_per_request"),
+        "{error}"
+    );
+
+    let mute = FakeServer::start(|request| {
+        let mut changed = request.clone();
+        changed.body["logprobs"] = json!(false);
+        well_behaved(&changed)
+    });
+    let spec = ServerSpec { logprobs: true, ..spec(&[&mute]) };
+    let error = format!("{:?}", ask(&spec, None, 1, &samples(1)).1.unwrap_err());
+    assert!(error.contains("0 log-probabilities for 2 tokens"), "{error}");
+}
+
+#[test]
+fn retry_after_is_waited_for() {
+    let (server, _) = troubled(1, raw(429, "retry-after: 1\r\n", "{}"));
+    let begun = Instant::now();
+    ask(&spec(&[&server]), None, 1, &samples(1)).1.unwrap();
+    assert!(begun.elapsed() >= Duration::from_secs(1));
+}
+
+#[test]
+fn a_slow_url_gets_less_and_a_dead_one_is_gone_around() {
+    let counts: Vec<Arc<AtomicUsize>> = (0..2).map(|_| Arc::default()).collect();
+    let start = |index: usize, pause: u64| {
+        let count = counts[index].clone();
+        FakeServer::start(move |request| {
+            count.fetch_add(1, Ordering::Relaxed);
+            Response::After(Duration::from_millis(pause), Box::new(well_behaved(request)))
+        })
+    };
+    let (slow, fast) = (start(0, 200), start(1, 5));
+    let dead = FakeServer::start(well_behaved);
+    let spec = ServerSpec { max_concurrency: 4, ..spec(&[&dead, &slow, &fast]) };
+    drop(dead);
+    let (got, ended) = ask(&spec, None, 200, &samples(1));
+    ended.unwrap();
+    assert_eq!(got.len(), 200);
+    let of = |index: usize| counts[index].load(Ordering::Relaxed);
+    assert!(of(0) >= 4 && of(1) > 3 * of(0), "slow {} fast {}", of(0), of(1));
+}
+
+#[test]
+fn a_refused_prompt_can_be_skipped() {
+    let server = FakeServer::start(|request| {
+        if request.body["messages"][0]["content"] == "q1" {
+            return raw(400, "", "{\"error\": \"too long\"}");
+        }
+        well_behaved(request)
+    });
+    let spec = ServerSpec { skip_refused: true, ..spec(&[&server]) };
+    let (got, ended) = ask(&spec, None, 3, &samples(2));
+    ended.unwrap();
+    assert_eq!([got[&0].len(), got[&1].len(), got[&2].len()], [2, 0, 2]);
+}
+
+#[test]
+fn a_budget_ends_the_run_and_what_came_back_is_kept() {
+    let server = FakeServer::start(well_behaved);
+    let home = tempfile::tempdir().unwrap();
+    let ledger = home.path().join("requests.jsonl");
+    let spec = ServerSpec { max_requests: 7, ..spec(&[&server]) };
+    let (got, ended) = ask(&spec, Some(&ledger), 20, &samples(1));
+    let error = format!("{:?}", ended.unwrap_err());
+    assert!(
+        error.contains("`max_requests` is used up") && error.contains("of 20 prompts"),
+        "{error}"
+    );
+    assert_eq!(got.len(), 7);
+    // The budget is the whole run's: a second process has nothing left, but what is recorded.
+    let (again, ended) = ask(&spec, Some(&ledger), 20, &samples(1));
+    assert!(ended.is_err());
+    assert_eq!(again, got);
+    let spec = ServerSpec { max_requests: 20, ..spec };
+    let (all, ended) = ask(&spec, Some(&ledger), 20, &samples(1));
+    ended.unwrap();
+    assert_eq!(all.len(), 20);
+
+    let spec = ServerSpec { max_requests: 0, max_tokens_total: 70, max_concurrency: 1, ..spec };
+    let (got, ended) = ask(&spec, None, 20, &samples(1));
+    assert!(ended.unwrap_err().to_string().contains("`max_tokens_total` is used up"));
+    assert_eq!(got.len(), 10);
+}
+
+/// Runs 12 prompts of 3 single-sample requests, ends after some are recorded, tears the last line, and runs again.
+#[test]
+fn a_killed_run_repeats_nothing_that_was_recorded() {
+    let seen: Arc<Mutex<Vec<Value>>> = Arc::default();
+    let record = seen.clone();
+    let server = FakeServer::start(move |request: &Request| {
+        if !is_probe(request) {
+            record.lock().unwrap().push(request.body.clone());
+        }
+        well_behaved(request)
+    });
+    let spec = ServerSpec { samples_per_request: 1, max_concurrency: 2, ..spec(&[&server]) };
+    let home = tempfile::tempdir().unwrap();
+    let ledger = home.path().join("requests.jsonl");
+    let (whole, ended) = ask(&spec, None, 12, &samples(3));
+    ended.unwrap();
+    seen.lock().unwrap().clear();
+
+    // Budget 17 leaves the sixth prompt with two of its three answers.
+    let cut = ServerSpec { max_requests: 17, ..spec.clone() };
+    ask(&cut, Some(&ledger), 12, &samples(3)).1.unwrap_err();
+    let mut bytes = std::fs::read(&ledger).unwrap();
+    assert_eq!(String::from_utf8_lossy(&bytes).lines().count(), 17);
+    bytes.truncate(bytes.len() - 9);
+    arriero::store::write_atomic(&ledger, &bytes).unwrap();
+    let first = std::mem::take(&mut *seen.lock().unwrap());
+
+    let (again, ended) = ask(&spec, Some(&ledger), 12, &samples(3));
+    ended.unwrap();
+    assert_eq!(again, whole);
+    let second = seen.lock().unwrap().clone();
+    assert_eq!((first.len(), second.len()), (17, 20));
+    let repeated = second.iter().filter(|body| first.contains(body)).count();
+    assert_eq!(repeated, 1, "only the torn line's request is made again");
+}
+
+#[test]
+fn the_key_reaches_the_server_and_nothing_else() {
+    // A variable that every test has and whose value no message here holds by accident.
+    let secret = env!("CARGO_MANIFEST_DIR");
+    let server = FakeServer::start(move |request| {
+        assert_eq!(request.authorization, format!("Bearer {secret}"));
+        if is_probe(request) {
+            return well_behaved(request);
+        }
+        raw(403, "", &format!("{{\"error\": \"no rights with {secret}\"}}"))
+    });
+    let home = tempfile::tempdir().unwrap();
+    let ledger = home.path().join("requests.jsonl");
+    let spec = ServerSpec { api_key_env: "CARGO_MANIFEST_DIR".to_owned(), ..spec(&[&server]) };
+    let error = ask(&spec, Some(&ledger), 1, &samples(1)).1.unwrap_err();
+    let shown = format!("{error:?} {spec:?} {:?}", spec.api_key().unwrap());
+    assert!(shown.contains("no rights with …") && !shown.contains(secret), "{shown}");
+    assert!(!std::fs::read_to_string(&ledger).unwrap().contains(secret));
+    let missing = ServerSpec { api_key_env: "ARRIERO_NO_SUCH_KEY".to_owned(), ..spec };
+    let error = format!("{:?}", ask(&missing, None, 1, &samples(1)).1.unwrap_err());
+    assert!(error.contains("`ARRIERO_NO_SUCH_KEY` is not set"), "{error}");
+}
+
+#[test]
+fn limits_by_the_minute_are_kept() {
+    let server = FakeServer::start(well_behaved);
+    let spec = ServerSpec { requests_per_minute: 600.0, ..spec(&[&server]) };
+    let begun = Instant::now();
+    // Twenty at once, ten more at ten a second.
+    ask(&spec, None, 30, &samples(1)).1.unwrap();
+    let took = begun.elapsed().as_secs_f64();
+    assert!((0.8..3.0).contains(&took), "{took}");
+}
+
+#[test]
+fn a_probe_finds_out_what_is_honoured() {
+    let server = FakeServer::start(|request| {
+        if request.body.get("response_format").is_some() {
+            let mut body = chat(request);
+            body["choices"][0]["message"]["content"] = json!("{\"good\": true}");
+            return Response::Json(body);
+        }
+        well_behaved(request)
+    });
+    let client = Server::new(&spec(&[&server]), None, &Silent).unwrap();
+    let probe = client.probe(Needs { all: true, ..Needs::default() }).unwrap();
+    assert_eq!(probe.models, ["big"]);
+    assert_eq!(
+        (probe.server.as_deref(), probe.fingerprint.as_deref()),
+        (Some("fake"), Some("fake-1"))
+    );
+    let seen = [probe.n, probe.logprobs, probe.seed, probe.json_schema].map(Option::unwrap);
+    assert_eq!(seen, [true; 4]);
+    assert_eq!((probe.echo, probe.prompt_logprobs), (Some(false), Some(false)));
+}
+
+/// A recipe whose only stage asks a server, and its home.
+struct Home {
+    dir: tempfile::TempDir,
+}
+
+impl Home {
+    fn new(url: &str, prompts: usize, more: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let rows: String =
+            (0..prompts).map(|i| json!({"prompt": format!("q{i}")}).to_string() + "\n").collect();
+        let recipe = format!(
+            "[[stage]]\nkind = 'synth'\ndatasets = 'prompts.jsonl'\nteacher = {{base_url = '{url}', model = 'big', api_key_env = 'TEACHER_KEY', {more}}}\n"
+        );
+        arriero::store::write_atomic(&dir.path().join("prompts.jsonl"), rows.as_bytes()).unwrap();
+        arriero::store::write_atomic(&dir.path().join("r.toml"), recipe.as_bytes()).unwrap();
+        Self { dir }
+    }
+
+    fn command(&self, verb: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arriero"));
+        command.args([verb, "r.toml"]).current_dir(self.dir.path()).env("TEACHER_KEY", KEY);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs to the end and returns what was said.
+    fn run(&self, verb: &str) -> String {
+        let output = self.command(verb).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned()
+            + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{verb}: {text}");
+        text
+    }
+
+    fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.dir.path().join("runs/r/stages/01-synth").join(name)).unwrap()
+    }
+}
+
+const KEY: &str = "sk-do-not-write-me-down";
+
+#[test]
+fn a_recipe_with_a_server_runs_and_its_key_is_written_nowhere() {
+    let server = FakeServer::start(|request| {
+        assert!(request.authorization.ends_with(KEY));
+        well_behaved(request)
+    });
+    let home = Home::new(&server.url(), 5, "logprobs = true");
+    let said = home.run("validate") + &home.run("plan") + &home.run("run");
+    let rows: Vec<Value> =
+        home.read("data.jsonl").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(rows.len(), 5);
+    assert_eq!(rows[0]["meta"]["logprob_sum"], json!(-0.75));
+    assert_eq!(rows[0]["meta"]["tokens"], json!(2));
+    let account: Value = serde_json::from_str(&home.read("teacher.json")).unwrap();
+    assert_eq!((&account["requests"], &account["probe"]["server"]), (&json!(5), &json!("fake")));
+    assert!(!said.contains(KEY));
+    let mut folders = vec![home.dir.path().to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if entry.is_dir() {
+                folders.push(entry);
+            } else {
+                let text = std::fs::read(&entry).unwrap();
+                assert!(!String::from_utf8_lossy(&text).contains(KEY), "{}", entry.display());
+            }
+        }
+    }
+    // Another address and another speed are the same work.
+    drop(server);
+    let recipe = std::fs::read_to_string(home.dir.path().join("r.toml")).unwrap();
+    let moved = recipe.replace("logprobs = true", "logprobs = true, max_concurrency = 2");
+    let moved = moved.replace("http://127.0.0.1", "http://localhost");
+    assert_ne!(moved, recipe);
+    arriero::store::write_atomic(&home.dir.path().join("r.toml"), moved.as_bytes()).unwrap();
+    home.run("run");
+}
+
+#[test]
+fn a_process_that_is_killed_asks_again_only_what_was_under_way() {
+    let seen: Arc<Mutex<Vec<String>>> = Arc::default();
+    let record = seen.clone();
+    let server = FakeServer::start(move |request| {
+        if !is_probe(request) {
+            record.lock().unwrap().push(request.body.to_string());
+        }
+        Response::After(Duration::from_millis(30), Box::new(well_behaved(request)))
+    });
+    let more = "max_concurrency = 4, samples_per_request = 1";
+    let homes = [0, 1].map(|_| {
+        let home = Home::new(&server.url(), 40, more);
+        let recipe = home.dir.path().join("r.toml");
+        let text = std::fs::read_to_string(&recipe).unwrap() + "num_samples = 3\n";
+        arriero::store::write_atomic(&recipe, text.as_bytes()).unwrap();
+        home
+    });
+    homes[0].run("run");
+    assert_eq!(std::mem::take(&mut *seen.lock().unwrap()).len(), 120);
+
+    let mut child = homes[1].command("run").spawn().unwrap();
+    let begun = Instant::now();
+    while seen.lock().unwrap().len() < 50 && begun.elapsed() < Duration::from_mins(1) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    homes[1].run("run");
+    let seen = seen.lock().unwrap();
+    let mut times: BTreeMap<&String, usize> = BTreeMap::new();
+    for body in seen.iter() {
+        *times.entry(body).or_default() += 1;
+    }
+    let repeated = times.values().filter(|&&count| count > 1).count();
+    assert_eq!(times.len(), 120);
+    assert!(times.values().all(|&count| count <= 2) && repeated <= 5, "{repeated} were repeated");
+    assert_eq!(homes[0].read("data.jsonl"), homes[1].read("data.jsonl"));
+}
+
+/// The Python that has the peers; `None` where nobody asked for them.
+fn python() -> Option<PathBuf> {
+    if std::env::var_os("ARRIERO_PEERS").is_none_or(|value| value != "1") {
+        println!("not run: ARRIERO_PEERS is not 1; scripts/test sets it");
+        return None;
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let python = std::env::var_os("ARRIERO_PYTHON")
+        .map_or_else(|| root.join(".venv/bin/python"), PathBuf::from);
+    assert!(python.exists(), "there is no {}: run scripts/test", python.display());
+    Some(python)
+}
+
+#[test]
+fn llama_cpp_is_found_out_and_teaches() {
+    let Some(python) = python() else { return };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = std::env::var_os("ARRIERO_SMOLLM2")
+        .map_or_else(|| root.join("data/smollm2"), PathBuf::from);
+    let model = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    assert!(model.exists(), "there is no {}: run scripts/fetch-smollm2", model.display());
+    let mut process = Command::new(python)
+        .arg(root.join("tests/peers/llama_server.py"))
+        .arg(&model)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut address = String::new();
+    BufReader::new(process.stdout.take().unwrap()).read_line(&mut address).unwrap();
+    let spec = ServerSpec {
+        base_url: vec![format!("{}/v1", address.trim())],
+        model: model.display().to_string(),
+        logprobs: true,
+        timeout: 120.0,
+        max_concurrency: 4,
+        ..ServerSpec::default()
+    };
+    let client = Server::new(&spec, None, &Silent).unwrap();
+    let probe = client.probe(Needs { all: true, ..Needs::default() }).unwrap();
+    println!("{probe:?}");
+    assert_eq!(
+        [probe.n, probe.logprobs, probe.seed, probe.json_schema].map(Option::unwrap),
+        [true; 4]
+    );
+    // Known of llama.cpp: `echo` is ignored without a word.
+    assert_eq!((probe.echo, probe.prompt_logprobs), (Some(false), Some(false)));
+
+    let mut got = BTreeMap::new();
+    client
+        .answer(&asked(3), &samples(2), &mut |place, answers| {
+            got.insert(place, answers);
+            Ok(())
+        })
+        .unwrap();
+    for answer in got.values().flatten() {
+        assert!(!answer.text.is_empty() && answer.logprobs.len() == answer.tokens);
+        assert_eq!(answer.ids.len(), answer.tokens);
+    }
+    assert_eq!(got.len(), 3);
+    drop(process.stdin.take());
+    process.wait().unwrap();
+}
