@@ -108,6 +108,7 @@ pub fn judge(panel: &Panel, asked: &Asked, row: &Row, texts: &[&str]) -> Result<
         prompt: &asked.messages,
         tools: asked.tools.as_ref(),
         answer: answer.as_deref(),
+        extra: Some(&row.extra),
     };
     panel.judge(&question, texts)
 }
