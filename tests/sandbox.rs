@@ -201,7 +201,7 @@ fn processes_called(mark: &str) -> usize {
 fn hostile_programs_are_contained_and_this_machine_is_unharmed() {
     let home = tempfile::tempdir().unwrap();
     let canary = home.path().join("canary");
-    fs::write(&canary, "alive").unwrap();
+    arriero::store::write_atomic(&canary, b"alive").unwrap();
     let mut host = Guard(Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap());
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mark = format!("hostile-{}", std::process::id());

@@ -273,7 +273,7 @@ fn walls() -> std::result::Result<Walls, (String, String)> {
         command.args(["prlimit", "--nproc=8", "/usr/bin/true"]).current_dir("/");
         match command.stdin(Stdio::null()).output() {
             Ok(output) if output.status.success() => return Ok(Walls::Bubblewrap { as_nobody }),
-            Ok(output) => failed = String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+            Ok(output) => String::from_utf8_lossy(&output.stderr).trim().clone_into(&mut failed),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 return Err((
                     "no bubblewrap here to run programs in".to_owned(),

@@ -198,7 +198,9 @@ fn beginning(question: &Question<'_>) -> Option<String> {
     let prompt = question.prompt.iter().rev().find(|message| message.role() == "user")?.text();
     let code = code_of(&prompt);
     let starts = ["from ", "import ", "def ", "class ", "@", "#", "\"\"\""];
-    let is_code = starts.iter().any(|start| code.trim_start().starts_with(start));
+    let code_start = code.trim_start();
+    let is_code = starts.iter().any(|start| code_start.starts_with(start))
+        || pattern!(r"\A[A-Za-z_]\w* = ").is_some_and(|assigns| assigns.is_match(code_start));
     (is_code && code.contains(&format!("def {entry}"))).then(|| code.trim_end().to_owned())
 }
 

@@ -32,7 +32,7 @@ impl Rule for Ifeval {
         let variants = if self.loose { loosened(text) } else { vec![text.to_owned()] };
         let instructions = instructions(question)?;
         let mut broken = Vec::new();
-        for (index, (id, kwargs)) in instructions.iter().enumerate() {
+        for (index, &(id, kwargs)) in instructions.iter().enumerate() {
             let mut followed = false;
             for variant in variants.iter().filter(|variant| !variant.trim().is_empty()) {
                 followed = followed
@@ -40,7 +40,7 @@ impl Rule for Ifeval {
                         .at(format_args!("instruction {index} (`{id}`)"))?;
             }
             if !followed {
-                broken.push(*id);
+                broken.push(id);
             }
         }
         let (all, count) = (instructions.len(), instructions.len() - broken.len());

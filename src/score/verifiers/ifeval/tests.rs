@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::super::testing::{score, verifier};
 use super::types::TYPES;
 
-fn row(id: &str, kwargs: Value) -> Map<String, Value> {
+fn row(id: &str, kwargs: &Value) -> Map<String, Value> {
     let Value::Object(row) = json!({"instruction_id_list": [id], "kwargs": [kwargs]}) else {
         panic!()
     };
@@ -18,6 +18,7 @@ fn followed(loose: bool, row: &Map<String, Value>, text: &str) -> bool {
 }
 
 /// (type, settings, an answer that follows, one that does not).
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn cases() -> Vec<(&'static str, Value, String, String)> {
     let case = |id, kwargs, good: &str, bad: &str| (id, kwargs, good.to_owned(), bad.to_owned());
     let english =
@@ -151,7 +152,7 @@ fn every_type_tells_what_follows_from_what_does_not() {
         assert!(cases.iter().any(|case| case.0 == id), "{id} is not tested");
     }
     for (id, kwargs, good, bad) in cases {
-        let row = row(id, kwargs);
+        let row = row(id, &kwargs);
         assert!(followed(false, &row, &good), "{id}: {good}");
         assert!(!followed(false, &row, &bad), "{id}: {bad}");
         assert!(!followed(false, &row, " "), "{id}: an empty text follows nothing");
@@ -161,12 +162,12 @@ fn every_type_tells_what_follows_from_what_does_not() {
 
 #[test]
 fn the_loose_form_forgives_a_line_around_and_asterisks() {
-    let lower = row("change_case:english_lowercase", json!({}));
+    let lower = row("change_case:english_lowercase", &json!({}));
     let text = "Sure, here it is:\nall of this text is small and in english\nHope it helps!";
     assert!(!followed(false, &lower, text) && followed(true, &lower, text));
-    let ends = row("startend:end_checker", json!({"end_phrase": "the end."}));
+    let ends = row("startend:end_checker", &json!({"end_phrase": "the end."}));
     assert!(!followed(false, &ends, "So **the end.**") && followed(true, &ends, "So **the end.**"));
-    let json = row("detectable_format:json_format", json!({}));
+    let json = row("detectable_format:json_format", &json!({}));
     let text = "Here it is:\n{\"a\": 1}\nDone.";
     assert!(!followed(false, &json, text) && followed(true, &json, text));
 }

@@ -40,7 +40,7 @@ pub(super) const TYPES: [&str; 25] = [
 ///
 /// # Errors
 /// No such type; settings that are missing or of another kind.
-pub(super) fn follows(id: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<bool> {
+pub(super) fn follows(id: &str, kwargs: Kwargs<'_>, text: &str) -> Result<bool> {
     let (family, name) = id.split_once(':').unwrap_or((id, ""));
     let followed = match family {
         "keywords" => keywords(name, kwargs, text)?,
@@ -63,7 +63,7 @@ pub(super) fn follows(id: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<bool>
     })
 }
 
-fn keywords(name: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<Option<bool>> {
+fn keywords(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> {
     Ok(Some(match name {
         "existence" => {
             kwargs.texts("keywords")?.iter().all(|word| text::occurrences(word, text) > 0)
@@ -85,7 +85,7 @@ fn keywords(name: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<Option<bool>>
     }))
 }
 
-fn response_language(kwargs: &Kwargs<'_>, text: &str) -> Result<bool> {
+fn response_language(kwargs: Kwargs<'_>, text: &str) -> Result<bool> {
     let code = kwargs.text("language")?;
     if !language::is_known(code) {
         return Err(Error::run(format!("`{code}` is no language that can be told")));
@@ -94,7 +94,7 @@ fn response_language(kwargs: &Kwargs<'_>, text: &str) -> Result<bool> {
     Ok(language::detected(text).is_none() || language::is_in(text, code))
 }
 
-fn length(name: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<Option<bool>> {
+fn length(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> {
     Ok(Some(match name {
         "number_sentences" => kwargs.compare(text::sentences(text), "num_sentences", "relation")?,
         "number_words" => kwargs.compare(text::words(text), "num_words", "relation")?,
@@ -119,7 +119,7 @@ fn filled<'a>(separator: Option<&Regex>, text: &'a str) -> Option<Vec<&'a str>> 
     Some(parts.into_iter().filter(|part| !part.trim().is_empty()).collect())
 }
 
-fn first_word_of_paragraph(kwargs: &Kwargs<'_>, text: &str) -> Result<bool> {
+fn first_word_of_paragraph(kwargs: Kwargs<'_>, text: &str) -> Result<bool> {
     let paragraphs: Vec<&str> = text.split("\n\n").collect();
     let count = paragraphs.iter().filter(|paragraph| !paragraph.trim().is_empty()).count();
     let nth = kwargs.count("nth_paragraph")?;
@@ -138,7 +138,7 @@ fn count(pattern: Option<&Regex>, text: &str) -> usize {
     pattern.map_or(0, |pattern| pattern.find_iter(text).count())
 }
 
-fn content(name: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<Option<bool>> {
+fn content(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> {
     Ok(Some(match name {
         "number_placeholders" => {
             count(pattern!(r"\[.*?\]"), text) >= kwargs.count("num_placeholders")?
@@ -155,7 +155,7 @@ fn content(name: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<Option<bool>> 
     }))
 }
 
-fn format(name: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<Option<bool>> {
+fn format(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> {
     Ok(Some(match name {
         "number_bullet_lists" => {
             let stars = count(pattern!(r"(?m)^\s*\*[^*].*$"), text);
@@ -200,7 +200,7 @@ fn unfenced(text: &str) -> &str {
     inner.strip_suffix("```").unwrap_or(inner).trim()
 }
 
-fn combination(name: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<Option<bool>> {
+fn combination(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> {
     Ok(Some(match name {
         "two_responses" => {
             let parts = filled(pattern!(r"\*{6}"), text);
@@ -214,7 +214,7 @@ fn combination(name: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<Option<boo
     }))
 }
 
-fn start_and_end(name: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<Option<bool>> {
+fn start_and_end(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> {
     let text = text.trim();
     Ok(Some(match name {
         "end_checker" => {
@@ -226,7 +226,7 @@ fn start_and_end(name: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<Option<b
     }))
 }
 
-fn change_case(name: &str, kwargs: &Kwargs<'_>, text: &str) -> Result<Option<bool>> {
+fn change_case(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> {
     Ok(Some(match name {
         "capital_word_frequency" => {
             let found = text::capital_words(text);

@@ -45,7 +45,7 @@ enum Form {
     List {
         open: char,
         close: char,
-        items: Vec<Form>,
+        items: Vec<Self>,
     },
     /// Words, or what this program does not understand.
     Words,

@@ -112,8 +112,10 @@ fn last_number(text: &str) -> Option<(usize, String)> {
     let before = text[..start].trim_end();
     let signed = written.starts_with(['-', '−', '+']);
     let is_binary = before.ends_with(|c: char| c.is_alphanumeric() || ")]}%".contains(c));
-    let spaced = text[..start].len() > before.len() && !written[1..].starts_with(' ');
-    if signed && is_binary && !(spaced && !before.ends_with(|c: char| c.is_ascii_digit())) {
+    // A sign with space before and none behind belongs to the number, as in `is -5`; not behind another number.
+    let apart = text[..start].len() > before.len() && written.chars().nth(1) != Some(' ');
+    let own = apart && !before.ends_with(|c: char| c.is_ascii_digit());
+    if signed && is_binary && !own {
         let sign = written.chars().next().map_or(0, char::len_utf8);
         start += sign;
         written = &written[sign..];
@@ -140,6 +142,9 @@ mod tests {
             ("1.5 × 10^3", "1.5 × 10^3"),
             ("\\frac{84}{2}", "\\frac{84}{2}"),
             ("1,2,3", "3"),
+            ("it costs £5", "£5"),
+            ("it is −5", "−5"),
+            ("10−5", "5"),
         ] {
             assert_eq!(last_number(text).unwrap().1, number, "{text}");
         }

@@ -110,7 +110,7 @@ fn bracketed(inner: &str, out: &mut String, depth: usize) -> Option<()> {
 fn command<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str> {
     let length = text.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(text.len());
     if length == 0 {
-        return mark(text, out);
+        return Some(mark(text, out));
     }
     let (name, rest) = text.split_at(length);
     match name {
@@ -165,14 +165,14 @@ fn word(name: &str, out: &mut String) {
 }
 
 /// A backslash before a mark: spaces vanish, the rest stands for itself.
-fn mark<'a>(text: &'a str, out: &mut String) -> Option<&'a str> {
-    let Some(letter) = text.chars().next() else { return Some(text) };
+fn mark<'a>(text: &'a str, out: &mut String) -> &'a str {
+    let Some(letter) = text.chars().next() else { return text };
     match letter {
         '!' | '(' | ')' | '[' | ']' | '$' | ',' => {}
         ';' | ':' | ' ' | '\\' => out.push(' '),
         other => out.push(other),
     }
-    Some(&text[letter.len_utf8()..])
+    &text[letter.len_utf8()..]
 }
 
 /// One argument: a group, a command, or a single letter.
@@ -216,7 +216,9 @@ fn fraction<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str
         && written.chars().all(|c| c.is_ascii_digit() || "()/".contains(c));
     if is_mixed {
         let number = out.split_off(start);
-        out.push_str(&format!("({}+{written})", number.trim()));
+        for part in ["(", number.trim(), "+", &written, ")"] {
+            out.push_str(part);
+        }
     } else {
         out.push_str(&written);
     }
@@ -233,6 +235,6 @@ fn root<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str> {
     let (degree, rest) = inner.split_once(']')?;
     out.push_str(" root(");
     write(degree, out, depth + 1)?;
-    out.push_str(")");
+    out.push(')');
     argument(rest, out, depth)
 }

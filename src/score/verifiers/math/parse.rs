@@ -12,13 +12,13 @@ const TOKENS: usize = 600;
 pub(super) enum Expr {
     Number(Number),
     Variable(Box<str>),
-    Sum(Box<Expr>, Box<Expr>),
-    Product(Box<Expr>, Box<Expr>),
-    Quotient(Box<Expr>, Box<Expr>),
-    Power(Box<Expr>, Box<Expr>),
-    Negative(Box<Expr>),
-    Factorial(Box<Expr>),
-    Call(Function, Box<Expr>),
+    Sum(Box<Self>, Box<Self>),
+    Product(Box<Self>, Box<Self>),
+    Quotient(Box<Self>, Box<Self>),
+    Power(Box<Self>, Box<Self>),
+    Negative(Box<Self>),
+    Factorial(Box<Self>),
+    Call(Function, Box<Self>),
 }
 
 /// What can be applied.
