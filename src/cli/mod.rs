@@ -15,6 +15,7 @@ mod plan;
 mod recipes;
 mod report;
 mod run;
+mod score;
 mod validate;
 
 use std::path::PathBuf;
@@ -51,6 +52,8 @@ enum Command {
     Merge(merge::MergeArgs),
     /// Write a checkpoint for other programs: GGUF, or safetensors of another type
     Export(export::ExportArgs),
+    /// Judge the completions in a file: verifiers or a reward model
+    Score(score::ScoreArgs),
     /// Talk to a model
     Chat(chat::ChatArgs),
     /// Show what this machine and this build offer
@@ -137,6 +140,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Report(args) => report::run(&args),
         Command::Merge(args) => merge::run(args),
         Command::Export(args) => export::run(&args),
+        Command::Score(args) => score::run(args),
         Command::Chat(args) => chat::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor => {

@@ -206,6 +206,31 @@ impl Iterator for Reader {
     }
 }
 
+/// The rows of a file, a directory of files or a glob as they stand there, one by one, each with its place.
+///
+/// # Errors
+/// No such file. The iterator's errors: a file that cannot be read, or a row that is no JSON object, by file and line.
+pub fn objects(
+    path: &str,
+) -> Result<impl Iterator<Item = Result<(String, Map<String, Value>)>> + use<>> {
+    let files = super::paths::files(path, None)?;
+    let rows = files.into_iter().flat_map(|file| match raw_rows(&file) {
+        Ok(rows) => rows,
+        Err(error) => Box::new(std::iter::once(Err(error))),
+    });
+    Ok(rows.map(|raw| {
+        let Raw { place, content } = raw?;
+        match content.value() {
+            Ok(Value::Object(columns)) => Ok((place, columns)),
+            Ok(other) => {
+                let found = kind(&other);
+                Err(Error::run(format!("a row is {found}, expected an object")).at(place))
+            }
+            Err(error) => Err(error.at(place)),
+        }
+    }))
+}
+
 /// One row, before its columns are looked at.
 pub(super) struct Raw {
     pub(super) place: String,

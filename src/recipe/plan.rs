@@ -261,7 +261,7 @@ fn missing_model(key: &str) -> Error {
 }
 
 /// Scorers stay as written for the stage, which loads their models; whether they can be built is known here.
-fn check_scorers(scorers: &[Value]) -> Result<()> {
+pub(crate) fn check_scorers(scorers: &[Value]) -> Result<()> {
     for (index, scorer) in scorers.iter().enumerate() {
         let place = format!("`scorers`[{index}]");
         let spec: ScorerSpec = serde_path_to_error::deserialize(scorer)

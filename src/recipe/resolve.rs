@@ -494,7 +494,7 @@ mod tests {
         plan(&format!("{sample}verifier = 'number'\n")).unwrap();
         refuses(
             &format!("{sample}verifier = 'nummber'\n"),
-            "r.toml:5: stage `sample`: `scorers`[0]: unknown variant `nummber`, expected one of `exact`, `exact_answer`, `exact_match`, `gsm8k`, `math`, `number`, `regex`, `length`, `contains` (hint: did you mean `number`?)",
+            "r.toml:5: stage `sample`: `scorers`[0]: unknown variant `nummber`, expected one of `exact`, `exact_answer`, `exact_match`, `gsm8k`, `number`, `math`, `choice`, `multiple_choice`, `regex`, `format`, `length`, `contains`, `repetition`, `language`, `json_schema`, `ifeval`, `instruction_following`, `code`, `humaneval`, `python` (hint: did you mean `number`?)",
         );
         refuses(
             &format!("{sample}scorers = [{{weight = 1.0}}]\n"),

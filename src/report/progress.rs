@@ -44,14 +44,7 @@ impl Observer for Progress<'_> {
         } else if !self.terminal {
             line(&format!("{title}: started"));
         }
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-        // The template is a constant; a mistake in it would leave indicatif's own.
-        if let Ok(style) =
-            ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} {eta}")
-        {
-            bar.set_style(style);
-        }
-        bar.set_prefix(title);
+        let bar = bar(title);
         Ok(Box::new(StageEvents {
             progress: self,
             bar,
@@ -119,6 +112,60 @@ struct StageEvents<'a> {
     log: Mutex<Option<MetricsLog>>,
 }
 
+/// Progress of one piece of work outside of a run: a bar on standard error, cleared at its end.
+#[derive(Debug)]
+pub struct Bar<'a> {
+    interrupted: &'a AtomicBool,
+    bar: ProgressBar,
+}
+
+impl<'a> Bar<'a> {
+    /// Shows a bar under this title. `interrupted` is set when the user asks to stop.
+    pub fn new(title: &str, interrupted: &'a AtomicBool) -> Self {
+        Self { interrupted, bar: bar(title.to_owned()) }
+    }
+}
+
+impl Events for Bar<'_> {
+    fn progress(&self, what: &str, done: u64, total: u64) {
+        show(&self.bar, what, done, total);
+    }
+
+    fn note(&self, text: &str) {
+        self.bar.suspend(|| line(text));
+    }
+
+    fn interrupted(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Bar<'_> {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+fn bar(title: String) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    // The template is a constant; a mistake in it would leave indicatif's own.
+    if let Ok(style) = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} {eta}") {
+        bar.set_style(style);
+    }
+    bar.set_prefix(title);
+    bar
+}
+
+fn show(bar: &ProgressBar, what: &str, done: u64, total: u64) {
+    if total > 0 {
+        bar.set_length(total);
+    }
+    bar.set_position(done);
+    if bar.message().is_empty() {
+        bar.set_message(what.to_owned());
+    }
+}
+
 impl StageEvents<'_> {
     fn with_log<T>(&self, act: impl FnOnce(&mut MetricsLog) -> Result<T>) -> Result<T> {
         // A panic elsewhere does not make the log wrong.
@@ -135,13 +182,7 @@ impl StageEvents<'_> {
 
 impl Events for StageEvents<'_> {
     fn progress(&self, what: &str, done: u64, total: u64) {
-        if total > 0 {
-            self.bar.set_length(total);
-        }
-        self.bar.set_position(done);
-        if self.bar.message().is_empty() {
-            self.bar.set_message(what.to_owned());
-        }
+        show(&self.bar, what, done, total);
     }
 
     fn metrics(&self, step: u64, values: &Metrics) -> Result<()> {

@@ -378,7 +378,8 @@ mod tests {
         let calls = Rc::new(RefCell::new(0));
         let judge = Judge::new(Box::new(Parrot { says, calls: calls.clone() }), &spec);
         let prompt = [Message::new("user", "how?")];
-        let question = Question { place: "p:1", prompt: &prompt, tools: None, answer: None };
+        let question =
+            Question { place: "p:1", prompt: &prompt, tools: None, answer: None, extra: None };
         let scores = judge.score(&question, answers);
         let calls = *calls.borrow();
         (scores.map(|scores| scores.into_iter().map(|score| score.value).collect()), calls)

@@ -5,6 +5,7 @@ pub mod candidates;
 pub mod curve;
 pub mod judge;
 pub mod reward_model;
+pub mod sandbox;
 pub mod select;
 pub mod statistics;
 pub mod verifiers;
@@ -14,14 +15,14 @@ use std::collections::BTreeMap;
 use candle_core::Device;
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::data::record::Message;
 use crate::error::{Context, Error, Result};
 use crate::generate::teacher::TeacherSpec;
 use judge::{Form, Judge};
 use reward_model::{Reading, RewardModel, StepAggregation};
-use verifiers::{Check, Verifier};
+use verifiers::{Check, Unit, Verifier};
 
 /// One judge as a recipe names it: a verifier, a reward model or a language model, and the weight of its score in the sum.
 ///
@@ -77,19 +78,47 @@ pub struct ScorerSpec {
     /// What `length_penalty` counts.
     #[serde(default)]
     pub length_unit: LengthUnit,
-    /// `regex`: what the answer must match somewhere. `exact` and `number`: where in the answer to look, the first
-    /// group or the whole match.
+    /// `regex`: what the answer must match somewhere. `format`: what it must match as a whole. `exact`, `number`, `math`
+    /// and `choice`: where in the answer to look, the first group or the whole match.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pattern: Option<String>,
-    /// `contains`: what must occur, all of it; the row's `answer` where empty.
+    /// `contains`: what must occur, all of it; the row's `answer` where empty. `language`: codes of the languages that are
+    /// right; the row's `language` where empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub values: Vec<String>,
-    /// `length`: fewest characters.
+    /// `length`: fewest units.
     #[serde(default)]
     pub min: usize,
-    /// `length`: most characters.
+    /// `length`: most units.
     #[serde(default = "unlimited")]
     pub max: usize,
+    /// `length`: what is counted, `characters`, `words` or `tokens`.
+    #[serde(default)]
+    pub unit: Unit,
+    /// `length` in tokens: a checkpoint whose tokenizer counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
+    /// `repetition`: words of a sequence; 3 where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ngram: Option<usize>,
+    /// `repetition`: the largest share of sequences that may stand there already; 0.2 where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_share: Option<f64>,
+    /// `json_schema`: the schema; the row's `schema` where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schema: Option<Value>,
+    /// `ifeval`: forgive a first or last line too many and asterisks.
+    #[serde(default)]
+    pub loose: bool,
+    /// `code`: seconds that a program may take; 10 where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_s: Option<f64>,
+    /// `code`: mebibytes that a program may take; 1024 where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mb: Option<u64>,
+    /// `code`: run programs without walls where there is no sandbox.
+    #[serde(default)]
+    pub allow_unsandboxed: bool,
 }
 
 /// What a length is counted in.
@@ -141,6 +170,15 @@ impl ScorerSpec {
             values: Vec::new(),
             min: 0,
             max: usize::MAX,
+            unit: Unit::Characters,
+            tokenizer: None,
+            ngram: None,
+            max_share: None,
+            schema: None,
+            loose: false,
+            timeout_s: None,
+            memory_mb: None,
+            allow_unsandboxed: false,
         }
     }
 
@@ -185,7 +223,7 @@ impl ScorerSpec {
                 Err(Error::usage("a scorer names `judge` and another one")
                     .hint("make two scorers of it, each with its weight"))
             }
-            (Some(check), None) => Verifier::new(check, self).map(|_| ()),
+            (Some(check), None) => Verifier::check(check, self),
             (None, Some(_)) => Ok(()),
             (None, None) => Err(Error::usage(
                 "a scorer names neither `verifier` nor `reward_model` nor `judge`",
@@ -255,6 +293,8 @@ pub struct Question<'a> {
     pub tools: Option<&'a Value>,
     /// The right answer, where the row has one.
     pub answer: Option<&'a str>,
+    /// The row's further columns, where it is at hand.
+    pub extra: Option<&'a Map<String, Value>>,
 }
 
 /// One judgement.
@@ -267,7 +307,7 @@ pub struct Score {
 }
 
 /// Judges answers.
-pub trait Scorer {
+pub trait Scorer: Send + Sync {
     /// One score an answer, each depending on the question and that answer alone; a judge that compares answers looks
     /// at the others too.
     ///
@@ -308,6 +348,19 @@ pub struct Verdict {
     pub reward: Option<f64>,
 }
 
+impl Verdict {
+    /// What the scores rest on, as one text: each judge by its name where there are several.
+    pub fn explanation(&self) -> String {
+        match self.why.values().next() {
+            Some(why) if self.scores.len() == 1 => why.clone(),
+            _ => {
+                let parts = self.why.iter().map(|(label, why)| format!("{label}: {why}"));
+                parts.collect::<Vec<_>>().join("; ")
+            }
+        }
+    }
+}
+
 impl Panel {
     /// Builds the judges of a recipe's `scorers`.
     ///
@@ -342,6 +395,16 @@ impl Panel {
         self.judges.is_empty()
     }
 
+    /// Whether a judge is a verifier, which may look at all columns of a row.
+    pub fn verifies(&self) -> bool {
+        self.judges.iter().any(|judge| judge.scorer.verifies())
+    }
+
+    /// Whether every judge is a verifier: cheap, and none disturbs another.
+    pub fn only_verifies(&self) -> bool {
+        self.judges.iter().all(|judge| judge.scorer.verifies())
+    }
+
     /// Every judge's word on every answer. `tokens` are the answers' lengths.
     ///
     /// # Errors
@@ -374,7 +437,7 @@ impl Panel {
     }
 }
 
-impl Judge {
+impl Seat {
     /// Enters one score into the verdict on an answer of that length.
     fn enter(&self, verdict: &mut Verdict, score: Score, length: usize) {
         let weighted = self.weight * (score.value - self.length_penalty * length as f64);
@@ -407,7 +470,8 @@ mod tests {
             json!({"verifier": "length", "max": 3, "weight": 0.5}),
         ])
         .unwrap();
-        let question = Question { place: "p:1", prompt: &[], tools: None, answer: Some("paris") };
+        let question =
+            Question { place: "p:1", prompt: &[], tools: None, answer: Some("paris"), extra: None };
         let verdicts = panel.judge(&question, &["Paris", "no", "Paris."], &[]).unwrap();
         let brief: Vec<_> = verdicts.iter().map(|v| (v.score, v.passed)).collect();
         assert_eq!(brief, [(1.0, Some(false)), (0.5, Some(false)), (1.0, Some(false))]);
@@ -421,7 +485,8 @@ mod tests {
             json!({"verifier": "contains", "length_penalty": 0.01, "length_unit": "characters"}),
         ])
         .unwrap();
-        let question = Question { place: "p:1", prompt: &[], tools: None, answer: Some("no") };
+        let question =
+            Question { place: "p:1", prompt: &[], tools: None, answer: Some("no"), extra: None };
         let verdict = panel.judge(&question, &["no"], &[3]).unwrap().remove(0);
         // 2 · (1 − 0.25 · 3) + (1 − 0.01 · 2).
         assert!((verdict.score - 1.48).abs() < 1e-12, "{verdict:?}");
@@ -441,6 +506,8 @@ mod tests {
             (json!({"verifier": "regex", "pattern": "("}), "("),
             (json!({"verifier": "exakt"}), "exakt"),
             (json!({"verifier": "exact", "wieght": 2}), "wieght"),
+            (json!({"verifier": "exact", "max": 2}), "no key `max`"),
+            (json!({"verifier": "code", "timeout_s": 0}), "timeout_s"),
             (json!({"verifier": "length", "min": 5, "max": 4}), "min"),
             (json!({"verifier": "exact", "step_aggregation": "last"}), "without a model"),
             (json!({"reward_model": "x", "step_aggregation": "mean"}), "mean"),
@@ -461,7 +528,8 @@ mod tests {
     #[test]
     fn a_row_without_an_answer_is_named() {
         let panel = panel(&[json!({"verifier": "number"})]).unwrap();
-        let question = Question { place: "p:7", prompt: &[], tools: None, answer: None };
+        let question =
+            Question { place: "p:7", prompt: &[], tools: None, answer: None, extra: None };
         let error = panel.judge(&question, &["4"], &[]).unwrap_err().to_string();
         assert!(error.starts_with("p:7: scorer `number`: "), "{error}");
     }

@@ -174,6 +174,7 @@ pub fn judge(
         prompt: &asked.messages,
         tools: asked.tools.as_ref(),
         answer: answer.as_deref(),
+        extra: Some(&row.extra),
     };
     panel.judge(&question, texts, tokens)
 }

@@ -19,6 +19,7 @@ pub mod reward;
 pub mod rounds;
 pub mod run;
 pub mod sample;
+pub mod score;
 pub mod select;
 pub mod sft;
 pub mod synth;

@@ -50,7 +50,8 @@ fn scores(dir: &Path, reading: &Reading, answers: &[&str]) -> Vec<f64> {
     let checkpoint = dir.join("checkpoint");
     let model = RewardModel::load(checkpoint.to_str().unwrap(), &Device::Cpu, reading).unwrap();
     let prompt = [Message::new("user", "How many?")];
-    let question = Question { place: "q:1", prompt: &prompt, tools: None, answer: None };
+    let question =
+        Question { place: "q:1", prompt: &prompt, tools: None, answer: None, extra: None };
     model.score(&question, answers).unwrap().into_iter().map(|score| score.value).collect()
 }
 

@@ -1,0 +1,108 @@
+//! `choice`: the letter of a multiple choice.
+
+use super::{Part, Rule, after_thoughts, judged, needed, pattern};
+use crate::error::{Error, Result};
+use crate::score::{Question, Score, ScorerSpec};
+
+/// The letter that the text settles on is the row's.
+pub(super) struct Choice(Part);
+
+impl Choice {
+    pub(super) fn new(spec: &ScorerSpec) -> Result<Self> {
+        Part::new(spec).map(Self)
+    }
+}
+
+impl Rule for Choice {
+    fn verify(&self, question: &Question<'_>, text: &str) -> Result<Score> {
+        let answer = needed(question)?;
+        let expected = letter(answer).ok_or_else(|| {
+            Error::run(format!("the answer `{answer}` names no choice"))
+                .hint("it should be a letter, as in `B`, `(B)` or `B. Paris`")
+        })?;
+        let found = self.0.of(after_thoughts(text)).and_then(letter);
+        let why = found.map_or_else(|| "no choice".to_owned(), String::from);
+        Ok(judged(found == Some(expected), why))
+    }
+}
+
+/// The letter, A to Z. In this order: what is boxed; what is called the answer; the text where it is a letter or begins
+/// with one and a mark; the last letter in brackets or bold; the last letter that stands alone and is no English word.
+fn letter(text: &str) -> Option<char> {
+    let text = text.trim();
+    let last = |pattern: Option<&'static regex::Regex>| {
+        let found = pattern?.captures_iter(text).last()?;
+        found.get(1)?.as_str().chars().next()
+    };
+    let boxed = || last(pattern!(r"\\boxed\{\s*(?:\\text\w*\{)?\s*\(?([A-Za-z])\)?\s*\}"));
+    // Upper case where another word may follow, so that `the answer is a matter of …` names none.
+    let called = || {
+        last(pattern!(
+            r"(?i:\b(?:answer|choice|option)\b\s*(?:is|would be|=|:)?[\s:]*)(?:[*_($\[]|\\\()*([A-Z])(?:[*_)$\].,:;]|\\\)|\s|$)"
+        ))
+    };
+    let called_small = || {
+        last(pattern!(r"(?i:\banswer(?:\s+is)?[\s:]*)[*_($\[]*([a-z])(?:[*_)$\]]*[.,]?\s*$|[)\]])"))
+    };
+    let first = || {
+        let found = pattern!(r"^[*_(\[]*([A-Za-z])(?:[*_)\]]*$|[*_]*[.):\]][*_]*(?:\s|$))")?
+            .captures(text)?;
+        found.get(1)?.as_str().chars().next()
+    };
+    let marked = || last(pattern!(r"(?:\(|\[|\*\*)([A-Z])(?:\)|\]|\*\*|[.):]\s)"));
+    let alone = || last(pattern!(r"(?:^|[\s:])([B-HJ-Z])(?:[.,:)]?(?:\s|$))"));
+    let found = boxed().or_else(called).or_else(called_small).or_else(first);
+    found.or_else(marked).or_else(alone).map(|letter| letter.to_ascii_uppercase())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::check;
+    use super::letter;
+
+    #[test]
+    fn the_letter_is_found_as_people_write_it() {
+        let right = [
+            "B",
+            "b",
+            "(B)",
+            "B.",
+            "B) Paris",
+            "**B**",
+            "**B. Paris**",
+            "The answer is B.",
+            "the answer is (b)",
+            "Answer: B",
+            "answer: b",
+            "**Answer:** B",
+            "The correct answer is **B**, as in Rome.",
+            "\\boxed{B}",
+            "$\\boxed{\\text{B}}$",
+            "A is wrong, C too. So I choose (B).",
+            "First A seems right, but it is B",
+            "<think>A? C?</think>\nB",
+            "The answer is option B",
+            "Not A. The answer is: $B$",
+            "B: Paris",
+        ];
+        let wrong = [
+            "A",
+            "",
+            "A dog",
+            "The answer is a matter of taste",
+            "The answer is C, not B.",
+            "I do not know",
+        ];
+        let cases: Vec<(&str, bool)> =
+            right.iter().map(|t| (*t, true)).chain(wrong.iter().map(|t| (*t, false))).collect();
+        check(r#"{"verifier": "choice"}"#, Some("(B) Paris"), &cases);
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_text_has_a_letter_or_none(text in "[A-Ca-c (){}\\\\.:*é]{0,24}") {
+            let _ = letter(&text);
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! `code`: the program in the answer passes the row's tests, run in a sandbox.
+//!
+//! Program and tests share one interpreter, as they do in HumanEval and MBPP. A program that ends early, with whatever
+//! status, does not pass: after the tests a word must be printed that it has not seen. One that was written against
+//! this very harness could still cheat.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rayon::prelude::*;
+use serde_json::Value;
+
+use super::{Rule, after_thoughts, column, judged, pattern};
+use crate::data::record::kind;
+use crate::error::{Error, Result};
+use crate::score::sandbox::{self, Ending, Execution, Sandbox};
+use crate::score::{Question, Score, ScorerSpec};
+use crate::store;
+
+const PYTHON: &str = "/usr/bin/python3";
+const HARNESS: &str = include_str!("harness.py");
+/// Columns that hold tests, the first that a row has.
+const TESTS: [&str; 3] = ["test", "tests", "test_list"];
+/// Most letters of a reason.
+const WHY: usize = 300;
+
+/// What a recipe may set.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    sandbox: sandbox::Limits,
+    allow_unsandboxed: bool,
+}
+
+impl Limits {
+    /// The limits of a spec.
+    ///
+    /// # Errors
+    /// No time, or too little memory for an interpreter.
+    pub(super) fn of(spec: &ScorerSpec) -> Result<Self> {
+        let wall = spec.timeout_s.unwrap_or(10.0);
+        if !(wall > 0.0 && wall <= 3600.0) {
+            return Err(Error::usage(format!(
+                "`timeout_s` is {wall}, expected more than 0 and up to 3600"
+            )));
+        }
+        let memory = spec.memory_mb.unwrap_or(1024);
+        if !(64..=1 << 20).contains(&memory) {
+            return Err(Error::usage(format!(
+                "`memory_mb` is {memory}, expected 64 to {}",
+                1 << 20
+            )));
+        }
+        let sandbox = sandbox::Limits {
+            wall: Duration::from_secs_f64(wall),
+            cpu_s: wall.ceil() as u64,
+            memory: memory << 20,
+            ..sandbox::Limits::default()
+        };
+        Ok(Self { sandbox, allow_unsandboxed: spec.allow_unsandboxed })
+    }
+}
+
+/// Runs Python programs against tests.
+pub(super) struct Code {
+    sandbox: Sandbox,
+}
+
+impl Code {
+    pub(super) fn new(spec: &ScorerSpec) -> Result<Self> {
+        let limits = Limits::of(spec)?;
+        if !std::path::Path::new(PYTHON).exists() {
+            return Err(Error::run(format!("no {PYTHON} to run programs with"))
+                .hint("apt install python3; a Python elsewhere is not seen from the sandbox"));
+        }
+        Ok(Self { sandbox: Sandbox::new(limits.sandbox, limits.allow_unsandboxed)? })
+    }
+
+    fn run(&self, program: &str, tests: &str) -> Result<Score> {
+        let (ready, passed) = (secret(), secret());
+        let input = [program, tests, &passed].concat();
+        let sizes = [program.len().to_string(), tests.len().to_string()];
+        let command = [PYTHON, "-s", "-B", "-c", HARNESS, &sizes[0], &sizes[1], &ready];
+        let execution = self.sandbox.run(&command, input.as_bytes())?;
+        let errors = execution.stderr.text();
+        match errors.split_once(&format!("{ready}\n")) {
+            Some((_, errors)) => Ok(verdict(&execution, &passed, errors)),
+            None if execution.ending == Ending::Exited(4) => {
+                Err(Error::run(format!("the row's tests are no Python: {}", last_lines(&errors))))
+            }
+            // Slow or hungry before the first line of the program: the limits are the user's.
+            None if !matches!(execution.ending, Ending::Exited(_)) => {
+                Ok(verdict(&execution, &passed, &errors))
+            }
+            None => Err(Error::run(format!("the sandbox failed: {}", last_lines(&errors)))
+                .hint("try again; with less work at once if it lacks processes or memory")),
+        }
+    }
+}
+
+impl Rule for Code {
+    fn verify(&self, question: &Question<'_>, text: &str) -> Result<Score> {
+        let tests = tests(question)?;
+        self.run(&program(question, text), &tests)
+    }
+
+    fn verify_all(&self, question: &Question<'_>, texts: &[&str]) -> Result<Vec<Score>> {
+        texts.par_iter().map(|text| self.verify(question, text)).collect()
+    }
+}
+
+/// A word that no program can guess.
+fn secret() -> String {
+    use std::hash::{BuildHasher, RandomState};
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    // The standard library keys each of these anew from the operating system's randomness. Nothing that is written
+    // depends on it.
+    let keys = [RandomState::new(), RandomState::new()];
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let bytes = keys.map(|key| key.hash_one(count).to_le_bytes());
+    store::hex(&bytes.concat())
+}
+
+fn verdict(execution: &Execution, passed: &str, errors: &str) -> Score {
+    let said = execution.stdout.text().ends_with(passed);
+    let seconds = execution.wall.as_secs_f64();
+    match execution.ending {
+        Ending::Exited(0) if said => judged(true, "tests passed"),
+        Ending::Exited(0) => judged(false, "ended before the tests did"),
+        Ending::TimedOut => judged(false, format!("not done after {seconds:.0} s")),
+        Ending::OutOfMemory => judged(false, "too much memory"),
+        Ending::Exited(status) if errors.trim().is_empty() => {
+            judged(false, format!("exit status {status}"))
+        }
+        Ending::Signal(signal) => judged(false, format!("killed by signal {signal}")),
+        Ending::Exited(_) => judged(false, last_lines(errors)),
+    }
+}
+
+/// The last three lines that say something, not too long.
+fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let lines = lines[lines.len().saturating_sub(3)..].join(" | ");
+    let cut = lines.chars().count().saturating_sub(WHY);
+    lines.chars().skip(cut).collect()
+}
+
+/// The row's tests as one program, ending with the call of `check` where they define one.
+fn tests(question: &Question<'_>) -> Result<String> {
+    let found = TESTS.iter().find_map(|name| Some((*name, column(question, name)?)));
+    let Some((name, tests)) = found else {
+        return Err(Error::run(format!("the row has no tests: no column {}", TESTS.join(", ")))
+            .hint("map its column, e.g. columns = {tests = \"unit_tests\"}"));
+    };
+    let mut text = String::new();
+    if let Some(Value::String(setup)) = column(question, "test_setup_code") {
+        text = format!("{setup}\n");
+    }
+    match tests {
+        Value::String(tests) => text.push_str(tests),
+        Value::Array(list) => {
+            for test in list {
+                let Value::String(test) = test else {
+                    return Err(
+                        Error::run(format!("a test is {}, expected text", kind(test))).at(name)
+                    );
+                };
+                text = text + test + "\n";
+            }
+        }
+        other => {
+            return Err(Error::run(format!(
+                "`{name}` is {}, expected text or a list of texts",
+                kind(other)
+            )));
+        }
+    }
+    if let Some(Value::String(entry)) = column(question, "entry_point")
+        && text.contains("def check(")
+    {
+        text = format!("{text}\n\ncheck({entry})\n");
+    }
+    Ok(text)
+}
+
+/// What to run: the prompt where it is the beginning of the program, then the answer's code.
+fn program(question: &Question<'_>, text: &str) -> String {
+    let code = code_of(after_thoughts(text));
+    match beginning(question) {
+        Some(beginning) => format!("{beginning}\n{code}\n"),
+        None => format!("{code}\n"),
+    }
+}
+
+/// The prompt's code, in which the function to write begins (HumanEval). An answer that writes all of it again
+/// replaces it.
+fn beginning(question: &Question<'_>) -> Option<String> {
+    let entry = column(question, "entry_point")?.as_str()?;
+    let prompt = question.prompt.iter().rev().find(|message| message.role() == "user")?.text();
+    let code = code_of(&prompt);
+    let starts = ["from ", "import ", "def ", "class ", "@", "#", "\"\"\""];
+    let code_start = code.trim_start();
+    let is_code = starts.iter().any(|start| code_start.starts_with(start))
+        || pattern!(r"\A[A-Za-z_]\w* = ").is_some_and(|assigns| assigns.is_match(code_start));
+    (is_code && code.contains(&format!("def {entry}"))).then(|| code.trim_end().to_owned())
+}
+
+/// The last fenced block of Python, else the last of any kind, else all of the text. A block that was never closed ends
+/// with the text.
+fn code_of(text: &str) -> String {
+    let Some(fence) = pattern!(r"(?s)```([^\n`]*)\n(.*?)(?:\n[ \t]*```|\z)") else {
+        return text.to_owned();
+    };
+    let blocks: Vec<(String, &str)> = fence
+        .captures_iter(text)
+        .filter_map(|block| Some((block[1].trim().to_lowercase(), block.get(2)?.as_str())))
+        .collect();
+    let python =
+        blocks.iter().rfind(|(tag, _)| ["python", "python3", "py"].contains(&tag.as_str()));
+    python.or(blocks.last()).map_or(text, |(_, code)| code).to_owned()
+}

@@ -1,0 +1,56 @@
+//! `math`: the final number or expression of the answer has the value of the row's.
+//!
+//! Three steps, one file each: `extract` finds the final answer in the text, `latex` writes it plainly, `parse` makes an
+//! expression of it; `value` computes. Expressions are compared by their values at fixed points, not by algebra: two
+//! that agree at all of them are taken for equal.
+
+mod compare;
+mod extract;
+mod latex;
+mod parse;
+mod value;
+
+use super::{Part, Rule, after_thoughts, judged, needed};
+use crate::error::{Error, Result};
+use crate::score::{Question, Score, ScorerSpec};
+use compare::Answer;
+
+/// The final answers have equal values.
+pub(super) struct Math(Part);
+
+impl Math {
+    pub(super) fn new(spec: &ScorerSpec) -> Result<Self> {
+        Part::new(spec).map(Self)
+    }
+}
+
+impl Rule for Math {
+    fn verify(&self, question: &Question<'_>, text: &str) -> Result<Score> {
+        let answer = needed(question)?;
+        let expected = extract::of_reference(answer);
+        if expected.trim().is_empty() {
+            return Err(Error::run("the row's `answer` is empty"));
+        }
+        let expected = Answer::read(&expected);
+        let text = after_thoughts(text);
+        let candidates = match (&self.0.0, self.0.of(text)) {
+            (None, _) => extract::of_text(text),
+            (Some(_), Some(part)) => vec![part.to_owned()],
+            (Some(_), None) => Vec::new(),
+        };
+        for found in &candidates {
+            let answer = Answer::read(found);
+            if answer.equals(&expected) {
+                return Ok(judged(true, found.trim()));
+            }
+            // What can be read as a whole means that; its last number alone would be someone else's reading.
+            if answer.is_readable() {
+                return Ok(judged(false, found.trim()));
+            }
+        }
+        Ok(judged(false, candidates.last().map_or("no answer", |found| found.trim())))
+    }
+}
+
+#[cfg(test)]
+mod tests;

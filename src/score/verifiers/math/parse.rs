@@ -1,0 +1,423 @@
+//! Reads plain formulas: numbers, single letters, functions, `+ - * / ^ !`, brackets, and products without a sign.
+
+use super::value::Number;
+
+/// How deep brackets and signs may lie in each other.
+const DEPTH: u32 = 60;
+/// Most tokens of a formula.
+const TOKENS: usize = 600;
+
+/// A formula. Letters are variables but for `e`.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Expr {
+    Number(Number),
+    Variable(Box<str>),
+    Sum(Box<Self>, Box<Self>),
+    Product(Box<Self>, Box<Self>),
+    Quotient(Box<Self>, Box<Self>),
+    Power(Box<Self>, Box<Self>),
+    Negative(Box<Self>),
+    Factorial(Box<Self>),
+    Call(Function, Box<Self>),
+}
+
+/// What can be applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Function {
+    Sqrt,
+    Sin,
+    Cos,
+    Tan,
+    Cot,
+    Sec,
+    Csc,
+    Asin,
+    Acos,
+    Atan,
+    Ln,
+    Log10,
+    Exp,
+    Abs,
+}
+
+impl Function {
+    pub(super) fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "sqrt" => Self::Sqrt,
+            "sin" => Self::Sin,
+            "cos" => Self::Cos,
+            "tan" => Self::Tan,
+            "cot" => Self::Cot,
+            "sec" => Self::Sec,
+            "csc" => Self::Csc,
+            "arcsin" | "asin" => Self::Asin,
+            "arccos" | "acos" => Self::Acos,
+            "arctan" | "atan" => Self::Atan,
+            "ln" => Self::Ln,
+            "log" | "lg" => Self::Log10,
+            "exp" => Self::Exp,
+            "abs" => Self::Abs,
+            _ => return None,
+        })
+    }
+
+    fn apply(self, x: f64) -> f64 {
+        match self {
+            Self::Sqrt => x.sqrt(),
+            Self::Sin => x.sin(),
+            Self::Cos => x.cos(),
+            Self::Tan => x.tan(),
+            Self::Cot => x.tan().recip(),
+            Self::Sec => x.cos().recip(),
+            Self::Csc => x.sin().recip(),
+            Self::Asin => x.asin(),
+            Self::Acos => x.acos(),
+            Self::Atan => x.atan(),
+            Self::Ln => x.ln(),
+            Self::Log10 => x.log10(),
+            Self::Exp => x.exp(),
+            Self::Abs => x.abs(),
+        }
+    }
+}
+
+/// Greek letters and the like, which are variables. So is infinity: it equals itself alone.
+pub(super) const LETTERS: [&str; 21] = [
+    "inf", "alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "sigma", "omega",
+    "phi", "rho", "tau", "eta", "Delta", "Omega", "ell", "varphi", "xi", "psi",
+];
+
+/// Whether letters without a space between are factors, as in `ab` and `xyz`, and no word.
+fn is_product(word: &str) -> bool {
+    let words = [
+        "at", "by", "my", "an", "any", "way", "day", "was", "ran", "can", "man", "bad", "mad",
+        "pay", "try", "as",
+    ];
+    word.len() <= 3
+        && word.chars().all(|letter| "abcdkmnpqrstuvwxyzABCDMNPQRSTXYZ".contains(letter))
+        && !words.contains(&word)
+}
+
+/// A piece of a formula.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Token {
+    /// A number and its digits behind the point.
+    Number(Number, usize),
+    /// A word or a letter, and whether a space stands before it.
+    Word(String, bool),
+    Mark(char),
+}
+
+/// Cuts a plain formula into tokens; `None` where it has a mark that no formula has.
+pub(super) fn tokens(text: &str) -> Option<Vec<Token>> {
+    let letters: Vec<char> = text.chars().collect();
+    let (mut found, mut at) = (Vec::new(), 0);
+    while let Some(&letter) = letters.get(at) {
+        if found.len() > TOKENS {
+            return None;
+        }
+        let spaced = at == 0 || letters[at - 1].is_whitespace();
+        if letter.is_whitespace() {
+            at += 1;
+        } else if letter.is_ascii_digit()
+            || (letter == '.' && letters.get(at + 1).is_some_and(char::is_ascii_digit))
+        {
+            let (number, end) = number(&letters, at)?;
+            let point = letters[at..end].iter().position(|c| *c == '.');
+            found.push(Token::Number(number, point.map_or(0, |point| end - at - point - 1)));
+            at = end;
+        } else if letter.is_alphabetic() {
+            let end = letters[at..]
+                .iter()
+                .position(|c| !c.is_alphabetic())
+                .map_or(letters.len(), |n| at + n);
+            found.push(Token::Word(letters[at..end].iter().collect(), spaced));
+            at = end;
+        } else if "+-*/^!()[]{},;=<>|%±:≤≥≠∈".contains(letter) {
+            // `**` is Python's power.
+            let power = letter == '*' && letters.get(at + 1) == Some(&'*');
+            found.push(Token::Mark(if power { '^' } else { letter }));
+            at += 1 + usize::from(power);
+        } else {
+            return None;
+        }
+    }
+    Some(found)
+}
+
+/// A number with thousands' commas, a decimal point and an exponent.
+fn number(letters: &[char], start: usize) -> Option<(Number, usize)> {
+    let digit = |at: usize| letters.get(at).is_some_and(char::is_ascii_digit);
+    let digits = |at: usize| {
+        letters[at.min(letters.len())..].iter().take_while(|c| c.is_ascii_digit()).count()
+    };
+    let mut end = start + digits(start);
+    // `1,234` is one number, `1,23` and `1234,567` are two.
+    if (1..=3).contains(&(end - start)) && letters[start] != '0' {
+        while letters.get(end) == Some(&',') && digits(end + 1) == 3 {
+            end += 4;
+        }
+    }
+    if letters.get(end) == Some(&'.') && (digit(end + 1) || end > start) {
+        end += 1 + digits(end + 1);
+    }
+    let written: String = letters[start..end].iter().filter(|c| **c != ',').collect();
+    let mut value = Number::decimal(written.trim_end_matches('.'))?;
+    if matches!(letters.get(end), Some('e' | 'E')) {
+        let signed = matches!(letters.get(end + 1), Some('+' | '-'));
+        let from = end + 1 + usize::from(signed);
+        // `2e` is a product; `2e3` and `2e-3` are not.
+        if digit(from) && digits(from) <= 3 {
+            let power: String = letters[from..from + digits(from)].iter().collect();
+            let power: i128 = power.parse().ok()?;
+            let power = if signed && letters[end + 1] == '-' { -power } else { power };
+            value = value.mul(Number::whole(10).pow(Number::whole(power))?)?;
+            end = from + digits(from);
+        }
+    }
+    Some((value, end))
+}
+
+/// The formula that all the tokens are; `None` where they are none.
+pub(super) fn expression(tokens: &[Token]) -> Option<Expr> {
+    let mut parser = Parser { tokens, at: 0, depth: 0 };
+    let expr = parser.sum()?;
+    (parser.at == tokens.len()).then_some(expr)
+}
+
+struct Parser<'a> {
+    tokens: &'a [Token],
+    at: usize,
+    depth: u32,
+}
+
+fn boxed(expr: Expr) -> Box<Expr> {
+    Box::new(expr)
+}
+
+impl Parser<'_> {
+    fn mark(&self) -> Option<char> {
+        match self.tokens.get(self.at) {
+            Some(Token::Mark(mark)) => Some(*mark),
+            _ => None,
+        }
+    }
+
+    fn takes(&mut self, mark: char) -> bool {
+        let found = self.mark() == Some(mark);
+        self.at += usize::from(found);
+        found
+    }
+
+    /// Goes one level down, unless it is too deep.
+    fn deeper<T>(&mut self, inner: impl FnOnce(&mut Self) -> Option<T>) -> Option<T> {
+        if self.depth >= DEPTH {
+            return None;
+        }
+        self.depth += 1;
+        let found = inner(self);
+        self.depth -= 1;
+        found
+    }
+
+    fn sum(&mut self) -> Option<Expr> {
+        let mut sum = self.product()?;
+        loop {
+            if self.takes('+') {
+                sum = Expr::Sum(boxed(sum), boxed(self.product()?));
+            } else if self.takes('-') {
+                sum = Expr::Sum(boxed(sum), boxed(Expr::Negative(boxed(self.product()?))));
+            } else {
+                return Some(sum);
+            }
+        }
+    }
+
+    fn product(&mut self) -> Option<Expr> {
+        let mut product = self.signed()?;
+        loop {
+            if self.takes('*') {
+                product = Expr::Product(boxed(product), boxed(self.signed()?));
+            } else if self.takes('/') {
+                product = Expr::Quotient(boxed(product), boxed(self.signed()?));
+            } else if let Some(fraction) = self.mixed(&product) {
+                product = Expr::Sum(boxed(product), boxed(fraction));
+            } else if self.begins_factor() {
+                product = Expr::Product(boxed(product), boxed(self.power()?));
+            } else {
+                return Some(product);
+            }
+        }
+    }
+
+    /// `1/2` directly behind a whole number.
+    fn mixed(&mut self, before: &Expr) -> Option<Expr> {
+        let whole = |token: &Token| match token {
+            Token::Number(number @ Number::Exact(_, 1), 0) => Some(Expr::Number(*number)),
+            _ => None,
+        };
+        let [above, Token::Mark('/'), below] = self.tokens.get(self.at..self.at + 3)? else {
+            return None;
+        };
+        let is_number = matches!(
+            self.tokens.get(self.at.checked_sub(1)?)?,
+            Token::Number(Number::Exact(_, 1), 0)
+        );
+        if !is_number || !matches!(before, Expr::Number(_)) {
+            return None;
+        }
+        let fraction = Expr::Quotient(boxed(whole(above)?), boxed(whole(below)?));
+        self.at += 3;
+        Some(fraction)
+    }
+
+    /// Whether a factor without a sign follows. Two numbers side by side are no product.
+    fn begins_factor(&self) -> bool {
+        match self.tokens.get(self.at) {
+            Some(Token::Word(..) | Token::Mark('(' | '[')) => true,
+            Some(Token::Number(..)) => {
+                !matches!(self.tokens.get(self.at - 1), Some(Token::Number(..)))
+            }
+            _ => false,
+        }
+    }
+
+    fn signed(&mut self) -> Option<Expr> {
+        if self.takes('-') {
+            return self.deeper(Self::signed).map(|inner| Expr::Negative(boxed(inner)));
+        }
+        if self.takes('+') {
+            return self.deeper(Self::signed);
+        }
+        self.power()
+    }
+
+    fn power(&mut self) -> Option<Expr> {
+        let base = self.postfix()?;
+        if self.takes('^') {
+            let exponent = self.deeper(|parser| {
+                if parser.takes('-') {
+                    return Some(Expr::Negative(boxed(parser.power()?)));
+                }
+                parser.power()
+            })?;
+            return Some(Expr::Power(boxed(base), boxed(exponent)));
+        }
+        Some(base)
+    }
+
+    fn postfix(&mut self) -> Option<Expr> {
+        let mut inner = self.primary()?;
+        loop {
+            if self.takes('!') {
+                inner = Expr::Factorial(boxed(inner));
+            } else if self.takes('%') {
+                inner = Expr::Quotient(boxed(inner), boxed(Expr::Number(Number::whole(100))));
+            } else {
+                return Some(inner);
+            }
+        }
+    }
+
+    fn primary(&mut self) -> Option<Expr> {
+        let token = self.tokens.get(self.at)?.clone();
+        self.at += 1;
+        match token {
+            Token::Number(number, _) => Some(Expr::Number(number)),
+            Token::Mark(open @ ('(' | '[' | '|')) => {
+                let inner = self.deeper(Self::sum)?;
+                let close = match open {
+                    '(' => ')',
+                    '[' => ']',
+                    _ => '|',
+                };
+                if !self.takes(close) {
+                    return None;
+                }
+                Some(if open == '|' { Expr::Call(Function::Abs, boxed(inner)) } else { inner })
+            }
+            Token::Mark(_) => None,
+            Token::Word(word, _) => self.word(&word),
+        }
+    }
+
+    fn word(&mut self, word: &str) -> Option<Expr> {
+        match word {
+            "pi" => return Some(Expr::Number(Number::Real(std::f64::consts::PI))),
+            "e" => return Some(Expr::Number(Number::Real(std::f64::consts::E))),
+            "root" => {
+                let degree = self.deeper(Self::primary)?;
+                let inner = self.deeper(Self::primary)?;
+                let power = Expr::Quotient(boxed(Expr::Number(Number::whole(1))), boxed(degree));
+                return Some(Expr::Power(boxed(inner), boxed(power)));
+            }
+            _ => {}
+        }
+        if let Some(function) = Function::named(word) {
+            // `sin^2 x` is (sin x)^2.
+            let power = if self.takes('^') { Some(self.deeper(Self::primary)?) } else { None };
+            let argument = self.deeper(Self::argument)?;
+            let call = Expr::Call(function, boxed(argument));
+            return Some(match power {
+                Some(power) => Expr::Power(boxed(call), boxed(power)),
+                None => call,
+            });
+        }
+        if LETTERS.contains(&word) || word.chars().count() == 1 {
+            return Some(Expr::Variable(word.into()));
+        }
+        if !is_product(word) {
+            return None;
+        }
+        let letters = word.chars().map(|letter| Expr::Variable(letter.to_string().into()));
+        letters.reduce(|product, letter| Expr::Product(boxed(product), boxed(letter)))
+    }
+
+    /// What a function without brackets is applied to: `sqrt 2`, `sin 2x`, `ln x`.
+    fn argument(&mut self) -> Option<Expr> {
+        if matches!(self.mark(), Some('(' | '[' | '|')) {
+            return self.primary();
+        }
+        let first = self.power()?;
+        let is_number = matches!(first, Expr::Number(_));
+        match self.tokens.get(self.at) {
+            Some(Token::Word(word, false)) if is_number && Function::named(word).is_none() => {
+                Some(Expr::Product(boxed(first), boxed(self.power()?)))
+            }
+            _ => Some(first),
+        }
+    }
+}
+
+impl Expr {
+    /// The value where each variable is what `at` says; `None` where there is none.
+    pub(super) fn value(&self, at: &dyn Fn(&str) -> Number) -> Option<Number> {
+        match self {
+            Self::Number(number) => Some(*number),
+            Self::Variable(name) => Some(at(name)),
+            Self::Sum(a, b) => a.value(at)?.add(b.value(at)?),
+            Self::Product(a, b) => a.value(at)?.mul(b.value(at)?),
+            Self::Quotient(a, b) => a.value(at)?.div(b.value(at)?),
+            Self::Power(a, b) => a.value(at)?.pow(b.value(at)?),
+            Self::Negative(a) => a.value(at)?.neg(),
+            Self::Factorial(a) => match a.value(at)? {
+                Number::Exact(n @ 0..=30, 1) => Some(Number::whole((1..=n).product())),
+                _ => None,
+            },
+            Self::Call(function, a) => a.value(at)?.map(|x| function.apply(x)),
+        }
+    }
+
+    /// Collects the names of the variables.
+    pub(super) fn variables<'a>(&'a self, found: &mut Vec<&'a str>) {
+        match self {
+            Self::Number(_) => {}
+            Self::Variable(name) => found.push(name),
+            Self::Sum(a, b) | Self::Product(a, b) | Self::Quotient(a, b) | Self::Power(a, b) => {
+                a.variables(found);
+                b.variables(found);
+            }
+            Self::Negative(a) | Self::Factorial(a) | Self::Call(_, a) => a.variables(found),
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! Answers that are right in other words, and such that are not.
+
+use proptest::prelude::*;
+
+use super::super::testing::check;
+use super::compare::Answer;
+
+#[track_caller]
+fn same(expected: &str, found: &[&str]) {
+    for text in found {
+        assert!(Answer::read(text).equals(&Answer::read(expected)), "{text} is not {expected}");
+    }
+}
+
+#[track_caller]
+fn different(expected: &str, found: &[&str]) {
+    for text in found {
+        let (found, expected) = (Answer::read(text), Answer::read(expected));
+        assert!(!found.equals(&expected), "{text}: {found:?} is {expected:?}");
+    }
+}
+
+#[test]
+fn numbers_in_other_notations_are_equal() {
+    same(
+        "42",
+        &[
+            "42",
+            "42.0",
+            "42.00",
+            "84/2",
+            "\\frac{84}{2}",
+            "$42",
+            "42\\text{ apples}",
+            "42 apples",
+            "6 \\times 7",
+        ],
+    );
+    same(
+        "42",
+        &[
+            "4.2e1",
+            "4.2 \\times 10^1",
+            "x = 42",
+            "= 42",
+            "42 square feet",
+            "42\\,cm^2",
+            "42^\\circ",
+            "+42",
+        ],
+    );
+    same("1234", &["1,234", "1{,}234", "1,234.00", "\\$1,234", "1\\,234", "1234 km/h"]);
+    same("2.5", &["5/2", "2 1/2", "2\\frac{1}{2}", "2\\frac12", "\\dfrac52", "250%"]);
+    same("-\\frac{1}{2}", &["-0.5", "\\frac{-1}{2}", "\\frac{1}{-2}", "-.5", "−1/2"]);
+    same("\\frac{1}{3}", &["0.3333", "1/3", "0.333333333"]);
+    same(
+        "2\\sqrt{3}",
+        &[
+            "\\sqrt{12}",
+            "2\\cdot\\sqrt3",
+            "\\frac{6}{\\sqrt 3}",
+            "3.4641",
+            "2 * 3^(1/2)",
+            "\\sqrt{3}\\cdot2",
+        ],
+    );
+    same("\\pi", &["π", "\\frac{2\\pi}{2}", "3.14159"]);
+    same("2", &["\\sqrt[3]{8}", "\\log 100", "\\ln e^2", "|{-2}|", "\\sqrt{4}", "2!"]);
+    different("42", &["43", "41", "420", "-42", "24", "4.2", "42/2", "42x", "4 2", "42%1"]);
+    different("1234567", &["1234568", "1234566", "1234567.5"]);
+    different("0.3333", &["0.34", "0.3", "1/2"]);
+    different("2\\sqrt{3}", &["3.46", "\\sqrt{6}", "2\\sqrt{2}", "3\\sqrt2"]);
+}
+
+#[test]
+fn percents_are_hundredths_or_meant_as_they_stand() {
+    same("50\\%", &["50%", "0.5", "1/2", "50", "50 percent"]);
+    same("0.5", &["50\\%"]);
+    same("50", &["50%"]);
+    different("50\\%", &["5", "0.05", "500%"]);
+    different("0.5", &["0.5%"]);
+}
+
+#[test]
+fn formulas_are_compared_by_their_values() {
+    same("x^2+2x+1", &["(x+1)^2", "(1+x)(x+1)", "y = x^2 + 2x + 1", "x^{2}+2\\cdot x+1"]);
+    same("\\frac{x}{2}", &["0.5x", "x/2", "\\frac12 x"]);
+    same("\\sin^2 x", &["1-\\cos^2 x", "(\\sin x)^2", "\\sin(x)\\sin(x)"]);
+    same("ab", &["ba", "a b", "b \\cdot a"]);
+    same("2x + y = 3", &["4x+2y=6", "3 - 2x - y = 0"]);
+    different("x^2+2x+1", &["x^2+2x", "(x-1)^2", "x^2+2y+1", "2"]);
+    different("\\sqrt{x^2}", &["x"]);
+    different("\\frac{1}{x}", &["x", "\\frac{1}{x+1}"]);
+}
+
+#[test]
+fn tuples_intervals_and_sets_have_their_own_equality() {
+    same("(1, 2)", &["(1,2)", "\\left(1, \\frac{4}{2}\\right)", "1, 2"]);
+    same("\\{1, 2\\}", &["\\{2,1\\}", "2, 1", "1 and 2", "x = 1 \\text{ or } x = 2"]);
+    same("[0, \\infty)", &["[0,\\infty)", "[0, ∞)"]);
+    same("(-\\infty, 1] \\cup (2, 3)", &["(2,3) \\cup (-\\infty,1]"]);
+    same("3, -3", &["\\pm 3", "-3, 3"]);
+    same("3:4", &["3 : 4"]);
+    different("(1, 2)", &["(2, 1)", "[1, 2]", "(1, 2, 3)", "1", "(1,2]"]);
+    different("\\{1, 2\\}", &["\\{1\\}", "\\{1, 3\\}", "\\{1, 1\\}"]);
+}
+
+#[test]
+fn words_are_equal_as_words() {
+    same("\\text{Evelyn}", &["Evelyn", "evelyn", "\\textbf{Evelyn}."]);
+    same("x > 3", &["x>3", "x \\gt 3"]);
+    different("\\text{Evelyn}", &["Eve", ""]);
+}
+
+#[test]
+fn the_answer_is_found_in_a_text() {
+    let right = [
+        "The answer is 42.",
+        "\\boxed{42}",
+        "so #### 42",
+        "We get = $42",
+        "**42**",
+        "He has 42 apples.",
+        "First 5 + 37 = 42",
+        "The answer is $42$ dollars.",
+        "**Answer:** 42",
+        "The final answer is \\(42\\).",
+        "<think>It is 41.</think>\nThe answer is 42",
+        "Answer: \\boxed{42}.\n",
+        "It is 41.\nNo.\nIt is 42.",
+        "The answer is $\\frac{84}{2}$.",
+        "So the total is:\n\\[ 6 \\times 7 = 42 \\]",
+        "It costs $42 in all.\nGood.",
+    ];
+    let wrong = [
+        "The answer is 43.",
+        "\\boxed{43} not 42",
+        "42 or 43?\nIt is 43.",
+        "",
+        "none",
+        "42\n#### 41",
+        "x^2 + 42",
+        "The answer is -42.",
+    ];
+    let cases: Vec<(&str, bool)> =
+        right.iter().map(|t| (*t, true)).chain(wrong.iter().map(|t| (*t, false))).collect();
+    check(r#"{"verifier": "math"}"#, Some("6 * 7 = <<6*7=42>>42\n#### 42"), &cases);
+    let spec = r#"{"verifier": "math", "pattern": "<answer>(.*?)</answer>"}"#;
+    check(spec, Some("1/2"), &[("7 <answer>0.5</answer> 8", true), ("0.5", false)]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+    #[test]
+    fn no_text_makes_it_panic(text in r"[-+*/^!()\[\]{}|=,.;:%$ \\0-9a-eUxyπ√²½é±∈−£€°]{0,40}", other in r"(\\frac|\\sqrt|\\boxed|\\text|\\left|\\pm|[{}()1-9x^+-]){0,24}") {
+        let (a, b) = (Answer::read(&text), Answer::read(&other));
+        let _ = (a.equals(&b), b.equals(&a));
+        let _ = super::extract::of_text(&(text + &other));
+        let _ = super::extract::of_text(&other);
+    }
+
+    #[test]
+    fn an_answer_equals_itself(text in r"[-+*/^()0-9xy ]{1,20}") {
+        if text.contains(|c: char| c.is_ascii_digit()) {
+            let answer = Answer::read(&text);
+            prop_assert!(answer.equals(&answer));
+        }
+    }
+}
+
+#[test]
+fn depth_and_length_are_bounded() {
+    for text in [
+        "(".repeat(5000),
+        "-".repeat(1900),
+        "\\sqrt".repeat(300),
+        "{".repeat(900) + &"}".repeat(900),
+        "x^".repeat(700),
+    ] {
+        assert!(!Answer::read(&text).is_readable());
+    }
+    let long = format!("1{}", "+1".repeat(250));
+    same("251", &[&long]);
+    let power = "9^9^9^9";
+    assert!(!Answer::read(power).equals(&Answer::read("1")));
+}

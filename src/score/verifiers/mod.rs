@@ -1,0 +1,235 @@
+//! Checks of answers: 1 for right, 0 for wrong. One file a family; `docs/verifiers.md` lists their keys.
+//!
+//! A check sees the answer's text, the row's `answer` and, where it needs more, the row's other columns. It never
+//! asks a model.
+
+mod choice;
+mod code;
+mod ifeval;
+mod json_schema;
+mod language;
+mod length;
+mod math;
+mod number;
+mod repetition;
+mod text;
+
+use regex::{Regex, RegexBuilder};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{Question, Score, Scorer, ScorerSpec};
+use crate::error::{Error, Result};
+
+pub use length::Unit;
+pub use number::last_number;
+
+/// The checks there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Check {
+    /// The answer, but for case, surrounding space and a final full stop.
+    #[serde(alias = "exact_answer", alias = "exact_match")]
+    Exact,
+    /// The last number of the text, whatever its notation.
+    #[serde(alias = "gsm8k")]
+    Number,
+    /// The final number or expression, compared by its value.
+    Math,
+    /// The letter of a multiple choice.
+    #[serde(alias = "multiple_choice")]
+    Choice,
+    /// A pattern occurs.
+    Regex,
+    /// A pattern matches the whole text.
+    Format,
+    /// The length lies within bounds.
+    Length,
+    /// All given strings occur, whatever their case.
+    Contains,
+    /// Few sequences of words come twice.
+    Repetition,
+    /// The text is written in a language.
+    Language,
+    /// The text is JSON that a schema accepts.
+    JsonSchema,
+    /// The row's instructions are followed (Zhou et al., 2023).
+    #[serde(alias = "instruction_following")]
+    Ifeval,
+    /// The program in the text passes the row's tests.
+    #[serde(alias = "humaneval", alias = "python")]
+    Code,
+}
+
+impl Check {
+    /// The check's name in recipes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Number => "number",
+            Self::Math => "math",
+            Self::Choice => "choice",
+            Self::Regex => "regex",
+            Self::Format => "format",
+            Self::Length => "length",
+            Self::Contains => "contains",
+            Self::Repetition => "repetition",
+            Self::Language => "language",
+            Self::JsonSchema => "json_schema",
+            Self::Ifeval => "ifeval",
+            Self::Code => "code",
+        }
+    }
+
+    /// The keys that the check reads, beside `name` and `weight`.
+    fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Exact | Self::Number | Self::Math | Self::Choice | Self::Regex | Self::Format => {
+                &["pattern"]
+            }
+            Self::Length => &["min", "max", "unit", "tokenizer"],
+            Self::Contains | Self::Language => &["values"],
+            Self::Repetition => &["ngram", "max_share"],
+            Self::JsonSchema => &["schema"],
+            Self::Ifeval => &["loose"],
+            Self::Code => &["timeout_s", "memory_mb", "allow_unsandboxed"],
+        }
+    }
+
+    /// Refuses settings that the check would ignore.
+    fn refuse_ignored(self, spec: &ScorerSpec) -> Result<()> {
+        let plain = serde_json::to_value(ScorerSpec::verifier(self))?;
+        let given = serde_json::to_value(spec)?;
+        let Value::Object(given) = given else { return Ok(()) };
+        let known = |key: &str| ["name", "weight"].contains(&key) || self.keys().contains(&key);
+        let ignored =
+            given.iter().find(|(key, value)| !known(key) && plain.get(key) != Some(value));
+        let Some((key, _)) = ignored else { return Ok(()) };
+        Err(Error::usage(format!("the verifier `{}` has no key `{key}`", self.name()))
+            .hint(format!("its keys: {}", self.keys().join(", "))))
+    }
+}
+
+/// What one check does. Each judgement depends on the question and one text alone.
+trait Rule: Send + Sync {
+    fn verify(&self, question: &Question<'_>, text: &str) -> Result<Score>;
+
+    /// All answers to a question; a rule that waits for something else may do them side by side.
+    fn verify_all(&self, question: &Question<'_>, texts: &[&str]) -> Result<Vec<Score>> {
+        texts.iter().map(|text| self.verify(question, text)).collect()
+    }
+}
+
+/// One check with its settings.
+pub struct Verifier {
+    rule: Box<dyn Rule>,
+}
+
+impl Verifier {
+    /// Refuses settings that cannot be used, without loading or starting anything.
+    ///
+    /// # Errors
+    /// A key that the check does not read or cannot do without; a pattern or a schema that does not compile; bounds
+    /// that nothing fits.
+    pub fn check(check: Check, spec: &ScorerSpec) -> Result<()> {
+        check.refuse_ignored(spec)?;
+        match check {
+            Check::Code => code::Limits::of(spec).map(|_| ()),
+            Check::Length => length::check(spec),
+            _ => Self::new(check, spec).map(|_| ()),
+        }
+    }
+
+    /// Compiles the check.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); a tokenizer that cannot be read; no sandbox on this machine.
+    pub fn new(check: Check, spec: &ScorerSpec) -> Result<Self> {
+        check.refuse_ignored(spec)?;
+        let rule: Box<dyn Rule> = match check {
+            Check::Exact => Box::new(text::Exact::new(spec)?),
+            Check::Number => Box::new(number::Number::new(spec)?),
+            Check::Math => Box::new(math::Math::new(spec)?),
+            Check::Choice => Box::new(choice::Choice::new(spec)?),
+            Check::Regex => Box::new(text::Occurs::new(spec)?),
+            Check::Format => Box::new(text::Whole::new(spec)?),
+            Check::Length => Box::new(length::Length::new(spec)?),
+            Check::Contains => Box::new(text::Contains::new(spec)),
+            Check::Repetition => Box::new(repetition::Repetition::new(spec)?),
+            Check::Language => Box::new(language::Language::new(spec)?),
+            Check::JsonSchema => Box::new(json_schema::JsonSchema::new(spec)?),
+            Check::Ifeval => Box::new(ifeval::Ifeval::new(spec)),
+            Check::Code => Box::new(code::Code::new(spec)?),
+        };
+        Ok(Self { rule })
+    }
+}
+
+impl Scorer for Verifier {
+    fn score(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
+        self.rule.verify_all(question, answers)
+    }
+
+    fn verifies(&self) -> bool {
+        true
+    }
+}
+
+fn judged(right: bool, why: impl Into<String>) -> Score {
+    Score { value: f64::from(u8::from(right)), why: why.into() }
+}
+
+fn needed<'a>(question: &Question<'a>) -> Result<&'a str> {
+    question.answer.ok_or_else(|| {
+        Error::run("the row has no `answer` to check against")
+            .hint("map its column, e.g. columns = {answer = \"solution\"}, or use another scorer")
+    })
+}
+
+/// A further column of the row; null counts as absent.
+fn column<'a>(question: &Question<'a>, name: &str) -> Option<&'a Value> {
+    question.extra.and_then(|extra| extra.get(name)).filter(|value| !value.is_null())
+}
+
+/// Where in an answer to look.
+struct Part(Option<Regex>);
+
+impl Part {
+    fn new(spec: &ScorerSpec) -> Result<Self> {
+        Ok(Self(spec.pattern.as_deref().map(compiled).transpose()?))
+    }
+
+    /// The part of the text that the pattern points at: its first group, or the whole match. The last match counts,
+    /// as people conclude at the end. Without a pattern, all of the text.
+    fn of<'a>(&self, text: &'a str) -> Option<&'a str> {
+        let Some(pattern) = &self.0 else { return Some(text) };
+        let found = pattern.captures_iter(text).last()?;
+        found.get(1).or_else(|| found.get(0)).map(|part| part.as_str())
+    }
+}
+
+fn compiled(pattern: &str) -> Result<Regex> {
+    RegexBuilder::new(pattern)
+        .multi_line(true)
+        .build()
+        .map_err(|error| Error::usage(format!("`pattern` is no regular expression: {error}")))
+}
+
+/// What comes after a model's thoughts; all of the text where it has none, or nothing after them.
+fn after_thoughts(text: &str) -> &str {
+    let after = text.rsplit_once("</think>").map_or("", |(_, after)| after);
+    if after.trim().is_empty() { text } else { after }
+}
+
+/// A pattern of this program's own; one that does not compile would never match, which its tests would show.
+macro_rules! pattern {
+    ($text:expr) => {{
+        static PATTERN: std::sync::LazyLock<Option<regex::Regex>> =
+            std::sync::LazyLock::new(|| regex::Regex::new($text).ok());
+        PATTERN.as_ref()
+    }};
+}
+use pattern;
+
+#[cfg(test)]
+mod testing;

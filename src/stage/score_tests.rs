@@ -1,0 +1,128 @@
+//! Scoring files: what is added to rows, what is refused, and what a stop leaves.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::*;
+use crate::report::record::Silent;
+
+fn work(dir: &Path, rows: &[Value], scorers: &str) -> Scoring {
+    let text: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    store::write_atomic(&dir.join("in.jsonl"), text.as_bytes()).unwrap();
+    Scoring {
+        data: dir.join("in.jsonl").display().to_string(),
+        out: dir.join("out.jsonl"),
+        scorers: super::scorers(scorers).unwrap(),
+        columns: IndexMap::new(),
+        device: Device::Cpu,
+    }
+}
+
+fn written(work: &Scoring) -> Vec<Value> {
+    store::read_ledger(&work.out).unwrap()
+}
+
+#[test]
+fn rows_come_back_with_score_and_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = [
+        json!({"id": 1, "prompt": "2+2?", "completion": "It is 4.", "answer": 4}),
+        json!({"prompt": [{"role": "user", "content": "2+2?"}], "completions": ["5", [{"role": "assistant", "content": "4"}]], "answer": "4"}),
+        json!({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}], "answer": "4"}),
+    ];
+    let work = work(dir.path(), &rows, r#""number""#);
+    let scored = score(&work, &Silent).unwrap();
+    assert_eq!((scored.rows, scored.completions, scored.passed), (3, 4, Some(2)));
+    assert!((scored.mean_score - 0.5).abs() < 1e-12);
+    let rows = written(&work);
+    assert_eq!(
+        rows[0],
+        json!({"id": 1, "prompt": "2+2?", "completion": "It is 4.", "answer": 4, "score": 1.0, "why": "4", "passed": true})
+    );
+    assert_eq!((&rows[1]["score"], &rows[1]["why"]), (&json!([0.0, 1.0]), &json!(["5", "4"])));
+    assert_eq!((&rows[2]["score"], &rows[2]["why"]), (&json!(0.0), &json!("no number")));
+    assert_eq!(store::entries(dir.path()).unwrap().len(), 2, "nothing is left behind");
+}
+
+#[test]
+fn several_judges_are_added_up_and_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = [json!({"prompt": "q", "completion": "yes", "answer": "yes"})];
+    let work =
+        work(dir.path(), &rows, r#"["exact", {"verifier": "length", "max": 2, "weight": 0.5}]"#);
+    score(&work, &Silent).unwrap();
+    let row = written(&work).remove(0);
+    assert_eq!((&row["score"], &row["passed"]), (&json!(1.0), &json!(false)));
+    assert_eq!(row["scores"], json!({"exact": 1.0, "length": 0.0}));
+    assert_eq!(row["why"], json!("exact: yes; length: 3 characters"));
+}
+
+#[test]
+fn mistakes_are_named_by_file_and_line_before_anything_is_judged() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = json!({"prompt": "q", "completion": "4", "answer": "4"});
+    for (row, part) in [
+        (json!({"prompt": "q"}), "in.jsonl:2: no `completion`"),
+        (json!({"prompt": "q", "completions": "4"}), "in.jsonl:2: `completions` is a string"),
+        (json!({"prompt": "q", "completion": 4}), "in.jsonl:2: `completion`: found a number"),
+        (
+            json!({"prompt": "q", "completion": "4"}),
+            "in.jsonl:2: scorer `number`: the row has no `answer`",
+        ),
+        (json!([1]), "in.jsonl:2: a row is a list"),
+    ] {
+        let work = work(dir.path(), &[good.clone(), row], r#""number""#);
+        let error = score(&work, &Silent).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+        assert!(!work.out.exists());
+    }
+    let mut own = work(dir.path(), &[good], r#""number""#);
+    own.out = dir.path().join("in.jsonl");
+    assert!(
+        score(&own, &Silent).unwrap_err().to_string().contains("is read and cannot be written")
+    );
+    assert!(scorers(r#"{"verifier": "nummber"}"#).unwrap_err().to_string().contains("nummber"));
+}
+
+/// Stops after so many reports of progress.
+struct StopAfter(AtomicU64);
+
+impl Events for StopAfter {
+    fn progress(&self, _: &str, _: u64, _: u64) {
+        let left = self.0.load(Ordering::Relaxed);
+        self.0.store(left.saturating_sub(1), Ordering::Relaxed);
+    }
+
+    fn interrupted(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == 0
+    }
+}
+
+#[test]
+fn what_was_judged_before_a_stop_is_kept_and_other_work_starts_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows: Vec<Value> = (0..2000)
+        .map(|n| json!({"prompt": format!("{n}?"), "completion": n.to_string(), "answer": n.to_string()}))
+        .collect();
+    let work = work(dir.path(), &rows, r#""number""#);
+    score(&work, &StopAfter(AtomicU64::new(2))).unwrap_err();
+    assert!(!work.out.exists());
+    let partial = dir.path().join("out.jsonl.unfinished/rows.jsonl");
+    let kept = lines(&partial).unwrap();
+    assert!(kept > 0 && kept < 2000, "{kept}");
+    // A torn line, as a kill leaves it.
+    let mut text = std::fs::read(&partial).unwrap();
+    text.extend(b"{\"prompt\": \"to");
+    store::write_atomic(&partial, &text).unwrap();
+    score(&work, &Silent).unwrap();
+    let whole = std::fs::read(&work.out).unwrap();
+    let other = Scoring { out: dir.path().join("other.jsonl"), ..work.clone() };
+    score(&other, &Silent).unwrap();
+    assert_eq!(whole, std::fs::read(&other.out).unwrap());
+
+    // Other judges: rows that were kept are not theirs.
+    let other = Scoring { out: dir.path().join("third.jsonl"), ..work };
+    score(&other, &StopAfter(AtomicU64::new(2))).unwrap_err();
+    let other =
+        Scoring { scorers: scorers(r#"{"verifier": "length", "max": 1}"#).unwrap(), ..other };
+    assert_eq!(score(&other, &Silent).unwrap().passed, Some(10));
+}

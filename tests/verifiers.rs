@@ -1,0 +1,202 @@
+//! Verifiers over whole sets of rows: worked sums as GSM8K has them and functions as HumanEval has them. Small sets of our
+//! own lie in tests/fixtures/verifiers; the public ones are read too where `ARRIERO_DATA` names their folder.
+
+#![expect(clippy::unwrap_used, reason = "a test program; a failure here is a failed test")]
+
+use std::path::{Path, PathBuf};
+
+use arriero::data::read::objects;
+use arriero::data::record::Message;
+use arriero::score::{Panel, Question};
+use candle_core::Device;
+use rayon::prelude::*;
+use serde_json::{Map, Value, json};
+
+fn rows(path: &Path) -> Vec<Map<String, Value>> {
+    objects(path.to_str().unwrap()).unwrap().map(|row| row.unwrap().1).collect()
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/verifiers").join(name)
+}
+
+/// The fixture and, where it is there, the public set.
+fn sets(name: &str, names: &[&str]) -> Vec<PathBuf> {
+    let mut found = vec![fixture(name)];
+    if let Some(folder) = std::env::var_os("ARRIERO_DATA").map(PathBuf::from) {
+        let public = names.iter().map(|path| folder.join(path)).find(|path| path.exists());
+        // Named and absent is a mistake: the first public name is read, and fails.
+        found.push(public.unwrap_or_else(|| folder.join(names[0])));
+    }
+    found
+}
+
+fn judge(panel: &Panel, answer: &str, texts: &[String]) -> Vec<bool> {
+    let question =
+        Question { place: "row", prompt: &[], tools: None, answer: Some(answer), extra: None };
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let verdicts = panel.judge(&question, &texts).unwrap();
+    verdicts.into_iter().map(|verdict| verdict.passed.unwrap()).collect()
+}
+
+/// The digits with thousands' commas.
+fn with_commas(number: &str) -> String {
+    let (sign, digits) = number.strip_prefix('-').map_or(("", number), |digits| ("-", digits));
+    let (whole, part) =
+        digits.split_once('.').map_or((digits, String::new()), |(w, p)| (w, format!(".{p}")));
+    let mut out = String::new();
+    for (at, digit) in whole.chars().enumerate() {
+        if at > 0 && (whole.len() - at) % 3 == 0 {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    format!("{sign}{out}{part}")
+}
+
+/// A number as people and models write it.
+fn phrasings(number: &str) -> Vec<String> {
+    let commas = with_commas(number);
+    let is_whole = !number.contains('.');
+    let value: f64 = number.parse().unwrap();
+    let mut texts = vec![
+        format!("The answer is {number}."),
+        format!("So 1 + 1 = 2, and hence \\boxed{{{number}}}."),
+        format!("2 + 2 = 4\n#### {number}"),
+        format!("First 3, then 5. In the end = ${number}"),
+        format!("The result: **{number}**"),
+        format!("{number} apples"),
+        format!("We begin with 7.\nThen we think about 9 of them.\nThat makes {number} in all."),
+        format!("The answer is {commas}"),
+        format!("\\boxed{{{}}}", commas.replace(',', "{,}")),
+        format!("The final answer is ${number}$."),
+        format!("**Answer:** {commas} dollars"),
+        format!("x = {number}"),
+    ];
+    if is_whole {
+        texts.push(format!("The answer is {number}.0"));
+        texts.push(format!("It costs ${commas}.00"));
+        let twice = (value * 2.0) as i64;
+        texts.push(format!("The answer is {twice}/2"));
+        texts.push(format!("Thus \\boxed{{\\frac{{{twice}}}{{2}}}}"));
+    } else {
+        texts.push(format!("The answer is {number}0."));
+        let part = number.split_once('.').unwrap().1.len();
+        let below = 10_i64.pow(u32::try_from(part).unwrap());
+        let above = (value * below as f64).round() as i64;
+        texts.push(format!("so \\boxed{{\\frac{{{above}}}{{{below}}}}}"));
+    }
+    texts
+}
+
+/// Numbers near it that are not it.
+fn perturbed(number: &str) -> Vec<String> {
+    let value: f64 = number.parse().unwrap();
+    let places = number.split_once('.').map_or(0, |(_, part)| part.len());
+    let show = |value: f64| format!("{value:.places$}");
+    let mut wrong = vec![show(value + 1.0), show(value - 1.0)];
+    if value != 0.0 {
+        wrong.push(show(value * 10.0));
+        wrong.push(show(-value));
+    }
+    let digits: Vec<char> = number.chars().collect();
+    for at in 0..digits.len().saturating_sub(1) {
+        if digits[at].is_ascii_digit()
+            && digits[at + 1].is_ascii_digit()
+            && digits[at] != digits[at + 1]
+        {
+            let mut swapped = digits.clone();
+            swapped.swap(at, at + 1);
+            wrong.push(swapped.into_iter().collect());
+        }
+    }
+    wrong
+}
+
+#[test]
+fn sums_are_right_in_every_phrasing_and_wrong_numbers_in_none() {
+    let panel =
+        Panel::new(&[json!("math")].map(|name| json!({"verifier": name})), &Device::Cpu).unwrap();
+    for path in sets("math.jsonl", &["gsm8k/train.jsonl", "gsm8k/test.jsonl"]) {
+        let rows = rows(&path);
+        let results: Vec<(usize, usize, Vec<String>)> = rows
+            .par_iter()
+            .map(|row| {
+                let answer = row["answer"].as_str().unwrap();
+                let number = answer.rsplit("####").next().unwrap().trim().replace(',', "");
+                let mut problems = Vec::new();
+                let right = phrasings(&number);
+                // The worked answer itself is one more.
+                let texts: Vec<String> = right.iter().cloned().chain([answer.to_owned()]).collect();
+                for (text, passed) in texts.iter().zip(judge(&panel, answer, &texts)) {
+                    if !passed {
+                        problems.push(format!("{number} refused: {text}"));
+                    }
+                }
+                let mut wrong = Vec::new();
+                for number in perturbed(&number) {
+                    wrong.extend(phrasings(&number));
+                }
+                for (text, passed) in wrong.iter().zip(judge(&panel, answer, &wrong)) {
+                    if passed {
+                        problems.push(format!("{number} accepted: {text}"));
+                    }
+                }
+                (texts.len(), wrong.len(), problems)
+            })
+            .collect();
+        let right: usize = results.iter().map(|result| result.0).sum();
+        let wrong: usize = results.iter().map(|result| result.1).sum();
+        let problems: Vec<&String> = results.iter().flat_map(|result| &result.2).collect();
+        println!(
+            "{}: {} answers, {right} right texts, {wrong} wrong ones, {} mistakes",
+            path.display(),
+            rows.len(),
+            problems.len()
+        );
+        let first = &problems[..problems.len().min(20)];
+        assert!(problems.is_empty(), "{} mistakes, the first: {first:#?}", problems.len());
+    }
+}
+
+#[test]
+fn reference_programs_pass_their_tests_and_empty_ones_do_not() {
+    let panel = Panel::new(&[json!({"verifier": "code", "timeout_s": 30})], &Device::Cpu).unwrap();
+    for path in sets("code.jsonl", &["humaneval/HumanEval.jsonl", "humaneval/HumanEval.jsonl.gz"]) {
+        let rows = rows(&path);
+        let judged: Vec<(String, Vec<(bool, String)>)> = rows
+            .par_iter()
+            .map(|row| {
+                let text = |name: &str| row[name].as_str().unwrap().to_owned();
+                let prompt = [Message::new("user", text("prompt"))];
+                let question = Question {
+                    place: "row",
+                    prompt: &prompt,
+                    tools: None,
+                    answer: None,
+                    extra: Some(row),
+                };
+                let whole =
+                    format!("```python\n{}{}```", text("prompt"), text("canonical_solution"));
+                let texts = [text("canonical_solution").as_str(), whole.as_str(), "    pass\n"]
+                    .map(str::to_owned);
+                let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+                let verdicts = panel.judge(&question, &texts).unwrap();
+                let verdicts = verdicts.into_iter().map(|v| (v.passed.unwrap(), v.why)).collect();
+                (text("task_id"), verdicts)
+            })
+            .collect();
+        let count = |at: usize| judged.iter().filter(|(_, verdicts)| verdicts[at].0).count();
+        println!(
+            "{}: {} problems, {} solutions pass as completions, {} as whole programs, {} empty ones pass",
+            path.display(),
+            rows.len(),
+            count(0),
+            count(1),
+            count(2)
+        );
+        for (name, verdicts) in &judged {
+            assert!(verdicts[0].0 && verdicts[1].0 && !verdicts[2].0, "{name}: {verdicts:?}");
+        }
+    }
+}
