@@ -15,6 +15,7 @@ mod plan;
 mod recipes;
 mod report;
 mod run;
+mod serve;
 mod validate;
 
 use std::path::PathBuf;
@@ -53,6 +54,8 @@ enum Command {
     Export(export::ExportArgs),
     /// Talk to a model
     Chat(chat::ChatArgs),
+    /// Serve a model over HTTP as OpenAI does: chat, completions, embeddings, scores
+    Serve(serve::ServeArgs),
     /// Show what this machine and this build offer
     Doctor,
     /// Measure how fast this machine trains and samples with a model
@@ -138,6 +141,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Merge(args) => merge::run(args),
         Command::Export(args) => export::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor => {
             doctor::run();
