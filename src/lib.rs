@@ -34,6 +34,7 @@ pub mod train;
 pub mod recipe;
 
 pub mod report;
+pub mod serve;
 pub mod stage;
 
 pub mod cli;

@@ -36,7 +36,7 @@ fn help_lists_every_command() {
         .collect();
     insta::assert_snapshot!(
         commands.join(" "),
-        @"run ls cp validate plan report merge export score chat doctor bench synth sft reward sample select dpo average eval help"
+        @"run ls cp validate plan report merge export score chat serve doctor bench synth sft reward sample select dpo average eval help"
     );
 }
 

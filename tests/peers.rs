@@ -1,4 +1,4 @@
-//! What transformers, TRL and llama.cpp make of our files. `scripts/test` installs them and sets `ARRIERO_PEERS`; without it these
+//! What transformers, TRL and llama.cpp make of our files, and OpenAI's client of our server. `scripts/test` installs them and sets `ARRIERO_PEERS`; without it these
 //! tests say so and pass, with it a missing program is a failure. `scripts/test --peers` adds TRL.
 
 #![expect(
@@ -8,8 +8,9 @@
     reason = "a test program; a failure here is a failed test"
 )]
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::{env, fs};
 
 use arriero::data::forest::Forest;
@@ -78,11 +79,16 @@ fn script(python: &Path, name: &str, arguments: &[&Path]) -> String {
 
 /// SmolLM2 as `scripts/fetch-smollm2` installed it. Part of the tests: its absence is a failure.
 fn smollm2() -> Checkpoint {
+    let path = smollm2_path();
+    Checkpoint::load(path.to_str().unwrap(), &Device::Cpu, &LoadOptions::default()).unwrap()
+}
+
+fn smollm2_path() -> PathBuf {
     let folder =
         env::var_os("ARRIERO_SMOLLM2").map_or_else(|| root().join("data/smollm2"), PathBuf::from);
     let path = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
     assert!(path.exists(), "there is no {}: run scripts/fetch-smollm2", path.display());
-    Checkpoint::load(path.to_str().unwrap(), &Device::Cpu, &LoadOptions::default()).unwrap()
+    path
 }
 
 /// Saves the model, has transformers run the rows, and gives back its tensors and what it printed.
@@ -476,4 +482,74 @@ fn adapters_train_as_in_peft() {
             assert!(apart < 1e-4, "{name}, step {step}: {} and {expected}", report.loss);
         }
     }
+}
+
+/// `arriero serve` with a model; ends with the test.
+struct Server {
+    child: Child,
+    url: String,
+}
+
+impl Server {
+    fn start(model: &Path) -> Self {
+        let mut child = Command::new(assert_cmd::cargo::cargo_bin("arriero"))
+            .arg("serve")
+            .arg(model)
+            .args(["--port", "0", "--served-model-name", "served", "--api-key-env", "SERVER_KEY"])
+            .env("SERVER_KEY", "secret")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        Self { child, url: line.trim().strip_prefix("listening on ").unwrap().to_owned() }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A session of OpenAI's client with a served model; returns what it says it got.
+fn in_openai(python: &Path, model: &Path) -> Value {
+    let server = Server::start(model);
+    let printed =
+        script(python, "openai_client.py", &[Path::new(&server.url), Path::new("secret")]);
+    println!("{printed}");
+    let got: Value = serde_json::from_str(printed.lines().last().unwrap()).unwrap();
+    for name in [
+        "stream_equal",
+        "usage_equal",
+        "greedy_is_likeliest",
+        "probabilities",
+        "echo",
+        "embeddings_sane",
+        "base64_equals_floats",
+    ] {
+        assert_eq!(got[name], true, "{name}");
+    }
+    assert!(got["json_schema"]["sure"].is_boolean());
+    let word = got["guided_regex"].as_str().unwrap();
+    assert!(word.starts_with("Paris, ") || word.starts_with("Lyon, "), "{word}");
+    for (name, class, status) in [
+        ("wrong_model", "NotFoundError", 404),
+        ("wrong_value", "BadRequestError", 400),
+        ("unknown_field", "BadRequestError", 400),
+        ("too_long", "BadRequestError", 400),
+        ("wrong_key", "AuthenticationError", 401),
+    ] {
+        assert_eq!((&got[name][0], &got[name][1]), (&class.into(), &status.into()), "{name}");
+    }
+    got
+}
+
+#[test]
+fn openais_client_speaks_with_the_server() {
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    in_openai(&python, &root().join("data/tiny/student"));
+    let got = in_openai(&python, &smollm2_path());
+    assert!(got["chat"].to_string().contains("Paris"), "{}", got["chat"]);
 }

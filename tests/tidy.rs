@@ -24,7 +24,7 @@ const LAYERS: [&[&str]; 7] = [
     &["loss", "model", "optim"],
     &["train", "generate", "score"],
     &["recipe"],
-    &["report::candidates", "stage", "report"],
+    &["report::candidates", "stage", "report", "serve"],
     &["cli"],
 ];
 

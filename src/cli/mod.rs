@@ -16,6 +16,7 @@ mod recipes;
 mod report;
 mod run;
 mod score;
+mod serve;
 mod validate;
 
 use std::path::PathBuf;
@@ -56,6 +57,8 @@ enum Command {
     Score(score::ScoreArgs),
     /// Talk to a model
     Chat(chat::ChatArgs),
+    /// Serve a model over HTTP as OpenAI does: chat, completions, embeddings, scores
+    Serve(serve::ServeArgs),
     /// Show what this machine and this build offer
     Doctor,
     /// Measure how fast this machine trains and samples with a model
@@ -142,6 +145,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Export(args) => export::run(&args),
         Command::Score(args) => score::run(args),
         Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor => {
             doctor::run();

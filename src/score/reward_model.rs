@@ -138,6 +138,16 @@ impl RewardModel {
         Ok(Self { model, tokenizer, outputs })
     }
 
+    /// Its tokenizer.
+    pub fn tokenizer(&self) -> &ChatTokenizer {
+        &self.tokenizer
+    }
+
+    /// Most tokens of a conversation with its answer; what is longer is cut before it is scored.
+    pub fn positions(&self) -> usize {
+        self.model.config().max_position_embeddings
+    }
+
     /// The score of every response of every row, row by row in the rows' order. Ranked responses and completions are
     /// scored at their ends; answers in steps, by a model that judges steps, as a whole.
     ///

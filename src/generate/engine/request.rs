@@ -135,9 +135,11 @@ impl Request {
     }
 }
 
-/// How likely a prompt's own tokens are, each after those before it: all but the first.
+/// How likely a prompt's own tokens are, each after those before it: all but the first. And how many need not be read.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PromptScores {
+    /// How many of the first tokens a kept cache had already.
+    pub cached: usize,
     /// Log-probabilities in nats.
     pub logprobs: Vec<f32>,
     /// The likeliest tokens at each place, as many as `top_logprobs` says.

@@ -211,7 +211,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 share,
                 done: shared,
                 now: 0,
-                scores: PromptScores::default(),
+                scores: PromptScores { cached: shared, ..PromptScores::default() },
             });
         }
         let mut left = self.limits.max_prefill.max(1);

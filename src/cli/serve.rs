@@ -1,0 +1,125 @@
+//! `arriero serve`: a model behind OpenAI's HTTP interface.
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use super::output;
+use crate::error::{Context, Error, Result};
+use crate::model::Precision;
+use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::score::reward_model::{Reading, RewardModel};
+use crate::serve::{self, Models, Settings};
+use crate::stage::rounds::device;
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    /// A checkpoint directory, a .gguf file, or a hub id
+    model: String,
+    /// The address to listen at; 0.0.0.0 for all
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// The port; 0 takes a free one
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// What requests call the model, instead of MODEL; may be given several times
+    #[arg(long, value_name = "NAME")]
+    served_model_name: Vec<String>,
+    /// The environment variable with the key that requests must bring
+    #[arg(long, value_name = "NAME")]
+    api_key_env: Option<String>,
+    /// A reward model for /score
+    #[arg(long, value_name = "MODEL")]
+    reward_model: Option<String>,
+    /// Compute type
+    #[arg(long, default_value = "f32")]
+    dtype: DtypeName,
+    /// cpu or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// A built-in name or a file, instead of the model's
+    #[arg(long, value_name = "TEMPLATE")]
+    chat_template: Option<String>,
+    /// Most answers under way at once
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_batch: Option<u32>,
+    /// Most tokens in all caches together [default: what fits into 1 GiB]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    cache_tokens: Option<u32>,
+    /// Most prompts that are under way or wait; more are told to come back
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    max_requests: u32,
+    /// Most bytes of a request
+    #[arg(long, value_name = "BYTES", default_value_t = 8 << 20)]
+    max_body: usize,
+    /// Seconds that requests under way may take to end when the server is stopped
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    drain: u64,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DtypeName {
+    /// 32-bit floats
+    F32,
+    /// bfloat16
+    Bf16,
+}
+
+/// Serves until it is told to stop.
+pub(super) fn run(args: ServeArgs) -> Result<()> {
+    let listener = serve::bind(&args.host, args.port)?;
+    let key = args.api_key_env.as_deref().map(key).transpose()?;
+    warn(&listener, key.is_some())?;
+    let models = models(&args)?;
+    let names =
+        if args.served_model_name.is_empty() { vec![args.model] } else { args.served_model_name };
+    let settings = Settings {
+        names,
+        key,
+        max_batch: args.max_batch.map(|most| most as usize),
+        cache_tokens: args.cache_tokens.map(|most| most as usize),
+        max_requests: args.max_requests as usize,
+        max_body: args.max_body,
+        drain: Duration::from_secs(args.drain),
+    };
+    serve::serve(listener, models, &settings, |address| {
+        output::line(&format!("listening on http://{address}"));
+    })
+}
+
+fn key(name: &str) -> Result<String> {
+    match std::env::var(name) {
+        Ok(key) if !key.trim().is_empty() => Ok(key.trim().to_owned()),
+        _ => Err(Error::usage(format!("--api-key-env: no key in the environment variable {name}"))
+            .hint(format!("export {name}=…"))),
+    }
+}
+
+fn warn(listener: &TcpListener, has_key: bool) -> Result<()> {
+    let address = listener.local_addr()?;
+    if !address.ip().is_loopback() && !has_key {
+        output::note(&format!(
+            "warning: everybody who can reach {address} may use the model; --api-key-env asks for a key"
+        ));
+    }
+    Ok(())
+}
+
+fn models(args: &ServeArgs) -> Result<Models> {
+    let device = device(&args.device)?;
+    let precision = match args.dtype {
+        DtypeName::F32 => Precision::F32,
+        DtypeName::Bf16 => Precision::Bf16,
+    };
+    let mut policy =
+        Checkpoint::load(&args.model, &device, &LoadOptions::default())?.computed_in(precision)?;
+    if let Some(template) = &args.chat_template {
+        policy.tokenizer = Some(policy.tokenizer()?.with_template(template).at("--chat-template")?);
+    }
+    let judge = |name: &String| {
+        let model = RewardModel::load(name, &device, &Reading::default());
+        Ok::<_, Error>((name.clone(), model.at("--reward-model")?))
+    };
+    Ok(Models { policy, judge: args.reward_model.as_ref().map(judge).transpose()? })
+}

@@ -1,0 +1,349 @@
+//! The one thread that computes, and how request handlers talk with it.
+//!
+//! Generation, embeddings and scores are all computed here, one forward pass at a time, so that they never fight for the
+//! cores. Without work the thread sleeps on its channel.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::Instant;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+
+use super::metrics::Metrics;
+use super::problem::Problem;
+use crate::data::record::Message;
+use crate::error::{Error, Result};
+use crate::generate::engine::{Event, Limits, Request, Schedule, Ticket};
+use crate::generate::local::LocalModel;
+
+/// What is asked of the engine.
+pub(super) enum Command {
+    Generate(Job),
+    /// The states of texts, each as one vector.
+    Embed(Embed, oneshot::Sender<Result<Vec<Vec<f32>>>>),
+    /// The rewards of answers.
+    Score(Judged, oneshot::Sender<Result<Vec<f64>>>),
+    Cancel(u64),
+    Stop,
+}
+
+/// One prompt to answer.
+pub(super) struct Job {
+    id: u64,
+    /// Which of its HTTP request's prompts.
+    place: usize,
+    request: Request,
+    /// Whether pieces are wanted, not only the end.
+    stream: bool,
+    arrived: Instant,
+    events: mpsc::UnboundedSender<(usize, Event)>,
+}
+
+/// How the states of a text become one vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Pooling {
+    Mean,
+    Last,
+}
+
+/// Texts to embed.
+pub(super) struct Embed {
+    pub(super) texts: Vec<Vec<u32>>,
+    pub(super) pooling: Pooling,
+}
+
+/// Answers to judge.
+pub(super) struct Judged {
+    pub(super) prompt: Vec<Message>,
+    pub(super) tools: Option<serde_json::Value>,
+    pub(super) answers: Vec<String>,
+}
+
+/// What the engine computes besides answers.
+pub(super) trait Others {
+    /// One vector a text, of length 1.
+    fn embed(&self, embed: &Embed) -> Result<Vec<Vec<f32>>>;
+    /// One number an answer.
+    fn score(&self, judged: &Judged) -> Result<Vec<f64>>;
+}
+
+/// The handlers' end.
+pub(super) struct Client {
+    commands: Sender<Command>,
+    places: Arc<Semaphore>,
+    most: usize,
+    next: AtomicU64,
+}
+
+impl Client {
+    /// Lets at most `most` prompts be under way or wait.
+    pub(super) fn new(commands: Sender<Command>, most: usize) -> Self {
+        Self { commands, places: Arc::new(Semaphore::new(most)), most, next: AtomicU64::new(0) }
+    }
+
+    /// Whether nothing is under way.
+    pub(super) fn is_idle(&self) -> bool {
+        self.places.available_permits() == self.most
+    }
+
+    /// Ends the engine after its present step.
+    pub(super) fn stop(&self) {
+        // An engine that is gone has stopped.
+        let _ = self.commands.send(Command::Stop);
+    }
+
+    fn places(&self, count: usize) -> Result<OwnedSemaphorePermit, Problem> {
+        if count > self.most {
+            let most = self.most;
+            return Err(Problem::invalid(format!(
+                "{count} prompts, and the server takes {most} at once"
+            )));
+        }
+        let places = Arc::clone(&self.places).try_acquire_many_owned(count as u32);
+        places.map_err(|_| Problem::busy(self.most))
+    }
+
+    fn send(&self, command: Command) -> Result<(), Problem> {
+        self.commands.send(command).map_err(|_| Problem::stopping())
+    }
+
+    /// Asks for answers to prompts; where no place is free, says so at once.
+    ///
+    /// # Errors
+    /// Too many requests; an engine that has stopped.
+    pub(super) fn generate(&self, requests: Vec<Request>, stream: bool) -> Result<Open, Problem> {
+        let count = requests.len();
+        let places = self.places(count)?;
+        let first = self.next.fetch_add(count as u64, Ordering::Relaxed);
+        let (events, receiver) = mpsc::unbounded_channel();
+        let open = Open {
+            commands: self.commands.clone(),
+            events: receiver,
+            ids: (first..first + count as u64).map(Some).collect(),
+            _places: places,
+        };
+        for (place, request) in requests.into_iter().enumerate() {
+            let (id, events) = (first + place as u64, events.clone());
+            let arrived = Instant::now();
+            self.send(Command::Generate(Job { id, place, request, stream, arrived, events }))?;
+        }
+        Ok(open)
+    }
+
+    /// See [`Others::embed`].
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate), and the model's.
+    pub(super) async fn embed(&self, embed: Embed) -> Result<Vec<Vec<f32>>, Problem> {
+        self.ask(|answer| Command::Embed(embed, answer)).await
+    }
+
+    /// See [`Others::score`].
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate), and the model's.
+    pub(super) async fn score(&self, judged: Judged) -> Result<Vec<f64>, Problem> {
+        self.ask(|answer| Command::Score(judged, answer)).await
+    }
+
+    async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T>>) -> Command,
+    ) -> Result<T, Problem> {
+        let _place = self.places(1)?;
+        let (sender, receiver) = oneshot::channel();
+        self.send(command(sender))?;
+        Ok(receiver.await.map_err(|_| Problem::stopping())??)
+    }
+}
+
+/// Prompts under way. Dropped early, as when the client goes away, it cancels what is not answered yet.
+pub(super) struct Open {
+    commands: Sender<Command>,
+    events: mpsc::UnboundedReceiver<(usize, Event)>,
+    /// Of the prompts that are not answered yet.
+    ids: Vec<Option<u64>>,
+    _places: OwnedSemaphorePermit,
+}
+
+impl Open {
+    /// What happens next, with its prompt's place; `None` after the last prompt's end.
+    ///
+    /// # Errors
+    /// An engine that has stopped.
+    pub(super) async fn next(&mut self) -> Result<Option<(usize, Event)>, Problem> {
+        if self.ids.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        let (place, event) = self.events.recv().await.ok_or_else(Problem::stopping)?;
+        if matches!(event, Event::Done(..) | Event::Failed(..)) {
+            self.ids[place] = None;
+        }
+        Ok(Some((place, event)))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        for id in self.ids.iter().copied().flatten() {
+            // An engine that is gone has nothing to cancel.
+            let _ = self.commands.send(Command::Cancel(id));
+        }
+    }
+}
+
+/// A prompt that the scheduler has.
+struct Under {
+    id: u64,
+    place: usize,
+    stream: bool,
+    arrived: Instant,
+    prompt_tokens: usize,
+    spoke: bool,
+    events: mpsc::UnboundedSender<(usize, Event)>,
+}
+
+/// The computing thread's end.
+pub(super) struct Engine<'a> {
+    model: &'a LocalModel,
+    limits: Limits,
+    others: &'a dyn Others,
+    metrics: &'a Metrics,
+    schedule: Box<dyn Schedule + 'a>,
+    open: BTreeMap<Ticket, Under>,
+}
+
+impl<'a> Engine<'a> {
+    /// An engine without work.
+    pub(super) fn new(
+        model: &'a LocalModel,
+        limits: Limits,
+        others: &'a dyn Others,
+        metrics: &'a Metrics,
+    ) -> Self {
+        let schedule = model.scheduler(limits);
+        Self { model, limits, others, metrics, schedule, open: BTreeMap::new() }
+    }
+
+    /// Works until it is told to stop. Computes on the calling thread, which should be one of rayon's.
+    pub(super) fn run(mut self, commands: &Receiver<Command>) {
+        while let Ok(command) = commands.recv() {
+            let mut next = Some(command);
+            loop {
+                while let Some(command) = next.take() {
+                    if matches!(command, Command::Stop) {
+                        return;
+                    }
+                    self.take(command);
+                    next = commands.try_recv().ok();
+                }
+                self.count();
+                if self.open.is_empty() {
+                    break;
+                }
+                self.step();
+                next = commands.try_recv().ok();
+            }
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Generate(job) => self.submit(job),
+            // Nobody hears an answer whose receiver is gone.
+            Command::Embed(embed, answer) if !answer.is_closed() => {
+                let _ = answer.send(self.others.embed(&embed));
+            }
+            Command::Score(judged, answer) if !answer.is_closed() => {
+                let _ = answer.send(self.others.score(&judged));
+            }
+            Command::Cancel(id) => {
+                let found = self.open.iter().find(|(_, under)| under.id == id);
+                if let Some(ticket) = found.map(|(ticket, _)| *ticket) {
+                    self.open.remove(&ticket);
+                    self.schedule.cancel(ticket);
+                    self.metrics.cancelled.add(1);
+                }
+            }
+            Command::Embed(..) | Command::Score(..) | Command::Stop => {}
+        }
+    }
+
+    fn submit(&mut self, job: Job) {
+        let Job { id, place, request, stream, arrived, events } = job;
+        let prompt_tokens = request.prompt.tokens.len();
+        match self.schedule.submit(request) {
+            Ok(ticket) => {
+                let spoke = false;
+                let under = Under { id, place, stream, arrived, prompt_tokens, spoke, events };
+                self.open.insert(ticket, under);
+            }
+            Err(error) => {
+                let _ = events.send((place, Event::Failed(Ticket(u64::MAX), error)));
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        let (open, metrics) = (&mut self.open, self.metrics);
+        let worked = self.schedule.step(&mut |event| {
+            pass_on(open, metrics, event);
+            Ok(())
+        });
+        match worked {
+            Ok(true) => {}
+            // A scheduler with nothing to do while requests are open has lost them.
+            Ok(false) if self.open.is_empty() => {}
+            Ok(false) => self.fail("the engine lost a request"),
+            Err(error) => self.fail(&error.to_string()),
+        }
+    }
+
+    /// Tells all who wait what went wrong, and begins anew: nobody knows what the caches hold now.
+    fn fail(&mut self, why: &str) {
+        for under in std::mem::take(&mut self.open).into_values() {
+            let event = Event::Failed(Ticket(u64::MAX), Error::run(why));
+            let _ = under.events.send((under.place, event));
+        }
+        self.schedule = self.model.scheduler(self.limits);
+    }
+
+    fn count(&self) {
+        let (waiting, running) = self.schedule.load();
+        self.metrics.waiting.set(waiting);
+        self.metrics.running.set(running);
+        self.metrics.cached_tokens.set(self.schedule.cached_tokens());
+    }
+}
+
+/// Counts an event and gives it to its handler. A handler that is gone cancels by itself.
+fn pass_on(open: &mut BTreeMap<Ticket, Under>, metrics: &Metrics, event: Event) {
+    let (Event::Piece(ticket, _) | Event::Done(ticket, ..) | Event::Failed(ticket, _)) = event;
+    let Some(under) = open.get_mut(&ticket) else { return };
+    match &event {
+        Event::Piece(_, piece) => {
+            metrics.generated_tokens.add(piece.ids.len());
+            if !under.spoke {
+                under.spoke = true;
+                metrics.first_token.observe(under.arrived.elapsed());
+            }
+            if under.stream {
+                let _ = under.events.send((under.place, event));
+            }
+        }
+        Event::Done(_, _, scores) => {
+            metrics.prompt_tokens.add(under.prompt_tokens);
+            metrics.cached_prompt_tokens.add(scores.cached);
+            metrics.request.observe(under.arrived.elapsed());
+            let _ = under.events.send((under.place, event));
+            open.remove(&ticket);
+        }
+        Event::Failed(..) => {
+            let _ = under.events.send((under.place, event));
+            open.remove(&ticket);
+        }
+    }
+}

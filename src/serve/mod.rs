@@ -1,0 +1,220 @@
+//! A model behind OpenAI's HTTP interface (`arriero serve`).
+//!
+//! One thread owns the model and computes ([`engine`]); the HTTP side parses, waits and formats. Answers are the
+//! engine's: the same request with the same seed is answered the same, whatever else is going on.
+//!
+//! Does not load models by request, keep conversations or files, or speak TLS: a proxy does that.
+
+mod answering;
+mod chat;
+mod completions;
+mod engine;
+mod fields;
+mod http;
+mod logprobs;
+mod manner;
+mod metrics;
+mod others;
+mod problem;
+mod served;
+mod tools;
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use rand::TryRngCore;
+use tokio::runtime::{Builder, Runtime};
+
+use crate::error::{Context, Error, Result};
+use crate::model::Transformer;
+use crate::model::checkpoint::Checkpoint;
+use crate::score::reward_model::RewardModel;
+use engine::{Client, Engine};
+use http::{Entropy, Shared};
+use metrics::Metrics;
+use served::{Companions, Served};
+
+/// How the server is run.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The names that requests may call the model by; answers carry the first.
+    pub names: Vec<String>,
+    /// What a request must bring in its `Authorization` header.
+    pub key: Option<String>,
+    /// Most answers under way at once; the model's default where absent.
+    pub max_batch: Option<usize>,
+    /// Most tokens in all caches together; the model's default where absent.
+    pub cache_tokens: Option<usize>,
+    /// Most prompts that are under way or wait; more are refused for the moment.
+    pub max_requests: usize,
+    /// Most bytes of a request.
+    pub max_body: usize,
+    /// How long requests under way may take to end once the server was told to stop.
+    pub drain: Duration,
+}
+
+/// What answers, and what judges.
+pub struct Models {
+    /// The model that answers.
+    pub policy: Checkpoint,
+    /// A reward model with its name, for `/score`.
+    pub judge: Option<(String, RewardModel)>,
+}
+
+/// Takes an address. Done before a model is loaded, so that an address in use is known at once.
+///
+/// # Errors
+/// No such address, or one that is taken.
+pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
+    let listener = TcpListener::bind((host, port))
+        .map_err(Error::from)
+        .map_err(Error::as_usage)
+        .at(format_args!("{host}:{port}"))
+        .hint("choose another --port; 0 takes a free one")?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Serves until SIGINT or SIGTERM. Computes on the calling thread, which should be one of rayon's. `ready` is called
+/// with the address once requests are answered.
+///
+/// # Errors
+/// Models that cannot be served, and the operating system's refusals.
+pub fn serve(
+    listener: TcpListener,
+    models: Models,
+    settings: &Settings,
+    ready: impl FnOnce(SocketAddr),
+) -> Result<()> {
+    let mut served = Served::new(&models.policy, settings.names.clone())?;
+    served.limits.max_batch = settings.max_batch.unwrap_or(served.limits.max_batch);
+    served.limits.cache_tokens = settings.cache_tokens.unwrap_or(served.limits.cache_tokens);
+    let served = Arc::new(served);
+    let embedder = Transformer::new(&models.policy.config, &models.policy.weights)?;
+    let (judge_name, judge) = models.judge.unzip();
+    let companions = Companions { embedder, judge };
+    let metrics = Arc::new(Metrics::default());
+    let (sender, commands) = mpsc::channel();
+    let start = rand::rngs::OsRng.try_next_u64().map_err(Error::run)?;
+    let shared = Arc::new(Shared {
+        served: Arc::clone(&served),
+        judge: judge_name,
+        client: Client::new(sender, settings.max_requests),
+        metrics: Arc::clone(&metrics),
+        key: settings.key.as_deref().map(http::digest),
+        stopping: AtomicBool::new(false),
+        entropy: Entropy::new(start),
+    });
+    let address = listener.local_addr()?;
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let ended = start_http(&runtime, listener, shared, settings)?;
+    ready(address);
+    Engine::new(&served.model, served.limits, &companions, &metrics).run(&commands);
+    // Whoever still waits hears now that the engine is gone.
+    drop(commands);
+    let ended =
+        runtime.block_on(async { tokio::time::timeout(Duration::from_secs(1), ended).await });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match ended {
+        Ok(Ok(result)) => result,
+        // Connections that did not end in time are cut; there is nothing to lose.
+        Ok(Err(_)) | Err(_) => Ok(()),
+    }
+}
+
+/// Stops the engine when the HTTP side ends, however it ends.
+struct StopsEngine(Arc<Shared>);
+
+impl Drop for StopsEngine {
+    fn drop(&mut self) {
+        self.0.client.stop();
+    }
+}
+
+fn start_http(
+    runtime: &Runtime,
+    listener: TcpListener,
+    shared: Arc<Shared>,
+    settings: &Settings,
+) -> Result<tokio::task::JoinHandle<Result<()>>> {
+    let (max_body, drain) = (settings.max_body, settings.drain);
+    // Signals are listened for before anybody can know that the server is up.
+    let (listener, mut signals) = {
+        let _inside = runtime.enter();
+        (tokio::net::TcpListener::from_std(listener)?, Signals::listen()?)
+    };
+    Ok(runtime.spawn(async move {
+        let stops = StopsEngine(Arc::clone(&shared));
+        let router = http::router(Arc::clone(&shared), max_body);
+        let (drained, is_drained) = tokio::sync::oneshot::channel::<()>();
+        let serving = axum::serve(listener, router).with_graceful_shutdown(async {
+            // A sender that is dropped says the same.
+            let _ = is_drained.await;
+        });
+        let stopping = async {
+            signals.next().await;
+            shared.stopping.store(true, Ordering::Relaxed);
+            // Asked twice, it waits no longer.
+            tokio::select! {
+                () = idle(&shared) => {}
+                () = signals.next() => {}
+                () = tokio::time::sleep(drain) => {}
+            }
+            let _ = drained.send(());
+            // Connections end with their last byte; those that do not are cut.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        };
+        let result = tokio::select! {
+            result = serving => result.map_err(Error::from),
+            () = stopping => Ok(()),
+        };
+        drop(stops);
+        result
+    }))
+}
+
+async fn idle(shared: &Shared) {
+    while !shared.client.is_idle() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// SIGINT and SIGTERM.
+#[cfg(unix)]
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+#[cfg(unix)]
+impl Signals {
+    fn listen() -> Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (interrupt, terminate) = (SignalKind::interrupt(), SignalKind::terminate());
+        Ok(Self { interrupt: signal(interrupt)?, terminate: signal(terminate)? })
+    }
+
+    /// Ends with the next of them.
+    async fn next(&mut self) {
+        tokio::select! { _ = self.interrupt.recv() => {}, _ = self.terminate.recv() => {} }
+    }
+}
+
+/// Ctrl-C.
+#[cfg(not(unix))]
+struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    fn listen() -> Result<Self> {
+        Ok(Self)
+    }
+
+    /// Ends with the next one.
+    async fn next(&mut self) {
+        let _ = tokio::signal::ctrl_c().await;
+    }
+}

@@ -1,0 +1,144 @@
+//! The smaller endpoints: embeddings, tokens of texts and back, rewards.
+
+use serde_json::{Map, Value, json};
+
+use super::chat::Conversation;
+use super::completions::Texts;
+use super::engine::{Client, Embed, Judged, Pooling};
+use super::fields::Fields;
+use super::problem::Problem;
+use super::served::{Served, check_ids, in_base64};
+use super::tools::Tools;
+use crate::data::record::Message;
+
+/// `POST /v1/embeddings`.
+///
+/// # Errors
+/// What cannot be honoured.
+pub(super) async fn embeddings(
+    served: &Served,
+    client: &Client,
+    body: &[u8],
+) -> Result<Value, Problem> {
+    let mut fields = Fields::parse(body)?;
+    served.take_name(&mut fields)?;
+    let input: Texts = fields.need("input")?;
+    let encoding: Option<String> = fields.take("encoding_format")?;
+    let pooling = fields.take("pooling")?.unwrap_or(Pooling::Mean);
+    let add_special = fields.take("add_special_tokens")?.unwrap_or(true);
+    let dimensions: Option<usize> = fields.take("dimensions")?;
+    fields.finish()?;
+    let base64 = match encoding.as_deref() {
+        None | Some("float") => false,
+        Some("base64") => true,
+        Some(other) => {
+            let message = format!("`encoding_format` is \"{other}\", expected float or base64");
+            return Err(Problem::invalid(message).on("encoding_format"));
+        }
+    };
+    let texts: Vec<Vec<u32>> =
+        input.encode(served, add_special)?.into_iter().map(|(_, ids)| ids).collect();
+    let positions = served.limits.max_positions;
+    if let Some((place, ids)) = texts.iter().enumerate().find(|(_, ids)| ids.len() > positions) {
+        let len = ids.len();
+        let message =
+            format!("input {place} has {len} tokens, and the model {positions} positions");
+        return Err(Problem::invalid(message).on("input").code("context_length_exceeded"));
+    }
+    let tokens: usize = texts.iter().map(Vec::len).sum();
+    let vectors = client.embed(Embed { texts, pooling }).await?;
+    let width = vectors.first().map_or(0, Vec::len);
+    if let Some(dimensions) = dimensions.filter(|dimensions| *dimensions != width) {
+        let message = format!("`dimensions` is {dimensions}, expected the model's {width}");
+        return Err(Problem::invalid(message).on("dimensions"));
+    }
+    let object = |(index, vector): (usize, &Vec<f32>)| {
+        let embedding = if base64 { json!(in_base64(vector)) } else { json!(vector) };
+        json!({"object": "embedding", "index": index, "embedding": embedding})
+    };
+    let data: Vec<Value> = vectors.iter().enumerate().map(object).collect();
+    let usage = json!({"prompt_tokens": tokens, "total_tokens": tokens});
+    Ok(json!({"object": "list", "data": data, "model": served.name(), "usage": usage}))
+}
+
+/// `POST /tokenize`: of a text or of a conversation.
+///
+/// # Errors
+/// What cannot be honoured.
+pub(super) fn tokenize(served: &Served, body: &[u8]) -> Result<Value, Problem> {
+    let mut fields = Fields::parse(body)?;
+    served.take_name(&mut fields)?;
+    let prompt: Option<String> = fields.take("prompt")?;
+    let add_special = fields.take("add_special_tokens")?;
+    let with_texts = fields.take("return_token_strs")?.unwrap_or(false);
+    let ids = if let Some(prompt) = prompt {
+        fields.finish()?;
+        served.encode(&prompt, add_special.unwrap_or(true))?
+    } else {
+        let conversation = Conversation::take(&mut fields)?;
+        let tools = Tools::take(&mut fields)?;
+        fields.finish()?;
+        conversation.encode(served, tools.described)?
+    };
+    let texts: Option<Vec<String>> = with_texts.then(|| {
+        ids.iter().map(|&id| String::from_utf8_lossy(served.bytes(id)).into_owned()).collect()
+    });
+    let (count, positions) = (ids.len(), served.limits.max_positions);
+    Ok(json!({"count": count, "max_model_len": positions, "tokens": ids, "token_strs": texts}))
+}
+
+/// `POST /detokenize`.
+///
+/// # Errors
+/// What cannot be honoured.
+pub(super) fn detokenize(served: &Served, body: &[u8]) -> Result<Value, Problem> {
+    let mut fields = Fields::parse(body)?;
+    served.take_name(&mut fields)?;
+    let ids: Vec<u32> = fields.need("tokens")?;
+    fields.finish()?;
+    check_ids(&ids, served)?;
+    Ok(json!({"prompt": served.tokenizer().decode(&ids, false)}))
+}
+
+/// `POST /score`: what the reward model thinks of answers.
+///
+/// # Errors
+/// What cannot be honoured; a server without a reward model.
+pub(super) async fn score(
+    judge: Option<&str>,
+    client: &Client,
+    body: &[u8],
+) -> Result<Value, Problem> {
+    let Some(judge) = judge else {
+        let message = "no reward model is served; start the server with --reward-model";
+        return Err(Problem::invalid(message).code("no_reward_model"));
+    };
+    let mut fields = Fields::parse(body)?;
+    let name: Option<String> = fields.take("model")?;
+    let prompt: Option<String> = fields.take("prompt")?;
+    let answers: Vec<String> = fields.need("completions")?;
+    let (prompt, tools) = if let Some(prompt) = prompt {
+        fields.finish()?;
+        (vec![Message::new("user", prompt)], None)
+    } else {
+        let Conversation { messages, template_kwargs } = Conversation::take(&mut fields)?;
+        let tools = Tools::take(&mut fields)?;
+        fields.finish()?;
+        if template_kwargs != Map::new() {
+            let message = "`chat_template_kwargs` are not for the reward model";
+            return Err(Problem::invalid(message).on("chat_template_kwargs"));
+        }
+        (messages, tools.described)
+    };
+    if let Some(name) = name.filter(|name| name != judge) {
+        return Err(Problem::no_model(&name, &[judge.to_owned()]));
+    }
+    if answers.is_empty() {
+        return Err(Problem::invalid("`completions` is empty").on("completions"));
+    }
+    let scores = client.score(Judged { prompt, tools, answers }).await?;
+    let object =
+        |(index, score): (usize, &f64)| json!({"object": "score", "index": index, "score": score});
+    let data: Vec<Value> = scores.iter().enumerate().map(object).collect();
+    Ok(json!({"object": "list", "data": data, "model": judge}))
+}

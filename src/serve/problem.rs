@@ -1,0 +1,126 @@
+//! What is told to a client that cannot be served: an HTTP status and OpenAI's error object.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::error::{Error, Kind, did_you_mean};
+
+/// A refusal or a failure, for the client to read.
+#[derive(Debug)]
+pub(super) struct Problem {
+    status: StatusCode,
+    kind: &'static str,
+    message: String,
+    param: Option<String>,
+    code: Option<&'static str>,
+}
+
+impl Problem {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self { status, kind, message: message.into(), param: None, code: None }
+    }
+
+    /// A request that cannot be honoured.
+    pub(super) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// Another status for the same words.
+    pub(super) fn status(mut self, status: StatusCode) -> Self {
+        self.status = status;
+        self
+    }
+
+    /// The field that is wrong.
+    pub(super) fn on(mut self, param: impl Into<String>) -> Self {
+        self.param = Some(param.into());
+        self
+    }
+
+    /// A word for programs.
+    pub(super) fn code(mut self, code: &'static str) -> Self {
+        self.code = Some(code);
+        self
+    }
+
+    /// No such model here.
+    pub(super) fn no_model(name: &str, known: &[String]) -> Self {
+        let message = format!("no model `{name}`; {}", nearest(name, known));
+        Self::invalid(message).status(StatusCode::NOT_FOUND).on("model").code("model_not_found")
+    }
+
+    /// No such address here.
+    pub(super) fn no_route(method: &str, path: &str, known: &[String]) -> Self {
+        Self::invalid(format!("no {method} {path}; {}", nearest(path, known)))
+            .status(StatusCode::NOT_FOUND)
+    }
+
+    /// Without the key, or with a wrong one.
+    pub(super) fn unauthorized() -> Self {
+        Self::invalid("no valid API key; send the header `Authorization: Bearer KEY`")
+            .status(StatusCode::UNAUTHORIZED)
+            .code("invalid_api_key")
+    }
+
+    /// All places are taken.
+    pub(super) fn busy(most: usize) -> Self {
+        let message =
+            format!("{most} requests are under way or wait, which is the most; try again");
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message).code("queue_full")
+    }
+
+    /// The server stops or has stopped.
+    pub(super) fn stopping() -> Self {
+        let message = "the server is stopping";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", message).code("stopping")
+    }
+
+    /// OpenAI's error object.
+    pub(super) fn body(&self) -> Value {
+        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
+    }
+}
+
+/// "did you mean" for a name, or all there is.
+pub(super) fn nearest<S: AsRef<str>>(name: &str, known: &[S]) -> String {
+    match did_you_mean(name, known.iter().map(AsRef::as_ref)) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None => {
+            let all: Vec<&str> = known.iter().map(AsRef::as_ref).collect();
+            format!("there is: {}", all.join(", "))
+        }
+    }
+}
+
+/// A usage error is the client's, any other the server's.
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        let message = match error.hint_text() {
+            Some(hint) => format!("{error}; {hint}"),
+            None => error.to_string(),
+        };
+        match error.kind() {
+            Kind::Usage => Self::invalid(message),
+            Kind::Run | Kind::Interrupted => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+            }
+        }
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        let (name, value) = match self.status {
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
+                (header::RETRY_AFTER, "1")
+            }
+            StatusCode::UNAUTHORIZED => (header::WWW_AUTHENTICATE, "Bearer"),
+            _ => return response,
+        };
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+        response
+    }
+}

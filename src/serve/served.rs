@@ -1,0 +1,267 @@
+//! The models that are served, and what is said of them.
+
+use std::sync::OnceLock;
+
+use base64::Engine as _;
+use candle_core::{DType, Tensor};
+use llguidance::toktrie::TokTrie;
+use serde_json::{Value, json};
+
+use super::engine::{Embed, Judged, Others, Pooling};
+use super::fields::Fields;
+use super::problem::Problem;
+use crate::data::forest::{Forest, micro_batches};
+use crate::data::tokenizer::ChatTokenizer;
+use crate::data::tree::{Role, Tree};
+use crate::error::{Error, Result};
+use crate::generate::engine::Limits;
+use crate::generate::local::LocalModel;
+use crate::model::Transformer;
+use crate::model::checkpoint::Checkpoint;
+use crate::score::reward_model::RewardModel;
+use crate::score::{Question, Scorer};
+use crate::store::sha256_bytes;
+
+/// Most tokens of one forward pass for embeddings.
+const BUDGET: usize = 4096;
+
+/// The model that answers, with its names.
+pub(super) struct Served {
+    /// The first is the one that answers carry.
+    pub(super) names: Vec<String>,
+    pub(super) model: LocalModel,
+    pub(super) limits: Limits,
+    /// Says whether two answers came from the same weights.
+    pub(super) fingerprint: String,
+    /// Seconds since 1970 at the server's start.
+    pub(super) created: u64,
+    words: OnceLock<Vec<Vec<u8>>>,
+}
+
+impl Served {
+    /// Takes a checkpoint's weights, which are shared, not copied.
+    ///
+    /// # Errors
+    /// A reward model, or a checkpoint without tokenizer.
+    pub(super) fn new(checkpoint: &Checkpoint, names: Vec<String>) -> Result<Self> {
+        let model = LocalModel::new(checkpoint)?;
+        let limits = Limits { keep_prefixes: true, ..model.limits() };
+        Ok(Self {
+            names,
+            limits,
+            fingerprint: fingerprint(checkpoint)?,
+            created: now(),
+            words: OnceLock::new(),
+            model,
+        })
+    }
+
+    /// The name that answers carry.
+    pub(super) fn name(&self) -> &str {
+        self.names.first().map_or("", String::as_str)
+    }
+
+    /// Takes the field `model`.
+    ///
+    /// # Errors
+    /// A model that is not served.
+    pub(super) fn take_name(&self, fields: &mut Fields) -> Result<(), Problem> {
+        match fields.take::<String>("model")? {
+            Some(name) => self.check_name(&name),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a name that is not one of the model's.
+    ///
+    /// # Errors
+    /// Says which there are.
+    pub(super) fn check_name(&self, name: &str) -> Result<(), Problem> {
+        if self.names.iter().any(|known| known == name) {
+            return Ok(());
+        }
+        Err(Problem::no_model(name, &self.names))
+    }
+
+    /// The entry of `/v1/models` for one of the names.
+    pub(super) fn card(&self, name: &str) -> Value {
+        json!({
+            "id": name, "object": "model", "created": self.created, "owned_by": "arriero", "root": self.name(),
+            "max_model_len": self.limits.max_positions,
+        })
+    }
+
+    /// The tokenizer.
+    pub(super) fn tokenizer(&self) -> &ChatTokenizer {
+        self.model.tokenizer()
+    }
+
+    /// The ids of plain text, special tokens in it parsed, and `bos` before it where the tokenizer wants that.
+    ///
+    /// # Errors
+    /// Text that the vocabulary cannot spell.
+    pub(super) fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let tokenizer = self.tokenizer();
+        let mut ids = tokenizer.encode_special(text)?;
+        let bos = tokenizer.bos().filter(|_| add_special && tokenizer.settings().add_bos);
+        if let Some(bos) = bos.filter(|bos| ids.first() != Some(bos)) {
+            ids.insert(0, bos);
+        }
+        Ok(ids)
+    }
+
+    /// The bytes of a token. A special token's are its name.
+    pub(super) fn bytes(&self, id: u32) -> &[u8] {
+        let words = self.words.get_or_init(|| words(self.tokenizer()));
+        words.get(id as usize).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// Refuses ids that are no tokens.
+///
+/// # Errors
+/// Names the first.
+pub(super) fn check_ids(ids: &[u32], served: &Served) -> Result<(), Problem> {
+    let size = served.model.vocab_size();
+    match ids.iter().find(|id| **id as usize >= size) {
+        None => Ok(()),
+        Some(id) => Err(Problem::invalid(format!("token {id}, expected one below {size}"))),
+    }
+}
+
+/// Seconds since 1970.
+#[expect(clippy::disallowed_methods, reason = "answers carry the time of day; no artefact does")]
+pub(super) fn now() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
+}
+
+/// Each token's bytes, by its id.
+fn words(tokenizer: &ChatTokenizer) -> Vec<Vec<u8>> {
+    let json = tokenizer.inner().to_string(false).ok();
+    let json = json.and_then(|json| serde_json::from_str(&json).ok());
+    let words = json.and_then(|json| llguidance::token_bytes_from_tokenizer_json(&json).ok());
+    let Some(mut words) = words else {
+        let text = |id| tokenizer.decode(&[id], false).into_bytes();
+        return (0..tokenizer.vocab_size() as u32).map(text).collect();
+    };
+    for word in &mut words {
+        if word.len() > 1 && word[0] == TokTrie::SPECIAL_TOKEN_MARKER {
+            word.remove(0);
+        }
+    }
+    words
+}
+
+/// Of the shape, the tokenizer and the beginning of every parameter: another model or another type of numbers has
+/// another one, and no file is read for it.
+fn fingerprint(checkpoint: &Checkpoint) -> Result<String> {
+    const LOOKED_AT: usize = 64;
+    let mut all = checkpoint.config.to_json().into_bytes();
+    all.extend_from_slice(checkpoint.tokenizer()?.hash().as_bytes());
+    all.extend_from_slice(env!("CARGO_PKG_VERSION").as_bytes());
+    for (name, tensor) in &checkpoint.weights {
+        all.extend_from_slice(
+            format!("{name} {:?} {:?}", tensor.dtype(), tensor.dims()).as_bytes(),
+        );
+        let flat = tensor.flatten_all()?;
+        let some = flat.narrow(0, 0, LOOKED_AT.min(flat.elem_count()))?.to_dtype(DType::F32)?;
+        all.extend(some.to_vec1::<f32>()?.iter().flat_map(|value| value.to_le_bytes()));
+    }
+    Ok(format!("fp_{}", &sha256_bytes(&all)[..12]))
+}
+
+/// What the engine's thread computes besides answers.
+pub(super) struct Companions {
+    /// The served model, without its product with the vocabulary.
+    pub(super) embedder: Transformer,
+    pub(super) judge: Option<RewardModel>,
+}
+
+impl Others for Companions {
+    fn embed(&self, embed: &Embed) -> Result<Vec<Vec<f32>>> {
+        let tree = |(place, ids): (usize, &Vec<u32>)| {
+            Tree::sequence(ids.clone(), vec![Role::Context; ids.len()], place)
+        };
+        let trees: Vec<Tree> = embed.texts.iter().enumerate().map(tree).collect();
+        let mut all = Vec::with_capacity(trees.len());
+        for range in micro_batches(&trees, BUDGET) {
+            let forest = Forest::pack(&trees[range.clone()])?;
+            let hidden = self.embedder.hidden(&forest)?.to_dtype(DType::F32)?;
+            let mut start = 0;
+            for tree in &trees[range] {
+                let states = hidden.narrow(0, start, tree.tokens())?;
+                all.push(pooled(&states, embed.pooling)?);
+                start += tree.tokens();
+            }
+        }
+        Ok(all)
+    }
+
+    fn score(&self, judged: &Judged) -> Result<Vec<f64>> {
+        let Some(judge) = &self.judge else { return Err(Error::usage("no reward model")) };
+        let prompt = judge.tokenizer().prompt_ids(&judged.prompt, judged.tools.as_ref())?.len();
+        let (limit, tokenizer) = (judge.positions(), judge.tokenizer());
+        for (place, answer) in judged.answers.iter().enumerate() {
+            // And the end of the turn.
+            let len = prompt + tokenizer.encode(answer).len() + 1;
+            if len > limit {
+                return Err(Error::usage(format!(
+                    "completion {place} has {len} tokens with its prompt, and the reward model {limit} positions"
+                )));
+            }
+        }
+        let question = Question {
+            place: "the request",
+            prompt: &judged.prompt,
+            tools: judged.tools.as_ref(),
+            answer: None,
+        };
+        let answers: Vec<&str> = judged.answers.iter().map(String::as_str).collect();
+        let scores: Vec<f64> =
+            judge.score(&question, &answers)?.into_iter().map(|score| score.value).collect();
+        if scores.len() == answers.len() {
+            return Ok(scores);
+        }
+        Err(Error::run(format!("{} scores of {} completions", scores.len(), answers.len())))
+    }
+}
+
+/// One vector of length 1 of a text's states. Shapes: `[T, D] -> [D]`.
+fn pooled(states: &Tensor, pooling: Pooling) -> Result<Vec<f32>> {
+    let (t, _) = states.dims2()?;
+    let one = match pooling {
+        Pooling::Mean => states.mean(0)?,
+        Pooling::Last => states.get(t - 1)?,
+    };
+    let mut vector = one.to_vec1::<f32>()?;
+    let squares = vector.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>();
+    let length = squares.sqrt().max(f64::MIN_POSITIVE);
+    for value in &mut vector {
+        *value = (f64::from(*value) / length) as f32;
+    }
+    Ok(vector)
+}
+
+/// Little-endian 32-bit floats in base64, as OpenAI's clients ask for them.
+pub(super) fn in_base64(vector: &[f32]) -> String {
+    let bytes: Vec<u8> = vector.iter().flat_map(|value| value.to_le_bytes()).collect();
+    base64::engine::general_purpose::STANDARD.encode(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn states_become_one_vector_of_length_one() {
+        let states = Tensor::new(&[[3f32, 0.0], [3.0, 8.0]], &Device::Cpu).unwrap();
+        // The mean is (3, 4), whose length is 5.
+        assert_eq!(pooled(&states, Pooling::Mean).unwrap(), [0.6, 0.8]);
+        let last = pooled(&states, Pooling::Last).unwrap();
+        assert!((last[1] / last[0] - 8.0 / 3.0).abs() < 1e-6, "{last:?}");
+        assert_eq!(in_base64(&[1.0, -2.0]), "AACAPwAAAMA=");
+    }
+}

@@ -1,0 +1,641 @@
+//! `arriero serve` as its clients meet it: the real program with the tiny model, spoken to over HTTP.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    reason = "a test program; a failure here is a failed test"
+)]
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use arriero::data::forest::Forest;
+use arriero::data::record::Message;
+use arriero::data::tree::{Role, Tree};
+use arriero::generate::engine::{Answer, Prompt};
+use arriero::generate::local::{LocalModel, answer_logprobs};
+use arriero::generate::sampling::Sampling;
+use arriero::model::Transformer;
+use arriero::model::checkpoint::Checkpoint;
+use arriero::model::save::SaveOptions;
+use arriero::score::reward_model::{Reading, RewardModel};
+use arriero::score::{Question, Scorer};
+use candle_core::{DType, Device};
+use serde_json::{Value, json};
+use ureq::Agent;
+
+fn student() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student")
+}
+
+fn checkpoint() -> Checkpoint {
+    Checkpoint::load_dir(&student(), &Device::Cpu).unwrap()
+}
+
+/// A server with the tiny model, called `tiny`; ends with the test.
+struct Server {
+    child: Child,
+    url: String,
+    agent: Agent,
+    key: Option<&'static str>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Server {
+    fn start(arguments: &[&str]) -> Self {
+        let mut child = Command::new(assert_cmd::cargo::cargo_bin("arriero"))
+            .arg("serve")
+            .arg(student())
+            .args(["--port", "0", "--served-model-name", "tiny"])
+            .args(arguments)
+            .env("TINY_KEY", "a secret")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let url = line.trim().strip_prefix("listening on ").unwrap().to_owned();
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(Duration::from_secs(120)))
+            .build();
+        Self { child, url, agent: config.into(), key: None }
+    }
+
+    fn post(&self, path: &str, body: &str) -> ureq::http::Response<ureq::Body> {
+        let mut request = self.agent.post(format!("{}{path}", self.url));
+        if let Some(key) = self.key {
+            request = request.header("Authorization", format!("Bearer {key}"));
+        }
+        request.header("Content-Type", "application/json").send(body.as_bytes()).unwrap()
+    }
+
+    /// The answer to a request that is honoured.
+    #[track_caller]
+    fn ask(&self, path: &str, body: &Value) -> Value {
+        let mut response = self.post(path, &body.to_string());
+        let text = response.body_mut().read_to_string().unwrap();
+        assert_eq!(response.status(), 200, "{path} {body}: {text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn get(&self, path: &str) -> (u16, String) {
+        let mut response = self.agent.get(format!("{}{path}", self.url)).call().unwrap();
+        (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
+    }
+
+    /// Status and error of a request that is refused.
+    #[track_caller]
+    fn refused(&self, path: &str, body: &str) -> (u16, Value) {
+        let mut response = self.post(path, body);
+        let text = response.body_mut().read_to_string().unwrap();
+        let value: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{path}: {text}"));
+        assert!(value["error"]["message"].is_string(), "{path} {body}: {value}");
+        (response.status().as_u16(), value["error"].clone())
+    }
+
+    /// The lines of a stream, without their `data: `.
+    fn stream(&self, path: &str, body: &Value) -> Streamed {
+        let response = self.post(path, &body.to_string());
+        assert_eq!(response.status(), 200);
+        Streamed(BufReader::new(Box::new(response.into_body().into_reader())))
+    }
+
+    /// All chunks of a stream that ends as it should.
+    #[track_caller]
+    fn chunks(&self, path: &str, body: &Value) -> Vec<Value> {
+        let mut lines: Vec<String> = self.stream(path, body).collect();
+        assert_eq!(lines.pop().as_deref(), Some("[DONE]"));
+        lines.iter().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// Waits until the metrics have a line.
+    #[track_caller]
+    fn wait_for(&self, line: &str) {
+        let start = Instant::now();
+        loop {
+            let (_, page) = self.get("/metrics");
+            if page.lines().any(|found| found == line) {
+                return;
+            }
+            assert!(start.elapsed() < Duration::from_secs(60), "no `{line}` in:\n{page}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+struct Streamed(BufReader<Box<dyn Read>>);
+
+impl Iterator for Streamed {
+    type Item = String;
+
+    fn next(&mut self) -> Option<String> {
+        loop {
+            let mut line = String::new();
+            if self.0.read_line(&mut line).unwrap() == 0 {
+                return None;
+            }
+            if let Some(data) = line.strip_prefix("data: ") {
+                return Some(data.trim_end().to_owned());
+            }
+        }
+    }
+}
+
+const CHAT: &str = "/v1/chat/completions";
+const PLAIN: &str = "/v1/completions";
+const SUM: &str = "Tom has 14 coins. Dora has 11 coins. How many coins do they have together?";
+
+fn question() -> Value {
+    json!([{"role": "user", "content": SUM}])
+}
+
+/// Bias that keeps an answer from ending.
+fn endless() -> Value {
+    checkpoint().ends().iter().map(|id| (id.to_string(), json!(-100))).collect()
+}
+
+/// Answers that take a while: many, long ones.
+fn long(stream: bool) -> Value {
+    json!({"messages": [{"role": "user", "content": "Go on."}], "n": 128, "max_tokens": 200,
+           "logit_bias": endless(), "stream": stream})
+}
+
+fn engine(prompt: &[u32], sampling: &Sampling) -> Vec<Answer> {
+    let model = LocalModel::new(&checkpoint()).unwrap();
+    let mut all = Vec::new();
+    let prompt = Prompt { index: 0, tokens: prompt.to_vec() };
+    model
+        .run(&[prompt], sampling, &mut |_, answers| {
+            all = answers;
+            Ok(())
+        })
+        .unwrap();
+    all
+}
+
+/// Text, tokens' log-probabilities and reason of each choice of a chat stream.
+fn joined(chunks: &[Value], n: usize) -> Vec<(String, Vec<Value>, Value)> {
+    let mut all = vec![(String::new(), Vec::new(), Value::Null); n];
+    for choice in chunks.iter().filter_map(|chunk| chunk["choices"].get(0)) {
+        let one = &mut all[choice["index"].as_u64().unwrap() as usize];
+        assert!(one.2.is_null(), "a chunk after the last one");
+        one.0 += choice["delta"]["content"].as_str().unwrap_or_default();
+        one.1.extend(choice["logprobs"]["content"].as_array().cloned().unwrap_or_default());
+        one.2 = choice["finish_reason"].clone();
+    }
+    all
+}
+
+#[test]
+fn seeded_chat_answers_are_the_engines_whole_and_streamed() {
+    let server = Server::start(&[]);
+    let mut body = json!({
+        "model": "tiny", "messages": question(), "n": 3, "seed": 5, "temperature": 0.9, "max_tokens": 24,
+        "logprobs": true, "top_logprobs": 2, "user": "somebody",
+    });
+    let whole = server.ask(CHAT, &body);
+    assert_eq!(whole["object"], "chat.completion");
+    assert!(whole["system_fingerprint"].as_str().unwrap().starts_with("fp_"));
+
+    let model = checkpoint();
+    let prompt = model.tokenizer().unwrap().prompt_ids(&[Message::new("user", SUM)], None).unwrap();
+    let sampling = Sampling {
+        temperature: 0.9,
+        seed: 5,
+        num_samples: 3,
+        max_new_tokens: 24,
+        ..Sampling::default()
+    };
+    let expected = engine(&prompt, &sampling);
+    let mut tokens = 0;
+    for (choice, expected) in whole["choices"].as_array().unwrap().iter().zip(&expected) {
+        assert_eq!(choice["message"]["content"], expected.text);
+        let content = choice["logprobs"]["content"].as_array().unwrap();
+        let sum: f64 = content.iter().map(|one| one["logprob"].as_f64().unwrap()).sum();
+        assert!((sum - expected.logprob_sum()).abs() < 1e-5, "{sum}");
+        assert!(content.iter().all(|one| one["top_logprobs"].as_array().unwrap().len() == 2));
+        // The bytes of the tokens are the text, but for the end of the turn.
+        let bytes = content.iter().flat_map(|one| one["bytes"].as_array().unwrap());
+        let bytes: Vec<u8> = bytes.map(|byte| byte.as_u64().unwrap() as u8).collect();
+        assert!(String::from_utf8_lossy(&bytes).starts_with(&expected.text));
+        tokens += expected.ids.len();
+    }
+    assert_eq!(whole["usage"]["prompt_tokens"], prompt.len());
+    assert_eq!(whole["usage"]["completion_tokens"], tokens);
+
+    body["stream"] = json!(true);
+    body["stream_options"] = json!({"include_usage": true});
+    let chunks = server.chunks(CHAT, &body);
+    let usage = chunks.last().unwrap();
+    assert_eq!(usage["choices"], json!([]));
+    assert_eq!(usage["usage"]["completion_tokens"], tokens);
+    // The prompt was asked before.
+    assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], prompt.len() - 1);
+    let choices = whole["choices"].as_array().unwrap();
+    for (choice, (text, logprobs, finish)) in choices.iter().zip(joined(&chunks, 3)) {
+        assert_eq!(choice["message"]["content"], text);
+        assert_eq!(choice["logprobs"]["content"], Value::Array(logprobs));
+        assert_eq!(choice["finish_reason"], finish);
+    }
+    let unseeded = json!({"messages": question(), "max_tokens": 24, "temperature": 2, "logit_bias": endless()});
+    let text = || server.ask(CHAT, &unseeded)["choices"][0]["message"]["content"].clone();
+    assert_ne!(text(), text());
+}
+
+#[test]
+fn echoed_prompts_are_scored_as_by_the_whole_forward() {
+    let server = Server::start(&[]);
+    let model = checkpoint();
+    let text = "Dora has 3 coins — three. ünïcode 日本";
+    let ids = server.ask("/tokenize", &json!({"prompt": text}))["tokens"].clone();
+    let ids: Vec<u32> = serde_json::from_value(ids).unwrap();
+    let transformer = Transformer::new(&model.config, &model.weights).unwrap();
+    let expected = answer_logprobs(&transformer, &ids[..1], &[&ids[1..]]).unwrap().remove(0);
+    for prompt in [json!(text), json!(ids)] {
+        let body = json!({"prompt": prompt, "echo": true, "logprobs": 3, "max_tokens": 0});
+        let answer = server.ask(PLAIN, &body);
+        let choice = &answer["choices"][0];
+        assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!(text), &json!("length")));
+        let logprobs = &choice["logprobs"];
+        let found = logprobs["token_logprobs"].as_array().unwrap();
+        assert!(found[0].is_null() && logprobs["top_logprobs"][0].is_null());
+        let found: Vec<f32> = found[1..].iter().map(|x| x.as_f64().unwrap() as f32).collect();
+        assert_eq!(found, expected);
+        assert_eq!(logprobs["tokens"].as_array().unwrap().len(), ids.len());
+        let offsets: Vec<u64> = serde_json::from_value(logprobs["text_offset"].clone()).unwrap();
+        assert!(offsets.is_sorted() && *offsets.last().unwrap() < text.chars().count() as u64);
+        for top in &logprobs["top_logprobs"].as_array().unwrap()[1..] {
+            assert!((3..=4).contains(&top.as_object().unwrap().len()), "{top}");
+        }
+        assert_eq!(answer["usage"]["completion_tokens"], 0);
+    }
+}
+
+#[test]
+fn plain_completions_take_several_prompts_and_stream_what_they_say() {
+    let server = Server::start(&[]);
+    let mut body = json!({"prompt": ["Tom has", "Dora has 2 coins"], "n": 2, "seed": 1, "max_tokens": 20,
+                          "echo": true, "stop": ["coins.", "never seen"]});
+    let whole = server.ask(PLAIN, &body);
+    let choices = whole["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), 4);
+    assert!(choices[3]["text"].as_str().unwrap().starts_with("Dora has 2 coins"));
+    body["stream"] = json!(true);
+    let chunks = server.chunks(PLAIN, &body);
+    for (index, choice) in choices.iter().enumerate() {
+        let own = chunks.iter().map(|chunk| &chunk["choices"][0]);
+        let own: Vec<&Value> = own.filter(|choice| choice["index"] == index).collect();
+        let text: String = own.iter().map(|choice| choice["text"].as_str().unwrap()).collect();
+        assert_eq!(choice["text"], text);
+        assert_eq!(choice["finish_reason"], own.last().unwrap()["finish_reason"]);
+    }
+    // Each prompt of a list is answered as if it were asked in its place; the first as if it were alone.
+    let alone = json!({"prompt": "Tom has", "n": 2, "seed": 1, "max_tokens": 20, "stop": "coins."});
+    let alone = server.ask(PLAIN, &alone);
+    for (one, two) in choices.iter().zip(alone["choices"].as_array().unwrap()) {
+        assert_eq!(one["text"], format!("Tom has{}", two["text"].as_str().unwrap()));
+    }
+}
+
+#[test]
+fn a_stop_string_that_never_comes_ends_nothing() {
+    let server = Server::start(&[]);
+    let body = json!({"prompt": "Tom", "max_tokens": 12, "stop": "zzzzzz", "logit_bias": endless(), "seed": 2});
+    let answer = server.ask(PLAIN, &body);
+    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    assert_eq!(answer["usage"]["completion_tokens"], 12);
+}
+
+#[test]
+fn answers_have_the_form_that_was_asked_for_and_characters_are_never_cut() {
+    let server = Server::start(&[]);
+    let content = |extra: Value| {
+        let mut body = json!({"messages": question(), "seed": 3, "max_tokens": 120});
+        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        let answer = server.ask(CHAT, &body);
+        assert_eq!(answer["choices"][0]["finish_reason"], "stop", "{answer}");
+        answer["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+    };
+    let schema = json!({"type": "object", "additionalProperties": false, "required": ["sum", "unit"],
+        "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 99}, "unit": {"enum": ["coins", "€"]}}});
+    let format = json!({"type": "json_schema", "json_schema": {"name": "sum", "strict": true, "schema": schema}});
+    let value: Value = serde_json::from_str(&content(json!({"response_format": format}))).unwrap();
+    assert!((0..100).contains(&value["sum"].as_i64().unwrap()), "{value}");
+    assert!(["coins", "€"].contains(&value["unit"].as_str().unwrap()), "{value}");
+    let number = content(json!({"guided_regex": "[0-9]{2} coins"}));
+    assert!(number.len() == 8 && number.ends_with(" coins"), "{number}");
+    let choice = content(json!({"structured_outputs": {"choice": ["yes", "no"]}}));
+    assert!(["yes", "no"].contains(&choice.as_str()), "{choice}");
+
+    let pattern = "(é|日|🙂){6}";
+    let body = json!({"messages": question(), "guided_regex": pattern, "stream": true, "seed": 1, "max_tokens": 80});
+    let chunks = server.chunks(CHAT, &body);
+    assert!(chunks.len() > 6, "all at once");
+    let (text, _, finish) = joined(&chunks, 1).remove(0);
+    assert_eq!((text.chars().count(), finish), (6, json!("stop")), "{text}");
+    assert!(text.chars().all(|c| "é日🙂".contains(c)), "{text}");
+}
+
+#[test]
+fn a_required_tool_is_called_and_calls_go_back_into_the_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let template = dir.path().join("tools.jinja");
+    std::fs::write(
+        &template,
+        "{% if tools %}{{ tools | length }} tools\n{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}\n\
+         {% if message.tool_calls %}{{ message.tool_calls[0].function.arguments.a }}{% else %}{{ message.content }}{% endif %}\
+         <|im_end|>\n{% endfor %}<|im_start|>assistant\n",
+    )
+    .unwrap();
+    let server = Server::start(&["--chat-template", template.to_str().unwrap()]);
+    let parameters = json!({"type": "object", "additionalProperties": false, "required": ["a"],
+                            "properties": {"a": {"enum": [7, 12]}}});
+    let tools =
+        json!([{"type": "function", "function": {"name": "add", "parameters": parameters}}]);
+    let mut body = json!({"messages": question(), "tools": tools, "tool_choice": "required", "seed": 1, "max_tokens": 90});
+    let answer = server.ask(CHAT, &body);
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["finish_reason"], "tool_calls", "{answer}");
+    assert!(choice["message"]["content"].is_null());
+    let call = &choice["message"]["tool_calls"][0];
+    assert_eq!((&call["type"], &call["function"]["name"]), (&json!("function"), &json!("add")));
+    let arguments: Value =
+        serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+    assert!(arguments["a"] == 7 || arguments["a"] == 12);
+
+    body["stream"] = json!(true);
+    let chunks = server.chunks(CHAT, &body);
+    let deltas: Vec<&Value> = chunks.iter().map(|chunk| &chunk["choices"][0]).collect();
+    let called = deltas.iter().find(|choice| choice["delta"]["tool_calls"].is_array()).unwrap();
+    assert_eq!(called["delta"]["tool_calls"][0]["function"], call["function"]);
+    assert_eq!(called["delta"]["tool_calls"][0]["index"], 0);
+    assert_eq!(deltas.last().unwrap()["finish_reason"], "tool_calls");
+
+    let history = json!([question()[0], choice["message"], {"role": "tool", "tool_call_id": call["id"], "content": "25"}]);
+    let tokens = server.ask("/tokenize", &json!({"messages": history, "tools": tools}));
+    let text = server.ask("/detokenize", &json!({"tokens": tokens["tokens"]}))["prompt"].clone();
+    let expected = format!(
+        "1 tools\n<|im_start|>user\n{SUM}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n\
+         <|im_start|>tool\n25<|im_end|>\n<|im_start|>assistant\n",
+        arguments["a"]
+    );
+    assert_eq!(text, expected);
+    // Without calls, an answer is text although tools were offered.
+    body["tool_choice"] = json!("auto");
+    body["stream"] = json!(false);
+    assert!(server.ask(CHAT, &body)["choices"][0]["message"]["content"].is_string());
+}
+
+#[test]
+fn embeddings_are_the_models_own_states() {
+    let server = Server::start(&[]);
+    let texts = ["Tom has 3 coins.", "Dora"];
+    let body = |more: Value| {
+        let mut body = json!({"model": "tiny", "input": texts});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let answer = server.ask("/v1/embeddings", &body(json!({})));
+    let in_base64 = server.ask("/v1/embeddings", &body(json!({"encoding_format": "base64"})));
+    let last = server.ask("/v1/embeddings", &body(json!({"pooling": "last", "dimensions": 128})));
+    let model = checkpoint();
+    let transformer = Transformer::new(&model.config, &model.weights).unwrap();
+    let mut count = 0;
+    for (index, text) in texts.iter().enumerate() {
+        let ids = model.tokenizer().unwrap().encode(text);
+        count += ids.len();
+        let tree = Tree::sequence(ids.clone(), vec![Role::Context; ids.len()], 0);
+        let states = transformer.hidden(&Forest::pack([&tree]).unwrap()).unwrap();
+        let mean = states.mean(0).unwrap().to_vec1::<f32>().unwrap();
+        let end = states.get(ids.len() - 1).unwrap().to_vec1::<f32>().unwrap();
+        for (answer, state) in [(&answer, mean), (&last, end)] {
+            let length = state.iter().map(|x| x * x).sum::<f32>().sqrt();
+            let found = answer["data"][index]["embedding"].as_array().unwrap();
+            assert_eq!(found.len(), state.len());
+            for (found, state) in found.iter().zip(&state) {
+                assert!((found.as_f64().unwrap() as f32 - state / length).abs() < 1e-5);
+            }
+        }
+        let first = answer["data"][index]["embedding"][0].as_f64().unwrap() as f32;
+        let coded = in_base64["data"][index]["embedding"].as_str().unwrap();
+        // Six bits a letter, lowest byte first.
+        let letters = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        let bits = coded.bytes().take(6).fold(0u64, |bits, letter| {
+            bits << 6 | letters.iter().position(|known| *known == letter).unwrap() as u64
+        });
+        assert_eq!(((bits >> 4) as u32).swap_bytes(), first.to_bits());
+    }
+    assert_eq!(answer["usage"]["prompt_tokens"], count);
+}
+
+#[test]
+fn the_reward_model_scores_completions() {
+    let dir = tempfile::tempdir().unwrap();
+    let judge = dir.path().join("reward");
+    checkpoint().into_reward_model(7).unwrap().save(&judge, &SaveOptions::new(DType::F32)).unwrap();
+    let judge = judge.to_str().unwrap();
+    let server = Server::start(&["--reward-model", judge]);
+    let answers = ["They have 25 coins.", "I do not know."];
+    let by_text = server.ask("/score", &json!({"prompt": SUM, "completions": answers}));
+    let by_messages = server
+        .ask("/score", &json!({"messages": question(), "completions": answers, "model": judge}));
+    assert_eq!(by_text, by_messages);
+    let model = RewardModel::load(judge, &Device::Cpu, &Reading::default()).unwrap();
+    let prompt = [Message::new("user", SUM)];
+    let asked = Question { place: "", prompt: &prompt, tools: None, answer: None };
+    for (index, expected) in model.score(&asked, &answers).unwrap().iter().enumerate() {
+        assert_eq!(by_text["data"][index]["score"], expected.value);
+    }
+    let long = "coins ".repeat(300);
+    let (status, error) =
+        server.refused("/score", &json!({"prompt": "a", "completions": [long]}).to_string());
+    assert!(
+        status == 400 && error["message"].as_str().unwrap().contains("256 positions"),
+        "{error}"
+    );
+}
+
+#[test]
+fn models_health_and_metrics_are_shown() {
+    let server = Server::start(&["--served-model-name", "other/name"]);
+    let models: Value = serde_json::from_str(&server.get("/v1/models").1).unwrap();
+    assert_eq!(
+        (&models["data"][0]["id"], &models["data"][1]["id"]),
+        (&json!("tiny"), &json!("other/name"))
+    );
+    assert_eq!(models["data"][0]["max_model_len"], 256);
+    assert_eq!(server.get("/v1/models/other/name").0, 200);
+    assert_eq!(server.get("/v1/models/none").0, 404);
+    assert_eq!(server.get("/health"), (200, "{\"status\":\"ok\"}".to_owned()));
+    let (_, lost) = server.get("/v1/completion");
+    assert!(lost.contains("did you mean `POST /v1/completions`?"), "{lost}");
+    server.ask(PLAIN, &json!({"prompt": "Tom has", "max_tokens": 4, "logit_bias": endless()}));
+    let (_, page) = server.get("/metrics");
+    for line in [
+        "arriero_requests_total{route=\"/v1/completions\",status=\"200\"} 1",
+        "arriero_requests_total{route=\"/v1/models\",status=\"404\"} 1",
+        "arriero_generated_tokens_total 4",
+        "arriero_time_to_first_token_seconds_count 1",
+        "arriero_request_seconds_count 1",
+    ] {
+        assert!(page.lines().any(|found| found == line), "{line} in:\n{page}");
+    }
+}
+
+#[test]
+fn what_cannot_be_honoured_is_refused_with_words() {
+    let server = Server::start(&["--cache-tokens", "1000", "--max-body", "20000"]);
+    let messages = question();
+    let long = "coins ".repeat(400);
+    for (path, body, status, part) in [
+        (CHAT, json!({"messages": messages, "model": "tinny"}), 404, "did you mean `tiny`?"),
+        (CHAT, json!({"messages": messages, "temprature": 1}), 400, "did you mean `temperature`?"),
+        (
+            CHAT,
+            json!({"messages": messages, "temperature": "hot"}),
+            400,
+            "`temperature`: invalid type",
+        ),
+        (CHAT, json!({"messages": []}), 400, "`messages` is empty"),
+        (CHAT, json!({}), 400, "`messages` is missing"),
+        (
+            CHAT,
+            json!({"messages": messages, "max_tokens": 250}),
+            400,
+            "`max_tokens` is 250, together more than the model's 256 positions",
+        ),
+        (
+            CHAT,
+            json!({"messages": messages, "max_tokens": 100, "n": 10}),
+            400,
+            "the 1000 tokens that the caches hold",
+        ),
+        (CHAT, json!({"messages": messages, "guided_regex": "("}), 400, "cannot be enforced"),
+        (
+            CHAT,
+            json!({"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]}),
+            400,
+            "no place for them",
+        ),
+        (CHAT, json!({"messages": messages, "logit_bias": {"9999": 1}}), 400, "9999"),
+        (PLAIN, json!({"prompt": long}), 400, "positions must hold an answer too"),
+        (PLAIN, json!({"prompt": []}), 400, "no text"),
+        (PLAIN, json!({"prompt": [1, 99999]}), 400, "token 99999, expected one below 384"),
+        (PLAIN, json!({"prompt": "a", "suffix": "b"}), 400, "cannot fill a gap"),
+        (PLAIN, json!({"prompt": "a", "best_of": 2}), 400, "`best_of`"),
+        (PLAIN, json!({"prompt": "a", "max_tokens": 0}), 400, "without `echo`"),
+        (PLAIN, json!({"prompt": "a", "logprobs": 21}), 400, "0 to 20"),
+        (PLAIN, json!({"prompt": "x".repeat(30_000)}), 413, "limit"),
+        ("/v1/embeddings", json!({"input": long}), 400, "256 positions"),
+        ("/v1/embeddings", json!({"input": "a", "dimensions": 7}), 400, "expected the model's 128"),
+        ("/v1/embeddings", json!({"input": "a", "encoding_format": "hex"}), 400, "float or base64"),
+        ("/score", json!({"prompt": "a", "completions": ["b"]}), 400, "--reward-model"),
+        ("/detokenize", json!({"tokens": [400]}), 400, "token 400"),
+    ] {
+        let (found, error) = server.refused(path, &body.to_string());
+        let message = error["message"].as_str().unwrap();
+        assert!(found == status && message.contains(part), "{path}: {found} {message}, not {part}");
+    }
+    let (status, error) = server.refused(CHAT, "{\"messages\": [");
+    assert!(status == 400 && error["message"].as_str().unwrap().starts_with("the body is no JSON"));
+}
+
+#[test]
+fn without_the_key_nobody_enters() {
+    let mut server = Server::start(&["--api-key-env", "TINY_KEY"]);
+    let body = json!({"prompt": "Tom", "max_tokens": 1});
+    for key in [None, Some(""), Some("a secreT"), Some("a")] {
+        server.key = key;
+        let (status, error) = server.refused(PLAIN, &body.to_string());
+        assert_eq!((status, &error["code"]), (401, &json!("invalid_api_key")), "{key:?}");
+    }
+    assert_eq!((server.get("/v1/models").0, server.get("/health").0), (401, 200));
+    server.key = Some("a secret");
+    server.ask(PLAIN, &body);
+}
+
+#[test]
+fn a_client_that_goes_away_is_forgotten_and_gives_its_place_to_the_next() {
+    let server = Server::start(&["--max-requests", "1"]);
+    let mut stream = server.stream(CHAT, &long(true));
+    stream.next().unwrap();
+    let brief = json!({"prompt": "Tom", "max_tokens": 1});
+    let response = server.post(PLAIN, &brief.to_string());
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["retry-after"]),
+        (429, &"1".parse().unwrap())
+    );
+    drop(response);
+    drop(stream);
+    server.wait_for("arriero_requests_cancelled_total 1");
+    server.wait_for("arriero_answers_running 0");
+    server.ask(PLAIN, &brief);
+    // Also where the answer was to come as a whole.
+    let url = server.url.clone();
+    let quick = Agent::config_builder().timeout_global(Some(Duration::from_millis(300))).build();
+    let gone = Agent::from(quick).post(format!("{url}{CHAT}")).send(long(false).to_string());
+    assert!(gone.is_err());
+    server.wait_for("arriero_requests_cancelled_total 2");
+    server.ask(PLAIN, &brief);
+}
+
+#[test]
+fn a_server_told_to_stop_finishes_its_answers_and_takes_no_more() {
+    let mut server = Server::start(&[]);
+    let mut stream = server.stream(CHAT, &long(true));
+    stream.next().unwrap();
+    let pid = server.child.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    let start = Instant::now();
+    while server.get("/health").0 == 200 {
+        assert!(start.elapsed() < Duration::from_secs(10), "it goes on");
+    }
+    let (status, error) = server.refused(PLAIN, "{\"prompt\": \"Tom\"}");
+    assert_eq!((status, &error["code"]), (503, &json!("stopping")));
+    let mut lines: Vec<String> = stream.collect();
+    assert_eq!(lines.pop().as_deref(), Some("[DONE]"));
+    let ended = lines.iter().filter(|line| line.contains("\"finish_reason\":\"length\"")).count();
+    assert_eq!(ended, 128);
+    assert!(server.child.wait().unwrap().success());
+}
+
+#[test]
+fn arguments_that_make_no_server_are_refused() {
+    let refused = |arguments: &[&str]| {
+        let mut command = Command::new(assert_cmd::cargo::cargo_bin("arriero"));
+        let output = command.arg("serve").arg(student()).args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let server = Server::start(&[]);
+    let port = server.url.rsplit(':').next().unwrap();
+    assert!(refused(&["--port", port]).contains("hint: choose another --port"));
+    let no_key = refused(&["--port", "0", "--api-key-env", "NO_SUCH_VARIABLE"]);
+    assert!(no_key.contains("no key in the environment variable NO_SUCH_VARIABLE"), "{no_key}");
+}
+
+#[test]
+fn curl_gets_answers() {
+    let server = Server::start(&[]);
+    let curl = |arguments: &[&str]| {
+        Command::new("curl").args(["-sS", "--max-time", "60"]).args(arguments).output()
+    };
+    if curl(&["--version"]).is_err() {
+        println!("not run: there is no curl");
+        return;
+    }
+    let body = json!({"messages": question(), "max_tokens": 8, "temperature": 0}).to_string();
+    let output = curl(&["-d", &body, &format!("{}{CHAT}", server.url)]).unwrap();
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answer["choices"][0]["message"]["role"], "assistant");
+}
