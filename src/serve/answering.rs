@@ -37,6 +37,7 @@ pub(super) fn reason(finish: Finish) -> &'static str {
     match finish {
         Finish::Stop => "stop",
         Finish::Length => "length",
+        Finish::Filtered => "content_filter",
     }
 }
 

@@ -15,7 +15,7 @@ use super::tools::{Call, Tools};
 use crate::data::record::Message;
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::{Answer, Likely, Piece, PromptScores};
-use crate::generate::local::Asked as Question;
+use crate::generate::teacher::Asked as Question;
 
 const WHOLE: &str = "chat.completion";
 const CHUNK: &str = "chat.completion.chunk";

@@ -216,6 +216,7 @@ impl Others for Companions {
             prompt: &judged.prompt,
             tools: judged.tools.as_ref(),
             answer: None,
+            extra: None,
         };
         let answers: Vec<&str> = judged.answers.iter().map(String::as_str).collect();
         let scores: Vec<f64> =

@@ -219,6 +219,7 @@ impl Choice {
         let ids: Option<Vec<u32>> = entries.iter().map(|entry| entry.id).collect();
         let tokens = if entries.is_empty() { share } else { entries.len() };
         Ok(Answer {
+            top_logprobs: Vec::new(),
             text,
             ids: ids.unwrap_or_default(),
             logprobs: entries.iter().map(|entry| entry.logprob as f32).collect(),
