@@ -240,8 +240,8 @@ pub struct Score {
     pub why: String,
 }
 
-/// Judges answers.
-pub trait Scorer {
+/// Judges answers; several threads may ask it at once.
+pub trait Scorer: Sync {
     /// One score an answer, each depending on the question and that answer alone; a judge that compares answers looks
     /// at the others too.
     ///
@@ -251,6 +251,11 @@ pub trait Scorer {
 
     /// Whether a score below 1 means that the answer is wrong.
     fn verifies(&self) -> bool;
+
+    /// Whether it mostly waits for somebody else: then many prompts are judged at once.
+    fn waits(&self) -> bool {
+        false
+    }
 }
 
 /// All judges of a stage.
@@ -303,6 +308,11 @@ impl Panel {
     /// Whether nobody judges.
     pub fn is_empty(&self) -> bool {
         self.judges.is_empty()
+    }
+
+    /// Whether a judge mostly waits for somebody else.
+    pub fn waits(&self) -> bool {
+        self.judges.iter().any(|judge| judge.scorer.waits())
     }
 
     /// Every judge's word on every answer.

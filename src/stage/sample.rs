@@ -7,7 +7,6 @@ use super::generation::{self, mean};
 use super::{Metrics, StageContext};
 use crate::error::Result;
 use crate::generate::engine::Finish;
-use crate::generate::teacher::Teacher;
 use crate::recipe::plan;
 use crate::score::Panel;
 use crate::score::candidates::{Candidate, Candidates};
@@ -24,14 +23,18 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
 
     let sampled = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;
-        policy.answer(&asked, &spec.sampling, &mut |place, answers| {
-            let asked = &asked[place];
-            let key = crate::score::candidates::prompt_key(&asked.messages);
-            let earlier = earlier.get(&key).map_or(&[][..], Vec::as_slice);
-            let row = &rows[left[place]];
-            let drawn = (answers.as_slice(), origin.as_str());
-            keep(left[place], generation::candidates(&panel, asked, row, drawn, earlier)?.0)
-        })
+        generation::answer_and_judge(
+            (&policy, &asked, &spec.sampling),
+            &panel,
+            &|place, answers| {
+                let (asked, row) = (&asked[place], &rows[left[place]]);
+                let key = crate::score::candidates::prompt_key(&asked.messages);
+                let earlier = earlier.get(&key).map_or(&[][..], Vec::as_slice);
+                let drawn = (answers, origin.as_str());
+                Ok(generation::candidates(&panel, asked, row, drawn, earlier)?.0)
+            },
+            &mut |place, row| keep(left[place], row),
+        )
     })?;
 
     generation::write_rows(context, "data.jsonl", &sampled)?;
