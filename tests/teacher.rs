@@ -535,6 +535,44 @@ fn a_process_that_is_killed_asks_again_only_what_was_under_way() {
     assert_eq!(homes[0].read("data.jsonl"), homes[1].read("data.jsonl"));
 }
 
+#[test]
+fn a_server_judges_many_prompts_at_once() {
+    let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (under_way, peak) = (now.clone(), most.clone());
+    let judge = FakeServer::start(move |request| {
+        let mut body = chat(request);
+        if is_probe(request) {
+            return well_behaved(request);
+        }
+        // The script runs as requests arrive; answers leave 50 ms later.
+        let (counter, started) = (under_way.clone(), under_way.fetch_add(1, Ordering::Relaxed) + 1);
+        peak.fetch_max(started, Ordering::Relaxed);
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            counter.fetch_sub(1, Ordering::Relaxed);
+        });
+        let text = request.body["messages"][1]["content"].as_str().unwrap();
+        let score = if text.contains("q7") { 3 } else { 9 };
+        body["choices"][0]["message"]["content"] = json!(format!("{{\"score\": {score}}}"));
+        Response::After(Duration::from_millis(50), Box::new(Response::Json(body)))
+    });
+    let server = FakeServer::start(well_behaved);
+    let home = Home::new(&server.url(), 40, "timeout = 60");
+    let recipe = home.dir.path().join("r.toml");
+    let text = std::fs::read_to_string(&recipe).unwrap()
+        + &format!(
+            "min_score = 5\nscorers = [{{judge = {{base_url = '{}', model = 'big'}}}}]\n",
+            judge.url()
+        );
+    arriero::store::write_atomic(&recipe, text.as_bytes()).unwrap();
+    home.run("run");
+    let rows: Vec<Value> =
+        home.read("data.jsonl").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(rows.len(), 39);
+    assert!(rows.iter().all(|row| row["meta"]["score"] == json!(9.0)));
+    assert!(most.load(Ordering::Relaxed) > 4, "{most:?} at once");
+}
+
 /// The Python that has the peers; `None` where nobody asked for them.
 fn python() -> Option<PathBuf> {
     if std::env::var_os("ARRIERO_PEERS").is_none_or(|value| value != "1") {

@@ -46,6 +46,8 @@ impl Asked {
 
 /// Answers conversations: a model in this process ([`LocalModel`](super::local::LocalModel)) or a server
 /// ([`Server`](super::openai::Server)).
+///
+/// Several threads may ask at once.
 pub trait Teacher: Send + Sync {
     /// Draws `sampling.num_samples` answers to each. `done` is called with a question's place in the list and its
     /// answers as soon as they are all there, in any order; an error from it ends the call.

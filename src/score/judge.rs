@@ -44,6 +44,8 @@ pub enum Form {
 /// A judge with what it is asked.
 pub struct Judge {
     teacher: Box<dyn Teacher>,
+    /// Whether the teacher is somewhere else.
+    waits: bool,
     form: Form,
     rubric: String,
     sampling: Sampling,
@@ -85,7 +87,8 @@ impl Judge {
             ..Sampling::default()
         };
         let rubric = spec.rubric.clone().unwrap_or_else(|| preset.to_owned());
-        Self { teacher, form: spec.form, rubric, sampling }
+        let waits = matches!(spec.judge, Some(TeacherSpec::Server(_)));
+        Self { teacher, waits, form: spec.form, rubric, sampling }
     }
 
     /// One score an answer by `read`, which makes a number of a verdict.
@@ -258,6 +261,10 @@ impl Scorer for Judge {
     fn verifies(&self) -> bool {
         self.form == Form::Code
     }
+
+    fn waits(&self) -> bool {
+        self.waits
+    }
 }
 
 /// The question with answers, as the judge reads them.
@@ -331,13 +338,13 @@ fn first_object(text: &str) -> Option<Value> {
 mod tests {
     use super::*;
     use crate::generate::engine::{Answer, Finish};
-    use std::cell::RefCell;
-    use std::rc::Rc;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     /// A teacher that answers with what a function makes of the user's text and the number of the call.
     struct Parrot {
         says: fn(&str, usize) -> String,
-        calls: Rc<RefCell<usize>>,
+        calls: Arc<AtomicUsize>,
     }
 
     impl Teacher for Parrot {
@@ -349,9 +356,9 @@ mod tests {
         ) -> Result<()> {
             for (place, asked) in asked.iter().enumerate() {
                 let answers = (0..sampling.num_samples).map(|_| {
-                    *self.calls.borrow_mut() += 1;
+                    let call = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
                     Answer {
-                        text: (self.says)(&asked.messages[1].text(), *self.calls.borrow()),
+                        text: (self.says)(&asked.messages[1].text(), call),
                         ids: Vec::new(),
                         logprobs: Vec::new(),
                         sample_logprobs: Vec::new(),
@@ -375,13 +382,13 @@ mod tests {
         let mut spec = spec;
         spec["judge"] = json!("unused");
         let spec: ScorerSpec = serde_json::from_value(spec).unwrap();
-        let calls = Rc::new(RefCell::new(0));
+        let calls = Arc::new(AtomicUsize::new(0));
         let judge = Judge::new(Box::new(Parrot { says, calls: calls.clone() }), &spec);
         let prompt = [Message::new("user", "how?")];
         let question =
             Question { place: "p:1", prompt: &prompt, tools: None, answer: None, extra: None };
         let scores = judge.score(&question, answers);
-        let calls = *calls.borrow();
+        let calls = calls.load(Ordering::Relaxed);
         (scores.map(|scores| scores.into_iter().map(|score| score.value).collect()), calls)
     }
 

@@ -306,7 +306,7 @@ pub struct Score {
     pub why: String,
 }
 
-/// Judges answers.
+/// Judges answers; several threads may ask it at once.
 pub trait Scorer: Send + Sync {
     /// One score an answer, each depending on the question and that answer alone; a judge that compares answers looks
     /// at the others too.
@@ -317,6 +317,11 @@ pub trait Scorer: Send + Sync {
 
     /// Whether a score below 1 means that the answer is wrong.
     fn verifies(&self) -> bool;
+
+    /// Whether it mostly waits for somebody else: then many prompts are judged at once.
+    fn waits(&self) -> bool {
+        false
+    }
 }
 
 /// All judges of a stage.
@@ -403,6 +408,11 @@ impl Panel {
     /// Whether every judge is a verifier: cheap, and none disturbs another.
     pub fn only_verifies(&self) -> bool {
         self.judges.iter().all(|judge| judge.scorer.verifies())
+    }
+
+    /// Whether a judge mostly waits for somebody else.
+    pub fn waits(&self) -> bool {
+        self.judges.iter().any(|judge| judge.scorer.waits())
     }
 
     /// Every judge's word on every answer. `tokens` are the answers' lengths.

@@ -49,7 +49,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
     let measured = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;
         policy.answer(&asked, &spec.sampling, &mut |place, answers| {
-            pace.add(&answers);
+            pace.add(answers.len(), answers.iter().map(|answer| answer.tokens).sum());
             let (asked, row) = (&asked[place], &rows[left[place]]);
             let drawn = (answers.as_slice(), "eval");
             let (row, verdicts) = generation::candidates(&panel, asked, row, drawn, &[])?;

@@ -1,6 +1,9 @@
 //! What the stages that generate share: the policy, the questions, the ledger that survives a kill, the judging.
 
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -23,6 +26,8 @@ use crate::store::{self, JsonlWriter};
 
 /// What a server has answered, request by request; beside the ledger of finished prompts.
 const REQUESTS: &str = "requests.jsonl";
+/// How often a stage that waits for judges looks whether they have ended.
+const TICK: Duration = Duration::from_millis(20);
 
 /// Loads a model that writes text, held as the sampling settings say.
 pub fn load(context: &StageContext<'_>, model: &str, sampling: &Sampling) -> Result<LocalModel> {
@@ -142,6 +147,66 @@ pub fn once_each<T: Serialize + DeserializeOwned>(
     Ok(entries.into_iter().map(|entry| entry.result).collect())
 }
 
+/// Prompts that are judged at once where a judge is a server.
+const JUDGED_AT_ONCE: usize = 64;
+
+/// Has every question answered, every answer judged by `judge`, and every result kept, in any order. Where a judge is
+/// a server, many prompts are judged at once, beside the answering: one after the other they would each wait for it.
+///
+/// # Errors
+/// The first one; what was judged by then is kept.
+pub fn answer_and_judge<T: Send>(
+    (teacher, asked, sampling): (&dyn Teacher, &[Asked], &Sampling),
+    panel: &Panel,
+    judge: &(dyn Fn(usize, &[Answer]) -> Result<T> + Sync),
+    keep: &mut Keep<'_, T>,
+) -> Result<()> {
+    if !panel.waits() {
+        return teacher
+            .answer(asked, sampling, &mut |place, answers| keep(place, judge(place, &answers)?));
+    }
+    let (work, waiting) = mpsc::sync_channel::<(usize, Vec<Answer>)>(JUDGED_AT_ONCE);
+    let waiting = Mutex::new(waiting);
+    let (judged, results) = mpsc::channel();
+    let ending = AtomicBool::new(false);
+    let judges = || {
+        loop {
+            let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let Ok((place, answers)) = next else { return };
+            if !ending.load(Ordering::Relaxed) {
+                // Nobody listens any more after an error.
+                let _ = judged.send((place, judge(place, &answers)));
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> =
+            (0..JUDGED_AT_ONCE.min(asked.len())).map(|_| scope.spawn(judges)).collect();
+        let mut kept = teacher.answer(asked, sampling, &mut |place, answers| {
+            for (place, result) in results.try_iter() {
+                let done = result.and_then(|result| keep(place, result));
+                ending.store(done.is_err(), Ordering::Relaxed);
+                done?;
+            }
+            work.send((place, answers)).map_err(|_| Error::run("the judges have ended"))
+        });
+        drop(work);
+        let mut under_way = true;
+        while under_way {
+            // The threads hold the sender of results until they end, and so does this function.
+            under_way = threads.iter().any(|thread| !thread.is_finished());
+            while let Ok((place, result)) = results.recv_timeout(TICK) {
+                let done = result.and_then(|result| keep(place, result));
+                if let Err(error) = done {
+                    ending.store(true, Ordering::Relaxed);
+                    kept = kept.and(Err(error));
+                }
+            }
+        }
+        kept
+    })
+}
+
 /// Writes the stage's `data.jsonl` whole and drops the ledger.
 ///
 /// # Errors
@@ -230,10 +295,10 @@ impl Pace {
         Self { started: Instant::now(), samples: 0, tokens: 0 }
     }
 
-    /// Counts the answers to a prompt.
-    pub fn add(&mut self, answers: &[Answer]) {
-        self.samples += answers.len();
-        self.tokens += answers.iter().map(|answer| answer.ids.len()).sum::<usize>();
+    /// Counts answers to a prompt and their tokens.
+    pub fn add(&mut self, samples: usize, tokens: usize) {
+        self.samples += samples;
+        self.tokens += tokens;
     }
 
     /// Samples and tokens a second, judging included; nothing where an earlier process drew them all.

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::generate::engine::Finish;
 use crate::generate::local::LocalModel;
 use crate::generate::sampling::Sampling;
-use crate::generate::teacher::{Asked, Teacher};
+use crate::generate::teacher::Asked;
 use crate::recipe::plan;
 use crate::report::candidates as page;
 use crate::score::Panel;
@@ -142,14 +142,21 @@ impl Draw<'_> {
         let plain = generation::questions(self.rows, &turn.rows)?;
         let steered: Vec<Asked> = plain.iter().map(|asked| steer(asked, turn.system)).collect();
         let written = if self.spec.keep_system { &steered } else { &plain };
-        model.answer(&steered, turn.sampling, &mut |place, answers| {
-            pace.add(&answers);
-            let (asked, index) = (&written[place], turn.rows[place]);
-            let row = &self.rows[index];
-            let others = self.others(asked, row, model);
-            let drawn = (answers.as_slice(), origin.as_str());
-            keep(index, generation::candidates(self.panel, asked, row, drawn, &others)?.0)
-        })
+        generation::answer_and_judge(
+            (model, &steered, turn.sampling),
+            self.panel,
+            &|place, answers| {
+                let (asked, row) = (&written[place], &self.rows[turn.rows[place]]);
+                let others = self.others(asked, row, model);
+                let drawn = (answers, origin.as_str());
+                let row = generation::candidates(self.panel, asked, row, drawn, &others)?.0;
+                Ok((row, answers.len(), answers.iter().map(|answer| answer.tokens).sum()))
+            },
+            &mut |place, (row, samples, tokens)| {
+                pace.add(samples, tokens);
+                keep(turn.rows[place], row)
+            },
+        )
     }
 
     /// Candidates that were not drawn here: the row's own answer, then the best of each earlier round.

@@ -8,7 +8,7 @@ use super::{Metrics, StageContext};
 use crate::data::record::{Message, Row};
 use crate::error::{Error, Result};
 use crate::generate::engine::{Answer, Finish};
-use crate::generate::teacher::{Asked, Teacher};
+use crate::generate::teacher::Asked;
 use crate::recipe::plan;
 use crate::score::Panel;
 
@@ -51,10 +51,14 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
 
     let taught = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;
-        teacher.answer(&asked, &spec.sampling, &mut |place, answers| {
-            let row = &rows[left[place]];
-            keep(left[place], accepted(&panel, &asked[place], row, &answers, spec.min_score)?)
-        })
+        generation::answer_and_judge(
+            (&teacher, &asked, &spec.sampling),
+            &panel,
+            &|place, answers| {
+                accepted(&panel, &asked[place], &rows[left[place]], answers, spec.min_score)
+            },
+            &mut |place, taught| keep(left[place], taught),
+        )
     })?;
 
     let taught: Vec<Taught> = taught.into_iter().flatten().collect();
