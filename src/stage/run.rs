@@ -398,7 +398,7 @@ mod tests {
             .collect();
         insta::assert_snapshot!(
             versions.join(", "),
-            @"synth 2, sft 2, reward 2, sample 2, select 2, dpo 2, average 1, eval 2"
+            @"synth 2, sft 2, reward 2, sample 3, select 2, dpo 2, average 1, eval 3"
         );
     }
 }
