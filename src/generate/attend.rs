@@ -20,7 +20,7 @@ pub(super) type Rows<'a, E> = &'a [(&'a PagedCache<E>, usize)];
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Heads {
     pub(super) layer: usize,
-    pub(super) key_heads: usize,
+    pub(super) shared: usize,
     pub(super) group: usize,
     pub(super) width: usize,
 }
@@ -30,11 +30,11 @@ pub(super) struct Heads {
 /// # Shapes
 /// - `q`: `[M, H·E]`  →  `[M, H·E]`
 pub(super) fn attention<E: Element>(q: &[E], rows: Rows<'_, E>, heads: Heads) -> Vec<E> {
-    let Heads { key_heads, group, width, .. } = heads;
-    let row_len = key_heads * group * width;
+    let Heads { shared, group, width, .. } = heads;
+    let row_len = shared * group * width;
     let tasks: Vec<(Range<usize>, usize)> = groups(rows)
         .into_iter()
-        .flat_map(|range| (0..key_heads).map(move |head| (range.clone(), head)))
+        .flat_map(|range| (0..shared).map(move |head| (range.clone(), head)))
         .collect();
     let results: Vec<Vec<E>> = tasks
         .par_iter()

@@ -144,7 +144,7 @@ impl<E: Element> CpuDecoder<E> {
         let config = &self.parts.config;
         let heads = Heads {
             layer: index,
-            key_heads: config.num_key_value_heads,
+            shared: config.num_key_value_heads,
             group: config.group_size(),
             width: config.head_dim,
         };

@@ -38,10 +38,10 @@ impl Grammars {
         // Rows of the model without a token have no bytes and are never allowed.
         words.resize(vocab_size, Vec::new());
         for &end in ends {
-            if let Some(word) = words.get_mut(end as usize) {
-                if word.first() != Some(&TokTrie::SPECIAL_TOKEN_MARKER) {
-                    word.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
-                }
+            if let Some(word) = words.get_mut(end as usize)
+                && word.first() != Some(&TokTrie::SPECIAL_TOKEN_MARKER)
+            {
+                word.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
             }
         }
         let trie = TokTrie::from(&TokRxInfo::new(vocab_size as u32, end), &words);

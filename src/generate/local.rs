@@ -1,14 +1,16 @@
 //! A model in this process that answers prompts: the local teacher, and the policy that is sampled.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::DType;
 use half::bf16;
+use serde_json::Value;
 
 use super::cache::CacheShape;
 use super::decode::{CpuDecoder, Decoder};
 use super::engine::{
-    Answer, Draft, Guesser, Limits, Lookup, Prompt, Schedule, Scheduler, Vocabulary, answer_all,
+    Answer, Draft, Extras, Guesser, Limits, Lookup, Prompt, Request, Schedule, Scheduler,
+    Vocabulary, answer_all, answer_requests,
 };
 use super::grammar::Grammars;
 use super::plain::PlainDecoder;
@@ -244,7 +246,10 @@ impl Teacher for LocalModel {
         sampling: &Sampling,
         done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
     ) -> Result<()> {
-        let mut prompts = Vec::with_capacity(asked.len());
+        sampling.check()?;
+        let sampling = Arc::new(sampling.clone());
+        let mut forms: Vec<(&Value, Arc<Extras>)> = Vec::new();
+        let mut requests = Vec::with_capacity(asked.len());
         for asked in asked {
             let tokens = self.prompt_ids(asked)?;
             if tokens.len() >= self.limits.max_positions {
@@ -254,9 +259,19 @@ impl Teacher for LocalModel {
                 ))
                 .at(&asked.place));
             }
-            prompts.push(Prompt { index: asked.index, tokens });
+            let prompt = Prompt { index: asked.index, tokens };
+            let mut request = Request::new(prompt, Arc::clone(&sampling));
+            if let Some(schema) = &asked.schema {
+                if forms.last().is_none_or(|(known, _)| *known != schema) {
+                    let grammar = self.grammars()?.json_schema(schema).at(&asked.place)?;
+                    let extras = Extras { grammar: Some(grammar), ..Extras::default() };
+                    forms.push((schema, Arc::new(extras)));
+                }
+                request.extras = forms.last().map(|(_, form)| Arc::clone(form)).unwrap_or_default();
+            }
+            requests.push(request);
         }
-        self.run(&prompts, sampling, done)
+        answer_requests(&mut *self.scheduler(self.limits), requests.into_iter(), done)
     }
 }
 

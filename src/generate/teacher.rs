@@ -23,7 +23,7 @@ pub struct Asked {
     pub tools: Option<Value>,
     /// Further variables for the chat template.
     pub template_kwargs: Map<String, Value>,
-    /// JSON schema of the answer. A server is held to it; a model in this process only knows what the prompt says.
+    /// JSON schema that the answer must obey.
     pub schema: Option<Value>,
 }
 

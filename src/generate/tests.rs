@@ -329,13 +329,15 @@ fn an_answer_of_a_golden_model_is_the_same_whatever_it_is_batched_with() {
 fn guesses_change_no_answer() {
     let checkpoint = golden("model_tied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let other = golden("model_untied");
+    let other: CpuDecoder = CpuDecoder::new(&other.config, &other.weights).unwrap();
     let vocabulary = Bytes { ends: (0..20).collect(), ..Bytes::default() };
     // Repeats itself, so that there is something to look up.
     let prompts = [7_u32, 60].map(|len| Prompt {
         index: u64::from(len),
         tokens: (0..len).map(|i| 40 + i % 5).collect(),
     });
-    let answers = |guesser: Option<Box<dyn Guesser>>, sampling: &Sampling| {
+    let answers = |guesser: Option<Box<dyn Guesser + '_>>, sampling: &Sampling| {
         let mut scheduler = Scheduler::new(&decoder, &vocabulary, WIDE);
         if let Some(guesser) = guesser {
             scheduler = scheduler.guessing(guesser, 4);
@@ -369,8 +371,6 @@ fn guesses_change_no_answer() {
         let own = Draft::new(&decoder, 256);
         let (found, fewer) = answers(Some(Box::new(own)), &sampling);
         assert!(found == expected && fewer * 3 < passes, "{fewer} passes of {passes}");
-        let other = golden("model_untied");
-        let other: CpuDecoder = CpuDecoder::new(&other.config, &other.weights).unwrap();
         let (found, fewer) = answers(Some(Box::new(Draft::new(&other, 256))), &sampling);
         assert!(found == expected && fewer <= passes, "{fewer} passes of {passes}");
         let oracle = Known { answers: expected.clone(), wrong_at: 3 };

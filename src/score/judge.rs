@@ -358,6 +358,7 @@ mod tests {
                 let answers = (0..sampling.num_samples).map(|_| {
                     let call = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
                     Answer {
+                        top_logprobs: Vec::new(),
                         text: (self.says)(&asked.messages[1].text(), call),
                         ids: Vec::new(),
                         logprobs: Vec::new(),

@@ -58,7 +58,7 @@ impl Conversation {
         }
         let Self { messages, template_kwargs } = self;
         let place = "`messages`".to_owned();
-        let question = Question { index: 0, place, messages, tools, template_kwargs };
+        let question = Question { index: 0, place, messages, tools, template_kwargs, schema: None };
         let ids = served.model.prompt_ids(&question).map_err(Error::as_usage);
         ids.map_err(|error| Problem::from(error).on("messages"))
     }

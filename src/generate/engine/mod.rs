@@ -120,11 +120,22 @@ pub fn answer_all(
 ) -> Result<()> {
     sampling.check()?;
     let sampling = Arc::new(sampling.clone());
+    let requests = prompts.iter().map(|prompt| Request::new(prompt.clone(), Arc::clone(&sampling)));
+    answer_requests(scheduler, requests, done)
+}
+
+/// Has an idle scheduler answer all requests. `done` is called with a request's place and its answers.
+///
+/// # Errors
+/// The first request's that cannot be answered.
+pub fn answer_requests(
+    scheduler: &mut dyn Schedule,
+    requests: impl Iterator<Item = Request>,
+    done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
+) -> Result<()> {
     let mut first = None;
-    for (place, prompt) in prompts.iter().enumerate() {
-        let Ticket(ticket) = scheduler
-            .submit(Request::new(prompt.clone(), Arc::clone(&sampling)))
-            .at(format_args!("prompt {place}"))?;
+    for (place, request) in requests.enumerate() {
+        let Ticket(ticket) = scheduler.submit(request).at(format_args!("prompt {place}"))?;
         first.get_or_insert(ticket);
     }
     // Tickets are numbered as they are given.

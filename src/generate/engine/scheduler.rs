@@ -282,13 +282,11 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 if let Some(piece) = running.piece(1, vocabulary) {
                     on(Event::Piece(ticket, piece))?;
                 }
-                match running.ended.take() {
-                    Some(end) => self.finish(running, end, on),
-                    None => {
-                        self.running.push(running);
-                        Ok(())
-                    }
+                if let Some(end) = running.ended.take() {
+                    return self.finish(running, end, on);
                 }
+                self.running.push(running);
+                Ok(())
             }
             Err(error) => {
                 self.cancel(ticket);

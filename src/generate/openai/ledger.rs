@@ -157,6 +157,7 @@ mod tests {
 
     fn answer(text: &str) -> Answer {
         Answer {
+            top_logprobs: Vec::new(),
             text: text.to_owned(),
             ids: Vec::new(),
             logprobs: vec![-0.5],
