@@ -6,8 +6,8 @@ use super::*;
 use crate::report::record::Silent;
 
 fn work(dir: &Path, rows: &[Value], scorers: &str) -> Scoring {
-    let text: String = rows.iter().map(|row| format!("{row}\n")).collect();
-    store::write_atomic(&dir.join("in.jsonl"), text.as_bytes()).unwrap();
+    let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
+    store::write_atomic(&dir.join("in.jsonl"), lines.join("\n").as_bytes()).unwrap();
     Scoring {
         data: dir.join("in.jsonl").display().to_string(),
         out: dir.join("out.jsonl"),
