@@ -45,6 +45,9 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     }
     let model = LocalModel::held(&checkpoint, setup.sampling.quantization)?;
     drop(checkpoint);
+    let model = model.guessing_as(&setup.sampling, |assistant| {
+        Checkpoint::load(assistant, &device, &LoadOptions::default())
+    })?;
     let mut messages: Vec<Message> =
         setup.system.iter().map(|text| Message::new("system", text)).collect();
     let prompting = std::io::stdin().is_terminal();

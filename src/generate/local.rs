@@ -153,6 +153,28 @@ impl LocalModel {
         Ok(self.grammars.get_or_init(|| grammars))
     }
 
+    /// Guesses ahead as the settings say; `load` loads the assistant.
+    ///
+    /// # Errors
+    /// As [`guessing`](Self::guessing), and those of `load`.
+    pub fn guessing_as(
+        self,
+        sampling: &Sampling,
+        load: impl FnOnce(&str) -> Result<Checkpoint>,
+    ) -> Result<Self> {
+        let Sampling { prompt_lookup_num_tokens, assistant_model, .. } = sampling;
+        if *prompt_lookup_num_tokens > 0 {
+            return self.guessing(Guessing::Lookup { tokens: *prompt_lookup_num_tokens });
+        }
+        if assistant_model.is_empty() {
+            return Ok(self);
+        }
+        let checkpoint = load(assistant_model)?.computed_in(sampling.dtype)?;
+        let model = Self::held(&checkpoint, sampling.quantization).at(assistant_model)?;
+        let tokens = sampling.num_assistant_tokens;
+        self.guessing(Guessing::Draft { model: Box::new(model), tokens }).at(assistant_model)
+    }
+
     /// Guesses tokens ahead, which changes how fast answers come and never an answer.
     ///
     /// # Errors

@@ -44,6 +44,15 @@ pub struct Sampling {
     pub dtype: Precision,
     /// How the model's matrices are held while it writes.
     pub quantization: WeightFormat,
+    /// Guesses so many tokens ahead by what followed the newest ones earlier in prompt and answer; 0 guesses nothing.
+    /// Guesses change how fast an answer comes, never the answer.
+    pub prompt_lookup_num_tokens: usize,
+    /// A small model of the same vocabulary that guesses ahead; none where empty.
+    #[serde(alias = "draft_model", alias = "speculative_model")]
+    pub assistant_model: String,
+    /// How many tokens it guesses.
+    #[serde(alias = "num_speculative_tokens")]
+    pub num_assistant_tokens: usize,
 }
 
 /// How matrices are held while a model writes. Blocks of few bits are read faster and multiplied as integers; an answer's
@@ -91,6 +100,9 @@ impl Default for Sampling {
             num_samples: 1,
             dtype: Precision::F32,
             quantization: WeightFormat::None,
+            prompt_lookup_num_tokens: 0,
+            assistant_model: String::new(),
+            num_assistant_tokens: 4,
         }
     }
 }
@@ -121,15 +133,21 @@ impl Sampling {
         if !self.repetition_penalty.is_finite() || self.repetition_penalty <= 0.0 {
             return refuse("repetition_penalty", self.repetition_penalty, "more than 0");
         }
-        for (key, value) in
-            [("max_new_tokens", self.max_new_tokens), ("num_samples", self.num_samples)]
-        {
+        for (key, value) in [
+            ("max_new_tokens", self.max_new_tokens),
+            ("num_samples", self.num_samples),
+            ("num_assistant_tokens", self.num_assistant_tokens),
+        ] {
             if value == 0 {
                 return refuse(key, 0.0, "1 or more");
             }
         }
         if self.stop.iter().any(String::is_empty) {
             return Err(Error::usage("`stop` has an empty string, which would end every answer"));
+        }
+        if self.prompt_lookup_num_tokens > 0 && !self.assistant_model.is_empty() {
+            return Err(Error::usage("`prompt_lookup_num_tokens` with `assistant_model`")
+                .hint("one of them guesses"));
         }
         if self.quantization != WeightFormat::None && self.dtype != Precision::F32 {
             return Err(Error::usage("`quantization` with another `dtype` than f32")

@@ -162,8 +162,14 @@ pub(super) fn shaped(key: &str, value: Value, default: &Value) -> Value {
         .collect()
 }
 
-const MODEL_KEYS: [&str; 5] =
-    ["model_name_or_path", "ref_model_name_or_path", "base_model", "teacher", "reference"];
+const MODEL_KEYS: [&str; 6] = [
+    "model_name_or_path",
+    "ref_model_name_or_path",
+    "base_model",
+    "teacher",
+    "reference",
+    "assistant_model",
+];
 /// Words for references that are no paths.
 const REFERENCES: [&str; 3] = ["stage_start", "base", "none"];
 /// Between the alternatives of a model; no path has it.

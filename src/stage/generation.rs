@@ -32,7 +32,9 @@ const TICK: Duration = Duration::from_millis(20);
 /// Loads a model that writes text, held as the sampling settings say.
 pub fn load(context: &StageContext<'_>, model: &str, sampling: &Sampling) -> Result<LocalModel> {
     let checkpoint = training::load(context, model, "")?.computed_in(sampling.dtype)?;
-    LocalModel::held(&checkpoint, sampling.quantization).at(model)
+    let model = LocalModel::held(&checkpoint, sampling.quantization).at(model)?;
+    drop(checkpoint);
+    model.guessing_as(sampling, |assistant| training::load(context, assistant, ""))
 }
 
 /// A teacher: a model loaded into this process, or the client of a server, which records what it receives in the
