@@ -52,7 +52,7 @@ impl Drop for Server {
 
 impl Server {
     fn start(arguments: &[&str]) -> Self {
-        let mut child = Command::new(assert_cmd::cargo::cargo_bin("arriero"))
+        let mut child = Command::new(env!("CARGO_BIN_EXE_arriero"))
             .arg("serve")
             .arg(student())
             .args(["--port", "0", "--served-model-name", "tiny"])
@@ -612,7 +612,7 @@ fn a_server_told_to_stop_finishes_its_answers_and_takes_no_more() {
 #[test]
 fn arguments_that_make_no_server_are_refused() {
     let refused = |arguments: &[&str]| {
-        let mut command = Command::new(assert_cmd::cargo::cargo_bin("arriero"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arriero"));
         let output = command.arg("serve").arg(student()).args(arguments).output().unwrap();
         assert_eq!(output.status.code(), Some(2));
         String::from_utf8(output.stderr).unwrap()
