@@ -492,7 +492,7 @@ struct Server {
 
 impl Server {
     fn start(model: &Path) -> Self {
-        let mut child = Command::new(assert_cmd::cargo::cargo_bin("arriero"))
+        let mut child = Command::new(env!("CARGO_BIN_EXE_arriero"))
             .arg("serve")
             .arg(model)
             .args(["--port", "0", "--served-model-name", "served", "--api-key-env", "SERVER_KEY"])

@@ -52,7 +52,7 @@ impl Drop for Server {
 
 impl Server {
     fn start(arguments: &[&str]) -> Self {
-        let mut child = Command::new(assert_cmd::cargo::cargo_bin("arriero"))
+        let mut child = Command::new(env!("CARGO_BIN_EXE_arriero"))
             .arg("serve")
             .arg(student())
             .args(["--port", "0", "--served-model-name", "tiny"])
@@ -320,7 +320,7 @@ fn a_stop_string_that_never_comes_ends_nothing() {
 fn answers_have_the_form_that_was_asked_for_and_characters_are_never_cut() {
     let server = Server::start(&[]);
     let content = |extra: Value| {
-        let mut body = json!({"messages": question(), "seed": 3, "max_tokens": 120});
+        let mut body = json!({"messages": question(), "seed": 3, "max_tokens": 180});
         body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
         let answer = server.ask(CHAT, &body);
         assert_eq!(answer["choices"][0]["finish_reason"], "stop", "{answer}");
@@ -362,7 +362,7 @@ fn a_required_tool_is_called_and_calls_go_back_into_the_template() {
                             "properties": {"a": {"enum": [7, 12]}}});
     let tools =
         json!([{"type": "function", "function": {"name": "add", "parameters": parameters}}]);
-    let mut body = json!({"messages": question(), "tools": tools, "tool_choice": "required", "seed": 1, "max_tokens": 90});
+    let mut body = json!({"messages": question(), "tools": tools, "tool_choice": "required", "seed": 1, "max_tokens": 150});
     let answer = server.ask(CHAT, &body);
     let choice = &answer["choices"][0];
     assert_eq!(choice["finish_reason"], "tool_calls", "{answer}");
@@ -612,7 +612,7 @@ fn a_server_told_to_stop_finishes_its_answers_and_takes_no_more() {
 #[test]
 fn arguments_that_make_no_server_are_refused() {
     let refused = |arguments: &[&str]| {
-        let mut command = Command::new(assert_cmd::cargo::cargo_bin("arriero"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arriero"));
         let output = command.arg("serve").arg(student()).args(arguments).output().unwrap();
         assert_eq!(output.status.code(), Some(2));
         String::from_utf8(output.stderr).unwrap()

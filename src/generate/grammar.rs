@@ -6,10 +6,13 @@ use std::sync::Arc;
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher as Inner, ParserFactory, token_bytes_from_tokenizer_json};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
+
+/// Space between the parts of a JSON text: enough for any indentation, but with an end. A weak model may never find one.
+const SPACE: &str = r"[\x20\x0A\x0D\x09]{1,20}";
 
 /// The bytes of a model's tokens, ready to be held against grammars. Made once a model.
 #[derive(Clone)]
@@ -57,7 +60,11 @@ impl Grammars {
     /// # Errors
     /// A schema that cannot be enforced.
     pub fn json_schema(&self, schema: &Value) -> Result<Arc<Grammar>> {
-        self.grammar(TopLevelGrammar::from_json_schema(schema.clone()))
+        let mut schema = schema.clone();
+        if let Value::Object(keys) = &mut schema {
+            keys.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": SPACE}));
+        }
+        self.grammar(TopLevelGrammar::from_json_schema(schema))
     }
 
     /// Text that a regular expression matches as a whole.
@@ -134,8 +141,6 @@ impl Matcher {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-
-    use serde_json::json;
 
     use super::*;
     use crate::generate::engine::Extras;

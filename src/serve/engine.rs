@@ -237,8 +237,10 @@ impl<'a> Engine<'a> {
                     if matches!(command, Command::Stop) {
                         return;
                     }
+                    let computes = matches!(command, Command::Embed(..) | Command::Score(..));
                     self.take(command);
-                    next = commands.try_recv().ok();
+                    // One of those at a time, so that answers go on between them.
+                    next = if computes { None } else { commands.try_recv().ok() };
                 }
                 self.count();
                 if self.open.is_empty() {

@@ -1,6 +1,6 @@
 //! Routes, the key, and refusals while the server stops.
 
-use std::future::Future;
+use std::future::{Future, Ready, ready};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -197,31 +197,31 @@ async fn detokenize(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
     aside(move || others::detokenize(&shared.served, &body)).await.map(Json)
 }
 
-async fn models(State(shared): State<Arc<Shared>>) -> Json<Value> {
+fn models(State(shared): State<Arc<Shared>>) -> Ready<Json<Value>> {
     let served = &shared.served;
     let data: Vec<Value> = served.names.iter().map(|name| served.card(name)).collect();
-    Json(json!({"object": "list", "data": data}))
+    ready(Json(json!({"object": "list", "data": data})))
 }
 
-async fn model(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Answered {
-    shared.served.check_name(&name)?;
-    Ok(Json(shared.served.card(&name)))
+fn model(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Ready<Answered> {
+    let known = shared.served.check_name(&name);
+    ready(known.map(|()| Json(shared.served.card(&name))))
 }
 
-async fn health() -> Json<Value> {
-    Json(json!({"status": "ok"}))
+fn health() -> Ready<Json<Value>> {
+    ready(Json(json!({"status": "ok"})))
 }
 
-async fn metrics(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], shared.metrics.page())
+fn metrics(State(shared): State<Arc<Shared>>) -> Ready<impl IntoResponse> {
+    ready(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], shared.metrics.page()))
 }
 
-async fn no_route(method: Method, uri: Uri) -> Problem {
+fn no_route(method: Method, uri: Uri) -> Ready<Problem> {
     let known = ROUTES.map(|route| {
         let method = if OPEN.contains(&route) || route == ROUTES[0] { "GET" } else { "POST" };
         format!("{method} {route}")
     });
-    Problem::no_route(method.as_str(), uri.path(), &known)
+    ready(Problem::no_route(method.as_str(), uri.path(), &known))
 }
 
 #[cfg(test)]

@@ -61,7 +61,7 @@ formed = client.chat.completions.create(
     model=model,
     messages=messages,
     seed=1,
-    max_tokens=60,
+    max_tokens=180,
     response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}},
 )
 say("json_schema", json.loads(formed.choices[0].message.content))
