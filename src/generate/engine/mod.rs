@@ -7,6 +7,7 @@
 mod draft;
 mod guess;
 mod prefix;
+mod reading;
 mod request;
 mod running;
 mod scheduler;

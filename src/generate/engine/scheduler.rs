@@ -8,33 +8,16 @@ use rayon::prelude::*;
 
 use super::guess::{Guess, Guesser};
 use super::prefix::{self, Held, Prefixes, Reserved, Share};
+use super::reading::Reading;
 use super::running::{Running, Start};
 use super::{Answer, Event, Finish, Limits, PromptScores, Request, Schedule, Ticket, Vocabulary};
 use crate::error::Result;
 use crate::generate::decode::{Decoder, Feed, Wanted};
-use crate::generate::sampler;
 use crate::generate::stop::StopStrings;
 use crate::rng::Stream;
 
-/// Most prompt tokens of a forward pass whose predictions are all wanted: they take a vocabulary's numbers each.
-const SCORED: usize = 64;
-
 /// Called with what happens; an error from it ends the work.
 pub(super) type On<'a> = dyn FnMut(Event) -> Result<()> + 'a;
-
-/// A prompt that is being read.
-struct Reading<C> {
-    ticket: Ticket,
-    request: Arc<Request>,
-    cache: C,
-    parent: Option<Arc<Held<C>>>,
-    share: Share,
-    /// Tokens that are read.
-    done: usize,
-    /// Tokens that the next forward pass reads.
-    now: usize,
-    scores: PromptScores,
-}
 
 /// A prompt that was read and whose answers are not all there yet.
 struct Open<C> {
@@ -216,9 +199,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         }
         let mut left = self.limits.max_prefill.max(1);
         for one in &mut self.reading {
-            let most = if one.request.extras.prompt_logprobs { SCORED.min(left) } else { left };
-            one.now = one.left().min(most);
-            left -= one.now;
+            left -= one.plan(left);
         }
     }
 
@@ -488,34 +469,5 @@ impl<D: Decoder> Schedule for Scheduler<'_, D> {
 
     fn cached_tokens(&self) -> usize {
         Self::cached_tokens(self)
-    }
-}
-
-impl<C> Reading<C> {
-    fn left(&self) -> usize {
-        self.request.prompt.tokens.len() - self.done
-    }
-
-    /// What the next forward pass must predict.
-    fn wanted(&self) -> Wanted {
-        match self.request.extras.prompt_logprobs {
-            true => Wanted::All,
-            false if self.now < self.left() => Wanted::Nothing,
-            false => Wanted::Last,
-        }
-    }
-
-    /// Scores the prompt's next token by the prediction for it.
-    fn score(&mut self, logits: &[f32]) -> Result<()> {
-        let Request { prompt, extras, .. } = &*self.request;
-        let place = self.scores.logprobs.len() + 1;
-        if let (true, Some(&next)) = (extras.prompt_logprobs, prompt.tokens.get(place)) {
-            let (logprob, top) = sampler::scores(logits, next, extras.top_logprobs)?;
-            self.scores.logprobs.push(logprob);
-            if extras.top_logprobs > 0 {
-                self.scores.top_logprobs.push(top);
-            }
-        }
-        Ok(())
     }
 }

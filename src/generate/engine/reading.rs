@@ -1,0 +1,63 @@
+//! A prompt on its way into a cache.
+
+use std::sync::Arc;
+
+use super::prefix::{Held, Share};
+use super::{PromptScores, Request, Ticket};
+use crate::error::Result;
+use crate::generate::decode::Wanted;
+use crate::generate::sampler;
+
+/// Most prompt tokens of a forward pass whose predictions are all wanted: they take a vocabulary's numbers each.
+const SCORED: usize = 64;
+
+/// A prompt that is being read.
+pub(super) struct Reading<C> {
+    pub(super) ticket: Ticket,
+    pub(super) request: Arc<Request>,
+    pub(super) cache: C,
+    pub(super) parent: Option<Arc<Held<C>>>,
+    pub(super) share: Share,
+    /// Tokens that are read.
+    pub(super) done: usize,
+    /// Tokens that the next forward pass reads.
+    pub(super) now: usize,
+    pub(super) scores: PromptScores,
+}
+
+impl<C> Reading<C> {
+    /// Decides how much is read now, of at most `most` tokens.
+    pub(super) fn plan(&mut self, most: usize) -> usize {
+        let most = if self.request.extras.prompt_logprobs { SCORED.min(most) } else { most };
+        self.now = self.left().min(most);
+        self.now
+    }
+
+    /// Tokens that are not read.
+    pub(super) fn left(&self) -> usize {
+        self.request.prompt.tokens.len() - self.done
+    }
+
+    /// What the next forward pass must predict.
+    pub(super) fn wanted(&self) -> Wanted {
+        match self.request.extras.prompt_logprobs {
+            true => Wanted::All,
+            false if self.now < self.left() => Wanted::Nothing,
+            false => Wanted::Last,
+        }
+    }
+
+    /// Scores the prompt's next token by the prediction for it.
+    pub(super) fn score(&mut self, logits: &[f32]) -> Result<()> {
+        let Request { prompt, extras, .. } = &*self.request;
+        let place = self.scores.logprobs.len() + 1;
+        if let (true, Some(&next)) = (extras.prompt_logprobs, prompt.tokens.get(place)) {
+            let (logprob, top) = sampler::scores(logits, next, extras.top_logprobs)?;
+            self.scores.logprobs.push(logprob);
+            if extras.top_logprobs > 0 {
+                self.scores.top_logprobs.push(top);
+            }
+        }
+        Ok(())
+    }
+}
