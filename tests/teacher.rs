@@ -538,7 +538,7 @@ fn a_process_that_is_killed_asks_again_only_what_was_under_way() {
 #[test]
 fn a_server_judges_many_prompts_at_once() {
     let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-    let (under_way, peak) = (now.clone(), most.clone());
+    let (under_way, peak) = (now, most.clone());
     let judge = FakeServer::start(move |request| {
         let mut body = chat(request);
         if is_probe(request) {
