@@ -490,6 +490,22 @@ mod tests {
     }
 
     #[test]
+    fn lists_are_ranked_by_the_plain_loss_alone() {
+        let lists = "`ranking` is \"plackett_luce\" with another loss than plain `sigmoid` (hint: rank by \"all_pairs\" or \
+                     \"adjacent\", or leave label_smoothing, use_weighting and f_divergence_type out)";
+        for other in [
+            "loss_type = 'ipo'",
+            "label_smoothing = 0.1",
+            "use_weighting = true",
+            "f_divergence_type = 'forward_kl'",
+        ] {
+            let keys = format!("ranking = 'plackett_luce'\n{other}");
+            refuses(&keys, &format!("r.toml:5: stage `dpo`: {lists}"));
+        }
+        assert_eq!(dpo("ranking = 'plackett_luce'").ranking, Ranking::PlackettLuce);
+    }
+
+    #[test]
     fn losses_that_cannot_be_taken_are_refused() {
         refuses(
             "loss_type = ['sigmoid', 'sft']\nloss_weights = [1, 0.2, 3]",
@@ -503,18 +519,6 @@ mod tests {
             "loss_type = ['ipo', 'ipo']",
             "r.toml:5: stage `dpo`: `loss_type` names `ipo` twice (hint: give one of them the sum of the weights)",
         );
-        let lists = "`ranking` is \"plackett_luce\" with another loss than plain `sigmoid` (hint: rank by \"all_pairs\" or \
-                     \"adjacent\", or leave label_smoothing, use_weighting and f_divergence_type out)";
-        for other in [
-            "loss_type = 'ipo'",
-            "label_smoothing = 0.1",
-            "use_weighting = true",
-            "f_divergence_type = 'forward_kl'",
-        ] {
-            let keys = format!("ranking = 'plackett_luce'\n{other}");
-            refuses(&keys, &format!("r.toml:5: stage `dpo`: {lists}"));
-        }
-        assert_eq!(dpo("ranking = 'plackett_luce'").ranking, Ranking::PlackettLuce);
         refuses(
             "loss_type = 'ipo'\nloss_weights = [0]",
             "r.toml:5: stage `dpo`: `loss_type` leaves nothing to train (hint: name a loss, with a weight above 0)",
