@@ -12,6 +12,7 @@ use rand::Rng;
 use super::engine::{Extras, Likely};
 use super::sampling::Sampling;
 use crate::error::{Error, Result};
+use crate::ops::cpu::simd;
 use crate::ops::head::log_sum_exp;
 
 /// A drawn token and how likely it was.
@@ -93,14 +94,14 @@ impl Sampler {
                 }
             }
         }
-        let best = argmax(logits);
-        if logits[best as usize] == f32::NEG_INFINITY {
+        let top_logit = simd::max(logits);
+        if top_logit == f32::NEG_INFINITY {
             return Err(Error::run("no token may come next")
                 .hint("the grammar or `logit_bias` leaves none; allow an end of the answer"));
         }
         let (id, sample_logprob) = match self.temperature {
-            0.0 => (best, 0.0),
-            _ => self.draw_by_chance(logits, logits[best as usize], rng),
+            0.0 => (argmax(logits), 0.0),
+            _ => self.draw_by_chance(logits, top_logit, rng),
         };
         let as_it_came = match self.changed.binary_search_by_key(&id, |&(id, _)| id) {
             Ok(index) => self.changed[index].1,
@@ -160,10 +161,15 @@ impl Sampler {
     fn draw_by_chance(&mut self, logits: &[f32], top: f32, rng: &mut impl Rng) -> (u32, f32) {
         let scale = 1.0 / self.temperature;
         self.weights.clear();
-        self.weights.extend(logits.iter().map(|&logit| ((logit - top) * scale).exp()));
+        self.weights.extend(logits.iter().map(|&logit| (logit - top) * scale));
+        simd::exp_sub(&mut self.weights, 0.0);
+        for (weight, logit) in self.weights.iter_mut().zip(logits) {
+            // The exponential function of the kernels ends above 0.
+            *weight = if *logit == f32::NEG_INFINITY { 0.0 } else { *weight };
+        }
         let chance: f64 = rng.random();
         if self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0 {
-            return pick(&self.weights, 0..logits.len() as u32, chance);
+            return pick_of_all(&self.weights, chance);
         }
         self.keep_likely();
         pick(&self.weights, self.kept.iter().copied(), chance)
@@ -284,6 +290,35 @@ fn pick(weights: &[f32], ids: impl Iterator<Item = u32> + Clone, chance: f64) ->
         left -= weight;
     }
     (chosen, (f64::from(weights[chosen as usize]) / total).ln() as f32)
+}
+
+/// [`pick`] of all tokens: whole pieces of the vocabulary are passed over by their sums.
+fn pick_of_all(weights: &[f32], chance: f64) -> (u32, f32) {
+    const PIECE: usize = 256;
+    let sum = |piece: &[f32]| piece.iter().map(|&weight| f64::from(weight)).sum::<f64>();
+    let sums: Vec<f64> = weights.chunks(PIECE).map(sum).collect();
+    let total: f64 = sums.iter().sum();
+    let mut left = chance * total;
+    let mut piece = 0;
+    for (index, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+        piece = index;
+        if left < *sum {
+            break;
+        }
+        left -= sum;
+    }
+    let first = piece * PIECE;
+    let mut chosen = first;
+    for (offset, &weight) in weights[first..].iter().take(PIECE).enumerate() {
+        if weight > 0.0 {
+            chosen = first + offset;
+            if left < f64::from(weight) {
+                break;
+            }
+        }
+        left -= f64::from(weight);
+    }
+    (chosen as u32, (f64::from(weights[chosen]) / total).ln() as f32)
 }
 
 /// Index of the largest entry, the first of equals. NaN never wins.
@@ -463,5 +498,20 @@ mod tests {
         let nothing = SimpleVob::alloc(6);
         let error = sampler.draw(&mut LOGITS.to_vec(), (&[], 0), Some(&nothing), &mut rng);
         assert!(error.unwrap_err().to_string().contains("no token may come next"));
+    }
+
+    #[test]
+    fn of_a_large_vocabulary_every_piece_is_drawn_from() {
+        let weights: Vec<f32> = (0..1000).map(|id| if id % 3 == 0 { 0.0 } else { 1.0 }).collect();
+        let total = 666.0;
+        for (place, &id) in [1_u32, 2, 4, 254, 256, 511, 512, 998].iter().enumerate() {
+            let before = (0..id).filter(|id| id % 3 != 0).count() as f64;
+            for chance in [before / total, (before + 0.99) / total] {
+                let (found, logprob) = pick_of_all(&weights, chance);
+                assert_eq!(found, id, "{place}");
+                assert!((f64::from(logprob) + f64::ln(total)).abs() < 1e-5);
+            }
+        }
+        assert_eq!(pick_of_all(&weights, 1.0).0, 998);
     }
 }
