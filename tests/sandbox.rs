@@ -271,8 +271,8 @@ fn judge_row(text: &str, row: &Value) -> arriero::Result<Score> {
     let row: Map<String, Value> = row.as_object().unwrap().clone();
     let question =
         Question { place: "row", prompt: &[], tools: None, answer: None, extra: Some(&row) };
-    let verdict = panel.judge(&question, &[text])?.remove(0);
-    Ok(Score { value: verdict.score, why: verdict.why })
+    let verdict = panel.judge(&question, &[text], &[])?.remove(0);
+    Ok(Score { value: verdict.score, why: verdict.explanation() })
 }
 
 #[test]

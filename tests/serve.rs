@@ -452,7 +452,7 @@ fn the_reward_model_scores_completions() {
     assert_eq!(by_text, by_messages);
     let model = RewardModel::load(judge, &Device::Cpu, &Reading::default()).unwrap();
     let prompt = [Message::new("user", SUM)];
-    let asked = Question { place: "", prompt: &prompt, tools: None, answer: None };
+    let asked = Question { place: "", prompt: &prompt, tools: None, answer: None, extra: None };
     for (index, expected) in model.score(&asked, &answers).unwrap().iter().enumerate() {
         assert_eq!(by_text["data"][index]["score"], expected.value);
     }

@@ -35,7 +35,7 @@ fn judge(panel: &Panel, answer: &str, texts: &[String]) -> Vec<bool> {
     let question =
         Question { place: "row", prompt: &[], tools: None, answer: Some(answer), extra: None };
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-    let verdicts = panel.judge(&question, &texts).unwrap();
+    let verdicts = panel.judge(&question, &texts, &[]).unwrap();
     verdicts.into_iter().map(|verdict| verdict.passed.unwrap()).collect()
 }
 
@@ -181,8 +181,9 @@ fn reference_programs_pass_their_tests_and_empty_ones_do_not() {
                 let texts = [text("canonical_solution").as_str(), whole.as_str(), "    pass\n"]
                     .map(str::to_owned);
                 let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-                let verdicts = panel.judge(&question, &texts).unwrap();
-                let verdicts = verdicts.into_iter().map(|v| (v.passed.unwrap(), v.why)).collect();
+                let verdicts = panel.judge(&question, &texts, &[]).unwrap();
+                let verdicts =
+                    verdicts.into_iter().map(|v| (v.passed.unwrap(), v.explanation())).collect();
                 (text("task_id"), verdicts)
             })
             .collect();

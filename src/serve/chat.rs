@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::answering::{Format, Usage, reason};
 use super::completions::{Asked, Head};
 use super::fields::Fields;
+use super::http::Fresh;
 use super::logprobs::{self, Scored};
 use super::manner::{MOST_TOP, Manner};
 use super::problem::Problem;
@@ -100,12 +101,12 @@ fn part(part: &Value) -> Result<&str> {
 pub(super) fn parse(
     served: &Arc<Served>,
     body: &[u8],
-    fresh: (u64, String),
+    fresh: &Fresh,
 ) -> Result<Asked<Chat>, Problem> {
     let mut fields = Fields::parse(body)?;
     served.take_name(&mut fields)?;
     let conversation = Conversation::take(&mut fields)?;
-    let mut manner = Manner::take(&mut fields, fresh.0)?;
+    let mut manner = Manner::take(&mut fields, fresh.seed)?;
     let tools = Tools::take(&mut fields)?;
     let max_tokens = max_tokens(&mut fields)?;
     let top = top(&mut fields)?;
@@ -127,7 +128,7 @@ pub(super) fn parse(
     let n = manner.sampling.num_samples;
     let format = Chat {
         served: Arc::clone(served),
-        head: Head::new(served, format!("chatcmpl-{}", fresh.1)),
+        head: Head::new(served, format!("chatcmpl-{}", fresh.id)),
         tools,
         with_logprobs: top.is_some(),
         include_usage,
@@ -225,10 +226,10 @@ impl Chat {
         calls.iter().enumerate().map(object).collect()
     }
 
-    fn chunk(&self, index: usize, delta: &Value, logprobs: Value, finish: Option<&str>) -> Value {
+    fn chunk(&self, index: usize, delta: &Value, logprobs: &Value, finish: Option<&str>) -> Value {
         let choice =
             json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish});
-        self.head.chunk(CHUNK, vec![choice], self.include_usage)
+        self.head.chunk(CHUNK, &choice, self.include_usage)
     }
 
     /// The log-probabilities of the tokens whose text is about to be sent.
@@ -253,7 +254,7 @@ impl Format for Chat {
                 choices.push(self.choice(index, answer));
             }
         }
-        let mut object = self.head.object(WHOLE, choices);
+        let mut object = self.head.object(WHOLE, &choices);
         object["usage"] = self.usage.object();
         object
     }
@@ -264,7 +265,7 @@ impl Format for Chat {
         self.usage.completion += ids.len();
         if !std::mem::replace(&mut self.streams[index].begun, true) {
             let delta = json!({"role": "assistant", "content": "", "refusal": null});
-            chunks.push(self.chunk(index, &delta, Value::Null, None));
+            chunks.push(self.chunk(index, &delta, &Value::Null, None));
         }
         let stream = &mut self.streams[index];
         stream.ids.extend(ids);
@@ -278,17 +279,17 @@ impl Format for Chat {
         if let Some(calls) = calls {
             let delta = json!({"tool_calls": self.calls(index, &calls, true)});
             let logprobs = self.logprobs(index);
-            chunks.push(self.chunk(index, &delta, logprobs, None));
+            chunks.push(self.chunk(index, &delta, &logprobs, None));
             reason = Some("tool_calls");
         } else if ready || finish.is_some() {
             let text = std::mem::take(&mut self.streams[index].held);
             let logprobs = self.logprobs(index);
             if !text.is_empty() || !logprobs.is_null() {
-                chunks.push(self.chunk(index, &json!({"content": text}), logprobs, None));
+                chunks.push(self.chunk(index, &json!({"content": text}), &logprobs, None));
             }
         }
         if reason.is_some() {
-            chunks.push(self.chunk(index, &json!({}), Value::Null, reason));
+            chunks.push(self.chunk(index, &json!({}), &Value::Null, reason));
         }
         chunks
     }
@@ -301,7 +302,7 @@ impl Format for Chat {
         if !self.include_usage {
             return Vec::new();
         }
-        let mut last = self.head.object(CHUNK, Vec::new());
+        let mut last = self.head.object(CHUNK, &[]);
         last["usage"] = self.usage.object();
         vec![last]
     }

@@ -7,11 +7,15 @@ use serde_json::{Value, json};
 
 use super::answering::{Format, Usage, reason};
 use super::fields::Fields;
+use super::http::Fresh;
 use super::logprobs::{Legacy, Scored};
 use super::manner::{MOST_TOP, Manner};
 use super::problem::Problem;
 use super::served::{Served, check_ids, now};
 use crate::generate::engine::{Answer, Piece, PromptScores, Request};
+
+/// A prompt's text, where it came as text, and its ids.
+type Encoded = (Option<String>, Vec<u32>);
 
 /// Tokens of an answer where the request names no number, as OpenAI has it.
 const DEFAULT_TOKENS: usize = 16;
@@ -38,7 +42,7 @@ impl Texts {
         self,
         served: &Served,
         add_special: bool,
-    ) -> Result<Vec<(Option<String>, Vec<u32>)>, Problem> {
+    ) -> Result<Vec<Encoded>, Problem> {
         let text = |text: String| {
             let ids = served.encode(&text, add_special)?;
             Ok::<_, Problem>((Some(text), ids))
@@ -108,12 +112,12 @@ impl Own {
 pub(super) fn parse(
     served: &Arc<Served>,
     body: &[u8],
-    fresh: (u64, String),
+    fresh: &Fresh,
 ) -> Result<Asked<Completion>, Problem> {
     let mut fields = Fields::parse(body)?;
     served.take_name(&mut fields)?;
     let prompt: Texts = fields.need("prompt")?;
-    let mut manner = Manner::take(&mut fields, fresh.0)?;
+    let mut manner = Manner::take(&mut fields, fresh.seed)?;
     let Own { max_tokens, echo, top, add_special } = Own::take(&mut fields, &manner)?;
     fields.finish()?;
     manner.extras.top_logprobs = top.unwrap_or(0);
@@ -128,7 +132,7 @@ pub(super) fn parse(
     let n = manner.sampling.num_samples;
     let usage = Usage { prompt: prompts.iter().map(Vec::len).sum(), ..Usage::default() };
     let format = Completion {
-        head: Head::new(served, format!("cmpl-{}", fresh.1)),
+        head: Head::new(served, format!("cmpl-{}", fresh.id)),
         n,
         echo: echo.then_some(texts),
         nothing_new: max_tokens == 0,
@@ -159,7 +163,7 @@ impl Head {
     }
 
     /// An object of the response.
-    pub(super) fn object(&self, object: &str, choices: Vec<Value>) -> Value {
+    pub(super) fn object(&self, object: &str, choices: &[Value]) -> Value {
         json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model,
             "system_fingerprint": self.fingerprint, "choices": choices,
@@ -167,8 +171,8 @@ impl Head {
     }
 
     /// A chunk of a stream; all of them have a place for the usage where it was asked for.
-    pub(super) fn chunk(&self, object: &str, choices: Vec<Value>, include_usage: bool) -> Value {
-        let mut chunk = self.object(object, choices);
+    pub(super) fn chunk(&self, object: &str, choice: &Value, include_usage: bool) -> Value {
+        let mut chunk = self.object(object, std::slice::from_ref(choice));
         if include_usage {
             chunk["usage"] = Value::Null;
         }
@@ -239,7 +243,7 @@ impl Format for Completion {
                 choices.push(self.choice(place, sample, answer, scores));
             }
         }
-        let mut object = self.head.object("text_completion", choices);
+        let mut object = self.head.object("text_completion", &choices);
         object["usage"] = self.usage.object();
         object
     }
@@ -269,7 +273,7 @@ impl Format for Completion {
         let logprobs = self.top.map(|top| stream.logprobs.take(top > 0));
         let choice =
             json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish});
-        vec![self.head.chunk("text_completion", vec![choice], self.include_usage)]
+        vec![self.head.chunk("text_completion", &choice, self.include_usage)]
     }
 
     fn done(&mut self, scores: &PromptScores) {
@@ -280,7 +284,7 @@ impl Format for Completion {
         if !self.include_usage {
             return Vec::new();
         }
-        let mut last = self.head.object("text_completion", Vec::new());
+        let mut last = self.head.object("text_completion", &[]);
         last["usage"] = self.usage.object();
         vec![last]
     }

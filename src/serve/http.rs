@@ -61,15 +61,22 @@ pub(super) struct Entropy {
     next: AtomicU64,
 }
 
+/// What a request is given that brings none of its own.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Fresh {
+    pub(super) seed: u64,
+    pub(super) id: String,
+}
+
 impl Entropy {
     /// Different at each start of the program.
     pub(super) fn new(start: u64) -> Self {
         Self { stream: Stream::new(start, "serve"), next: AtomicU64::new(0) }
     }
 
-    fn fresh(&self) -> (u64, String) {
+    fn fresh(&self) -> Fresh {
         let mut rng = self.stream.at(0, self.next.fetch_add(1, Ordering::Relaxed));
-        (rng.next_u64(), format!("{:016x}{:08x}", rng.next_u64(), rng.next_u32()))
+        Fresh { seed: rng.next_u64(), id: format!("{:016x}{:08x}", rng.next_u64(), rng.next_u32()) }
     }
 }
 
@@ -150,16 +157,15 @@ async fn aside<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(Problem::stopping()))
 }
 
-async fn generate<F: Format>(
-    shared: Arc<Shared>,
-    body: Body,
-    parse: fn(&Arc<Served>, &[u8], (u64, String)) -> Result<Asked<F>, Problem>,
-) -> Response {
+/// Reads a request's body.
+type Parse<F> = fn(&Arc<Served>, &[u8], &Fresh) -> Result<Asked<F>, Problem>;
+
+async fn generate<F: Format>(shared: Arc<Shared>, body: Body, parse: Parse<F>) -> Response {
     let open = async {
         let body = read(body)?;
         let (served, fresh) = (Arc::clone(&shared.served), shared.entropy.fresh());
         let Asked { requests, stream, format } =
-            aside(move || parse(&served, &body, fresh)).await?;
+            aside(move || parse(&served, &body, &fresh)).await?;
         let open = shared.client.generate(requests, stream)?;
         Ok::<_, Problem>((open, format, stream))
     };
@@ -216,6 +222,7 @@ fn metrics(State(shared): State<Arc<Shared>>) -> Ready<impl IntoResponse> {
     ready(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], shared.metrics.page()))
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the interface of a handler")]
 fn no_route(method: Method, uri: Uri) -> Ready<Problem> {
     let known = ROUTES.map(|route| {
         let method = if OPEN.contains(&route) || route == ROUTES[0] { "GET" } else { "POST" };
@@ -240,6 +247,6 @@ mod tests {
         let entropy = Entropy::new(1);
         let all = [entropy.fresh(), entropy.fresh(), Entropy::new(2).fresh()];
         assert!(all[0] != all[1] && all[0] != all[2]);
-        assert_eq!(all[0].1.len(), 24);
+        assert_eq!(all[0].id.len(), 24);
     }
 }

@@ -85,13 +85,11 @@ impl Problem {
 
 /// "did you mean" for a name, or all there is.
 pub(super) fn nearest<S: AsRef<str>>(name: &str, known: &[S]) -> String {
-    match did_you_mean(name, known.iter().map(AsRef::as_ref)) {
-        Some(near) => format!("did you mean `{near}`?"),
-        None => {
-            let all: Vec<&str> = known.iter().map(AsRef::as_ref).collect();
-            format!("there is: {}", all.join(", "))
-        }
+    if let Some(near) = did_you_mean(name, known.iter().map(AsRef::as_ref)) {
+        return format!("did you mean `{near}`?");
     }
+    let all: Vec<&str> = known.iter().map(AsRef::as_ref).collect();
+    format!("there is: {}", all.join(", "))
 }
 
 /// A usage error is the client's, any other the server's.

@@ -77,8 +77,7 @@ impl Tools {
                 .is_some_and(|rest| rest.is_empty() || rest.starts_with('{'))
         };
         let tag = |tag: &&str| text.starts_with(*tag) || tag.starts_with(text);
-        self.are_offered()
-            && (text.starts_with('{') || list(text) || AROUND.iter().any(|one| tag(&one)))
+        self.are_offered() && (text.starts_with('{') || list(text) || AROUND.iter().any(tag))
     }
 
     /// The calls that a whole answer consists of; `None` where it is something else.
@@ -147,15 +146,13 @@ fn without_around(text: &str) -> &str {
 fn name((place, tool): (usize, &Value)) -> Result<String, Problem> {
     let name =
         tool.pointer("/function/name").and_then(Value::as_str).filter(|name| !name.is_empty());
-    match (tool["type"].as_str(), name) {
-        (Some("function"), Some(name)) => Ok(name.to_owned()),
-        _ => {
-            let message = format!(
-                "`tools[{place}]`, expected {{\"type\": \"function\", \"function\": {{\"name\": …}}}}"
-            );
-            Err(Problem::invalid(message).on("tools"))
-        }
+    if let (Some("function"), Some(name)) = (tool["type"].as_str(), name) {
+        return Ok(name.to_owned());
     }
+    let message = format!(
+        "`tools[{place}]`, expected {{\"type\": \"function\", \"function\": {{\"name\": …}}}}"
+    );
+    Err(Problem::invalid(message).on("tools"))
 }
 
 fn chosen<'a>(choice: &Value, names: &[String], tools: &'a [Value]) -> Result<&'a Value, Problem> {

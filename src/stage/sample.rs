@@ -41,7 +41,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
         for turn in &turns {
             let model = match loaded.take().filter(|(earlier, _)| earlier.shares_model(turn)) {
                 Some((_, model)) => model,
-                None => generation::load(context, turn.model, &turn.sampling)?,
+                None => generation::load(context, turn.model, turn.sampling)?,
             };
             let draw =
                 Draw { round: context.round, spec, rows: &rows, earlier: &earlier, panel: &panel };
@@ -75,7 +75,15 @@ struct Turn<'a> {
 
 impl Turn<'_> {
     fn shares_model(&self, other: &Self) -> bool {
-        self.model == other.model && self.sampling.dtype == other.sampling.dtype
+        // All that is decided when a model is loaded.
+        let held = |turn: &Self| {
+            let Sampling { dtype, quantization, prompt_lookup_num_tokens, .. } = *turn.sampling;
+            (turn.model.to_owned(), dtype, quantization, prompt_lookup_num_tokens)
+        };
+        let assistant = |turn: &Self| {
+            (turn.sampling.assistant_model.clone(), turn.sampling.num_assistant_tokens)
+        };
+        held(self) == held(other) && assistant(self) == assistant(other)
     }
 }
 
