@@ -2,7 +2,7 @@
 
 #![expect(
     clippy::unwrap_used,
-    clippy::print_stdout,
+    clippy::panic,
     clippy::disallowed_methods,
     reason = "a test program; a failure here is a failed test"
 )]
@@ -66,7 +66,7 @@ impl Server {
         let url = line.trim().strip_prefix("listening on ").unwrap().to_owned();
         let config = Agent::config_builder()
             .http_status_as_error(false)
-            .timeout_global(Some(Duration::from_secs(120)))
+            .timeout_global(Some(Duration::from_mins(2)))
             .build();
         Self { child, url, agent: config.into(), key: None }
     }
@@ -127,7 +127,7 @@ impl Server {
             if page.lines().any(|found| found == line) {
                 return;
             }
-            assert!(start.elapsed() < Duration::from_secs(60), "no `{line}` in:\n{page}");
+            assert!(start.elapsed() < Duration::from_mins(1), "no `{line}` in:\n{page}");
             std::thread::sleep(Duration::from_millis(20));
         }
     }

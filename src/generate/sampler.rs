@@ -484,7 +484,9 @@ mod tests {
     #[test]
     fn only_what_is_allowed_is_drawn() {
         let mut allowed = SimpleVob::alloc(6);
-        [0, 2].into_iter().for_each(|id| allowed.allow_token(id));
+        for id in [0, 2] {
+            allowed.allow_token(id);
+        }
         let mut sampler = Sampler::new(&Sampling::default(), &Extras::default());
         let mut rng = Stream::new(0, "test").at(0, 0);
         let expected = renormalised(&[0, 2]);

@@ -344,8 +344,7 @@ mod tests {
         ] {
             let problem = take(&body).unwrap_err().body().to_string();
             assert!(
-                problem
-                    .contains(&serde_json::to_string(part).unwrap()[1..part.len() + 1].to_owned())
+                problem.contains(&serde_json::to_string(part).unwrap()[1..=part.len()].to_owned())
                     || problem.contains(part),
                 "{problem}"
             );

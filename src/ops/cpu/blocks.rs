@@ -349,8 +349,13 @@ fn portable(x: &RoundedRows, row: usize, (bits, bytes): (Bits, &[u8]), sums: &mu
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    #[expect(clippy::wildcard_imports, reason = "two dozen intrinsics")]
-    use std::arch::x86_64::*;
+    use std::arch::x86_64::{
+        __m256, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
+        _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps, _mm256_cvtph_ps, _mm256_fmadd_ps,
+        _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps,
+        _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
+        _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_ps,
+    };
 
     use super::{BLOCK, Bits, LANES, ROWS, RoundedRows, SCALES};
 
