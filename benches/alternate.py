@@ -22,6 +22,7 @@ PEERS = {
     "PyTorch attention": ["torch_attention.py"],
     "PyTorch products": ["torch_products.py"],
     "transformers": ["transformers_generate.py"],
+    "transformers, scores": ["transformers_score.py"],
     "llama.cpp, Q4_1": ["llama_cpp.py"],
 }
 
@@ -51,6 +52,8 @@ def works():
         found[f"generate-{samples}-q4_1"] = ("generate", told + ["--quantization", "q4_1"], peers)
     many = ["--prompts", "32", "--batch", "16", "--prompt", "512", "--seq", "576"]
     found["generate-32x16-q4_1"] = ("generate", many + ["--quantization", "q4_1"], ["llama.cpp, Q4_1"])
+    told = ["--batch", "16", "--prompt", "512", "--seq", "640"]
+    found["score-16"] = ("score", told, ["transformers, scores"])
     found["ceiling"] = ("ceiling", dense, ["PyTorch products"])
     return found
 
@@ -127,6 +130,7 @@ def measure(args, work, results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--generate", action="store_true")
     parser.add_argument("--program")
     parser.add_argument("--python")
     parser.add_argument("--model")
@@ -139,6 +143,8 @@ def main():
         return
     rest = list(args.rest)
     args.rounds = int(rest.pop(0)) if rest and rest[0].isdigit() else 3
+    if args.generate:
+        rest += [work for work in works() if work.startswith(("generate", "score"))]
     unknown = [work for work in rest if work not in works()]
     if unknown or args.rounds < 1:
         parser.error(f"no such work: {', '.join(unknown)}; there is: {', '.join(works())}" if unknown else "no rounds")

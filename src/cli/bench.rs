@@ -69,6 +69,8 @@ enum MethodName {
     Reward,
     /// Samples of one prompt
     Generate,
+    /// A reward model's scores of several responses to one prompt
+    Score,
     /// The vocabulary head alone, forward and backward
     Head,
     /// One block's attention alone, forward and backward
@@ -151,6 +153,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         MethodName::Dpo => Method::Dpo,
         MethodName::Reward => Method::Reward,
         MethodName::Generate => Method::Generate,
+        MethodName::Score => Method::Score,
         MethodName::Head => Method::Head,
         MethodName::Attention => Method::Attention,
         MethodName::Prepare => return prepare(args),

@@ -12,7 +12,7 @@ use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 
 /// Space between the parts of a JSON text: enough for any indentation, but with an end. A weak model may never find one.
-const SPACE: &str = r"[\x20\x0A\x0D\x09]{1,20}";
+const SPACE: &str = r"[\x20\x0A\x0D\x09]{1,8}";
 
 /// The bytes of a model's tokens, ready to be held against grammars. Made once a model.
 #[derive(Clone)]

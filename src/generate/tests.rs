@@ -512,7 +512,7 @@ fn prompts_that_begin_alike_are_read_once_and_requests_may_leave() {
 
 #[test]
 fn rounded_weights_predict_nearly_the_same_and_keep_the_row_rule() {
-    for (kind, most) in [(BlockType::Q8_0, 0.02), (BlockType::Q4_1, 0.25), (BlockType::Q4_0, 0.3)] {
+    for (kind, most) in [(BlockType::Q8_0, 0.04), (BlockType::Q4_1, 0.25), (BlockType::Q4_0, 0.3)] {
         let checkpoint = golden("model_llama3rope");
         let dense: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
         let rounded = CpuDecoder::rounded(&checkpoint.config, &checkpoint.weights, kind).unwrap();

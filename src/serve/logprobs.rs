@@ -63,9 +63,11 @@ impl Legacy {
         let bytes = served.bytes(id);
         self.tokens.push(spelled(bytes));
         self.token_logprobs.push(logprob);
-        self.text_offset.push(self.offset);
-        // Bytes of the form 10xxxxxx continue a character.
-        self.offset += bytes.iter().filter(|byte| **byte & 0xC0 != 0x80).count();
+        // Bytes of the form 10xxxxxx continue a character, which begins where it begins.
+        let begins = |byte: &u8| byte & 0xC0 != 0x80;
+        let within = bytes.first().is_some_and(|byte| !begins(byte));
+        self.text_offset.push(self.offset.saturating_sub(usize::from(within)));
+        self.offset += bytes.iter().filter(|byte| begins(byte)).count();
         self.top_logprobs.push(logprob.zip(top).map(|(logprob, top)| {
             let mut all: Map<String, Value> = top
                 .iter()

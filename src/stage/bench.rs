@@ -50,6 +50,8 @@ pub enum Method {
     Attention,
     /// `batch` samples of one prompt of `prompt` tokens, `seq − prompt` new tokens each.
     Generate,
+    /// A reward model's scores of `batch` responses of `seq − prompt` tokens to one prompt of `prompt` tokens.
+    Score,
 }
 
 impl Method {
@@ -100,7 +102,7 @@ impl Options {
     }
 
     fn check(&self, method: Method) -> Result<()> {
-        let has_prompt = method.has_pairs() || method == Method::Generate;
+        let has_prompt = method.has_pairs() || matches!(method, Method::Generate | Method::Score);
         if self.steps == 0 || self.batch == 0 || self.seq < 2 {
             return Err(Error::usage("nothing to measure")
                 .hint("--steps and --batch begin at 1, --seq at 2"));
@@ -157,6 +159,7 @@ pub fn run(method: Method, options: &Options) -> Result<Figures> {
         Method::Head => parts::head(&config(&options.model)?, options),
         Method::Attention => parts::attention(&config(&options.model)?, options),
         Method::Generate => generate(&load(&options.model)?, options),
+        Method::Score => parts::score(load(&options.model)?.into_reward_model(1)?, options),
         Method::Reward => train(load(&options.model)?.into_reward_model(1)?, method, options),
         Method::Sft | Method::Dpo => train(load(&options.model)?, method, options),
     }
@@ -347,7 +350,7 @@ mod tests {
     #[test]
     fn every_method_is_measured_and_nonsense_is_refused() {
         let methods = [Method::Sft, Method::Dpo, Method::Reward, Method::Generate];
-        for method in methods.into_iter().chain([Method::Head, Method::Attention]) {
+        for method in methods.into_iter().chain([Method::Head, Method::Attention, Method::Score]) {
             let figures = run(method, &options()).unwrap();
             assert!(figures.tokens_per_s > 0.0 && figures.steps_s.len() == 2, "{method:?}");
             assert_eq!(figures.pairs_per_s.is_some(), method.has_pairs(), "{method:?}");

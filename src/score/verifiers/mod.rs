@@ -81,7 +81,7 @@ impl Check {
         }
     }
 
-    /// The keys that the check reads, beside `name` and `weight`.
+    /// The keys that the check reads, beside those of every scorer.
     fn keys(self) -> &'static [&'static str] {
         match self {
             Self::Exact | Self::Number | Self::Math | Self::Choice | Self::Regex | Self::Format => {
@@ -101,7 +101,8 @@ impl Check {
         let plain = serde_json::to_value(ScorerSpec::verifier(self))?;
         let given = serde_json::to_value(spec)?;
         let Value::Object(given) = given else { return Ok(()) };
-        let known = |key: &str| ["name", "weight"].contains(&key) || self.keys().contains(&key);
+        let of_all = ["name", "weight", "length_penalty", "length_unit"];
+        let known = |key: &str| of_all.contains(&key) || self.keys().contains(&key);
         let ignored =
             given.iter().find(|(key, value)| !known(key) && plain.get(key) != Some(value));
         let Some((key, _)) = ignored else { return Ok(()) };

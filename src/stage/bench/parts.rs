@@ -1,4 +1,4 @@
-//! Parts of a step alone: the vocabulary head and attention.
+//! Parts of a step alone: the vocabulary head, attention, and a reward model's forward pass.
 
 use std::time::Instant;
 
@@ -8,9 +8,11 @@ use half::bf16;
 use super::{Figures, Options, median, tokens};
 use crate::data::forest::{Forest, Target};
 use crate::data::tree::{Role, Tree};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Precision;
+use crate::model::checkpoint::Checkpoint;
 use crate::model::config::Config;
+use crate::model::transformer::Transformer;
 use crate::ops::cpu::Element;
 use crate::ops::cpu::attention::{self, Inputs};
 use crate::ops::{AttentionPlan, head};
@@ -87,4 +89,33 @@ fn repeat(options: &Options, work: impl Fn() -> Result<()>) -> Result<Figures> {
         extra_peak_bytes: extra.peak_bytes(),
         ..Figures::default()
     })
+}
+
+/// A reward model's scores of `batch` responses to one prompt, as `score` computes them: the prompt is read once.
+pub(super) fn score(start: Checkpoint, options: &Options) -> Result<Figures> {
+    let vocab = start.config.vocab_size;
+    let start = start.computed_in(options.dtype)?;
+    let model = Transformer::new(&start.config, &start.weights)?;
+    let len = options.seq - options.prompt;
+    let response = |index| (tokens(vocab, 1 + index, len), vec![Role::Content; len]);
+    let responses = (0..options.batch).map(response).collect();
+    let forest = Forest::pack([&Tree::siblings(tokens(vocab, 0, options.prompt), responses, 0)])?;
+    let mut steps_s = Vec::new();
+    for step in 0..=options.steps {
+        let began = Instant::now();
+        let scores = model.scores(&model.hidden(&forest)?, &forest.ends)?;
+        if scores.len() != options.batch {
+            return Err(Error::run(format!(
+                "{} scores of {} responses",
+                scores.len(),
+                options.batch
+            )));
+        }
+        if step > 0 {
+            steps_s.push(began.elapsed().as_secs_f64());
+        }
+    }
+    let step_s = median(&steps_s);
+    let tokens_per_s = (options.batch * options.seq) as f64 / step_s;
+    Ok(Figures { tokens_per_s, step_s, steps_s, ..Figures::default() })
 }

@@ -17,12 +17,18 @@ fn followed(loose: bool, row: &Map<String, Value>, text: &str) -> bool {
     score(&verifier, None, Some(row), text).unwrap().value > 0.5
 }
 
-/// (type, settings, an answer that follows, one that does not).
-#[expect(clippy::too_many_lines, reason = "a table")]
-fn cases() -> Vec<(&'static str, Value, String, String)> {
-    let case = |id, kwargs, good: &str, bad: &str| (id, kwargs, good.to_owned(), bad.to_owned());
-    let english =
-        "this is a plain sentence about the weather, written in english and in small letters.";
+/// Type, settings, an answer that follows, one that does not.
+type Case = (&'static str, Value, String, String);
+
+fn case(id: &'static str, kwargs: Value, good: &str, bad: &str) -> Case {
+    (id, kwargs, good.to_owned(), bad.to_owned())
+}
+
+fn cases() -> Vec<Case> {
+    [of_words(), of_form(), of_the_whole()].concat()
+}
+
+fn of_words() -> Vec<Case> {
     vec![
         case("keywords:existence", json!({"keywords": ["tea", "Milk"]}), "Tea with milk", "tea"),
         case(
@@ -80,6 +86,11 @@ fn cases() -> Vec<(&'static str, Value, String, String)> {
             "A\n\n\"Weekend!\" she said",
             "weekend\n\nA",
         ),
+    ]
+}
+
+fn of_form() -> Vec<Case> {
+    vec![
         case(
             "detectable_content:number_placeholders",
             json!({"num_placeholders": 2}),
@@ -119,6 +130,13 @@ fn cases() -> Vec<(&'static str, Value, String, String)> {
         ),
         case("detectable_format:json_format", json!({}), "```json\n{\"a\": [1]}\n```", "{a: 1}"),
         case("detectable_format:title", json!({}), "<<A song>>\nla", "<< >>\nla"),
+    ]
+}
+
+fn of_the_whole() -> Vec<Case> {
+    let english =
+        "this is a plain sentence about the weather, written in english and in small letters.";
+    vec![
         case("combination:two_responses", json!({}), "one\n******\ntwo", "one\n******\none"),
         case(
             "combination:repeat_prompt",
