@@ -11,9 +11,6 @@ use serde_json::{Value, json};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 
-/// Space between the parts of a JSON text: enough for any indentation, but with an end. A weak model may never find one.
-const SPACE: &str = r"[\x20\x0A\x0D\x09]{1,8}";
-
 /// The bytes of a model's tokens, ready to be held against grammars. Made once a model.
 #[derive(Clone)]
 pub struct Grammars {
@@ -62,7 +59,10 @@ impl Grammars {
     pub fn json_schema(&self, schema: &Value) -> Result<Arc<Grammar>> {
         let mut schema = schema.clone();
         if let Value::Object(keys) = &mut schema {
-            keys.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": SPACE}));
+            // One way to write it, the usual one: a weak model may never find an end to space that is free.
+            keys.entry("x-guidance").or_insert_with(|| {
+                json!({"whitespace_flexible": false, "key_separator": ": ", "item_separator": ", "})
+            });
         }
         self.grammar(TopLevelGrammar::from_json_schema(schema))
     }

@@ -299,13 +299,12 @@ fn pick_of_all(weights: &[f32], chance: f64) -> (u32, f32) {
     let sums: Vec<f64> = weights.chunks(PIECE).map(sum).collect();
     let total: f64 = sums.iter().sum();
     let mut left = chance * total;
+    // Rounding must not lead past the last piece that has any weight.
+    let last = sums.iter().rposition(|&sum| sum > 0.0).unwrap_or(0);
     let mut piece = 0;
-    for (index, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
-        piece = index;
-        if left < *sum {
-            break;
-        }
-        left -= sum;
+    while piece < last && left >= sums[piece] {
+        left -= sums[piece];
+        piece += 1;
     }
     let first = piece * PIECE;
     let mut chosen = first;
