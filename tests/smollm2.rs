@@ -102,7 +102,7 @@ fn the_golden_prompt_has_its_greedy_answer_from_blocks_of_four_bits() {
     assert_eq!(blocks.text, "The capital of France is Paris.");
     let apart = dense.logprobs.iter().zip(&blocks.logprobs).map(|(a, b)| (a - b).abs());
     let worst = apart.fold(0.0, f32::max);
-    assert!(worst > 0.0 && worst < 0.1, "log-probabilities {worst} apart");
+    assert!(worst > 0.0 && worst < 0.3, "log-probabilities {worst} apart");
 }
 
 /// Packed, every projection is in the blocks of the file, and means to the last bit what the dense model holds.

@@ -168,10 +168,13 @@ mod tests {
             tokenizer.ends().iter().for_each(|&end| logits[end as usize] = 6.0);
             let draw = sampler.draw(&mut logits, (&[], 0), Some(&allowed), &mut rng).unwrap();
             matcher.take(draw.id).unwrap();
-            if tokenizer.ends().contains(&draw.id) || matcher.is_done() {
+            if tokenizer.ends().contains(&draw.id) {
                 break;
             }
             ids.push(draw.id);
+            if matcher.is_done() {
+                break;
+            }
         }
         tokenizer.decode(&ids, true)
     }
