@@ -66,7 +66,7 @@ impl Server {
         let url = line.trim().strip_prefix("listening on ").unwrap().to_owned();
         let config = Agent::config_builder()
             .http_status_as_error(false)
-            .timeout_global(Some(Duration::from_mins(2)))
+            .timeout_global(Some(Duration::from_mins(5)))
             .build();
         Self { child, url, agent: config.into(), key: None }
     }
@@ -116,6 +116,11 @@ impl Server {
         let mut lines: Vec<String> = self.stream(path, body).collect();
         assert_eq!(lines.pop().as_deref(), Some("[DONE]"));
         lines.iter().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    fn terminate(&self) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
     }
 
     /// Waits until the metrics have a line.
@@ -591,11 +596,10 @@ fn a_client_that_goes_away_is_forgotten_and_gives_its_place_to_the_next() {
 
 #[test]
 fn a_server_told_to_stop_finishes_its_answers_and_takes_no_more() {
-    let mut server = Server::start(&[]);
+    let mut server = Server::start(&["--drain", "300"]);
     let mut stream = server.stream(CHAT, &long(true));
     stream.next().unwrap();
-    let pid = server.child.id().to_string();
-    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    server.terminate();
     let start = Instant::now();
     while server.get("/health").0 == 200 {
         assert!(start.elapsed() < Duration::from_secs(10), "it goes on");
@@ -606,6 +610,18 @@ fn a_server_told_to_stop_finishes_its_answers_and_takes_no_more() {
     assert_eq!(lines.pop().as_deref(), Some("[DONE]"));
     let ended = lines.iter().filter(|line| line.contains("\"finish_reason\":\"length\"")).count();
     assert_eq!(ended, 128);
+    assert!(server.child.wait().unwrap().success());
+}
+
+#[test]
+fn an_answer_that_does_not_end_in_time_is_told_why() {
+    let mut server = Server::start(&["--drain", "0"]);
+    let mut stream = server.stream(CHAT, &long(true));
+    stream.next().unwrap();
+    server.terminate();
+    let mut lines: Vec<String> = stream.collect();
+    assert_eq!(lines.pop().as_deref(), Some("[DONE]"));
+    assert!(lines.pop().unwrap().contains("\"code\":\"stopping\""));
     assert!(server.child.wait().unwrap().success());
 }
 

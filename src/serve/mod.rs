@@ -37,6 +37,9 @@ use http::{Entropy, Shared};
 use metrics::Metrics;
 use served::{Companions, Served};
 
+/// How long clients may take to read the last words of a server that stops.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 /// How the server is run.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -115,8 +118,7 @@ pub fn serve(
     Engine::new(&served.model, served.limits, &companions, &metrics).run(&commands);
     // Whoever still waits hears now that the engine is gone.
     drop(commands);
-    let ended =
-        runtime.block_on(async { tokio::time::timeout(Duration::from_secs(1), ended).await });
+    let ended = runtime.block_on(async { tokio::time::timeout(2 * FAREWELL, ended).await });
     runtime.shutdown_timeout(Duration::from_secs(1));
     match ended {
         Ok(Ok(result)) => result,
@@ -163,9 +165,11 @@ fn start_http(
                 () = signals.next() => {}
                 () = tokio::time::sleep(drain) => {}
             }
+            // Whoever still waits is told, and has a moment to read it. Connections end with their last byte; those that
+            // do not are cut.
+            shared.client.stop();
             let _ = drained.send(());
-            // Connections end with their last byte; those that do not are cut.
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            tokio::time::sleep(FAREWELL).await;
         };
         let result = tokio::select! {
             result = serving => result.map_err(Error::from),
