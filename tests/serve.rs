@@ -391,7 +391,7 @@ fn a_required_tool_is_called_and_calls_go_back_into_the_template() {
     let text = server.ask("/detokenize", &json!({"tokens": tokens["tokens"]}))["prompt"].clone();
     let expected = format!(
         "1 tools\n<|im_start|>user\n{SUM}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n\
-         <|im_start|>tool\n25<|im_end|>\n<|im_start|>assistant\n",
+         <|im_start|>tool\n25<|im_end|>\n<|im_start|>assistant",
         arguments["a"]
     );
     assert_eq!(text, expected);
