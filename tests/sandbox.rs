@@ -97,6 +97,16 @@ const HOSTILE: &[(&str, &str, Outcome)] = &[
         "def fill():\n  for n in range(10000): open(f'/dev/shm/{n}', 'wb').write(bytes(1 << 20))\nattempt(fill)",
         Says("KEPT OSError [Errno 28]"),
     ),
+    (
+        "opens files without a name",
+        "attempt(lambda: [os.memfd_create('x') for _ in range(1000)])",
+        Says("KEPT OSError [Errno 24]"),
+    ),
+    (
+        "makes a big file without a name",
+        "attempt(lambda: os.truncate(os.memfd_create('x'), 1 << 30))",
+        Says("KEPT OSError [Errno 27]"),
+    ),
     ("sleeps forever", "time.sleep(10**6)", TimesOut),
     (
         "leaves a daemon",
@@ -348,6 +358,8 @@ fn tests_come_as_text_or_as_a_list_and_mistakes_in_them_are_the_rows() {
         (json!({}), "row: scorer `code`: the row has no tests"),
         (json!({"tests": 1}), "`tests` is a number"),
         (json!({"tests": "assert ("}), "the row's tests are no Python"),
+        (json!({"tests": "assert True\0"}), "the row's tests are no Python"),
+        (json!({"tests": format!("{}1", "-".repeat(100_000))}), "the row's tests are no Python"),
     ] {
         let error = judge_row(code, &row).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use arriero::data::forest::Forest;
 use arriero::data::record::Message;
 use arriero::data::tree::{Role, Tree};
-use arriero::generate::engine::{Finish, Prompt};
+use arriero::generate::engine::{Answer, Finish, Prompt};
 use arriero::generate::local::LocalModel;
 use arriero::generate::sampling::{Sampling, WeightFormat};
 use arriero::model::checkpoint::Checkpoint;
@@ -67,9 +67,9 @@ fn the_golden_prompt_has_its_mean_nll() {
     assert!((nll - 2.1724).abs() < 0.002, "mean NLL {nll}");
 }
 
-#[test]
-fn the_golden_prompt_has_its_greedy_answer() {
-    let model = LocalModel::new(checkpoint()).unwrap();
+/// The greedy answer to the golden prompt.
+fn greedy(format: WeightFormat) -> Answer {
+    let model = LocalModel::held(checkpoint(), format).unwrap();
     let prompts = [Prompt { index: 0, tokens: PROMPT.to_vec() }];
     let mut answers = Vec::new();
     model
@@ -78,27 +78,21 @@ fn the_golden_prompt_has_its_greedy_answer() {
             Ok(())
         })
         .unwrap();
-    assert_eq!(answers[0].text, "The capital of France is Paris.");
-    assert_eq!((answers[0].ids.last(), answers[0].finish), (Some(&2), Finish::Stop));
+    answers.remove(0)
+}
+
+#[test]
+fn the_golden_prompt_has_its_greedy_answer() {
+    let answer = greedy(WeightFormat::None);
+    assert_eq!(answer.text, "The capital of France is Paris.");
+    assert_eq!((answer.ids.last(), answer.finish), (Some(&2), Finish::Stop));
 }
 
 /// The file's own type of blocks, multiplied as integers: the same words, from a model that is rounded no further than its
 /// activations.
 #[test]
 fn the_golden_prompt_has_its_greedy_answer_from_blocks_of_four_bits() {
-    let answer = |format| {
-        let model = LocalModel::held(checkpoint(), format).unwrap();
-        let prompts = [Prompt { index: 0, tokens: PROMPT.to_vec() }];
-        let mut answers = Vec::new();
-        model
-            .run(&prompts, &Sampling::greedy(24), &mut |_, drawn| {
-                answers.extend(drawn);
-                Ok(())
-            })
-            .unwrap();
-        answers.remove(0)
-    };
-    let (dense, blocks) = (answer(WeightFormat::None), answer(WeightFormat::Q4_1));
+    let (dense, blocks) = (greedy(WeightFormat::None), greedy(WeightFormat::Q4_1));
     assert_eq!(blocks.text, "The capital of France is Paris.");
     let apart = dense.logprobs.iter().zip(&blocks.logprobs).map(|(a, b)| (a - b).abs());
     let worst = apart.fold(0.0, f32::max);

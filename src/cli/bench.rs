@@ -3,10 +3,10 @@
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use super::dtype::Dtype;
 use super::output;
 use crate::error::{Error, Result};
 use crate::generate::sampling::WeightFormat;
-use crate::model::Precision;
 use crate::model::lora::Lora;
 use crate::model::packed::Quantization;
 use crate::ops::cpu::isa::Isa;
@@ -35,7 +35,7 @@ pub(super) struct BenchArgs {
     chat: bool,
     /// Compute type
     #[arg(long, default_value = "f32")]
-    dtype: DtypeName,
+    dtype: Dtype,
     /// Steps to take the median of, after one that is not counted
     #[arg(long, default_value_t = 6)]
     steps: usize,
@@ -115,12 +115,6 @@ impl QuantizationName {
     }
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum DtypeName {
-    F32,
-    Bf16,
-}
-
 /// Measures and prints.
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let options = Options {
@@ -131,10 +125,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         chat: args.chat,
         steps: args.steps,
         recompute: args.recompute,
-        dtype: match args.dtype {
-            DtypeName::F32 => Precision::F32,
-            DtypeName::Bf16 => Precision::Bf16,
-        },
+        dtype: args.dtype.into(),
         lora: Lora {
             use_peft: args.lora.is_some(),
             lora_r: args.lora.unwrap_or(1),

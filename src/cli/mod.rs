@@ -6,6 +6,7 @@
 mod bench;
 mod chat;
 mod doctor;
+mod dtype;
 mod estimate;
 mod export;
 mod interrupt;

@@ -3,11 +3,11 @@
 use std::net::TcpListener;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
+use super::dtype::Dtype;
 use super::output;
 use crate::error::{Context, Error, Result};
-use crate::model::Precision;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::score::reward_model::{Reading, RewardModel};
 use crate::serve::{self, Models, Settings};
@@ -34,7 +34,7 @@ pub(super) struct ServeArgs {
     reward_model: Option<String>,
     /// Compute type
     #[arg(long, default_value = "f32")]
-    dtype: DtypeName,
+    dtype: Dtype,
     /// cpu or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -56,14 +56,6 @@ pub(super) struct ServeArgs {
     /// Seconds that requests under way may take to end when the server is stopped
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     drain: u64,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum DtypeName {
-    /// 32-bit floats
-    F32,
-    /// bfloat16
-    Bf16,
 }
 
 /// Serves until it is told to stop.
@@ -88,9 +80,10 @@ pub(super) fn run(args: ServeArgs) -> Result<()> {
     })
 }
 
-fn key(name: &str) -> Result<String> {
+/// The digest of the key in an environment variable.
+fn key(name: &str) -> Result<[u8; 32]> {
     match std::env::var(name) {
-        Ok(key) if !key.trim().is_empty() => Ok(key.trim().to_owned()),
+        Ok(key) if !key.trim().is_empty() => Ok(serve::digest(key.trim())),
         _ => Err(Error::usage(format!("--api-key-env: no key in the environment variable {name}"))
             .hint(format!("export {name}=…"))),
     }
@@ -108,12 +101,8 @@ fn warn(listener: &TcpListener, has_key: bool) -> Result<()> {
 
 fn models(args: &ServeArgs) -> Result<Models> {
     let device = device(&args.device)?;
-    let precision = match args.dtype {
-        DtypeName::F32 => Precision::F32,
-        DtypeName::Bf16 => Precision::Bf16,
-    };
-    let mut policy =
-        Checkpoint::load(&args.model, &device, &LoadOptions::default())?.computed_in(precision)?;
+    let mut policy = Checkpoint::load(&args.model, &device, &LoadOptions::default())?
+        .computed_in(args.dtype.into())?;
     if let Some(template) = &args.chat_template {
         policy.tokenizer = Some(policy.tokenizer()?.with_template(template).at("--chat-template")?);
     }

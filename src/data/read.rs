@@ -282,13 +282,7 @@ pub fn from_value(value: Value, place: &str, options: &ReadOptions) -> Result<Ro
     let Value::Object(mut columns) = value else {
         return Err(Error::run(format!("a row is {}, expected an object", kind(&value))));
     };
-    for (canonical, actual) in &options.columns {
-        if let Some(value) = columns.shift_remove(actual) {
-            columns.insert(canonical.clone(), value);
-        }
-    }
-    // A null column is an absent one: Parquet and merged sets give every row every column.
-    columns.retain(|_, value| !value.is_null());
+    rename(&mut columns, &options.columns);
     let format = options.format.map_or_else(|| detect(&columns), Ok)?;
     let record = record(format, &mut columns)?;
     let mut row = Row::new(place, record);
@@ -303,6 +297,17 @@ pub fn from_value(value: Value, place: &str, options: &ReadOptions) -> Result<Ro
     };
     row.extra = columns;
     Ok(row)
+}
+
+/// Gives columns their canonical names (canonical → the name that the row has) and leaves out those that are null.
+pub(crate) fn rename(columns: &mut Map<String, Value>, names: &IndexMap<String, String>) {
+    for (canonical, actual) in names {
+        if let Some(value) = columns.shift_remove(actual) {
+            columns.insert(canonical.clone(), value);
+        }
+    }
+    // A null column is an absent one: Parquet and merged sets give every row every column.
+    columns.retain(|_, value| !value.is_null());
 }
 
 fn detect(columns: &Map<String, Value>) -> Result<Format> {
@@ -560,7 +565,7 @@ fn cut(starts: Vec<Message>, responses: &mut [Side]) -> Side {
 }
 
 /// Tools as a list; some sets store them as JSON text.
-fn tools(value: Value) -> Result<Value> {
+pub(crate) fn tools(value: Value) -> Result<Value> {
     match value {
         Value::Array(_) => Ok(value),
         Value::String(text) => serde_json::from_str(&text)

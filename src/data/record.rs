@@ -357,11 +357,16 @@ impl Row {
 
     /// The column `answer`, as text.
     pub fn answer(&self) -> Option<String> {
-        match self.extra.get("answer")? {
-            Value::String(text) => Some(text.clone()),
-            Value::Null => None,
-            other => Some(other.to_string()),
-        }
+        answer(&self.extra)
+    }
+}
+
+/// The column `answer` among a row's, as text.
+pub(crate) fn answer(columns: &Map<String, Value>) -> Option<String> {
+    match columns.get("answer")? {
+        Value::String(text) => Some(text.clone()),
+        Value::Null => None,
+        other => Some(other.to_string()),
     }
 }
 

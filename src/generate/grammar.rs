@@ -76,10 +76,8 @@ impl Grammars {
     }
 
     fn grammar(&self, grammar: TopLevelGrammar) -> Result<Arc<Grammar>> {
-        let grammar = Grammar { grammar, factory: Arc::clone(&self.factory) };
-        // Says now what is wrong with it, not when an answer begins.
-        grammar.start()?;
-        Ok(Arc::new(grammar))
+        let parser = self.factory.create_parser(grammar).map_err(refused)?;
+        Ok(Arc::new(Grammar { start: Inner::new(Ok(parser)) }))
     }
 }
 
@@ -89,8 +87,7 @@ fn refused(error: impl std::fmt::Display) -> Error {
 
 /// The form of an answer.
 pub struct Grammar {
-    grammar: TopLevelGrammar,
-    factory: Arc<ParserFactory>,
+    start: Inner,
 }
 
 impl std::fmt::Debug for Grammar {
@@ -101,12 +98,8 @@ impl std::fmt::Debug for Grammar {
 
 impl Grammar {
     /// At the beginning of an answer.
-    ///
-    /// # Errors
-    /// A grammar that makes no sense.
-    pub fn start(&self) -> Result<Matcher> {
-        let parser = self.factory.create_parser(self.grammar.clone()).map_err(refused)?;
-        Ok(Matcher { inner: Inner::new(Ok(parser)) })
+    pub fn start(&self) -> Matcher {
+        Matcher { inner: self.start.deep_clone() }
     }
 }
 
@@ -156,7 +149,7 @@ mod tests {
     /// Writes an answer of a form by chance alone.
     fn write(tokenizer: &ChatTokenizer, grammar: &Grammar, seed: u64) -> String {
         let size = tokenizer.vocab_size() + 3;
-        let mut matcher = grammar.start().unwrap();
+        let mut matcher = grammar.start();
         let mut sampler = Sampler::new(&Sampling::default(), &Extras::default());
         let mut rng = Stream::new(seed, "test").at(0, 0);
         let mut ids = Vec::new();

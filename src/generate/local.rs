@@ -247,10 +247,10 @@ impl LocalModel {
             .at(&asked.place)
     }
 
-    /// Answers to prompts that are tokens already; see [`Engine::run`].
+    /// Answers to prompts that are tokens already; see [`answer_all`].
     ///
     /// # Errors
-    /// As [`Engine::run`].
+    /// As [`answer_all`].
     pub fn run(
         &self,
         prompts: &[Prompt],
@@ -270,26 +270,24 @@ impl Teacher for LocalModel {
     ) -> Result<()> {
         sampling.check()?;
         let sampling = Arc::new(sampling.clone());
-        let mut forms: Vec<(&Value, Arc<Extras>)> = Vec::new();
+        // Rows of one judge share their schema.
+        let mut form: Option<(&Value, Arc<Extras>)> = None;
         let mut requests = Vec::with_capacity(asked.len());
         for asked in asked {
-            let tokens = self.prompt_ids(asked)?;
-            if tokens.len() >= self.limits.max_positions {
-                let (len, limit) = (tokens.len(), self.limits.max_positions);
-                return Err(Error::run(format!(
-                    "a prompt of {len} tokens leaves no room for an answer in {limit} positions"
-                ))
-                .at(&asked.place));
-            }
-            let prompt = Prompt { index: asked.index, tokens };
+            let prompt = Prompt { index: asked.index, tokens: self.prompt_ids(asked)? };
             let mut request = Request::new(prompt, Arc::clone(&sampling));
+            request.check(self.limits.max_positions, self.vocab_size()).at(&asked.place)?;
             if let Some(schema) = &asked.schema {
-                if forms.last().is_none_or(|(known, _)| *known != schema) {
+                let known = form.take().filter(|(known, _)| *known == schema);
+                let known = if let Some(known) = known {
+                    known
+                } else {
                     let grammar = self.grammars()?.json_schema(schema).at(&asked.place)?;
                     let extras = Extras { grammar: Some(grammar), ..Extras::default() };
-                    forms.push((schema, Arc::new(extras)));
-                }
-                request.extras = forms.last().map(|(_, form)| Arc::clone(form)).unwrap_or_default();
+                    (schema, Arc::new(extras))
+                };
+                let (_, extras) = form.insert(known);
+                request.extras = Arc::clone(extras);
             }
             requests.push(request);
         }

@@ -17,4 +17,6 @@ mod stop;
 pub mod teacher;
 
 #[cfg(test)]
+mod requests_tests;
+#[cfg(test)]
 mod tests;

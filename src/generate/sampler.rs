@@ -116,27 +116,21 @@ impl Sampler {
         if !self.looks_back() && self.bias.is_empty() {
             return;
         }
+        let in_vocabulary = |id: u32| (id as usize) < logits.len();
         self.kept.clear();
         if self.looks_back() {
-            self.kept.extend_from_slice(history);
+            distinct(&mut self.kept, history.iter().copied().filter(|&id| in_vocabulary(id)));
         }
-        self.kept.extend(self.bias.iter().map(|&(id, _)| id));
-        self.kept.retain(|&id| (id as usize) < logits.len());
-        self.kept.sort_unstable();
-        self.kept.dedup();
-        self.changed.extend(self.kept.iter().map(|&id| (id, logits[id as usize])));
+        let biased = self.bias.iter().map(|&(id, _)| id).filter(|&id| in_vocabulary(id));
+        self.changed
+            .extend(self.kept.iter().copied().chain(biased).map(|id| (id, logits[id as usize])));
+        self.changed.sort_unstable_by_key(|&(id, _)| id);
+        self.changed.dedup_by_key(|&mut (id, _)| id);
         for &(id, bias) in &self.bias {
             if let Some(logit) = logits.get_mut(id as usize) {
                 *logit += bias;
             }
         }
-        if !self.looks_back() {
-            return;
-        }
-        self.kept.clear();
-        self.kept.extend(history.iter().filter(|&&id| (id as usize) < logits.len()));
-        self.kept.sort_unstable();
-        self.kept.dedup();
         for &id in &self.kept {
             let logit = &mut logits[id as usize];
             *logit = if *logit > 0.0 { *logit / self.penalty } else { *logit * self.penalty };
@@ -148,10 +142,10 @@ impl Sampler {
                     *logit -= self.frequency;
                 }
             }
-            self.kept.clear();
-            self.kept.extend(answer.iter().filter(|&&id| (id as usize) < logits.len()));
-            self.kept.sort_unstable();
-            self.kept.dedup();
+            distinct(
+                &mut self.kept,
+                answer.iter().copied().filter(|&id| (id as usize) < logits.len()),
+            );
             for &id in &self.kept {
                 logits[id as usize] -= self.presence;
             }
@@ -210,6 +204,14 @@ impl Sampler {
         self.kept.retain(|&id| weights[id as usize] >= floor);
         self.kept.sort_unstable();
     }
+}
+
+/// Fills `kept` with the different ids, in order.
+fn distinct(kept: &mut Vec<u32>, ids: impl Iterator<Item = u32>) {
+    kept.clear();
+    kept.extend(ids);
+    kept.sort_unstable();
+    kept.dedup();
 }
 
 /// The log-probability of one token and the likeliest `count`, under the model alone, in nats.

@@ -69,7 +69,8 @@ pub enum WeightFormat {
     /// 4 bits and a scale for each 32; embedding and head keep 8.
     #[serde(rename = "q4_0")]
     Q4_0,
-    /// 4 bits, a scale and a minimum for each 32; embedding and head keep 8. A GGUF file of this type loses nothing.
+    /// 4 bits, a scale and a minimum for each 32; embedding and head keep 8. A GGUF file of this type
+    /// that was made by plain rounding loses nothing.
     #[serde(rename = "q4_1")]
     Q4_1,
 }
@@ -158,7 +159,9 @@ impl Sampling {
 }
 
 /// Accepts one string where a list is meant, as the OpenAI interface does.
-fn one_or_many<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+pub(crate) fn one_or_many<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<String>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum OneOrMany {

@@ -1,4 +1,3 @@
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -6,8 +5,8 @@ use candle_core::Device;
 
 use super::decode::{CpuDecoder, Decoder, Feed, Wanted};
 use super::engine::{
-    Answer, Draft, Engine, Event, Extras, Finish, Guess, Guesser, Limits, Lookup, Piece, Prompt,
-    PromptScores, Request, Scheduler, Ticket, Vocabulary,
+    Answer, Draft, Event, Finish, Guess, Guesser, Limits, Lookup, Prompt, Request, Schedule,
+    Scheduler, Ticket, Vocabulary, answer_all,
 };
 use super::plain::PlainDecoder;
 use super::sampler::argmax;
@@ -17,16 +16,15 @@ use crate::data::tree::{Role, Tree};
 use crate::error::Result;
 use crate::model::Precision;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::packed::BlockType;
 use crate::model::transformer::Transformer;
 use crate::ops::cpu::Element;
 use crate::ops::head;
 
 /// Byte tokens; 256 and above are the pieces of `pieces`.
 #[derive(Default)]
-struct Bytes {
-    ends: Vec<u32>,
-    pieces: Vec<&'static str>,
+pub(super) struct Bytes {
+    pub(super) ends: Vec<u32>,
+    pub(super) pieces: Vec<&'static str>,
 }
 
 impl Vocabulary for Bytes {
@@ -49,8 +47,8 @@ impl Vocabulary for Bytes {
 }
 
 /// Says a fixed text whatever it is asked.
-struct Parrot {
-    says: Vec<u32>,
+pub(super) struct Parrot {
+    pub(super) says: Vec<u32>,
 }
 
 impl Decoder for Parrot {
@@ -86,7 +84,31 @@ impl Decoder for Parrot {
     }
 }
 
-const WIDE: Limits = Limits {
+/// Answers prompts with one decoder.
+pub(super) struct Engine<'a, D: Decoder> {
+    pub(super) decoder: &'a D,
+    pub(super) vocabulary: &'a dyn Vocabulary,
+    pub(super) limits: Limits,
+}
+
+impl<D: Decoder> Engine<'_, D> {
+    /// All answers, prompt by prompt.
+    pub(super) fn answers(
+        &self,
+        prompts: &[Prompt],
+        sampling: &Sampling,
+    ) -> Result<Vec<Vec<Answer>>> {
+        let mut all = vec![Vec::new(); prompts.len()];
+        let mut scheduler = Scheduler::new(self.decoder, self.vocabulary, self.limits);
+        answer_all(&mut scheduler, prompts, sampling, &mut |place, answers| {
+            all[place] = answers;
+            Ok(())
+        })?;
+        Ok(all)
+    }
+}
+
+pub(super) const WIDE: Limits = Limits {
     max_batch: 8,
     max_prefill: 64,
     cache_tokens: 4096,
@@ -105,7 +127,7 @@ fn parrot(says: &[u32], stop: &[&str], vocabulary: &Bytes) -> Answer {
     engine.answers(&prompts, &sampling).unwrap().remove(0).remove(0)
 }
 
-fn ids(text: &str) -> Vec<u32> {
+pub(super) fn ids(text: &str) -> Vec<u32> {
     text.bytes().map(u32::from).collect()
 }
 
@@ -161,7 +183,7 @@ fn a_prompt_without_room_for_an_answer_is_refused() {
     assert_eq!((answer.ids.len(), answer.finish), (2, Finish::Length));
 }
 
-fn golden(name: &str) -> Checkpoint {
+pub(super) fn golden(name: &str) -> Checkpoint {
     let folder = std::env::var_os("ARRIERO_GOLDENS").map_or_else(
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens"),
         PathBuf::from,
@@ -170,7 +192,7 @@ fn golden(name: &str) -> Checkpoint {
 }
 
 /// Log-probabilities after `tokens`, by the transformer over the whole sequence.
-fn whole_forward(model: &Transformer, tokens: &[u32]) -> Vec<f32> {
+pub(super) fn whole_forward(model: &Transformer, tokens: &[u32]) -> Vec<f32> {
     let tree = Tree::sequence(tokens.to_vec(), vec![Role::Context; tokens.len()], 0);
     let hidden = model.hidden(&Forest::pack([&tree]).unwrap()).unwrap();
     let last = hidden.narrow(0, tokens.len() - 1, 1).unwrap();
@@ -245,7 +267,7 @@ fn samples_have_the_trainers_bits<E: Element>(precision: Precision) {
 }
 
 /// Logits of a prompt in two parts and of two samples that share it.
-fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
+pub(super) fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
     let (mut logits, mut all) = (Vec::new(), Vec::new());
     let mut prompt = decoder.cache(None);
     decoder
@@ -400,147 +422,4 @@ impl Guesser for Known {
         }
         Ok(())
     }
-}
-
-/// Streams one request and returns its pieces, the answers, and the scores of the prompt.
-fn stream<D: Decoder>(
-    decoder: &D,
-    vocabulary: &dyn Vocabulary,
-    request: Request,
-) -> (Vec<Piece>, Vec<Answer>, PromptScores) {
-    let mut scheduler = Scheduler::new(decoder, vocabulary, WIDE);
-    scheduler.submit(request).unwrap();
-    let (mut pieces, mut done) = (Vec::new(), None);
-    let mut on = |event| {
-        match event {
-            Event::Piece(_, piece) => pieces.push(piece),
-            Event::Done(_, answers, scores) => done = Some((answers, scores)),
-            Event::Failed(_, error) => return Err(error),
-        }
-        Ok(())
-    };
-    while scheduler.step(&mut on).unwrap() {}
-    let (answers, scores) = done.unwrap();
-    (pieces, answers, scores)
-}
-
-#[test]
-fn a_streamed_answer_comes_in_whole_characters_and_never_shows_a_stop_string() {
-    let vocabulary = Bytes { ends: vec![0], pieces: vec!["one ST", "OP two", "AY "] };
-    let said: Vec<u32> =
-        [256, 258, 256].into_iter().chain(ids("aé")).chain([257, 256, 257]).collect();
-    let sampling = Sampling { stop: vec!["STOP".to_owned()], ..Sampling::greedy(40) };
-    let extras = Extras { stream: true, top_logprobs: 2, ..Extras::default() };
-    let prompt = Prompt { index: 0, tokens: vec![7] };
-    let request = Request { extras: Arc::new(extras), ..Request::new(prompt, Arc::new(sampling)) };
-    let (pieces, answers, _) = stream(&Parrot { says: said }, &vocabulary, request);
-    let texts: Vec<&str> = pieces.iter().map(|piece| piece.text.as_str()).collect();
-    assert_eq!(texts, ["one ", "STAY ", "one ", "STa", "", "é", "OP two", "one ", ""]);
-    assert_eq!(texts.concat(), answers[0].text);
-    let (ids, tops): (Vec<u32>, Vec<_>) =
-        pieces.iter().flat_map(|p| p.ids.iter().copied().zip(p.top_logprobs.clone())).unzip();
-    assert_eq!((&ids, &tops), (&answers[0].ids, &answers[0].top_logprobs));
-    let finishes: Vec<_> = pieces.iter().filter_map(|piece| piece.finish).collect();
-    assert_eq!(finishes, [Finish::Stop]);
-}
-
-#[test]
-fn a_prompts_own_tokens_are_scored_as_by_the_whole_forward() {
-    let checkpoint = golden("model_untied");
-    let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
-    let model = Transformer::new(&checkpoint.config, &checkpoint.weights).unwrap();
-    let tokens: Vec<u32> = (0..90).map(|i| 3 + (i * 29) % 400).collect();
-    let extras = Extras { prompt_logprobs: true, top_logprobs: 1, ..Extras::default() };
-    let request = Request {
-        extras: Arc::new(extras),
-        ..Request::new(Prompt { index: 0, tokens: tokens.clone() }, Arc::new(Sampling::greedy(1)))
-    };
-    let (_, _, scores) = stream(&decoder, &Bytes::default(), request);
-    assert_eq!((scores.logprobs.len(), scores.top_logprobs.len()), (89, 89));
-    for place in [1, 40, 63, 64, 65, 89] {
-        let expected = whole_forward(&model, &tokens[..place]);
-        let found = scores.logprobs[place - 1];
-        assert!((found - expected[tokens[place] as usize]).abs() < 1e-4, "{place}");
-        assert_eq!(scores.top_logprobs[place - 1][0].0, argmax(&expected));
-    }
-}
-
-#[test]
-fn prompts_that_begin_alike_are_read_once_and_requests_may_leave() {
-    let checkpoint = golden("model_tied");
-    let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
-    let vocabulary = Bytes::default();
-    let limits = Limits { keep_prefixes: true, max_positions: 200, ..WIDE };
-    let prompt =
-        |index: u64| Prompt { index, tokens: (0..50).chain([60 + index as u32, 70]).collect() };
-    let sampling = Arc::new(Sampling { max_new_tokens: 12, ..Sampling::default() });
-    let alone = Engine { decoder: &decoder, vocabulary: &vocabulary, limits: WIDE }
-        .answers(&[prompt(0), prompt(1), prompt(2)], &sampling)
-        .unwrap();
-    let mut scheduler = Scheduler::new(&decoder, &vocabulary, limits);
-    let submit = |scheduler: &mut Scheduler<'_, _>, index| {
-        scheduler.submit(Request::new(prompt(index), Arc::clone(&sampling))).unwrap()
-    };
-    for index in 0..2 {
-        submit(&mut scheduler, index);
-    }
-    let leaves = submit(&mut scheduler, 9);
-    submit(&mut scheduler, 2);
-    let (mut done, mut steps, mut most) = (BTreeMap::new(), 0, 0);
-    while scheduler
-        .step(&mut |event| match event {
-            Event::Done(ticket, answers, _) => {
-                done.insert(ticket.0, answers);
-                Ok(())
-            }
-            other => panic!("{other:?}"),
-        })
-        .unwrap()
-    {
-        steps += 1;
-        most = most.max(scheduler.cached_tokens());
-        if steps == 3 {
-            scheduler.cancel(leaves);
-        }
-    }
-    assert_eq!(done.keys().copied().collect::<Vec<_>>(), [0, 1, 3]);
-    assert!(done.into_values().eq(alone), "sharing changes no answer");
-    // 52 tokens of the first prompt, two or three of each other, 12 an answer: apart it would be more than 200.
-    assert!(most < 52 + 3 * 3 + 4 * 12, "{most} tokens in caches");
-    assert_eq!(scheduler.load(), (0, 0));
-}
-
-#[test]
-fn rounded_weights_predict_nearly_the_same_and_keep_the_row_rule() {
-    for (kind, most) in [(BlockType::Q8_0, 0.04), (BlockType::Q4_1, 0.25), (BlockType::Q4_0, 0.3)] {
-        let checkpoint = golden("model_llama3rope");
-        let dense: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
-        let rounded = CpuDecoder::rounded(&checkpoint.config, &checkpoint.weights, kind).unwrap();
-        let (expected, found) = (predict(&dense), predict(&rounded));
-        let size = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-        let apart: Vec<f32> = expected.iter().zip(&found).map(|(a, b)| a - b).collect();
-        let share = size(&apart) / size(&expected);
-        assert!(share > 1e-5 && share < most, "{kind:?}: {share}");
-        let prompts: Vec<Prompt> = (0..5_u32)
-            .map(|index| Prompt {
-                index: u64::from(index),
-                tokens: (0..=9 * index).map(|i| 40 + (i * 31 + index) % 400).collect(),
-            })
-            .collect();
-        let sampling = Sampling { num_samples: 3, max_new_tokens: 12, ..Sampling::default() };
-        let answers = |limits| {
-            let vocabulary = &Bytes::default();
-            Engine { decoder: &rounded, vocabulary, limits }.answers(&prompts, &sampling).unwrap()
-        };
-        let alone = Limits { max_batch: 1, max_prefill: 5, ..WIDE };
-        assert!(answers(WIDE) == answers(alone), "{kind:?}");
-    }
-    let mut checkpoint = golden("model_tied");
-    checkpoint.weights.insert(
-        "model.embed_tokens.weight".to_owned(),
-        candle_core::Tensor::zeros((8, 33), candle_core::DType::F32, &Device::Cpu).unwrap(),
-    );
-    let error = CpuDecoder::rounded(&checkpoint.config, &checkpoint.weights, BlockType::Q4_0);
-    let error = error.unwrap_err().to_string();
-    assert!(error.starts_with("model.embed_tokens.weight: rows of 33 weights"), "{error}");
 }

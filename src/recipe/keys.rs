@@ -90,7 +90,7 @@ pub const ALIASES: &[(&str, &str)] = &[
 ];
 
 /// Keys, at any depth of a spec, whose text names something to read.
-pub const INPUT_KEYS: [&str; 11] = [
+pub const INPUT_KEYS: [&str; 12] = [
     "model_name_or_path",
     "ref_model_name_or_path",
     "teacher",
@@ -101,6 +101,7 @@ pub const INPUT_KEYS: [&str; 11] = [
     "path",
     "reward_model",
     "judge",
+    "tokenizer",
     "chat_template",
 ];
 

@@ -219,7 +219,7 @@ pub(super) fn inputs(key: &str, value: Value, scope: &Scope<'_>) -> Result<Value
             let mut scorers = Vec::new();
             for mut scorer in list {
                 let mut absent = false;
-                for key in ["reward_model", "judge"] {
+                for key in ["reward_model", "judge", "tokenizer"] {
                     let Some(model) = scorer.get(key).and_then(Value::as_str) else { continue };
                     match scope.paths(model)?.pop() {
                         Some(path) => scorer[key] = Value::String(path),

@@ -11,10 +11,9 @@ use serde_json::{Value, json};
 
 use super::{Question, Score, Scorer, ScorerSpec};
 use crate::data::record::Message;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, start_of};
 use crate::generate::local::LocalModel;
 use crate::generate::openai::Server;
-use crate::generate::openai::http::start_of;
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::{Asked, Teacher, TeacherSpec};
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
@@ -107,10 +106,7 @@ impl Judge {
     /// What the votes on one answer come to.
     fn summed(&self, votes: &[(f64, String)]) -> Score {
         let mean = votes.iter().map(|(vote, _)| vote).sum::<f64>() / votes.len() as f64;
-        let value = match self.form {
-            Form::Code => f64::from(u8::from(mean > 0.5)),
-            Form::Rubric | Form::Pairwise => mean,
-        };
+        let value = if self.form == Form::Code { f64::from(u8::from(mean > 0.5)) } else { mean };
         let reason = votes.first().map_or("", |(_, reason)| reason);
         Score { value, why: format!("{mean:.2} of {} votes: {reason}", votes.len()) }
     }

@@ -11,6 +11,7 @@ pub mod statistics;
 pub mod verifiers;
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::Device;
 use indexmap::IndexMap;
@@ -256,6 +257,10 @@ impl ScorerSpec {
             return Err(Error::usage("`judge` is empty")
                 .hint("a directory, a hub id, or {base_url = …, model = …}"));
         }
+        if matches!(judge, TeacherSpec::Server(server) if server.skip_refused) {
+            return Err(Error::usage("`skip_refused` of a judge")
+                .hint("an answer that is not judged has no score: leave it out"));
+        }
         judge.check().at("`judge`")
     }
 
@@ -308,8 +313,8 @@ pub struct Score {
 
 /// Judges answers; several threads may ask it at once.
 pub trait Scorer: Send + Sync {
-    /// One score an answer, each depending on the question and that answer alone; a judge that compares answers looks
-    /// at the others too.
+    /// One score an answer, each depending on the question and that answer alone. A judge that compares answers looks at
+    /// the others too, and a reward model cuts a prompt that is too long as its longest answer demands.
     ///
     /// # Errors
     /// The row lacks what the judge needs.
@@ -318,8 +323,13 @@ pub trait Scorer: Send + Sync {
     /// Whether a score below 1 means that the answer is wrong.
     fn verifies(&self) -> bool;
 
-    /// Whether it mostly waits for somebody else: then many prompts are judged at once.
+    /// Whether it mostly waits for somebody else: then many prompts may be judged at once.
     fn waits(&self) -> bool {
+        false
+    }
+
+    /// Whether it takes little time and memory, so that many may work side by side.
+    fn is_light(&self) -> bool {
         false
     }
 }
@@ -327,6 +337,8 @@ pub trait Scorer: Send + Sync {
 /// All judges of a stage.
 pub struct Panel {
     judges: Vec<Seat>,
+    /// Held by a judge that computes: one alone has all the memory and all cores, whoever else waits for servers.
+    computing: Mutex<()>,
 }
 
 struct Seat {
@@ -392,7 +404,7 @@ impl Panel {
                 scorer,
             });
         }
-        Ok(Self { judges })
+        Ok(Self { judges, computing: Mutex::new(()) })
     }
 
     /// Whether nobody judges.
@@ -405,9 +417,9 @@ impl Panel {
         self.judges.iter().any(|judge| judge.scorer.verifies())
     }
 
-    /// Whether every judge is a verifier: cheap, and none disturbs another.
-    pub fn only_verifies(&self) -> bool {
-        self.judges.iter().all(|judge| judge.scorer.verifies())
+    /// Whether no judge takes much time or memory, so that many questions may be judged side by side.
+    pub fn is_light(&self) -> bool {
+        self.judges.iter().all(|judge| judge.scorer.is_light())
     }
 
     /// Whether a judge mostly waits for somebody else.
@@ -428,7 +440,11 @@ impl Panel {
         let mut verdicts = vec![Verdict::default(); answers.len()];
         for judge in &self.judges {
             let place = || format!("{}: scorer `{}`", question.place, judge.label);
+            let computes = !judge.scorer.waits() && !judge.scorer.is_light();
+            let alone =
+                computes.then(|| self.computing.lock().unwrap_or_else(PoisonError::into_inner));
             let scores = judge.scorer.score(question, answers).at(place())?;
+            drop(alone);
             for (index, (verdict, score)) in verdicts.iter_mut().zip(scores).enumerate() {
                 if !score.value.is_finite() {
                     let value = score.value;

@@ -22,6 +22,8 @@ use crate::model::{Architecture, Config, labels};
 
 /// Most tokens of one forward pass.
 const BUDGET: usize = 4096;
+/// Most answers of one tree.
+const ANSWERS: usize = 64;
 
 /// The key of `config.json` that holds the text which ends a step.
 pub const STEP_SEPARATOR: &str = "step_separator";
@@ -246,9 +248,12 @@ fn steps_of(answer: &str, separator: &str) -> Vec<String> {
 
 impl Scorer for RewardModel {
     fn score(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
-        let scores = self.score_rows(&self.rows(question, answers))?;
-        let judged = scores.into_iter().flatten();
-        Ok(judged.map(|value| Score { value, why: String::new() }).collect())
+        let mut scores = Vec::with_capacity(answers.len());
+        for answers in answers.chunks(ANSWERS) {
+            let judged = self.score_rows(&self.rows(question, answers))?.into_iter().flatten();
+            scores.extend(judged.map(|value| Score { value, why: String::new() }));
+        }
+        Ok(scores)
     }
 
     fn verifies(&self) -> bool {

@@ -2,7 +2,9 @@
 //! time, memory, processes and output.
 //!
 //! The walls are bubblewrap's namespaces and the limits of prlimit; the clock, the memory of all processes together and
-//! the size of the output are watched from outside. It is no virtual machine: a hole in the kernel is a hole in it.
+//! the size of the output are watched from outside. Memory is what processes have mapped: open files without a name
+//! are bounded by their size and their number, segments of System V shared memory that nobody has mapped are not. It
+//! is no virtual machine: a hole in the kernel is a hole in it.
 
 use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -24,6 +26,8 @@ const NOBODY: u32 = 65534;
 const LOOK: Duration = Duration::from_millis(2);
 /// Between two sums of its memory.
 const WEIGH: Duration = Duration::from_millis(20);
+/// Most open files of a process. Those that only memory holds are counted nowhere else.
+const OPEN_FILES: u64 = 64;
 /// How long a stream may stay open after its program has ended: someone else must hold it then.
 const LINGER: Duration = Duration::from_millis(500);
 
@@ -34,7 +38,7 @@ pub struct Limits {
     pub wall: Duration,
     /// Processor time of each process, in seconds.
     pub cpu_s: u64,
-    /// Memory of all processes together, in bytes; the address space of each.
+    /// Memory that all processes together have mapped, in bytes; the address space of each.
     pub memory: u64,
     /// Processes and threads at once. Without a sandbox there is no such limit.
     pub processes: u64,
@@ -201,6 +205,7 @@ impl Sandbox {
             .arg(format!("--as={}", limits.memory))
             .arg(format!("--cpu={}", limits.cpu_s))
             .arg(format!("--fsize={}", limits.file))
+            .arg(format!("--nofile={OPEN_FILES}"))
             .arg("--core=0")
             .args(program)
             .current_dir(home.unwrap_or(Path::new("/")));

@@ -125,17 +125,17 @@ pub(super) fn parse(
     manner.extras.top_logprobs = top.unwrap_or(0);
     let prompt = conversation.encode(served, tools.described.clone())?;
     let (stream, include_usage) = (manner.stream, manner.include_usage);
-    let n = manner.sampling.num_samples;
+    let (n, len) = (manner.sampling.num_samples, prompt.len());
+    let requests = manner.requests(served, vec![prompt], max_tokens)?;
     let format = Chat {
         served: Arc::clone(served),
         head: Head::new(served, format!("chatcmpl-{}", fresh.id)),
         tools,
         with_logprobs: top.is_some(),
         include_usage,
-        usage: Usage { prompt: prompt.len(), ..Usage::default() },
+        usage: Usage { prompt: len, ..Usage::default() },
         streams: (0..n).map(|_| Stream::default()).collect(),
     };
-    let requests = manner.requests(served, vec![prompt], max_tokens)?;
     Ok(Asked { requests, stream, format })
 }
 

@@ -128,22 +128,23 @@ pub(super) fn parse(
     let echoed = |(text, ids): (Option<String>, &Vec<u32>)| {
         text.unwrap_or_else(|| served.tokenizer().decode(ids, false))
     };
-    let texts = texts.into_iter().zip(&prompts).map(echoed).collect();
+    let texts = echo.then(|| texts.into_iter().zip(&prompts).map(echoed).collect());
     let n = manner.sampling.num_samples;
     let usage = Usage { prompt: prompts.iter().map(Vec::len).sum(), ..Usage::default() };
+    // Refused before anything is set up for as many answers as were asked for.
+    let requests = manner.requests(served, prompts.clone(), Some(max_tokens))?;
     let format = Completion {
         head: Head::new(served, format!("cmpl-{}", fresh.id)),
         n,
-        echo: echo.then_some(texts),
+        echo: texts,
         nothing_new: max_tokens == 0,
         top,
         include_usage,
         usage,
-        streams: (0..prompts.len() * n).map(|_| Stream::default()).collect(),
-        prompts: prompts.clone(),
+        streams: (0..requests.len() * n).map(|_| Stream::default()).collect(),
+        prompts,
         served: Arc::clone(served),
     };
-    let requests = manner.requests(served, prompts, Some(max_tokens))?;
     Ok(Asked { requests, stream, format })
 }
 

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Instant;
 
@@ -26,6 +26,7 @@ pub(super) enum Command {
     /// The rewards of answers.
     Score(Judged, oneshot::Sender<Result<Vec<f64>>>),
     Cancel(u64),
+    /// Wakes an engine that was told to stop.
     Stop,
 }
 
@@ -76,12 +77,24 @@ pub(super) struct Client {
     places: Arc<Semaphore>,
     most: usize,
     next: AtomicU64,
+    told_to_stop: Arc<AtomicBool>,
 }
 
 impl Client {
     /// Lets at most `most` prompts be under way or wait.
     pub(super) fn new(commands: Sender<Command>, most: usize) -> Self {
-        Self { commands, places: Arc::new(Semaphore::new(most)), most, next: AtomicU64::new(0) }
+        Self {
+            commands,
+            places: Arc::new(Semaphore::new(most)),
+            most,
+            next: AtomicU64::new(0),
+            told_to_stop: Arc::default(),
+        }
+    }
+
+    /// Becomes true when the engine shall stop; for [`Engine::run`].
+    pub(super) fn told_to_stop(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.told_to_stop)
     }
 
     /// Whether nothing is under way.
@@ -89,8 +102,9 @@ impl Client {
         self.places.available_permits() == self.most
     }
 
-    /// Ends the engine after its present step.
+    /// Ends the engine after its present step, whatever else waits.
     pub(super) fn stop(&self) {
+        self.told_to_stop.store(true, Ordering::Relaxed);
         // An engine that is gone has stopped.
         let _ = self.commands.send(Command::Stop);
     }
@@ -228,13 +242,14 @@ impl<'a> Engine<'a> {
         Self { model, limits, others, metrics, schedule, open: BTreeMap::new() }
     }
 
-    /// Works until it is told to stop. Computes on the calling thread, which should be one of rayon's.
-    pub(super) fn run(mut self, commands: &Receiver<Command>) {
+    /// Works until it is told to stop; commands that came before and still wait are not obeyed any more. Computes on the
+    /// calling thread, which should be one of rayon's.
+    pub(super) fn run(mut self, commands: &Receiver<Command>, told_to_stop: &AtomicBool) {
         while let Ok(command) = commands.recv() {
             let mut next = Some(command);
             loop {
                 while let Some(command) = next.take() {
-                    if matches!(command, Command::Stop) {
+                    if matches!(command, Command::Stop) || told_to_stop.load(Ordering::Relaxed) {
                         return;
                     }
                     let computes = matches!(command, Command::Embed(..) | Command::Score(..));
@@ -347,5 +362,50 @@ fn pass_on(open: &mut BTreeMap<Ticket, Under>, metrics: &Metrics, event: Event) 
             let _ = under.events.send((under.place, event));
             open.remove(&ticket);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::model::checkpoint::Checkpoint;
+
+    /// Nobody may ask it.
+    struct Never;
+
+    impl Others for Never {
+        fn embed(&self, _: &Embed) -> Result<Vec<Vec<f32>>> {
+            panic!("computed after the stop")
+        }
+
+        fn score(&self, _: &Judged) -> Result<Vec<f64>> {
+            panic!("computed after the stop")
+        }
+    }
+
+    #[test]
+    fn what_still_waits_when_it_stops_is_not_computed() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
+        let model = LocalModel::new(&Checkpoint::load_dir(&dir, &Device::Cpu).unwrap()).unwrap();
+        let (sender, commands) = std::sync::mpsc::channel();
+        let client = Client::new(sender.clone(), 4);
+        let (answer, mut embedded) = oneshot::channel();
+        let embed = Embed { texts: vec![vec![1]], pooling: Pooling::Mean };
+        sender.send(Command::Embed(embed, answer)).unwrap();
+        let (answer, mut scored) = oneshot::channel();
+        let judged = Judged { prompt: Vec::new(), tools: None, answers: Vec::new() };
+        sender.send(Command::Score(judged, answer)).unwrap();
+        client.stop();
+        let metrics = Metrics::default();
+        let engine = Engine::new(&model, model.limits(), &Never, &metrics);
+        engine.run(&commands, &client.told_to_stop());
+        drop(commands);
+        // Their senders are gone, which is how those who wait hear of it.
+        assert_eq!(embedded.try_recv().err(), Some(oneshot::error::TryRecvError::Closed));
+        assert_eq!(scored.try_recv().err(), Some(oneshot::error::TryRecvError::Closed));
     }
 }

@@ -15,7 +15,6 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use rand::RngCore;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::answering::{Format, respond};
 use super::completions::Asked;
@@ -23,7 +22,8 @@ use super::engine::Client;
 use super::metrics::Metrics;
 use super::problem::Problem;
 use super::served::Served;
-use super::{chat, completions, others};
+use super::{chat, completions, digest, others};
+use crate::error::Error;
 use crate::rng::Stream;
 
 /// Every route, for counting and for "did you mean".
@@ -49,7 +49,7 @@ pub(super) struct Shared {
     pub(super) judge: Option<String>,
     pub(super) client: Client,
     pub(super) metrics: Arc<Metrics>,
-    /// SHA-256 of the key. The key itself is kept nowhere.
+    /// The [`digest`] of the key. The server does not keep the key itself.
     pub(super) key: Option<[u8; 32]>,
     pub(super) stopping: AtomicBool,
     pub(super) entropy: Entropy,
@@ -78,11 +78,6 @@ impl Entropy {
         let mut rng = self.stream.at(0, self.next.fetch_add(1, Ordering::Relaxed));
         Fresh { seed: rng.next_u64(), id: format!("{:016x}{:08x}", rng.next_u64(), rng.next_u32()) }
     }
-}
-
-/// What is kept of a key.
-pub(super) fn digest(key: &str) -> [u8; 32] {
-    Sha256::digest(key.as_bytes()).into()
 }
 
 type Body = Result<Bytes, BytesRejection>;
@@ -154,7 +149,13 @@ fn read(body: Body) -> Result<Bytes, Problem> {
 async fn aside<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(Problem::stopping()))
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        // What has not begun when the runtime ends is cancelled.
+        if !error.is_panic() {
+            return Err(Problem::stopping());
+        }
+        Err(Problem::from(Error::run("a mistake of the server: the request broke its reader")))
+    })
 }
 
 /// Reads a request's body.

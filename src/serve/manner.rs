@@ -10,7 +10,7 @@ use super::problem::{Problem, nearest};
 use super::served::Served;
 use crate::generate::engine::{Extras, Prompt, Request};
 use crate::generate::grammar::Grammar;
-use crate::generate::sampling::Sampling;
+use crate::generate::sampling::{Sampling, one_or_many};
 
 /// Most likely tokens that can be named at each place.
 pub(super) const MOST_TOP: usize = 20;
@@ -120,7 +120,8 @@ fn room(served: &Served, len: usize, wanted: Option<usize>, n: usize) -> Result<
     let Some(wanted) = wanted else {
         return Ok((positions - len).min(cache.saturating_sub(len) / n.max(1)).max(1));
     };
-    if len + wanted > positions {
+    // Not as a sum: it may be more than any number.
+    if wanted > positions - len {
         return Err(too_long(format!(
             "the prompt has {len} tokens and `max_tokens` is {wanted}, together more than the model's {positions} positions"
         ))
@@ -155,7 +156,7 @@ fn sampling(fields: &mut Fields, fresh: u64) -> Result<Sampling, Problem> {
         repetition_penalty: fields
             .take("repetition_penalty")?
             .unwrap_or(default.repetition_penalty),
-        stop: fields.take("stop")?.map(OneOrMany::into_vec).unwrap_or_default(),
+        stop: fields.take("stop")?.map(|Stop(strings)| strings).unwrap_or_default(),
         // Negative seeds are as good as any.
         seed: fields.take::<i64>("seed")?.map_or(fresh, i64::cast_unsigned),
         num_samples,
@@ -166,20 +167,8 @@ fn sampling(fields: &mut Fields, fresh: u64) -> Result<Sampling, Problem> {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
-}
-
-impl OneOrMany {
-    fn into_vec(self) -> Vec<String> {
-        match self {
-            Self::One(one) => vec![one],
-            Self::Many(many) => many,
-        }
-    }
-}
+#[serde(transparent)]
+struct Stop(#[serde(deserialize_with = "one_or_many")] Vec<String>);
 
 fn penalty(fields: &mut Fields, name: &'static str) -> Result<f32, Problem> {
     let value: f32 = fields.take(name)?.unwrap_or(0.0);

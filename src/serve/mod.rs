@@ -26,6 +26,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use rand::TryRngCore;
+use sha2::{Digest, Sha256};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Context, Error, Result};
@@ -45,8 +46,8 @@ const FAREWELL: Duration = Duration::from_secs(1);
 pub struct Settings {
     /// The names that requests may call the model by; answers carry the first.
     pub names: Vec<String>,
-    /// What a request must bring in its `Authorization` header.
-    pub key: Option<String>,
+    /// The [`digest`] of the key that a request must bring in its `Authorization` header.
+    pub key: Option<[u8; 32]>,
     /// Most answers under way at once; the model's default where absent.
     pub max_batch: Option<usize>,
     /// Most tokens in all caches together; the model's default where absent.
@@ -65,6 +66,11 @@ pub struct Models {
     pub policy: Checkpoint,
     /// A reward model with its name, for `/score`.
     pub judge: Option<(String, RewardModel)>,
+}
+
+/// SHA-256 of a key, which is all that the server keeps of it.
+pub fn digest(key: &str) -> [u8; 32] {
+    Sha256::digest(key.as_bytes()).into()
 }
 
 /// Takes an address. Done before a model is loaded, so that an address in use is known at once.
@@ -102,12 +108,14 @@ pub fn serve(
     let metrics = Arc::new(Metrics::default());
     let (sender, commands) = mpsc::channel();
     let start = rand::rngs::OsRng.try_next_u64().map_err(Error::run)?;
+    let client = Client::new(sender, settings.max_requests);
+    let told_to_stop = client.told_to_stop();
     let shared = Arc::new(Shared {
         served: Arc::clone(&served),
         judge: judge_name,
-        client: Client::new(sender, settings.max_requests),
+        client,
         metrics: Arc::clone(&metrics),
-        key: settings.key.as_deref().map(http::digest),
+        key: settings.key,
         stopping: AtomicBool::new(false),
         entropy: Entropy::new(start),
     });
@@ -115,7 +123,8 @@ pub fn serve(
     let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let ended = start_http(&runtime, listener, shared, settings)?;
     ready(address);
-    Engine::new(&served.model, served.limits, &companions, &metrics).run(&commands);
+    let engine = Engine::new(&served.model, served.limits, &companions, &metrics);
+    engine.run(&commands, &told_to_stop);
     // Whoever still waits hears now that the engine is gone.
     drop(commands);
     let ended = runtime.block_on(async { tokio::time::timeout(2 * FAREWELL, ended).await });

@@ -166,23 +166,53 @@ fn chosen<'a>(choice: &Value, names: &[String], tools: &'a [Value]) -> Result<&'
 
 /// The schema of one call of one of these tools.
 fn schema(tools: &[&Value]) -> Value {
-    let of = |tool: &&Value| {
+    let of = |(place, tool): (usize, &&Value)| {
         let function = &tool["function"];
-        let parameters = function.get("parameters").cloned();
+        let mut parameters =
+            function.get("parameters").cloned().unwrap_or_else(|| json!({"type": "object"}));
+        move_references(&mut parameters, &format!("/anyOf/{place}/properties/parameters"));
         json!({
             "type": "object", "additionalProperties": false, "required": ["name", "parameters"],
-            "properties": {
-                "name": {"const": function["name"]},
-                "parameters": parameters.unwrap_or_else(|| json!({"type": "object"})),
-            },
+            "properties": {"name": {"const": function["name"]}, "parameters": parameters},
         })
     };
-    json!({"anyOf": tools.iter().map(of).collect::<Vec<_>>()})
+    json!({"anyOf": tools.iter().enumerate().map(of).collect::<Vec<_>>()})
+}
+
+/// Lets the references of a schema find their aims once it stands at `place` of another one.
+fn move_references(schema: &mut Value, place: &str) {
+    match schema {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                let aim = value.as_str().filter(|_| name == "$ref");
+                match aim.and_then(|aim| moved(aim, place)) {
+                    Some(aim) => *value = Value::String(aim),
+                    None => move_references(value, place),
+                }
+            }
+        }
+        Value::Array(values) => {
+            for value in values {
+                move_references(value, place);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// A reference that counts from a schema's root, counted from the root above `place`; `None` for any other.
+fn moved(aim: &str, place: &str) -> Option<String> {
+    let within = aim.strip_prefix('#')?.trim_end_matches('/');
+    (within.is_empty() || within.starts_with('/')).then(|| format!("#{place}{within}"))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::data::tokenizer::ChatTokenizer;
+    use crate::generate::grammar::Grammars;
 
     fn take(body: &Value) -> Result<Tools, Problem> {
         Tools::take(&mut Fields::parse(body.to_string().as_bytes())?)
@@ -249,5 +279,41 @@ mod tests {
         assert!(wrong.body().to_string().contains("did you mean `now`"));
         assert!(take(&json!({"tool_choice": "required"})).is_err());
         assert!(take(&json!({"tools": [{"type": "web_search"}]})).is_err());
+    }
+
+    #[test]
+    fn references_of_a_tools_parameters_find_their_aims_in_the_form() {
+        let list = json!({"type": "object", "properties": {"rest": {"$ref": "#"}}});
+        let items = json!({"type": "array", "items": {"$ref": "#/$defs/node"}});
+        let tree = json!({
+            "type": "object", "properties": {"root": {"$ref": "#/$defs/node"}},
+            "$defs": {"node": {"anyOf": [{"type": "integer"}, items]}},
+        });
+        let tool = |name: &str, parameters: &Value| json!({"type": "function", "function": {"name": name, "parameters": parameters}});
+        let (list, tree) = (tool("list", &list), tool("tree", &tree));
+        let (both, alone) = (schema(&[&list, &tree]), schema(&[&tree]));
+        let first = "/anyOf/0/properties/parameters";
+        let second = "/anyOf/1/properties/parameters";
+        for (form, at, aim) in [
+            (&both, format!("{first}/properties/rest"), format!("#{first}")),
+            (&both, format!("{second}/properties/root"), format!("#{second}/$defs/node")),
+            (&both, format!("{second}/$defs/node/anyOf/1/items"), format!("#{second}/$defs/node")),
+            (&alone, format!("{first}/properties/root"), format!("#{first}/$defs/node")),
+        ] {
+            assert_eq!(form.pointer(&at).unwrap()["$ref"], aim);
+            assert!(form.pointer(&aim[1..]).is_some(), "{aim}");
+        }
+        // A property of that name, and what lies elsewhere.
+        let mut other = json!({"properties": {"$ref": {"type": "null"}}, "$ref": "other.json#/a"});
+        let before = other.clone();
+        move_references(&mut other, first);
+        assert_eq!(other, before);
+
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
+        let tokenizer = ChatTokenizer::from_dir(&dir).unwrap();
+        let grammars = Grammars::new(&tokenizer, tokenizer.ends(), tokenizer.vocab_size()).unwrap();
+        for form in [both, alone] {
+            grammars.json_schema(&form).unwrap();
+        }
     }
 }

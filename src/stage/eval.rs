@@ -160,7 +160,7 @@ fn best_of_k(curve: &Curve) -> Metrics {
     if curve.choice != "reward" || curve.samples < 2 {
         return metrics;
     }
-    let (first, last) = (curve.points.first(), curve.points.last());
+    let (first, last) = (curve.points.first(), curve.last());
     generation::enter(&mut metrics, "best_of_k_accuracy", last.and_then(|last| last.accuracy));
     for (name, share) in [
         ("random_of_k_accuracy", first.and_then(|first| first.pass_at_k)),

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{Metrics, StageContext, training};
 use crate::data::prepare::OnBadRow;
 use crate::data::record::Row;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::generate::engine::Answer;
 use crate::generate::local::LocalModel;
 use crate::generate::openai::Server;
@@ -26,8 +26,6 @@ use crate::store::{self, JsonlWriter};
 
 /// What a server has answered, request by request; beside the ledger of finished prompts.
 const REQUESTS: &str = "requests.jsonl";
-/// How often a stage that waits for judges looks whether they have ended.
-const TICK: Duration = Duration::from_millis(20);
 
 /// Loads a model that writes text, held as the sampling settings say.
 pub fn load(context: &StageContext<'_>, model: &str, sampling: &Sampling) -> Result<LocalModel> {
@@ -168,51 +166,48 @@ pub fn answer_and_judge<T: Send>(
             .answer(asked, sampling, &mut |place, answers| keep(place, judge(place, &answers)?));
     }
     let (work, waiting) = mpsc::sync_channel::<(usize, Vec<Answer>)>(JUDGED_AT_ONCE);
-    let waiting = Mutex::new(waiting);
-    let (judged, results) = mpsc::channel();
-    let ending = AtomicBool::new(false);
-    let judges = || {
-        loop {
-            let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
-            let Ok((place, answers)) = next else { return };
-            if !ending.load(Ordering::Relaxed) {
-                // Nobody listens any more after an error.
-                let _ = judged.send((place, judge(place, &answers)));
-            }
-        }
-    };
+    let (waiting, ending) = (Mutex::new(waiting), AtomicBool::new(false));
     thread::scope(|scope| {
-        let threads: Vec<_> =
-            (0..JUDGED_AT_ONCE.min(asked.len())).map(|_| scope.spawn(judges)).collect();
+        let (judged, results) = mpsc::channel();
+        for _ in 0..JUDGED_AT_ONCE.min(asked.len()) {
+            let (judged, waiting, ending) = (judged.clone(), &waiting, &ending);
+            scope.spawn(move || {
+                loop {
+                    let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok((place, answers)) = next else { return };
+                    if !ending.load(Ordering::Relaxed) {
+                        // Nobody listens any more after an error.
+                        let _ = judged.send((place, judge(place, &answers)));
+                    }
+                }
+            });
+        }
+        // The results end with the last thread.
+        drop(judged);
+        let mut settle = |(place, result): (usize, Result<T>)| {
+            let done = result.and_then(|result| keep(place, result));
+            ending.fetch_or(done.is_err(), Ordering::Relaxed);
+            done
+        };
         let mut kept = teacher.answer(asked, sampling, &mut |place, answers| {
-            for (place, result) in results.try_iter() {
-                let done = result.and_then(|result| keep(place, result));
-                ending.store(done.is_err(), Ordering::Relaxed);
-                done?;
-            }
+            results.try_iter().try_for_each(&mut settle)?;
             work.send((place, answers)).map_err(|_| Error::run("the judges have ended"))
         });
+        if kept.as_ref().is_err_and(|error| error.kind() == Kind::Interrupted) {
+            ending.store(true, Ordering::Relaxed);
+        }
         drop(work);
-        let mut under_way = true;
-        while under_way {
-            // The threads hold the sender of results until they end, and so does this function.
-            under_way = threads.iter().any(|thread| !thread.is_finished());
-            while let Ok((place, result)) = results.recv_timeout(TICK) {
-                let done = result.and_then(|result| keep(place, result));
-                if let Err(error) = done {
-                    ending.store(true, Ordering::Relaxed);
-                    kept = kept.and(Err(error));
-                }
-            }
+        for one in results {
+            kept = kept.and(settle(one));
         }
         kept
     })
 }
 
-/// Writes the stage's `data.jsonl` whole and drops the ledger.
+/// Writes one of the stage's files of rows, whole.
 ///
 /// # Errors
-/// No rows to write: a later stage could not use the file.
+/// A full disk.
 pub fn write_rows<T: Serialize>(context: &StageContext<'_>, name: &str, rows: &[T]) -> Result<()> {
     let mut text = Vec::new();
     for row in rows {
@@ -322,7 +317,7 @@ pub fn write_curve(context: &StageContext<'_>, curve: Option<&Curve>) -> Result<
     let mut metrics = Metrics::new();
     let Some(curve) = curve else { return Ok(metrics) };
     store::write_json(&context.dir.join(CURVE), curve)?;
-    let (Some(first), Some(last)) = (curve.points.first(), curve.points.last()) else {
+    let (Some(first), Some(last)) = (curve.points.first(), curve.last()) else {
         return Ok(metrics);
     };
     if last.k < 2 {

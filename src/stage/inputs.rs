@@ -59,7 +59,12 @@ impl Hashes {
         self.known.retain(|known, _| !Path::new(known).starts_with(path));
     }
 
-    fn replace(
+    /// The value with what names something to read replaced by its content's hash, at any depth, and with those keys of
+    /// a server only that decide answers. `key` is the value's own; `contents` gets the hashes by their paths.
+    ///
+    /// # Errors
+    /// An input that is not there.
+    pub(super) fn replace(
         &mut self,
         key: &str,
         value: Value,
@@ -91,7 +96,11 @@ impl Hashes {
         })
     }
 
-    fn content(&mut self, key: &str, text: &str) -> Result<String> {
+    /// The content's hash of what `text` names as the value of `key`: a path, a glob, or a hub id at its commit.
+    ///
+    /// # Errors
+    /// Nothing of that name.
+    pub(super) fn content(&mut self, key: &str, text: &str) -> Result<String> {
         if let Some(known) = self.known.get(text) {
             return Ok(known.clone());
         }

@@ -1,9 +1,10 @@
 //! `arriero score`: judges the completions in a file and writes its rows with `score` and `why` added.
 //!
 //! Rows are read twice: once to find every mistake before a model is loaded, once to be judged. Consecutive rows of one
-//! prompt are judged in one call, so that a reward model reads the prompt once. Judged rows go to a file in a directory
-//! beside the output, which a later call continues; the output appears whole.
+//! prompt are judged in one call, so that a reward model reads the prompt once. Judged groups go to a file in a directory
+//! beside the output, one a line, which a later call continues; the output appears whole.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
@@ -13,8 +14,10 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::data::read::objects;
-use crate::data::record::{Message, Side, kind};
+use super::inputs::Hashes;
+use crate::data::paths;
+use crate::data::read::{self, objects};
+use crate::data::record::{self, Message, Side, kind};
 use crate::error::{Context, Error, Result};
 use crate::recipe::plan::check_scorers;
 use crate::report::record::Events;
@@ -26,7 +29,7 @@ const GROUP: usize = 64;
 /// Groups of verifiers' work between two writes, for each core.
 const AT_ONCE: usize = 16;
 /// Raised when the same work would write other rows.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What to judge, and by whom.
 #[derive(Clone, Debug)]
@@ -86,6 +89,7 @@ pub fn scorers(text: &str) -> Result<Vec<Value>> {
 /// A row that cannot be judged, by file and line; what a judge can fail with. Finished rows are kept for the next call.
 pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
     check_scorers(&work.scorers)?;
+    refuse_tokens(&work.scorers)?;
     refuse_own_input(work)?;
     let mut total = 0_u64;
     for row in rows(work)? {
@@ -97,23 +101,22 @@ pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
     }
     let folder = Folder::open(work)?;
     let path = folder.rows();
-    let mut done = lines(&path)?;
+    let mut done = judged(&path)?;
     if done < total {
         events.progress("rows", done, total);
         let panel = Panel::new(&work.scorers, &work.device)?;
         let mut ledger = JsonlWriter::open(&path)?;
         let mut groups = Groups { rows: rows(work)?.skip(done as usize).peekable(), panel: &panel };
-        let at_once =
-            if panel.only_verifies() { AT_ONCE * rayon::current_num_threads() } else { 1 };
+        let at_once = if panel.is_light() { AT_ONCE * rayon::current_num_threads() } else { 1 };
         loop {
             events.check_interrupt()?;
             let batch = groups.by_ref().take(at_once).collect::<Result<Vec<_>>>()?;
             if batch.is_empty() {
                 break;
             }
-            for row in judge_all(&panel, batch)? {
-                ledger.write(&row)?;
-                done += 1;
+            for group in judge_all(&panel, batch)? {
+                ledger.write(&group)?;
+                done += group.len() as u64;
             }
             events.progress("rows", done, total);
         }
@@ -124,18 +127,44 @@ pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
     Ok(scored)
 }
 
-fn refuse_own_input(work: &Scoring) -> Result<()> {
-    let same = |a: &Path, b: &Path| match (a.canonicalize(), b.canonicalize()) {
-        (Ok(a), Ok(b)) => a == b,
-        _ => false,
+/// Refuses a penalty for tokens: rows are text, which no tokenizer has written.
+fn refuse_tokens(scorers: &[Value]) -> Result<()> {
+    let counts = |scorer: &&Value| {
+        scorer["length_penalty"].as_f64().is_some_and(|penalty| penalty != 0.0)
+            && scorer["length_unit"] != "characters"
     };
-    if same(Path::new(&work.data), &work.out) {
-        return Err(Error::usage(format!("{} is read and cannot be written", work.data))
-            .hint("give --out another name"));
+    match scorers.iter().find(counts) {
+        None => Ok(()),
+        Some(_) => Err(Error::usage("`length_penalty` for tokens, which rows of text do not have")
+            .hint("write length_unit = \"characters\"")),
     }
+}
+
+fn refuse_own_input(work: &Scoring) -> Result<()> {
     if work.out.is_dir() {
         return Err(Error::usage(format!("{} is a directory", work.out.display()))
             .hint("give --out the name of a file"));
+    }
+    let absolute = |path: &Path| match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) => {
+            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            parent.canonicalize().map(|parent| parent.join(name)).ok()
+        }
+        _ => None,
+    };
+    let Some(out) = absolute(&work.out) else { return Ok(()) };
+    let unfinished = unfinished(&out);
+    let within = Path::new(&work.data).canonicalize().is_ok_and(|data| out.starts_with(data));
+    let reads = |file: &PathBuf| {
+        let file = file.canonicalize().unwrap_or_default();
+        file == out || file.starts_with(&unfinished)
+    };
+    // A hub id stands for no files here.
+    let files = paths::files(&work.data, None).unwrap_or_default();
+    if within || files.iter().any(reads) {
+        let (out, data) = (work.out.display(), &work.data);
+        return Err(Error::usage(format!("{out} would be read and written: the rows are {data}"))
+            .hint("give --out a name outside of them"));
     }
     Ok(())
 }
@@ -154,13 +183,15 @@ struct Asked {
 }
 
 fn rows(work: &Scoring) -> Result<impl Iterator<Item = Result<Asked>>> {
-    let needs_prompt = work.scorers.iter().any(|scorer| scorer.get("reward_model").is_some());
+    let asks =
+        |scorer: &Value| ["reward_model", "judge"].iter().any(|key| scorer.get(key).is_some());
+    let needs_prompt = work.scorers.iter().any(asks);
     let columns = work.columns.clone();
     Ok(objects(&work.data)?.map(move |row| {
         let (place, row) = row?;
         let asked = asked(&place, row, &columns).at(&place)?;
         if needs_prompt && asked.prompt.is_empty() {
-            return Err(Error::run("no prompt, which a reward model needs").at(&place));
+            return Err(Error::run("no prompt, which a reward model or a judge needs").at(&place));
         }
         Ok(asked)
     }))
@@ -172,12 +203,7 @@ fn asked(
     names: &IndexMap<String, String>,
 ) -> Result<Asked> {
     let mut extra = columns.clone();
-    for (canonical, actual) in names {
-        if let Some(value) = extra.shift_remove(actual) {
-            extra.insert(canonical.clone(), value);
-        }
-    }
-    extra.retain(|_, value| !value.is_null());
+    read::rename(&mut extra, names);
     let mut prompt = match (extra.shift_remove("prompt"), extra.shift_remove("messages")) {
         (Some(prompt), _) => Side::from_value(prompt).at("`prompt`")?.into_messages("user"),
         (None, Some(messages)) => {
@@ -203,11 +229,8 @@ fn asked(
             None => return Err(nothing_to_judge(&extra)),
         },
     };
-    let answer = match extra.get("answer") {
-        Some(Value::String(text)) => Some(text.clone()),
-        other => other.map(Value::to_string),
-    };
-    let tools = extra.shift_remove("tools");
+    let answer = record::answer(&extra);
+    let tools = extra.shift_remove("tools").map(read::tools).transpose()?;
     let place = place.to_owned();
     Ok(Asked { place, columns, prompt, tools, answer, several, completions, extra })
 }
@@ -247,7 +270,8 @@ impl<I: Iterator<Item = Result<Asked>>> Iterator for Groups<'_, I> {
             && let Some(row) = self.rows.next_if(|row| {
                 let Ok(row) = row else { return false };
                 let first = &group[0];
-                (&row.prompt, &row.tools) == (&first.prompt, &first.tools)
+                (&row.prompt, &row.tools, &row.answer)
+                    == (&first.prompt, &first.tools, &first.answer)
                     && (!whole_row || row.extra == first.extra)
             })
         {
@@ -259,13 +283,12 @@ impl<I: Iterator<Item = Result<Asked>>> Iterator for Groups<'_, I> {
     }
 }
 
-fn judge_all(panel: &Panel, batch: Vec<Vec<Asked>>) -> Result<Vec<Map<String, Value>>> {
+fn judge_all(panel: &Panel, batch: Vec<Vec<Asked>>) -> Result<Vec<Vec<Map<String, Value>>>> {
     // One after the other where a model judges: it uses all cores by itself.
-    let judged: Vec<Vec<Map<String, Value>>> = match batch.len() {
-        1 => batch.into_iter().map(|group| judge(panel, group)).collect::<Result<_>>()?,
-        _ => batch.into_par_iter().map(|group| judge(panel, group)).collect::<Result<_>>()?,
-    };
-    Ok(judged.into_iter().flatten().collect())
+    match batch.len() {
+        1 => batch.into_iter().map(|group| judge(panel, group)).collect(),
+        _ => batch.into_par_iter().map(|group| judge(panel, group)).collect(),
+    }
 }
 
 fn judge(panel: &Panel, group: Vec<Asked>) -> Result<Vec<Map<String, Value>>> {
@@ -325,9 +348,7 @@ struct Work {
 impl Folder {
     /// Opens the folder; rows in it that other work has made are dropped.
     fn open(work: &Scoring) -> Result<Self> {
-        let mut name = work.out.file_name().unwrap_or_default().to_os_string();
-        name.push(".unfinished");
-        let path = work.out.with_file_name(name);
+        let path = unfinished(&work.out);
         let lock = RunLock::acquire(&path)?;
         let folder = Self { path, lock };
         let manifest = folder.path.join("work.json");
@@ -349,36 +370,38 @@ impl Folder {
     }
 }
 
-/// Of everything that the result depends on: the rows, the judges with their models, the columns' names.
-fn hash(work: &Scoring) -> Result<String> {
-    let mut parts = vec![json!([work.scorers, work.columns]).to_string()];
-    let models = work.scorers.iter().filter_map(|scorer| {
-        ["reward_model", "tokenizer"].iter().find_map(|key| scorer.get(*key)?.as_str())
-    });
-    for path in models.map(Path::new).filter(|path| path.exists()) {
-        parts.push(store::sha256_path(path)?);
-    }
-    if Path::new(&work.data).exists() {
-        parts.push(store::sha256_path(Path::new(&work.data))?);
-    } else {
-        // Several files, by a pattern.
-        for row in objects(&work.data)? {
-            let (place, row) = row?;
-            parts.push(store::sha256_bytes(serde_json::to_string(&row).at(place)?.as_bytes()));
-        }
-    }
-    Ok(store::sha256_bytes(parts.concat().as_bytes()))
+/// Where the work that becomes `out` lies until it is finished.
+fn unfinished(out: &Path) -> PathBuf {
+    let mut name = out.file_name().unwrap_or_default().to_os_string();
+    name.push(".unfinished");
+    out.with_file_name(name)
 }
 
-/// Whole lines of a file that need not exist.
-fn lines(path: &Path) -> Result<u64> {
+/// Of everything that the result depends on: the rows, the judges with their models, the columns' names.
+fn hash(work: &Scoring) -> Result<String> {
+    let mut hashes = Hashes::default();
+    let judges = hashes.replace("scorers", json!(work.scorers), &mut BTreeMap::new())?;
+    let rows = hashes.content("data", &work.data)?;
+    Ok(store::sha256_bytes(json!([judges, work.columns, rows]).to_string().as_bytes()))
+}
+
+/// How many rows the groups in a file have, which need not exist.
+fn judged(path: &Path) -> Result<u64> {
     if !path.exists() {
         return Ok(0);
     }
     // Cuts off a torn last line.
     drop(JsonlWriter::open(path)?);
+    groups(path)?.try_fold(0, |rows, group| Ok(rows + group?.len() as u64))
+}
+
+/// The groups in a file.
+fn groups(path: &Path) -> Result<impl Iterator<Item = Result<Vec<Map<String, Value>>>>> {
     let file = std::fs::File::open(path).map_err(|error| store::io_error(path, error))?;
-    Ok(BufReader::new(file).lines().count() as u64)
+    Ok(BufReader::new(file).lines().map(move |line| {
+        let line = line.map_err(|error| store::io_error(path, error))?;
+        serde_json::from_str(&line).at(path.display())
+    }))
 }
 
 /// Copies the judged rows to their final name and sums them up.
@@ -386,19 +409,19 @@ fn finish(rows: &Path, out: &Path, total: u64) -> Result<Scored> {
     let mut scored = Scored::default();
     let (mut sum, mut passed, mut verified) = (0.0, 0, false);
     store::write_atomic_with(out, |file| {
-        let source = std::fs::File::open(rows).map_err(|error| store::io_error(rows, error))?;
-        for line in BufReader::new(source).lines() {
-            let line = line.map_err(|error| store::io_error(rows, error))?;
-            writeln!(file, "{line}").map_err(|error| store::io_error(out, error))?;
-            let row: Value = serde_json::from_str(&line).at(rows.display())?;
-            scored.rows += 1;
-            for score in each(&row["score"]) {
-                scored.completions += 1;
-                sum += score.as_f64().unwrap_or(0.0);
-            }
-            for pass in each(&row["passed"]).filter_map(Value::as_bool) {
-                verified = true;
-                passed += usize::from(pass);
+        for group in groups(rows)? {
+            for row in group? {
+                let line = serde_json::to_string(&row)?;
+                writeln!(file, "{line}").map_err(|error| store::io_error(out, error))?;
+                scored.rows += 1;
+                for score in each(row.get("score")) {
+                    scored.completions += 1;
+                    sum += score.as_f64().unwrap_or(0.0);
+                }
+                for pass in each(row.get("passed")).filter_map(Value::as_bool) {
+                    verified = true;
+                    passed += usize::from(pass);
+                }
             }
         }
         if scored.rows as u64 != total {
@@ -414,11 +437,11 @@ fn finish(rows: &Path, out: &Path, total: u64) -> Result<Scored> {
 }
 
 /// The values of a list, or the one value; none of null.
-fn each(value: &Value) -> impl Iterator<Item = &Value> {
+fn each(value: Option<&Value>) -> impl Iterator<Item = &Value> {
     let (list, one) = match value {
-        Value::Array(list) => (list.as_slice(), None),
-        Value::Null => (&[][..], None),
-        one => (&[][..], Some(one)),
+        Some(Value::Array(list)) => (list.as_slice(), None),
+        None | Some(Value::Null) => (&[][..], None),
+        one => (&[][..], one),
     };
     list.iter().chain(one)
 }

@@ -77,9 +77,7 @@ fn mistakes_are_named_by_file_and_line_before_anything_is_judged() {
     }
     let mut own = work(dir.path(), &[good], r#""number""#);
     own.out = dir.path().join("in.jsonl");
-    assert!(
-        score(&own, &Silent).unwrap_err().to_string().contains("is read and cannot be written")
-    );
+    assert!(score(&own, &Silent).unwrap_err().to_string().contains("would be read and written"));
     assert!(scorers(r#"{"verifier": "nummber"}"#).unwrap_err().to_string().contains("nummber"));
 }
 
@@ -107,7 +105,7 @@ fn what_was_judged_before_a_stop_is_kept_and_other_work_starts_anew() {
     score(&work, &StopAfter(AtomicU64::new(2))).unwrap_err();
     assert!(!work.out.exists());
     let partial = dir.path().join("out.jsonl.unfinished/rows.jsonl");
-    let kept = lines(&partial).unwrap();
+    let kept = judged(&partial).unwrap();
     assert!(kept > 0 && kept < 2000, "{kept}");
     // A torn line, as a kill leaves it.
     let mut text = std::fs::read(&partial).unwrap();
@@ -125,4 +123,51 @@ fn what_was_judged_before_a_stop_is_kept_and_other_work_starts_anew() {
     let other =
         Scoring { scorers: scorers(r#"{"verifier": "length", "max": 1}"#).unwrap(), ..other };
     assert_eq!(score(&other, &Silent).unwrap().passed, Some(10));
+}
+
+#[test]
+fn an_output_among_the_rows_that_are_read_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let row = json!({"prompt": "2+2?", "completion": "4", "answer": "4"});
+    let whole = work(dir.path(), &[row], r#""number""#);
+    let folder = dir.path().display().to_string();
+    let glob = format!("{folder}/*.jsonl");
+    store::write_atomic(&dir.path().join("old.jsonl"), b"{}\n").unwrap();
+    for (data, out) in
+        [(folder.clone(), "out.jsonl"), (folder, "new/out.jsonl"), (glob, "old.jsonl")]
+    {
+        let out = dir.path().join(out);
+        std::fs::create_dir_all(out.parent().unwrap()).unwrap();
+        let error = score(&Scoring { data, out, ..whole.clone() }, &Silent).unwrap_err();
+        assert!(error.to_string().contains("would be read and written"), "{error}");
+    }
+}
+
+#[test]
+fn a_penalty_counts_characters_and_rows_without_completions_stay_as_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = [
+        json!({"prompt": "2+2?", "completion": "four", "answer": "four"}),
+        json!({"prompt": "2+2?", "completions": [], "answer": "four"}),
+    ];
+    let penalty = |unit: &str| format!(r#"{{"verifier": "exact", "length_penalty": 0.125{unit}}}"#);
+    let tokens = work(dir.path(), &rows, &penalty(""));
+    assert!(
+        score(&tokens, &Silent).unwrap_err().to_string().contains("`length_penalty` for tokens")
+    );
+    let characters = work(dir.path(), &rows, &penalty(r#", "length_unit": "characters""#));
+    score(&characters, &Silent).unwrap();
+    let rows = written(&characters);
+    assert_eq!((&rows[0]["score"], &rows[1]["score"]), (&json!(0.5), &json!([])));
+}
+
+#[test]
+fn rows_of_one_prompt_with_other_answers_are_not_one_question() {
+    let row = |answer: &str| json!({"prompt": "p", "completion": "c", "answer": answer});
+    let dir = tempfile::tempdir().unwrap();
+    let work = work(dir.path(), &[row("a"), row("a"), row("b")], r#""exact""#);
+    let panel = Panel::new(&work.scorers, &work.device).unwrap();
+    let groups = Groups { rows: rows(&work).unwrap().peekable(), panel: &panel };
+    let sizes: Vec<usize> = groups.map(|group| group.unwrap().len()).collect();
+    assert_eq!(sizes, [2, 1]);
 }

@@ -131,12 +131,18 @@ impl<D: Decoder> Guesser for Draft<'_, D> {
                     history.extend_from_slice(one.guess);
                 }
                 let answer = one.request.prompt.tokens.len();
-                let draw = state.sampler.draw(logits, (&history, answer), None, &mut one.rng)?;
-                one.guess.push(draw.id);
                 turn.feed.clear();
-                turn.feed.push(draw.id);
+                // A draft whose numbers went wrong has no more to say; the answer does not depend on it.
+                if let Ok(draw) = state.sampler.draw(logits, (&history, answer), None, &mut one.rng)
+                {
+                    one.guess.push(draw.id);
+                    turn.feed.push(draw.id);
+                }
             }
-            turns.retain(|turn| asked[turn.asked].guess.len() < asked[turn.asked].most);
+            turns.retain(|turn| {
+                let one = &asked[turn.asked];
+                !turn.feed.is_empty() && one.guess.len() < one.most
+            });
             self.logits = logits;
         }
         Ok(())

@@ -21,7 +21,6 @@ pub use request::{
 };
 pub use scheduler::Scheduler;
 
-use super::decode::Decoder;
 use super::sampling::Sampling;
 use crate::error::{Context, Result};
 
@@ -32,12 +31,12 @@ pub struct Limits {
     pub max_batch: usize,
     /// Most prompt tokens read in one forward pass.
     pub max_prefill: usize,
-    /// Most tokens in all caches together. One answer is always let in.
+    /// Most tokens in all caches of this model together; a draft model's are its own. One answer is always let in.
     pub cache_tokens: usize,
     /// The model's positions.
     pub max_positions: usize,
-    /// Whether caches of answered prompts are kept as long as there is room, for prompts that come later. Where not,
-    /// only while a prompt that waits begins like them.
+    /// Whether caches of answered prompts are kept for prompts that come later, as long as there is room. Where not, a
+    /// cache is kept that way only if the prompt that waits first begins like it.
     pub keep_prefixes: bool,
 }
 
@@ -51,68 +50,34 @@ pub trait Vocabulary: Sync {
 
 /// A [`Scheduler`] of any decoder.
 pub trait Schedule {
-    /// See [`Scheduler::submit`].
+    /// Takes a request. Tickets count from 0.
     ///
     /// # Errors
     /// A request that this model can never answer.
     fn submit(&mut self, request: Request) -> Result<Ticket>;
-    /// See [`Scheduler::cancel`].
+
+    /// Forgets a request, wherever it stands. Nothing more is reported of it.
     fn cancel(&mut self, ticket: Ticket);
-    /// See [`Scheduler::step`].
+
+    /// One forward pass: a piece of the prompts that are read, and the next token of every answer. False where nothing
+    /// is left to do.
     ///
     /// # Errors
-    /// The device's, and those of `on`.
+    /// The device's, and those of `on`. What is wrong with one request alone is reported as [`Event::Failed`].
     fn step(&mut self, on: &mut dyn FnMut(Event) -> Result<()>) -> Result<bool>;
-    /// See [`Scheduler::load`].
+
+    /// How many requests wait to be read, and how many answers are under way.
     fn load(&self) -> (usize, usize);
-    /// See [`Scheduler::cached_tokens`].
+
+    /// Tokens in all caches, and promised to them.
     fn cached_tokens(&self) -> usize;
 }
 
-/// Generates with one model.
-pub struct Engine<'a, D: Decoder> {
-    /// The model.
-    pub decoder: &'a D,
-    /// Its tokens.
-    pub vocabulary: &'a dyn Vocabulary,
-    /// Batch bounds.
-    pub limits: Limits,
-}
-
-impl<D: Decoder> Engine<'_, D> {
-    /// Draws `sampling.num_samples` answers to each prompt. `done` is called with a prompt's place in the list and
-    /// its answers, in the order of the samples, as soon as they are all there; an error from it ends the call.
-    ///
-    /// # Errors
-    /// Settings that no distribution has; a prompt that is empty or leaves no position for an answer.
-    pub fn run(
-        &self,
-        prompts: &[Prompt],
-        sampling: &Sampling,
-        done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
-    ) -> Result<()> {
-        let mut scheduler = Scheduler::new(self.decoder, self.vocabulary, self.limits);
-        answer_all(&mut scheduler, prompts, sampling, done)
-    }
-
-    /// All answers at once, prompt by prompt.
-    ///
-    /// # Errors
-    /// As [`run`](Self::run).
-    pub fn answers(&self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Answer>>> {
-        let mut all = vec![Vec::new(); prompts.len()];
-        self.run(prompts, sampling, &mut |place, answers| {
-            all[place] = answers;
-            Ok(())
-        })?;
-        Ok(all)
-    }
-}
-
-/// Has an idle scheduler answer all prompts; see [`Engine::run`].
+/// Has an idle scheduler draw `sampling.num_samples` answers to each prompt. `done` is called with a prompt's place in the
+/// list and its answers, in the order of the samples, as soon as they are all there; an error from it ends the call.
 ///
 /// # Errors
-/// As [`Engine::run`].
+/// Settings that no distribution has; a prompt that is empty or leaves no position for an answer.
 pub fn answer_all(
     scheduler: &mut dyn Schedule,
     prompts: &[Prompt],

@@ -23,6 +23,13 @@ impl Share {
         reserved.fetch_add(tokens, Ordering::Relaxed);
         Self { tokens, reserved: Arc::clone(reserved) }
     }
+
+    /// Gives back what was promised beyond `tokens`.
+    pub(super) fn shrink(&mut self, tokens: usize) {
+        let tokens = tokens.min(self.tokens);
+        self.reserved.fetch_sub(self.tokens - tokens, Ordering::Relaxed);
+        self.tokens = tokens;
+    }
 }
 
 impl Drop for Share {
@@ -82,15 +89,21 @@ impl<C> Prefixes<C> {
     pub(super) fn keep(&mut self, tokens: Vec<u32>, held: Arc<Held<C>>) {
         self.entries.retain(|entry| !tokens.starts_with(&entry.tokens));
         if self.entries.len() >= KEPT {
-            self.drop_oldest();
+            self.drop_oldest_where(|_| true);
         }
         self.clock += 1;
         self.entries.push(Entry { tokens, held, used: self.clock });
     }
 
-    /// Lets the least recently used cache go; false where there is none.
-    pub(super) fn drop_oldest(&mut self) -> bool {
-        let oldest = self.entries.iter().enumerate().min_by_key(|(_, entry)| entry.used);
+    /// Lets the least recently used cache go that nobody else holds, which frees its memory; false where there is none.
+    pub(super) fn free_oldest(&mut self) -> bool {
+        self.drop_oldest_where(|held| Arc::strong_count(held) == 1)
+    }
+
+    fn drop_oldest_where(&mut self, may_go: impl Fn(&Arc<Held<C>>) -> bool) -> bool {
+        let entries = self.entries.iter().enumerate();
+        let oldest =
+            entries.filter(|(_, entry)| may_go(&entry.held)).min_by_key(|(_, entry)| entry.used);
         let Some((index, _)) = oldest else { return false };
         self.entries.swap_remove(index);
         true
@@ -110,7 +123,7 @@ mod tests {
         };
         let tokens = |tail: u32| (0..20).chain([tail]).collect::<Vec<u32>>();
         let mut prefixes = Prefixes::default();
-        assert!(prefixes.find(&tokens(1)).is_none() && !prefixes.drop_oldest());
+        assert!(prefixes.find(&tokens(1)).is_none() && !prefixes.free_oldest());
         prefixes.keep((0..17).collect(), held("short"));
         prefixes.keep((100..150).collect(), held("other"));
         prefixes.keep(tokens(7), held("long"));
@@ -121,9 +134,14 @@ mod tests {
         // The last token of a prompt is always read.
         assert_eq!(prefixes.find(&tokens(7)).unwrap().1, 20);
         assert!(prefixes.find(&(0..10).chain(50..80).collect::<Vec<u32>>()).is_none());
-        assert!(prefixes.drop_oldest());
+        assert!(prefixes.free_oldest());
         assert!(prefixes.find(&(100..150).collect::<Vec<u32>>()).is_none());
-        drop((found, prefixes));
+        // `long` is in use: letting it go would free nothing.
+        assert!(!prefixes.free_oldest());
+        let mut share = Share::new(8, &reserved);
+        share.shrink(3);
+        assert_eq!(reserved.load(Ordering::Relaxed), 13);
+        drop((found, prefixes, share));
         assert_eq!(reserved.load(Ordering::Relaxed), 0);
     }
 }

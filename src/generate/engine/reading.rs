@@ -9,7 +9,7 @@ use crate::generate::decode::Wanted;
 use crate::generate::sampler;
 
 /// Most prompt tokens of a forward pass whose predictions are all wanted: they take a vocabulary's numbers each.
-const SCORED: usize = 64;
+pub(super) const SCORED: usize = 64;
 
 /// A prompt that is being read.
 pub(super) struct Reading<C> {
@@ -26,10 +26,13 @@ pub(super) struct Reading<C> {
 }
 
 impl<C> Reading<C> {
-    /// Decides how much is read now, of at most `most` tokens.
-    pub(super) fn plan(&mut self, most: usize) -> usize {
-        let most = if self.request.extras.prompt_logprobs { SCORED.min(most) } else { most };
+    /// Decides how much is read now, of at most `most` tokens, and of `scored` where all predictions are wanted.
+    pub(super) fn plan(&mut self, most: usize, scored: &mut usize) -> usize {
         self.now = self.left().min(most);
+        if self.request.extras.prompt_logprobs {
+            self.now = self.now.min(*scored);
+            *scored -= self.now;
+        }
         self.now
     }
 

@@ -116,10 +116,14 @@ impl Request {
                 limit - 1
             )));
         }
+        if let Some(id) = self.prompt.tokens.iter().find(|&&id| id as usize >= vocab_size) {
+            return Err(Error::usage(format!("token {id}, the model has {vocab_size}"))
+                .hint("this tokenizer does not belong to this model"));
+        }
         let Extras { logit_bias, presence_penalty, frequency_penalty, .. } = &*self.extras;
-        if let Some((id, bias)) =
-            logit_bias.iter().find(|(id, bias)| *id as usize >= vocab_size || bias.is_nan())
-        {
+        if let Some((id, bias)) = logit_bias.iter().find(|(id, bias)| {
+            *id as usize >= vocab_size || bias.is_nan() || *bias == f32::INFINITY
+        }) {
             return Err(Error::usage(format!(
                 "`logit_bias` of {bias} for token {id}, expected a number for a token below {vocab_size}"
             )));

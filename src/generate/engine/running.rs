@@ -12,7 +12,8 @@ use crate::generate::grammar::Matcher;
 use crate::generate::sampler::{Draw, Sampler};
 use crate::generate::stop::{Shown, StopStrings};
 
-pub(super) struct Running<C> {
+/// Which answer, and what it needs from its request.
+pub(super) struct Task<C> {
     pub(super) ticket: Ticket,
     pub(super) sample: usize,
     pub(super) request: Arc<Request>,
@@ -21,16 +22,20 @@ pub(super) struct Running<C> {
     pub(super) held: Arc<Held<C>>,
     pub(super) share: Share,
     pub(super) rng: ChaCha8Rng,
-    pub(super) sampler: Sampler,
-    pub(super) matcher: Option<Matcher>,
-    /// What penalties look back on: the prompt and the answer; empty where there are none.
-    pub(super) history: Vec<u32>,
-    pub(super) ids: Vec<u32>,
-    pub(super) logprobs: Vec<f32>,
-    pub(super) sample_logprobs: Vec<f32>,
-    pub(super) top_logprobs: Vec<Vec<Likely>>,
     /// Most tokens of this answer.
     pub(super) room: usize,
+}
+
+pub(super) struct Running<C> {
+    pub(super) task: Task<C>,
+    sampler: Sampler,
+    matcher: Option<Matcher>,
+    /// What penalties look back on: the prompt and the answer; empty where there are none.
+    history: Vec<u32>,
+    pub(super) ids: Vec<u32>,
+    logprobs: Vec<f32>,
+    sample_logprobs: Vec<f32>,
+    top_logprobs: Vec<Vec<Likely>>,
     /// Tokens guessed to come next, read together with the last one.
     pub(super) guess: Vec<u32>,
     /// What the next forward pass reads: the last token and the guess.
@@ -39,34 +44,14 @@ pub(super) struct Running<C> {
     pub(super) ended: Option<(Finish, String)>,
 }
 
-/// What an answer starts with.
-pub(super) struct Start<C> {
-    pub(super) ticket: Ticket,
-    pub(super) sample: usize,
-    pub(super) request: Arc<Request>,
-    pub(super) stops: Arc<StopStrings>,
-    pub(super) cache: C,
-    pub(super) held: Arc<Held<C>>,
-    pub(super) share: Share,
-    pub(super) rng: ChaCha8Rng,
-    pub(super) room: usize,
-}
-
 impl<C> Running<C> {
-    pub(super) fn new(start: Start<C>) -> Result<Self> {
-        let Start { ticket, sample, request, stops, cache, held, share, rng, room } = start;
-        let sampler = Sampler::new(&request.sampling, &request.extras);
-        let matcher = request.extras.grammar.as_ref().map(|grammar| grammar.start()).transpose()?;
-        let history = if sampler.looks_back() { request.prompt.tokens.clone() } else { Vec::new() };
-        Ok(Self {
-            ticket,
-            sample,
-            request,
-            stops,
-            cache,
-            held,
-            share,
-            rng,
+    pub(super) fn new(task: Task<C>) -> Self {
+        let Request { prompt, sampling, extras } = &*task.request;
+        let sampler = Sampler::new(sampling, extras);
+        let matcher = extras.grammar.as_ref().map(|grammar| grammar.start());
+        let history = if sampler.looks_back() { prompt.tokens.clone() } else { Vec::new() };
+        Self {
+            task,
             sampler,
             matcher,
             history,
@@ -74,12 +59,11 @@ impl<C> Running<C> {
             logprobs: Vec::new(),
             sample_logprobs: Vec::new(),
             top_logprobs: Vec::new(),
-            room,
             guess: Vec::new(),
             feed: Vec::new(),
             shown: Shown::default(),
             ended: None,
-        })
+        }
     }
 
     /// Draws from the predictions after the last token and each guessed one, as long as the guesses come true: what is
@@ -107,9 +91,13 @@ impl<C> Running<C> {
     /// Draws one token.
     pub(super) fn draw(&mut self, logits: &mut [f32], vocabulary: &dyn Vocabulary) -> Result<u32> {
         let allowed = self.matcher.as_mut().map(Matcher::allowed).transpose()?;
-        let answer = self.history.len().saturating_sub(self.ids.len());
-        let draw =
-            self.sampler.draw(logits, (&self.history, answer), allowed.as_ref(), &mut self.rng)?;
+        let answer = self.task.request.prompt.tokens.len();
+        let draw = self.sampler.draw(
+            logits,
+            (&self.history, answer),
+            allowed.as_ref(),
+            &mut self.task.rng,
+        )?;
         let id = draw.id;
         self.take(draw);
         if let Some(matcher) = &mut self.matcher {
@@ -124,7 +112,7 @@ impl<C> Running<C> {
         self.ids.push(id);
         self.logprobs.push(logprob);
         self.sample_logprobs.push(sample_logprob);
-        if self.request.extras.top_logprobs > 0 {
+        if self.task.request.extras.top_logprobs > 0 {
             self.top_logprobs.push(top);
         }
         if self.sampler.looks_back() {
@@ -138,27 +126,27 @@ impl<C> Running<C> {
         if vocabulary.ends().contains(last) {
             return Some((Finish::Stop, vocabulary.text(before)));
         }
-        if let Some(text) = self.stops.cut(vocabulary, &self.ids) {
+        if let Some(text) = self.task.stops.cut(vocabulary, &self.ids) {
             return Some((Finish::Stop, text));
         }
         if self.matcher.as_ref().is_some_and(Matcher::is_done) {
             return Some((Finish::Stop, vocabulary.text(&self.ids)));
         }
-        (self.ids.len() >= self.room).then(|| (Finish::Length, vocabulary.text(&self.ids)))
+        (self.ids.len() >= self.task.room).then(|| (Finish::Length, vocabulary.text(&self.ids)))
     }
 
     /// What became certain since the last piece, where the answer is streamed.
     pub(super) fn piece(&mut self, drawn: usize, vocabulary: &dyn Vocabulary) -> Option<Piece> {
-        if !self.request.extras.stream {
+        if !self.task.request.extras.stream {
             return None;
         }
         let text = match &self.ended {
             Some((_, whole)) => self.shown.rest(whole),
-            None => self.shown.more(vocabulary, &self.ids, &self.stops),
+            None => self.shown.more(vocabulary, &self.ids, &self.task.stops),
         };
         let first = self.ids.len() - drawn;
         Some(Piece {
-            sample: self.sample,
+            sample: self.task.sample,
             text,
             ids: self.ids[first..].to_vec(),
             logprobs: self.logprobs[first..].to_vec(),

@@ -8,16 +8,19 @@ use rayon::prelude::*;
 
 use super::guess::{Guess, Guesser};
 use super::prefix::{self, Held, Prefixes, Reserved, Share};
-use super::reading::Reading;
-use super::running::{Running, Start};
+use super::reading::{Reading, SCORED};
+use super::running::{Running, Task};
 use super::{Answer, Event, Finish, Limits, PromptScores, Request, Schedule, Ticket, Vocabulary};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generate::decode::{Decoder, Feed, Wanted};
 use crate::generate::stop::StopStrings;
 use crate::rng::Stream;
 
 /// Called with what happens; an error from it ends the work.
 pub(super) type On<'a> = dyn FnMut(Event) -> Result<()> + 'a;
+
+/// Requests that cannot be answered, each with its first error.
+type Failed = BTreeMap<Ticket, Error>;
 
 /// A prompt that was read and whose answers are not all there yet.
 struct Open<C> {
@@ -32,7 +35,7 @@ struct Open<C> {
     scores: PromptScores,
 }
 
-/// Reads prompts and writes answers, one forward pass a [`step`](Self::step). Requests may come and go at any time.
+/// Reads prompts and writes answers, one forward pass a [`step`](Schedule::step). Requests may come and go at any time.
 pub struct Scheduler<'a, D: Decoder> {
     decoder: &'a D,
     vocabulary: &'a dyn Vocabulary,
@@ -77,85 +80,29 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         self
     }
 
-    /// Takes a request. Tickets count from 0.
-    ///
-    /// # Errors
-    /// A request that this model can never answer.
-    pub fn submit(&mut self, request: Request) -> Result<Ticket> {
-        request.check(self.limits.max_positions, self.decoder.vocab_size())?;
-        let ticket = Ticket(self.next);
-        self.next += 1;
-        self.queue.push_back((ticket, Arc::new(request)));
-        Ok(ticket)
-    }
-
-    /// Forgets a request, wherever it stands. Nothing more is reported of it.
-    pub fn cancel(&mut self, ticket: Ticket) {
-        self.queue.retain(|(waiting, _)| *waiting != ticket);
-        self.reading.retain(|reading| reading.ticket != ticket);
-        self.waiting.retain(|waiting| *waiting != ticket);
-        self.open.remove(&ticket);
-        let guesser = &mut self.guesser;
-        self.running.retain(|running| {
-            if let (Some((guesser, _)), true) = (guesser.as_mut(), running.ticket == ticket) {
-                guesser.forget((ticket.0, running.sample));
-            }
-            running.ticket != ticket
-        });
-    }
-
-    /// How many requests wait to be read, and how many answers are under way.
-    pub fn load(&self) -> (usize, usize) {
-        (self.queue.len(), self.running.len() + self.reading.len())
-    }
-
-    /// Tokens in all caches, and promised to them.
-    pub fn cached_tokens(&self) -> usize {
-        self.reserved.load(Ordering::Relaxed)
-    }
-
-    /// One forward pass: a piece of the prompts that are read, and the next token of every answer. False where nothing
-    /// is left to do.
-    ///
-    /// # Errors
-    /// The device's, and those of `on`. What is wrong with one request alone is reported as [`Event::Failed`].
-    pub fn step(&mut self, on: &mut On<'_>) -> Result<bool> {
-        self.admit(on)?;
-        if self.running.is_empty() && self.reading.is_empty() {
-            return Ok(!self.queue.is_empty());
-        }
-        self.guess()?;
-        let mut logits = std::mem::take(&mut self.logits);
-        self.forward(&mut logits)?;
-        let vocab = self.decoder.vocab_size();
-        let written: usize = self.running.iter().map(|running| running.feed.len()).sum();
-        let (written, read) = logits.split_at_mut(written * vocab);
-        let drawn = self.draw(written);
-        self.take_read(read)?;
-        self.logits = logits;
-        self.report(drawn, on)?;
-        Ok(true)
-    }
-
     /// Fills the batch: starts samples of prompts that were read, and reads more prompts when those run out.
     fn admit(&mut self, on: &mut On<'_>) -> Result<()> {
         while let Some(&ticket) = self.waiting.front() {
-            let Some(room) = self.open.get(&ticket).map(|open| self.answer_room(&open.request))
-            else {
-                self.waiting.pop_front();
-                continue;
-            };
+            let Some(open) = self.open.get(&ticket) else { break };
+            let room = self.answer_room(&open.request);
             if !self.has_room(room) {
-                return Ok(());
+                break;
             }
             self.start(ticket, room, on)?;
         }
-        self.plan_reading();
+        if self.waiting.is_empty() {
+            self.take_prompts();
+        }
+        let mut left = self.limits.max_prefill.max(1);
+        let mut scored = SCORED;
+        for one in &mut self.reading {
+            left -= one.plan(left, &mut scored);
+        }
         Ok(())
     }
 
-    /// Takes prompts from the queue while their samples find places, and says how much of each is read now.
-    fn plan_reading(&mut self) {
+    /// Takes prompts from the queue while their samples find places.
+    fn take_prompts(&mut self) {
         let samples = |request: &Request| request.sampling.num_samples;
         let coming: usize = self.reading.iter().map(|one| samples(&one.request)).sum();
         let mut places = self.limits.max_batch.saturating_sub(self.running.len() + coming);
@@ -173,7 +120,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             let begins_like = |one: &Reading<D::Cache>| {
                 prefix::common(&one.request.prompt.tokens, tokens) >= shared + prefix::WORTH
             };
-            if self.reading.iter().any(begins_like) {
+            if !request.extras.prompt_logprobs && self.reading.iter().any(begins_like) {
                 // What they have in common is soon there to share.
                 break;
             }
@@ -197,10 +144,6 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 scores: PromptScores { cached: shared, ..PromptScores::default() },
             });
         }
-        let mut left = self.limits.max_prefill.max(1);
-        for one in &mut self.reading {
-            left -= one.plan(left);
-        }
     }
 
     /// The kept cache that a prompt may continue. One whose own tokens are to be scored must be read anew.
@@ -213,15 +156,12 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
 
     /// Whether so many more tokens fit, letting kept caches go where needed. One request is always let in.
     fn has_room(&mut self, tokens: usize) -> bool {
-        if self.running.is_empty() && self.reading.is_empty() {
-            return true;
-        }
         if self.running.len() >= self.limits.max_batch.max(1) {
             return false;
         }
         while self.cached_tokens() + tokens > self.limits.cache_tokens {
-            if !self.prefixes.drop_oldest() {
-                return false;
+            if !self.prefixes.free_oldest() {
+                return self.running.is_empty() && self.reading.is_empty();
             }
         }
         true
@@ -241,7 +181,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             self.waiting.pop_front();
         }
         let shared = open.request.prompt.tokens.len();
-        let started = Running::new(Start {
+        let mut running = Running::new(Task {
             ticket,
             sample,
             request: Arc::clone(&open.request),
@@ -254,12 +194,8 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         });
         let mut logits = open.logits.clone();
         let vocabulary = self.vocabulary;
-        let drawn = started.and_then(|mut running| {
-            running.draw(&mut logits, vocabulary)?;
-            Ok(running)
-        });
-        match drawn {
-            Ok(mut running) => {
+        match running.draw(&mut logits, vocabulary) {
+            Ok(_) => {
                 if let Some(piece) = running.piece(1, vocabulary) {
                     on(Event::Piece(ticket, piece))?;
                 }
@@ -284,13 +220,13 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         let mut asked: Vec<Guess<'_>> = self
             .running
             .iter_mut()
-            .filter(|running| running.room > running.ids.len() + 1)
+            .filter(|running| running.task.room > running.ids.len() + 1)
             .map(|running| Guess {
-                key: (running.ticket.0, running.sample),
-                request: &running.request,
+                key: (running.task.ticket.0, running.task.sample),
+                request: &running.task.request,
                 ids: &running.ids,
-                rng: running.rng.clone(),
-                most: (*most).min(running.room - running.ids.len() - 1),
+                rng: running.task.rng.clone(),
+                most: (*most).min(running.task.room - running.ids.len() - 1),
                 guess: &mut running.guess,
             })
             .collect();
@@ -304,7 +240,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             running.feed.extend(running.ids.last());
             running.feed.extend_from_slice(&running.guess);
             feeds.push(Feed {
-                cache: &mut running.cache,
+                cache: &mut running.task.cache,
                 tokens: &running.feed,
                 wanted: Wanted::All,
             });
@@ -338,8 +274,8 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             let drawn = drawn?;
             if drawn < running.feed.len() {
                 // Everything up to the last token drawn was read; that one is read next.
-                let end = running.request.prompt.tokens.len() + running.ids.len() - 1;
-                decoder.truncate(&mut running.cache, end)?;
+                let end = running.task.request.prompt.tokens.len() + running.ids.len() - 1;
+                decoder.truncate(&mut running.task.cache, end)?;
             }
             Ok(drawn)
         };
@@ -347,55 +283,56 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
     }
 
     /// Passes on what was drawn, and lets finished answers go.
-    fn report(&mut self, drawn: Vec<Result<usize>>, on: &mut On<'_>) -> Result<()> {
+    fn report(
+        &mut self,
+        drawn: Vec<Result<usize>>,
+        failed: &mut Failed,
+        on: &mut On<'_>,
+    ) -> Result<()> {
         let vocabulary = self.vocabulary;
-        let mut failed = Vec::new();
         for (mut running, drawn) in std::mem::take(&mut self.running).into_iter().zip(drawn) {
             match drawn {
                 Ok(drawn) => {
                     if let Some(piece) = running.piece(drawn, vocabulary) {
-                        on(Event::Piece(running.ticket, piece))?;
+                        on(Event::Piece(running.task.ticket, piece))?;
                     }
                     match running.ended.take() {
                         Some(end) => self.finish(running, end, on)?,
                         None => self.running.push(running),
                     }
                 }
-                Err(error) => failed.push((running.ticket, error)),
+                Err(error) => {
+                    failed.entry(running.task.ticket).or_insert(error);
+                    // Whatever is kept of it goes when its request is cancelled.
+                    self.running.push(running);
+                }
             }
-        }
-        failed.dedup_by_key(|(ticket, _)| *ticket);
-        for (ticket, error) in failed {
-            self.cancel(ticket);
-            on(Event::Failed(ticket, error))?;
         }
         Ok(())
     }
 
-    /// Takes the predictions of the prompts that were read, and opens those that were read to their end.
-    fn take_read(&mut self, logits: &[f32]) -> Result<()> {
+    /// Takes the predictions of the prompts that were read, and opens those that were read to their end. Returns those
+    /// that cannot be scored.
+    fn take_read(&mut self, logits: &[f32]) -> Failed {
         let vocab = self.decoder.vocab_size();
         let mut rows = logits.chunks_exact(vocab);
-        let mut open = Vec::new();
+        let mut failed = Failed::new();
         for mut reading in std::mem::take(&mut self.reading) {
-            let wanted = reading.wanted().of(reading.now.max(1)).len();
-            let count = if reading.now == 0 { 0 } else { wanted };
             let mut last = &[][..];
-            for _ in 0..count {
+            for _ in reading.wanted().of(reading.now) {
                 last = rows.next().unwrap_or_default();
-                reading.score(last)?;
+                if let Err(error) = reading.score(last) {
+                    failed.entry(reading.ticket).or_insert(error);
+                }
             }
             reading.done += reading.now;
             if reading.left() > 0 {
                 self.reading.push(reading);
             } else {
-                open.push((reading, last.to_vec()));
+                self.open(reading, last.to_vec());
             }
         }
-        for (reading, last) in open {
-            self.open(reading, last);
-        }
-        Ok(())
+        failed
     }
 
     fn open(&mut self, reading: Reading<D::Cache>, logits: Vec<f32>) {
@@ -429,7 +366,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         on: &mut On<'_>,
     ) -> Result<()> {
         let answer = running.answer(finish, text);
-        let Running { ticket, sample, cache, held, share, request, .. } = running;
+        let Task { ticket, sample, cache, held, mut share, request, .. } = running.task;
         if let Some((guesser, _)) = &mut self.guesser {
             guesser.forget((ticket.0, sample));
         }
@@ -437,6 +374,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             // The next turn of a conversation begins with this one. The last token was drawn and not read.
             let mut tokens = request.prompt.tokens.clone();
             tokens.extend_from_slice(&answer.ids[..answer.ids.len() - 1]);
+            share.shrink(answer.ids.len() - 1);
             let held = Held { cache: Arc::new(cache), _share: share, _parent: Some(held) };
             self.prefixes.keep(tokens, Arc::new(held));
         }
@@ -452,22 +390,54 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
 
 impl<D: Decoder> Schedule for Scheduler<'_, D> {
     fn submit(&mut self, request: Request) -> Result<Ticket> {
-        Self::submit(self, request)
+        request.check(self.limits.max_positions, self.decoder.vocab_size())?;
+        let ticket = Ticket(self.next);
+        self.next += 1;
+        self.queue.push_back((ticket, Arc::new(request)));
+        Ok(ticket)
     }
 
     fn cancel(&mut self, ticket: Ticket) {
-        Self::cancel(self, ticket);
+        self.queue.retain(|(waiting, _)| *waiting != ticket);
+        self.reading.retain(|reading| reading.ticket != ticket);
+        self.waiting.retain(|waiting| *waiting != ticket);
+        self.open.remove(&ticket);
+        let guesser = &mut self.guesser;
+        self.running.retain(|running| {
+            if let (Some((guesser, _)), true) = (guesser.as_mut(), running.task.ticket == ticket) {
+                guesser.forget((ticket.0, running.task.sample));
+            }
+            running.task.ticket != ticket
+        });
     }
 
     fn step(&mut self, on: &mut On<'_>) -> Result<bool> {
-        Self::step(self, on)
+        self.admit(on)?;
+        if self.running.is_empty() && self.reading.is_empty() {
+            return Ok(false);
+        }
+        self.guess()?;
+        let mut logits = std::mem::take(&mut self.logits);
+        self.forward(&mut logits)?;
+        let vocab = self.decoder.vocab_size();
+        let written: usize = self.running.iter().map(|running| running.feed.len()).sum();
+        let (written, read) = logits.split_at_mut(written * vocab);
+        let drawn = self.draw(written);
+        let mut failed = self.take_read(read);
+        self.logits = logits;
+        self.report(drawn, &mut failed, on)?;
+        for (ticket, error) in failed {
+            self.cancel(ticket);
+            on(Event::Failed(ticket, error))?;
+        }
+        Ok(true)
     }
 
     fn load(&self) -> (usize, usize) {
-        Self::load(self)
+        (self.queue.len(), self.running.len() + self.reading.len())
     }
 
     fn cached_tokens(&self) -> usize {
-        Self::cached_tokens(self)
+        self.reserved.load(Ordering::Relaxed)
     }
 }

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::spec::{ApiKey, ServerSpec};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, start_of};
 
 /// Largest answer that is read.
 const MAX_BYTES: usize = 64 << 20;
@@ -230,18 +230,16 @@ impl Http {
 
     /// The start of what a server said, on one line and without the key.
     fn clean(&self, text: &str) -> String {
-        let text = self.key.as_ref().map_or_else(|| text.to_owned(), |key| key.redact(text));
-        start_of(&text, 200)
+        start_of(&self.redacted(text), 200)
     }
-}
 
-/// The first `most` characters of a text, on one line.
-pub(crate) fn start_of(text: &str, most: usize) -> String {
-    let words: Vec<&str> = text.split_whitespace().take(most).collect();
-    let line = words.join(" ");
-    match line.char_indices().nth(most) {
-        Some((end, _)) => format!("{}…", &line[..end]),
-        None => line,
+    fn redacted(&self, text: &str) -> String {
+        self.key.as_ref().map_or_else(|| text.to_owned(), |key| key.redact(text))
+    }
+
+    /// The failure, its message without the key and no longer than one likes to read.
+    pub(super) fn without_key(&self, failure: Failure) -> Failure {
+        Failure { message: start_of(&self.redacted(&failure.message), 300), ..failure }
     }
 }
 

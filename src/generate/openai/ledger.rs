@@ -4,7 +4,7 @@
 //! has its line as soon as it is answered: of a prompt with thirty requests under way none is lost that came back. A
 //! request is known by the SHA-256 of its body (model, messages, how to sample, how many answers) and its seed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -51,7 +51,7 @@ pub struct Spent {
 pub struct Ledger {
     path: PathBuf,
     writer: JsonlWriter,
-    /// Where the line of each request lies that is still to be asked.
+    /// Where the line of each request lies that an earlier process had answered; only the places, however long the file.
     known: BTreeMap<(String, u64), (u64, usize)>,
 }
 
@@ -62,28 +62,15 @@ impl Ledger {
     /// A line that is none of a ledger.
     pub fn open(path: &Path) -> Result<(Self, Spent)> {
         let writer = JsonlWriter::open(path)?;
-        let ledger = Self { path: path.to_path_buf(), writer, known: BTreeMap::new() };
-        let mut spent = Spent::default();
-        ledger.each_line(|head, _| {
+        let mut ledger = Self { path: path.to_path_buf(), writer, known: BTreeMap::new() };
+        let (mut spent, mut known) = (Spent::default(), BTreeMap::new());
+        ledger.each_line(|head, place| {
             spent.requests += head.attempts;
             spent.tokens += head.tokens;
+            known.insert((head.key, head.seed), place);
         })?;
+        ledger.known = known;
         Ok((ledger, spent))
-    }
-
-    /// Looks up which of these requests are answered already. Only their places are kept, however long the file.
-    ///
-    /// # Errors
-    /// A line that is none of a ledger.
-    pub fn expect(&mut self, keys: &BTreeSet<String>) -> Result<()> {
-        let mut known = BTreeMap::new();
-        self.each_line(|head, place| {
-            if keys.contains(&head.key) {
-                known.insert((head.key, head.seed), place);
-            }
-        })?;
-        self.known = known;
-        Ok(())
     }
 
     /// The answers of an earlier process to a request.
@@ -185,7 +172,6 @@ mod tests {
 
         let (mut ledger, spent) = Ledger::open(&path).unwrap();
         assert_eq!(spent, Spent { requests: 4, tokens: 20 });
-        ledger.expect(&BTreeSet::from(["a".to_owned(), "b".to_owned()])).unwrap();
         assert_eq!(ledger.take("a", 1).unwrap().unwrap(), [answer("one"), answer("zwei ü")]);
         assert_eq!(ledger.take("a", 2).unwrap().unwrap(), [answer("three")]);
         assert_eq!(ledger.take("a", 2).unwrap(), None);

@@ -13,7 +13,7 @@
 
 pub mod adaptive;
 mod endpoints;
-pub(crate) mod http;
+mod http;
 pub mod ledger;
 pub mod pace;
 pub mod probe;
@@ -23,7 +23,7 @@ pub mod spec;
 mod wire;
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use serde::Serialize;
 
@@ -46,6 +46,8 @@ pub struct Server<'a> {
     sender: Arc<Sender>,
     ledger: Mutex<Option<Ledger>>,
     probed: OnceLock<Probe>,
+    /// Held while the server is being probed.
+    probing: Mutex<()>,
     events: &'a dyn Events,
 }
 
@@ -83,8 +85,15 @@ impl<'a> Server<'a> {
             .build()
             .map_err(|error| Error::from(error).at("teacher"))?;
         let sender = Arc::new(Sender::new(spec, spent)?);
-        let (ledger, probed) = (Mutex::new(ledger), OnceLock::new());
-        Ok(Self { spec: spec.clone(), runtime, sender, ledger, probed, events })
+        Ok(Self {
+            spec: spec.clone(),
+            runtime,
+            sender,
+            ledger: Mutex::new(ledger),
+            probed: OnceLock::new(),
+            probing: Mutex::new(()),
+            events,
+        })
     }
 
     /// Finds out what the server can do, with a few small requests.
@@ -92,7 +101,25 @@ impl<'a> Server<'a> {
     /// # Errors
     /// No URL answers, no such model, a key that is not accepted, or something missing that is needed.
     pub fn probe(&self, needs: Needs) -> Result<Probe> {
-        self.runtime.block_on(self.sender.probe(&self.spec, needs)).map_err(Error::from)
+        self.runtime.block_on(async {
+            let mut probe = std::pin::pin!(self.sender.probe(&self.spec, needs));
+            loop {
+                match tokio::time::timeout(run::TICK, &mut probe).await {
+                    Ok(found) => return found.map_err(Error::from),
+                    Err(_) => self.events.check_interrupt()?,
+                }
+            }
+        })
+    }
+
+    /// What the server can do, found out once, whoever asks first.
+    fn probed(&self, needs: Needs) -> Result<&Probe> {
+        let _one = self.probing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(probe) = self.probed.get() {
+            return Ok(probe);
+        }
+        let probe = self.probe(needs)?;
+        Ok(self.probed.get_or_init(|| probe))
     }
 
     /// Who answered and what it cost.
@@ -125,13 +152,6 @@ impl Teacher for Server<'_> {
             json_schema: asked.iter().any(|asked| asked.schema.is_some()),
             all: false,
         };
-        let probe = match self.probed.get() {
-            Some(probe) => probe,
-            None => self.probed.get_or_init({
-                let probe = self.probe(needs)?;
-                || probe
-            }),
-        };
-        Run::new(self, probe, asked, sampling)?.go(done)
+        Run::new(self, self.probed(needs)?, asked, sampling).go(done)
     }
 }

@@ -4,11 +4,11 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::http::{Failure, Http, Trouble, start_of};
+use super::http::{Failure, Http, Trouble};
 use super::spec::ServerSpec;
 use super::wire::{self, ChatReply};
 use crate::data::record::Message;
-use crate::error::did_you_mean;
+use crate::error::{did_you_mean, start_of};
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::Asked;
 
@@ -78,11 +78,8 @@ pub(super) async fn probe(
     models(http, url, spec, &mut found).await?;
     let visitor = Visitor { http, url, spec };
     let first = visitor.chat(&[("max_tokens", json!(1))]).await?;
-    if first.body.choices.is_empty() {
-        let message = format!("{url}: an answer without choices");
-        return Err(Failure::new(Trouble::Malformed, message));
-    }
-    found.fingerprint = first.body.system_fingerprint;
+    found.fingerprint.clone_from(&first.body.system_fingerprint);
+    first.body.answers(url, 1, false).map_err(|failure| http.without_key(failure))?;
     found.server = found.server.or(first.server);
     found.version = visitor.version().await;
     if needs.n || needs.all {

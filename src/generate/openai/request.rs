@@ -37,8 +37,6 @@ pub(super) struct Sender {
     requests: AtomicU64,
     tokens: AtomicU64,
     retries: AtomicU64,
-    /// Nothing new is to be sent.
-    stopping: AtomicBool,
     /// The newest failure, for people who wonder why nothing happens.
     trouble: Mutex<Option<String>>,
 }
@@ -91,7 +89,6 @@ impl Sender {
             requests: AtomicU64::new(spent.requests),
             tokens: AtomicU64::new(spent.tokens),
             retries: AtomicU64::new(0),
-            stopping: AtomicBool::new(false),
             trouble: Mutex::new(None),
         })
     }
@@ -107,30 +104,21 @@ impl Sender {
         self.retries.load(Ordering::Relaxed)
     }
 
-    /// Lets requests under way finish and sends no more, or begins again.
-    pub(super) fn set_stopping(&self, stopping: bool) {
-        self.stopping.store(stopping, Ordering::Relaxed);
-    }
-
-    pub(super) fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::Relaxed)
-    }
-
     /// What went wrong last, once.
     pub(super) fn take_trouble(&self) -> Option<String> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Sends a request until it is answered or nothing more can be hoped for.
-    pub(super) async fn ask(&self, job: Job) -> Outcome {
+    /// Sends a request until it is answered, nothing more can be hoped for, or its run is `stopping`.
+    pub(super) async fn ask(&self, job: Job, stopping: &AtomicBool) -> Outcome {
         let mut used = Spent::default();
-        let ended = self.attempts(&job, &mut used).await;
+        let ended = self.attempts(&job, &mut used, stopping).await;
         Outcome { job, used, ended }
     }
 
-    async fn attempts(&self, job: &Job, used: &mut Spent) -> Ended {
+    async fn attempts(&self, job: &Job, used: &mut Spent, stopping: &AtomicBool) -> Ended {
         loop {
-            let Some(lease) = self.endpoints.lease(job.tokens, &self.stopping).await else {
+            let Some(lease) = self.endpoints.lease(job.tokens, stopping).await else {
                 return Ended::Stopped;
             };
             if let Err(budget) = self.spend() {
@@ -151,7 +139,8 @@ impl Sender {
                             self.endpoints.answered(&lease, usage.completion_tokens, tokens);
                             return Ended::Answered(answers);
                         }
-                        Err(failure) => failure,
+                        // What a server says within a good answer has not been read for the key yet.
+                        Err(failure) => self.http.without_key(failure),
                     }
                 }
                 Err(failure) => failure,
@@ -166,7 +155,7 @@ impl Sender {
                 return Ended::Failed(failure);
             }
             self.note(&failure);
-            if !self.pause(job.seed, tried).await {
+            if !self.pause(job.seed, tried, stopping).await {
                 return Ended::Stopped;
             }
         }
@@ -193,19 +182,19 @@ impl Sender {
 
     /// Waits before try `tried` + 1: a random part of a span that doubles each time ("full jitter"), so that
     /// requests that failed together do not come back together. `false` where the run ends meanwhile.
-    async fn pause(&self, seed: u64, tried: u32) -> bool {
+    async fn pause(&self, seed: u64, tried: u32, stopping: &AtomicBool) -> bool {
         let span = (self.retry_delay * 2.0_f64.powi(tried.min(30) as i32 - 1)).min(LONGEST_PAUSE);
         let share: f64 = Stream::new(seed, "teacher-retry").at(0, u64::from(tried)).random();
         let mut left = Duration::from_secs_f64(span * share);
         while !left.is_zero() {
-            if self.is_stopping() {
+            if stopping.load(Ordering::Relaxed) {
                 return false;
             }
             let slice = left.min(TICK);
             tokio::time::sleep(slice).await;
             left -= slice;
         }
-        !self.is_stopping()
+        !stopping.load(Ordering::Relaxed)
     }
 
     /// Finds out what the server can do; see [`probe::probe`]. Of several URLs the first that answers speaks for
@@ -235,7 +224,7 @@ impl Sender {
             if let Some(asked) = failure.retry_after {
                 tokio::time::sleep(asked).await;
             }
-            self.pause(0, tried).await;
+            self.pause(0, tried, &AtomicBool::new(false)).await;
         }
     }
 }

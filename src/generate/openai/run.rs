@@ -1,8 +1,9 @@
 //! One call of [`Server`]: makes requests as places free up, records what comes back, hands out whole prompts.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::PoisonError;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -22,7 +23,7 @@ use crate::generate::teacher::Asked;
 use crate::rng::Stream;
 
 /// How often a run that waits looks whether it is still wanted.
-const TICK: Duration = Duration::from_millis(200);
+pub(super) const TICK: Duration = Duration::from_millis(200);
 /// After this long without any answer the user is told what the trouble is.
 const SILENCE: Duration = Duration::from_secs(30);
 
@@ -56,6 +57,8 @@ pub(super) struct Run<'r, 'a> {
     answered: usize,
     refused: usize,
     failed: Option<Error>,
+    /// Nothing new is to be sent.
+    stopping: Arc<AtomicBool>,
     heard: Instant,
 }
 
@@ -65,14 +68,14 @@ impl<'r, 'a> Run<'r, 'a> {
         probe: &Probe,
         asked: &'r [Asked],
         sampling: &'r Sampling,
-    ) -> Result<Self> {
+    ) -> Self {
         let spec = &server.spec;
         let at_once = match spec.samples_per_request {
             _ if probe.n == Some(false) => 1,
             0 => sampling.num_samples,
             some => some.min(sampling.num_samples),
         };
-        let mut run = Self {
+        Self {
             server,
             asked,
             sampling,
@@ -87,11 +90,9 @@ impl<'r, 'a> Run<'r, 'a> {
             answered: 0,
             refused: 0,
             failed: None,
+            stopping: Arc::default(),
             heard: Instant::now(),
-        };
-        run.look_up()?;
-        server.sender.set_stopping(false);
-        Ok(run)
+        }
     }
 
     /// Answers everything. On an error of a request nothing more is sent, but what is under way is waited for and
@@ -111,22 +112,6 @@ impl<'r, 'a> Run<'r, 'a> {
             self.server.events.note(&text);
         }
         self.failed.map_or(Ok(()), Err)
-    }
-
-    /// Tells the ledger which requests will be made, if it has any at all.
-    fn look_up(&mut self) -> Result<()> {
-        let mut ledger = self.server.ledger.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(ledger) = ledger.as_mut() else { return Ok(()) };
-        if self.server.sender.spent() == Spent::default() {
-            return Ok(());
-        }
-        let mut keys = BTreeSet::new();
-        for asked in self.asked {
-            for first in (0..self.sampling.num_samples).step_by(self.at_once) {
-                keys.insert(ledger::key(&self.body(asked, self.count(first))));
-            }
-        }
-        ledger.expect(&keys)
     }
 
     /// How many answers the request that begins with sample `first` asks for.
@@ -174,8 +159,9 @@ impl<'r, 'a> Run<'r, 'a> {
                 continue;
             }
             let (sender, outcomes) = (self.server.sender.clone(), self.outcomes.0.clone());
+            let stopping = Arc::clone(&self.stopping);
             let task = async move {
-                let outcome = sender.ask(job).await;
+                let outcome = sender.ask(job, &stopping).await;
                 // Nobody listens any more where the call has ended with an error.
                 let _ = outcomes.send(outcome);
             };
@@ -257,7 +243,7 @@ impl<'r, 'a> Run<'r, 'a> {
     /// Keeps the first error and sends nothing more.
     fn fail(&mut self, error: impl FnOnce() -> Error) {
         self.failed.get_or_insert_with(error);
-        self.server.sender.set_stopping(true);
+        self.stopping.store(true, Ordering::Relaxed);
     }
 
     /// Takes a request's answers, or none where the server refused the prompt, and hands out the prompt once whole.

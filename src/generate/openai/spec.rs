@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::generate::sampling::one_or_many;
 
 /// Where the key is looked for unless the recipe says otherwise.
 const DEFAULT_KEY: &str = "OPENAI_API_KEY";
@@ -30,7 +31,7 @@ pub struct ServerSpec {
     /// `openai`.
     pub kind: Interface,
     /// Where the interface begins, usually ending in `/v1`; several serve the same model and share the work.
-    #[serde(alias = "endpoint", alias = "base_urls", deserialize_with = "one_or_many")]
+    #[serde(alias = "endpoint", alias = "base_urls", deserialize_with = "urls")]
     pub base_url: Vec<String>,
     /// The model's name at the server.
     pub model: String,
@@ -50,9 +51,9 @@ pub struct ServerSpec {
     pub max_retries: u32,
     /// Seconds before the first repetition, at most; doubled with each further one, up to a minute.
     pub retry_delay: f64,
-    /// Most requests of the whole run, repetitions included; 0 sets no limit.
+    /// Most requests of the whole stage, repetitions included; 0 sets no limit.
     pub max_requests: u64,
-    /// Most tokens of the whole run, prompts and answers together; 0 sets no limit.
+    /// Most tokens of the whole stage, prompts and answers together; 0 sets no limit.
     pub max_tokens_total: u64,
     /// Answers asked for in one request; 0 asks for all of a prompt together.
     pub samples_per_request: usize,
@@ -99,12 +100,15 @@ impl ServerSpec {
                 .hint("for example \"http://localhost:8000/v1\"; several URLs are a list"));
         }
         for url in &self.base_url {
+            // What stands in a URL ends up in plans, logs and errors: a name or password is not repeated here either.
+            let shown = if url.contains('@') { "…" } else { url };
             let parsed = reqwest::Url::parse(url)
-                .map_err(|error| Error::usage(format!("`base_url` is `{url}`: {error}")))?;
+                .map_err(|error| Error::usage(format!("`base_url` is `{shown}`: {error}")))?;
             if !["http", "https"].contains(&parsed.scheme()) {
-                return Err(Error::usage(format!("`base_url` is `{url}`, expected http or https")));
+                return Err(Error::usage(format!(
+                    "`base_url` is `{shown}`, expected http or https"
+                )));
             }
-            // What stands in a URL ends up in plans, logs and errors: it is not repeated here either.
             if !parsed.username().is_empty() || parsed.password().is_some() {
                 return Err(Error::usage("`base_url` holds a name or a password").hint(
                     "put the key into an environment variable and name it in `api_key_env`",
@@ -193,17 +197,8 @@ impl ApiKey {
 }
 
 /// Accepts one URL where a list is meant, and takes off what does not belong to it.
-fn one_or_many<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum OneOrMany {
-        One(String),
-        Many(Vec<String>),
-    }
-    let urls = match OneOrMany::deserialize(deserializer)? {
-        OneOrMany::One(url) => vec![url],
-        OneOrMany::Many(urls) => urls,
-    };
+fn urls<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let urls = one_or_many(deserializer)?;
     let bare =
         |url: &String| url.trim_end_matches('/').trim_end_matches("/chat/completions").to_owned();
     Ok(urls.iter().map(bare).collect())

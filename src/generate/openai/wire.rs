@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::http::{Failure, Trouble, start_of};
+use super::http::{Failure, Trouble};
 use super::spec::ServerSpec;
 use crate::data::record::Message;
 use crate::generate::engine::{Answer, Finish};
@@ -157,8 +157,8 @@ impl ChatReply {
         logprobs: bool,
     ) -> Result<Vec<Answer>, Failure> {
         if let Some(error) = self.error.filter(|error| !error.is_null()) {
-            let said = start_of(&error.to_string(), 200);
-            return Err(Failure::new(Trouble::Server, format!("{url}: {said}")));
+            // Shortened once the key was looked for in it.
+            return Err(Failure::new(Trouble::Server, format!("{url}: {error}")));
         }
         let mut choices = self.choices;
         if choices.is_empty() {

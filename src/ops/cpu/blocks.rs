@@ -98,11 +98,6 @@ impl BlockMatrix {
         (self.outer, self.blocks * BLOCK)
     }
 
-    /// Bytes that the matrix takes.
-    pub fn bytes(&self) -> usize {
-        self.strips.len()
-    }
-
     /// One row as numbers.
     pub fn row(&self, row: usize, out: &mut Vec<f32>) {
         let size = self.bits.bytes();
@@ -202,6 +197,8 @@ fn round_body(to: &mut RoundedRows, x: &[f32]) {
     for (index, x) in x.chunks_exact(BLOCK).enumerate() {
         let top = x.iter().fold(0.0_f32, |top, x| if x.abs() > top { x.abs() } else { top });
         let inverse = if top > 0.0 { 127.0 / top } else { 0.0 };
+        // Integers have no NaN: it lives on in the scale.
+        let scale = if x.iter().any(|x| x.is_nan()) { f32::NAN } else { top / 127.0 };
         let numbers = &mut to.numbers[index * BLOCK..][..BLOCK];
         let wide = &mut to.wide[index * BLOCK..][..BLOCK];
         let mut sum = 0_i32;
@@ -211,8 +208,8 @@ fn round_body(to: &mut RoundedRows, x: &[f32]) {
             *wide = rounded as i16;
             *number = rounded as i8;
         }
-        to.scales[index] = top / 127.0;
-        to.sums[index] = sum as f32 * (top / 127.0);
+        to.scales[index] = scale;
+        to.sums[index] = sum as f32 * scale;
     }
 }
 
@@ -546,5 +543,12 @@ mod tests {
         }
         let sum: f32 = x[32..].iter().sum();
         assert!((rounded.sums[1] - sum).abs() < 0.2);
+        // A model that has diverged says so.
+        let mut x = x;
+        x[3] = f32::NAN;
+        for bits in [Bits::Four, Bits::Eight] {
+            let found = products(&RoundedRows::new(&x, 64), &[&matrix(9, 64, bits)]).remove(0);
+            assert!(found.iter().all(|x| x.is_nan()), "{found:?}");
+        }
     }
 }

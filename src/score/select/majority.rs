@@ -1,18 +1,17 @@
 //! The final answer that most candidates give (self-consistency, Wang et al. 2022).
 
 use indexmap::IndexMap;
-use regex::{Regex, RegexBuilder};
 
 use super::rows::{SftRow, sft_row};
 use super::{Candidate, Candidates, Rules};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::generate::engine::Finish;
-use crate::score::verifiers::last_number;
+use crate::score::verifiers::{Part, last_number};
 
 /// Finds the final answer in a text.
 #[derive(Clone, Debug, Default)]
 pub struct AnswerReader {
-    pattern: Option<Regex>,
+    part: Part,
 }
 
 impl AnswerReader {
@@ -25,15 +24,12 @@ impl AnswerReader {
         if pattern.is_empty() {
             return Ok(Self::default());
         }
-        let pattern = RegexBuilder::new(pattern).multi_line(true).build().map_err(|error| {
-            Error::usage(format!("`answer_pattern` is no regular expression: {error}"))
-        })?;
-        Ok(Self { pattern: Some(pattern) })
+        Ok(Self { part: Part::at(Some(pattern), "answer_pattern")? })
     }
 
     /// Whether it reads as it does without a pattern.
     pub fn is_default(&self) -> bool {
-        self.pattern.is_none()
+        self.part.is_all()
     }
 
     /// The final answer in a form in which equal answers are equal texts; `None` where the text gives none.
@@ -45,15 +41,10 @@ impl AnswerReader {
     /// assert_eq!((read("1,000 eggs"), read("none")), (Some("1000".to_owned()), None));
     /// ```
     pub fn read(&self, text: &str) -> Option<String> {
-        let part = match &self.pattern {
-            Some(pattern) => {
-                let found = pattern.captures_iter(text).last()?;
-                found.get(1).or_else(|| found.get(0)).map(|part| part.as_str())?
-            }
-            None => match boxed(text) {
-                Some(inner) => inner,
-                None => return last_number(text).map(canonical),
-            },
+        let part = match (self.part.is_all(), boxed(text)) {
+            (false, _) => self.part.of(text)?,
+            (true, Some(inner)) => inner,
+            (true, None) => return last_number(text).map(canonical),
         };
         let words = part.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
         // A number in another notation is the same answer; words around it make it another one.

@@ -26,8 +26,9 @@ impl Rule for Choice {
     }
 }
 
-/// The letter, A to Z. In this order: what is boxed; what is called the answer; the text where it is a letter or begins
-/// with one and a mark; the last letter in brackets or bold; the last letter that stands alone and is no English word.
+/// The letter, A to Z. In this order: what is boxed; what is said to be the answer; an option that is named; the text
+/// where it is a letter or begins with one and a mark; the last letter in brackets or bold; the last letter that stands
+/// alone and is no English word.
 fn letter(text: &str) -> Option<char> {
     let text = text.trim();
     let last = |pattern: Option<&'static regex::Regex>| {
@@ -38,11 +39,19 @@ fn letter(text: &str) -> Option<char> {
     // Upper case where another word may follow, so that `the answer is a matter of …` names none.
     let called = || {
         last(pattern!(
-            r"(?i:\b(?:answer|choice|option)\b\s*(?:is|would be|=|:)?[\s:]*)(?:[*_($\[]|\\\()*([A-Z])(?:[*_)$\].,:;]|\\\)|\s|$)"
+            r"(?i:\b(?:answer|choice|option)\b[\s*_]*(?:is|would be|=|:)[*_]*[\s:]*(?:(?:the\s+)?(?:option|choice)\s+)?)(?:[*_($\[]|\\\()*([A-Z])(?:[*_)$\].,:;]|\\\)|\s|$)"
         ))
     };
     let called_small = || {
-        last(pattern!(r"(?i:\banswer(?:\s+is)?[\s:]*)[*_($\[]*([a-z])(?:[*_)$\]]*[.,]?\s*$|[)\]])"))
+        last(pattern!(
+            r"(?i:\banswer\b(?:\s+is)?[\s:]*)[*_($\[]*([a-z])(?:[*_)$\]]*[.,]?\s*$|[)\]])"
+        ))
+    };
+    // After what is said to be the answer: explanations go through the other options by their names.
+    let named = || {
+        last(pattern!(
+            r"(?i:\b(?:answer|choice|option)\b\s*)(?:[*_($\[]|\\\()*([A-Z])(?:[*_)$\].,:;]|\\\)|\s|$)"
+        ))
     };
     let first = || {
         let found = pattern!(r"^[*_(\[]*([A-Za-z])(?:[*_)\]]*$|[*_]*[.):\]][*_]*(?:\s|$))")?
@@ -51,8 +60,8 @@ fn letter(text: &str) -> Option<char> {
     };
     let marked = || last(pattern!(r"(?:\(|\[|\*\*)([A-Z])(?:\)|\]|\*\*|[.):]\s)"));
     let alone = || last(pattern!(r"(?:^|[\s:])([B-HJ-Z])(?:[.,:)]?(?:\s|$))"));
-    let found = boxed().or_else(called).or_else(called_small).or_else(first);
-    found.or_else(marked).or_else(alone).map(|letter| letter.to_ascii_uppercase())
+    let found = boxed().or_else(called).or_else(called_small).or_else(named);
+    found.or_else(first).or_else(marked).or_else(alone).map(|letter| letter.to_ascii_uppercase())
 }
 
 #[cfg(test)]
@@ -96,6 +105,23 @@ mod tests {
         let cases: Vec<(&str, bool)> =
             right.iter().map(|t| (*t, true)).chain(wrong.iter().map(|t| (*t, false))).collect();
         check(r#"{"verifier": "choice"}"#, Some("(B) Paris"), &cases);
+    }
+
+    #[test]
+    fn options_that_an_explanation_names_are_not_the_answer() {
+        let of_b = [
+            ("The answer is B. Option A is incorrect because Paris lies north of it.", true),
+            ("The answer is option B. Option C: wrong.", true),
+            ("**Answer:** B\n\nOption A is too small, option C too large.", true),
+            ("the answer is (b). Option A is wrong.", true),
+            ("The correct option is B; option A is not.", true),
+            ("I pick option B", true),
+            ("Option B (see the answers)", true),
+            ("The answer is A. Option B is incorrect.", false),
+        ];
+        check(r#"{"verifier": "choice"}"#, Some("B"), &of_b);
+        let of_c = [("The correct answer is (C). Option D: wrong.", true), ("Option D", false)];
+        check(r#"{"verifier": "choice"}"#, Some("C"), &of_c);
     }
 
     proptest::proptest! {

@@ -20,10 +20,11 @@ def run():
             leave(3)
         text += part
     tests = text[program_size:].decode()
-    # Compiled first: the program may change every builtin.
+    # Compiled first: the program may change every builtin. What is no Python fails with a SyntaxError, a ValueError
+    # (null bytes), a MemoryError or a RecursionError (both: too deep).
     try:
         compiled = compile(tests, "tests", "exec")
-    except SyntaxError:
+    except Exception:
         traceback.print_exc()
         leave(4)
     word, out = os.dup(0), os.dup(1)

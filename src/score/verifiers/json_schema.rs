@@ -14,6 +14,18 @@ impl JsonSchema {
     pub(super) fn new(spec: &ScorerSpec) -> Result<Self> {
         spec.schema.as_ref().map(compiled).transpose().map(Self)
     }
+
+    /// Judges by the schema, which is compiled here where it is the row's.
+    fn by_schema<T>(
+        &self,
+        question: &Question<'_>,
+        judge: impl FnOnce(&Validator) -> T,
+    ) -> Result<T> {
+        match &self.0 {
+            Some(schema) => Ok(judge(schema)),
+            None => Ok(judge(&of_row(question)?)),
+        }
+    }
 }
 
 fn compiled(schema: &Value) -> Result<Validator> {
@@ -46,22 +58,29 @@ fn unfenced(text: &str) -> &str {
     inner.split_once('\n').map_or(inner, |(_, inner)| inner).trim()
 }
 
+fn accepted(schema: &Validator, text: &str) -> Score {
+    let value: Value = match serde_json::from_str(unfenced(after_thoughts(text))) {
+        Ok(value) => value,
+        Err(error) => return judged(false, format!("no JSON: {error}")),
+    };
+    let failed = schema.iter_errors(&value).next();
+    let why = failed.map(|error| {
+        let place = error.instance_path().to_string();
+        if place.is_empty() { error.to_string() } else { format!("{place}: {error}") }
+    });
+    judged(why.is_none(), why.unwrap_or_default())
+}
+
 impl Rule for JsonSchema {
     fn verify(&self, question: &Question<'_>, text: &str) -> Result<Score> {
-        let of_row = if self.0.is_none() { Some(of_row(question)?) } else { None };
-        let Some(schema) = self.0.as_ref().or(of_row.as_ref()) else {
-            return Err(Error::run("no schema"));
-        };
-        let value: Value = match serde_json::from_str(unfenced(after_thoughts(text))) {
-            Ok(value) => value,
-            Err(error) => return Ok(judged(false, format!("no JSON: {error}"))),
-        };
-        let failed = schema.iter_errors(&value).next();
-        let why = failed.map(|error| {
-            let place = error.instance_path().to_string();
-            if place.is_empty() { error.to_string() } else { format!("{place}: {error}") }
-        });
-        Ok(judged(why.is_none(), why.unwrap_or_default()))
+        self.by_schema(question, |schema| accepted(schema, text))
+    }
+
+    fn verify_all(&self, question: &Question<'_>, texts: &[&str]) -> Result<Vec<Score>> {
+        if texts.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.by_schema(question, |schema| texts.iter().map(|text| accepted(schema, text)).collect())
     }
 }
 

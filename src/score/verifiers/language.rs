@@ -1,7 +1,5 @@
 //! `language`: the text is written in one of some languages, told by its script and its sequences of letters.
 
-use whatlang::Lang;
-
 use super::{Rule, after_thoughts, column, judged};
 use crate::error::{Error, Result};
 use crate::score::{Question, Score, ScorerSpec};
@@ -85,50 +83,51 @@ const SWAHILI: [&str; 24] = [
     "na", "ya", "wa", "kwa", "ni", "katika", "la", "za", "cha", "vya", "kama", "lakini", "hii",
     "hiyo", "yake", "wake", "kuwa", "pia", "sana", "mimi", "wewe", "yangu", "au", "si",
 ];
+const SWAHILI_CODE: &str = "sw";
 /// The share of them that tells it: other languages that know some of these words stay well below.
 const SWAHILI_SHARE: f64 = 0.12;
 
-/// The languages that are right.
-pub(super) struct Language(Vec<String>);
+/// The languages that are right, by their canonical codes.
+pub(super) struct Language(Vec<&'static str>);
 
 impl Language {
     pub(super) fn new(spec: &ScorerSpec) -> Result<Self> {
-        let unknown = spec.values.iter().find(|code| !is_known(code));
-        if let Some(code) = unknown {
-            return Err(unknown_code(code).as_usage());
-        }
-        Ok(Self(spec.values.clone()))
+        let codes = spec.values.iter().map(|code| known(code).map_err(Error::as_usage));
+        codes.collect::<Result<_>>().map(Self)
     }
 }
 
-fn unknown_code(code: &str) -> Error {
-    Error::run(format!("`{code}` is no language that can be told"))
-        .hint("write a code of two letters, as in `en`, `de`, `zh`")
+/// The canonical code of a language that can be told.
+///
+/// # Errors
+/// It cannot.
+pub(super) fn known(code: &str) -> Result<&'static str> {
+    canonical(code).ok_or_else(|| {
+        Error::run(format!("`{code}` is no language that can be told"))
+            .hint("write a code of two letters, as in `en`, `de`, `zh`")
+    })
 }
 
-/// Two letters of a code such as `zh-cn`.
-fn short(code: &str) -> &str {
-    code.split(['-', '_']).next().unwrap_or_default()
+/// The one code of two letters for a code of two or three, with or without a region: `zh` for `zh-cn`, `nb` for `no`.
+fn canonical(code: &str) -> Option<&'static str> {
+    let code = code.split(['-', '_']).next().unwrap_or_default();
+    if code == SWAHILI_CODE {
+        return Some(SWAHILI_CODE);
+    }
+    short(CODES.iter().find(|(two, three)| *two == code || *three == code)?.1)
 }
 
-/// Whether a text can be told to be in this language.
-pub(super) fn is_known(code: &str) -> bool {
-    short(code) == "sw" || lang(code).is_some()
+/// The code of two letters for one of the detector's.
+fn short(code: &str) -> Option<&'static str> {
+    CODES.iter().find(|(_, three)| *three == code).map(|(two, _)| *two)
 }
 
-fn lang(code: &str) -> Option<Lang> {
-    let code = short(code);
-    let long = CODES.iter().find(|(two, three)| *two == code || *three == code)?.1;
-    Lang::from_code(long)
-}
-
-/// The code of a text's language; `None` of one without letters.
+/// The canonical code of a text's language; `None` of one without letters.
 pub(super) fn detected(text: &str) -> Option<&'static str> {
     if is_swahili(text) {
-        return Some("sw");
+        return Some(SWAHILI_CODE);
     }
-    let found = whatlang::detect_lang(text)?.code();
-    CODES.iter().find(|(_, three)| *three == found).map(|(two, _)| *two)
+    short(whatlang::detect_lang(text)?.code())
 }
 
 fn is_swahili(text: &str) -> bool {
@@ -139,36 +138,27 @@ fn is_swahili(text: &str) -> bool {
         all += 1;
         little += usize::from(SWAHILI.contains(&word));
     }
+    // Its letters are those of ASCII; quotes, dashes and the like are everybody's.
+    let plain = text.chars().all(|c| c.is_ascii() || !c.is_alphabetic());
     // Three of them, so that a word or two of another language's are not enough.
-    little >= 3 && little as f64 > SWAHILI_SHARE * all as f64 && text.is_ascii()
-}
-
-/// Whether a text is in the language of `code`, which must be known.
-pub(super) fn is_in(text: &str, code: &str) -> bool {
-    let found = detected(text);
-    // Norwegian has two codes here.
-    let same = |code: &str| if code == "no" { "nb" } else { code }.to_owned();
-    let wanted = lang(code).and_then(|lang| {
-        CODES.iter().find(|(_, three)| *three == lang.code()).map(|(two, _)| *two)
-    });
-    found.map(same) == Some(same(wanted.unwrap_or(short(code))))
+    little >= 3 && little as f64 > SWAHILI_SHARE * all as f64 && plain
 }
 
 impl Rule for Language {
     fn verify(&self, question: &Question<'_>, text: &str) -> Result<Score> {
         let text = after_thoughts(text);
         let of_row = column(question, "language").and_then(|value| value.as_str());
+        let found = detected(text);
         let right = match (self.0.as_slice(), of_row) {
-            ([], Some(code)) if is_known(code) => is_in(text, code),
-            ([], Some(code)) => return Err(unknown_code(code)),
+            ([], Some(code)) => found == Some(known(code)?),
             ([], None) => {
                 return Err(Error::run("neither the scorer nor the row names a language").hint(
                     "write values = [\"en\"], or map the column: columns = {language = \"…\"}",
                 ));
             }
-            (codes, _) => codes.iter().any(|code| is_in(text, code)),
+            (codes, _) => found.is_some_and(|found| codes.contains(&found)),
         };
-        Ok(judged(right, detected(text).unwrap_or("no language")))
+        Ok(judged(right, found.unwrap_or("no language")))
     }
 }
 
@@ -177,7 +167,7 @@ mod tests {
     use whatlang::Lang;
 
     use super::super::testing::check;
-    use super::CODES;
+    use super::{CODES, canonical};
 
     #[test]
     fn every_code_is_one_of_the_detector_and_every_language_of_it_has_a_code() {
@@ -187,6 +177,27 @@ mod tests {
         for lang in Lang::all() {
             assert!(CODES.iter().any(|(_, three)| *three == lang.code()), "{lang:?}");
         }
+        for (code, expected) in [
+            ("zh-cn", Some("zh")),
+            ("deu", Some("de")),
+            ("no", Some("nb")),
+            ("sw_KE", Some("sw")),
+            ("xx", None),
+            ("", None),
+        ] {
+            assert_eq!(canonical(code), expected, "{code}");
+        }
+    }
+
+    #[test]
+    fn marks_beyond_ascii_do_not_make_swahili_another_language() {
+        let text = "“Habari za asubuhi” — mimi ni mwalimu wa shule ya msingi, na ninaishi katika mji wa Nairobi… 🙂";
+        let mixed = "Mimi ni mwalimu wa shule ya msingi na ninaishi katika mji wa Zürich";
+        check(
+            r#"{"verifier": "language", "values": ["sw"]}"#,
+            None,
+            &[(text, true), (mixed, false)],
+        );
     }
 
     #[test]

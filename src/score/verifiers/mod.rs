@@ -174,6 +174,10 @@ impl Scorer for Verifier {
     fn verifies(&self) -> bool {
         true
     }
+
+    fn is_light(&self) -> bool {
+        true
+    }
 }
 
 fn judged(right: bool, why: impl Into<String>) -> Score {
@@ -193,31 +197,49 @@ fn column<'a>(question: &Question<'a>, name: &str) -> Option<&'a Value> {
 }
 
 /// Where in an answer to look.
-struct Part(Option<Regex>);
+#[derive(Clone, Debug, Default)]
+pub(in crate::score) struct Part(Option<Regex>);
 
 impl Part {
     fn new(spec: &ScorerSpec) -> Result<Self> {
-        Ok(Self(spec.pattern.as_deref().map(compiled).transpose()?))
+        Self::at(spec.pattern.as_deref(), "pattern")
+    }
+
+    /// Where a pattern points; everywhere without one. Errors name the pattern by its key.
+    ///
+    /// # Errors
+    /// No regular expression.
+    pub(in crate::score) fn at(pattern: Option<&str>, key: &str) -> Result<Self> {
+        pattern.map(|pattern| compiled(pattern, key)).transpose().map(Self)
+    }
+
+    /// Whether it is all of the text, for want of a pattern.
+    pub(in crate::score) fn is_all(&self) -> bool {
+        self.0.is_none()
     }
 
     /// The part of the text that the pattern points at: its first group, or the whole match. The last match counts,
     /// as people conclude at the end. Without a pattern, all of the text.
-    fn of<'a>(&self, text: &'a str) -> Option<&'a str> {
+    pub(in crate::score) fn of<'a>(&self, text: &'a str) -> Option<&'a str> {
         let Some(pattern) = &self.0 else { return Some(text) };
         let found = pattern.captures_iter(text).last()?;
         found.get(1).or_else(|| found.get(0)).map(|part| part.as_str())
     }
 }
 
-fn compiled(pattern: &str) -> Result<Regex> {
+/// A pattern of the user's, in which `^` and `$` stand for the ends of lines. Errors name it by its key.
+///
+/// # Errors
+/// No regular expression.
+pub(in crate::score) fn compiled(pattern: &str, key: &str) -> Result<Regex> {
     RegexBuilder::new(pattern)
         .multi_line(true)
         .build()
-        .map_err(|error| Error::usage(format!("`pattern` is no regular expression: {error}")))
+        .map_err(|error| Error::usage(format!("`{key}` is no regular expression: {error}")))
 }
 
 /// What comes after a model's thoughts; all of the text where it has none, or nothing after them.
-fn after_thoughts(text: &str) -> &str {
+pub(in crate::score) fn after_thoughts(text: &str) -> &str {
     let after = text.rsplit_once("</think>").map_or("", |(_, after)| after);
     if after.trim().is_empty() { text } else { after }
 }

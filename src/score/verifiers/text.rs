@@ -28,7 +28,7 @@ fn pattern_of(spec: &ScorerSpec, name: &str) -> Result<Regex> {
     let pattern = spec.pattern.as_deref();
     let pattern =
         pattern.ok_or_else(|| Error::usage(format!("the verifier `{name}` needs a `pattern`")))?;
-    compiled(pattern)
+    compiled(pattern, "pattern")
 }
 
 /// A pattern occurs.
@@ -53,9 +53,8 @@ pub(super) struct Whole(Regex);
 impl Whole {
     pub(super) fn new(spec: &ScorerSpec) -> Result<Self> {
         // Its errors should show the pattern as it was written, so it is compiled alone first.
-        pattern_of(spec, "format")?;
-        let pattern = spec.pattern.as_deref().unwrap_or_default();
-        compiled(&format!(r"(?s)\A\s*(?:{pattern})\s*\z")).map(Self)
+        let pattern = pattern_of(spec, "format")?;
+        compiled(&format!(r"(?s)\A\s*(?:{pattern})\s*\z"), "pattern").map(Self)
     }
 }
 

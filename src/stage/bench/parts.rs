@@ -100,22 +100,11 @@ pub(super) fn score(start: Checkpoint, options: &Options) -> Result<Figures> {
     let response = |index| (tokens(vocab, 1 + index, len), vec![Role::Content; len]);
     let responses = (0..options.batch).map(response).collect();
     let forest = Forest::pack([&Tree::siblings(tokens(vocab, 0, options.prompt), responses, 0)])?;
-    let mut steps_s = Vec::new();
-    for step in 0..=options.steps {
-        let began = Instant::now();
+    repeat(options, || {
         let scores = model.scores(&model.hidden(&forest)?, &forest.ends)?;
-        if scores.len() != options.batch {
-            return Err(Error::run(format!(
-                "{} scores of {} responses",
-                scores.len(),
-                options.batch
-            )));
+        if scores.len() == options.batch {
+            return Ok(());
         }
-        if step > 0 {
-            steps_s.push(began.elapsed().as_secs_f64());
-        }
-    }
-    let step_s = median(&steps_s);
-    let tokens_per_s = (options.batch * options.seq) as f64 / step_s;
-    Ok(Figures { tokens_per_s, step_s, steps_s, ..Figures::default() })
+        Err(Error::run(format!("{} scores of {} responses", scores.len(), options.batch)))
+    })
 }

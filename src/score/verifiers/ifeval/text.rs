@@ -66,7 +66,7 @@ pub(super) fn is_lower(text: &str) -> bool {
 pub(super) fn is_english(text: &str) -> bool {
     let text = text.to_lowercase();
     let Some(found) = whatlang::detect(&text) else { return true };
-    !found.is_reliable() || language::is_in(&text, "en")
+    !found.is_reliable() || language::detected(&text) == Some("en")
 }
 
 /// How often a keyword occurs, whatever its case. The published program reads it as a pattern; one that is none is

@@ -86,12 +86,9 @@ fn keywords(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> 
 }
 
 fn response_language(kwargs: Kwargs<'_>, text: &str) -> Result<bool> {
-    let code = kwargs.text("language")?;
-    if !language::is_known(code) {
-        return Err(Error::run(format!("`{code}` is no language that can be told")));
-    }
+    let wanted = language::known(kwargs.text("language")?)?;
     // The published program counts a text in which it finds no language as followed.
-    Ok(language::detected(text).is_none() || language::is_in(text, code))
+    Ok(language::detected(text).is_none_or(|found| found == wanted))
 }
 
 fn length(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> {

@@ -33,10 +33,10 @@ impl Rule for Math {
         }
         let expected = Answer::read(&expected);
         let text = after_thoughts(text);
-        let candidates = match (&self.0.0, self.0.of(text)) {
-            (None, _) => extract::of_text(text),
-            (Some(_), Some(part)) => vec![part.to_owned()],
-            (Some(_), None) => Vec::new(),
+        let candidates = if self.0.is_all() {
+            extract::of_text(text)
+        } else {
+            self.0.of(text).map(str::to_owned).into_iter().collect()
         };
         for found in &candidates {
             let answer = Answer::read(found);

@@ -183,4 +183,8 @@ fn depth_and_length_are_bounded() {
     same("251", &[&long]);
     let power = "9^9^9^9";
     assert!(!Answer::read(power).equals(&Answer::read("1")));
+    // The exponent is the least of all whole numbers that fit.
+    let least = "2^((-2)^64*(-2)^63)";
+    assert!(Answer::read(least).is_readable());
+    assert!(!Answer::read(least).equals(&Answer::read("1")));
 }

@@ -10,7 +10,7 @@ pub(super) enum Number {
 use Number::{Exact, Real};
 
 /// Largest exponent that is computed exactly.
-const EXPONENT: i128 = 64;
+const EXPONENT: u128 = 64;
 
 fn gcd(a: i128, b: i128) -> i128 {
     let (mut a, mut b) = (a.unsigned_abs(), b.unsigned_abs());
@@ -94,10 +94,11 @@ impl Number {
     /// `None` where it is no real number.
     pub(super) fn pow(self, exponent: Self) -> Option<Self> {
         if let (Exact(..), Exact(power, 1)) = (self, exponent)
-            && power.abs() <= EXPONENT
+            && power.unsigned_abs() <= EXPONENT
         {
             let base = if power < 0 { Self::whole(1).div(self)? } else { self };
-            let powered = (0..power.abs()).try_fold(Self::whole(1), |product, _| product.mul(base));
+            let powered =
+                (0..power.unsigned_abs()).try_fold(Self::whole(1), |product, _| product.mul(base));
             if let Some(Exact(..)) = powered {
                 return powered;
             }
