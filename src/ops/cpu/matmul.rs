@@ -11,14 +11,19 @@ use rayon::prelude::*;
 
 use super::element::Element;
 use super::isa::Isa;
-use super::kernel::{KC, Kernel, Left, Numbers, Place, UNIT};
+use super::kernel::{KC, Kernel, Left, Numbers, Place, Tile, UNIT};
 use super::pack::{pack, with_left, with_right};
 
-/// Rows of the left matrix that stay in a core's second-level cache, in tiles.
+/// Most rows of a block of the left matrix, in tiles: a block stays in a core's second-level cache.
 const LEFT_TILES: usize = 16;
+/// Strips of the right matrix that a block meets in one go: they stay in the same cache, a tile's left rows in the first.
+const RIGHT_STRIPS: usize = 12;
+/// Rows of the left matrix that lie a multiple of this many bytes apart are packed: in place they would share few sets of
+/// the first-level cache and push each other out.
+const CROWDED: usize = 2048;
 /// Columns of the right matrix that are packed at a time; `KC` rows of them fit the shared cache.
 const NC: usize = 3072;
-/// Strips of the right matrix that one task packs.
+/// Most strips of the right matrix that one task packs.
 const PACK: usize = 8;
 /// Rows up to which the right matrix is read where it lies: packing it would cost more than it saves.
 const FEW: usize = 96;
@@ -206,41 +211,48 @@ unsafe fn blocked<E: Numbers>(
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let out = Shared(place);
-    let mc = LEFT_TILES * kernel.rows;
-    let blocks = m.div_ceil(mc);
+    let workers = if threads == Threads::All { rayon::current_num_threads() } else { 1 };
+    // Blocks of rows, as many and as high for one worker as for another.
+    let tiles = m.div_ceil(kernel.rows);
+    let blocks = tiles.div_ceil(LEFT_TILES).next_multiple_of(workers).min(tiles);
+    let start_of = |block: usize| (block * tiles / blocks * kernel.rows).min(m);
+    let chain = KC * E::PER_UNIT;
     for from in (0..n).step_by(NC) {
         let columns = NC.min(n - from);
         let strips = columns.div_ceil(kernel.columns);
         // Where there are few blocks of rows, columns are shared out too, so that every thread has work.
-        let slices = if threads == Threads::All { 8_usize.div_ceil(blocks) } else { 1 };
+        let slices = if threads == Threads::All { (4 * workers).div_ceil(blocks) } else { 1 };
         let slice = strips.div_ceil(slices);
-        for first in (0..k).step_by(KC * E::PER_UNIT) {
-            let depth = (KC * E::PER_UNIT).min(k - first);
-            let right = b.block((first, depth), (from, columns)).t();
-            let strip_len = kernel.columns * right.units();
-            with_right::<E, _>(strips * strip_len, |packed| {
-                match threads {
-                    Threads::One => pack(right, kernel.columns, packed),
-                    Threads::All => {
-                        packed.par_chunks_mut(PACK * strip_len).enumerate().for_each(|(i, to)| {
-                            let row = i * PACK * kernel.columns;
-                            let rows = (PACK * kernel.columns).min(columns - row);
-                            pack(right.block((row, rows), (0, depth)), kernel.columns, to);
-                        });
-                    }
-                }
-                let packed = &*packed;
+        // Few columns are packed for several chains at once.
+        let pass = chain * (NC / columns).max(1);
+        for first in (0..k).step_by(pass) {
+            let chains = |until: usize| {
+                (first..until.min(first + pass))
+                    .step_by(chain)
+                    .map(move |first| (first, chain.min(until - first)))
+            };
+            let right = b.block((0, k), (from, columns)).t();
+            let len = strips * kernel.columns * pass.min(k - first).div_ceil(E::PER_UNIT);
+            with_right::<E, _>(len, |packed| {
+                pack_right(kernel, (right, chains(k)), packed, workers);
                 each(blocks * slices, threads, |task| {
-                    let (row, strip) = (task / slices * mc, task % slices * slice);
-                    let left = a.block((row, mc.min(m - row)), (first, depth));
+                    let (block, strip) = (task / slices, task % slices * slice);
+                    let (row, end) = (start_of(block), start_of(block + 1));
                     let start = (strip * kernel.columns).min(columns);
-                    let end = ((strip + slice) * kernel.columns).min(columns);
-                    let right = &packed[(strip * strip_len).min(packed.len())..];
-                    // SAFETY: each task has rows and columns of its own, and they lie within `out`.
-                    unsafe {
-                        let place =
-                            Place { add: place.add || first > 0, ..out.at(row, from + start) };
-                        panel(kernel, left, (right, end - start), place);
+                    let columns = slice * kernel.columns;
+                    let columns = columns.min(right.rows - start);
+                    let mut packed = &*packed;
+                    for (first, depth) in chains(k) {
+                        let left = a.block((row, end - row), (first, depth));
+                        let chain;
+                        (chain, packed) = packed.split_at(strips * kernel.columns * left.units());
+                        let strips = &chain[start * left.units()..];
+                        // SAFETY: each task has rows and columns of its own, and they lie within `out`.
+                        unsafe {
+                            let place =
+                                Place { add: place.add || first > 0, ..out.at(row, from + start) };
+                            panel(kernel, left, (strips, columns), place);
+                        }
                     }
                 });
             });
@@ -248,7 +260,37 @@ unsafe fn blocked<E: Numbers>(
     }
 }
 
-/// A block of rows against packed strips of `columns` columns.
+/// Packs the strips of some columns, given as rows, one chain after the other. A chain is its first element and its length.
+fn pack_right<E: Numbers>(
+    kernel: &Kernel,
+    (right, chains): (Mat<'_, E>, impl Iterator<Item = (usize, usize)>),
+    packed: &mut [E::Unit],
+    workers: usize,
+) {
+    let strips = right.rows.div_ceil(kernel.columns);
+    let tasks = strips.div_ceil(PACK).next_multiple_of(workers);
+    let share = strips.div_ceil(tasks) * kernel.columns;
+    let (mut parts, mut rest) = (Vec::new(), packed);
+    for (first, depth) in chains {
+        for row in (0..right.rows).step_by(share) {
+            let part = right.block((row, share.min(right.rows - row)), (first, depth));
+            let to;
+            (to, rest) =
+                rest.split_at_mut(part.rows.next_multiple_of(kernel.columns) * part.units());
+            parts.push((part, to));
+        }
+    }
+    if workers == 1 {
+        for (part, to) in parts {
+            pack(part, kernel.columns, to);
+        }
+    } else {
+        parts.into_par_iter().for_each(|(part, to)| pack(part, kernel.columns, to));
+    }
+}
+
+/// A block of rows against packed strips of `columns` columns. Whole tiles of rows are read where they lie, if each row's
+/// elements follow each other.
 ///
 /// # Safety
 /// `right` holds the strips; `place` covers `[left.rows, columns]`.
@@ -258,23 +300,38 @@ unsafe fn panel<E: Numbers>(
     (right, columns): (&[E::Unit], usize),
     place: Place,
 ) {
-    let depth = left.units();
-    let (tile_rows, tile_columns) = (kernel.rows, kernel.columns);
-    with_left::<E, _>(left.rows.div_ceil(tile_rows) * tile_rows * depth, |packed| {
-        pack(left, tile_rows, packed);
-        for from in (0..columns).step_by(tile_columns) {
-            let strip = right[from * depth..][..tile_columns * depth].as_ptr().cast();
-            for row in (0..left.rows).step_by(tile_rows) {
-                let data = packed[row * depth..][..tile_rows * depth].as_ptr().cast();
-                let size = (tile_rows.min(left.rows - row), tile_columns.min(columns - from));
-                // SAFETY: both strips hold `depth` rows, and the tile lies within the place.
-                unsafe {
-                    let place = Place { data: place.data.add(row * place.stride + from), ..place };
-                    let left = Left { data, row_stride: UNIT, k_stride: tile_rows * UNIT };
-                    if size == (tile_rows, tile_columns) {
-                        (kernel.packed)(depth, left, strip, place);
-                    } else {
-                        edge(kernel, (depth, left, strip), place, size);
+    let (depth, row_bytes) = (left.units(), left.row_stride * size_of::<E>());
+    let lies = left.col_stride == 1
+        && left.cols.is_multiple_of(E::PER_UNIT)
+        && !row_bytes.is_multiple_of(CROWDED);
+    let in_place = if lies { left.rows / kernel.rows * kernel.rows } else { 0 };
+    let rest = left.block((in_place, left.rows - in_place), (0, left.cols));
+    with_left::<E, _>(rest.rows.next_multiple_of(kernel.rows) * depth, |packed| {
+        pack(rest, kernel.rows, packed);
+        for some in (0..columns).step_by(kernel.columns * RIGHT_STRIPS) {
+            let some = some..columns.min(some + kernel.columns * RIGHT_STRIPS);
+            for row in (0..left.rows).step_by(kernel.rows) {
+                let (tile, left_tile) = if row < in_place {
+                    let data = left.data[row * left.row_stride..].as_ptr().cast();
+                    (kernel.strided, Left { data, row_stride: row_bytes, k_stride: UNIT })
+                } else {
+                    let data = packed[(row - in_place) * depth..].as_ptr().cast();
+                    let k_stride = kernel.rows * UNIT;
+                    (kernel.packed, Left { data, row_stride: UNIT, k_stride })
+                };
+                for from in some.clone().step_by(kernel.columns) {
+                    let strip = right[from * depth..][..kernel.columns * depth].as_ptr().cast();
+                    let size =
+                        (kernel.rows.min(left.rows - row), kernel.columns.min(columns - from));
+                    // SAFETY: the left rows and the strip hold `depth` units, and the tile lies within the place.
+                    unsafe {
+                        let data = place.data.add(row * place.stride + from);
+                        let place = Place { data, ..place };
+                        if size == (kernel.rows, kernel.columns) {
+                            tile(depth, left_tile, strip, place);
+                        } else {
+                            edge((tile, kernel.columns), (depth, left_tile, strip), place, size);
+                        }
                     }
                 }
             }
@@ -287,17 +344,17 @@ unsafe fn panel<E: Numbers>(
 /// # Safety
 /// As for [`panel`]; `place` covers `size`.
 unsafe fn edge(
-    kernel: &Kernel,
+    (compute, stride): (Tile, usize),
     (depth, left, strip): (usize, Left, *const u8),
     place: Place,
     (rows, columns): (usize, usize),
 ) {
     let mut tile = [0.0_f32; TILE];
-    let aside = Place { data: tile.as_mut_ptr(), stride: kernel.columns, add: false };
-    // SAFETY: `tile` has room for the kernel's tile, and `place` for its inner part.
+    let aside = Place { data: tile.as_mut_ptr(), stride, add: false };
+    // SAFETY: `tile` has room for any kernel's tile, and `place` for its inner part.
     unsafe {
-        (kernel.packed)(depth, left, strip, aside);
-        for (i, tile) in tile.chunks_exact(kernel.columns).take(rows).enumerate() {
+        compute(depth, left, strip, aside);
+        for (i, tile) in tile.chunks_exact(stride).take(rows).enumerate() {
             let row = place.data.add(i * place.stride);
             for (j, value) in tile.iter().take(columns).enumerate() {
                 let to = row.add(j);
@@ -367,7 +424,7 @@ unsafe fn few_rows<E: Numbers>(
 /// # Safety
 /// `left` covers the tile's rows and `units`; `right` is a strip of `units`, four bytes each.
 unsafe fn column_tile<U>(
-    (tile, columns): (super::kernel::Tile, usize),
+    (tile, columns): (Tile, usize),
     (left, right, units): (Left, &[U], usize),
     sums: &mut [f32; TILE],
     add: bool,

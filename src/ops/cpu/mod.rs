@@ -15,6 +15,7 @@ pub mod matmul;
 mod pack;
 pub mod peak;
 pub mod rows;
+mod shuffle;
 pub mod simd;
 mod vector;
 

@@ -4,12 +4,19 @@
     unsafe_code,
     reason = "aligned scratch is viewed as plain numbers; packing reads rows by pointer"
 )]
+#![expect(
+    clippy::inline_always,
+    reason = "a body is compiled for an instruction set only inside the function that enables it"
+)]
 
 use std::cell::Cell;
 use std::thread::LocalKey;
 
+use super::isa::Isa;
 use super::kernel::{Numbers, UNIT};
 use super::matmul::Mat;
+#[cfg(target_arch = "x86_64")]
+use super::shuffle;
 
 /// One cache line, so that a tile's loads never straddle two.
 #[derive(Clone, Copy)]
@@ -57,18 +64,51 @@ fn with<E: Numbers, R>(
 pub(super) fn pack<E: Numbers>(source: Mat<'_, E>, width: usize, to: &mut [E::Unit]) {
     let strips = source.rows.div_ceil(width);
     assert_eq!(to.len(), source.units() * width * strips, "{strips} strips of {width}");
-    match width {
-        4 => pack_in::<E, 4>(source, to),
-        6 => pack_in::<E, 6>(source, to),
-        8 => pack_in::<E, 8>(source, to),
-        12 => pack_in::<E, 12>(source, to),
-        16 => pack_in::<E, 16>(source, to),
-        32 => pack_in::<E, 32>(source, to),
-        _ => (0..strips).for_each(|strip| pack_edge(source, strip * width, width, to)),
+    match Isa::current() {
+        // SAFETY: the features were detected.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { pack_avx512(source, width, to) },
+        // SAFETY: the features were detected.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { pack_avx2(source, width, to) },
+        _ => pack_any::<E, false>(source, width, to),
     }
 }
 
-fn pack_in<E: Numbers, const WIDTH: usize>(source: Mat<'_, E>, to: &mut [E::Unit]) {
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+unsafe fn pack_avx512<E: Numbers>(source: Mat<'_, E>, width: usize, to: &mut [E::Unit]) {
+    pack_any::<E, true>(source, width, to);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn pack_avx2<E: Numbers>(source: Mat<'_, E>, width: usize, to: &mut [E::Unit]) {
+    pack_any::<E, false>(source, width, to);
+}
+
+/// `AVX512` may be true only where the processor has it.
+#[inline(always)]
+fn pack_any<E: Numbers, const AVX512: bool>(source: Mat<'_, E>, width: usize, to: &mut [E::Unit]) {
+    match width {
+        4 => pack_in::<E, 4, AVX512>(source, to),
+        6 => pack_in::<E, 6, AVX512>(source, to),
+        8 => pack_in::<E, 8, AVX512>(source, to),
+        12 => pack_in::<E, 12, AVX512>(source, to),
+        16 => pack_in::<E, 16, AVX512>(source, to),
+        32 => pack_in::<E, 32, AVX512>(source, to),
+        _ => {
+            let strips = source.rows.div_ceil(width);
+            (0..strips).for_each(|strip| pack_edge(source, strip * width, width, to));
+        }
+    }
+}
+
+#[inline(always)]
+fn pack_in<E: Numbers, const WIDTH: usize, const AVX512: bool>(
+    source: Mat<'_, E>,
+    to: &mut [E::Unit],
+) {
     let Mat { data, rows, row_stride, col_stride, cols } = source;
     let (whole, units) = (rows / WIDTH, source.units());
     if whole > 0 && cols > 0 {
@@ -83,24 +123,20 @@ fn pack_in<E: Numbers, const WIDTH: usize>(source: Mat<'_, E>, to: &mut [E::Unit
             for unit in 0..units {
                 let (first, second) = (unit * E::PER_UNIT, (unit + 1) * E::PER_UNIT - 1);
                 let row = |k: usize| from.add(k * col_stride).cast::<[E; WIDTH]>();
+                let second = (second < cols).then(|| row(second));
                 for strip in 0..whole {
-                    let a = row(first).add(strip).read_unaligned();
-                    let b = if second == first {
-                        a
-                    } else if second < cols {
-                        row(second).add(strip).read_unaligned()
-                    } else {
-                        [E::default(); WIDTH]
-                    };
-                    strips
-                        .add(strip * units + unit)
-                        .write(std::array::from_fn(|i| E::unit(a[i], b[i])));
+                    let to = strips.add(strip * units + unit);
+                    side_by_side::<E, WIDTH, AVX512>(
+                        row(first).add(strip),
+                        second.map(|row| row.add(strip)),
+                        to,
+                    );
                 }
             }
         } else if col_stride == 1 {
             for strip in 0..whole {
                 let from = from.add(strip * WIDTH * row_stride);
-                transpose::<E, WIDTH>(from, row_stride, cols, strips.add(strip * units));
+                transpose::<E, WIDTH, AVX512>(from, row_stride, cols, strips.add(strip * units));
             }
         } else {
             (0..whole).for_each(|strip| pack_edge(source, strip * WIDTH, WIDTH, to));
@@ -111,27 +147,58 @@ fn pack_in<E: Numbers, const WIDTH: usize>(source: Mat<'_, E>, to: &mut [E::Unit
     }
 }
 
-/// `WIDTH` rows of `k` elements to rows of `WIDTH` units, four units at a time.
+/// `WIDTH` units of two rows of the inner dimension; of one that is the last and has no second, or where a unit is one
+/// element, of the first alone.
 ///
 /// # Safety
-/// `from` covers the rows, `row_stride` apart; `to` has room.
-unsafe fn transpose<E: Numbers, const WIDTH: usize>(
+/// The rows cover `WIDTH` elements, `to` as many units; `AVX512` as for [`pack_any`].
+#[inline(always)]
+unsafe fn side_by_side<E: Numbers, const WIDTH: usize, const AVX512: bool>(
+    first: *const [E; WIDTH],
+    second: Option<*const [E; WIDTH]>,
+    to: *mut [E::Unit; WIDTH],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        if let (true, 2, Some(second)) = (AVX512, E::PER_UNIT, second) {
+            return shuffle::interleave::<WIDTH>(first.cast(), second.cast(), to.cast());
+        }
+        let a = first.read_unaligned();
+        let b = second.map_or([E::default(); WIDTH], |second| second.read_unaligned());
+        to.write(std::array::from_fn(|i| E::unit(a[i], b[i])));
+    }
+}
+
+/// `WIDTH` rows of `k` elements to rows of `WIDTH` units, some units at a time.
+///
+/// # Safety
+/// `from` covers the rows, `row_stride` apart; `to` has room; `AVX512` as for [`pack_any`].
+#[inline(always)]
+unsafe fn transpose<E: Numbers, const WIDTH: usize, const AVX512: bool>(
     from: *const E,
     row_stride: usize,
     k: usize,
     to: *mut [E::Unit; WIDTH],
 ) {
-    const STEP: usize = 4;
-    let step = STEP * E::PER_UNIT;
+    const FEW: usize = 4;
+    let wide = AVX512 && WIDTH >= 12;
+    let step = E::PER_UNIT * if wide { shuffle::SIDE } else { FEW };
     // SAFETY: the caller's promise; every access is at a row below `WIDTH` and a column below `k`.
     unsafe {
         let whole = k / step * step;
         for first in (0..whole).step_by(step) {
-            let rows: [[E::Unit; STEP]; WIDTH] = std::array::from_fn(|i| {
-                from.add(i * row_stride + first).cast::<[E::Unit; STEP]>().read_unaligned()
-            });
             let to = to.add(first / E::PER_UNIT);
-            for j in 0..STEP {
+            #[cfg(target_arch = "x86_64")]
+            if wide {
+                let row_bytes = row_stride * size_of::<E>();
+                shuffle::transpose::<WIDTH>(from.add(first).cast(), row_bytes, to.cast());
+                continue;
+            }
+            let rows: [[E::Unit; FEW]; WIDTH] = std::array::from_fn(|i| {
+                from.add(i * row_stride + first).cast::<[E::Unit; FEW]>().read_unaligned()
+            });
+            for j in 0..FEW {
                 to.add(j).write(std::array::from_fn(|i| rows[i][j]));
             }
         }
