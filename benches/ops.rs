@@ -40,7 +40,7 @@ const PARAMETERS: usize = 4 << 20;
 fn main() {
     // Test runners ask for a list of names and read whatever is printed as one.
     if std::env::args().any(|argument| argument == "--bench") {
-        let peak = arriero::ops::cpu::peak::register_peak() / 1e9;
+        let peak = arriero::ops::cpu::peak::register_peak::<f32>() / 1e9;
         println!("{peak:.0} GFLOP/s of f32 multiply-adds between registers");
     }
     // One of rayon's own threads, as in the program.

@@ -3,8 +3,7 @@
     python scripts/make-truthfulqa.py TruthfulQA.csv FOLDER
 
 train.jsonl          pairs of a right and a wrong answer, at most PAIRS a question
-validation.jsonl     the same of VALIDATION other questions, by which a run may choose when to stop
-heldout.jsonl        HELD_OUT further questions with all their answers, right ones first: `right` says how many
+heldout.jsonl        HELD_OUT other questions with all their answers, right ones first: `right` says how many
 heldout-best.jsonl   of each of these the best right answer against the best wrong one
 """
 
@@ -16,7 +15,6 @@ import sys
 
 SEED = 20
 HELD_OUT = 200
-VALIDATION = 80
 PAIRS = 4
 
 
@@ -53,12 +51,9 @@ def main():
     table, folder = sys.argv[1], pathlib.Path(sys.argv[2])
     rows, rng = list(questions(table)), random.Random(SEED)
     rng.shuffle(rows)
-    held_out, rest = rows[:HELD_OUT], rows[HELD_OUT:]
-    validation, train = rest[:VALIDATION], rest[VALIDATION:]
-    pairs = lambda questions: [row for question in questions for row in train_pairs(*question, rng)]
+    held_out, train = rows[:HELD_OUT], rows[HELD_OUT:]
     files = {
-        "train": pairs(train),
-        "validation": pairs(validation),
+        "train": [row for question in train for row in train_pairs(*question, rng)],
         "heldout": [{"prompt": p, "responses": r + w, "right": len(r)} for p, r, w in held_out],
         "heldout-best": [pair(prompt, right[0], wrong[0]) for prompt, right, wrong in held_out],
     }

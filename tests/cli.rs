@@ -78,7 +78,7 @@ fn a_program_without_cuda_says_how_to_build_one_with_it() {
     let out = run.path().to_str().unwrap();
     refuses(
         &["run", RECIPE, "device=cuda:1", "--out", out],
-        "error: `device` is \"cuda:1\", but this program was built for the CPU alone\nhint: build the other one with `cargo build --release --features cuda`",
+        "error: `device` is \"cuda:1\": this program was built for the CPU alone\nhint: build the other one with `cargo build --release --features cuda` and put it beside this one as arriero-cuda",
     );
 }
 
@@ -271,4 +271,49 @@ fn doctor_and_ls_answer() {
     assert_eq!(status, 0);
     assert!(stdout.contains("HF_HOME") && stdout.contains("cuda"), "{stdout}");
     assert_eq!(arriero(&["ls"]).0, 0);
+    let (status, stdout, _) = arriero(&["doctor", "--device", "cpu", "--check"]);
+    assert_eq!(status, 0, "{stdout}");
+    assert!(stdout.starts_with("cpu\n") && stdout.contains("attention"), "{stdout}");
+    refuses(
+        &["doctor", "--device", "gpu"],
+        "error: `device` is \"gpu\", expected \"cpu\" or \"cuda:N\"",
+    );
+}
+
+/// Where a GPU is asked for, the program beside this one takes over with the same words; without a driver it says so.
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn the_program_for_gpus_takes_over() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let folder = tempfile::tempdir().unwrap();
+    let own = folder.path().join("arriero");
+    std::fs::hard_link(assert_cmd::cargo::cargo_bin("arriero"), &own)
+        .or_else(|_| std::fs::copy(assert_cmd::cargo::cargo_bin("arriero"), &own).map(|_| ()))
+        .unwrap();
+    let run = |script: &str| {
+        let beside = folder.path().join("arriero-cuda");
+        let version = env!("CARGO_PKG_VERSION");
+        let text = format!("#!/bin/sh\n{}\n", script.replace("VERSION", version));
+        arriero::store::write_atomic(&beside, text.as_bytes()).unwrap();
+        std::fs::set_permissions(&beside, PermissionsExt::from_mode(0o755)).unwrap();
+        let output = Command::new(&own).args(["doctor", "--device", "cuda:1"]).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let answers =
+        "if [ \"$1\" = --version ]; then echo arriero VERSION; else echo \"got $*\"; exit 7; fi";
+    let taken = (Some(7), "got doctor --device cuda:1\n".to_owned(), String::new());
+    assert_eq!(run(answers), taken);
+    let fails = "echo 'arriero-cuda: error while loading shared libraries: libcuda.so.1: cannot open shared object file: \
+                 No such file or directory' >&2; exit 127";
+    let (status, stdout, stderr) = run(fails);
+    assert_eq!((status, stdout.as_str()), (Some(1), ""), "{stderr}");
+    insta::assert_snapshot!(
+        stderr.trim_end(),
+        @r#"
+    error: `device` is "cuda:1": this machine has no NVIDIA driver: there is no libcuda.so.1
+    hint: install driver 580 or newer; device = "cpu" works without
+    "#
+    );
 }

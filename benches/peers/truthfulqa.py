@@ -2,7 +2,7 @@
 
     python truthfulqa.py RUN DATA
 
-RUN/scores.jsonl and RUN/validation.jsonl have a list of scores for each row of DATA/heldout.jsonl and DATA/validation.jsonl. A question's accuracy is the share of its pairs of a
+RUN/scores.jsonl has a list of scores for each row of DATA/heldout.jsonl. A question's accuracy is the share of its pairs of a
 right and a wrong answer in which the right one scores higher, ties counting half; *best* looks at the best right answer and the
 best wrong one only. Intervals are 95 %, by bootstrap over questions.
 """
@@ -101,9 +101,7 @@ def interval(values, draws):
 
 def main():
     run, data = map(pathlib.Path, sys.argv[1:])
-    rows = lines(data / "heldout.jsonl")
-    # What the reward model stops by is given to the bag of words to learn from.
-    pairs = lines(data / "train.jsonl") + lines(data / "validation.jsonl")
+    rows, pairs = lines(data / "heldout.jsonl"), lines(data / "train.jsonl")
     checkpoint = run / "stages/01-reward/checkpoint"
     ours, theirs = lines(run / "scores.jsonl"), in_transformers(checkpoint, rows)
     bag = BagOfWords(pairs)
@@ -123,9 +121,9 @@ def main():
     gap = max(abs(a - b) for one, two in zip(ours, theirs) for a, b in zip(one, two))
     print(f"loaded against transformers: largest difference {gap:.2e}")
     record = json.loads((run / "stages/01-reward/manifest.json").read_text())["record"]["metrics"]
-    gaps = torch.tensor([chosen - rejected for chosen, rejected in lines(run / "validation.jsonl")], dtype=torch.float64)
+    gaps = torch.tensor([scores[0] - scores[row["right"]] for row, scores in zip(rows, ours)], dtype=torch.float64)
     before, after = record["eval_loss"], float(-logsigmoid(gaps).mean())
-    print(f"loss on the validation pairs before saving {before:.9f}, after loading {after:.9f}")
+    print(f"loss on the best pairs before saving {before:.9f}, after loading {after:.9f}")
     print(f"{len(rows)} questions; bag of words: penalty {bag.penalty:g}, {len(bag.words)} words")
 
 

@@ -12,7 +12,7 @@ use crate::model::packed::Quantization;
 use crate::ops::cpu::isa::Isa;
 use crate::stage::bench::ceiling::{self, Ceiling};
 use crate::stage::bench::{self, Figures, Method, Options};
-use crate::stage::{bench_prepare, memory};
+use crate::stage::{bench_prepare, device, memory};
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
@@ -24,6 +24,9 @@ pub(super) struct BenchArgs {
     /// Rows, pairs or samples a step
     #[arg(long, default_value_t = 4)]
     batch: usize,
+    /// Where to measure: cpu, or cuda:0
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Tokens of a sequence, prompt included
     #[arg(long, default_value_t = 512)]
     seq: usize,
@@ -119,6 +122,7 @@ impl QuantizationName {
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let options = Options {
         model: args.model.clone(),
+        device: device::open(&args.device)?,
         batch: args.batch,
         seq: args.seq,
         prompt: args.prompt,

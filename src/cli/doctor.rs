@@ -1,11 +1,83 @@
 //! `arriero doctor`: what this machine and this build offer.
 
+use candle_core::Device;
+use clap::Args;
+use serde_json::json;
+
 use super::output;
+use crate::error::{Error, Result};
 use crate::ops::cpu::isa::{self, Isa};
+use crate::ops::cuda::device as gpu;
+use crate::stage::device;
+use crate::stage::device_check::{self as check, Checked};
 use crate::train::memory::kibibytes;
 
+#[derive(Debug, Args)]
+pub(super) struct DoctorArgs {
+    /// Open this device (cuda:0) and say what it is
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Hold every op on the device against the CPU's
+    #[arg(long, requires = "device")]
+    check: bool,
+    /// Print one JSON object, of the device and the check alone
+    #[arg(long, requires = "device")]
+    json: bool,
+}
+
+/// Prints what was asked for.
+pub(super) fn run(args: &DoctorArgs) -> Result<()> {
+    let Some(name) = &args.device else {
+        facts();
+        return Ok(());
+    };
+    let device = device::open(name)?;
+    let (about, told) = about(name, &device)?;
+    if !args.json {
+        output::line(&told);
+    }
+    let checked = if args.check { check::run(&device)? } else { Vec::new() };
+    if args.json {
+        let peak = if args.check { Some(check::peak(&device)?) } else { None };
+        output::line(&json!({"device": about, "checked": checked, "peak": peak}).to_string());
+    } else {
+        for one in &checked {
+            output::line(&row(one));
+        }
+    }
+    let wrong = checked.iter().filter(|one| !one.agrees()).count();
+    if wrong == 0 {
+        return Ok(());
+    }
+    Err(Error::run(format!("{wrong} of {} results differ from the CPU's", checked.len())))
+}
+
+fn row(one: &Checked) -> String {
+    let Checked { op, dtype, what, error, bound } = one;
+    let verdict = if one.agrees() { "" } else { "  WRONG" };
+    format!("{op:<26}  {dtype:<4}  {what:<11}  {error:.1e} of {bound:.1e}{verdict}")
+}
+
+/// What is known of an open device, for programs and for people.
+fn about(name: &str, device: &Device) -> Result<(serde_json::Value, String)> {
+    let Some(facts) = gpu::facts(device)? else {
+        return Ok((json!({"name": name}), name.to_owned()));
+    };
+    let (major, minor) = facts.capability;
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let release = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
+    let driver = facts.driver.map_or_else(|| "unknown".to_owned(), release);
+    let told = format!(
+        "{name}: {}, compute capability {major}.{minor}, {:.1} of {:.1} GiB free, driver for CUDA {driver}",
+        facts.name,
+        gib(facts.free),
+        gib(facts.total),
+    );
+    Ok((serde_json::to_value(&facts)?, told))
+}
+
 /// Prints one line a fact.
-pub(super) fn run() {
+fn facts() {
     let memory = kibibytes("/proc/meminfo", "MemTotal:");
     let free = kibibytes("/proc/meminfo", "MemAvailable:");
     let gib = |bytes: Option<u64>| {

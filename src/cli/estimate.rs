@@ -15,7 +15,7 @@ use crate::train::memory::{Adapted, Footprint};
 /// # Errors
 /// Recomputation by memory, where nothing says how much there is.
 pub(super) fn training_bytes(config: &Config, settings: &Settings, lora: &Lora) -> Result<u64> {
-    let mut options = settings.step_options(0)?;
+    let mut options = settings.step_options(0, &candle_core::Device::Cpu)?;
     if lora.use_peft {
         options.adapted = Some(Adapted::new(config, lora, settings.dtype)?);
     }

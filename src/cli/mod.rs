@@ -61,7 +61,7 @@ enum Command {
     /// Serve a model over HTTP as OpenAI does: chat, completions, embeddings, scores
     Serve(serve::ServeArgs),
     /// Show what this machine and this build offer
-    Doctor,
+    Doctor(doctor::DoctorArgs),
     /// Measure how fast this machine trains and samples with a model
     Bench(bench::BenchArgs),
     /// Let a teacher answer prompts
@@ -148,10 +148,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Chat(args) => chat::run(&args),
         Command::Serve(args) => serve::run(args),
         Command::Bench(args) => bench::run(&args),
-        Command::Doctor => {
-            doctor::run();
-            Ok(())
-        }
+        Command::Doctor(args) => doctor::run(&args),
         Command::Synth(args) => run::stage("synth", &args),
         Command::Sft(args) => run::stage("sft", &args),
         Command::Reward(args) => run::stage("reward", &args),

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use crate::error::Error;
+use crate::ops::cuda::device::is_out_of_memory;
 use crate::store;
 
 /// Prints one line of what the user asked for.
@@ -16,12 +17,18 @@ pub(super) fn note(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
+/// What helps wherever a GPU has no memory left; a training step says more.
+const FULL_GPU: &str = "the GPU is full: `nvidia-smi` shows who holds its memory; a smaller model, fewer samples at once or \
+                        device = \"cpu\" need less";
+
 /// Prints an error and its hint.
 pub(super) fn error(error: &Error) {
     note(&format!("error: {error}"));
     // Libraries report a full disk in words only; the way out is the same wherever it happened.
     let full = error.to_string().contains("No space left on device");
-    if let Some(hint) = error.hint_text().or(full.then_some(store::FULL_DISK)) {
+    let full_gpu = is_out_of_memory(&error.to_string());
+    let way = error.hint_text().or(full.then_some(store::FULL_DISK));
+    if let Some(hint) = way.or(full_gpu.then_some(FULL_GPU)) {
         note(&format!("hint: {hint}"));
     }
 }

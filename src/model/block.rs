@@ -8,7 +8,7 @@ use super::lora::Masks;
 use super::params::EMBEDDING;
 use super::projection::Projection;
 use super::{Config, Tensors};
-use crate::ops::{self, AttentionPlan, Rotary};
+use crate::ops::{self, AttentionPlan, Rotary, norm};
 
 /// What all blocks share for one forest: positions and who sees whom.
 #[derive(Clone, Debug)]
@@ -80,9 +80,13 @@ impl Block {
     }
 
     /// The block over a packed forest, as a graph of ops. Shapes: `[T, D] -> [T, D]`.
+    ///
+    /// The residual stream is f32. On a GPU all that enters a product is in the type of the weights, as on the CPU; there
+    /// this form is the twin of the hand-written one, and rounds only within products.
     pub fn forward(&self, x: &Tensor, layout: &Layout) -> Result<Tensor> {
         let masks = layout.masks.as_deref();
-        let normed = ops::rms_norm(x, &self.input_norm, self.eps)?;
+        let inner = if x.device().is_cuda() { self.dtype } else { x.dtype() };
+        let normed = norm::rms_norm_in(x, &self.input_norm, self.eps, inner)?;
         let heads = |y: Tensor| -> Result<Tensor> {
             let (t, width) = y.dims2()?;
             y.reshape((t, width / self.head_dim, self.head_dim))
@@ -91,8 +95,8 @@ impl Block {
         let k = ops::rope(&heads(self.k.forward(&normed, masks, self.dtype)?)?, &layout.rotary)?;
         let v = heads(self.v.forward(&normed, masks, self.dtype)?)?;
         let seen = ops::attention(&q, &k, &v, &layout.attention)?;
-        let x = ops::residual(x, &self.o.forward(&seen.flatten_from(1)?, masks, self.dtype)?)?;
-        let normed = ops::rms_norm(&x, &self.post_norm, self.eps)?;
+        let seen = self.o.forward(&seen.flatten_from(1)?, masks, self.dtype)?;
+        let [x, normed] = norm::residual_norm((x, &seen), &self.post_norm, self.eps, inner)?;
         let gate = self.gate.forward(&normed, masks, self.dtype)?;
         let hidden = ops::swiglu(&gate, &self.up.forward(&normed, masks, self.dtype)?)?;
         ops::residual(&x, &self.down.forward(&hidden, masks, self.dtype)?)

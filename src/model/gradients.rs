@@ -111,6 +111,10 @@ impl Gradients {
 
 /// Sum of squares of a tensor, in f64.
 pub fn square_sum(tensor: &Tensor) -> Result<f64> {
+    #[cfg(feature = "cuda")]
+    if tensor.device().is_cuda() {
+        return Ok(crate::ops::cuda::launch::optimizer::square_sum(tensor)?);
+    }
     if !tensor.device().is_cpu() {
         return Ok(f64::from(
             tensor.sqr()?.sum_all()?.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()?,

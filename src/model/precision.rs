@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Weights, params::SCORE};
 use crate::error::{Error, Result};
+use crate::ops::cuda::device::has_bf16;
 
 /// A floating-point format.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,11 +69,12 @@ impl Precision {
     /// A format that is not computed with on this device.
     pub(crate) fn check_device(self, device: &Device) -> Result<()> {
         self.check_compute()?;
-        if self == Self::F32 || device.is_cpu() {
+        if self == Self::F32 || device.is_cpu() || has_bf16(device) {
             return Ok(());
         }
-        Err(Error::usage("`dtype` is bf16, which is built for the CPU only so far")
-            .hint("set dtype = \"f32\" or device = \"cpu\""))
+        Err(Error::usage("`dtype` is bf16, which this device does not compute with").hint(
+            "set dtype = \"f32\" or device = \"cpu\"; GPUs have it from an A100 or an RTX 30 on",
+        ))
     }
 }
 

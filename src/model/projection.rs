@@ -45,7 +45,7 @@ impl Projection {
             y = adapter.graph((x, masks), &y, &weight)?;
         }
         match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
+            Some(bias) => linear::with_bias(&y, bias),
             None => Ok(y),
         }
     }

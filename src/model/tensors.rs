@@ -1,6 +1,6 @@
 //! All that a transformer is made of.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, DeviceLocation, Tensor};
 
 use super::Weights;
 use super::lora::{self, Adapter, Adapters};
@@ -38,6 +38,19 @@ impl Tensors {
     pub(super) fn get(&self, name: &str) -> Result<Tensor> {
         let tensor = self.weights.get(name).cloned();
         tensor.ok_or_else(|| Error::run("missing from the weights").at(name))
+    }
+
+    /// # Errors
+    /// Names two tensors that lie on different devices.
+    pub(super) fn check_one_device(&self) -> Result<()> {
+        let adapters = self.adapters.values().flat_map(Adapter::tensors);
+        let place = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.device().location());
+        one_place(
+            self.weights
+                .iter()
+                .map(place)
+                .chain(adapters.map(|(name, tensor)| place((&name, tensor)))),
+        )
     }
 
     /// A projection's weight, by its module's name.
@@ -82,5 +95,35 @@ impl Tensors {
             .collect();
         trained.sort_by(|(a, _), (b, _)| a.cmp(b));
         trained
+    }
+}
+
+/// # Errors
+/// Names the first thing that lies elsewhere than the first of all.
+fn one_place(mut things: impl Iterator<Item = (String, DeviceLocation)>) -> Result<()> {
+    let Some((first, place)) = things.next() else { return Ok(()) };
+    let Some((other, elsewhere)) = things.find(|(_, found)| *found != place) else { return Ok(()) };
+    let name = |place| match place {
+        DeviceLocation::Cpu => "cpu".to_owned(),
+        DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+        DeviceLocation::Metal { gpu_id } => format!("metal:{gpu_id}"),
+    };
+    Err(Error::run(format!("{first} is on {}, {other} on {}", name(place), name(elsewhere)))
+        .hint("a model lies on one device: load all of it with the same `device`"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mix_of_devices_is_refused() {
+        let cpu = |name: &str| (name.to_owned(), DeviceLocation::Cpu);
+        let gpu = |name: &str, gpu_id| (name.to_owned(), DeviceLocation::Cuda { gpu_id });
+        assert!(one_place([cpu("a"), cpu("b")].into_iter()).is_ok());
+        assert!(one_place(std::iter::empty()).is_ok());
+        let error = one_place([cpu("a"), cpu("b"), gpu("c", 1)].into_iter()).unwrap_err();
+        assert_eq!(error.to_string(), "a is on cpu, c on cuda:1");
+        assert!(one_place([gpu("a", 0), gpu("b", 1)].into_iter()).is_err());
     }
 }

@@ -68,8 +68,9 @@ impl Transformer {
     /// Assembles a model with packed weights or adapters.
     ///
     /// # Errors
-    /// Names the tensor that is missing.
+    /// Names the tensor that is missing, or two that lie on different devices.
     pub fn of(config: &Config, tensors: &Tensors) -> Result<Self> {
+        tensors.check_one_device()?;
         let get = |name: &str| tensors.get(name);
         let head = match config.architecture {
             Architecture::CausalLm if config.tie_word_embeddings => get(EMBEDDING)?,

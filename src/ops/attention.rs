@@ -82,6 +82,16 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttentionPlan>) 
         let op = ForestAttention { plan: plan.clone(), log_sum_exp: Mutex::default() };
         return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op);
     }
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        use super::cuda::attention::{on_cuda, takes};
+        if takes(q.dtype(), h / g, e) {
+            return on_cuda(q, k, v, plan);
+        }
+        // Scores in bf16 would lose what distinguishes them.
+        let [q32, k32, v32] = [q, k, v].map(|x| x.to_dtype(DType::F32));
+        return plain(&q32?, &k32?, &v32?, plan)?.to_dtype(q.dtype());
+    }
     plain(q, k, v, plan)
 }
 

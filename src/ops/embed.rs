@@ -16,13 +16,17 @@ pub fn embed(table: &Tensor, tokens: &[u32]) -> Result<Tensor> {
     if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab) {
         candle_core::bail!("token id {id} is beyond the vocabulary of {vocab}");
     }
+    #[cfg(feature = "cuda")]
+    if table.device().is_cuda() && !tokens.is_empty() {
+        return super::cuda::launch::embed::on_cuda(table, tokens);
+    }
     let ids = Tensor::from_slice(tokens, tokens.len(), table.device())?;
     table.detach().index_select(&ids, 0)?.to_dtype(DType::F32)
 }
 
 /// Adds the embedding's gradient into `d_table`: row `tokens[t]` gains row `t` of `d_x`. Returns the sum.
 ///
-/// On the CPU `d_table` itself changes, in the order of the tokens; elsewhere a new tensor is made.
+/// On the CPU and on CUDA `d_table` itself changes, in the order of the tokens; elsewhere a new tensor is made.
 ///
 /// # Shapes
 /// - `d_table`: `[V, D]`, `d_x`: `[T, D]`  →  `[V, D]`
@@ -36,6 +40,11 @@ pub fn embed_grad(d_table: Tensor, tokens: &[u32], d_x: &Tensor) -> Result<Tenso
                 }
             })
         })??;
+        return Ok(d_table);
+    }
+    #[cfg(feature = "cuda")]
+    if d_table.device().is_cuda() {
+        super::cuda::launch::embed::add_rows(&d_table, tokens, d_x)?;
         return Ok(d_table);
     }
     let ids = Tensor::from_slice(tokens, tokens.len(), d_table.device())?;

@@ -20,6 +20,10 @@ use plain::plain;
 /// Logits held at once, in elements: 48 MiB of f32.
 pub const CHUNK_ELEMENTS: usize = 12 << 20;
 
+/// The same on a GPU: 512 MiB of f32, and half as much of their gradient in bf16. A thousand rows of a vocabulary of 128
+/// thousand: enough for the products to be bound by arithmetic.
+pub const GPU_CHUNK_ELEMENTS: usize = 128 << 20;
+
 /// What one row of logits `x` says beside the log-probabilities `ln p` of its targets. All logarithms are natural.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RowStats {
@@ -126,24 +130,24 @@ pub fn rows_at_once(vocab: usize) -> usize {
     Rows::chunk(vocab)
 }
 
-type Grads = Option<(Tensor, Option<Tensor>)>;
+pub(super) type Grads = Option<(Tensor, Option<Tensor>)>;
 
 /// What one run over the chunks computes.
 #[derive(Clone, Copy)]
-struct Pass<'a> {
-    rows: bool,
+pub(super) struct Pass<'a> {
+    pub(super) rows: bool,
     /// The slopes, and whether the weight's gradient is wanted.
-    gradient: Option<(Slopes<'a>, bool)>,
+    pub(super) gradient: Option<(Slopes<'a>, bool)>,
 }
 
 impl Readings {
     /// Room for `count` targets.
-    fn zeros(count: usize, rows: bool) -> Self {
+    pub(super) fn zeros(count: usize, rows: bool) -> Self {
         let rows = if rows { vec![RowStats::default(); count] } else { Vec::new() };
         Self { logps: vec![0.0; count], rows }
     }
 
-    fn set(&mut self, index: usize, logp: f32, row: Option<RowStats>) {
+    pub(super) fn set(&mut self, index: usize, logp: f32, row: Option<RowStats>) {
         self.logps[index] = logp;
         if let Some(row) = row {
             self.rows[index] = row;
@@ -188,17 +192,21 @@ fn run(
             _ => on_cpu::<f32>((&hidden, &weight), sizes, &rows, pass),
         };
     }
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        return super::cuda::head_launch::on_cuda(&hidden, &weight, &rows, pass);
+    }
     plain(&hidden, &weight, &rows, pass)
 }
 
 /// Targets grouped by hidden row.
-struct Rows {
+pub(super) struct Rows {
     /// Hidden rows with at least one target, ascending.
-    hidden: Vec<u32>,
+    pub(super) hidden: Vec<u32>,
     /// Where each row's targets start in `order`; one more entry than rows.
-    starts: Vec<usize>,
+    pub(super) starts: Vec<usize>,
     /// (index of the target, its token id), row by row.
-    order: Vec<(usize, u32)>,
+    pub(super) order: Vec<(usize, u32)>,
 }
 
 impl Rows {

@@ -22,17 +22,31 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         );
     }
     let y = if weight.dtype() != x.dtype() {
-        plain(&x.to_dtype(weight.dtype())?, weight)?.to_dtype(x.dtype())?
+        elsewhere(&x.to_dtype(weight.dtype())?, weight)?.to_dtype(x.dtype())?
     } else if x.device().is_cpu() && x.dtype() == DType::F32 {
         let op = Linear { trained: weight.track_op() };
         x.contiguous()?.apply_op2(&weight.contiguous()?, op)?
     } else {
-        plain(x, weight)?
+        elsewhere(x, weight)?
     };
     match bias {
-        Some(bias) => y.broadcast_add(bias),
+        Some(bias) => with_bias(&y, bias),
         None => Ok(y),
     }
+}
+
+/// `y + b` in the type of `y`, summed in that of the bias. Shapes: `[T, O]`, `[O]` -> `[T, O]`.
+pub(crate) fn with_bias(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    y.to_dtype(bias.dtype())?.broadcast_add(bias)?.to_dtype(y.dtype())
+}
+
+/// What the CPU has no kernel for.
+fn elsewhere(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return super::cuda::launch::linear::on_cuda(x, weight);
+    }
+    plain(x, weight)
 }
 
 /// The plain form.

@@ -1,15 +1,16 @@
 //! Differentiable ops over Candle tensors, one file each.
 //!
 //! Every op has two forms: a *plain* one composed of Candle's own differentiable ops, correct on every device, and a
-//! CPU one with its own forward and backward under [`cpu`]. The public function picks by device; tests hold the two
-//! against each other and the backward against finite differences. Candle's `*_no_bwd` ops, which end the graph
-//! without an error, are not reachable through this module.
+//! CPU one with its own forward and backward under [`cpu`]; with the feature `cuda` a third, of kernels under [`cuda`].
+//! The public function picks by device; tests hold the forms against each other and the backward against finite
+//! differences. Candle's `*_no_bwd` ops, which end the graph without an error, are not reachable through this module.
 //!
 //! Shape letters, here and everywhere: `T` tokens of the packed forest, `D` model width, `H` query heads, `G` key/value
 //! heads, `E` width of one head, `F` feed-forward width, `V` vocabulary, `N` targets, `S` sequences (leaves).
 
 pub mod attention;
 pub mod cpu;
+pub mod cuda;
 pub mod embed;
 pub mod head;
 pub mod linear;

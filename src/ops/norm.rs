@@ -14,7 +14,48 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
         let op = RmsNorm { eps: eps as f32, trained: weight.track_op() };
         return x.contiguous()?.apply_op2(&weight.contiguous()?, op);
     }
+    #[cfg(feature = "cuda")]
+    if has_kernel(x, weight) {
+        return super::cuda::launch::norm::on_cuda(x, weight, eps, DType::F32);
+    }
     plain(x, weight, eps)
+}
+
+/// The same rounded to `dtype`: what enters a product.
+///
+/// # Shapes
+/// As [`rms_norm`].
+pub fn rms_norm_in(x: &Tensor, weight: &Tensor, eps: f64, dtype: DType) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if has_kernel(x, weight) {
+        return super::cuda::launch::norm::on_cuda(x, weight, eps, dtype);
+    }
+    rms_norm(x, weight, eps)?.to_dtype(dtype)
+}
+
+/// The residual sum `x + y`, and its norm rounded to `dtype`.
+///
+/// # Shapes
+/// - `x`, `y`: `[T, D]`, `weight`: `[D]`  →  `[T, D]` both
+pub fn residual_norm(
+    (x, y): (&Tensor, &Tensor),
+    weight: &Tensor,
+    eps: f64,
+    dtype: DType,
+) -> Result<[Tensor; 2]> {
+    #[cfg(feature = "cuda")]
+    if has_kernel(x, weight) && x.elem_count() > 0 {
+        let y = y.to_dtype(DType::F32)?;
+        return super::cuda::launch::norm::of_sum((x, &y), weight, eps, dtype);
+    }
+    let sum = super::residual(x, y)?;
+    let normed = rms_norm_in(&sum, weight, eps, dtype)?;
+    Ok([sum, normed])
+}
+
+#[cfg(feature = "cuda")]
+fn has_kernel(x: &Tensor, weight: &Tensor) -> bool {
+    x.device().is_cuda() && x.dtype() == DType::F32 && weight.dtype() == DType::F32
 }
 
 /// The plain form.

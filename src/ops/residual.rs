@@ -7,18 +7,19 @@ use super::cpu;
 
 const CHUNK: usize = 1 << 14;
 
-/// `x + y`. Shapes: equal, any.
+/// `x + y`, in the type of `x`. Shapes: equal, any.
 pub fn residual(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if x.device().is_cpu() && x.dtype() == DType::F32 && x.shape() == y.shape() {
         return x.contiguous()?.apply_op2(&y.contiguous()?, Add);
     }
-    x + y
+    x + y.to_dtype(x.dtype())?
 }
 
 /// A scalar whose gradient with respect to `output` is exactly `d_output`: the root of a vector-Jacobian product.
 /// Its own value means nothing.
 pub fn vjp_root(output: &Tensor, d_output: &Tensor) -> Result<Tensor> {
-    if output.device().is_cpu() {
+    let by_op = output.device().is_cpu() || cfg!(feature = "cuda") && output.device().is_cuda();
+    if by_op {
         return output.apply_op1(Root { d_output: d_output.clone() });
     }
     (output * d_output)?.sum_all()
@@ -64,24 +65,41 @@ struct Root {
     d_output: Tensor,
 }
 
+impl Root {
+    fn check(&self, layout: &Layout) -> Result<()> {
+        if layout.shape() == self.d_output.shape() {
+            return Ok(());
+        }
+        candle_core::bail!(
+            "a gradient of {:?} for an output of {:?}",
+            self.d_output.shape(),
+            layout.shape()
+        )
+    }
+}
+
 impl CustomOp1 for Root {
     fn name(&self) -> &'static str {
         "vjp-root"
     }
 
     fn cpu_fwd(&self, output: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        if layout.shape() != self.d_output.shape() {
-            candle_core::bail!(
-                "a gradient of {:?} for an output of {:?}",
-                self.d_output.shape(),
-                layout.shape()
-            );
-        }
+        self.check(layout)?;
         let zero = match output {
             CpuStorage::F64(_) => CpuStorage::F64(vec![0.0]),
             _ => CpuStorage::F32(vec![0.0]),
         };
         Ok((zero, Shape::from(())))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        output: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        self.check(layout)?;
+        Ok((super::cuda::launch::zero(output)?, Shape::from(())))
     }
 
     fn bwd(&self, _output: &Tensor, _root: &Tensor, _d: &Tensor) -> Result<Option<Tensor>> {

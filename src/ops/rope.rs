@@ -1,6 +1,8 @@
 //! Rotary position embedding (Su et al., 2021), half-split form as in Hugging Face's Llama.
 
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -13,6 +15,9 @@ pub struct Rotary {
     cos: Arc<Vec<f32>>,
     sin: Arc<Vec<f32>>,
     half: usize,
+    /// On the device where they were last asked for, f32.
+    #[cfg(feature = "cuda")]
+    on_device: Arc<Mutex<Option<[Tensor; 2]>>>,
 }
 
 impl Rotary {
@@ -29,6 +34,8 @@ impl Rotary {
             cos: Arc::new(angles.iter().map(|angle| angle.cos() as f32).collect()),
             sin: Arc::new(angles.iter().map(|angle| angle.sin() as f32).collect()),
             half: frequencies.len(),
+            #[cfg(feature = "cuda")]
+            on_device: Arc::default(),
         }
     }
 
@@ -42,6 +49,19 @@ impl Rotary {
             Tensor::from_slice(values, (self.tokens(), 1, self.half), device)?.to_dtype(dtype)
         };
         Ok([table(&self.cos)?, table(&self.sin)?])
+    }
+
+    /// Cosines and sines on a device, `[T, E/2]`: copied there once for all blocks.
+    #[cfg(feature = "cuda")]
+    fn on(&self, device: &Device) -> Result<[Tensor; 2]> {
+        let mut kept = self.on_device.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tables) = kept.as_ref().filter(|[cos, _]| cos.device().same_device(device)) {
+            return Ok(tables.clone());
+        }
+        let table = |values: &[f32]| Tensor::from_slice(values, (self.tokens(), self.half), device);
+        let tables = [table(&self.cos)?, table(&self.sin)?];
+        *kept = Some(tables.clone());
+        Ok(tables)
     }
 }
 
@@ -61,6 +81,10 @@ pub fn rope(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
     }
     if x.device().is_cpu() && x.dtype() == DType::F32 {
         return x.contiguous()?.apply_op1(Rope { rotary: rotary.clone(), sign: 1.0 });
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::BF16) && t > 0 {
+        return super::cuda::launch::rope::on_cuda(x, rotary.on(x.device())?);
     }
     plain(x, rotary)
 }

@@ -18,6 +18,10 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.device().is_cpu() && gate.dtype() == DType::F32 {
         return gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu);
     }
+    #[cfg(feature = "cuda")]
+    if gate.device().is_cuda() && matches!(gate.dtype(), DType::F32 | DType::BF16) {
+        return super::cuda::launch::swiglu::on_cuda(gate, up);
+    }
     plain(gate, up)
 }
 

@@ -13,6 +13,8 @@ use super::Param;
 use crate::error::{Error, Result};
 use crate::model::gradients::Gradients;
 use crate::ops::cpu::{self, adamw::Update};
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::launch::optimizer::{self, Factor};
 
 const CHUNK: usize = 1 << 16;
 
@@ -89,21 +91,44 @@ impl AdamW {
         lr: f64,
         grad_scale: f64,
     ) -> Result<()> {
-        let param = params
-            .get(name)
-            .ok_or_else(|| Error::run("a gradient without a parameter").at(name))?;
+        let param = find(params, name)?;
         let update = self.update(name, lr * param.lr_scale, grad_scale);
-        let moments = match self.moments.entry(name.to_owned()) {
-            Entry::Occupied(entry) => entry.into_mut(),
+        let moments = self.moments_of(name, param)?;
+        if param.master.device().is_cpu() {
+            return update.on_cpu(param, grad, moments);
+        }
+        #[cfg(feature = "cuda")]
+        if param.master.device().is_cuda() {
+            return update.on_cuda(param, grad, moments, None);
+        }
+        update.plain(param, grad, moments)
+    }
+
+    /// As [`apply`](Self::apply) on CUDA, with a factor of the gradient that is on the device: where it is NaN, nothing
+    /// moves.
+    ///
+    /// # Errors
+    /// Names a gradient without a parameter.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn apply_clipped(
+        &mut self,
+        params: &BTreeMap<String, Param>,
+        (name, grad): (&str, &Tensor),
+        lr: f64,
+        clip: &Factor,
+    ) -> Result<()> {
+        let param = find(params, name)?;
+        let update = self.update(name, lr * param.lr_scale, 1.0);
+        update.on_cuda(param, grad, self.moments_of(name, param)?, Some(clip))
+    }
+
+    fn moments_of(&mut self, name: &str, param: &Param) -> Result<&mut Moments> {
+        match self.moments.entry(name.to_owned()) {
+            Entry::Occupied(entry) => Ok(entry.into_mut()),
             Entry::Vacant(entry) => {
                 let zeros = || param.master.as_tensor().detach().zeros_like();
-                entry.insert(Moments { first: zeros()?, second: zeros()? })
+                Ok(entry.insert(Moments { first: zeros()?, second: zeros()? }))
             }
-        };
-        if param.master.device().is_cpu() {
-            update.on_cpu(param, grad, moments)
-        } else {
-            update.plain(param, grad, moments)
         }
     }
 
@@ -160,6 +185,10 @@ impl AdamW {
     }
 }
 
+fn find<'a>(params: &'a BTreeMap<String, Param>, name: &str) -> Result<&'a Param> {
+    params.get(name).ok_or_else(|| Error::run("a gradient without a parameter").at(name))
+}
+
 /// One parameter's update.
 struct Step(Update);
 
@@ -201,6 +230,24 @@ impl Step {
             })
         })????;
         Ok(())
+    }
+
+    /// The same on a GPU, without waiting for it.
+    #[cfg(feature = "cuda")]
+    fn on_cuda(
+        self,
+        param: &Param,
+        grad: &Tensor,
+        moments: &Moments,
+        clip: Option<&Factor>,
+    ) -> Result<()> {
+        let parameter = optimizer::Parameter {
+            master: param.master.as_tensor(),
+            copy: param.copy.as_ref().map(candle_core::Var::as_tensor),
+            moments: [&moments.first, &moments.second],
+            grad,
+        };
+        Ok(optimizer::adamw(&parameter, self.0, clip)?)
     }
 
     fn plain(self, param: &Param, grad: &Tensor, moments: &mut Moments) -> Result<()> {

@@ -65,6 +65,8 @@ impl Method {
 pub struct Options {
     /// A checkpoint directory, a GGUF file or a hub id.
     pub model: String,
+    /// Where to measure.
+    pub device: Device,
     /// Rows, pairs or samples a step.
     pub batch: usize,
     /// Tokens of a sequence.
@@ -141,6 +143,9 @@ pub struct Figures {
     pub step_s: f64,
     /// Seconds of each step.
     pub steps_s: Vec<f64>,
+    /// Loss and norm of the gradient of each step, where steps train: what another device has to come to.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub losses: Vec<[f64; 2]>,
     /// Seconds that the reference's log-probabilities of one step took, where there is a reference.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reference_s: Option<f64>,
@@ -158,15 +163,15 @@ pub fn run(method: Method, options: &Options) -> Result<Figures> {
     match method {
         Method::Head => parts::head(&config(&options.model)?, options),
         Method::Attention => parts::attention(&config(&options.model)?, options),
-        Method::Generate => generate(&load(&options.model)?, options),
-        Method::Score => parts::score(load(&options.model)?.into_reward_model(1)?, options),
-        Method::Reward => train(load(&options.model)?.into_reward_model(1)?, method, options),
-        Method::Sft | Method::Dpo => train(load(&options.model)?, method, options),
+        Method::Generate => generate(&load(options)?, options),
+        Method::Score => parts::score(load(options)?.into_reward_model(1)?, options),
+        Method::Reward => train(load(options)?.into_reward_model(1)?, method, options),
+        Method::Sft | Method::Dpo => train(load(options)?, method, options),
     }
 }
 
-fn load(model: &str) -> Result<Checkpoint> {
-    Checkpoint::load(model, &Device::Cpu, &LoadOptions::default())
+fn load(options: &Options) -> Result<Checkpoint> {
+    Checkpoint::load(&options.model, &options.device, &LoadOptions::default())
 }
 
 /// The model's shape; its weights stay where they are.
@@ -229,17 +234,22 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
     let adapt = Adapt { lora: &options.lora, base: &options.model, dtype: options.dtype, seed: 1 };
     let learner = adapt.trainee(start)?.learner;
     let mut adamw = AdamW::new(settings.hyper());
-    let cut =
-        StepOptions { adapted: learner.adapted_sizes(), ..settings.step_options(learner.bytes())? };
+    let cut = StepOptions {
+        adapted: learner.adapted_sizes(),
+        ..settings.step_options(learner.bytes(), &options.device)?
+    };
     let pace = Pace { lr: 1e-6, max_grad_norm: settings.max_grad_norm };
-    let (mut steps_s, mut rates) = (Vec::new(), Vec::new());
+    let (mut steps_s, mut rates, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     for step in 0..=options.steps {
         let trees = trees(method, options, vocab, step);
         let tokens: usize = trees.iter().map(sequence_tokens).sum();
         let borrowed: Vec<&Tree> = trees.iter().collect();
         let began = Instant::now();
-        update(&learner, (objective.as_ref(), &borrowed), cut, &mut adamw, pace)?;
+        let (report, norm) =
+            update(&learner, (objective.as_ref(), &borrowed), cut, &mut adamw, pace)?;
+        finished(&options.device)?;
         let seconds = began.elapsed().as_secs_f64();
+        losses.push([report.loss, norm]);
         if step > 0 {
             steps_s.push(seconds);
             rates.push(tokens as f64 / seconds);
@@ -252,8 +262,14 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
         step_s,
         steps_s,
         reference_s,
+        losses,
         extra_peak_bytes: None,
     })
+}
+
+/// Waits for the device: what was asked of a GPU may not have been done yet.
+fn finished(device: &Device) -> Result<()> {
+    Ok(device.synchronize()?)
 }
 
 /// Tokens of a tree's sequences, shared ones once for each.
@@ -334,6 +350,7 @@ mod tests {
     pub(super) fn options() -> Options {
         Options {
             model: "data/tiny/student".to_owned(),
+            device: Device::Cpu,
             batch: 2,
             seq: 12,
             prompt: 5,

@@ -9,6 +9,8 @@ pub mod adapt;
 pub mod average;
 pub mod bench;
 pub mod bench_prepare;
+pub mod device;
+pub mod device_check;
 pub mod dpo;
 pub mod eval;
 pub mod generation;

@@ -1,7 +1,6 @@
 //! A whole run: every stage of every round in order.
 
-use candle_core::Device;
-
+pub use super::device::open as device;
 use super::run::Shelf;
 use super::{Events, Metrics, StageContext, StageRecord};
 use crate::error::{Error, Result};
@@ -72,28 +71,4 @@ pub fn run_plan(
         records.push(record);
     }
     Ok(records)
-}
-
-/// The device that `cpu` or `cuda:N` names.
-///
-/// # Errors
-/// This binary has no CUDA, or there is no such GPU.
-pub fn device(name: &str) -> Result<Device> {
-    match name.strip_prefix("cuda:") {
-        None => Ok(Device::Cpu),
-        Some(_) if !cfg!(feature = "cuda") => Err(Error::usage(format!(
-            "`device` is \"{name}\", but this program was built for the CPU alone"
-        ))
-        .hint("build the other one with `cargo build --release --features cuda`")),
-        Some(index) => {
-            let index = index.parse().map_err(|_| {
-                Error::usage(format!("`device` is \"{name}\", expected \"cuda:N\""))
-            })?;
-            Device::new_cuda(index).map_err(|error| {
-                Error::from(error)
-                    .at(name)
-                    .hint("`nvidia-smi` lists the GPUs; device = \"cpu\" works without")
-            })
-        }
-    }
 }

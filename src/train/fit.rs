@@ -13,6 +13,7 @@ use crate::data::examples::Examples;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::Objective;
+use crate::ops::cuda::device::is_out_of_memory;
 use crate::optim::adamw::AdamW;
 use crate::report::record::{Events, Metrics};
 
@@ -95,7 +96,7 @@ impl<'a> Run<'a> {
         let averaged = ema.as_ref().map_or(0, |ema| ema.learner().trained_bytes());
         let options = StepOptions {
             adapted: learner.adapted_sizes(),
-            ..settings.step_options(learner.bytes() + averaged)?
+            ..settings.step_options(learner.bytes() + averaged, learner.model().device())?
         };
         if options.recompute == Recompute::Auto {
             job.events.note(&options.explain(learner.model().config()));
@@ -125,7 +126,7 @@ impl<'a> Run<'a> {
         let pace = Pace { lr, max_grad_norm: settings.max_grad_norm };
         let what = (self.job.objective, trees.as_slice());
         let (report, norm) = update(self.learner, what, options, &mut self.adamw, pace)
-            .map_err(|error| error.at(&at))?;
+            .map_err(|error| self.explained(error).at(&at))?;
         if let Some(ema) = &self.ema {
             ema.update(self.learner)?;
         }
@@ -137,6 +138,14 @@ impl<'a> Run<'a> {
         self.state.tokens += report.tokens as u64;
         self.started.1 += report.tokens;
         self.log(report, norm, lr)
+    }
+
+    /// A GPU that is full is told in the driver's words: says what fills it.
+    fn explained(&self, error: Error) -> Error {
+        if is_out_of_memory(&error.to_string()) {
+            return self.options.out_of_memory(self.learner.model().config()).because(error);
+        }
+        error
     }
 
     fn log(&mut self, report: StepReport, norm: f64, lr: f64) -> Result<()> {
@@ -207,8 +216,11 @@ impl<'a> Run<'a> {
                 report.metrics.into_iter().map(|(name, value)| (format!("eval_{name}"), value)),
             );
             self.job.events.metrics(self.state.step as u64, &metrics)?;
-            self.state.eval = metrics;
-            self.compare(report.loss)?;
+            let best = self.compare(report.loss)?;
+            // What is reported in the end is of the weights that are saved.
+            if best || !self.job.settings.load_best_model_at_end {
+                self.state.eval = metrics;
+            }
         }
         if let Some(samples) = self.job.samples {
             samples(self.kept())?.iter().for_each(|line| self.job.events.note(line));
@@ -216,14 +228,14 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Counts evaluations without a new lowest loss, and keeps the weights of the lowest.
-    fn compare(&mut self, loss: f64) -> Result<()> {
+    /// Counts evaluations without a new lowest loss, and keeps the weights of the lowest. Returns whether this is it.
+    fn compare(&mut self, loss: f64) -> Result<bool> {
         if !loss.is_nan() && self.state.best.is_none_or(|best| loss < best) {
             (self.state.best, self.state.evals_since_best) = (Some(loss), 0);
             if self.job.settings.load_best_model_at_end {
                 Saved::write_best(self.job.dir, self.kept())?;
             }
-            return Ok(());
+            return Ok(true);
         }
         self.state.evals_since_best += 1;
         if self.waited_long_enough() {
@@ -232,7 +244,7 @@ impl<'a> Run<'a> {
                 "stopping after step {step}: no lower evaluation loss in {waited} evaluations"
             ));
         }
-        Ok(())
+        Ok(false)
     }
 
     fn waited_long_enough(&self) -> bool {

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::lora::{self, Lora};
 use crate::model::params::{EMBEDDING, HEAD, count, shapes};
 use crate::model::{Config, Precision};
-use crate::ops::head::CHUNK_ELEMENTS;
+use crate::ops::head::{CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS};
 
 const F32: u64 = 4;
 
@@ -133,9 +133,14 @@ impl Footprint {
         let averages = if options.averages { parameters * (F32 + copies) } else { 0 };
         // `model::block_cpu`: queries and what they saw, keys and values, gate and up; log-sum-exps and the sum between.
         let kept = (2 * q + 2 * kv + 2 * f) * element + (h + heads) * F32;
+        // A graph keeps what every op gave: normed rows and products before and after their rotation, the activation, and
+        // both products that are added to the residual stream as they were and in f32.
+        let graph = (4 * h + q + kv + f) * element + 3 * h * F32;
+        let kept = if options.gpu { kept + graph } else { kept };
         // Norms, the activation and gradients while one block is taken back.
         let back = tokens * ((6 * h + f) * F32 + 3 * f * element);
-        let logits = (CHUNK_ELEMENTS as u64).min(tokens * config.vocab_size as u64);
+        let chunk = if options.gpu { GPU_CHUNK_ELEMENTS } else { CHUNK_ELEMENTS };
+        let logits = (chunk as u64).min(tokens * config.vocab_size as u64);
         let rounded = if options.dtype == Precision::F32 { 0 } else { logits * element };
         let head = logits * F32 + rounded + 2 * tokens * h * F32;
         Self {
@@ -156,6 +161,18 @@ impl Footprint {
         let [first, last] = self.gradients;
         let both = (keep as u64 * self.block + first).max(last);
         self.state + self.boundaries + both + again + self.working
+    }
+
+    /// The same, part by part.
+    pub fn parts(&self, keep: usize) -> [(&'static str, u64); 5] {
+        let again = if keep < self.blocks { self.block } else { 0 };
+        [
+            ("weights and moments", self.state),
+            ("gradients", self.gradients[1]),
+            ("activations of blocks", keep as u64 * self.block + again),
+            ("inputs of blocks", self.boundaries),
+            ("the head, or one block on its way back", self.working),
+        ]
     }
 
     /// How many blocks may keep their activations within `budget` bytes; 0 where not even that is enough.
@@ -238,6 +255,9 @@ mod tests {
         // 18 bytes a trained parameter, of which 4 are the gradient's.
         let state = Footprint::new(&smollm2(), &bf16, 1).state;
         assert_eq!(state, 14 * count(&smollm2()) as u64);
+        // A graph, and larger chunks of the head's logits.
+        let gpu = StepOptions { gpu: true, ..bf16 };
+        assert!(bytes(&gpu, 4096, 30) > bytes(&bf16, 4096, 30));
         let averaged = StepOptions { averages: true, ..bf16 };
         let state = Footprint::new(&smollm2(), &averaged, 1).state;
         assert_eq!(state, 20 * count(&smollm2()) as u64);
@@ -254,6 +274,35 @@ mod tests {
             let off = (estimate as f64 / f64::from(mb) - 1.0).abs();
             assert!(off < 0.1, "{:?}, {keep} kept: {estimate} MB, measured {mb}", options.dtype);
         }
+    }
+
+    #[test]
+    fn a_full_gpu_is_told_what_fills_it_and_what_helps() {
+        let options = StepOptions::new(4096);
+        let error = options.out_of_memory(&smollm2());
+        let text = error.to_string();
+        assert!(
+            text.starts_with(
+                "the GPU is out of memory in a step of 4096 tokens: activations of blocks"
+            ),
+            "{text}"
+        );
+        assert!(text.contains("weights and moments 1539 MiB"), "{text}");
+        assert!(
+            error
+                .hint_text()
+                .unwrap()
+                .starts_with("gradient_checkpointing = \"block\", or a lower")
+        );
+        let least = StepOptions {
+            recompute: Recompute::Block,
+            optimizer_in_backward: true,
+            dtype: Precision::Bf16,
+            adapted: Some(Adapted { trained: 1, frozen: 1, head: false }),
+            ..options
+        };
+        let error = least.out_of_memory(&smollm2());
+        assert_eq!(error.hint_text(), Some("a lower max_tokens_per_micro_batch"));
     }
 
     #[test]

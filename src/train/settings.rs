@@ -1,5 +1,6 @@
 //! How to train: the keys that every training stage shares, named as in Hugging Face's `TrainingArguments`.
 
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
 use super::memory::{Recompute, available, parse_bytes};
@@ -8,6 +9,7 @@ use super::step::StepOptions;
 use super::watchdog::Watchdog;
 use crate::error::{Error, Result};
 use crate::model::Precision;
+use crate::ops::cuda::device::facts;
 use crate::optim::adamw::{Hyper, is_decayed};
 use crate::optim::schedule::Schedule;
 
@@ -133,32 +135,37 @@ impl Settings {
         self.per_device_train_batch_size * self.gradient_accumulation_steps
     }
 
-    /// How a step is computed. `held`: bytes of the step's memory that are taken already, such as the masters.
+    /// How a step is computed on a device. `held`: bytes of the step's memory that are taken already, such as the masters.
     ///
     /// # Errors
     /// Recomputation by memory where neither `memory_budget` nor what is free is known.
-    pub fn step_options(&self, held: u64) -> Result<StepOptions> {
+    pub fn step_options(&self, held: u64, device: &Device) -> Result<StepOptions> {
         Ok(StepOptions {
             max_tokens: self.max_tokens_per_micro_batch,
             recompute: self.gradient_checkpointing,
-            budget: self.budget(held)?,
+            budget: self.budget(held, device)?,
             dtype: self.dtype,
             adapted: None,
             dropout: None,
             optimizer_in_backward: self.optimizer_in_backward,
             averages: self.ema_decay > 0.0,
             noise: None,
+            gpu: !device.is_cpu(),
         })
     }
 
-    fn budget(&self, held: u64) -> Result<u64> {
+    fn budget(&self, held: u64, device: &Device) -> Result<u64> {
         if self.gradient_checkpointing != Recompute::Auto {
             return Ok(u64::MAX);
         }
         if !self.memory_budget.is_empty() {
             return parse_bytes("memory_budget", &self.memory_budget);
         }
-        available().map(|free| (free + held) / 10 * 9).ok_or_else(|| {
+        let free = match facts(device)? {
+            Some(gpu) => Some(gpu.free),
+            None => available(),
+        };
+        free.map(|free| (free + held) / 10 * 9).ok_or_else(|| {
             Error::usage("how much memory is free is not known on this system")
                 .hint("set memory_budget, for example \"6GiB\"")
         })

@@ -38,6 +38,8 @@ pub struct StepOptions {
     pub averages: bool,
     /// Noise on the embedded tokens.
     pub noise: Option<Noise>,
+    /// It runs on a GPU, where more is held at once.
+    pub gpu: bool,
 }
 
 impl StepOptions {
@@ -53,6 +55,7 @@ impl StepOptions {
             optimizer_in_backward: false,
             averages: false,
             noise: None,
+            gpu: false,
         }
     }
 
@@ -71,6 +74,26 @@ impl StepOptions {
         format!(
             "{keep} of {blocks} blocks keep their activations: {needed} of {budget} MiB at {tokens} tokens"
         )
+    }
+
+    /// A device that is full: what fills it in a step, largest first, and which settings help.
+    pub fn out_of_memory(&self, config: &Config) -> Error {
+        let (tokens, keep) = (self.max_tokens, self.keep(config, self.max_tokens));
+        let mut parts = Footprint::new(config, self, tokens).parts(keep);
+        parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        let parts = parts.map(|(name, bytes)| format!("{name} {} MiB", bytes >> 20)).join(", ");
+        let ways = [
+            (keep > 0, "gradient_checkpointing = \"block\""),
+            (true, "a lower max_tokens_per_micro_batch"),
+            (!self.optimizer_in_backward, "optimizer_in_backward = true"),
+            (self.dtype == Precision::F32, "dtype = \"bf16\""),
+            (self.averages, "no ema_decay"),
+            (self.adapted.is_none(), "use_peft = true"),
+        ];
+        let ways: Vec<&str> =
+            ways.into_iter().filter(|(helps, _)| *helps).map(|(_, way)| way).collect();
+        Error::run(format!("the GPU is out of memory in a step of {tokens} tokens: {parts}"))
+            .hint(ways.join(", or "))
     }
 
     /// How many blocks keep their activations over `tokens` tokens.
@@ -188,9 +211,10 @@ fn readings(
     }
 }
 
-/// Rows cost the CPU two or three parts in a hundred of the head, half a part of a step; the plain form more than that.
+/// Rows cost the CPU two or three parts in a hundred of the head, half a part of a step, and a GPU's kernel no more memory
+/// traffic; the plain form more than that.
 fn wants_rows(model: &Transformer, objective: &dyn Objective) -> bool {
-    objective.reads_rows() || model.device().is_cpu()
+    objective.reads_rows() || !model.device().is_metal()
 }
 
 pub(super) fn pack(trees: &[&Tree], max_tokens: usize) -> Result<Vec<Forest>> {

@@ -1,5 +1,8 @@
 //! One whole optimizer step: the gradient, its norm, and the weights' move, after the backward pass or within it.
 
+#[cfg(feature = "cuda")]
+mod on_cuda;
+
 use candle_core::Tensor;
 
 use super::Learner;
@@ -37,6 +40,11 @@ pub fn update(
         return in_backward(learner, (objective, trees), options, adamw, pace.lr);
     }
     let (grads, mut report) = step::gradients(learner, objective, trees, options)?;
+    #[cfg(feature = "cuda")]
+    if learner.model().device().is_cuda() {
+        let norm = on_cuda::step((learner, adamw), &grads, (trees, pace), &mut report)?;
+        return Ok((report, norm));
+    }
     let mut norms = Norms::default();
     for (name, grad) in grads.iter() {
         norms.add(name, square_sum(grad)?);
@@ -76,28 +84,74 @@ fn in_backward(
     check(report.loss, square_sum(&d_hidden)?.sqrt(), trees)?;
 
     adamw.begin_step();
-    let mut norms = Norms::default();
-    let mut apply = |whole: Vec<(String, Tensor)>| -> Result<()> {
-        for (name, grad) in whole {
-            let square = square_sum(&grad)?;
-            if !square.is_finite() {
-                return Err(Error::run("a gradient is not finite")
-                    .at(name)
-                    .hint("later blocks have moved: go on from the last checkpoint"));
-            }
-            norms.add(&name, square);
-            adamw.apply(learner.params(), (&name, &grad), lr, 1.0)?;
-        }
-        Ok(())
+    let mut moving = Moving {
+        #[cfg(feature = "cuda")]
+        unread: on_cuda::Unread::new(learner)?,
+        learner,
+        adamw,
+        lr,
+        norms: Norms::default(),
     };
     let mut backward = model.backward_from(forest, trace, &d_hidden, &mut grads)?;
     while let Some(block) = backward.next_block(&mut grads)? {
-        apply(grads.take(block.prefix()))?;
+        moving.apply(grads.take(block.prefix()))?;
     }
     drop(backward);
-    apply(grads.take(""))?;
-    norms.log(&mut report.metrics);
-    Ok((report, norms.total()))
+    moving.apply(grads.take(""))?;
+    #[cfg(feature = "cuda")]
+    moving.read()?;
+    moving.norms.log(&mut report.metrics);
+    Ok((report, moving.norms.total()))
+}
+
+/// Weights that move, part by part.
+struct Moving<'a> {
+    learner: &'a Learner,
+    adamw: &'a mut AdamW,
+    lr: f64,
+    norms: Norms,
+    /// Of the gradients on a GPU, which nobody has looked at yet.
+    #[cfg(feature = "cuda")]
+    unread: Option<on_cuda::Unread>,
+}
+
+impl Moving<'_> {
+    /// Moves what these are the gradients of.
+    fn apply(&mut self, grads: Vec<(String, Tensor)>) -> Result<()> {
+        for (name, grad) in grads {
+            #[cfg(feature = "cuda")]
+            if let Some(unread) = &mut self.unread {
+                let clip = unread.add(&name, &grad)?;
+                self.adamw.apply_clipped(self.learner.params(), (&name, &grad), self.lr, &clip)?;
+                continue;
+            }
+            self.note(&name, square_sum(&grad)?)?;
+            self.adamw.apply(self.learner.params(), (&name, &grad), self.lr, 1.0)?;
+        }
+        Ok(())
+    }
+
+    /// Takes down a gradient's sum of squares.
+    fn note(&mut self, name: &str, square: f64) -> Result<()> {
+        if square.is_finite() {
+            self.norms.add(name, square);
+            return Ok(());
+        }
+        Err(Error::run("a gradient is not finite")
+            .at(name)
+            .hint("later blocks have moved: go on from the last checkpoint"))
+    }
+
+    /// Takes down what the GPU has, once it is there.
+    #[cfg(feature = "cuda")]
+    fn read(&mut self) -> Result<()> {
+        if let Some(unread) = self.unread.take() {
+            for (name, square) in unread.read()? {
+                self.note(&name, square)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 fn check(loss: f64, norm: f64, trees: &[&Tree]) -> Result<()> {

@@ -14,7 +14,11 @@ use crate::ops::AttentionPlan;
 /// Queries a tile.
 const TILE: usize = 64;
 
-/// Arguments of both passes. Shapes: `q` `[T, H, E]`; `k`, `v` `[T, G, E]`. Arithmetic is in f32 whatever the elements.
+/// Arguments of both passes. Shapes: `q` `[T, H, E]`; `k`, `v` `[T, G, E]`.
+///
+/// The forward's arithmetic is in f32 whatever the elements: generation repeats it row by row, to the bit. The backward
+/// multiplies in the elements' type, with sums and softmax in f32: probabilities and the gradients of scores are rounded to
+/// it, as FlashAttention does.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a, N = f32> {
     /// Who sees whom.
@@ -68,18 +72,16 @@ impl<N: Element> Inputs<'_, N> {
     }
 }
 
-/// Copies one head's rows of `x` (`[T, heads, width]`) end to end, widened.
+/// Copies one head's rows of `x` (`[T, heads, width]`) end to end.
 fn gather<N: Element>(
     x: &[N],
     rows: impl Iterator<Item = usize>,
     (head, heads): (usize, usize),
     width: usize,
-) -> Vec<f32> {
+) -> Vec<N> {
     let mut out = Vec::new();
     for row in rows {
-        let end = out.len();
-        out.resize(end + width, 0.0);
-        N::widen_into(&mut out[end..], &x[(row * heads + head) * width..][..width]);
+        out.extend_from_slice(&x[(row * heads + head) * width..][..width]);
     }
     out
 }
@@ -138,13 +140,16 @@ fn forward_unit<N: Element>(inputs: &Inputs<'_, N>, unit: &Unit) -> (Vec<f32>, V
         let group = inputs.group(unit.head);
         let along = |x| gather(x, path.iter().cloned().flatten(), (group, groups), width);
         let (keys, values) = (along(k), along(v));
+        let (mut wide_keys, mut wide_values, mut wide) = (Vec::new(), Vec::new(), Vec::new());
+        let keys = N::widen(&keys, &mut wide_keys);
+        let values = N::widen(&values, &mut wide_values);
         for tile in (0..span.len).step_by(TILE) {
             let rows = TILE.min(span.len - tile);
             let seen = span.position + tile + rows;
             let start = span.start + tile;
             let queries = gather(q, start..start + rows, (unit.head, heads), width);
-            let queries = Mat::new(&queries, rows, width);
-            let mut scores = matmul(queries, Mat::new(&keys, seen, width).t(), Threads::One);
+            let queries = Mat::new(N::widen(&queries, &mut wide), rows, width);
+            let mut scores = matmul(queries, Mat::new(keys, seen, width).t(), Threads::One);
             for (row, scores) in scores.chunks_exact_mut(seen).enumerate() {
                 let visible = seen - rows + row + 1;
                 log_sum_exp[start - first + row] = softmax(scores, visible, inputs.scale());
@@ -153,7 +158,7 @@ fn forward_unit<N: Element>(inputs: &Inputs<'_, N>, unit: &Unit) -> (Vec<f32>, V
             matmul_into(
                 tile_out,
                 Mat::new(&scores, rows, seen),
-                Mat::new(&values, seen, width),
+                Mat::new(values, seen, width),
                 false,
                 Threads::One,
             );
@@ -222,6 +227,8 @@ fn backward_unit<N: Element>(
         let along = |x| gather(x, path.iter().cloned().flatten(), (group, groups), width);
         let (keys, values) = (along(k), along(v));
         let (mut d_keys, mut d_values) = (vec![0.0; keys.len()], vec![0.0; values.len()]);
+        let mut narrowed = [(); 3].map(|()| Vec::new());
+        let mut wide = Vec::new();
         for tile in (0..span.len).step_by(TILE) {
             let rows = TILE.min(span.len - tile);
             let seen = span.position + tile + rows;
@@ -229,9 +236,11 @@ fn backward_unit<N: Element>(
             let (here, of) = (start..start + rows, (unit.head, heads));
             let queries = gather(q, here.clone(), of, width);
             let out_tile = gather(out, here.clone(), of, width);
-            let d_tile = gather(d_out, here, of, width);
-            let (queries, d_out) = (Mat::new(&queries, rows, width), &d_tile);
-            let d_tile = Mat::new(&d_tile, rows, width);
+            let out_tile = N::widen(&out_tile, &mut wide);
+            let d_out = &gather(d_out, here, of, width);
+            let [narrow_d, narrow_scores, narrow_probs] = &mut narrowed;
+            let (queries, d_tile) = (Mat::new(&queries, rows, width), N::narrow(d_out, narrow_d));
+            let d_tile = Mat::new(d_tile, rows, width);
             let keys = Mat::new(&keys, seen, width);
             let mut scores = matmul(queries, keys.t(), Threads::One);
             let d_probs = matmul(d_tile, Mat::new(&values, seen, width).t(), Threads::One);
@@ -251,17 +260,12 @@ fn backward_unit<N: Element>(
                 );
                 scores[row * seen + visible..(row + 1) * seen].fill(0.0);
             }
-            let d_scores = Mat::new(&scores, rows, seen);
+            let d_scores = Mat::new(N::narrow(&scores, narrow_scores), rows, seen);
+            let probs = Mat::new(N::narrow(&probs, narrow_probs), rows, seen);
             let d_queries = &mut grads[0][(start - first) * width..][..rows * width];
             matmul_into(d_queries, d_scores, keys, false, Threads::One);
             matmul_into(&mut d_keys[..seen * width], d_scores.t(), queries, true, Threads::One);
-            matmul_into(
-                &mut d_values[..seen * width],
-                Mat::new(&probs, rows, seen).t(),
-                d_tile,
-                true,
-                Threads::One,
-            );
+            matmul_into(&mut d_values[..seen * width], probs.t(), d_tile, true, Threads::One);
         }
         scatter(&mut grads[1], &d_keys, &path, first, width);
         scatter(&mut grads[2], &d_values, &path, first, width);

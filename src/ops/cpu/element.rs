@@ -30,6 +30,9 @@ pub trait Element: WithDType + Numbers {
     /// The numbers in f32: themselves, or a copy in `scratch`.
     fn widen<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32];
 
+    /// Numbers rounded to this type: themselves, or a copy in `scratch`.
+    fn narrow<'a>(values: &'a [f32], scratch: &'a mut Vec<Self>) -> &'a [Self];
+
     /// Lets `fill` write numbers in f32: in place, or in `scratch`, to be rounded into `out`.
     fn write(out: &mut [Self], scratch: &mut Vec<f32>, fill: impl FnOnce(&mut [f32]));
 
@@ -57,6 +60,9 @@ impl Element for f32 {
         out.copy_from_slice(values);
     }
     fn widen<'a>(values: &'a [Self], _scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        values
+    }
+    fn narrow<'a>(values: &'a [Self], _scratch: &'a mut Vec<Self>) -> &'a [Self] {
         values
     }
     fn write(out: &mut [Self], _scratch: &mut Vec<f32>, fill: impl FnOnce(&mut [Self])) {
@@ -89,6 +95,11 @@ impl Element for bf16 {
     fn widen<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
         scratch.resize(values.len(), 0.0);
         simd::from_bf16(scratch, values);
+        scratch
+    }
+    fn narrow<'a>(values: &'a [f32], scratch: &'a mut Vec<Self>) -> &'a [Self] {
+        scratch.resize(values.len(), Self::ZERO);
+        simd::to_bf16(scratch, values);
         scratch
     }
     fn write(out: &mut [Self], scratch: &mut Vec<f32>, fill: impl FnOnce(&mut [f32])) {

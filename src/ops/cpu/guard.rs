@@ -10,7 +10,7 @@ const CANARY: u8 = 0xa5;
 
 /// Which guard page the elements touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Side {
+pub(in crate::ops) enum Side {
     /// The first element follows the page before.
     Start,
     /// The last element precedes the page after.
@@ -18,11 +18,11 @@ pub(super) enum Side {
 }
 
 impl Side {
-    pub(super) const BOTH: [Self; 2] = [Self::Start, Self::End];
+    pub(in crate::ops) const BOTH: [Self; 2] = [Self::Start, Self::End];
 }
 
 /// `[inaccessible page][pages of elements][inaccessible page]`, the elements at one end.
-pub(super) struct Guarded<T> {
+pub(in crate::ops) struct Guarded<T> {
     map: MmapMut,
     /// Where the elements begin, in bytes.
     start: usize,
@@ -33,7 +33,7 @@ pub(super) struct Guarded<T> {
 
 impl<T: Copy> Guarded<T> {
     /// A copy of `values` with its first or last element at a guard page.
-    pub(super) fn new(values: &[T], side: Side) -> Self {
+    pub(in crate::ops) fn new(values: &[T], side: Side) -> Self {
         // SAFETY: sysconf only reads a constant of the system.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
         let bytes = size_of_val(values);
@@ -58,26 +58,26 @@ impl<T: Copy> Guarded<T> {
     }
 
     /// The first element's address.
-    pub(super) fn as_ptr(&self) -> *const T {
+    pub(in crate::ops) fn as_ptr(&self) -> *const T {
         // SAFETY: `start` lies within the mapping.
         unsafe { self.map.as_ptr().add(self.start).cast() }
     }
 
     /// The elements.
-    pub(super) fn as_slice(&self) -> &[T] {
+    pub(in crate::ops) fn as_slice(&self) -> &[T] {
         // SAFETY: the elements are initialised, aligned (pages are, and sizes are multiples of the alignment), and
         // between the guards.
         unsafe { std::slice::from_raw_parts(self.as_ptr(), self.len) }
     }
 
     /// The elements, for writing.
-    pub(super) fn as_mut(&mut self) -> &mut [T] {
+    pub(in crate::ops) fn as_mut(&mut self) -> &mut [T] {
         // SAFETY: as above; the mapping is borrowed alone.
         unsafe { std::slice::from_raw_parts_mut(self.as_ptr().cast_mut(), self.len) }
     }
 
     /// Whether the bytes between the elements and the other guard are as they were.
-    pub(super) fn is_clean(&self) -> bool {
+    pub(in crate::ops) fn is_clean(&self) -> bool {
         let (start, end) = (self.start, self.start + self.len * size_of::<T>());
         let untouched = |from: usize, to: usize| {
             // SAFETY: the range lies between the guards; every byte of it was written.

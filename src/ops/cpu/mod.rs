@@ -6,7 +6,7 @@ pub mod attention;
 pub mod blocks;
 pub mod element;
 #[cfg(all(test, unix))]
-mod guard;
+pub(in crate::ops) mod guard;
 #[cfg(all(test, unix))]
 mod guard_tests;
 pub mod isa;

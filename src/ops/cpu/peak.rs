@@ -1,4 +1,4 @@
-//! The rate of multiply-adds between registers: what no product on this machine can exceed.
+//! The rate of multiply-adds between registers, in f32 and in bf16: what no product on this machine can exceed.
 
 #![expect(
     unsafe_code,
@@ -9,8 +9,12 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use candle_core::DType;
+use half::bf16;
+
+use super::element::Element;
 use super::isa::Isa;
-use super::vector::{Plain, Vector};
+use super::vector::{Operand, Plain, Single, Vector, Widened};
 
 /// Chains that do not wait for each other: more than the latency of a multiply-add times those that begin in one cycle
 /// (4 · 2 on today's processors), few enough to stay in sixteen registers.
@@ -20,23 +24,23 @@ const WINDOW: Duration = Duration::from_millis(20);
 /// Windows a thread takes the median of.
 const WINDOWS: usize = 9;
 
-/// `rounds` multiply-adds in each chain.
-type Chains = unsafe fn(rounds: usize, factor: f32) -> f32;
+/// `rounds` times the product of a unit with itself, added up in each chain. A unit is four bytes: one f32 or two bf16.
+type Chains = unsafe fn(rounds: usize, unit: [u8; 4]) -> f32;
 
 /// # Safety
-/// The processor has the vector's instruction set.
+/// The processor has the operand's instruction set.
 #[inline(always)]
-unsafe fn chains<V: Vector>(rounds: usize, factor: f32) -> f32 {
+unsafe fn chains<O: Operand>(rounds: usize, unit: [u8; 4]) -> f32 {
     // SAFETY: the caller's promise; `lanes` has room for the widest register.
     unsafe {
-        let (factor, addend) = (V::splat(factor), V::splat(0.5));
-        let mut sums = [V::splat(0.0); CHAINS];
+        let factor = O::splat(unit.as_ptr());
+        let mut sums = [O::Sum::splat(0.0); CHAINS];
         for (chain, sum) in sums.iter_mut().enumerate() {
-            *sum = V::splat(chain as f32);
+            *sum = O::Sum::splat(chain as f32);
         }
         for _ in 0..rounds {
             for sum in &mut sums {
-                *sum = sum.fma(factor, addend);
+                *sum = factor.fma(factor, *sum);
             }
         }
         let mut total = sums[0];
@@ -50,51 +54,71 @@ unsafe fn chains<V: Vector>(rounds: usize, factor: f32) -> f32 {
 }
 
 /// The chains of an instruction set, and the lanes of its registers.
-fn of(isa: Isa) -> (Chains, usize) {
-    match isa {
+fn of(isa: Isa, dtype: DType) -> (Chains, usize) {
+    match (isa, dtype) {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => (x86::avx512, x86::AVX512_LANES),
+        (Isa::Avx512Bf16, DType::BF16) => (x86::avx512_bf16, x86::AVX512_LANES),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => (x86::avx2, x86::AVX2_LANES),
-        _ => (chains::<Plain<8>>, Plain::<8>::LANES),
+        (Isa::Avx512, DType::BF16) => (x86::avx512_widened, x86::AVX512_LANES),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512 | Isa::Avx512Bf16, _) => (x86::avx512, x86::AVX512_LANES),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2, DType::BF16) => (x86::avx2_widened, x86::AVX2_LANES),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2, _) => (x86::avx2, x86::AVX2_LANES),
+        (_, DType::BF16) => (chains::<Widened<Plain<8>>>, Plain::<8>::LANES),
+        _ => (chains::<Single<Plain<8>>>, Plain::<8>::LANES),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::vector::{Avx2, Avx512, Vector};
+    use super::super::vector::{Avx2, Avx512, Pairs, Single, Vector, Widened};
     use super::chains;
 
     pub(super) const AVX2_LANES: usize = Avx2::LANES;
     pub(super) const AVX512_LANES: usize = Avx512::LANES;
 
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn avx2(rounds: usize, factor: f32) -> f32 {
-        // SAFETY: the caller's promise.
-        unsafe { chains::<Avx2>(rounds, factor) }
+    macro_rules! chains {
+        ($name:ident = $operand:ty, $feature:literal) => {
+            #[target_feature(enable = $feature)]
+            pub(super) unsafe fn $name(rounds: usize, unit: [u8; 4]) -> f32 {
+                // SAFETY: the caller's promise.
+                unsafe { chains::<$operand>(rounds, unit) }
+            }
+        };
     }
 
-    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-    pub(super) unsafe fn avx512(rounds: usize, factor: f32) -> f32 {
-        // SAFETY: the caller's promise.
-        unsafe { chains::<Avx512>(rounds, factor) }
+    chains! { avx2 = Single<Avx2>, "avx2,fma" }
+    chains! { avx2_widened = Widened<Avx2>, "avx2,fma" }
+    chains! { avx512 = Single<Avx512>, "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma" }
+    chains! { avx512_widened = Widened<Avx512>, "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma" }
+    chains! { avx512_bf16 = Pairs, "avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma" }
+}
+
+/// Floating-point operations a second between registers, two a multiply-add, in this type with sums in f32, on all threads of
+/// rayon's pool at once, with the instruction set of this process. Takes about a fifth of a second.
+pub fn register_peak<E: Element>() -> f64 {
+    let (chains, lanes) = of(Isa::current(), E::DTYPE);
+    let operations = (2 * E::PER_UNIT * lanes * CHAINS) as f64;
+    rayon::broadcast(|_| operations * rounds_per_second(chains, unit::<E>())).iter().sum()
+}
+
+/// A unit of halves, as it lies in memory.
+fn unit<E: Element>() -> [u8; 4] {
+    match E::DTYPE {
+        DType::BF16 => {
+            [bf16::from_f32(0.5).to_le_bytes(); 2].concat().try_into().unwrap_or_default()
+        }
+        _ => 0.5_f32.to_le_bytes(),
     }
 }
 
-/// Floating-point operations a second in f32, two a multiply-add, on all threads of rayon's pool at once, with the
-/// instruction set of this process. Takes about a fifth of a second.
-pub fn register_peak() -> f64 {
-    let (chains, lanes) = of(Isa::current());
-    rayon::broadcast(|_| 2.0 * lanes as f64 * CHAINS as f64 * rounds_per_second(chains))
-        .iter()
-        .sum()
-}
-
-fn rounds_per_second(chains: Chains) -> f64 {
+fn rounds_per_second(chains: Chains, unit: [u8; 4]) -> f64 {
     let seconds = |rounds: usize| {
         let began = Instant::now();
         // SAFETY: `Isa::current` is an instruction set that was detected.
-        black_box(unsafe { chains(rounds, black_box(0.5)) });
+        black_box(unsafe { chains(rounds, black_box(unit)) });
         began.elapsed()
     };
     let mut rounds = 1 << 10;
@@ -110,22 +134,26 @@ fn rounds_per_second(chains: Chains) -> f64 {
 mod tests {
     use super::*;
 
-    #[test]
-    fn chains_are_the_multiply_adds_that_they_say() {
+    fn are_what_they_say<E: Element>() {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
-            let (chains, lanes) = of(isa);
+            let (chains, lanes) = of(isa, E::DTYPE);
             assert!(lanes <= 16);
-            // Chain c after r rounds of x/2 + 1/2: 1 + (c - 1) / 2^r.
+            // Chain c begins at c; each round adds a quarter for each element of a unit.
             for rounds in [0, 1, 3] {
-                let expected: f64 = (0..CHAINS)
-                    .map(|chain| 1.0 + (chain as f64 - 1.0) / f64::from(1 << rounds))
-                    .sum();
+                let added = 0.25 * (rounds * E::PER_UNIT) as f64;
+                let expected: f64 = (0..CHAINS).map(|chain| chain as f64 + added).sum();
                 // SAFETY: the instruction set was detected.
-                let found = unsafe { chains(rounds, 0.5) };
+                let found = unsafe { chains(rounds, unit::<E>()) };
                 assert!((f64::from(found) - expected).abs() < 1e-4, "{isa:?}: {found}, {expected}");
             }
         }
-        let peak = register_peak();
+        let peak = register_peak::<E>();
         assert!(peak > 1e6 && peak < 1e15, "{peak}");
+    }
+
+    #[test]
+    fn chains_are_the_multiply_adds_that_they_say() {
+        are_what_they_say::<f32>();
+        are_what_they_say::<bf16>();
     }
 }

@@ -85,7 +85,7 @@ pub struct Ceiling {
     pub flop: f64,
     /// `flop / step_s`, in 10⁹ a second.
     pub gflops: f64,
-    /// Multiply-adds between registers on all threads, in 10⁹ floating-point operations a second.
+    /// Multiply-adds between registers in the step's type on all threads, in 10⁹ floating-point operations a second.
     pub register_peak_gflops: f64,
     /// Every shape.
     pub products: Vec<Product>,
@@ -97,11 +97,14 @@ pub struct Ceiling {
 /// As for [`run`](super::run); products are measured in f32 only.
 pub fn run(options: &Options) -> Result<Ceiling> {
     options.check(Method::Sft)?;
-    let start = load(&options.model)?;
+    let start = load(options)?;
     let config = start.config.clone();
     let trees = trees(Method::Sft, options, config.vocab_size, 0);
     let mut products = products(&config, &trees);
-    let register_peak = register_peak();
+    let register_peak = match options.dtype {
+        Precision::Bf16 => register_peak::<bf16>(),
+        _ => register_peak::<f32>(),
+    };
     for product in &mut products {
         product.seconds = match options.dtype {
             Precision::Bf16 => seconds::<bf16>(product, options.steps),

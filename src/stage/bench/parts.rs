@@ -1,8 +1,9 @@
 //! Parts of a step alone: the vocabulary head, attention, and a reward model's forward pass.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Tensor, Var};
 use half::bf16;
 
 use super::{Figures, Options, median, tokens};
@@ -15,16 +16,17 @@ use crate::model::config::Config;
 use crate::model::transformer::Transformer;
 use crate::ops::cpu::Element;
 use crate::ops::cpu::attention::{self, Inputs};
-use crate::ops::{AttentionPlan, head};
+use crate::ops::{self, AttentionPlan, head, residual};
 use crate::rng::Stream;
 use crate::stage::memory::Extra;
 
 /// The head over `batch · seq` rows, each with one target: log-probabilities and both gradients, as SFT takes them.
 pub(super) fn head(config: &Config, options: &Options) -> Result<Figures> {
     let rows = options.batch * options.seq;
-    let hidden = random(1, (rows, config.hidden_size))?;
-    let weight =
-        random(2, (config.vocab_size, config.hidden_size))?.to_dtype(options.dtype.dtype())?;
+    let device = &options.device;
+    let hidden = random(1, (rows, config.hidden_size), device)?;
+    let weight = random(2, (config.vocab_size, config.hidden_size), device)?
+        .to_dtype(options.dtype.dtype())?;
     let ids = tokens(config.vocab_size, 0, rows).into_iter().enumerate();
     let target =
         |(row, id): (usize, u32)| Target { row: row as u32, id, leaf: 0, role: Role::Content };
@@ -39,10 +41,37 @@ pub(super) fn head(config: &Config, options: &Options) -> Result<Figures> {
 
 /// Attention of one block over `batch` rows of `seq` tokens: output and the gradients of queries, keys and values.
 pub(super) fn attention(config: &Config, options: &Options) -> Result<Figures> {
+    if !options.device.is_cpu() {
+        return attention_on_device(config, options);
+    }
     match options.dtype {
         Precision::Bf16 => attention_in::<bf16>(config, options),
         _ => attention_in::<f32>(config, options),
     }
+}
+
+/// The same through the op's own backward.
+fn attention_on_device(config: &Config, options: &Options) -> Result<Figures> {
+    let row = Tree::sequence(vec![0; options.seq], vec![Role::Content; options.seq], 0);
+    let forest = Forest::pack(std::iter::repeat_n(&row, options.batch))?;
+    let plan = Arc::new(AttentionPlan::new(&forest));
+    let width = config.head_dim;
+    let values = |index, heads: usize| -> Result<Tensor> {
+        let shape = (forest.len(), heads, width);
+        let x = Tensor::from_vec(numbers(index, shape.0 * heads * width), shape, &options.device)?;
+        Ok(x.to_dtype(options.dtype.dtype())?)
+    };
+    let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
+    let d_out = values(4, heads)?;
+    let [q, k, v] =
+        [(1, heads), (2, groups), (3, groups)].map(|(index, heads)| values(index, heads));
+    let [q, k, v] = [q, k, v].map(|x| Ok::<_, Error>(Var::from_tensor(&x?)?));
+    let (q, k, v) = (q?, k?, v?);
+    repeat(options, || {
+        let out = ops::attention(&q, &k, &v, &plan)?;
+        residual::vjp_root(&out, &d_out)?.backward()?;
+        Ok(())
+    })
 }
 
 fn attention_in<E: Element>(config: &Config, options: &Options) -> Result<Figures> {
@@ -66,8 +95,8 @@ fn numbers(index: u64, len: usize) -> Vec<f32> {
     Stream::new(1, "bench").normal(index, len, 0.1)
 }
 
-fn random(index: u64, shape: (usize, usize)) -> Result<Tensor> {
-    Ok(Tensor::from_vec(numbers(index, shape.0 * shape.1), shape, &Device::Cpu)?)
+fn random(index: u64, shape: (usize, usize), device: &Device) -> Result<Tensor> {
+    Ok(Tensor::from_vec(numbers(index, shape.0 * shape.1), shape, device)?)
 }
 
 /// Times `work`, once without counting and then `steps` times.
@@ -77,6 +106,7 @@ fn repeat(options: &Options, work: impl Fn() -> Result<()>) -> Result<Figures> {
     for step in 0..=options.steps {
         let began = Instant::now();
         work()?;
+        super::finished(&options.device)?;
         if step > 0 {
             steps_s.push(began.elapsed().as_secs_f64());
         }

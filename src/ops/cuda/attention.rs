@@ -1,0 +1,121 @@
+//! Forest attention on CUDA: which tile of queries or keys meets which ranges of tokens, for the kernels of
+//! `attention.cu`. The lists are as long as the forest's paths, so the work is what the visible pairs ask for.
+
+use std::cmp::Reverse;
+use std::ops::Range;
+
+use crate::ops::AttentionPlan;
+
+#[cfg(all(test, unix))]
+mod case;
+#[cfg(feature = "cuda")]
+mod launch;
+#[cfg(all(test, unix))]
+mod tests;
+
+#[cfg(feature = "cuda")]
+pub(crate) use launch::{on_cuda, takes};
+
+/// Threads of a block: four warps, sixteen rows each.
+const THREADS: u32 = 128;
+/// Rows of a block's own tile.
+const OWN: usize = 64;
+
+/// A kernel that is compiled for each type and width.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kernel {
+    Forward,
+    /// The gradients of keys and values.
+    BackwardKeys,
+    /// The gradient of queries.
+    BackwardQueries,
+}
+
+impl Kernel {
+    /// Its entry for elements of a type, by its suffix, and heads of a width.
+    fn entry(self, number: &str, width: usize) -> String {
+        let name = match self {
+            Self::Forward => "forward",
+            Self::BackwardKeys => "backward_keys",
+            Self::BackwardQueries => "backward_queries",
+        };
+        format!("attention_{name}_{number}_{width}")
+    }
+
+    /// The dynamic shared memory that it needs, in bytes, for elements of `size` bytes: its own rows and those of the
+    /// pieces it walks, each with sixteen bytes more. At most 83 KiB.
+    fn shared(self, size: usize, width: usize) -> usize {
+        let (piece, stages) = if size == 2 { (32, 2) } else { (16, 1) };
+        let (rows, numbers) = match self {
+            Self::Forward => (OWN + 4 * piece, 0),
+            Self::BackwardKeys => (2 * OWN + 2 * stages * piece, 2 * stages * piece),
+            Self::BackwardQueries => (2 * OWN + 2 * stages * piece, 0),
+        };
+        rows * (width * size + 16) + numbers * size_of::<f32>()
+    }
+}
+
+/// Tiles, and what each meets.
+#[derive(Clone, Debug, Default)]
+struct Lists {
+    /// First row, number of rows, and where the tile's ranges begin and end. A row is a token for keys; for queries it is
+    /// one of the heads that share a token's keys.
+    tiles: Vec<[u32; 4]>,
+    /// First token and number of tokens.
+    ranges: Vec<[u32; 2]>,
+}
+
+impl Lists {
+    /// Tiles of queries, `share` to a token, with the keys that they see, from the root on.
+    fn of_queries(plan: &AttentionPlan, share: usize) -> Self {
+        let mut lists = Self::default();
+        for (index, span) in plan.spans.iter().enumerate() {
+            let ancestors = plan.ancestors(index);
+            let (first, end) = (span.start * share, (span.start + span.len) * share);
+            for first in (first..end).step_by(OWN) {
+                let count = OWN.min(end - first);
+                let own = span.start..(first + count).div_ceil(share);
+                lists.push((first, count), ancestors.iter().cloned().chain([own]));
+            }
+        }
+        lists.heaviest_first()
+    }
+
+    /// Tiles of keys, with the tokens that see them: of their own segment from the tile on, then of all below it.
+    fn of_keys(plan: &AttentionPlan) -> Self {
+        let mut below: Vec<Vec<Range<usize>>> = vec![Vec::new(); plan.spans.len()];
+        for span in &plan.spans {
+            let mut above = span.parent;
+            while let Some(index) = above {
+                below[index].push(span.start..span.start + span.len);
+                above = plan.spans[index].parent;
+            }
+        }
+        let mut lists = Self::default();
+        for (span, below) in plan.spans.iter().zip(&below) {
+            let end = span.start + span.len;
+            for first in (span.start..end).step_by(OWN) {
+                let tile = (first, OWN.min(end - first));
+                lists.push(tile, std::iter::once(first..end).chain(below.iter().cloned()));
+            }
+        }
+        lists.heaviest_first()
+    }
+
+    fn push(&mut self, (first, count): (usize, usize), ranges: impl Iterator<Item = Range<usize>>) {
+        let begin = self.ranges.len() as u32;
+        let ranges = ranges.filter(|range| !range.is_empty());
+        self.ranges.extend(ranges.map(|range| [range.start as u32, range.len() as u32]));
+        self.tiles.push([first as u32, count as u32, begin, self.ranges.len() as u32]);
+    }
+
+    /// Blocks start in the order of the list: what takes longest goes first, so that no long one is left alone at the end.
+    fn heaviest_first(mut self) -> Self {
+        let ranges = &self.ranges;
+        let tokens = |&[_, _, begin, end]: &[u32; 4]| -> u64 {
+            ranges[begin as usize..end as usize].iter().map(|range| u64::from(range[1])).sum()
+        };
+        self.tiles.sort_by_cached_key(|tile| Reverse(tokens(tile)));
+        self
+    }
+}

@@ -1,0 +1,347 @@
+//! The kernels of `attention.cu` as an op of Candle's graph.
+
+#![expect(unsafe_code, reason = "kernels are given addresses")]
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum as Attribute;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaView, DeviceRepr, LaunchConfig, PushKernelArg,
+};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage, WrapErr};
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use half::bf16;
+
+use super::{Kernel, Lists, THREADS};
+use crate::ops::AttentionPlan;
+use crate::ops::cuda::ptx::{CudaFunc, kernel};
+
+/// Head widths that kernels are compiled for.
+const WIDTHS: [usize; 4] = [32, 64, 96, 128];
+/// Query heads to a key head: the kernels' short division needs small numbers.
+const MOST_SHARE: usize = 512;
+/// Shared memory that a launch has without asking.
+const GIVEN: usize = 48 << 10;
+
+/// Element types that kernels are compiled for.
+trait Number: CudaDType + DeviceRepr {
+    /// The suffix of their entries.
+    const NAME: &'static str;
+}
+
+impl Number for f32 {
+    const NAME: &'static str = "f32";
+}
+
+impl Number for bf16 {
+    const NAME: &'static str = "bf16";
+}
+
+/// Whether there are kernels for `share` query heads to a key head, of this width and type. The plain form takes any.
+pub(crate) fn takes(dtype: DType, share: usize, width: usize) -> bool {
+    matches!(dtype, DType::F32 | DType::BF16) && share <= MOST_SHARE && WIDTHS.contains(&width)
+}
+
+/// As `attention` of `ops`, whose shapes were checked, without scores in memory.
+///
+/// # Errors
+/// A type or width without kernels; the device's.
+pub(crate) fn on_cuda(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    plan: &Arc<AttentionPlan>,
+) -> Result<Tensor> {
+    let ((tokens, heads, width), groups) = (q.dims3()?, k.dim(1)?);
+    let share = heads / groups.max(1);
+    if !takes(q.dtype(), share, width) || k.dtype() != q.dtype() || v.dtype() != q.dtype() {
+        bail!(
+            "attention on CUDA got heads of width {width} in {:?}, {:?} and {:?}, {share} to a key head; expected a width of \
+             32, 64, 96 or 128, f32 or bf16, at most {MOST_SHARE}",
+            q.dtype(),
+            k.dtype(),
+            v.dtype()
+        );
+    }
+    // The kernels count rows in 32 bits, and a tile beyond the last.
+    if tokens.saturating_mul(heads) > 1 << 31 {
+        bail!("attention over {tokens} tokens of {heads} heads; expected a smaller micro-batch");
+    }
+    if tokens == 0 {
+        return Ok(q.clone());
+    }
+    let lists = Uploaded::of(plan, share, q.device().as_cuda_device()?)?;
+    let op = ForestAttention { lists, log_sums: Mutex::default() };
+    aligned(q)?.apply_op3(&aligned(k)?, &aligned(v)?, op)
+}
+
+/// Without gaps, from an address on that is a multiple of sixteen bytes.
+fn aligned(x: &Tensor) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let offset = x.layout().start_offset() * x.dtype().size_in_bytes();
+    if offset.is_multiple_of(16) { Ok(x) } else { x.force_contiguous() }
+}
+
+/// A plan's lists on a device. All blocks of a micro-batch, forward and backward, ask for the same.
+struct Uploaded {
+    plan: Weak<AttentionPlan>,
+    device: CudaDevice,
+    share: usize,
+    queries: OnDevice,
+    keys: OnDevice,
+}
+
+struct OnDevice {
+    tiles: CudaSlice<u32>,
+    ranges: CudaSlice<u32>,
+}
+
+impl OnDevice {
+    fn new(device: &CudaDevice, lists: &Lists) -> Result<Self> {
+        Ok(Self {
+            tiles: device.clone_htod(lists.tiles.as_flattened())?,
+            ranges: device.clone_htod(lists.ranges.as_flattened())?,
+        })
+    }
+}
+
+impl Uploaded {
+    /// Those that are there, or new ones. They are dropped after their plan.
+    fn of(plan: &Arc<AttentionPlan>, share: usize, device: &CudaDevice) -> Result<Arc<Self>> {
+        static KEPT: Mutex<Vec<Arc<Uploaded>>> = Mutex::new(Vec::new());
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.retain(|one| one.plan.strong_count() > 0);
+        // No two plans that live have one address.
+        let same = |one: &&Arc<Self>| {
+            std::ptr::eq(one.plan.as_ptr(), Arc::as_ptr(plan))
+                && one.share == share
+                && one.device.id() == device.id()
+        };
+        if let Some(found) = kept.iter().find(same) {
+            return Ok(found.clone());
+        }
+        let new = Arc::new(Self {
+            plan: Arc::downgrade(plan),
+            device: device.clone(),
+            share,
+            queries: OnDevice::new(device, &Lists::of_queries(plan, share))?,
+            keys: OnDevice::new(device, &Lists::of_keys(plan))?,
+        });
+        kept.push(new.clone());
+        Ok(new)
+    }
+}
+
+/// The forward keeps a log-sum-exp a query, `[G, T, H/G]`, for the backward.
+struct ForestAttention {
+    lists: Arc<Uploaded>,
+    log_sums: Mutex<Option<CudaSlice<f32>>>,
+}
+
+/// What every launch says of its tensors.
+struct Sizes {
+    tokens: u32,
+    groups: u32,
+    share: u32,
+    width: usize,
+    scale: f32,
+}
+
+impl Sizes {
+    fn of(q: &Shape, k: &Shape) -> Result<Self> {
+        let ((tokens, heads, width), (_, groups, _)) = (q.dims3()?, k.dims3()?);
+        let scale = 1.0 / (width as f32).sqrt();
+        let [tokens, groups, share] = [tokens, groups, heads / groups].map(|size| size as u32);
+        Ok(Self { tokens, groups, share, width, scale })
+    }
+
+    /// Queries in all.
+    fn rows(&self) -> usize {
+        self.tokens as usize * (self.groups * self.share) as usize
+    }
+
+    /// A kernel, and how it is launched over a list of tiles.
+    fn kernel<E: Number>(
+        &self,
+        device: &CudaDevice,
+        which: Kernel,
+        lists: &OnDevice,
+    ) -> Result<(CudaFunc, LaunchConfig)> {
+        let function = kernel(device, "attention", &which.entry(E::NAME, self.width))?;
+        let shared = which.shared(size_of::<E>(), self.width);
+        if shared > GIVEN {
+            let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(attribute, shared as i32).w()?;
+        }
+        let grid = ((lists.tiles.len() / 4) as u32, self.groups, 1);
+        let config = LaunchConfig {
+            grid_dim: grid,
+            block_dim: (THREADS, 1, 1),
+            shared_mem_bytes: shared as u32,
+        };
+        Ok((function, config))
+    }
+
+    /// `out · d_out` of each query, `[G, T, H/G]`.
+    fn deltas<E: Number>(
+        &self,
+        device: &CudaDevice,
+        (out, d_out): (&CudaView<'_, E>, &CudaView<'_, E>),
+    ) -> Result<CudaSlice<f32>> {
+        // SAFETY: the kernel writes it whole.
+        let mut deltas = unsafe { device.alloc::<f32>(self.rows()) }?;
+        let function = kernel(device, "attention", &format!("attention_delta_{}", E::NAME))?;
+        let width = self.width as u32;
+        let mut launch = function.builder();
+        launch.arg(out).arg(d_out).arg(&mut deltas);
+        launch.arg(&self.tokens).arg(&self.groups).arg(&self.share).arg(&width);
+        // A warp a row, up to as many blocks as any GPU runs at once.
+        let warps = (THREADS / 32) as usize;
+        let blocks = self.rows().div_ceil(warps).min(1 << 14) as u32;
+        let config = LaunchConfig {
+            grid_dim: (blocks, 1, 1),
+            block_dim: (THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        // SAFETY: the kernel's arguments, of as many rows.
+        unsafe { launch.launch(config) }.w()?;
+        Ok(deltas)
+    }
+}
+
+impl CustomOp3 for ForestAttention {
+    fn name(&self) -> &'static str {
+        "forest-attention-cuda"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        bail!("attention's kernels for CUDA were given a tensor on the CPU")
+    }
+
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        q_layout: &Layout,
+        k: &CudaStorage,
+        k_layout: &Layout,
+        v: &CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let sizes = Sizes::of(q_layout.shape(), k_layout.shape())?;
+        let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
+        let out = match q.dtype() {
+            DType::BF16 => self.forward::<bf16>(inputs, &sizes),
+            _ => self.forward::<f32>(inputs, &sizes),
+        };
+        Ok((out?, q_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        out: &Tensor,
+        d_out: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let d_out = aligned(&d_out.to_dtype(q.dtype())?)?;
+        let inputs = [q, k, v, out, &d_out];
+        let [d_q, d_k, d_v] = match q.dtype() {
+            DType::BF16 => self.backward::<bf16>(inputs)?,
+            _ => self.backward::<f32>(inputs)?,
+        };
+        Ok((Some(d_q), Some(d_k), Some(d_v)))
+    }
+}
+
+impl ForestAttention {
+    fn forward<E: Number>(
+        &self,
+        inputs: [(&CudaStorage, &Layout); 3],
+        sizes: &Sizes,
+    ) -> Result<CudaStorage> {
+        let device = inputs[0].0.device();
+        let [q, k, v] = inputs.map(|(storage, layout)| view::<E>(storage, layout));
+        let (q, k, v) = (q?, k?, v?);
+        let lists = &self.lists.queries;
+        // SAFETY: the kernel writes both whole: each query lies in one tile.
+        let (mut out, mut log_sums) = unsafe {
+            (device.alloc::<E>(sizes.rows() * sizes.width)?, device.alloc::<f32>(sizes.rows())?)
+        };
+        let (function, config) = sizes.kernel::<E>(device, Kernel::Forward, lists)?;
+        let mut launch = function.builder();
+        launch.arg(&q).arg(&k).arg(&v).arg(&mut out).arg(&mut log_sums);
+        launch.arg(&lists.tiles).arg(&lists.ranges);
+        launch.arg(&sizes.tokens).arg(&sizes.share).arg(&sizes.scale);
+        // SAFETY: the kernel's arguments; the lists are those of a plan with as many tokens.
+        unsafe { launch.launch(config) }.w()?;
+        *self.log_sums.lock().unwrap_or_else(PoisonError::into_inner) = Some(log_sums);
+        Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
+    }
+
+    /// Gradients of q, k and v, given those, the output and its gradient.
+    fn backward<E: Number>(&self, tensors: [&Tensor; 5]) -> Result<[Tensor; 3]> {
+        let sizes = Sizes::of(tensors[0].shape(), tensors[1].shape())?;
+        let device = tensors[0].device().as_cuda_device()?;
+        let kept = self.log_sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(log_sums) = &*kept else { bail!("attention's backward ran before its forward") };
+        let guards = tensors.map(Tensor::storage_and_layout);
+        let mut views = Vec::with_capacity(5);
+        for (storage, layout) in &guards {
+            match &**storage {
+                Storage::Cuda(storage) => views.push(view::<E>(storage, layout)?),
+                _ => bail!("attention's kernels for CUDA were given a tensor elsewhere"),
+            }
+        }
+        let [q, k, v, out, d_out] = &views[..] else {
+            bail!("attention's backward has five inputs")
+        };
+        let deltas = sizes.deltas(device, (out, d_out))?;
+        let keys = sizes.tokens as usize * sizes.groups as usize * sizes.width;
+        // SAFETY: the kernels write all three whole: each query and each key lies in one tile.
+        let (mut d_q, mut d_k, mut d_v) = unsafe {
+            let d_q = device.alloc::<E>(sizes.rows() * sizes.width)?;
+            (d_q, device.alloc::<E>(keys)?, device.alloc::<E>(keys)?)
+        };
+        for which in [Kernel::BackwardKeys, Kernel::BackwardQueries] {
+            let of_keys = which == Kernel::BackwardKeys;
+            let lists = if of_keys { &self.lists.keys } else { &self.lists.queries };
+            let (function, config) = sizes.kernel::<E>(device, which, lists)?;
+            let mut launch = function.builder();
+            launch.arg(q).arg(k).arg(v).arg(d_out).arg(log_sums).arg(&deltas);
+            if of_keys {
+                launch.arg(&mut d_k).arg(&mut d_v);
+            } else {
+                launch.arg(&mut d_q);
+            }
+            launch.arg(&lists.tiles).arg(&lists.ranges);
+            launch.arg(&sizes.tokens).arg(&sizes.share).arg(&sizes.scale);
+            // SAFETY: the kernel's arguments; the lists are those of a plan with as many tokens.
+            unsafe { launch.launch(config) }.w()?;
+        }
+        let tensor = |slice, shape: &Shape| {
+            let storage = CudaStorage::wrap_cuda_slice(slice, device.clone());
+            Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+        };
+        let (of_queries, of_keys) = (tensors[0].shape(), tensors[1].shape());
+        Ok([tensor(d_q, of_queries), tensor(d_k, of_keys), tensor(d_v, of_keys)])
+    }
+}
+
+/// The elements of a contiguous storage.
+fn view<'a, E: CudaDType>(storage: &'a CudaStorage, layout: &Layout) -> Result<CudaView<'a, E>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(storage.as_cuda_slice::<E>()?.slice(start..end)),
+        None => bail!("attention's kernels for CUDA were given a tensor with gaps"),
+    }
+}

@@ -1,0 +1,212 @@
+//! Opening a GPU, and what a driver's errors mean to people.
+//!
+//! Errors are known by their names in the driver's texts, so that a program without CUDA can explain and test them too.
+
+use candle_core::Device;
+#[cfg(feature = "cuda")]
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError};
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// What a driver that cannot read the kernels is told.
+pub(super) const OLD_DRIVER: &str = "the NVIDIA driver is older than this program's kernels: they are CUDA 13.0's, which driver \
+                                     580 and newer can read";
+
+/// GPU number `index`, counted from 0.
+///
+/// # Errors
+/// No driver that answers, one that is too old, no such GPU, one that is too old, or one that is taken.
+#[cfg(feature = "cuda")]
+pub fn open(index: usize) -> Result<Device> {
+    let found = CudaContext::device_count().map_err(|error| explain(&error.to_string()))?;
+    if let Some(version) = driver_version().filter(|version| *version < NEEDED) {
+        let (major, minor) = (version / 1000, version % 1000 / 10);
+        return Err(old_driver(&format!("it reads CUDA {major}.{minor}")));
+    }
+    check_index(index, found as usize)?;
+    let device = Device::new_cuda(index).map_err(|error| explain(&error.to_string()))?;
+    if let Some(facts) = facts(&device)? {
+        check_capability(facts.capability, &facts.name)?;
+    }
+    Ok(device)
+}
+
+/// What `doctor` and reports say of a GPU.
+#[derive(Clone, Debug, Serialize)]
+pub struct Facts {
+    /// As the driver calls it.
+    pub name: String,
+    /// `(9, 0)` for an H100.
+    pub capability: (i32, i32),
+    /// Bytes that nobody has taken.
+    pub free: u64,
+    /// Bytes in all.
+    pub total: u64,
+    /// The CUDA release that the driver reads, 13000 for 13.0.
+    pub driver: Option<i32>,
+}
+
+/// The facts of an open GPU; none of another device.
+///
+/// # Errors
+/// The driver's.
+#[cfg(not(feature = "cuda"))]
+pub fn facts(_: &Device) -> Result<Option<Facts>> {
+    Ok(None)
+}
+
+/// The facts of an open GPU; none of another device.
+///
+/// # Errors
+/// The driver's.
+#[cfg(feature = "cuda")]
+pub fn facts(device: &Device) -> Result<Option<Facts>> {
+    let Device::Cuda(device) = device else { return Ok(None) };
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    let said = |error: DriverError| explain(&error.to_string());
+    let (free, total) = context.mem_get_info().map_err(said)?;
+    Ok(Some(Facts {
+        name: context.name().map_err(said)?,
+        capability: context.compute_capability().map_err(said)?,
+        free: free as u64,
+        total: total as u64,
+        driver: driver_version(),
+    }))
+}
+
+/// Whether this is a GPU on which there are kernels in bf16.
+#[cfg(feature = "cuda")]
+pub(crate) fn has_bf16(device: &Device) -> bool {
+    let Device::Cuda(device) = device else { return false };
+    let capability = device.cuda_stream().context().compute_capability();
+    capability.is_ok_and(|(major, _)| major >= 8)
+}
+
+/// Whether this is a GPU on which there are kernels in bf16.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn has_bf16(_: &Device) -> bool {
+    false
+}
+
+/// The release whose PTX the kernels are, as drivers count.
+#[cfg(feature = "cuda")]
+const NEEDED: i32 = 13_000;
+
+#[cfg(feature = "cuda")]
+fn driver_version() -> Option<i32> {
+    use candle_core::cuda_backend::cudarc::driver::sys;
+    let mut version = 0;
+    // SAFETY: the number is written to; the call is allowed at any time.
+    #[expect(unsafe_code, reason = "a question to the driver that cudarc has no safe form of")]
+    let status = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    (status == sys::CUresult::CUDA_SUCCESS && version > 0).then_some(version)
+}
+
+/// # Errors
+/// There are not that many GPUs.
+#[cfg(any(test, feature = "cuda"))]
+fn check_index(index: usize, found: usize) -> Result<()> {
+    if index < found {
+        return Ok(());
+    }
+    let there = match found {
+        0 => "there is none".to_owned(),
+        1 => "there is one, number 0".to_owned(),
+        _ => format!("there are {found}, numbers 0 to {}", found - 1),
+    };
+    Err(Error::usage(format!("no GPU number {index}: {there}"))
+        .hint("`nvidia-smi` lists them; CUDA_VISIBLE_DEVICES hides and renumbers them"))
+}
+
+/// # Errors
+/// A GPU that has none of what the kernels need.
+#[cfg(any(test, feature = "cuda"))]
+fn check_capability((major, minor): (i32, i32), gpu: &str) -> Result<()> {
+    if major >= 8 {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "{gpu} is of compute capability {major}.{minor} (sm_{major}{minor}), the kernels and bf16 need 8.0 (sm_80) or newer"
+    ))
+    .hint("an A100, an RTX 30 or what followed them; device = \"cpu\" works without"))
+}
+
+fn old_driver(how: &str) -> Error {
+    Error::run(format!("{OLD_DRIVER}; {how}"))
+        .hint("update the driver; `nvidia-smi` shows its version")
+}
+
+/// What the driver said, in words and with a way out. A text that is none of the driver's stays as it is.
+pub fn explain(said: &str) -> Error {
+    let is = |name: &str| said.contains(&format!("CUDA_ERROR_{name}"));
+    if is("NO_DEVICE") {
+        return Error::run("no CUDA device: the driver answers, but it sees no GPU")
+            .hint("`nvidia-smi` lists the GPUs, CUDA_VISIBLE_DEVICES hides them; device = \"cpu\" works without");
+    }
+    if is("UNSUPPORTED_PTX_VERSION")
+        || is("NO_BINARY_FOR_GPU")
+        || said.contains("INSUFFICIENT_DRIVER")
+    {
+        return old_driver(&format!("it said {said}"));
+    }
+    if is("SYSTEM_DRIVER_MISMATCH") || is("NOT_INITIALIZED") || is("STUB_LIBRARY") {
+        return Error::run(format!("the NVIDIA driver's two halves do not fit together: {said}")).hint(
+            "a driver was updated without a restart, or a stand-in libcuda.so.1 is in LD_LIBRARY_PATH",
+        );
+    }
+    if is("INVALID_DEVICE") || is("INVALID_ORDINAL") {
+        return Error::usage(format!("no such GPU: {said}")).hint("`nvidia-smi` lists the GPUs");
+    }
+    if is("DEVICE_UNAVAILABLE") {
+        return Error::run(format!("the GPU is taken by another process: {said}"))
+            .hint("its compute mode allows one process: `nvidia-smi` shows which");
+    }
+    if is_out_of_memory(said) {
+        return Error::run("the GPU is out of memory")
+            .hint("`nvidia-smi` shows who holds it; a smaller model, or device = \"cpu\"");
+    }
+    Error::run(said)
+}
+
+/// Whether a text says that a GPU had no memory left.
+pub fn is_out_of_memory(said: &str) -> bool {
+    said.contains("CUDA_ERROR_OUT_OF_MEMORY") || said.contains("CUBLAS_STATUS_ALLOC_FAILED")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_drivers_errors_become_sentences() {
+        for (said, expected) in [
+            ("DriverError(CUDA_ERROR_NO_DEVICE, \"no CUDA-capable device\")", "no CUDA device"),
+            ("DriverError(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, \"…\")", OLD_DRIVER),
+            ("DriverError(CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, \"…\")", "two halves"),
+            ("DriverError(CUDA_ERROR_INVALID_DEVICE, \"…\")", "no such GPU"),
+            ("DriverError(CUDA_ERROR_DEVICE_UNAVAILABLE, \"…\")", "another process"),
+            ("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")", "out of memory"),
+        ] {
+            let error = explain(said);
+            assert!(error.to_string().contains(expected), "{said}: {error}");
+            assert!(error.hint_text().is_some(), "{said}");
+        }
+        assert_eq!(explain("something else").to_string(), "something else");
+    }
+
+    #[test]
+    fn a_gpu_that_is_not_there_or_too_old_is_refused() {
+        assert!(check_index(1, 2).is_ok() && check_capability((8, 0), "").is_ok());
+        for (index, found, expected) in [
+            (0, 0, "no GPU number 0: there is none"),
+            (1, 1, "no GPU number 1: there is one, number 0"),
+            (8, 8, "no GPU number 8: there are 8, numbers 0 to 7"),
+        ] {
+            assert_eq!(check_index(index, found).unwrap_err().to_string(), expected);
+        }
+        let error = check_capability((7, 0), "Tesla V100").unwrap_err().to_string();
+        assert!(error.starts_with("Tesla V100 is of compute capability 7.0 (sm_70)"), "{error}");
+    }
+}

@@ -1,0 +1,408 @@
+//! The head on CUDA: cuBLAS products around the kernels of `head.cu`, one chunk of rows at a time.
+//!
+//! Logits are f32 whatever the weight's type, as on the CPU: a product of bf16 matrices is written in f32, and rounded
+//! to bf16 only as a gradient, for the next products. All sums of a row have one order, so a run repeats bit for bit;
+//! the products' order is cuBLAS's, which may choose by the number of rows.
+
+#![expect(unsafe_code, reason = "kernels and cuBLAS are given addresses")]
+
+use candle_core::cuda_backend::cudarc::cublas::{result::gemm_ex, sys};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
+    PushKernelArg,
+};
+use candle_core::cuda_backend::{CudaDType, WrapErr, gemm_reduced_precision_f32};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor, WithDType};
+use half::bf16;
+
+use crate::ops::head::{GPU_CHUNK_ELEMENTS, Grads, Pass, Readings, RowStats, Rows, Slopes};
+
+/// Threads of a block that reads a row.
+const READ_BLOCK: u32 = 512;
+/// Threads of a block that writes a part of a row.
+const WRITE_BLOCK: u32 = 256;
+/// Elements of such a part.
+const SPAN: u64 = 16384;
+
+/// A null pointer, as an argument.
+const NULL: &u64 = &0;
+
+/// What the head computes with.
+trait Number: CudaDType + DeviceRepr + WithDType {
+    /// Its name in cuBLAS.
+    const TYPE: sys::cudaDataType;
+    /// The kernel that writes a gradient of this type.
+    const GRAD: &'static str;
+
+    fn compute() -> sys::cublasComputeType_t;
+}
+
+impl Number for f32 {
+    const TYPE: sys::cudaDataType = sys::cudaDataType_t::CUDA_R_32F;
+    const GRAD: &'static str = "head_grad_f32";
+
+    fn compute() -> sys::cublasComputeType_t {
+        if gemm_reduced_precision_f32() {
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32
+        } else {
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F
+        }
+    }
+}
+
+impl Number for bf16 {
+    const TYPE: sys::cudaDataType = sys::cudaDataType_t::CUDA_R_16BF;
+    const GRAD: &'static str = "head_grad_f32_to_bf16";
+
+    fn compute() -> sys::cublasComputeType_t {
+        sys::cublasComputeType_t::CUBLAS_COMPUTE_32F
+    }
+}
+
+/// As `on_cpu` of `ops::head`. The host waits once, for the readings.
+///
+/// # Shapes
+/// - `hidden`: `[T, D]`, `weight`: `[V, D]`, contiguous on one device
+pub(crate) fn on_cuda(
+    hidden: &Tensor,
+    weight: &Tensor,
+    rows: &Rows,
+    pass: Pass<'_>,
+) -> Result<(Readings, Grads)> {
+    match weight.dtype() {
+        DType::BF16 => by_chunks::<bf16>(hidden, weight, rows, pass),
+        DType::F32 => by_chunks::<f32>(hidden, weight, rows, pass),
+        other => candle_core::bail!("a head of {other:?}, expected f32 or bf16"),
+    }
+}
+
+fn by_chunks<E: Number>(
+    hidden: &Tensor,
+    weight: &Tensor,
+    rows: &Rows,
+    pass: Pass<'_>,
+) -> Result<(Readings, Grads)> {
+    let (device, (t, width), vocab) =
+        (hidden.device().as_cuda_device()?, hidden.dims2()?, weight.dim(0)?);
+    let (count, all) = (rows.hidden.len(), hidden.device());
+    let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, all);
+    if count == 0 {
+        let wanted = |wanted: bool| wanted.then(|| zeros((vocab, width))).transpose();
+        let grads = pass
+            .gradient
+            .map(|(_, w)| Ok::<_, candle_core::Error>((zeros((t, width))?, wanted(w)?)));
+        return Ok((Readings::zeros(0, pass.rows), grads.transpose()?));
+    }
+    // The rows of the head, where they are not all rows.
+    let ids = (count < t).then(|| Tensor::from_slice(&rows.hidden, count, all)).transpose()?;
+    let x = match &ids {
+        Some(ids) => hidden.index_select(ids, 0)?,
+        None => hidden.clone(),
+    };
+    let x = x.to_dtype(E::DTYPE)?.contiguous()?;
+    let mut head = Head::<E>::new(device, rows, (width, vocab), pass)?;
+    with_view::<E, _>(&x, |x| {
+        with_view::<E, _>(weight, |w| {
+            let chunk = head.chunk;
+            for first in (0..count).step_by(chunk) {
+                head.chunk_of((&x, &w), first..(first + chunk).min(count))?;
+            }
+            Ok(())
+        })
+    })?;
+    let readings = head.readings.to_host(device, rows)?;
+    let Some(grads) = head.grads else { return Ok((readings, None)) };
+    let tensor = |slice, shape| into_tensor(device, slice, shape);
+    let d_x = tensor(grads.d_x, (count, width));
+    let d_hidden = match ids {
+        Some(ids) => zeros((t, width))?.index_add(&ids, &d_x, 0)?,
+        None => d_x,
+    };
+    Ok((readings, Some((d_hidden, grads.d_weight.map(|d| tensor(d, (vocab, width)))))))
+}
+
+/// Everything of one call that lies on the device.
+struct Head<'a, E> {
+    device: &'a CudaDevice,
+    width: usize,
+    vocab: usize,
+    /// Rows at once.
+    chunk: usize,
+    /// Where each row's targets start, and their ids, row by row.
+    starts: CudaSlice<u32>,
+    ids: CudaSlice<u32>,
+    logits: CudaSlice<f32>,
+    readings: OnDevice,
+    grads: Option<GradsOnDevice<'a, E>>,
+}
+
+/// What rows say.
+struct OnDevice {
+    /// Of the targets, row by row.
+    logps: CudaSlice<f32>,
+    log_sums: CudaSlice<f32>,
+    /// [`RowStats`], five numbers a row.
+    stats: Option<CudaSlice<f32>>,
+}
+
+struct GradsOnDevice<'a, E> {
+    slopes: Slopes<'a>,
+    /// Of the targets, row by row.
+    d_logps: CudaSlice<f32>,
+    /// `None` where the gradient takes the place of the logits.
+    d_logits: Option<CudaSlice<E>>,
+    d_x: CudaSlice<f32>,
+    d_weight: Option<CudaSlice<f32>>,
+}
+
+impl<'a, E: Number> Head<'a, E> {
+    fn new(
+        device: &'a CudaDevice,
+        rows: &Rows,
+        (width, vocab): (usize, usize),
+        pass: Pass<'a>,
+    ) -> Result<Self> {
+        let count = rows.hidden.len();
+        let chunk = (GPU_CHUNK_ELEMENTS / vocab.max(1)).clamp(16, 4096).min(count);
+        let starts: Vec<u32> = rows.starts.iter().map(|&start| start as u32).collect();
+        let ids: Vec<u32> = rows.order.iter().map(|&(_, id)| id).collect();
+        // SAFETY: `readings` and `logits` are written before they are read, row by row; `d_logits` too, and `d_x`.
+        unsafe {
+            let stats = pass.rows.then(|| device.alloc::<f32>(count * 5)).transpose()?;
+            let readings = OnDevice {
+                logps: device.alloc::<f32>(ids.len())?,
+                log_sums: device.alloc::<f32>(count)?,
+                stats,
+            };
+            let grads = |(slopes, wanted): (Slopes<'a>, bool)| {
+                let d_logps: Vec<f32> =
+                    rows.order.iter().map(|&(index, _)| slopes.d_logps[index]).collect();
+                let apart = E::DTYPE != DType::F32;
+                let d_weight = wanted.then(|| device.alloc_zeros::<f32>(vocab * width));
+                Ok::<_, candle_core::Error>(GradsOnDevice {
+                    slopes,
+                    d_logps: device.clone_htod(&d_logps)?,
+                    d_logits: apart.then(|| device.alloc::<E>(chunk * vocab)).transpose()?,
+                    d_x: device.alloc::<f32>(count * width)?,
+                    d_weight: d_weight.transpose()?,
+                })
+            };
+            Ok(Self {
+                device,
+                width,
+                vocab,
+                chunk,
+                starts: device.clone_htod(&starts)?,
+                ids: device.clone_htod(&ids)?,
+                logits: device.alloc::<f32>(chunk * vocab)?,
+                readings,
+                grads: pass.gradient.map(grads).transpose()?,
+            })
+        }
+    }
+
+    /// Reads the targets of some rows and, where asked, adds their part to the gradients.
+    fn chunk_of(
+        &mut self,
+        (x, w): (&CudaView<'_, E>, &CudaView<'_, E>),
+        slots: std::ops::Range<usize>,
+    ) -> Result<()> {
+        let (width, vocab, count) = (self.width, self.vocab, slots.len());
+        let x = x.slice(slots.start * width..slots.end * width);
+        let (a, b) = (Matrix::plain(&x), Matrix::turned(w));
+        let mut logits = self.logits.slice_mut(..count * vocab);
+        product(self.device, (a, b), &mut logits, [count, vocab, width], false)?;
+        self.read(&slots)?;
+        if self.grads.is_none() {
+            return Ok(());
+        }
+        self.write_gradient(&slots)?;
+        let Some(grads) = &mut self.grads else { return Ok(()) };
+        let mut d_x = grads.d_x.slice_mut(slots.start * width..slots.end * width);
+        let view = match &grads.d_logits {
+            Some(d_logits) => d_logits.slice(..count * vocab),
+            // SAFETY: `E` is f32 here.
+            None => match unsafe { self.logits.transmute::<E>(count * vocab) } {
+                Some(view) => view,
+                None => candle_core::bail!("the logits are shorter than a chunk"),
+            },
+        };
+        let sizes = [count, width, vocab];
+        product(self.device, (Matrix::plain(&view), Matrix::plain(w)), &mut d_x, sizes, false)?;
+        if let Some(d_weight) = &mut grads.d_weight {
+            let (a, b) = (Matrix::turned(&view), Matrix::plain(&x));
+            let mut d_weight = d_weight.slice_mut(..);
+            product(self.device, (a, b), &mut d_weight, [vocab, width, count], true)?;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, slots: &std::ops::Range<usize>) -> Result<()> {
+        let entry = if self.readings.stats.is_some() { "head_stats_f32" } else { "head_logps_f32" };
+        let function = super::ptx::kernel(self.device, "head", entry)?;
+        let (vocab, starts) = (self.vocab as u64, self.starts.slice(slots.start..));
+        let OnDevice { logps, log_sums, stats } = &mut self.readings;
+        let mut log_sums = log_sums.slice_mut(slots.start..slots.end);
+        let mut stats = stats.as_mut().map(|all| all.slice_mut(slots.start * 5..slots.end * 5));
+        let mut launch = function.builder();
+        launch.arg(&self.logits).arg(&vocab).arg(&starts).arg(&self.ids);
+        launch.arg(logps).arg(&mut log_sums);
+        match &mut stats {
+            Some(stats) => launch.arg(stats),
+            None => launch.arg(NULL),
+        };
+        // SAFETY: the kernel's arguments, each as long as the rows of the launch ask for.
+        unsafe { launch.launch(grid((slots.len(), 1), READ_BLOCK)) }.w()?;
+        Ok(())
+    }
+
+    fn write_gradient(&mut self, slots: &std::ops::Range<usize>) -> Result<()> {
+        let Some(grads) = &mut self.grads else { return Ok(()) };
+        let function = super::ptx::kernel(self.device, "head", E::GRAD)?;
+        let stream = self.device.cuda_stream();
+        let (vocab, starts) = (self.vocab as u64, self.starts.slice(slots.start..));
+        let log_sums = self.readings.log_sums.slice(slots.start..slots.end);
+        // In place, the same memory is both arguments.
+        let own = self.logits.device_ptr_mut(&stream).0;
+        let mut launch = function.builder();
+        launch.arg(&self.logits);
+        match &mut grads.d_logits {
+            Some(d_logits) => launch.arg(d_logits),
+            None => launch.arg(&own),
+        };
+        launch.arg(&vocab).arg(&SPAN).arg(&log_sums).arg(&starts).arg(&self.ids);
+        launch.arg(&self.readings.logps).arg(&grads.d_logps);
+        launch.arg(&grads.slopes.mean_logp).arg(&grads.slopes.squared_lse);
+        // No teacher.
+        let k = 0_u32;
+        launch.arg(NULL).arg(NULL).arg(NULL).arg(NULL).arg(&k);
+        let parts = self.vocab.div_ceil(SPAN as usize);
+        // SAFETY: as above; `own` is the address of the logits, which live as long as the stream's work on them.
+        unsafe { launch.launch(grid((slots.len(), parts), WRITE_BLOCK)) }.w()?;
+        Ok(())
+    }
+}
+
+impl OnDevice {
+    /// Copies them to the host and puts each target where the caller has it.
+    fn to_host(&self, device: &CudaDevice, rows: &Rows) -> Result<Readings> {
+        let logps = device.clone_dtoh(&self.logps)?;
+        let stats = self.stats.as_ref().map(|stats| device.clone_dtoh(stats)).transpose()?;
+        let mut readings = Readings::zeros(rows.order.len(), stats.is_some());
+        for slot in 0..rows.hidden.len() {
+            let row = stats.as_ref().map(|stats| row_stats(&stats[slot * 5..][..5]));
+            for place in rows.starts[slot]..rows.starts[slot + 1] {
+                readings.set(rows.order[place].0, logps[place], row);
+            }
+        }
+        Ok(readings)
+    }
+}
+
+/// As the kernel writes them.
+fn row_stats(five: &[f32]) -> RowStats {
+    RowStats {
+        log_sum_exp: five[0],
+        mean_logit: five[1],
+        entropy: five[2],
+        log_sum_squares: five[3],
+        best_logp: five[4],
+    }
+}
+
+/// One factor of a product.
+struct Matrix<'a, E> {
+    of: &'a CudaView<'a, E>,
+    /// It lies in memory as its transpose.
+    turned: bool,
+}
+
+impl<'a, E> Matrix<'a, E> {
+    fn plain(of: &'a CudaView<'a, E>) -> Self {
+        Self { of, turned: false }
+    }
+
+    fn turned(of: &'a CudaView<'a, E>) -> Self {
+        Self { of, turned: true }
+    }
+}
+
+/// `out[m, n] = a[m, k] · b[k, n]`, or adds it, in f32.
+fn product<E: Number>(
+    device: &CudaDevice,
+    (a, b): (Matrix<'_, E>, Matrix<'_, E>),
+    out: &mut CudaViewMut<'_, f32>,
+    [m, n, k]: [usize; 3],
+    add: bool,
+) -> Result<()> {
+    use sys::cublasOperation_t::{CUBLAS_OP_N as PLAIN, CUBLAS_OP_T as TURNED};
+    if a.of.len() != m * k || b.of.len() != k * n || out.len() != m * n {
+        candle_core::bail!("a product of {m} x {k} and {k} x {n} does not fit its factors");
+    }
+    let (alpha, beta) = (1.0_f32, if add { 1.0_f32 } else { 0.0 });
+    let stream = device.cuda_stream();
+    // cuBLAS counts columns first: to it, each of our matrices is its transpose, and outᵀ = bᵀ aᵀ.
+    let (b_op, b_lead) = if b.turned { (TURNED, k) } else { (PLAIN, n) };
+    let (a_op, a_lead) = if a.turned { (TURNED, m) } else { (PLAIN, k) };
+    let (a, _a) = a.of.device_ptr(&stream);
+    let (b, _b) = b.of.device_ptr(&stream);
+    let (c, _c) = out.device_ptr_mut(&stream);
+    // SAFETY: the three lie on the device with the sizes that were checked; both factors are on the host.
+    unsafe {
+        gemm_ex(
+            *device.cublas_handle().handle(),
+            b_op,
+            a_op,
+            n as i32,
+            m as i32,
+            k as i32,
+            (&raw const alpha).cast(),
+            b as *const _,
+            E::TYPE,
+            b_lead as i32,
+            a as *const _,
+            E::TYPE,
+            a_lead as i32,
+            (&raw const beta).cast(),
+            c as *mut _,
+            sys::cudaDataType_t::CUDA_R_32F,
+            n as i32,
+            E::compute(),
+            sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    }
+    .w()
+}
+
+/// Blocks of `(x, y)`, and threads of each.
+fn grid((x, y): (usize, usize), block: u32) -> LaunchConfig {
+    LaunchConfig {
+        grid_dim: (x as u32, y as u32, 1),
+        block_dim: (block, 1, 1),
+        shared_mem_bytes: 0,
+    }
+}
+
+/// Calls `run` with the elements of a contiguous tensor.
+fn with_view<E: CudaDType, R>(
+    tensor: &Tensor,
+    run: impl FnOnce(CudaView<'_, E>) -> Result<R>,
+) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cuda(storage), Some((start, end))) => {
+            run(storage.as_cuda_slice::<E>()?.slice(start..end))
+        }
+        _ => candle_core::bail!("the head on CUDA was given a tensor elsewhere, or with gaps"),
+    }
+}
+
+/// A slice as a tensor of a graph of its own.
+fn into_tensor<E: CudaDType>(
+    device: &CudaDevice,
+    slice: CudaSlice<E>,
+    shape: (usize, usize),
+) -> Tensor {
+    let storage = CudaStorage::wrap_cuda_slice(slice, device.clone());
+    Tensor::from_storage(Storage::Cuda(storage), shape, candle_core::op::BackpropOp::none(), false)
+}

@@ -1,0 +1,161 @@
+//! Launches of the kernels on Candle's stream, one file an op. Nothing here waits for the device.
+//!
+//! Work on a stream is done in its order, so memory that is freed or written by a later launch is safe.
+
+#![expect(unsafe_code, reason = "kernels are given addresses")]
+
+pub(crate) mod embed;
+pub(crate) mod linear;
+pub(crate) mod norm;
+pub(crate) mod optimizer;
+pub(crate) mod rope;
+pub(crate) mod swiglu;
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaView, CudaViewMut, DeviceRepr, LaunchConfig,
+};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage};
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
+use half::bf16;
+
+/// A null pointer, as an argument.
+const NULL: &u64 = &0;
+
+/// Element types that kernels are compiled for.
+trait Number: CudaDType + DeviceRepr {
+    /// The suffix of their entries.
+    const NAME: &'static str;
+}
+
+impl Number for f32 {
+    const NAME: &'static str = "f32";
+}
+
+impl Number for bf16 {
+    const NAME: &'static str = "bf16";
+}
+
+/// Evaluates an expression in which `$E` is the type that a [`DType`](candle_core::DType) names.
+macro_rules! by_type {
+    ($dtype:expr, $what:literal, $E:ident => $call:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $E = f32;
+                $call
+            }
+            candle_core::DType::BF16 => {
+                type $E = half::bf16;
+                $call
+            }
+            other => candle_core::bail!("{} on CUDA in {other:?}, expected f32 or bf16", $what),
+        }
+    };
+}
+use by_type;
+
+/// What is on the device.
+fn cuda(storage: &Storage) -> Result<&CudaStorage> {
+    match storage {
+        Storage::Cuda(storage) => Ok(storage),
+        _ => bail!("a kernel for CUDA was given a tensor elsewhere"),
+    }
+}
+
+/// The elements of a contiguous storage.
+fn view<'a, E: CudaDType>(storage: &'a CudaStorage, layout: &Layout) -> Result<CudaView<'a, E>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(storage.as_cuda_slice::<E>()?.slice(start..end)),
+        None => bail!("a kernel for CUDA was given a tensor with gaps, {:?}", layout.shape()),
+    }
+}
+
+/// One number, 0, beside what is given.
+pub(crate) fn zero(beside: &CudaStorage) -> Result<CudaStorage> {
+    let device = beside.device();
+    Ok(CudaStorage::wrap_cuda_slice(device.alloc_zeros::<f32>(1)?, device.clone()))
+}
+
+/// The error of an op for CUDA that runs on the CPU.
+fn on_cpu(op: &str) -> Result<(CpuStorage, Shape)> {
+    bail!("{op} for CUDA was given a tensor on the CPU")
+}
+
+/// A slice as a tensor of a graph of its own.
+fn tensor<E: CudaDType>(
+    device: &CudaDevice,
+    slice: CudaSlice<E>,
+    shape: impl Into<Shape>,
+) -> Tensor {
+    let storage = CudaStorage::wrap_cuda_slice(slice, device.clone());
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+}
+
+/// Blocks of `(x, y)`, and threads of each.
+fn grid((x, y): (usize, usize), block: u32) -> LaunchConfig {
+    LaunchConfig {
+        grid_dim: (x as u32, y as u32, 1),
+        block_dim: (block, 1, 1),
+        shared_mem_bytes: 0,
+    }
+}
+
+/// Threads of a block that has a row of this width: one for each pack of four, up to 512.
+fn threads_of(width: usize) -> u32 {
+    (width.div_ceil(4).next_multiple_of(32)).clamp(32, 512) as u32
+}
+
+/// Threads of a block that has a part of a whole tensor.
+const BLOCK: u32 = 256;
+
+/// A grid over the elements of a tensor, as large as any GPU runs at once; each thread takes several packs.
+fn grid_over(count: usize) -> LaunchConfig {
+    grid((count.div_ceil(BLOCK as usize * 8).clamp(1, 1 << 12), 1), BLOCK)
+}
+
+/// Calls `write` with the elements of a contiguous tensor on the device; all that share its storage see the change.
+///
+/// # Errors
+/// Another dtype or device, or a layout with gaps.
+fn with_view_mut<E: CudaDType, R>(
+    tensor: &Tensor,
+    write: impl FnOnce(CudaViewMut<'_, E>) -> Result<R>,
+) -> Result<R> {
+    let op = Write { once: Cell::new(Some(write)), result: Cell::new(None), elements: PhantomData };
+    tensor.inplace_op1(&op)?;
+    match op.result.take() {
+        Some(result) => Ok(result),
+        None => bail!("a kernel for CUDA was given a tensor elsewhere"),
+    }
+}
+
+/// Candle's way to a storage's write lock: an op that runs once.
+struct Write<F, R, E> {
+    once: Cell<Option<F>>,
+    result: Cell<Option<R>>,
+    elements: PhantomData<E>,
+}
+
+impl<E: CudaDType, R, F: FnOnce(CudaViewMut<'_, E>) -> Result<R>> InplaceOp1 for Write<F, R, E> {
+    fn name(&self) -> &'static str {
+        "write-cuda"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+        on_cpu("write").map(drop)
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        let (Some((start, end)), Some(write)) = (layout.contiguous_offsets(), self.once.take())
+        else {
+            bail!("a kernel for CUDA was given a tensor with gaps, {:?}", layout.shape())
+        };
+        let slice = storage.as_cuda_slice_mut::<E>()?;
+        self.result.set(Some(write(slice.slice_mut(start..end))?));
+        Ok(())
+    }
+}

@@ -1,0 +1,176 @@
+//! AdamW by `adamw.cu`, and the norm that clips its gradients by `reduce.cu`: from gradients to weights without the host.
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaView, CudaViewMut, LaunchArgs, PushKernelArg,
+};
+use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
+use half::bf16;
+
+use super::{NULL, Number, by_type, cuda, grid, grid_over, view, with_view_mut};
+use crate::ops::cpu::adamw::Update;
+use crate::ops::cuda::ptx::kernel;
+
+/// Elements of one partial sum, as in `reduce.cu`.
+const CHUNK: usize = 1 << 16;
+/// Threads that sum.
+const SUM: u32 = 512;
+
+/// Sums of squares of gradients, on the device until somebody reads them.
+pub(crate) struct Squares {
+    device: CudaDevice,
+    sums: CudaSlice<f64>,
+}
+
+/// What gradients are multiplied with: a number on the device. It is NaN where they are not finite.
+pub(crate) struct Factor(CudaSlice<f32>);
+
+impl Squares {
+    /// Room for `count` gradients, at least one.
+    pub(crate) fn new(device: &Device, count: usize) -> Result<Self> {
+        let device = device.as_cuda_device()?.clone();
+        let sums = device.alloc_zeros::<f64>(count.max(1))?;
+        Ok(Self { device, sums })
+    }
+
+    /// Puts a gradient's sum of squares at `index`.
+    pub(crate) fn put(&mut self, index: usize, grad: &Tensor) -> Result<()> {
+        if index >= self.sums.len() {
+            bail!("a gradient more than the {} that there is room for", self.sums.len());
+        }
+        if grad.elem_count() == 0 {
+            return Ok(());
+        }
+        let grad = grad.contiguous()?;
+        by_type!(grad.dtype(), "a sum of squares", E => self.sum::<E>(index, &grad))
+    }
+
+    fn sum<E: Number>(&mut self, index: usize, grad: &Tensor) -> Result<()> {
+        let (grad, layout) = grad.storage_and_layout();
+        let grad = view::<E>(cuda(&grad)?, layout)?;
+        let (count, parts) = (grad.len() as u64, grad.len().div_ceil(CHUNK));
+        // SAFETY: the first kernel writes it whole.
+        let mut partials = unsafe { self.device.alloc::<f64>(parts) }?;
+        let function = kernel(&self.device, "reduce", &format!("square_sum_{}", E::NAME))?;
+        let mut launch = function.builder();
+        launch.arg(&grad).arg(&mut partials).arg(&count);
+        // SAFETY: the kernel's arguments; a block a chunk, of which there are as many partial sums.
+        unsafe { launch.launch(grid((parts, 1), SUM)) }.w()?;
+        let function = kernel(&self.device, "reduce", "sum_partials")?;
+        let (parts, add) = (parts as u64, 0_u32);
+        let mut sum = self.sums.slice_mut(index..=index);
+        let mut launch = function.builder();
+        launch.arg(&partials).arg(&mut sum).arg(&parts).arg(&add);
+        // SAFETY: the kernel's arguments; one block.
+        unsafe { launch.launch(grid((1, 1), SUM)) }.w()?;
+        Ok(())
+    }
+
+    /// The factor that brings the norm of some of the gradients down to `max_norm`, see
+    /// [`clip_factor`](crate::optim::clip_factor).
+    pub(crate) fn clip(&self, which: std::ops::Range<usize>, max_norm: f64) -> Result<Factor> {
+        // SAFETY: the kernel writes both.
+        let (mut norm, mut factor) =
+            unsafe { (self.device.alloc::<f64>(1)?, self.device.alloc::<f32>(1)?) };
+        let (squares, count) = (self.sums.slice(which.clone()), which.len() as u64);
+        let function = kernel(&self.device, "reduce", "clip")?;
+        let mut launch = function.builder();
+        launch.arg(&squares).arg(&mut norm).arg(&mut factor).arg(&count).arg(&max_norm);
+        // SAFETY: the kernel's arguments; one block.
+        unsafe { launch.launch(grid((1, 1), SUM)) }.w()?;
+        Ok(Factor(factor))
+    }
+
+    /// All sums. The host waits for what was launched before.
+    pub(crate) fn read(&self) -> Result<Vec<f64>> {
+        self.device.clone_dtoh(&self.sums)
+    }
+}
+
+/// The sum of squares of one tensor. The host waits for it.
+pub(crate) fn square_sum(tensor: &Tensor) -> Result<f64> {
+    let mut squares = Squares::new(tensor.device(), 1)?;
+    squares.put(0, tensor)?;
+    Ok(squares.read()?[0])
+}
+
+/// A parameter with what moves it, all of one shape and contiguous. The copy, where there is one, is bf16, all else f32.
+pub(crate) struct Parameter<'a> {
+    /// What the optimizer moves.
+    pub master: &'a Tensor,
+    /// What the model computes with.
+    pub copy: Option<&'a Tensor>,
+    /// First and second.
+    pub moments: [&'a Tensor; 2],
+    /// The gradient.
+    pub grad: &'a Tensor,
+}
+
+/// One step of a parameter. The gradient is multiplied by `clip` too, where that is given; where that is NaN nothing
+/// moves.
+pub(crate) fn adamw(
+    parameter: &Parameter<'_>,
+    update: Update,
+    clip: Option<&Factor>,
+) -> Result<()> {
+    let Parameter { master, copy, moments: [first, second], grad } = *parameter;
+    let count = master.elem_count();
+    let all = [first, second, grad].into_iter().chain(copy);
+    if all.into_iter().any(|tensor| tensor.elem_count() != count) {
+        bail!("a parameter of {:?} with moments, a gradient or a copy of another", master.shape());
+    }
+    if count == 0 {
+        return Ok(());
+    }
+    let (device, grad) = (master.device().as_cuda_device()?, grad.contiguous()?);
+    let (grad, layout) = grad.storage_and_layout();
+    let grad = view::<f32>(cuda(&grad)?, layout)?;
+    with_view_mut::<f32, _>(master, |master| {
+        with_view_mut::<f32, _>(first, |first| {
+            with_view_mut::<f32, _>(second, |second| {
+                let states = [master, first, second];
+                match copy.map(|copy| (copy, copy.dtype())) {
+                    Some((copy, DType::BF16)) => with_view_mut::<bf16, _>(copy, |copy| {
+                        pass(device, (states, &grad, Some(copy)), update, clip)
+                    }),
+                    Some((_, other)) => bail!("a copy in {other:?}, expected bf16"),
+                    None => pass::<f32>(device, (states, &grad, None), update, clip),
+                }
+            })
+        })
+    })
+}
+
+/// The views of a parameter: master and moments, gradient, copy.
+type Views<'a, E> = ([CudaViewMut<'a, f32>; 3], &'a CudaView<'a, f32>, Option<CudaViewMut<'a, E>>);
+
+fn pass<E: Number>(
+    device: &CudaDevice,
+    (mut states, grad, mut copy): Views<'_, E>,
+    update: Update,
+    clip: Option<&Factor>,
+) -> Result<()> {
+    let Update { beta1, beta2, grad_scale, shrink, step_size, root_correction, eps } = update;
+    // As the kernel's struct lies in memory: seven floats.
+    let constants = [beta1, beta2, grad_scale, shrink, step_size, root_correction, eps];
+    let count = grad.len();
+    let (long_count, stochastic, seed, stream) = (count as u64, 0_u32, 0_u64, 0_u64);
+    let function = kernel(device, "adamw", &format!("adamw_{}", E::NAME))?;
+    let mut launch: LaunchArgs<'_> = function.builder();
+    for state in &mut states {
+        launch.arg(state);
+    }
+    launch.arg(grad);
+    match &mut copy {
+        Some(copy) => launch.arg(copy),
+        None => launch.arg(NULL),
+    };
+    match clip {
+        Some(Factor(clip)) => launch.arg(clip),
+        None => launch.arg(NULL),
+    };
+    launch.arg(&long_count).arg(&constants).arg(&stochastic).arg(&seed).arg(&stream);
+    // SAFETY: the kernel's arguments, `count` elements each.
+    unsafe { launch.launch(grid_over(count)) }.w()?;
+    Ok(())
+}

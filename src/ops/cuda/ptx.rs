@@ -1,0 +1,217 @@
+//! The kernels as a GPU's driver takes them: the PTX that the build made, else what NVIDIA's run-time compiler makes of
+//! the same sources, which the program carries.
+//!
+//! PTX of one architecture serves that one and all newer ones; the driver turns it into machine code when it is loaded.
+
+use std::collections::BTreeMap;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaStream, LaunchArgs};
+use candle_core::{Result, bail};
+
+use super::device::OLD_DRIVER;
+use super::nvrtc;
+
+/// A kernel file as the build found it.
+struct Module {
+    /// `norm` for `norm.cu`.
+    name: &'static str,
+    source: &'static str,
+    /// One for each [`Architecture`]; empty where the build had no compiler.
+    ptx: [&'static str; 2],
+}
+
+// `MODULES`, and `HEADERS` as (name, text): written by build.rs.
+include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
+
+/// What kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Architecture {
+    /// A100 and what followed it.
+    Sm80,
+    /// H100 and what followed it.
+    Sm90,
+}
+
+impl Architecture {
+    #[cfg(test)]
+    const ALL: [Self; 2] = [Self::Sm80, Self::Sm90];
+
+    /// The newest that serves a GPU of this compute capability.
+    fn of((major, _): (i32, i32)) -> Option<Self> {
+        match major {
+            9.. => Some(Self::Sm90),
+            8 => Some(Self::Sm80),
+            _ => None,
+        }
+    }
+
+    /// As compilers call it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Sm80 => "compute_80",
+            Self::Sm90 => "compute_90",
+        }
+    }
+}
+
+/// A kernel that can be launched on its device's stream.
+pub(super) struct CudaFunc {
+    function: CudaFunction,
+    stream: Arc<CudaStream>,
+}
+
+impl CudaFunc {
+    /// The arguments of a launch, to be added in the kernel's order.
+    pub(super) fn builder(&self) -> LaunchArgs<'_> {
+        self.stream.launch_builder(&self.function)
+    }
+}
+
+impl Deref for CudaFunc {
+    type Target = CudaFunction;
+
+    fn deref(&self) -> &CudaFunction {
+        &self.function
+    }
+}
+
+/// The entry `function` of the kernel file `module` (`norm` for `norm.cu`), loaded onto the device when it is first asked
+/// for.
+///
+/// # Errors
+/// A GPU that is too old; a driver that is; no PTX in the program and no run-time compiler; no such entry.
+pub(super) fn kernel(device: &CudaDevice, module: &str, function: &str) -> Result<CudaFunc> {
+    let stream = device.cuda_stream();
+    let capability = stream.context().compute_capability().map_err(candle_core::Error::wrap)?;
+    let Some(architecture) = Architecture::of(capability) else {
+        let (major, minor) = capability;
+        bail!("no kernels, and no bf16, for sm_{major}{minor}: they begin with sm_80");
+    };
+    let Some(found) = MODULES.iter().find(|found| found.name == module) else {
+        bail!("this program has no kernel file {module}.cu");
+    };
+    let text = found.text(architecture)?;
+    let loaded = device.get_or_load_custom_func(function, found.name, &text);
+    let function = loaded.map_err(|error| refused(found.name, function, &error))?;
+    Ok(CudaFunc { function: function.into_cuda_function(), stream })
+}
+
+/// What the driver said of a kernel, in words.
+fn refused(module: &str, function: &str, error: &candle_core::Error) -> candle_core::Error {
+    let error = error.to_string();
+    let reason = if error.contains("UNSUPPORTED_PTX_VERSION") {
+        format!("{OLD_DRIVER} ({error})")
+    } else if error.contains("CUDA_ERROR_NOT_FOUND") {
+        format!("no such entry ({error})")
+    } else {
+        error
+    };
+    candle_core::Error::msg(format!("kernel `{function}` of {module}.cu: {reason}"))
+}
+
+impl Module {
+    /// Its PTX. What was compiled at run time is kept for the next call.
+    fn text(&self, architecture: Architecture) -> Result<Arc<str>> {
+        type Compiled = BTreeMap<(&'static str, Architecture), Arc<str>>;
+        static COMPILED: Mutex<Compiled> = Mutex::new(BTreeMap::new());
+        let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(text) = compiled.get(&(self.name, architecture)) {
+            return Ok(text.clone());
+        }
+        let text: Arc<str> = match self.ptx[architecture as usize] {
+            "" => self.compile(architecture)?.into(),
+            text => text.into(),
+        };
+        compiled.insert((self.name, architecture), Arc::clone(&text));
+        Ok(text)
+    }
+
+    /// By the run-time compiler.
+    fn compile(&self, architecture: Architecture) -> Result<String> {
+        let file = format!("{}.cu", self.name);
+        nvrtc::compile((&file, self.source), HEADERS, architecture.name()).map_err(|error| {
+            candle_core::Error::msg(format!(
+                "{file} was not compiled when this program was built, and cannot be now: {error}"
+            ))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The entries of a PTX.
+    fn entries(ptx: &str) -> Vec<&str> {
+        let mut entries: Vec<&str> = ptx
+            .lines()
+            .filter_map(|line| line.split_once(".entry "))
+            .map(|(_, rest)| rest.split('(').next().unwrap_or_default().trim())
+            .collect();
+        entries.sort_unstable();
+        entries
+    }
+
+    #[test]
+    fn each_gpu_gets_the_newest_ptx_that_it_can_run() {
+        for (capability, expected) in [
+            ((8, 0), Architecture::Sm80),
+            ((8, 9), Architecture::Sm80),
+            ((9, 0), Architecture::Sm90),
+            ((10, 0), Architecture::Sm90),
+            ((12, 1), Architecture::Sm90),
+        ] {
+            assert_eq!(Architecture::of(capability), Some(expected));
+        }
+        assert_eq!(Architecture::of((7, 5)), None);
+    }
+
+    #[test]
+    fn the_drivers_words_are_explained() {
+        let said = |text: &str| refused("norm", "f", &candle_core::Error::msg(text)).to_string();
+        assert!(said("CUDA_ERROR_UNSUPPORTED_PTX_VERSION").contains(OLD_DRIVER));
+        assert!(said("CUDA_ERROR_NOT_FOUND").contains("kernel `f` of norm.cu: no such entry"));
+        assert!(said("another").ends_with("norm.cu: another"));
+    }
+
+    /// Holds where the build had a compiler; one that stood in for it left the texts empty.
+    #[test]
+    fn every_file_has_its_kernels_for_both_architectures() {
+        assert!(!MODULES.is_empty() && HEADERS.iter().any(|(name, _)| *name == "common.cuh"));
+        for module in MODULES {
+            let [old, new] = module.ptx;
+            assert_eq!(entries(old), entries(new), "{}", module.name);
+            if !old.is_empty() {
+                assert!(!entries(old).is_empty(), "{} has no kernel", module.name);
+                assert!(old.contains(".target sm_80") && new.contains(".target sm_90"));
+                // ISA 9.0 is CUDA 13.0's: a newer one would need a newer driver than the documents say.
+                assert!(old.contains(".version 9.0"), "{}", module.name);
+            }
+        }
+    }
+
+    /// `scripts/cuda-proof` sets this variable where the compiler must be there.
+    const PROOF: &str = "ARRIERO_CUDA_PROOF";
+
+    #[test]
+    fn the_run_time_compiler_takes_every_file() {
+        if let Err(error) = nvrtc::version() {
+            assert!(std::env::var_os(PROOF).is_none(), "{error}");
+            println!("NOT RUN: {error}");
+            return;
+        }
+        for module in MODULES {
+            for architecture in Architecture::ALL {
+                let text = module.compile(architecture).unwrap();
+                assert!(!entries(&text).is_empty(), "{}", module.name);
+                let built = module.ptx[architecture as usize];
+                if !built.is_empty() {
+                    assert_eq!(entries(&text), entries(built), "{}", module.name);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! `reduce.cu` against sums in f64, and against what the optimizer makes of them on the CPU.
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::super::host::{
+        Guarded, Kernels, Manner, Number, Order, Side, each_block, every_mutant_is_caught, manners,
+        random, wide,
+    };
+    use crate::optim::clip_factor;
+
+    const FILE: &str = "reduce.cu";
+    const CHECK: &str = "ops::cuda::reduce::tests::norms_and_factors_are_the_cpus";
+
+    /// Elements of one partial sum.
+    const CHUNK: usize = 1 << 16;
+    const COUNTS: [usize; 5] = [1, 3, 130, 4099, CHUNK + 5];
+
+    /// Shapes that take long run with few threads only.
+    fn takes_long(count: usize, manner: Manner) -> bool {
+        count > CHUNK && manner.block != 256
+    }
+
+    fn square_sum<T: Number>(values: &[T], manner: Manner) -> Guarded<f64> {
+        let chunks = values.len().div_ceil(CHUNK);
+        let x = Guarded::new(values, manner.side);
+        let mut partials = Guarded::new(&vec![f64::NAN; chunks], manner.side);
+        let entry = format!("square_sum_{}", T::NAME);
+        let call = Kernels::of(FILE).call(&entry, [chunks as u32, 1, 1], manner);
+        call.input(&x).output(&mut partials).arg(values.len() as u64).run();
+        assert!(partials.is_clean());
+        partials
+    }
+
+    /// The norm of partial sums, and the factor that clips it.
+    fn clip(squares: &Guarded<f64>, max_norm: f64, manner: Manner) -> (f64, f32) {
+        let mut norm = Guarded::new(&[0.0_f64], manner.side);
+        let mut factor = Guarded::new(&[0.0_f32], manner.side);
+        let call = Kernels::of(FILE).call("clip", [1, 1, 1], manner).input(squares);
+        let call = call.output(&mut norm).output(&mut factor);
+        call.arg(squares.as_slice().len() as u64).arg(max_norm).run();
+        (norm.as_slice()[0], factor.as_slice()[0])
+    }
+
+    fn close(found: f64, expected: f64) -> bool {
+        (found - expected).abs() <= 1e-12 * expected
+    }
+
+    fn check<T: Number>(count: usize, manner: Manner) {
+        let values = random::<T>(1, count);
+        let squares: Vec<f64> =
+            wide(&values).iter().map(|&x| f64::from(x) * f64::from(x)).collect();
+        let partials = square_sum(&values, manner);
+        for (found, squares) in partials.as_slice().iter().zip(squares.chunks(CHUNK)) {
+            assert!(close(*found, squares.iter().sum()), "{found}, {manner:?}");
+        }
+        let total: f64 = squares.iter().sum();
+        let mut sum = Guarded::new(&[7.0_f64], manner.side);
+        for (add, expected) in [(1_u32, total + 7.0), (0, total)] {
+            let call = Kernels::of(FILE).call("sum_partials", [1, 1, 1], manner);
+            let call = call.input(&partials).output(&mut sum);
+            call.arg(partials.as_slice().len() as u64).arg(add).run();
+            assert!(close(sum.as_slice()[0], expected), "{manner:?}");
+        }
+        for max_norm in [0.0, 0.5, 1e9] {
+            let (norm, factor) = clip(&partials, max_norm, manner);
+            assert!(close(norm, total.sqrt()), "{norm}, {manner:?}");
+            let expected = clip_factor(total.sqrt(), max_norm);
+            assert!((f64::from(factor) - expected).abs() <= 1e-7 * expected, "{factor}");
+        }
+    }
+
+    #[test]
+    fn norms_and_factors_are_the_cpus() {
+        for (turn, count) in COUNTS.into_iter().enumerate() {
+            for manner in each_block(turn) {
+                if !takes_long(count, manner) {
+                    check::<f32>(count, manner);
+                    check::<bf16>(count, manner);
+                }
+            }
+        }
+    }
+
+    /// The sum does not depend on where a tensor lies, nor on whose turn it is.
+    #[test]
+    fn a_sum_has_one_order() {
+        let values = random::<f32>(1, 4099);
+        let sums = manners(&[128]).into_iter().map(|manner| square_sum(&values, manner));
+        let bits: Vec<u64> = sums.map(|sum| sum.as_slice()[0].to_bits()).collect();
+        assert!(bits.iter().all(|sum| *sum == bits[0]), "{bits:?}");
+    }
+
+    /// Squares that overflow f32, and that vanish in it.
+    #[test]
+    fn sums_have_the_range_of_f64() {
+        let manner = Manner { block: 64, order: Order::Forward, side: Side::End };
+        for value in [3e38_f32, 1e-30] {
+            let found = square_sum(&[value; 9], manner).as_slice()[0];
+            assert!(close(found, 9.0 * f64::from(value) * f64::from(value)), "{found}");
+        }
+    }
+
+    fn first_not_finite<T: Number>(values: &[T], manner: Manner) -> u64 {
+        let chunks = values.len().div_ceil(CHUNK);
+        let x = Guarded::new(values, manner.side);
+        let mut partials = Guarded::new(&vec![0_u64; chunks], manner.side);
+        let entry = format!("first_not_finite_{}", T::NAME);
+        let call = Kernels::of(FILE).call(&entry, [chunks as u32, 1, 1], manner);
+        call.input(&x).output(&mut partials).arg(values.len() as u64).run();
+        let mut found = Guarded::new(&[0_u64], manner.side);
+        let call = Kernels::of(FILE).call("minimum", [1, 1, 1], manner).input(&partials);
+        call.output(&mut found).arg(chunks as u64).run();
+        found.as_slice()[0]
+    }
+
+    fn check_finite<T: Number>(count: usize, manner: Manner) {
+        let mut values = random::<T>(1, count);
+        assert_eq!(first_not_finite(&values, manner), u64::MAX);
+        for (place, bad) in [(count - 1, f32::NAN), (count / 2, f32::NEG_INFINITY)] {
+            values[place] = T::narrow(bad);
+            assert_eq!(first_not_finite(&values, manner), place as u64, "{manner:?}");
+            let (norm, factor) = clip(&square_sum(&values, manner), 1.0, manner);
+            assert!(!norm.is_finite() && factor.is_nan(), "{norm} {factor}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_found_and_stops_the_step() {
+        for (turn, count) in COUNTS.into_iter().enumerate() {
+            for manner in each_block(turn) {
+                if !takes_long(count, manner) {
+                    check_finite::<f32>(count, manner);
+                    check_finite::<bf16>(count, manner);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn kernels_that_are_wrong_are_caught() {
+        let mutants = [
+            ("sum += value * value;", "sum += to_f32(values.at[j]) * to_f32(values.at[j]);"),
+            ("for (u32 j = 0; j < 4 && i + j < length; j++)", "for (u32 j = 0; j < 4; j++)"),
+            (
+                "u64 first = blockIdx.x * CHUNK, length = count - first",
+                "u64 first = 0, length = count - first",
+            ),
+            ("*out = add ? *out + sum : sum;", "*out = sum;"),
+            ("max_norm > 0.0 && max_norm < length + 1e-6", "max_norm < length + 1e-6"),
+            ("scale = max_norm / (length + 1e-6);", "scale = max_norm / sum;"),
+        ];
+        every_mutant_is_caught(FILE, CHECK, &mutants);
+        let mutants = [
+            ("if (value - value != 0.0f) found = i;", "if (value != value) found = i;"),
+            ("return a < b ? a : b;", "return a < b ? b : a;"),
+            ("sum - sum == 0.0 ? float(scale)", "true ? float(scale)"),
+        ];
+        let check = "ops::cuda::reduce::tests::what_is_not_finite_is_found_and_stops_the_step";
+        every_mutant_is_caught(FILE, check, &mutants);
+    }
+}

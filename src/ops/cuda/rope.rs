@@ -1,0 +1,85 @@
+//! `rope.cu` against the rotation on the CPU.
+
+use half::bf16;
+
+use super::host::{
+    Guarded, Kernels, Manner, Number, assert_close, each_block, every_mutant_is_caught, random,
+    wide,
+};
+use crate::ops::rope::{self, Rotary};
+
+const FILE: &str = "rope.cu";
+const CHECK: &str = "ops::cuda::rope::both_directions_are_the_cpus";
+
+/// Tokens, heads, half of a head's width, and elements between rows.
+const SHAPES: [(usize, usize, usize, usize); 5] =
+    [(1, 1, 1, 0), (5, 2, 3, 0), (3, 3, 32, 64), (2, 9, 36, 1), (2, 5, 64, 0)];
+
+/// The tables of [`Rotary`].
+fn tables(frequencies: &[f32], positions: &[u32]) -> [Vec<f32>; 2] {
+    let angles = positions.iter().flat_map(|&position| {
+        frequencies.iter().map(move |frequency| f64::from(position as f32 * frequency))
+    });
+    let angles: Vec<f64> = angles.collect();
+    [f64::cos, f64::sin].map(|of| angles.iter().map(|&angle| of(angle) as f32).collect())
+}
+
+fn check<T: Number>((tokens, heads, half, gap): (usize, usize, usize, usize), manner: Manner) {
+    let width = heads * 2 * half;
+    let stride = width + gap;
+    let positions: Vec<u32> = (0..tokens as u32).map(|token| token * 701).collect();
+    let frequencies: Vec<f32> = (0..half).map(|i| 0.7_f32.powi(i as i32)).collect();
+    let rotary = Rotary::new(&frequencies, &positions);
+    let tables = tables(&frequencies, &positions);
+    let [cos, sin] = tables.each_ref().map(|table| Guarded::new(table, manner.side));
+    // The last row ends where its heads end.
+    let start = random::<T>(1, tokens * stride - gap);
+    for sign in [1.0_f32, -1.0] {
+        let mut x = Guarded::new(&start, manner.side);
+        let entry = format!("rope_{}", T::NAME);
+        let call = Kernels::of(FILE).call(&entry, [tokens as u32, 1, 1], manner);
+        let call = call.output(&mut x).input(&cos).input(&sin).arg(stride as u64);
+        call.arg(heads as u32).arg(half as u32).arg(sign).run();
+        let rows = |values: &[T]| -> (Vec<T>, Vec<f32>) {
+            let split = values.chunks(stride).map(|row| row.split_at(width));
+            let (heads, gaps): (Vec<&[T]>, Vec<&[T]>) = split.unzip();
+            (heads.concat(), wide(&gaps.concat()))
+        };
+        let (found, gaps) = rows(x.as_slice());
+        let (before, gaps_before) = rows(&start);
+        let mut expected = wide(&before);
+        rope::rotate(&mut expected, &rotary, sign);
+        assert_close(
+            if sign > 0.0 { "rope, forward" } else { "rope, backward" },
+            &found,
+            &expected,
+        );
+        assert!(gaps == gaps_before && x.is_clean(), "between rows, {manner:?}");
+    }
+}
+
+#[test]
+fn both_directions_are_the_cpus() {
+    for (turn, shape) in SHAPES.into_iter().enumerate() {
+        for manner in each_block(turn) {
+            check::<f32>(shape, manner);
+            check::<bf16>(shape, manner);
+        }
+    }
+}
+
+#[test]
+fn kernels_that_are_wrong_are_caught() {
+    let mutants = [
+        ("turn = sines.at[j] * sign;", "turn = sines.at[j];"),
+        ("x += token * stride,", "x += token * heads * 2 * half,"),
+        ("cos += token * half,", ""),
+        ("u32 head = u32(pair) / half,", "u32 head = u32(pair) / (half + 1),"),
+        ("*high = low + half;", "*high = low + half + 1;"),
+        (
+            "from_f32<T>(right * cosines.at[j] + left * turn)",
+            "from_f32<T>(right * cosines.at[j] - left * turn)",
+        ),
+    ];
+    every_mutant_is_caught(FILE, CHECK, &mutants);
+}

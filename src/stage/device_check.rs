@@ -1,0 +1,395 @@
+//! Every op on a device held against the CPU's own, forward and backward: what `arriero doctor --device cuda:0 --check` prints.
+//! Tests cannot do that where there is no GPU, so the program does where there is one.
+//!
+//! All numbers are ones that bf16 can hold. The CPU computes in f32, the device in either type; an error is the largest
+//! difference over the largest number of the CPU's result.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use serde::Serialize;
+
+use crate::data::forest::{Forest, Target};
+use crate::data::tree::{Role, Tree};
+use crate::model::gradients::Gradients;
+use crate::ops::norm::residual_norm;
+use crate::ops::{
+    AttentionPlan, Rotary, attention, embed, head, linear, residual, rms_norm, rope, swiglu,
+};
+use crate::optim::Param;
+use crate::optim::adamw::{AdamW, Hyper, is_decayed};
+use crate::rng::Stream;
+
+/// One result of one op.
+#[derive(Clone, Debug, Serialize)]
+pub struct Checked {
+    /// `attention`, at its shape.
+    pub op: String,
+    /// What the device computed in.
+    pub dtype: &'static str,
+    /// `forward`, or what the gradient is of.
+    pub what: String,
+    /// The largest difference, over the CPU's largest number.
+    pub error: f64,
+    /// What it may be.
+    pub bound: f64,
+}
+
+impl Checked {
+    /// Whether the device agrees. A result that is not a number does not.
+    pub fn agrees(&self) -> bool {
+        self.error <= self.bound
+    }
+}
+
+type Op = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
+
+/// An op with its inputs. Tensors that follow the device and the type are given; the rest is in the function.
+struct Case {
+    op: String,
+    inputs: Vec<(&'static str, Tensor)>,
+    run: Op,
+    /// Types that the device computes in.
+    types: &'static [DType],
+}
+
+const BOTH: &[DType] = &[DType::F32, DType::BF16];
+/// Norms read and write the residual stream, which is f32 whatever the model computes in.
+const F32: &[DType] = &[DType::F32];
+
+/// Runs every op on the CPU and on the device.
+///
+/// # Errors
+/// The device's; an op that refuses its inputs.
+pub fn run(device: &Device) -> Result<Vec<Checked>> {
+    let mut all = Vec::new();
+    for case in cases()? {
+        let expected = case.results(&Device::Cpu, DType::F32)?;
+        for &dtype in case.types {
+            let found = case.results(device, dtype)?;
+            for ((what, expected), (_, found)) in expected.iter().zip(&found) {
+                all.push(checked((&case.op, what), dtype, (expected, found))?);
+            }
+        }
+    }
+    for dtype in BOTH {
+        all.extend(of_the_head(device, *dtype)?);
+    }
+    all.extend(of_the_embedding(device)?);
+    for dtype in BOTH {
+        all.extend(of_the_optimizer(device, *dtype)?);
+    }
+    Ok(all)
+}
+
+fn cases() -> Result<Vec<Case>> {
+    let mut cases = Vec::new();
+    // One row; a width that is no multiple of a warp; the widths of SmolLM2-135M and of Llama 3 8B.
+    for (t, d) in [(1, 7), (5, 33), (130, 576), (64, 4096)] {
+        let named = |op: &str| format!("{op} {t}×{d}");
+        let inputs = vec![("x", numbers(1, (t, d))?), ("weight", numbers(2, d)?)];
+        let run: Op = Box::new(|x| rms_norm(&x[0], &x[1], 1e-5));
+        cases.push(Case { op: named("rms_norm"), inputs, run, types: F32 });
+        let pair = || -> Result<Vec<_>> {
+            Ok(vec![("x", numbers(3, (t, d))?), ("y", numbers(4, (t, d))?)])
+        };
+        let run: Op = Box::new(|x| residual(&x[0], &x[1]));
+        cases.push(Case { op: named("residual"), inputs: pair()?, run, types: F32 });
+        cases.push(of_a_sum(t, d)?);
+        let run: Op = Box::new(|x| swiglu(&x[0], &x[1]));
+        cases.push(Case { op: named("swiglu"), inputs: pair()?, run, types: BOTH });
+        let inputs = vec![("x", numbers(5, (t, d))?), ("weight", numbers(6, (96, d))?)];
+        let run: Op = Box::new(|x| linear(&x[0], &x[1], None));
+        cases.push(Case { op: named("linear"), inputs, run, types: BOTH });
+    }
+    // Query heads, key heads and the width of one.
+    for (h, g, e) in [(2, 1, 8), (9, 3, 64), (8, 2, 128)] {
+        cases.extend(of_heads(h, g, e)?);
+    }
+    Ok(cases)
+}
+
+/// The norm after a residual sum, both of which go on. What is added and normed is f32 whatever the norm's type.
+fn of_a_sum(t: usize, d: usize) -> Result<Case> {
+    let inputs =
+        vec![("x", numbers(3, (t, d))?), ("y", numbers(4, (t, d))?), ("weight", numbers(2, d)?)];
+    let run: Op = Box::new(|inputs| {
+        let dtype = inputs[0].dtype();
+        let wide: Vec<Tensor> =
+            inputs.iter().map(|x| x.to_dtype(DType::F32)).collect::<Result<_>>()?;
+        let [sum, normed] = residual_norm((&wide[0], &wide[1]), &wide[2], 1e-5, dtype)?;
+        sum.to_dtype(dtype)? + normed
+    });
+    Ok(Case { op: format!("residual_norm {t}×{d}"), inputs, run, types: BOTH })
+}
+
+/// Rotation and attention over a forest: a row, a prompt with two answers, and a row of one token.
+fn of_heads(h: usize, g: usize, e: usize) -> Result<Vec<Case>> {
+    let tokens = |len| (vec![0; len], vec![Role::Content; len]);
+    let (row, roles) = tokens(70);
+    let (last, last_roles) = tokens(1);
+    let trees = [
+        Tree::sequence(row, roles, 0),
+        Tree::siblings(vec![0; 37], vec![tokens(65), tokens(18)], 1),
+        Tree::sequence(last, last_roles, 2),
+    ];
+    let forest = Forest::pack(&trees).map_err(candle_core::Error::wrap)?;
+    let t = forest.len();
+    let positions: Vec<u32> = (0..t as u32).map(|token| token * 31).collect();
+    let frequencies: Vec<f32> = (0..e / 2).map(|at| 0.7_f32.powi(at as i32)).collect();
+    let rotary = Rotary::new(&frequencies, &positions);
+    let plan = Arc::new(AttentionPlan::new(&forest));
+    let qkv = vec![
+        ("q", numbers(7, (t, h, e))?),
+        ("k", numbers(8, (t, g, e))?),
+        ("v", numbers(9, (t, g, e))?),
+    ];
+    let x = vec![("x", numbers(10, (t, h, e))?)];
+    let shape = format!("{t}×{h}/{g}×{e}");
+    Ok(vec![
+        Case {
+            op: format!("rope {shape}"),
+            inputs: x,
+            run: Box::new(move |x| rope(&x[0], &rotary)),
+            types: BOTH,
+        },
+        Case {
+            op: format!("attention {shape}"),
+            inputs: qkv,
+            run: Box::new(move |x| attention(&x[0], &x[1], &x[2], &plan)),
+            types: BOTH,
+        },
+    ])
+}
+
+impl Case {
+    /// The output and the gradient of each input, as f32 on the CPU.
+    fn results(&self, device: &Device, dtype: DType) -> Result<Vec<(String, Tensor)>> {
+        let moved = |x: &Tensor| x.to_device(device)?.to_dtype(dtype);
+        let vars = self.inputs.iter().map(|(_, x)| Var::from_tensor(&moved(x)?));
+        let vars: Vec<Var> = vars.collect::<Result<_>>()?;
+        let given: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let out = (self.run)(&given)?;
+        let d_out = moved(&numbers(11, out.shape())?)?;
+        // The root's value means nothing: its gradient is `d_out`.
+        let grads = residual::vjp_root(&out, &d_out)?.backward()?;
+        let mut results = vec![("forward".to_owned(), home(&out)?)];
+        for ((name, _), var) in self.inputs.iter().zip(&vars) {
+            let Some(grad) = grads.get(var.as_tensor()) else {
+                candle_core::bail!("{}: no gradient of {name}", self.op);
+            };
+            results.push((format!("d_{name}"), home(grad)?));
+        }
+        Ok(results)
+    }
+}
+
+/// The head's readings and gradients, over rows of which one has no target and one has two.
+fn of_the_head(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
+    let (t, d, v) = (67, 96, 5003);
+    let target = |(row, id)| Target { row, id, leaf: 0, role: Role::Content };
+    let rows = (1..t as u32).chain([5]);
+    let targets: Vec<Target> = rows.map(|row| target((row, row * 73 % v as u32))).collect();
+    let slopes: Vec<f32> = (0..targets.len()).map(|at| (at % 5) as f32 * 0.25 - 0.5).collect();
+    let (hidden, weight) = (numbers(12, (t, d))?, numbers(13, (v, d))?);
+    let results = |device: &Device, dtype: DType| -> Result<Vec<(&'static str, Tensor)>> {
+        let weight = weight.to_device(device)?.to_dtype(dtype)?;
+        let asked = head::Asked { rows: true, d_weight: true };
+        let hidden = hidden.to_device(device)?;
+        let grads = head::backward(&hidden, &weight, &targets, slopes.as_slice().into(), asked)?;
+        let Some(d_weight) = &grads.d_weight else { candle_core::bail!("head: no d_weight") };
+        let column = |values: Vec<f32>| {
+            let count = values.len();
+            Tensor::from_vec(values, count, &Device::Cpu)
+        };
+        let of_rows = |value: fn(&head::RowStats) -> f32| {
+            column(grads.readings.rows.iter().map(value).collect())
+        };
+        Ok(vec![
+            ("logps", column(grads.readings.logps.clone())?),
+            ("log_sum_exp", of_rows(|row| row.log_sum_exp)?),
+            ("entropy", of_rows(|row| row.entropy)?),
+            ("d_hidden", home(&grads.d_hidden)?),
+            ("d_weight", home(d_weight)?),
+        ])
+    };
+    let (expected, found) = (results(&Device::Cpu, DType::F32)?, results(device, dtype)?);
+    let op = format!("head {t}×{d}×{v}");
+    expected
+        .iter()
+        .zip(&found)
+        .map(|((what, expected), (_, found))| checked((&op, what), dtype, (expected, found)))
+        .collect()
+}
+
+/// Rows of the table, and its gradient from tokens that repeat.
+fn of_the_embedding(device: &Device) -> Result<Vec<Checked>> {
+    let (v, d, t) = (101, 33, 300);
+    let tokens: Vec<u32> = (0..t as u32).map(|at| at * at % 53).collect();
+    let (table, d_x) = (numbers(14, (v, d))?, numbers(15, (t, d))?);
+    let results = |device: &Device| -> Result<[Tensor; 2]> {
+        let (table, d_x) = (table.to_device(device)?, d_x.to_device(device)?);
+        let d_table = embed::embed_grad(table.zeros_like()?, &tokens, &d_x)?;
+        Ok([home(&embed::embed(&table, &tokens)?)?, home(&d_table)?])
+    };
+    let (expected, found) = (results(&Device::Cpu)?, results(device)?);
+    let op = format!("embed {t}×{d}");
+    ["forward", "d_table"]
+        .iter()
+        .zip(expected.iter().zip(&found))
+        .map(|(what, pair)| checked((&op, what), DType::F32, pair))
+        .collect()
+}
+
+/// Two steps of AdamW, and the norm of its gradient. Master and moments are f32 whatever is computed in.
+fn of_the_optimizer(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
+    let results = |device: &Device| -> crate::Result<[Tensor; 3]> {
+        let hyper =
+            Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decayed: is_decayed };
+        let start = numbers(16, (67, 33))?.to_device(device)?;
+        let param = Param::computed_in(&start, dtype)?;
+        let params = BTreeMap::from([("w.weight".to_owned(), param.clone())]);
+        let (mut adamw, mut norms) = (AdamW::new(hyper), Vec::new());
+        for step in 0..2 {
+            let mut grads = Gradients::new(device);
+            grads.add("w.weight", numbers(17 + step, (67, 33))?.to_device(device)?)?;
+            norms.push(grads.norm()? as f32);
+            adamw.step(&params, &grads, 0.01, 0.5)?;
+        }
+        let norms = Tensor::from_vec(norms, 2, &Device::Cpu)?;
+        Ok([home(&param.master)?, home(param.computed())?, norms])
+    };
+    let both =
+        [&Device::Cpu, device].map(|device| results(device).map_err(candle_core::Error::wrap));
+    let [expected, found] = both;
+    let (expected, found) = (expected?, found?);
+    // The copy is within a rounding of its master.
+    [("master", DType::F32), ("copy", dtype), ("norm", DType::F32)]
+        .iter()
+        .zip(expected.iter().zip(&found))
+        .map(|((what, dtype), pair)| checked(("adamw 67×33", what), *dtype, pair))
+        .collect()
+}
+
+fn checked(
+    (op, what): (&str, &str),
+    dtype: DType,
+    (expected, found): (&Tensor, &Tensor),
+) -> Result<Checked> {
+    let (expected, found) = (flat(expected)?, flat(found)?);
+    let largest = expected.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+    let apart = expected.iter().zip(&found).map(|(a, b)| f64::from((a - b).abs()));
+    // `max` would pass over what is not a number.
+    let worst = apart.fold(0.0, |worst: f64, x| if x > worst || x.is_nan() { x } else { worst });
+    let error = if expected.len() == found.len() { worst / f64::from(largest) } else { f64::NAN };
+    // f32: another order of summation over some thousands. bf16: roundings to eight bits on the way and at the end.
+    let (dtype, bound) = if dtype == DType::F32 { ("f32", 3e-5) } else { ("bf16", 3.2e-2) };
+    Ok(Checked { op: op.to_owned(), dtype, what: what.to_owned(), error, bound })
+}
+
+fn flat(x: &Tensor) -> Result<Vec<f32>> {
+    x.flatten_all()?.to_vec1()
+}
+
+/// As f32 on the CPU, without a graph.
+fn home(x: &Tensor) -> Result<Tensor> {
+    x.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)
+}
+
+/// Reproducible normal numbers, rounded to bf16.
+fn numbers(index: u64, shape: impl Into<Shape>) -> Result<Tensor> {
+    let shape = shape.into();
+    let values = Stream::new(1, "check").normal(index, shape.elem_count(), 1.0);
+    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::BF16)?.to_dtype(DType::F32)
+}
+
+/// What a device does at its best, measured.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Peak {
+    /// Operations a second of a large product: in bf16, on the CPU in f32.
+    pub flops_per_s: f64,
+    /// Bytes read and written a second by a kernel that does little else.
+    pub bytes_per_s: f64,
+}
+
+/// Measures [`Peak`]: the best of ten.
+///
+/// # Errors
+/// The device's.
+pub fn peak(device: &Device) -> Result<Peak> {
+    // A product of 8192 keeps an H100 busy for a millisecond and a half.
+    let (size, dtype, elements) =
+        if device.is_cpu() { (256, DType::F32, 1 << 20) } else { (8192, DType::BF16, 1 << 27) };
+    let a = Tensor::ones((size, size), dtype, device)?;
+    let product = best(device, || a.matmul(&a))?;
+    let x = Tensor::zeros(elements, DType::F32, device)?;
+    let copy = best(device, || x.affine(1.0, 1.0))?;
+    Ok(Peak {
+        flops_per_s: 2.0 * (size as f64).powi(3) / product,
+        bytes_per_s: 8.0 * elements as f64 / copy,
+    })
+}
+
+/// Seconds of the fastest of ten calls, after one that is not counted.
+fn best(device: &Device, work: impl Fn() -> Result<Tensor>) -> Result<f64> {
+    let mut seconds = f64::INFINITY;
+    for call in 0..11 {
+        device.synchronize()?;
+        let began = Instant::now();
+        drop(work()?);
+        device.synchronize()?;
+        if call > 0 {
+            seconds = seconds.min(began.elapsed().as_secs_f64());
+        }
+    }
+    Ok(seconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The CPU agrees with itself to the last bit, in f32: what is left is the check's own business.
+    #[test]
+    fn the_cpu_agrees_with_itself() {
+        let all: Vec<Checked> = cases()
+            .unwrap()
+            .iter()
+            .flat_map(|case| {
+                let once = case.results(&Device::Cpu, DType::F32).unwrap();
+                let twice = case.results(&Device::Cpu, DType::F32).unwrap();
+                let pairs = once.into_iter().zip(twice);
+                pairs
+                    .map(|((what, a), (_, b))| {
+                        checked((&case.op, &what), DType::F32, (&a, &b)).unwrap()
+                    })
+                    .collect::<Vec<_>>()
+            })
+            .chain(of_the_head(&Device::Cpu, DType::F32).unwrap())
+            .chain(of_the_embedding(&Device::Cpu).unwrap())
+            .chain(of_the_optimizer(&Device::Cpu, DType::BF16).unwrap())
+            .collect();
+        assert!(all.len() > 40, "{}", all.len());
+        assert!(all.iter().all(|one| one.error == 0.0), "{all:?}");
+    }
+
+    #[test]
+    fn a_peak_is_measured() {
+        let Peak { flops_per_s, bytes_per_s } = peak(&Device::Cpu).unwrap();
+        assert!(flops_per_s > 1e6 && bytes_per_s > 1e6, "{flops_per_s}, {bytes_per_s}");
+    }
+
+    #[test]
+    fn what_differs_or_is_no_number_does_not_agree() {
+        let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
+        let agrees = |found: &[f32], dtype| {
+            let pair = (&tensor(&[1.0, -2.0]), &tensor(found));
+            checked(("op", "forward"), dtype, pair).unwrap().agrees()
+        };
+        assert!(agrees(&[1.0, -2.0], DType::F32) && agrees(&[1.0, -2.01], DType::BF16));
+        assert!(!agrees(&[1.0, -2.01], DType::F32) && !agrees(&[1.1, -2.0], DType::BF16));
+        assert!(!agrees(&[f32::NAN, -2.0], DType::F32) && !agrees(&[1.0], DType::F32));
+    }
+}

@@ -1,0 +1,75 @@
+//! The end of a step on a GPU: the norm, the clipping and the weights' move are launched one after the other, and the host
+//! reads the norms once, after all of it.
+
+use crate::data::tree::Tree;
+use crate::error::Result;
+use crate::model::gradients::Gradients;
+use crate::ops::cuda::launch::optimizer::{Factor, Squares};
+use crate::optim::adamw::AdamW;
+use crate::train::Learner;
+use crate::train::norms::Norms;
+use crate::train::step::StepReport;
+
+use super::{Pace, check};
+
+/// Clips the gradients and moves the weights. Returns the norm before clipping.
+///
+/// # Errors
+/// A loss that is not finite; a gradient that is not, with which no weight has moved.
+pub(super) fn step(
+    (learner, adamw): (&Learner, &mut AdamW),
+    grads: &Gradients,
+    (trees, pace): (&[&Tree], Pace),
+    report: &mut StepReport,
+) -> Result<f64> {
+    check(report.loss, 0.0, trees)?;
+    let names: Vec<&str> = grads.iter().map(|(name, _)| name).collect();
+    let mut squares = Squares::new(learner.model().device(), names.len())?;
+    for (index, (_, grad)) in grads.iter().enumerate() {
+        squares.put(index, grad)?;
+    }
+    let clip = squares.clip(0..names.len(), pace.max_grad_norm)?;
+    adamw.begin_step();
+    for (name, grad) in grads.iter() {
+        adamw.apply_clipped(learner.params(), (name, grad), pace.lr, &clip)?;
+    }
+    let mut norms = Norms::default();
+    for (name, square) in names.into_iter().zip(squares.read()?) {
+        norms.add(name, square);
+    }
+    check(report.loss, norms.total(), trees)?;
+    norms.log(&mut report.metrics);
+    Ok(norms.total())
+}
+
+/// Sums of squares of gradients with which weights have moved already, unless they were not finite.
+pub(super) struct Unread {
+    squares: Squares,
+    names: Vec<String>,
+}
+
+impl Unread {
+    /// For a step of this learner, where it is on a GPU.
+    pub(super) fn new(learner: &Learner) -> Result<Option<Self>> {
+        let device = learner.model().device();
+        if !device.is_cuda() {
+            return Ok(None);
+        }
+        let squares = Squares::new(device, learner.params().len())?;
+        Ok(Some(Self { squares, names: Vec::new() }))
+    }
+
+    /// Adds a gradient's. The factor is 1, or NaN where the gradient is not finite.
+    pub(super) fn add(&mut self, name: &str, grad: &candle_core::Tensor) -> Result<Factor> {
+        let index = self.names.len();
+        self.squares.put(index, grad)?;
+        self.names.push(name.to_owned());
+        Ok(self.squares.clip(index..index + 1, 0.0)?)
+    }
+
+    /// All of them, with their names, in the order in which they came. The host waits.
+    pub(super) fn read(self) -> Result<impl Iterator<Item = (String, f64)>> {
+        let squares = self.squares.read()?;
+        Ok(self.names.into_iter().zip(squares))
+    }
+}
