@@ -8,13 +8,13 @@
 
 use candle_core::cuda_backend::cudarc::cublas::{result::gemm_ex, sys};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
-    PushKernelArg,
+    CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, PushKernelArg,
 };
-use candle_core::cuda_backend::{CudaDType, WrapErr, gemm_reduced_precision_f32};
-use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor, WithDType};
+use candle_core::cuda_backend::{WrapErr, gemm_reduced_precision_f32};
+use candle_core::{CudaDevice, DType, Result, Tensor, WithDType};
 use half::bf16;
 
+use crate::ops::cuda::launch::{self, NULL, cuda, grid, tensor, view};
 use crate::ops::head::{GPU_CHUNK_ELEMENTS, Grads, Pass, Readings, RowStats, Rows, Slopes};
 
 /// Threads of a block that reads a row.
@@ -24,11 +24,8 @@ const WRITE_BLOCK: u32 = 256;
 /// Elements of such a part.
 const SPAN: u64 = 16384;
 
-/// A null pointer, as an argument.
-const NULL: &u64 = &0;
-
 /// What the head computes with.
-trait Number: CudaDType + DeviceRepr + WithDType {
+trait Number: launch::Number + WithDType {
     /// Its name in cuBLAS.
     const TYPE: sys::cudaDataType;
     /// The kernel that writes a gradient of this type.
@@ -101,24 +98,20 @@ fn by_chunks<E: Number>(
     };
     let x = x.to_dtype(E::DTYPE)?.contiguous()?;
     let mut head = Head::<E>::new(device, rows, (width, vocab), pass)?;
-    with_view::<E, _>(&x, |x| {
-        with_view::<E, _>(weight, |w| {
-            let chunk = head.chunk;
-            for first in (0..count).step_by(chunk) {
-                head.chunk_of((&x, &w), first..(first + chunk).min(count))?;
-            }
-            Ok(())
-        })
-    })?;
+    let ((x, of_x), (w, of_w)) = (x.storage_and_layout(), weight.storage_and_layout());
+    let (x, w) = (view::<E>(cuda(&x)?, of_x)?, view::<E>(cuda(&w)?, of_w)?);
+    let chunk = head.chunk;
+    for first in (0..count).step_by(chunk) {
+        head.chunk_of((&x, &w), first..(first + chunk).min(count))?;
+    }
     let readings = head.readings.to_host(device, rows)?;
     let Some(grads) = head.grads else { return Ok((readings, None)) };
-    let tensor = |slice, shape| into_tensor(device, slice, shape);
-    let d_x = tensor(grads.d_x, (count, width));
+    let d_x = tensor(device, grads.d_x, (count, width));
     let d_hidden = match ids {
         Some(ids) => zeros((t, width))?.index_add(&ids, &d_x, 0)?,
         None => d_x,
     };
-    Ok((readings, Some((d_hidden, grads.d_weight.map(|d| tensor(d, (vocab, width)))))))
+    Ok((readings, Some((d_hidden, grads.d_weight.map(|d| tensor(device, d, (vocab, width)))))))
 }
 
 /// Everything of one call that lies on the device.
@@ -372,37 +365,4 @@ fn product<E: Number>(
         )
     }
     .w()
-}
-
-/// Blocks of `(x, y)`, and threads of each.
-fn grid((x, y): (usize, usize), block: u32) -> LaunchConfig {
-    LaunchConfig {
-        grid_dim: (x as u32, y as u32, 1),
-        block_dim: (block, 1, 1),
-        shared_mem_bytes: 0,
-    }
-}
-
-/// Calls `run` with the elements of a contiguous tensor.
-fn with_view<E: CudaDType, R>(
-    tensor: &Tensor,
-    run: impl FnOnce(CudaView<'_, E>) -> Result<R>,
-) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match (&*storage, layout.contiguous_offsets()) {
-        (Storage::Cuda(storage), Some((start, end))) => {
-            run(storage.as_cuda_slice::<E>()?.slice(start..end))
-        }
-        _ => candle_core::bail!("the head on CUDA was given a tensor elsewhere, or with gaps"),
-    }
-}
-
-/// A slice as a tensor of a graph of its own.
-fn into_tensor<E: CudaDType>(
-    device: &CudaDevice,
-    slice: CudaSlice<E>,
-    shape: (usize, usize),
-) -> Tensor {
-    let storage = CudaStorage::wrap_cuda_slice(slice, device.clone());
-    Tensor::from_storage(Storage::Cuda(storage), shape, candle_core::op::BackpropOp::none(), false)
 }

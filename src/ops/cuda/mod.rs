@@ -1,7 +1,7 @@
 //! Kernels for NVIDIA GPUs, in CUDA C++, one `.cu` file an op.
 //!
 //! With the feature `cuda` they are compiled to PTX and launched on Candle's stream. Tests need neither a GPU nor the
-//! toolkit: the same sources are compiled for the host, see `host.rs` and `host.h`, and held against the CPU's ops.
+//! toolkit: the same sources are compiled for the host, see `tests/host.rs` and `host.h`, and held against the CPU's ops.
 
 #[cfg(any(feature = "cuda", all(test, unix)))]
 pub(super) mod attention;
@@ -17,31 +17,4 @@ mod ptx;
 
 #[cfg(test)]
 #[cfg(unix)]
-mod adamw;
-#[cfg(test)]
-#[cfg(unix)]
-mod embed;
-#[cfg(test)]
-#[cfg(unix)]
-mod head;
-#[cfg(test)]
-#[cfg(unix)]
-mod host;
-#[cfg(test)]
-#[cfg(unix)]
-mod host_tests;
-#[cfg(test)]
-#[cfg(unix)]
-mod norm;
-#[cfg(test)]
-#[cfg(unix)]
-mod reduce;
-#[cfg(test)]
-#[cfg(unix)]
-mod rope;
-#[cfg(test)]
-#[cfg(unix)]
-mod sample;
-#[cfg(test)]
-#[cfg(unix)]
-mod swiglu;
+mod tests;

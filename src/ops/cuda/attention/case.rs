@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor, Var};
 use super::{Kernel, Lists};
 use crate::data::forest::Forest;
 use crate::data::tree::{Role, Segment, Tree};
-use crate::ops::cuda::host::{Call, Guarded, Kernels, Manner, Number, random, wide};
+use crate::ops::cuda::tests::host::{Call, Guarded, Kernels, Manner, Number, random, wide};
 use crate::ops::{AttentionPlan, attention, cpu};
 
 pub(super) const FILE: &str = "attention.cu";

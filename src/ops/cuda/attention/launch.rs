@@ -6,16 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum as Attribute;
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaView, DeviceRepr, LaunchConfig, PushKernelArg,
-};
-use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage, WrapErr};
-use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, bail};
-use half::bf16;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::{CudaDevice, CudaStorage, WrapErr};
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::{Kernel, Lists, THREADS};
 use crate::ops::AttentionPlan;
+use crate::ops::cuda::launch::{Number, by_type, cuda, on_cpu, tensor, view};
 use crate::ops::cuda::ptx::{CudaFunc, kernel};
 
 /// Head widths that kernels are compiled for.
@@ -24,20 +21,6 @@ const WIDTHS: [usize; 4] = [32, 64, 96, 128];
 const MOST_SHARE: usize = 512;
 /// Shared memory that a launch has without asking.
 const GIVEN: usize = 48 << 10;
-
-/// Element types that kernels are compiled for.
-trait Number: CudaDType + DeviceRepr {
-    /// The suffix of their entries.
-    const NAME: &'static str;
-}
-
-impl Number for f32 {
-    const NAME: &'static str = "f32";
-}
-
-impl Number for bf16 {
-    const NAME: &'static str = "bf16";
-}
 
 /// Whether there are kernels for `share` query heads to a key head, of this width and type. The plain form takes any.
 pub(crate) fn takes(dtype: DType, share: usize, width: usize) -> bool {
@@ -225,7 +208,7 @@ impl CustomOp3 for ForestAttention {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        bail!("attention's kernels for CUDA were given a tensor on the CPU")
+        on_cpu(self.name())
     }
 
     fn cuda_fwd(
@@ -239,11 +222,8 @@ impl CustomOp3 for ForestAttention {
     ) -> Result<(CudaStorage, Shape)> {
         let sizes = Sizes::of(q_layout.shape(), k_layout.shape())?;
         let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
-        let out = match q.dtype() {
-            DType::BF16 => self.forward::<bf16>(inputs, &sizes),
-            _ => self.forward::<f32>(inputs, &sizes),
-        };
-        Ok((out?, q_layout.shape().clone()))
+        let out = by_type!(q.dtype(), "attention", E => self.forward::<E>(inputs, &sizes)?);
+        Ok((out, q_layout.shape().clone()))
     }
 
     fn bwd(
@@ -256,10 +236,7 @@ impl CustomOp3 for ForestAttention {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let d_out = aligned(&d_out.to_dtype(q.dtype())?)?;
         let inputs = [q, k, v, out, &d_out];
-        let [d_q, d_k, d_v] = match q.dtype() {
-            DType::BF16 => self.backward::<bf16>(inputs)?,
-            _ => self.backward::<f32>(inputs)?,
-        };
+        let [d_q, d_k, d_v] = by_type!(q.dtype(), "attention", E => self.backward::<E>(inputs)?);
         Ok((Some(d_q), Some(d_k), Some(d_v)))
     }
 }
@@ -298,10 +275,7 @@ impl ForestAttention {
         let guards = tensors.map(Tensor::storage_and_layout);
         let mut views = Vec::with_capacity(5);
         for (storage, layout) in &guards {
-            match &**storage {
-                Storage::Cuda(storage) => views.push(view::<E>(storage, layout)?),
-                _ => bail!("attention's kernels for CUDA were given a tensor elsewhere"),
-            }
+            views.push(view::<E>(cuda(storage)?, layout)?);
         }
         let [q, k, v, out, d_out] = &views[..] else {
             bail!("attention's backward has five inputs")
@@ -329,19 +303,11 @@ impl ForestAttention {
             // SAFETY: the kernel's arguments; the lists are those of a plan with as many tokens.
             unsafe { launch.launch(config) }.w()?;
         }
-        let tensor = |slice, shape: &Shape| {
-            let storage = CudaStorage::wrap_cuda_slice(slice, device.clone());
-            Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
-        };
         let (of_queries, of_keys) = (tensors[0].shape(), tensors[1].shape());
-        Ok([tensor(d_q, of_queries), tensor(d_k, of_keys), tensor(d_v, of_keys)])
-    }
-}
-
-/// The elements of a contiguous storage.
-fn view<'a, E: CudaDType>(storage: &'a CudaStorage, layout: &Layout) -> Result<CudaView<'a, E>> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(storage.as_cuda_slice::<E>()?.slice(start..end)),
-        None => bail!("attention's kernels for CUDA were given a tensor with gaps"),
+        Ok([
+            tensor(device, d_q, of_queries),
+            tensor(device, d_k, of_keys),
+            tensor(device, d_v, of_keys),
+        ])
     }
 }

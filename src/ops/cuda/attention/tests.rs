@@ -7,7 +7,7 @@ use super::case::{Case, FILE, Heads, Results, Trees, plan};
 use super::{Kernel, Lists, OWN, THREADS};
 use crate::data::forest::Forest;
 use crate::ops::AttentionPlan;
-use crate::ops::cuda::host::{
+use crate::ops::cuda::tests::host::{
     Guarded, Manner, Number, assert_close, assert_within, each_block, every_mutant_is_caught,
     manners, wide,
 };

@@ -24,10 +24,10 @@ use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Shape, Storage, Tensor
 use half::bf16;
 
 /// A null pointer, as an argument.
-const NULL: &u64 = &0;
+pub(in crate::ops::cuda) const NULL: &u64 = &0;
 
 /// Element types that kernels are compiled for.
-trait Number: CudaDType + DeviceRepr {
+pub(in crate::ops::cuda) trait Number: CudaDType + DeviceRepr {
     /// The suffix of their entries.
     const NAME: &'static str;
 }
@@ -56,10 +56,10 @@ macro_rules! by_type {
         }
     };
 }
-use by_type;
+pub(in crate::ops::cuda) use by_type;
 
 /// What is on the device.
-fn cuda(storage: &Storage) -> Result<&CudaStorage> {
+pub(in crate::ops::cuda) fn cuda(storage: &Storage) -> Result<&CudaStorage> {
     match storage {
         Storage::Cuda(storage) => Ok(storage),
         _ => bail!("a kernel for CUDA was given a tensor elsewhere"),
@@ -67,7 +67,10 @@ fn cuda(storage: &Storage) -> Result<&CudaStorage> {
 }
 
 /// The elements of a contiguous storage.
-fn view<'a, E: CudaDType>(storage: &'a CudaStorage, layout: &Layout) -> Result<CudaView<'a, E>> {
+pub(in crate::ops::cuda) fn view<'a, E: CudaDType>(
+    storage: &'a CudaStorage,
+    layout: &Layout,
+) -> Result<CudaView<'a, E>> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(storage.as_cuda_slice::<E>()?.slice(start..end)),
         None => bail!("a kernel for CUDA was given a tensor with gaps, {:?}", layout.shape()),
@@ -81,12 +84,12 @@ pub(crate) fn zero(beside: &CudaStorage) -> Result<CudaStorage> {
 }
 
 /// The error of an op for CUDA that runs on the CPU.
-fn on_cpu(op: &str) -> Result<(CpuStorage, Shape)> {
+pub(in crate::ops::cuda) fn on_cpu(op: &str) -> Result<(CpuStorage, Shape)> {
     bail!("{op} for CUDA was given a tensor on the CPU")
 }
 
 /// A slice as a tensor of a graph of its own.
-fn tensor<E: CudaDType>(
+pub(in crate::ops::cuda) fn tensor<E: CudaDType>(
     device: &CudaDevice,
     slice: CudaSlice<E>,
     shape: impl Into<Shape>,
@@ -96,7 +99,7 @@ fn tensor<E: CudaDType>(
 }
 
 /// Blocks of `(x, y)`, and threads of each.
-fn grid((x, y): (usize, usize), block: u32) -> LaunchConfig {
+pub(in crate::ops::cuda) fn grid((x, y): (usize, usize), block: u32) -> LaunchConfig {
     LaunchConfig {
         grid_dim: (x as u32, y as u32, 1),
         block_dim: (block, 1, 1),

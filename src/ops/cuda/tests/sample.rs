@@ -15,7 +15,7 @@ mod tests {
     use crate::rng::Stream;
 
     const FILE: &str = "sample.cu";
-    const CHECK: &str = "ops::cuda::sample::tests::draws_are_the_cpus";
+    const CHECK: &str = "ops::cuda::tests::sample::tests::draws_are_the_cpus";
 
     /// Kept tokens that the kernel draws from in the CPU's order, and tokens that one thread adds up.
     const LIST: usize = 4096;

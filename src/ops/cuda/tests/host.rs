@@ -19,7 +19,7 @@ use libloading::Library;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-pub(super) use crate::ops::cpu::guard::{Guarded, Side};
+pub(in crate::ops::cuda) use crate::ops::cpu::guard::{Guarded, Side};
 use crate::rng::Stream;
 
 /// Where kernels and headers lie.
@@ -43,11 +43,11 @@ const QUICK: [&str; 4] =
     ["-O1", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", "-DARRIERO_MUTANT"];
 
 /// Block sizes that kernels are tested with.
-pub(super) const BLOCKS: [u32; 6] = [32, 64, 128, 256, 512, 1024];
+pub(in crate::ops::cuda) const BLOCKS: [u32; 6] = [32, 64, 128, 256, 512, 1024];
 
 /// Which thread of a block, and which block, goes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Order {
+pub(in crate::ops::cuda) enum Order {
     /// The first.
     Forward,
     /// The last.
@@ -57,23 +57,24 @@ pub(super) enum Order {
 }
 
 impl Order {
-    pub(super) const ALL: [Self; 3] = [Self::Forward, Self::Backward, Self::Random(7)];
+    pub(in crate::ops::cuda) const ALL: [Self; 3] =
+        [Self::Forward, Self::Backward, Self::Random(7)];
 }
 
 /// One way to run a kernel; none may change what it computes beyond rounding.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Manner {
+pub(in crate::ops::cuda) struct Manner {
     /// Threads of a block.
-    pub(super) block: u32,
+    pub(in crate::ops::cuda) block: u32,
     /// Whose turn it is.
-    pub(super) order: Order,
+    pub(in crate::ops::cuda) order: Order,
     /// The end of the buffers that is guarded. With [`Side::Start`] a buffer begins at a page; with [`Side::End`] it is
     /// aligned to no more than its length is a multiple of.
-    pub(super) side: Side,
+    pub(in crate::ops::cuda) side: Side,
 }
 
 /// Every order and side with each of the block sizes.
-pub(super) fn manners(blocks: &[u32]) -> Vec<Manner> {
+pub(in crate::ops::cuda) fn manners(blocks: &[u32]) -> Vec<Manner> {
     let with = |block, order| Side::BOTH.map(|side| Manner { block, order, side });
     let of_block = |&block: &u32| Order::ALL.map(|order| with(block, order));
     blocks.iter().flat_map(of_block).flatten().collect()
@@ -81,7 +82,7 @@ pub(super) fn manners(blocks: &[u32]) -> Vec<Manner> {
 
 /// Each block size once. From one to the next the order and the side change, so that every pair of them occurs; with the
 /// next `turn`, which may be a shape's place in a list, each block has another pair.
-pub(super) fn each_block(turn: usize) -> Vec<Manner> {
+pub(in crate::ops::cuda) fn each_block(turn: usize) -> Vec<Manner> {
     let manner = |(place, &block): (usize, &u32)| {
         let at = place + turn;
         Manner { block, order: Order::ALL[at % 3], side: Side::BOTH[at % 2] }
@@ -90,7 +91,9 @@ pub(super) fn each_block(turn: usize) -> Vec<Manner> {
 }
 
 /// The element types that kernels have entries for.
-pub(super) trait Number: Copy + Default + Send + Sync + 'static {
+pub(in crate::ops::cuda) trait Number:
+    Copy + Default + Send + Sync + 'static
+{
     /// The suffix of its entries.
     const NAME: &'static str;
     /// The largest relative error of one rounding to this type, beside that of f32.
@@ -124,30 +127,35 @@ impl Number for bf16 {
 }
 
 /// All numbers rounded.
-pub(super) fn narrow<T: Number>(values: &[f32]) -> Vec<T> {
+pub(in crate::ops::cuda) fn narrow<T: Number>(values: &[f32]) -> Vec<T> {
     values.iter().map(|&value| T::narrow(value)).collect()
 }
 
 /// All numbers in f32.
-pub(super) fn wide<T: Number>(values: &[T]) -> Vec<f32> {
+pub(in crate::ops::cuda) fn wide<T: Number>(values: &[T]) -> Vec<f32> {
     values.iter().map(|value| value.wide()).collect()
 }
 
 /// Draws from a normal distribution, rounded; the same for the same index.
-pub(super) fn random<T: Number>(index: u64, len: usize) -> Vec<T> {
+pub(in crate::ops::cuda) fn random<T: Number>(index: u64, len: usize) -> Vec<T> {
     narrow(&Stream::new(0, "kernels").normal(index, len, 1.0))
 }
 
 /// Asserts that numbers are as expected, to 1e-5 and one rounding to their type. The error is relative to the expected
 /// number, or to the root mean square of all where that is larger: sums that cancel have no digits of their own.
 #[track_caller]
-pub(super) fn assert_close<T: Number>(what: &str, found: &[T], expected: &[f32]) {
+pub(in crate::ops::cuda) fn assert_close<T: Number>(what: &str, found: &[T], expected: &[f32]) {
     assert_within(what, found, expected, 1e-5);
 }
 
 /// [`assert_close`] to another precision. Prints the worst error, of which a table can be made.
 #[track_caller]
-pub(super) fn assert_within<T: Number>(what: &str, found: &[T], expected: &[f32], tolerance: f32) {
+pub(in crate::ops::cuda) fn assert_within<T: Number>(
+    what: &str,
+    found: &[T],
+    expected: &[f32],
+    tolerance: f32,
+) {
     assert_eq!(found.len(), expected.len(), "{what}: lengths");
     let finite = expected.iter().filter(|value| value.is_finite()).map(|&value| f64::from(value));
     let scale = (finite.map(|x| x * x).sum::<f64>() / expected.len().max(1) as f64).sqrt() as f32;
@@ -185,7 +193,7 @@ type Entry =
     unsafe extern "C" fn(*const Launch, *const *const c_void, *const usize, usize) -> c_int;
 
 /// The kernels of one file.
-pub(super) struct Kernels {
+pub(in crate::ops::cuda) struct Kernels {
     library: Library,
     file: String,
     /// The shim runs one launch of a library at a time.
@@ -194,12 +202,15 @@ pub(super) struct Kernels {
 
 impl Kernels {
     /// The kernels of a file such as `norm.cu`, compiled when first asked for.
-    pub(super) fn of(file: &str) -> &'static Self {
+    pub(in crate::ops::cuda) fn of(file: &str) -> &'static Self {
         Self::of_text(file, || read(file))
     }
 
     /// The kernels of a source text that includes what lies beside the kernels. A name stands for one text.
-    pub(super) fn of_text(file: &str, text: impl FnOnce() -> String) -> &'static Self {
+    pub(in crate::ops::cuda) fn of_text(
+        file: &str,
+        text: impl FnOnce() -> String,
+    ) -> &'static Self {
         static ALL: LazyLock<Mutex<BTreeMap<String, &'static Kernels>>> =
             LazyLock::new(Mutex::default);
         // A compiler's refusal fails every test that asks, not the first alone.
@@ -217,7 +228,12 @@ impl Kernels {
     }
 
     /// Begins a call of an entry; arguments follow, in its order.
-    pub(super) fn call(&self, entry: &str, grid: [u32; 3], manner: Manner) -> Call<'_> {
+    pub(in crate::ops::cuda) fn call(
+        &self,
+        entry: &str,
+        grid: [u32; 3],
+        manner: Manner,
+    ) -> Call<'_> {
         let (order, seed) = match manner.order {
             Order::Forward => (0, 0),
             Order::Backward => (1, 0),
@@ -236,7 +252,7 @@ impl Kernels {
 }
 
 /// A launch in preparation. It borrows its buffers.
-pub(super) struct Call<'a> {
+pub(in crate::ops::cuda) struct Call<'a> {
     kernels: &'a Kernels,
     entry: String,
     how: Launch,
@@ -247,13 +263,13 @@ pub(super) struct Call<'a> {
 
 impl<'a> Call<'a> {
     /// Asks for dynamic shared memory, in bytes.
-    pub(super) fn shared(mut self, bytes: usize) -> Self {
+    pub(in crate::ops::cuda) fn shared(mut self, bytes: usize) -> Self {
         self.how.shared = bytes as u32;
         self
     }
 
     /// A number, or a struct of numbers with the layout of C and no padding.
-    pub(super) fn arg<A: Copy>(mut self, value: A) -> Self {
+    pub(in crate::ops::cuda) fn arg<A: Copy>(mut self, value: A) -> Self {
         let mut words = vec![0_u64; size_of::<A>().div_ceil(8)];
         // SAFETY: the words have room for the value and are aligned for numbers.
         unsafe { words.as_mut_ptr().cast::<A>().write_unaligned(value) };
@@ -263,17 +279,17 @@ impl<'a> Call<'a> {
     }
 
     /// A buffer that the kernel reads.
-    pub(super) fn input<T: Copy>(self, buffer: &'a Guarded<T>) -> Self {
+    pub(in crate::ops::cuda) fn input<T: Copy>(self, buffer: &'a Guarded<T>) -> Self {
         self.arg(buffer.as_ptr())
     }
 
     /// A buffer that the kernel writes, or changes in place.
-    pub(super) fn output<T: Copy>(self, buffer: &'a mut Guarded<T>) -> Self {
+    pub(in crate::ops::cuda) fn output<T: Copy>(self, buffer: &'a mut Guarded<T>) -> Self {
         self.arg(buffer.as_mut().as_mut_ptr())
     }
 
     /// No buffer.
-    pub(super) fn null(self) -> Self {
+    pub(in crate::ops::cuda) fn null(self) -> Self {
         self.arg(std::ptr::null::<u8>())
     }
 
@@ -282,7 +298,7 @@ impl<'a> Call<'a> {
     /// # Panics
     /// Where the shim complains.
     #[track_caller]
-    pub(super) fn run(self) {
+    pub(in crate::ops::cuda) fn run(self) {
         let what = format!("{}, {}", self.kernels.file, self.entry);
         if let Err(message) = self.result() {
             panic!("{what}: {message}");
@@ -290,7 +306,7 @@ impl<'a> Call<'a> {
     }
 
     /// Runs the kernel. An error is what the shim says of it: a divergent barrier, wrong arguments.
-    pub(super) fn result(self) -> Result<(), String> {
+    pub(in crate::ops::cuda) fn result(self) -> Result<(), String> {
         let library = &self.kernels.library;
         let name = format!("host_{}", self.entry);
         // SAFETY: every symbol of that prefix is a launcher of this type, made by a macro of common.cuh.
@@ -396,12 +412,16 @@ fn mutant_of(file: &str) -> Option<PathBuf> {
 ///
 /// # Panics
 /// A mutant that survives; a text that the file has not exactly once; one that does not compile.
-pub(super) fn every_mutant_is_caught(file: &str, test: &str, mutants: &[(&str, &str)]) {
+pub(in crate::ops::cuda) fn every_mutant_is_caught(
+    file: &str,
+    test: &str,
+    mutants: &[(&str, &str)],
+) {
     every_mutant_within_is_caught(file, file, test, mutants);
 }
 
 /// [`every_mutant_is_caught`], of kernels whose header `within` is changed.
-pub(super) fn every_mutant_within_is_caught(
+pub(in crate::ops::cuda) fn every_mutant_within_is_caught(
     within: &str,
     file: &str,
     test: &str,

@@ -9,7 +9,7 @@ use super::host::{
 use crate::ops::swiglu;
 
 const FILE: &str = "swiglu.cu";
-const CHECK: &str = "ops::cuda::swiglu::both_directions_are_the_cpus";
+const CHECK: &str = "ops::cuda::tests::swiglu::both_directions_are_the_cpus";
 
 /// Elements: none, one, less than a pack, less than a block, more than the grid takes in one go.
 const COUNTS: [usize; 6] = [0, 1, 7, 96, 1003, 17000];

@@ -294,7 +294,7 @@ fn a_row_without_targets_has_no_gradient() {
 }
 
 fn caught(test: &str, mutants: &[(&str, &str)]) {
-    every_mutant_is_caught(FILE, &format!("ops::cuda::head::{test}"), mutants);
+    every_mutant_is_caught(FILE, &format!("ops::cuda::tests::head::{test}"), mutants);
 }
 
 #[test]

@@ -9,8 +9,8 @@ use super::host::{
 use crate::ops::cpu::adamw;
 
 const FILE: &str = "adamw.cu";
-const CHECK: &str = "ops::cuda::adamw::a_step_is_the_cpus";
-const CHANCE: &str = "ops::cuda::adamw::rounding_by_chance_is_unbiased_and_repeats";
+const CHECK: &str = "ops::cuda::tests::adamw::a_step_is_the_cpus";
+const CHANCE: &str = "ops::cuda::tests::adamw::rounding_by_chance_is_unbiased_and_repeats";
 
 const COUNTS: [usize; 5] = [0, 1, 6, 64, 1003];
 const GRID: [u32; 3] = [2, 1, 1];

@@ -9,7 +9,7 @@ use super::host::{
 use crate::ops::embed;
 
 const FILE: &str = "embed.cu";
-const CHECK: &str = "ops::cuda::embed::both_directions_are_the_cpus";
+const CHECK: &str = "ops::cuda::tests::embed::both_directions_are_the_cpus";
 
 /// Tokens, vocabulary, width: one of each; many tokens of few rows; few tokens of many rows.
 const SHAPES: [(usize, usize, usize); 4] = [(1, 1, 1), (23, 5, 17), (9, 700, 64), (4, 3, 1030)];

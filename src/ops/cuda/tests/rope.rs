@@ -9,7 +9,7 @@ use super::host::{
 use crate::ops::rope::{self, Rotary};
 
 const FILE: &str = "rope.cu";
-const CHECK: &str = "ops::cuda::rope::both_directions_are_the_cpus";
+const CHECK: &str = "ops::cuda::tests::rope::both_directions_are_the_cpus";
 
 /// Tokens, heads, half of a head's width, and elements between rows.
 const SHAPES: [(usize, usize, usize, usize); 5] =

@@ -9,8 +9,8 @@ use super::host::{
 use crate::ops::norm;
 
 const FILE: &str = "norm.cu";
-const FORWARD: &str = "ops::cuda::norm::the_forward_is_the_cpus";
-const BACKWARD: &str = "ops::cuda::norm::the_backward_is_the_cpus";
+const FORWARD: &str = "ops::cuda::tests::norm::the_forward_is_the_cpus";
+const BACKWARD: &str = "ops::cuda::tests::norm::the_backward_is_the_cpus";
 
 const EPS: f32 = 1e-5;
 

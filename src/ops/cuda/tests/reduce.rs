@@ -11,7 +11,7 @@ mod tests {
     use crate::optim::clip_factor;
 
     const FILE: &str = "reduce.cu";
-    const CHECK: &str = "ops::cuda::reduce::tests::norms_and_factors_are_the_cpus";
+    const CHECK: &str = "ops::cuda::tests::reduce::tests::norms_and_factors_are_the_cpus";
 
     /// Elements of one partial sum.
     const CHUNK: usize = 1 << 16;
@@ -157,7 +157,8 @@ mod tests {
             ("return a < b ? a : b;", "return a < b ? b : a;"),
             ("sum - sum == 0.0 ? float(scale)", "true ? float(scale)"),
         ];
-        let check = "ops::cuda::reduce::tests::what_is_not_finite_is_found_and_stops_the_step";
+        let check =
+            "ops::cuda::tests::reduce::tests::what_is_not_finite_is_found_and_stops_the_step";
         every_mutant_is_caught(FILE, check, &mutants);
     }
 }
