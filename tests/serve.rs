@@ -20,6 +20,8 @@ use arriero::generate::local::{LocalModel, answer_logprobs};
 use arriero::generate::sampling::Sampling;
 use arriero::model::Transformer;
 use arriero::model::checkpoint::Checkpoint;
+use arriero::model::lora::peft::{self, AdapterConfig};
+use arriero::model::lora::{Lora, attach};
 use arriero::model::save::SaveOptions;
 use arriero::score::reward_model::{Reading, RewardModel};
 use arriero::score::{Question, Scorer};
@@ -654,4 +656,100 @@ fn curl_gets_answers() {
     let output = curl(&["-d", &body, &format!("{}{CHAT}", server.url)]).unwrap();
     let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(answer["choices"][0]["message"]["role"], "assistant");
+}
+
+/// Writes an adapter of the tiny model whose answers are others than its own.
+fn adapter(dir: &Path, seed: u64) {
+    let base = checkpoint();
+    let lora = Lora { lora_r: 4, ..Lora::default() };
+    let mut weights = base.weights.clone();
+    let mut attached = attach(&lora, &base.config, &mut weights, seed).unwrap();
+    for (name, factor) in &mut attached.factors {
+        if name.ends_with("lora_B.weight") {
+            *factor = (factor.ones_like().unwrap() * 0.02).unwrap();
+        }
+    }
+    let config = AdapterConfig { r: 4, lora_alpha: 32.0, ..AdapterConfig::default() };
+    std::fs::create_dir_all(dir).unwrap();
+    peft::write(dir, &config, &attached.factors, &peft::fingerprint(&base.weights).unwrap())
+        .unwrap();
+}
+
+/// What the tiny model with an adapter merged into it answers.
+fn merged(dir: &Path, prompt: &str) -> String {
+    let saved = peft::read(dir, &Device::Cpu).unwrap();
+    let model = LocalModel::new(&checkpoint().with_adapter(&saved, dir).unwrap()).unwrap();
+    let tokens = model.tokenizer().encode_special(prompt).unwrap();
+    let sampling = Sampling { max_new_tokens: 12, ..Sampling::greedy(12) };
+    let mut text = String::new();
+    model
+        .run(&[Prompt { index: 0, tokens }], &sampling, &mut |_, answers| {
+            text.clone_from(&answers[0].text);
+            Ok(())
+        })
+        .unwrap();
+    text
+}
+
+#[test]
+fn adapters_come_and_go_beside_one_base() {
+    let home = tempfile::tempdir().unwrap();
+    let [one, two] = ["one", "two"].map(|name| home.path().join(name));
+    adapter(&one, 3);
+    adapter(&two, 4);
+    let module = format!("one={}", one.display());
+    let server = Server::start(&["--lora-modules", &module, "--allow-runtime-lora-updating"]);
+    let greedy = |model: &str| json!({"model": model, "prompt": "Tom has", "max_tokens": 12, "temperature": 0});
+    let text = |model: &str| {
+        let answer = server.ask(PLAIN, &greedy(model));
+        assert_eq!(answer["model"], model);
+        answer["choices"][0]["text"].as_str().unwrap().to_owned()
+    };
+    let (own, first) = (text("tiny"), text("one"));
+    assert_eq!(first, merged(&one, "Tom has"));
+    assert_ne!(own, first);
+
+    let loaded = json!({"lora_name": "two", "lora_path": two.display().to_string()});
+    server.ask("/v1/load_lora_adapter", &loaded);
+    assert_eq!(text("two"), merged(&two, "Tom has"));
+    let models: Value = serde_json::from_str(&server.get("/v1/models").1).unwrap();
+    let of = |index: usize, key: &str| models["data"][index][key].clone();
+    assert_eq!([of(0, "id"), of(1, "id"), of(2, "id")], ["tiny", "one", "two"]);
+    assert_eq!((of(2, "parent"), of(2, "root")), (json!("tiny"), json!(two.display().to_string())));
+    let prints = ["tiny", "one", "two"]
+        .map(|model| server.ask(PLAIN, &greedy(model))["system_fingerprint"].to_string());
+    assert!(prints[0] != prints[1] && prints[1] != prints[2]);
+    let (_, error) = server.refused("/v1/load_lora_adapter", &loaded.to_string());
+    assert_eq!(error["code"], "name_taken");
+    let embed = json!({"model": "two", "input": "a"}).to_string();
+    let (_, error) = server.refused("/v1/embeddings", &embed);
+    assert!(error["message"].as_str().unwrap().contains("expected its base"), "{error}");
+
+    server.ask("/v1/unload_lora_adapter", &json!({"lora_name": "two"}));
+    let (status, error) = server.refused(PLAIN, &greedy("two").to_string());
+    assert!(status == 404 && error["code"] == "model_not_found", "{error}");
+    assert_eq!(text("one"), first);
+    for (path, what) in [("/none", "adapter_config.json"), ("", "adapter_config.json")] {
+        let asked =
+            json!({"lora_name": "x", "lora_path": format!("{}{path}", home.path().display())});
+        let (status, error) = server.refused("/v1/load_lora_adapter", &asked.to_string());
+        assert!(status == 400 && error["message"].as_str().unwrap().contains(what), "{error}");
+    }
+}
+
+#[test]
+fn a_server_of_rounded_weights_takes_adapters_at_its_start_and_says_what_it_cannot_do() {
+    let home = tempfile::tempdir().unwrap();
+    adapter(home.path(), 3);
+    let module = format!("one={}", home.path().display());
+    let server = Server::start(&["--quantization", "q8_0", "--lora-modules", &module]);
+    for model in ["tiny", "one"] {
+        let asked = json!({"model": model, "prompt": "Tom has", "max_tokens": 4});
+        assert_eq!(server.ask(PLAIN, &asked)["model"], model);
+    }
+    let (_, error) = server.refused("/v1/embeddings", &json!({"input": "a"}).to_string());
+    assert!(error["message"].as_str().unwrap().contains("--quantization"), "{error}");
+    let asked = json!({"lora_name": "x", "lora_path": "y"}).to_string();
+    let (_, error) = server.refused("/v1/load_lora_adapter", &asked);
+    assert_eq!(error["code"], "not_allowed");
 }

@@ -573,6 +573,55 @@ fn a_server_judges_many_prompts_at_once() {
     assert!(most.load(Ordering::Relaxed) > 4, "{most:?} at once");
 }
 
+#[test]
+fn a_file_is_judged_by_a_server_many_rows_at_once() {
+    let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (under_way, peak) = (now, most.clone());
+    let judge = FakeServer::start(move |request| {
+        if is_probe(request) {
+            return well_behaved(request);
+        }
+        let (counter, started) = (under_way.clone(), under_way.fetch_add(1, Ordering::Relaxed) + 1);
+        peak.fetch_max(started, Ordering::Relaxed);
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            counter.fetch_sub(1, Ordering::Relaxed);
+        });
+        let [system, user] =
+            [0, 1].map(|at| request.body["messages"][at]["content"].as_str().unwrap().to_owned());
+        assert!(system.starts_with("Is it true?"), "{system}");
+        let score = if user.contains("a7") { 3 } else { 9 };
+        let mut body = chat(request);
+        for choice in body["choices"].as_array_mut().unwrap() {
+            choice["message"]["content"] =
+                json!(format!("{{\"reason\": \"so\", \"score\": {score}}}"));
+        }
+        Response::After(Duration::from_millis(50), Box::new(Response::Json(body)))
+    });
+    let home = tempfile::tempdir().unwrap();
+    let [data, out] = ["in.jsonl", "out.jsonl"].map(|name| home.path().join(name));
+    let row = |i: usize| json!({"prompt": format!("q{i}"), "completion": format!("a{i}")});
+    let rows: Vec<String> = (0..40).map(|i| row(i).to_string()).collect();
+    arriero::store::write_atomic(&data, rows.join("\n").as_bytes()).unwrap();
+    let server = json!({"base_url": judge.url(), "model": "big"}).to_string();
+    let status = Command::new(env!("CARGO_BIN_EXE_arriero"))
+        .args(["score", "--judge", &server, "--rubric", "Is it true?", "--votes", "2", "--data"])
+        .arg(&data)
+        .arg("--out")
+        .arg(&out)
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let text = std::fs::read_to_string(&out).unwrap();
+    let scores: Vec<f64> = text
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["score"].as_f64().unwrap())
+        .collect();
+    let expected = |i: usize| if i == 7 { 3.0 } else { 9.0 };
+    assert_eq!(scores, (0..40).map(expected).collect::<Vec<f64>>());
+    assert!(most.load(Ordering::Relaxed) > 4, "{most:?} at once");
+}
+
 /// The Python that has the peers; `None` where nobody asked for them.
 fn python() -> Option<PathBuf> {
     if std::env::var_os("ARRIERO_PEERS").is_none_or(|value| value != "1") {

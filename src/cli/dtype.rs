@@ -2,7 +2,35 @@
 
 use clap::ValueEnum;
 
+use crate::generate::sampling::WeightFormat;
 use crate::model::Precision;
+
+/// How the matrices of a model that writes are held.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum Held {
+    /// In the compute type
+    None,
+    /// 8 bits
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// 4 bits and a scale for each 32
+    #[value(name = "q4_0")]
+    Q4_0,
+    /// 4 bits, a scale and a minimum for each 32
+    #[value(name = "q4_1")]
+    Q4_1,
+}
+
+impl From<Held> for WeightFormat {
+    fn from(held: Held) -> Self {
+        match held {
+            Held::None => Self::None,
+            Held::Q8_0 => Self::Q8_0,
+            Held::Q4_0 => Self::Q4_0,
+            Held::Q4_1 => Self::Q4_1,
+        }
+    }
+}
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum Dtype {

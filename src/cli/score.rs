@@ -16,6 +16,18 @@ use crate::stage::score::{self, Scoring};
 pub(super) struct ScoreArgs {
     #[command(flatten)]
     judges: Judges,
+    /// What --judge is asked: rubric, pairwise or code
+    #[arg(long, value_name = "FORM", requires = "judge")]
+    form: Option<String>,
+    /// What --judge should look at
+    #[arg(long, value_name = "TEXT", requires = "judge")]
+    rubric: Option<String>,
+    /// How often --judge is asked of each answer
+    #[arg(long, value_name = "N", requires = "judge")]
+    votes: Option<u32>,
+    /// What --verifier regex or format looks for, or where in the answer another one looks
+    #[arg(long, value_name = "REGEX", requires = "verifier")]
+    pattern: Option<String>,
     /// The rows: `prompt`, `completion` or `completions`, and what the judge needs, as `answer`
     #[arg(long, value_name = "FILE")]
     data: String,
@@ -44,6 +56,10 @@ struct Judges {
     /// A reward model: a checkpoint's directory or a hub id
     #[arg(long, value_name = "DIR")]
     reward_model: Option<String>,
+    /// A language model that judges: a checkpoint's directory, a hub id, or a server as JSON:
+    /// '{"base_url": "http://localhost:8000/v1", "model": "NAME"}' (docs/teachers.md)
+    #[arg(long, value_name = "MODEL")]
+    judge: Option<String>,
     /// One or several judges with all their settings, as JSON: '[{"verifier": "length", "max": 80, "weight": 0.5}]'
     #[arg(long, value_name = "JSON")]
     scorers: Option<String>,
@@ -51,7 +67,7 @@ struct Judges {
 
 /// Judges and says how it went.
 pub(super) fn run(args: ScoreArgs) -> Result<()> {
-    let scorers = scorers(&args.judges)?;
+    let scorers = scorers(&args)?;
     let columns =
         args.column.iter().map(|pair| column(pair)).collect::<Result<IndexMap<_, _>>>()?;
     let work =
@@ -75,13 +91,34 @@ pub(super) fn run(args: ScoreArgs) -> Result<()> {
     Ok(())
 }
 
-fn scorers(judges: &Judges) -> Result<Vec<Value>> {
-    let one = match judges {
+fn scorers(args: &ScoreArgs) -> Result<Vec<Value>> {
+    let mut one = match &args.judges {
         Judges { scorers: Some(text), .. } => return score::scorers(text),
         Judges { verifier: Some(name), .. } => json!({"verifier": name}),
+        Judges { judge: Some(model), .. } => json!({"judge": judge(model)?}),
         Judges { reward_model, .. } => json!({"reward_model": reward_model}),
     };
+    let ScoreArgs { form, rubric, votes, pattern, .. } = args;
+    for (key, value) in [
+        ("form", form.as_ref().map(|form| json!(form))),
+        ("rubric", rubric.as_ref().map(|rubric| json!(rubric))),
+        ("votes", votes.map(|votes| json!(votes))),
+        ("pattern", pattern.as_ref().map(|pattern| json!(pattern))),
+    ] {
+        if let Some(value) = value {
+            one[key] = value;
+        }
+    }
     score::scorers(&one.to_string())
+}
+
+/// A model's name, or a server's table.
+fn judge(text: &str) -> Result<Value> {
+    if !text.trim_start().starts_with('{') {
+        return Ok(json!(text));
+    }
+    serde_json::from_str(text)
+        .map_err(|error| Error::usage(format!("`--judge` is no JSON: {error}")))
 }
 
 fn column(pair: &str) -> Result<(String, String)> {

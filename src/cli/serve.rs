@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::dtype::Dtype;
+use super::dtype::{Dtype, Held};
 use super::output;
 use crate::error::{Context, Error, Result};
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::model::lora::peft;
 use crate::score::reward_model::{Reading, RewardModel};
 use crate::serve::{self, Models, Settings};
 use crate::stage::rounds::device;
@@ -29,6 +30,15 @@ pub(super) struct ServeArgs {
     /// The environment variable with the key that requests must bring
     #[arg(long, value_name = "NAME")]
     api_key_env: Option<String>,
+    /// An adapter beside the model, and what requests call it; may be given several times
+    #[arg(long, value_name = "NAME=DIR", value_parser = named)]
+    lora_modules: Vec<(String, String)>,
+    /// Let requests load adapters from this machine's directories, and unload them
+    #[arg(long)]
+    allow_runtime_lora_updating: bool,
+    /// How the model's matrices are held; embeddings need them as they are
+    #[arg(long, default_value = "none")]
+    quantization: Held,
     /// A reward model for /score
     #[arg(long, value_name = "MODEL")]
     reward_model: Option<String>,
@@ -68,6 +78,9 @@ pub(super) fn run(args: ServeArgs) -> Result<()> {
         if args.served_model_name.is_empty() { vec![args.model] } else { args.served_model_name };
     let settings = Settings {
         names,
+        quantization: args.quantization.into(),
+        adapters: args.lora_modules,
+        allow_runtime_lora_updating: args.allow_runtime_lora_updating,
         key,
         max_batch: args.max_batch.map(|most| most as usize),
         cache_tokens: args.cache_tokens.map(|most| most as usize),
@@ -78,6 +91,16 @@ pub(super) fn run(args: ServeArgs) -> Result<()> {
     serve::serve(listener, models, &settings, |address| {
         output::line(&format!("listening on http://{address}"));
     })
+}
+
+/// `NAME=DIR`.
+fn named(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, dir)) if !name.trim().is_empty() && !dir.is_empty() => {
+            Ok((name.trim().to_owned(), dir.to_owned()))
+        }
+        _ => Err("expected NAME=DIR".to_owned()),
+    }
 }
 
 /// The digest of the key in an environment variable.
@@ -101,8 +124,10 @@ fn warn(listener: &TcpListener, has_key: bool) -> Result<()> {
 
 fn models(args: &ServeArgs) -> Result<Models> {
     let device = device(&args.device)?;
-    let mut policy = Checkpoint::load(&args.model, &device, &LoadOptions::default())?
-        .computed_in(args.dtype.into())?;
+    let policy = Checkpoint::load(&args.model, &device, &LoadOptions::default())?;
+    // Adapters know their base by the numbers that it was loaded with.
+    let fingerprint = peft::fingerprint(&policy.weights)?;
+    let mut policy = policy.computed_in(args.dtype.into())?;
     if let Some(template) = &args.chat_template {
         policy.tokenizer = Some(policy.tokenizer()?.with_template(template).at("--chat-template")?);
     }
@@ -110,5 +135,6 @@ fn models(args: &ServeArgs) -> Result<Models> {
         let model = RewardModel::load(name, &device, &Reading::default());
         Ok::<_, Error>((name.clone(), model.at("--reward-model")?))
     };
-    Ok(Models { policy, judge: args.reward_model.as_ref().map(judge).transpose()? })
+    let judge = args.reward_model.as_ref().map(judge).transpose()?;
+    Ok(Models { policy, fingerprint, judge })
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::adaptation::{Adaptation, Adapted, Place};
 use super::attend::{Heads, attention};
 use super::cache::{CacheShape, PagedCache, Part};
 use super::parts::{Input, Matrix, Parts};
@@ -27,6 +28,8 @@ pub struct Feed<'a, C> {
     pub tokens: &'a [u32],
     /// Whose predictions are wanted.
     pub wanted: Wanted,
+    /// The adapter beside the model's matrices: for all of a sequence the same.
+    pub adaptation: Option<&'a Adaptation>,
 }
 
 /// The tokens of a feed after which the model's predictions are wanted.
@@ -84,10 +87,11 @@ pub struct CpuDecoder<E = f32> {
 }
 
 /// The new tokens of one forward pass.
-struct Rows {
+struct Rows<'a> {
     /// Feed and position of each.
     places: Vec<(usize, usize)>,
     rotary: Rotary,
+    adapted: Adapted<'a>,
 }
 
 impl<E: Element> CpuDecoder<E> {
@@ -116,22 +120,38 @@ impl<E: Element> CpuDecoder<E> {
         Ok(cpu::with_slice(weight, |weight| norm::forward(x, weight, eps))?)
     }
 
+    /// The products of the same rows with projections of a block, adapters and biases added.
+    fn project<const N: usize>(
+        &self,
+        index: usize,
+        x: &[E],
+        places: [Place; N],
+        rows: &Rows<'_>,
+    ) -> Result<[Vec<f32>; N]> {
+        let layer = &self.parts.layers[index];
+        let mut all = Input::new(x).times(places.map(|place| layer.matrix(place)))?;
+        for (y, place) in all.iter_mut().zip(places) {
+            rows.adapted.add((index, place), x, y)?;
+            if let Some(bias) = layer.bias(place) {
+                linear::add_bias(y, bias)?;
+            }
+        }
+        Ok(all)
+    }
+
     /// One block. `x`: `[M, D]`.
     fn block(
         &self,
         index: usize,
         x: &mut [f32],
         feeds: &mut [Feed<'_, PagedCache<E>>],
-        rows: &Rows,
+        rows: &Rows<'_>,
     ) -> Result<()> {
-        let Rows { places, rotary } = rows;
+        let Rows { places, rotary, .. } = rows;
         let layer = &self.parts.layers[index];
         let normed = self.norm(x, &layer.input_norm)?;
-        let [q, k, v] = &layer.qkv;
-        let [mut q, mut k, mut v] = Input::new(&normed).times([q, k, v])?;
-        for (y, bias) in [&mut q, &mut k, &mut v].into_iter().zip(&layer.qkv_bias) {
-            add_bias(y, bias.as_ref())?;
-        }
+        let [mut q, mut k, v] =
+            self.project(index, &normed, [Place::Q, Place::K, Place::V], rows)?;
         rope::rotate(&mut q, rotary, 1.0);
         rope::rotate(&mut k, rotary, 1.0);
         let (q, k, v) = (E::rounded(q), E::rounded(k), E::rounded(v));
@@ -151,22 +171,14 @@ impl<E: Element> CpuDecoder<E> {
         let seen: Vec<(&PagedCache<E>, usize)> =
             places.iter().map(|&(feed, position)| (&*feeds[feed].cache, position)).collect();
         let mixed = attention(&q, &seen, heads);
-        let [mut y] = Input::new(&mixed).times([&layer.o])?;
-        add_bias(&mut y, layer.o_bias.as_ref())?;
+        let [y] = self.project(index, &mixed, [Place::O], rows)?;
         residual::add(x, &y);
         let normed = self.norm(x, &layer.post_norm)?;
-        let [gate, up] = Input::new(&normed).times([&layer.gate, &layer.up])?;
+        let [gate, up] = self.project(index, &normed, [Place::Gate, Place::Up], rows)?;
         let active = swiglu::forward(&E::rounded(gate), &E::rounded(up));
-        let [y] = Input::new(&active).times([&layer.down])?;
+        let [y] = self.project(index, &active, [Place::Down], rows)?;
         residual::add(x, &y);
         Ok(())
-    }
-}
-
-fn add_bias(y: &mut [f32], bias: Option<&Tensor>) -> Result<()> {
-    match bias {
-        Some(bias) => Ok(linear::add_bias(y, bias)?),
-        None => Ok(()),
     }
 }
 
@@ -195,16 +207,18 @@ impl<E: Element> Decoder for CpuDecoder<E> {
     fn forward(&self, feeds: &mut [Feed<'_, PagedCache<E>>], logits: &mut Vec<f32>) -> Result<()> {
         let parts = &self.parts;
         let width = parts.config.hidden_size;
-        let mut places = Vec::new();
+        let (mut places, mut adapted) = (Vec::new(), Adapted::default());
         let mut x = Vec::new();
         for (index, feed) in feeds.iter_mut().enumerate() {
             parts.check_tokens(feed.tokens)?;
             let first = feed.cache.extend(feed.tokens.len());
+            adapted.push(places.len()..places.len() + feed.tokens.len(), feed.adaptation);
             places.extend((0..feed.tokens.len()).map(|offset| (index, first + offset)));
             parts.embed::<E>(feed.tokens, &mut x)?;
         }
         let positions: Vec<u32> = places.iter().map(|&(_, position)| position as u32).collect();
-        let rows = Rows { rotary: Rotary::new(&parts.frequencies, &positions), places };
+        let rotary = Rotary::new(&parts.frequencies, &positions);
+        let rows = Rows { places, rotary, adapted };
         for index in 0..parts.layers.len() {
             self.block(index, &mut x, feeds, &rows)?;
         }

@@ -6,6 +6,7 @@ use candle_core::DType;
 use half::bf16;
 use serde_json::Value;
 
+use super::adaptation::Adaptation;
 use super::cache::CacheShape;
 use super::decode::{CpuDecoder, Decoder};
 use super::engine::{
@@ -20,7 +21,9 @@ use crate::data::forest::{Forest, micro_batches};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::data::tree::{Role, Tree};
 use crate::error::{Context, Error, Result};
+use crate::model::Weights;
 use crate::model::checkpoint::Checkpoint;
+use crate::model::lora::peft::Saved;
 use crate::model::transformer::Transformer;
 use crate::ops::head;
 
@@ -35,6 +38,7 @@ const CACHE_BYTES: usize = 1 << 30;
 pub struct LocalModel {
     backend: Backend,
     words: Words,
+    layers: usize,
     limits: Limits,
     grammars: OnceLock<Grammars>,
     guessing: Guessing,
@@ -123,7 +127,29 @@ impl LocalModel {
             keep_prefixes: false,
         };
         let words = Words { tokenizer: checkpoint.tokenizer()?.clone(), ends: checkpoint.ends() };
-        Ok(Self { backend, words, limits, grammars: OnceLock::new(), guessing: Guessing::None })
+        Ok(Self {
+            backend,
+            words,
+            layers: config.num_hidden_layers,
+            limits,
+            grammars: OnceLock::new(),
+            guessing: Guessing::None,
+        })
+    }
+
+    /// An adapter for requests to this model, computed with in the model's own type of numbers. `weights`: the model's,
+    /// not rounded to blocks.
+    ///
+    /// # Errors
+    /// An adapter of another base, of a reward model, or with parameters that were trained in full.
+    pub fn adaptation(&self, saved: &Saved, weights: &Weights) -> Result<Arc<Adaptation>> {
+        let dtype = match &self.backend {
+            Backend::Cpu(_) => DType::F32,
+            Backend::Bf16(_) => DType::BF16,
+            Backend::Plain(decoder) => decoder.dtype(),
+        };
+        let layers = self.layers;
+        Ok(Arc::new(Adaptation::new(saved, weights, layers, dtype)?))
     }
 
     /// What bounds a batch of this model.

@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of stages or scores, and of files only the ledger of a server's answers.
 
+pub mod adaptation;
 mod attend;
 pub mod cache;
 pub mod decode;
@@ -16,6 +17,8 @@ pub mod sampling;
 mod stop;
 pub mod teacher;
 
+#[cfg(test)]
+mod adaptation_tests;
 #[cfg(test)]
 mod requests_tests;
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::adaptation::Place;
 use crate::error::{Error, Result};
 use crate::model::packed::{BlockType, block_matrix};
 use crate::model::{Architecture, Config, Weights};
@@ -19,6 +20,21 @@ pub(super) enum Matrix {
     Dense(Tensor),
     /// In blocks of few bits; on the CPU only.
     Blocks(Arc<BlockMatrix>),
+}
+
+impl Matrix {
+    /// The dense matrix.
+    ///
+    /// # Errors
+    /// One in blocks, which only the CPU computes with.
+    pub(super) fn dense(&self) -> Result<&Tensor> {
+        match self {
+            Self::Dense(tensor) => Ok(tensor),
+            Self::Blocks(_) => {
+                Err(Error::run("weights in blocks are computed with on the CPU only"))
+            }
+        }
+    }
 }
 
 /// Rows `[T, I]` that meet several matrices: rounded once for all that lie in blocks.
@@ -68,6 +84,34 @@ pub(super) struct Layer {
     pub(super) gate: Matrix,
     pub(super) up: Matrix,
     pub(super) down: Matrix,
+}
+
+impl Layer {
+    /// A projection's matrix.
+    pub(super) fn matrix(&self, place: Place) -> &Matrix {
+        let [q, k, v] = &self.qkv;
+        match place {
+            Place::Q => q,
+            Place::K => k,
+            Place::V => v,
+            Place::O => &self.o,
+            Place::Gate => &self.gate,
+            Place::Up => &self.up,
+            Place::Down => &self.down,
+        }
+    }
+
+    /// A projection's bias.
+    pub(super) fn bias(&self, place: Place) -> Option<&Tensor> {
+        let [q, k, v] = &self.qkv_bias;
+        match place {
+            Place::Q => q.as_ref(),
+            Place::K => k.as_ref(),
+            Place::V => v.as_ref(),
+            Place::O => self.o_bias.as_ref(),
+            Place::Gate | Place::Up | Place::Down => None,
+        }
+    }
 }
 
 /// The weights of a causal language model. Dense ones are shared, not copied.

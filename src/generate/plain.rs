@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Tensor};
 
+use super::adaptation::{Adapted, Place};
 use super::decode::{Decoder, Feed};
-use super::parts::{Layer, Matrix, Parts};
-use crate::error::{Error, Result};
+use super::parts::Parts;
+use crate::error::Result;
 use crate::model::{Config, Weights};
 use crate::ops::{self, Rotary};
 
@@ -22,6 +23,21 @@ pub struct TensorCache {
 impl TensorCache {
     fn end(&self) -> usize {
         self.start + self.len
+    }
+
+    /// Adds keys and values of new tokens, and returns those of all that is visible.
+    fn grow(&mut self, layer: usize, new: [Tensor; 2]) -> Result<[Tensor; 2]> {
+        let old = &mut self.layers[layer];
+        *old = Some(match old.take() {
+            Some([keys, values]) => {
+                [Tensor::cat(&[&keys, &new[0]], 0)?, Tensor::cat(&[&values, &new[1]], 0)?]
+            }
+            None => new,
+        });
+        let seen = self.gather(layer)?;
+        let all =
+            |part: usize| Tensor::cat(&seen.iter().map(|pair| &pair[part]).collect::<Vec<_>>(), 0);
+        Ok([all(0)?, all(1)?])
     }
 
     /// Keys and values of all that is visible, the root's first.
@@ -42,13 +58,6 @@ impl TensorCache {
     }
 }
 
-fn dense(matrix: &Matrix) -> Result<&Tensor> {
-    match matrix {
-        Matrix::Dense(tensor) => Ok(tensor),
-        Matrix::Blocks(_) => Err(Error::run("weights in blocks are computed with on the CPU only")),
-    }
-}
-
 /// The first `count` rows at most.
 fn cut(rows: &Tensor, count: usize) -> Result<Tensor> {
     Ok(rows.narrow(0, 0, count.min(rows.dim(0)?))?)
@@ -59,6 +68,7 @@ fn cut(rows: &Tensor, count: usize) -> Result<Tensor> {
 pub struct PlainDecoder {
     parts: Parts,
     device: Device,
+    dtype: DType,
 }
 
 impl PlainDecoder {
@@ -68,8 +78,31 @@ impl PlainDecoder {
     /// A missing tensor, or a reward model.
     pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
         let parts = Parts::new(config, weights)?;
-        let device = dense(&parts.embedding)?.device().clone();
-        Ok(Self { parts, device })
+        let embedding = parts.embedding.dense()?;
+        let (device, dtype) = (embedding.device().clone(), embedding.dtype());
+        Ok(Self { parts, device, dtype })
+    }
+
+    /// The type of its matrices.
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The product of rows with a projection of a block, adapters and bias added.
+    fn project(
+        &self,
+        index: usize,
+        place: Place,
+        x: &Tensor,
+        adapted: &Adapted<'_>,
+    ) -> Result<Tensor> {
+        let layer = &self.parts.layers[index];
+        let y = ops::linear(x, layer.matrix(place).dense()?, None)?;
+        let y = adapted.graph((index, place), layer, x, y)?;
+        match layer.bias(place) {
+            Some(bias) => Ok(ops::linear::with_bias(&y, bias)?),
+            None => Ok(y),
+        }
     }
 
     fn block(
@@ -77,51 +110,35 @@ impl PlainDecoder {
         index: usize,
         x: &Tensor,
         feeds: &mut [Feed<'_, TensorCache>],
-        rotary: &Rotary,
+        (rotary, adapted): (&Rotary, &Adapted<'_>),
     ) -> Result<Tensor> {
-        let config = &self.parts.config;
-        let Layer { input_norm, qkv, qkv_bias, o, o_bias, post_norm, gate, up, down } =
-            &self.parts.layers[index];
+        let (config, layer) = (&self.parts.config, &self.parts.layers[index]);
         let rows = x.dim(0)?;
-        let normed = ops::rms_norm(x, input_norm, config.rms_norm_eps)?;
-        let heads =
-            [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads];
-        let project = |i: usize| -> Result<Tensor> {
-            Ok(ops::linear(&normed, dense(&qkv[i])?, qkv_bias[i].as_ref())?.reshape((
-                rows,
-                heads[i],
-                config.head_dim,
-            ))?)
+        let normed = ops::rms_norm(x, &layer.input_norm, config.rms_norm_eps)?;
+        let heads = |place: Place, heads: usize| -> Result<Tensor> {
+            let y = self.project(index, place, &normed, adapted)?;
+            Ok(y.reshape((rows, heads, config.head_dim))?)
         };
-        let (q, k, v) =
-            (ops::rope(&project(0)?, rotary)?, ops::rope(&project(1)?, rotary)?, project(2)?);
+        let q = ops::rope(&heads(Place::Q, config.num_attention_heads)?, rotary)?;
+        let k = ops::rope(&heads(Place::K, config.num_key_value_heads)?, rotary)?;
+        let v = heads(Place::V, config.num_key_value_heads)?;
         let mut mixed = Vec::with_capacity(feeds.len());
         let mut first = 0;
         for feed in feeds.iter_mut() {
             let count = feed.tokens.len();
             let own = [k.narrow(0, first, count)?, v.narrow(0, first, count)?];
-            let old = &mut feed.cache.layers[index];
-            *old = Some(match old.take() {
-                Some([keys, values]) => {
-                    [Tensor::cat(&[&keys, &own[0]], 0)?, Tensor::cat(&[&values, &own[1]], 0)?]
-                }
-                None => own,
-            });
-            let seen = feed.cache.gather(index)?;
-            let keys = Tensor::cat(&seen.iter().map(|[keys, _]| keys).collect::<Vec<_>>(), 0)?;
-            let values =
-                Tensor::cat(&seen.iter().map(|[_, values]| values).collect::<Vec<_>>(), 0)?;
+            let [keys, values] = feed.cache.grow(index, own)?;
             mixed.push(self.attend(&q.narrow(0, first, count)?, &keys, &values)?);
             first += count;
         }
         let mixed = Tensor::cat(&mixed, 0)?;
-        let x = (x + ops::linear(&mixed, dense(o)?, o_bias.as_ref())?)?;
-        let normed = ops::rms_norm(&x, post_norm, config.rms_norm_eps)?;
+        let x = (x + self.project(index, Place::O, &mixed, adapted)?)?;
+        let normed = ops::rms_norm(&x, &layer.post_norm, config.rms_norm_eps)?;
         let active = ops::swiglu(
-            &ops::linear(&normed, dense(gate)?, None)?,
-            &ops::linear(&normed, dense(up)?, None)?,
+            &self.project(index, Place::Gate, &normed, adapted)?,
+            &self.project(index, Place::Up, &normed, adapted)?,
         )?;
-        Ok((&x + ops::linear(&active, dense(down)?, None)?)?)
+        Ok((&x + self.project(index, Place::Down, &active, adapted)?)?)
     }
 
     /// Causal attention of the last rows of a sequence over all of it.
@@ -175,20 +192,22 @@ impl Decoder for PlainDecoder {
     fn forward(&self, feeds: &mut [Feed<'_, TensorCache>], logits: &mut Vec<f32>) -> Result<()> {
         let parts = &self.parts;
         let (mut tokens, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
+        let mut adapted = Adapted::default();
         for feed in feeds.iter_mut() {
             parts.check_tokens(feed.tokens)?;
             let first = feed.cache.end() as u32;
             let rows = feed.wanted.of(feed.tokens.len());
             wanted.extend(rows.map(|row| (tokens.len() + row) as u32));
+            adapted.push(tokens.len()..tokens.len() + feed.tokens.len(), feed.adaptation);
             tokens.extend_from_slice(feed.tokens);
             positions.extend((0..feed.tokens.len() as u32).map(|offset| first + offset));
             feed.cache.len += feed.tokens.len();
         }
         let rotary = Rotary::new(&parts.frequencies, &positions);
         let mut x =
-            dense(&parts.embedding)?.index_select(&Tensor::new(tokens, &self.device)?, 0)?;
+            parts.embedding.dense()?.index_select(&Tensor::new(tokens, &self.device)?, 0)?;
         for index in 0..parts.layers.len() {
-            x = self.block(index, &x, feeds, &rotary)?;
+            x = self.block(index, &x, feeds, (&rotary, &adapted))?;
         }
         if wanted.is_empty() {
             logits.clear();
@@ -196,7 +215,7 @@ impl Decoder for PlainDecoder {
         }
         let last = x.index_select(&Tensor::new(wanted, &self.device)?, 0)?;
         let last = ops::rms_norm(&last, &parts.norm, parts.config.rms_norm_eps)?;
-        let predicted = ops::linear(&last, dense(&parts.head)?, None)?.to_dtype(DType::F32)?;
+        let predicted = ops::linear(&last, parts.head.dense()?, None)?.to_dtype(DType::F32)?;
         *logits = predicted.flatten_all()?.to_vec1()?;
         Ok(())
     }

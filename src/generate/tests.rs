@@ -245,25 +245,33 @@ fn samples_have_the_trainers_bits<E: Element>(precision: Precision) {
         let sampling =
             Sampling { num_samples: 3, max_new_tokens: 30, seed: 8, ..Sampling::default() };
         let answers = engine.answers(&prompts, &sampling).unwrap();
-        let tree = |(prompt, answers): (&Prompt, &Vec<Answer>)| {
-            let child =
-                |answer: &Answer| (answer.ids.clone(), vec![Role::Content; answer.ids.len()]);
-            Tree::siblings(prompt.tokens.clone(), answers.iter().map(child).collect(), 0)
-        };
-        let trees: Vec<Tree> = prompts.iter().zip(&answers).map(tree).collect();
-        let forest = Forest::pack(&trees).unwrap();
-        let hidden = model.hidden(&forest).unwrap();
-        let logps = head::logps(&hidden, model.head(), &forest.targets).unwrap();
-        let mut expected = vec![Vec::new(); forest.leaves.len()];
-        for (target, logp) in forest.targets.iter().zip(logps) {
-            expected[target.leaf as usize].push(logp.to_bits());
-        }
-        let bits = |answer: &Answer| -> Vec<u32> {
-            answer.logprobs.iter().map(|logprob| logprob.to_bits()).collect()
-        };
-        let found: Vec<Vec<u32>> = answers.iter().flatten().map(bits).collect();
+        let (found, expected) = sample_bits(&model, &prompts, &answers);
         assert!(found == expected, "{name} in {precision:?}");
     }
+}
+
+/// The bits of each answer's log-probabilities, as its sampler and as the trainer's forward pass say them.
+pub(super) fn sample_bits(
+    model: &Transformer,
+    prompts: &[Prompt],
+    answers: &[Vec<Answer>],
+) -> (Vec<Vec<u32>>, Vec<Vec<u32>>) {
+    let tree = |(prompt, answers): (&Prompt, &Vec<Answer>)| {
+        let child = |answer: &Answer| (answer.ids.clone(), vec![Role::Content; answer.ids.len()]);
+        Tree::siblings(prompt.tokens.clone(), answers.iter().map(child).collect(), 0)
+    };
+    let trees: Vec<Tree> = prompts.iter().zip(answers).map(tree).collect();
+    let forest = Forest::pack(&trees).unwrap();
+    let hidden = model.hidden(&forest).unwrap();
+    let logps = head::logps(&hidden, model.head(), &forest.targets).unwrap();
+    let mut expected = vec![Vec::new(); forest.leaves.len()];
+    for (target, logp) in forest.targets.iter().zip(logps) {
+        expected[target.leaf as usize].push(logp.to_bits());
+    }
+    let bits = |answer: &Answer| -> Vec<u32> {
+        answer.logprobs.iter().map(|logprob| logprob.to_bits()).collect()
+    };
+    (answers.iter().flatten().map(bits).collect(), expected)
 }
 
 /// Logits of a prompt in two parts and of two samples that share it.
@@ -272,13 +280,23 @@ pub(super) fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
     let mut prompt = decoder.cache(None);
     decoder
         .forward(
-            &mut [Feed { cache: &mut prompt, tokens: &[5, 9, 30], wanted: Wanted::Nothing }],
+            &mut [Feed {
+                cache: &mut prompt,
+                tokens: &[5, 9, 30],
+                wanted: Wanted::Nothing,
+                adaptation: None,
+            }],
             &mut logits,
         )
         .unwrap();
     decoder
         .forward(
-            &mut [Feed { cache: &mut prompt, tokens: &[8, 7], wanted: Wanted::All }],
+            &mut [Feed {
+                cache: &mut prompt,
+                tokens: &[8, 7],
+                wanted: Wanted::All,
+                adaptation: None,
+            }],
             &mut logits,
         )
         .unwrap();
@@ -290,7 +308,7 @@ pub(super) fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
         let mut feeds: Vec<_> = samples
             .iter_mut()
             .zip(tokens.chunks(1))
-            .map(|(cache, tokens)| Feed { cache, tokens, wanted: Wanted::Last })
+            .map(|(cache, tokens)| Feed { cache, tokens, wanted: Wanted::Last, adaptation: None })
             .collect();
         decoder.forward(&mut feeds, &mut logits).unwrap();
         all.extend_from_slice(&logits);

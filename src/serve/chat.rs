@@ -14,9 +14,9 @@ use super::problem::Problem;
 use super::served::Served;
 use super::tools::{Call, Tools};
 use crate::data::record::Message;
+use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::{Answer, Likely, Piece, PromptScores};
-use crate::generate::teacher::Asked as Question;
 
 const WHOLE: &str = "chat.completion";
 const CHUNK: &str = "chat.completion.chunk";
@@ -51,17 +51,19 @@ impl Conversation {
     ///
     /// # Errors
     /// No template, or one that refuses the messages or knows no tools.
-    pub(super) fn encode(self, served: &Served, tools: Option<Value>) -> Result<Vec<u32>, Problem> {
-        let template = served.tokenizer().settings().chat_template.as_deref().unwrap_or_default();
+    pub(super) fn encode(
+        self,
+        tokenizer: &ChatTokenizer,
+        tools: Option<&Value>,
+    ) -> Result<Vec<u32>, Problem> {
+        let template = tokenizer.settings().chat_template.as_deref().unwrap_or_default();
         if tools.is_some() && !template.contains("tools") {
             let message = "`tools`: the model's chat template has no place for them";
             return Err(Problem::invalid(message).on("tools"));
         }
         let Self { messages, template_kwargs } = self;
-        let place = "`messages`".to_owned();
-        let question = Question { index: 0, place, messages, tools, template_kwargs, schema: None };
-        let ids = served.model.prompt_ids(&question).map_err(Error::as_usage);
-        ids.map_err(|error| Problem::from(error).on("messages"))
+        let ids = tokenizer.prompt_ids_with(&messages, tools, &template_kwargs).at("`messages`");
+        ids.map_err(|error| Problem::from(error.as_usage()).on("messages"))
     }
 }
 
@@ -104,7 +106,7 @@ pub(super) fn parse(
     fresh: &Fresh,
 ) -> Result<Asked<Chat>, Problem> {
     let mut fields = Fields::parse(body)?;
-    served.take_name(&mut fields)?;
+    let voice = served.take_voice(&mut fields)?;
     let conversation = Conversation::take(&mut fields)?;
     let mut manner = Manner::take(&mut fields, fresh.seed)?;
     let tools = Tools::take(&mut fields)?;
@@ -123,13 +125,14 @@ pub(super) fn parse(
         manner.form = Some(form.clone());
     }
     manner.extras.top_logprobs = top.unwrap_or(0);
-    let prompt = conversation.encode(served, tools.described.clone())?;
+    manner.extras.adaptation = voice.adaptation();
+    let prompt = conversation.encode(voice.tokenizer(served), tools.described.as_ref())?;
     let (stream, include_usage) = (manner.stream, manner.include_usage);
     let (n, len) = (manner.sampling.num_samples, prompt.len());
     let requests = manner.requests(served, vec![prompt], max_tokens)?;
     let format = Chat {
         served: Arc::clone(served),
-        head: Head::new(served, format!("chatcmpl-{}", fresh.id)),
+        head: Head::new(&voice, format!("chatcmpl-{}", fresh.id)),
         tools,
         with_logprobs: top.is_some(),
         include_usage,

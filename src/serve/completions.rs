@@ -12,6 +12,7 @@ use super::logprobs::{Legacy, Scored};
 use super::manner::{MOST_TOP, Manner};
 use super::problem::Problem;
 use super::served::{Served, check_ids, now};
+use super::voices::Voice;
 use crate::generate::engine::{Answer, Piece, PromptScores, Request};
 
 /// A prompt's text, where it came as text, and its ids.
@@ -115,12 +116,13 @@ pub(super) fn parse(
     fresh: &Fresh,
 ) -> Result<Asked<Completion>, Problem> {
     let mut fields = Fields::parse(body)?;
-    served.take_name(&mut fields)?;
+    let voice = served.take_voice(&mut fields)?;
     let prompt: Texts = fields.need("prompt")?;
     let mut manner = Manner::take(&mut fields, fresh.seed)?;
     let Own { max_tokens, echo, top, add_special } = Own::take(&mut fields, &manner)?;
     fields.finish()?;
     manner.extras.top_logprobs = top.unwrap_or(0);
+    manner.extras.adaptation = voice.adaptation();
     manner.extras.prompt_logprobs = echo && top.is_some();
     let (stream, include_usage) = (manner.stream, manner.include_usage);
     let (texts, prompts): (Vec<_>, Vec<_>) =
@@ -134,7 +136,7 @@ pub(super) fn parse(
     // Refused before anything is set up for as many answers as were asked for.
     let requests = manner.requests(served, prompts.clone(), Some(max_tokens))?;
     let format = Completion {
-        head: Head::new(served, format!("cmpl-{}", fresh.id)),
+        head: Head::new(&voice, format!("cmpl-{}", fresh.id)),
         n,
         echo: texts,
         nothing_new: max_tokens == 0,
@@ -158,8 +160,8 @@ pub(super) struct Head {
 }
 
 impl Head {
-    pub(super) fn new(served: &Served, id: String) -> Self {
-        let (model, fingerprint) = (served.name().to_owned(), served.fingerprint.clone());
+    pub(super) fn new(voice: &Voice, id: String) -> Self {
+        let (model, fingerprint) = (voice.name.clone(), voice.fingerprint.clone());
         Self { id, created: now(), model, fingerprint }
     }
 

@@ -22,16 +22,19 @@ use super::engine::Client;
 use super::metrics::Metrics;
 use super::problem::Problem;
 use super::served::Served;
-use super::{chat, completions, digest, others};
+use super::voices::Voice;
+use super::{chat, completions, digest, others, voices};
 use crate::error::Error;
 use crate::rng::Stream;
 
 /// Every route, for counting and for "did you mean".
-const ROUTES: [&str; 9] = [
+const ROUTES: [&str; 11] = [
     "/v1/models",
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/embeddings",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
     "/tokenize",
     "/detokenize",
     "/score",
@@ -91,6 +94,8 @@ pub(super) fn router(shared: Arc<Shared>, max_body: usize) -> Router {
         .route("/v1/completions", post(complete))
         .route("/v1/chat/completions", post(converse))
         .route("/v1/embeddings", post(embed))
+        .route("/v1/load_lora_adapter", post(load))
+        .route("/v1/unload_lora_adapter", post(unload))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
         .route("/score", post(score))
@@ -204,15 +209,30 @@ async fn detokenize(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
     aside(move || others::detokenize(&shared.served, &body)).await.map(Json)
 }
 
+async fn load(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
+    let body = read(body)?;
+    aside(move || voices::load(&shared.served, &body)).await.map(Json)
+}
+
+async fn unload(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
+    let body = read(body)?;
+    aside(move || voices::unload(&shared.served, &body)).await.map(Json)
+}
+
 fn models(State(shared): State<Arc<Shared>>) -> Ready<Json<Value>> {
     let served = &shared.served;
-    let data: Vec<Value> = served.names.iter().map(|name| served.card(name)).collect();
+    let mut data: Vec<Value> = served.names.iter().map(|name| served.card(name)).collect();
+    data.extend(served.voices.all().iter().map(|voice| voice.card(served)));
     ready(Json(json!({"object": "list", "data": data})))
 }
 
 fn model(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Ready<Answered> {
-    let known = shared.served.check_name(&name);
-    ready(known.map(|()| Json(shared.served.card(&name))))
+    let served = &shared.served;
+    let card = |voice: Arc<Voice>| match &voice.adapter {
+        Some(_) => voice.card(served),
+        None => served.card(&name),
+    };
+    ready(served.voice(&name).map(|voice| Json(card(voice))))
 }
 
 fn health() -> Ready<Json<Value>> {

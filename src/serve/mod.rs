@@ -3,7 +3,7 @@
 //! One thread owns the model and computes ([`engine`]); the HTTP side parses, waits and formats. Answers are the
 //! engine's: the same request with the same seed is answered the same, whatever else is going on.
 //!
-//! Does not load models by request, keep conversations or files, or speak TLS: a proxy does that.
+//! Does not load models by request (adapters may be), keep conversations or files, or speak TLS: a proxy does that.
 
 mod answering;
 mod chat;
@@ -18,6 +18,7 @@ mod others;
 mod problem;
 mod served;
 mod tools;
+mod voices;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use sha2::{Digest, Sha256};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Context, Error, Result};
+use crate::generate::sampling::WeightFormat;
 use crate::model::Transformer;
 use crate::model::checkpoint::Checkpoint;
 use crate::score::reward_model::RewardModel;
@@ -37,6 +39,7 @@ use engine::{Client, Engine};
 use http::{Entropy, Shared};
 use metrics::Metrics;
 use served::{Companions, Served};
+use voices::{Base, Voices};
 
 /// How long clients may take to read the last words of a server that stops.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -46,6 +49,12 @@ const FAREWELL: Duration = Duration::from_secs(1);
 pub struct Settings {
     /// The names that requests may call the model by; answers carry the first.
     pub names: Vec<String>,
+    /// How the model's matrices are held.
+    pub quantization: WeightFormat,
+    /// Adapters to load beside the model, by the names that requests call them.
+    pub adapters: Vec<(String, String)>,
+    /// Whether requests may load adapters from this machine's directories, and unload them.
+    pub allow_runtime_lora_updating: bool,
     /// The [`digest`] of the key that a request must bring in its `Authorization` header.
     pub key: Option<[u8; 32]>,
     /// Most answers under way at once; the model's default where absent.
@@ -64,6 +73,8 @@ pub struct Settings {
 pub struct Models {
     /// The model that answers.
     pub policy: Checkpoint,
+    /// What [`peft::fingerprint`](crate::model::lora::peft::fingerprint) says of it as it was loaded.
+    pub fingerprint: String,
     /// A reward model with its name, for `/score`.
     pub judge: Option<(String, RewardModel)>,
 }
@@ -98,13 +109,11 @@ pub fn serve(
     settings: &Settings,
     ready: impl FnOnce(SocketAddr),
 ) -> Result<()> {
-    let mut served = Served::new(&models.policy, settings.names.clone())?;
-    served.limits.max_batch = settings.max_batch.unwrap_or(served.limits.max_batch);
-    served.limits.cache_tokens = settings.cache_tokens.unwrap_or(served.limits.cache_tokens);
-    let served = Arc::new(served);
-    let embedder = Transformer::new(&models.policy.config, &models.policy.weights)?;
-    let (judge_name, judge) = models.judge.unzip();
-    let companions = Companions { embedder, judge };
+    let Models { policy, fingerprint, judge } = models;
+    let served = Arc::new(served(&policy, fingerprint, settings)?);
+    let (judge_name, judge) = judge.unzip();
+    let companions = Companions { embedder: embedder(&policy, settings.quantization)?, judge };
+    drop(policy);
     let metrics = Arc::new(Metrics::default());
     let (sender, commands) = mpsc::channel();
     let start = rand::rngs::OsRng.try_next_u64().map_err(Error::run)?;
@@ -134,6 +143,28 @@ pub fn serve(
         // Connections that did not end in time are cut; there is nothing to lose.
         Ok(Err(_)) | Err(_) => Ok(()),
     }
+}
+
+fn served(policy: &Checkpoint, fingerprint: String, settings: &Settings) -> Result<Served> {
+    let base = Base { weights: policy.weights.clone(), fingerprint };
+    let by_request = settings.allow_runtime_lora_updating;
+    let voices = Voices::new(Some(base), by_request);
+    let mut served = Served::new(policy, settings.names.clone(), settings.quantization, voices)?;
+    served.limits.max_batch = settings.max_batch.unwrap_or(served.limits.max_batch);
+    served.limits.cache_tokens = settings.cache_tokens.unwrap_or(served.limits.cache_tokens);
+    for (name, path) in &settings.adapters {
+        served.load(name, path).map_err(|problem| Error::usage(problem.message()))?;
+    }
+    if settings.quantization != WeightFormat::None && !by_request {
+        served.voices.close();
+    }
+    Ok(served)
+}
+
+/// The model whose states are embeddings; weights that are rounded are not kept for it.
+fn embedder(policy: &Checkpoint, quantization: WeightFormat) -> Result<Option<Transformer>> {
+    let is_whole = quantization == WeightFormat::None;
+    is_whole.then(|| Transformer::new(&policy.config, &policy.weights)).transpose()
 }
 
 /// Stops the engine when the HTTP side ends, however it ends.

@@ -67,7 +67,7 @@ pub(super) async fn embeddings(
 /// What cannot be honoured.
 pub(super) fn tokenize(served: &Served, body: &[u8]) -> Result<Value, Problem> {
     let mut fields = Fields::parse(body)?;
-    served.take_name(&mut fields)?;
+    let voice = served.take_voice(&mut fields)?;
     let prompt: Option<String> = fields.take("prompt")?;
     let add_special = fields.take("add_special_tokens")?;
     let with_texts = fields.take("return_token_strs")?.unwrap_or(false);
@@ -78,7 +78,7 @@ pub(super) fn tokenize(served: &Served, body: &[u8]) -> Result<Value, Problem> {
         let conversation = Conversation::take(&mut fields)?;
         let tools = Tools::take(&mut fields)?;
         fields.finish()?;
-        conversation.encode(served, tools.described)?
+        conversation.encode(voice.tokenizer(served), tools.described.as_ref())?
     };
     let texts: Option<Vec<String>> = with_texts.then(|| {
         ids.iter().map(|&id| String::from_utf8_lossy(served.bytes(id)).into_owned()).collect()

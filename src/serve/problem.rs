@@ -77,6 +77,11 @@ impl Problem {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", message).code("stopping")
     }
 
+    /// In words.
+    pub(super) fn message(&self) -> &str {
+        &self.message
+    }
+
     /// OpenAI's error object.
     pub(super) fn body(&self) -> Value {
         json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})

@@ -1,6 +1,6 @@
 //! The models that are served, and what is said of them.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use base64::Engine as _;
 use candle_core::{DType, Tensor};
@@ -8,14 +8,15 @@ use llguidance::toktrie::TokTrie;
 use serde_json::{Value, json};
 
 use super::engine::{Embed, Judged, Others, Pooling};
-use super::fields::Fields;
 use super::problem::Problem;
+use super::voices::{Voice, Voices};
 use crate::data::forest::{Forest, micro_batches};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::data::tree::{Role, Tree};
 use crate::error::{Error, Result};
 use crate::generate::engine::Limits;
 use crate::generate::local::LocalModel;
+use crate::generate::sampling::WeightFormat;
 use crate::model::Transformer;
 use crate::model::checkpoint::Checkpoint;
 use crate::score::reward_model::RewardModel;
@@ -31,25 +32,37 @@ pub(super) struct Served {
     pub(super) names: Vec<String>,
     pub(super) model: LocalModel,
     pub(super) limits: Limits,
-    /// Says whether two answers came from the same weights.
-    pub(super) fingerprint: String,
+    /// The model without adapters.
+    pub(super) alone: Arc<Voice>,
+    pub(super) voices: Voices,
     /// Seconds since 1970 at the server's start.
     pub(super) created: u64,
     words: OnceLock<Vec<Vec<u8>>>,
 }
 
 impl Served {
-    /// Takes a checkpoint's weights, which are shared, not copied.
+    /// Takes a checkpoint's weights, which are shared, not copied, unless they are rounded.
     ///
     /// # Errors
     /// A reward model, or a checkpoint without tokenizer.
-    pub(super) fn new(checkpoint: &Checkpoint, names: Vec<String>) -> Result<Self> {
-        let model = LocalModel::new(checkpoint)?;
+    pub(super) fn new(
+        checkpoint: &Checkpoint,
+        names: Vec<String>,
+        quantization: WeightFormat,
+        voices: Voices,
+    ) -> Result<Self> {
+        let model = LocalModel::held(checkpoint, quantization)?;
+        let alone = Voice {
+            name: names.first().cloned().unwrap_or_default(),
+            fingerprint: fingerprint(checkpoint, quantization)?,
+            adapter: None,
+        };
         let limits = Limits { keep_prefixes: true, ..model.limits() };
         Ok(Self {
             names,
             limits,
-            fingerprint: fingerprint(checkpoint)?,
+            alone: Arc::new(alone),
+            voices,
             created: now(),
             words: OnceLock::new(),
             model,
@@ -58,29 +71,7 @@ impl Served {
 
     /// The name that answers carry.
     pub(super) fn name(&self) -> &str {
-        self.names.first().map_or("", String::as_str)
-    }
-
-    /// Takes the field `model`.
-    ///
-    /// # Errors
-    /// A model that is not served.
-    pub(super) fn take_name(&self, fields: &mut Fields) -> Result<(), Problem> {
-        match fields.take::<String>("model")? {
-            Some(name) => self.check_name(&name),
-            None => Ok(()),
-        }
-    }
-
-    /// Refuses a name that is not one of the model's.
-    ///
-    /// # Errors
-    /// Says which there are.
-    pub(super) fn check_name(&self, name: &str) -> Result<(), Problem> {
-        if self.names.iter().any(|known| known == name) {
-            return Ok(());
-        }
-        Err(Problem::no_model(name, &self.names))
+        &self.alone.name
     }
 
     /// The entry of `/v1/models` for one of the names.
@@ -155,10 +146,11 @@ fn words(tokenizer: &ChatTokenizer) -> Vec<Vec<u8>> {
 
 /// Of the shape, the tokenizer and the beginning of every parameter: another model or another type of numbers has
 /// another one, and no file is read for it.
-fn fingerprint(checkpoint: &Checkpoint) -> Result<String> {
+fn fingerprint(checkpoint: &Checkpoint, quantization: WeightFormat) -> Result<String> {
     const LOOKED_AT: usize = 64;
     let mut all = checkpoint.config.to_json().into_bytes();
     all.extend_from_slice(checkpoint.tokenizer()?.hash().as_bytes());
+    all.extend_from_slice(format!("{quantization:?}").as_bytes());
     all.extend_from_slice(env!("CARGO_PKG_VERSION").as_bytes());
     for (name, tensor) in &checkpoint.weights {
         all.extend_from_slice(
@@ -173,8 +165,8 @@ fn fingerprint(checkpoint: &Checkpoint) -> Result<String> {
 
 /// What the engine's thread computes besides answers.
 pub(super) struct Companions {
-    /// The served model, without its product with the vocabulary.
-    pub(super) embedder: Transformer,
+    /// The served model, without its product with the vocabulary; none where its weights were rounded.
+    pub(super) embedder: Option<Transformer>,
     pub(super) judge: Option<RewardModel>,
 }
 
@@ -183,11 +175,15 @@ impl Others for Companions {
         let tree = |(place, ids): (usize, &Vec<u32>)| {
             Tree::sequence(ids.clone(), vec![Role::Context; ids.len()], place)
         };
+        let Some(embedder) = &self.embedder else {
+            return Err(Error::usage("no embeddings of a model whose weights are rounded")
+                .hint("start the server without --quantization"));
+        };
         let trees: Vec<Tree> = embed.texts.iter().enumerate().map(tree).collect();
         let mut all = Vec::with_capacity(trees.len());
         for range in micro_batches(&trees, BUDGET) {
             let forest = Forest::pack(&trees[range.clone()])?;
-            let hidden = self.embedder.hidden(&forest)?.to_dtype(DType::F32)?;
+            let hidden = embedder.hidden(&forest)?.to_dtype(DType::F32)?;
             let mut start = 0;
             for tree in &trees[range] {
                 let states = hidden.narrow(0, start, tree.tokens())?;

@@ -48,14 +48,18 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
     let mut pace = Pace::start();
     let measured = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;
-        policy.answer(&asked, &spec.sampling, &mut |place, answers| {
-            pace.add(answers.len(), answers.iter().map(|answer| answer.tokens).sum());
+        let judge = |place: usize, answers: &[Answer]| {
             let (asked, row) = (&asked[place], &rows[left[place]]);
-            let drawn = (answers.as_slice(), "eval");
-            let (row, verdicts) = generation::candidates(&panel, asked, row, drawn, &[])?;
+            let judged = generation::candidates(&panel, asked, row, (answers, "eval"), &[])?;
+            Ok((judged, answers.to_vec()))
+        };
+        let asks = (&policy as &dyn Teacher, asked.as_slice(), &spec.sampling);
+        generation::answer_and_judge(asks, &panel, &judge, &mut |place, (judged, answers)| {
+            pace.add(answers.len(), answers.iter().map(|answer| answer.tokens).sum());
+            let (row, verdicts) = judged;
             let rewards = verdicts.iter().filter_map(|verdict| verdict.reward).collect();
             let kl_sum = reference.as_ref().map_or(Ok(0.0), |reference| {
-                kl((&policy, rescored.as_ref()), reference, asked, &answers)
+                kl((&policy, rescored.as_ref()), reference, &asked[place], &answers)
             })?;
             keep(left[place], Measured { row, rewards, kl_sum })
         })

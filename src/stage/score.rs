@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use candle_core::Device;
 use indexmap::IndexMap;
@@ -28,6 +29,8 @@ use crate::store::{self, JsonlWriter, RunLock};
 const GROUP: usize = 64;
 /// Groups of verifiers' work between two writes, for each core.
 const AT_ONCE: usize = 16;
+/// Groups that are judged at once, and written together, where a judge is a server.
+const WAITING: usize = 64;
 /// Raised when the same work would write other rows.
 const VERSION: u32 = 2;
 
@@ -107,7 +110,11 @@ pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
         let panel = Panel::new(&work.scorers, &work.device)?;
         let mut ledger = JsonlWriter::open(&path)?;
         let mut groups = Groups { rows: rows(work)?.skip(done as usize).peekable(), panel: &panel };
-        let at_once = if panel.is_light() { AT_ONCE * rayon::current_num_threads() } else { 1 };
+        let at_once = match (panel.is_light(), panel.waits()) {
+            (true, _) => AT_ONCE * rayon::current_num_threads(),
+            (false, true) => WAITING,
+            (false, false) => 1,
+        };
         loop {
             events.check_interrupt()?;
             let batch = groups.by_ref().take(at_once).collect::<Result<Vec<_>>>()?;
@@ -284,6 +291,17 @@ impl<I: Iterator<Item = Result<Asked>>> Iterator for Groups<'_, I> {
 }
 
 fn judge_all(panel: &Panel, batch: Vec<Vec<Asked>>) -> Result<Vec<Vec<Map<String, Value>>>> {
+    if panel.waits() {
+        // As many threads as questions: they wait for the server. What computes here, computes one at a time.
+        return thread::scope(|scope| {
+            let asked: Vec<_> =
+                batch.into_iter().map(|group| scope.spawn(|| judge(panel, group))).collect();
+            let heard = asked.into_iter().map(|thread| {
+                thread.join().unwrap_or_else(|_| Err(Error::run("a judge's thread has broken off")))
+            });
+            heard.collect()
+        });
+    }
     // One after the other where a model judges: it uses all cores by itself.
     match batch.len() {
         1 => batch.into_iter().map(|group| judge(panel, group)).collect(),

@@ -56,7 +56,8 @@ impl<'a, D: Decoder> Draft<'a, D> {
         }
         let mut cache = self.decoder.cache(None);
         for tokens in tokens.chunks(PREFILL) {
-            let feed = Feed { cache: &mut cache, tokens, wanted: Wanted::Nothing };
+            let feed =
+                Feed { cache: &mut cache, tokens, wanted: Wanted::Nothing, adaptation: None };
             self.decoder.forward(&mut [feed], &mut self.logits)?;
         }
         let cache = Arc::new(cache);
@@ -100,6 +101,7 @@ impl<'a, D: Decoder> Draft<'a, D> {
                     cache: &mut state.cache,
                     tokens: &turn.feed,
                     wanted: Wanted::Last,
+                    adaptation: None,
                 });
             }
         }

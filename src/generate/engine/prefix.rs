@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::request::same;
+use crate::generate::adaptation::Adaptation;
+
 /// Fewest equal tokens that are worth sharing.
 pub(super) const WORTH: usize = 16;
 /// Most caches that are kept for later prompts.
@@ -53,6 +56,7 @@ pub(super) fn common(a: &[u32], b: &[u32]) -> usize {
 
 struct Entry<C> {
     tokens: Vec<u32>,
+    adaptation: Option<Arc<Adaptation>>,
     held: Arc<Held<C>>,
     used: u64,
 }
@@ -71,11 +75,16 @@ impl<C> Default for Prefixes<C> {
 
 impl<C> Prefixes<C> {
     /// The cache that shares the longest beginning with `tokens`, and its length: at most all but the last token, whose
-    /// prediction is wanted.
-    pub(super) fn find(&mut self, tokens: &[u32]) -> Option<(Arc<Held<C>>, usize)> {
+    /// prediction is wanted. Keys and values of another adapter are of no use.
+    pub(super) fn find(
+        &mut self,
+        tokens: &[u32],
+        adaptation: Option<&Arc<Adaptation>>,
+    ) -> Option<(Arc<Held<C>>, usize)> {
         let most = tokens.len().saturating_sub(1);
         let shared = |entry: &Entry<C>| common(&entry.tokens, &tokens[..most]);
-        let best = self.entries.iter_mut().max_by_key(|entry| shared(entry))?;
+        let own = |entry: &&mut Entry<C>| same(entry.adaptation.as_ref(), adaptation);
+        let best = self.entries.iter_mut().filter(own).max_by_key(|entry| shared(entry))?;
         let len = common(&best.tokens, &tokens[..most]);
         if len < WORTH {
             return None;
@@ -86,13 +95,21 @@ impl<C> Prefixes<C> {
     }
 
     /// Keeps a cache of `tokens`; one that it continues is no longer needed by itself.
-    pub(super) fn keep(&mut self, tokens: Vec<u32>, held: Arc<Held<C>>) {
-        self.entries.retain(|entry| !tokens.starts_with(&entry.tokens));
+    pub(super) fn keep(
+        &mut self,
+        tokens: Vec<u32>,
+        adaptation: Option<Arc<Adaptation>>,
+        held: Arc<Held<C>>,
+    ) {
+        self.entries.retain(|entry| {
+            !same(entry.adaptation.as_ref(), adaptation.as_ref())
+                || !tokens.starts_with(&entry.tokens)
+        });
         if self.entries.len() >= KEPT {
             self.drop_oldest_where(|_| true);
         }
         self.clock += 1;
-        self.entries.push(Entry { tokens, held, used: self.clock });
+        self.entries.push(Entry { tokens, adaptation, held, used: self.clock });
     }
 
     /// Lets the least recently used cache go that nobody else holds, which frees its memory; false where there is none.
@@ -123,19 +140,19 @@ mod tests {
         };
         let tokens = |tail: u32| (0..20).chain([tail]).collect::<Vec<u32>>();
         let mut prefixes = Prefixes::default();
-        assert!(prefixes.find(&tokens(1)).is_none() && !prefixes.free_oldest());
-        prefixes.keep((0..17).collect(), held("short"));
-        prefixes.keep((100..150).collect(), held("other"));
-        prefixes.keep(tokens(7), held("long"));
+        assert!(prefixes.find(&tokens(1), None).is_none() && !prefixes.free_oldest());
+        prefixes.keep((0..17).collect(), None, held("short"));
+        prefixes.keep((100..150).collect(), None, held("other"));
+        prefixes.keep(tokens(7), None, held("long"));
         // `long` continues `short`, which is let go.
         assert_eq!(reserved.load(Ordering::Relaxed), 20);
-        let (found, len) = prefixes.find(&tokens(8)).unwrap();
+        let (found, len) = prefixes.find(&tokens(8), None).unwrap();
         assert_eq!((*found.cache, len), ("long", 20));
         // The last token of a prompt is always read.
-        assert_eq!(prefixes.find(&tokens(7)).unwrap().1, 20);
-        assert!(prefixes.find(&(0..10).chain(50..80).collect::<Vec<u32>>()).is_none());
+        assert_eq!(prefixes.find(&tokens(7), None).unwrap().1, 20);
+        assert!(prefixes.find(&(0..10).chain(50..80).collect::<Vec<u32>>(), None).is_none());
         assert!(prefixes.free_oldest());
-        assert!(prefixes.find(&(100..150).collect::<Vec<u32>>()).is_none());
+        assert!(prefixes.find(&(100..150).collect::<Vec<u32>>(), None).is_none());
         // `long` is in use: letting it go would free nothing.
         assert!(!prefixes.free_oldest());
         let mut share = Share::new(8, &reserved);

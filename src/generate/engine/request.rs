@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::generate::adaptation::Adaptation;
 use crate::generate::grammar::Grammar;
 use crate::generate::sampling::Sampling;
 
@@ -84,6 +85,20 @@ pub struct Extras {
     pub grammar: Option<Arc<Grammar>>,
     /// Whether to report text as it comes.
     pub stream: bool,
+    /// The adapter to answer with; the model alone where there is none.
+    pub adaptation: Option<Arc<Adaptation>>,
+}
+
+impl Extras {
+    /// Whether caches of one are caches of the other.
+    pub(super) fn same_adaptation(&self, other: &Self) -> bool {
+        same(self.adaptation.as_ref(), other.adaptation.as_ref())
+    }
+}
+
+/// Whether two are the same adapter.
+pub(super) fn same(a: Option<&Arc<Adaptation>>, b: Option<&Arc<Adaptation>>) -> bool {
+    a.map(Arc::as_ptr) == b.map(Arc::as_ptr)
 }
 
 /// A prompt with how it is to be answered.
@@ -101,6 +116,11 @@ impl Request {
     /// A request for answers and nothing else.
     pub fn new(prompt: Prompt, sampling: Arc<Sampling>) -> Self {
         Self { prompt, sampling, extras: Arc::default() }
+    }
+
+    /// The adapter to answer with.
+    pub(super) fn adaptation(&self) -> Option<&Adaptation> {
+        self.extras.adaptation.as_deref()
     }
 
     /// Refuses what no model with `limit` positions and `vocab_size` tokens can answer.

@@ -118,7 +118,8 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             let prefix = self.usable_prefix(&request);
             let shared = prefix.as_ref().map_or(0, |(_, len)| *len);
             let begins_like = |one: &Reading<D::Cache>| {
-                prefix::common(&one.request.prompt.tokens, tokens) >= shared + prefix::WORTH
+                one.request.extras.same_adaptation(&request.extras)
+                    && prefix::common(&one.request.prompt.tokens, tokens) >= shared + prefix::WORTH
             };
             if !request.extras.prompt_logprobs && self.reading.iter().any(begins_like) {
                 // What they have in common is soon there to share.
@@ -151,7 +152,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         if request.extras.prompt_logprobs {
             return None;
         }
-        self.prefixes.find(&request.prompt.tokens)
+        self.prefixes.find(&request.prompt.tokens, request.extras.adaptation.as_ref())
     }
 
     /// Whether so many more tokens fit, letting kept caches go where needed. One request is always let in.
@@ -243,12 +244,14 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 cache: &mut running.task.cache,
                 tokens: &running.feed,
                 wanted: Wanted::All,
+                adaptation: running.task.request.adaptation(),
             });
         }
         for reading in self.reading.iter_mut().filter(|reading| reading.now > 0) {
             let wanted = reading.wanted();
             let tokens = &reading.request.prompt.tokens[reading.done..][..reading.now];
-            feeds.push(Feed { cache: &mut reading.cache, tokens, wanted });
+            let adaptation = reading.request.adaptation();
+            feeds.push(Feed { cache: &mut reading.cache, tokens, wanted, adaptation });
         }
         self.decoder.forward(&mut feeds, logits)
     }
@@ -340,10 +343,12 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         let held = Arc::new(Held { cache: Arc::new(cache), _share: share, _parent: parent });
         let tokens = &request.prompt.tokens;
         let next_begins_like = |(_, next): &(Ticket, Arc<Request>)| {
-            prefix::common(&next.prompt.tokens, tokens) >= prefix::WORTH
+            next.extras.same_adaptation(&request.extras)
+                && prefix::common(&next.prompt.tokens, tokens) >= prefix::WORTH
         };
         if self.limits.keep_prefixes || self.queue.front().is_some_and(next_begins_like) {
-            self.prefixes.keep(tokens.clone(), Arc::clone(&held));
+            let adaptation = request.extras.adaptation.clone();
+            self.prefixes.keep(tokens.clone(), adaptation, Arc::clone(&held));
         }
         self.waiting.push_back(ticket);
         let open = Open {
@@ -376,7 +381,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             tokens.extend_from_slice(&answer.ids[..answer.ids.len() - 1]);
             share.shrink(answer.ids.len() - 1);
             let held = Held { cache: Arc::new(cache), _share: share, _parent: Some(held) };
-            self.prefixes.keep(tokens, Arc::new(held));
+            self.prefixes.keep(tokens, request.extras.adaptation.clone(), Arc::new(held));
         }
         let Some(open) = self.open.get_mut(&ticket) else { return Ok(()) };
         open.answers[sample] = Some(answer);

@@ -105,11 +105,27 @@ impl Adapter {
         y: &mut [f32],
         weight: &Matrix,
     ) -> Result<()> {
-        self.add_low_rank(self.rows(&self.read(x, masks)), y)?;
-        if let Some(Decomposed { factors, .. }) = self.decomposed::<E>(weight)? {
-            y.chunks_exact_mut(factors.len()).for_each(|y| multiply(y, &factors));
+        let factors = self.factors::<E>(weight)?;
+        self.add(&self.read(x, masks), y, factors.as_deref())
+    }
+
+    /// The same with DoRA's factors, which stay what they are as long as nothing is trained.
+    pub(crate) fn add<E: Element>(
+        &self,
+        x: &[E],
+        y: &mut [f32],
+        factors: Option<&[f32]>,
+    ) -> Result<()> {
+        self.add_low_rank(self.rows(x), y)?;
+        if let Some(factors) = factors {
+            y.chunks_exact_mut(factors.len()).for_each(|y| multiply(y, factors));
         }
         Ok(())
+    }
+
+    /// What DoRA multiplies each output with, `[O]`; nothing without DoRA.
+    pub(crate) fn factors<E: Element>(&self, weight: &Matrix) -> Result<Option<Vec<f32>>> {
+        Ok(self.decomposed::<E>(weight)?.map(|decomposed| decomposed.factors))
     }
 
     /// `y += s · x · Aᵀ · Bᵀ`.

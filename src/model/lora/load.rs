@@ -68,17 +68,8 @@ impl Checkpoint {
     /// # Errors
     /// As [`with_adapter`](Self::with_adapter).
     pub fn prepare_for(self, saved: &Saved, dir: &Path) -> Result<Self> {
-        if let Some(expected) = &saved.base {
-            let found = peft::fingerprint(&self.weights)?;
-            if found != *expected {
-                let short = |hash: &str| hash.chars().take(12).collect::<String>();
-                return Err(Error::run(format!(
-                    "the base's weights have fingerprint {}, the adapter was trained beside {}",
-                    short(&found),
-                    short(expected)
-                ))
-                .hint("give the very model that the adapter was trained beside"));
-            }
+        if saved.base.is_some() {
+            saved.check_base(&peft::fingerprint(&self.weights)?)?;
         }
         let mut checkpoint = self;
         if saved.config.architecture() != Architecture::CausalLm {

@@ -161,6 +161,23 @@ impl Saved {
         }
     }
 
+    /// Refuses a base other than the one that the files name, if they name one. `found`: its [`fingerprint`].
+    ///
+    /// # Errors
+    /// Another base.
+    pub fn check_base(&self, found: &str) -> Result<()> {
+        let Some(expected) = self.base.as_deref().filter(|expected| *expected != found) else {
+            return Ok(());
+        };
+        let short = |hash: &str| hash.chars().take(12).collect::<String>();
+        Err(Error::run(format!(
+            "the base's weights have fingerprint {}, the adapter was trained beside {}",
+            short(found),
+            short(expected)
+        ))
+        .hint("give the very model that the adapter was trained beside"))
+    }
+
     /// Everything that was trained, by the model's own names.
     pub fn into_trained(self) -> Weights {
         let mut trained = self.weights;

@@ -174,7 +174,8 @@ mod tests {
         let said = |text: &str| refused("norm", "f", &candle_core::Error::msg(text)).to_string();
         assert!(said("CUDA_ERROR_UNSUPPORTED_PTX_VERSION").contains(OLD_DRIVER));
         assert!(said("CUDA_ERROR_NOT_FOUND").contains("kernel `f` of norm.cu: no such entry"));
-        assert!(said("another").ends_with("norm.cu: another"));
+        // Behind it may stand where the error came from.
+        assert!(said("another").contains("kernel `f` of norm.cu: another"));
     }
 
     /// Holds where the build had a compiler; one that stood in for it left the texts empty.

@@ -1,0 +1,238 @@
+//! Who answers: the model by itself, or with one of the adapters that were loaded beside it. Adapters come and go while
+//! the server runs; answers under way keep theirs.
+
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use candle_core::{Device, Tensor};
+use serde_json::{Value, json};
+
+use super::fields::Fields;
+use super::problem::Problem;
+use super::served::{Served, now};
+use crate::data::tokenizer::ChatTokenizer;
+use crate::error::{Context, Error, Result};
+use crate::generate::adaptation::Adaptation;
+use crate::model::Weights;
+use crate::model::lora::peft;
+use crate::store::sha256_path;
+
+/// What a request's `model` names.
+pub(super) struct Voice {
+    /// What answers call it.
+    pub(super) name: String,
+    /// Says whether two answers came from the same weights.
+    pub(super) fingerprint: String,
+    pub(super) adapter: Option<Loaded>,
+}
+
+/// An adapter.
+pub(super) struct Loaded {
+    pub(super) adaptation: Arc<Adaptation>,
+    /// Its own, whose chat template may be another than the model's.
+    tokenizer: Option<ChatTokenizer>,
+    path: String,
+    created: u64,
+}
+
+/// The base that adapters are held against.
+pub(super) struct Base {
+    /// In the type that is computed with, not rounded to blocks.
+    pub(super) weights: Weights,
+    /// What [`peft::fingerprint`] said of the weights as they were loaded.
+    pub(super) fingerprint: String,
+}
+
+/// The adapters that are loaded, in the order in which they came.
+pub(super) struct Voices {
+    /// None where adapters cannot be loaded any more.
+    base: Option<Base>,
+    all: RwLock<Vec<Arc<Voice>>>,
+    /// Whether requests may load and unload.
+    by_request: bool,
+}
+
+impl Voices {
+    /// No adapter.
+    pub(super) fn new(base: Option<Base>, by_request: bool) -> Self {
+        Self { base, all: RwLock::default(), by_request }
+    }
+
+    /// Lets the base's weights go: no further adapter can be loaded.
+    pub(super) fn close(&mut self) {
+        self.base = None;
+    }
+
+    /// All that are loaded.
+    pub(super) fn all(&self) -> Vec<Arc<Voice>> {
+        self.all.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn find(&self, name: &str) -> Option<Arc<Voice>> {
+        self.all().into_iter().find(|voice| voice.name == name)
+    }
+
+    /// Adds a voice.
+    ///
+    /// # Errors
+    /// A name that another has.
+    fn add(&self, voice: Voice) -> Result<(), Problem> {
+        let mut all = self.all.write().unwrap_or_else(PoisonError::into_inner);
+        if all.iter().any(|known| known.name == voice.name) {
+            return Err(taken(&voice.name));
+        }
+        all.push(Arc::new(voice));
+        Ok(())
+    }
+
+    fn remove(&self, name: &str) -> Result<(), Problem> {
+        let mut all = self.all.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(place) = all.iter().position(|voice| voice.name == name) else {
+            let known: Vec<String> = all.iter().map(|voice| voice.name.clone()).collect();
+            return Err(Problem::no_model(name, &known).on("lora_name"));
+        };
+        all.remove(place);
+        Ok(())
+    }
+}
+
+impl Voice {
+    /// The entry of `/v1/models`.
+    pub(super) fn card(&self, served: &Served) -> Value {
+        let mut card = served.card(&self.name);
+        if let Some(Loaded { path, created, .. }) = &self.adapter {
+            card["root"] = json!(path);
+            card["parent"] = json!(served.name());
+            card["created"] = json!(created);
+        }
+        card
+    }
+
+    /// What renders its conversations.
+    pub(super) fn tokenizer<'a>(&'a self, served: &'a Served) -> &'a ChatTokenizer {
+        let own = self.adapter.as_ref().and_then(|adapter| adapter.tokenizer.as_ref());
+        own.unwrap_or_else(|| served.tokenizer())
+    }
+
+    /// The adapter that the engine computes with.
+    pub(super) fn adaptation(&self) -> Option<Arc<Adaptation>> {
+        self.adapter.as_ref().map(|adapter| Arc::clone(&adapter.adaptation))
+    }
+}
+
+impl Served {
+    /// Takes the field `model`; without it, the model by itself.
+    ///
+    /// # Errors
+    /// A model that is not served.
+    pub(super) fn take_voice(&self, fields: &mut Fields) -> Result<Arc<Voice>, Problem> {
+        match fields.take::<String>("model")? {
+            Some(name) => self.voice(&name),
+            None => Ok(Arc::clone(&self.alone)),
+        }
+    }
+
+    /// Takes the field `model` of a request that only the model by itself can answer.
+    ///
+    /// # Errors
+    /// A model that is not served, or an adapter.
+    pub(super) fn take_name(&self, fields: &mut Fields) -> Result<(), Problem> {
+        let voice = self.take_voice(fields)?;
+        if voice.adapter.is_none() {
+            return Ok(());
+        }
+        let message = format!("`model` is the adapter `{}`, expected its base", voice.name);
+        Err(Problem::invalid(message).on("model"))
+    }
+
+    /// Who is called so.
+    ///
+    /// # Errors
+    /// Says who there is.
+    pub(super) fn voice(&self, name: &str) -> Result<Arc<Voice>, Problem> {
+        if self.names.iter().any(|known| known == name) {
+            return Ok(Arc::clone(&self.alone));
+        }
+        self.voices.find(name).ok_or_else(|| {
+            let adapters = self.voices.all();
+            let adapters = adapters.iter().map(|voice| voice.name.clone());
+            Problem::no_model(name, &self.names.iter().cloned().chain(adapters).collect::<Vec<_>>())
+        })
+    }
+
+    /// Loads an adapter's directory under a name.
+    ///
+    /// # Errors
+    /// A name that is taken; a directory that holds no adapter of this model.
+    pub(super) fn load(&self, name: &str, path: &str) -> Result<(), Problem> {
+        if self.voice(name).is_ok() {
+            return Err(taken(name));
+        }
+        let adapter = self.read(Path::new(path)).at(path)?;
+        let fingerprint = sha256_path(&Path::new(path).join(peft::WEIGHTS))?;
+        let fingerprint = format!("{}_{}", self.alone.fingerprint, &fingerprint[..12]);
+        self.voices.add(Voice { name: name.to_owned(), fingerprint, adapter: Some(adapter) })
+    }
+
+    fn read(&self, path: &Path) -> Result<Loaded> {
+        let Some(base) = &self.voices.base else {
+            return Err(Error::usage("the model's weights were rounded and are gone").hint(
+                "start the server with --allow-runtime-lora-updating, or without --quantization",
+            ));
+        };
+        // Whatever is wrong with the directory, whoever named it can mend it.
+        let device = base.weights.values().next().map_or(&Device::Cpu, Tensor::device);
+        let saved = peft::read(path, device).map_err(Error::as_usage)?;
+        saved.check_base(&base.fingerprint).map_err(Error::as_usage)?;
+        let adaptation = self.model.adaptation(&saved, &base.weights).map_err(Error::as_usage)?;
+        let tokenizer = ChatTokenizer::in_dir(path).map_err(Error::as_usage)?;
+        if tokenizer.as_ref().is_some_and(|own| own.hash() != self.tokenizer().hash()) {
+            return Err(Error::usage("the adapter's tokenizer is another than the model's").hint(
+                "`arriero merge` makes a model of base and adapter, which can be served alone",
+            ));
+        }
+        let path = path.display().to_string();
+        Ok(Loaded { adaptation, tokenizer, path, created: now() })
+    }
+}
+
+fn taken(name: &str) -> Problem {
+    Problem::invalid(format!("`{name}` is served already")).on("lora_name").code("name_taken")
+}
+
+/// `POST /v1/load_lora_adapter`.
+///
+/// # Errors
+/// A server that allows it not; as [`Served::load`].
+pub(super) fn load(served: &Served, body: &[u8]) -> Result<Value, Problem> {
+    let mut fields = updating(served, body)?;
+    let name: String = fields.need("lora_name")?;
+    let path: String = fields.need("lora_path")?;
+    fields.finish()?;
+    if name.trim().is_empty() {
+        return Err(Problem::invalid("`lora_name` is empty").on("lora_name"));
+    }
+    served.load(&name, &path)?;
+    Ok(json!({"message": format!("loaded `{name}`")}))
+}
+
+/// `POST /v1/unload_lora_adapter`.
+///
+/// # Errors
+/// A server that allows it not; a name that is not loaded.
+pub(super) fn unload(served: &Served, body: &[u8]) -> Result<Value, Problem> {
+    let mut fields = updating(served, body)?;
+    let name: String = fields.need("lora_name")?;
+    fields.finish()?;
+    served.voices.remove(&name)?;
+    Ok(json!({"message": format!("unloaded `{name}`")}))
+}
+
+fn updating(served: &Served, body: &[u8]) -> Result<Fields, Problem> {
+    if !served.voices.by_request {
+        // A request names a path of this machine, which not everybody who may ask should do.
+        let message = "adapters come at the start only; --allow-runtime-lora-updating lets requests load them";
+        return Err(Problem::invalid(message).code("not_allowed"));
+    }
+    Fields::parse(body)
+}
