@@ -1,11 +1,13 @@
 """What the scripts over TRL's trainers share: settings, the clock, and the count of tokens."""
 
 import contextlib
+import pathlib
 import sys
 import tempfile
 import time
 
 import datasets
+import tokenizers
 import torch
 import transformers
 import trl
@@ -16,14 +18,20 @@ from transformers import AutoTokenizer, TrainerCallback
 class Clock(TrainerCallback):
     """Seconds of each optimizer step."""
 
-    def __init__(self):
+    def __init__(self, device):
+        self.on_gpu = device != "cpu"
         self.steps_s = []
 
+    def now(self):
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def on_step_begin(self, *_, **__):
-        self.began = time.perf_counter()
+        self.began = self.now()
 
     def on_step_end(self, *_, **__):
-        self.steps_s.append(time.perf_counter() - self.began)
+        self.steps_s.append(self.now() - self.began)
 
 
 def settings(args, folder):
@@ -39,10 +47,19 @@ def settings(args, folder):
         "train_sampling_strategy": "sequential",
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": args.device == "cpu",
         "disable_tqdm": True,
         "dataloader_num_workers": 0,
     }
+
+
+def tokenizer(folder):
+    """The model's; where it has none, one that can only pad, which is all that rows of tokens need."""
+    if pathlib.Path(folder, "tokenizer.json").exists() or not pathlib.Path(folder).is_dir():
+        return AutoTokenizer.from_pretrained(folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, "<pad>"))
+    named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **named)
 
 
 def ready_made(trainer):
@@ -58,7 +75,7 @@ def ready_made(trainer):
 def run(args, trainer, config, model, rows, **options):
     """Trains for one step that is not counted and `--steps` more. Returns their seconds and non-padding tokens."""
     torch.set_num_threads(args.threads)
-    clock, tokens = Clock(), []
+    clock, tokens = Clock(args.device), []
 
     class Counted(trainer):
         def training_step(self, model, inputs, *rest, **named):
@@ -72,7 +89,7 @@ def run(args, trainer, config, model, rows, **options):
             model=model,
             args=config(**settings(args, folder), **options),
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(args.model),
+            processing_class=tokenizer(args.model),
             callbacks=[clock],
         )
         began = time.perf_counter()
@@ -83,4 +100,7 @@ def run(args, trainer, config, model, rows, **options):
 
 def report(args, steps_s, tokens, pairs=None):
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
-    work.report(steps_s, tokens, versions, pairs=pairs, threads=torch.get_num_threads())
+    more = {"threads": torch.get_num_threads()}
+    if args.device != "cpu":
+        more["peak_bytes"] = torch.cuda.max_memory_allocated()
+    work.report(steps_s, tokens, versions, pairs=pairs, **more)

@@ -28,6 +28,8 @@ def arguments(description, *flags):
     # Of `arriero`'s own weights where it writes; the peers have theirs.
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--prompts", type=int, default=1)
+    # Where TRL trains; everything else here computes on the CPU.
+    parser.add_argument("--device", default="cpu")
     for flag in flags:
         parser.add_argument(flag, action="store_true")
     return parser.parse_args()

@@ -1,5 +1,7 @@
 //! `arriero doctor`: what this machine and this build offer.
 
+use std::path::PathBuf;
+
 use candle_core::Device;
 use clap::Args;
 use serde_json::json;
@@ -8,8 +10,8 @@ use super::output;
 use crate::error::{Error, Result};
 use crate::ops::cpu::isa::{self, Isa};
 use crate::ops::cuda::device as gpu;
-use crate::stage::device;
 use crate::stage::device_check::{self as check, Checked};
+use crate::stage::{device, device_goldens};
 use crate::train::memory::kibibytes;
 
 #[derive(Debug, Args)]
@@ -20,6 +22,9 @@ pub(super) struct DoctorArgs {
     /// Hold every op on the device against the CPU's
     #[arg(long, requires = "device")]
     check: bool,
+    /// And whole models against transformers' numbers in this folder (tests/fixtures/goldens)
+    #[arg(long, value_name = "DIR", requires = "check")]
+    goldens: Option<PathBuf>,
     /// Print one JSON object, of the device and the check alone
     #[arg(long, requires = "device")]
     json: bool,
@@ -36,7 +41,10 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
     if !args.json {
         output::line(&told);
     }
-    let checked = if args.check { check::run(&device)? } else { Vec::new() };
+    let mut checked = if args.check { check::run(&device)? } else { Vec::new() };
+    if let Some(folder) = &args.goldens {
+        checked.extend(device_goldens::run(&device, folder)?);
+    }
     if args.json {
         let peak = if args.check { Some(check::peak(&device)?) } else { None };
         output::line(&json!({"device": about, "checked": checked, "peak": peak}).to_string());
@@ -49,7 +57,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
     if wrong == 0 {
         return Ok(());
     }
-    Err(Error::run(format!("{wrong} of {} results differ from the CPU's", checked.len())))
+    Err(Error::run(format!("{wrong} of {} results differ from what is expected", checked.len())))
 }
 
 fn row(one: &Checked) -> String {

@@ -273,9 +273,16 @@ fn of_the_optimizer(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
         .collect()
 }
 
-fn checked(
+fn checked(names: (&str, &str), dtype: DType, pair: (&Tensor, &Tensor)) -> Result<Checked> {
+    // f32: another order of summation over some thousands. bf16: roundings to eight bits on the way and at the end.
+    let kind = if dtype == DType::F32 { ("f32", 3e-5) } else { ("bf16", 3.2e-2) };
+    compared(names, kind, pair)
+}
+
+/// Two tensors on the CPU, with what they may differ by.
+pub(super) fn compared(
     (op, what): (&str, &str),
-    dtype: DType,
+    (dtype, bound): (&'static str, f64),
     (expected, found): (&Tensor, &Tensor),
 ) -> Result<Checked> {
     let (expected, found) = (flat(expected)?, flat(found)?);
@@ -284,8 +291,6 @@ fn checked(
     // `max` would pass over what is not a number.
     let worst = apart.fold(0.0, |worst: f64, x| if x > worst || x.is_nan() { x } else { worst });
     let error = if expected.len() == found.len() { worst / f64::from(largest) } else { f64::NAN };
-    // f32: another order of summation over some thousands. bf16: roundings to eight bits on the way and at the end.
-    let (dtype, bound) = if dtype == DType::F32 { ("f32", 3e-5) } else { ("bf16", 3.2e-2) };
     Ok(Checked { op: op.to_owned(), dtype, what: what.to_owned(), error, bound })
 }
 
