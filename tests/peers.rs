@@ -396,7 +396,8 @@ fn trl_trains_on_what_select_writes() {
 /// A small model with factors of one form beside it, moved from where they begin.
 fn adapted(model: &Checkpoint, base: &Path, lora: &Lora) -> Trainee {
     let seed = 3;
-    let adapt = Adapt { lora, base: base.to_str().unwrap(), dtype: Precision::F32, seed };
+    let adapt =
+        Adapt { lora, base: base.to_str().unwrap(), dtype: Precision::F32, offloaded: false, seed };
     let trainee = adapt.trainee(model.clone()).unwrap();
     for (index, param) in trainee.learner.params().values().enumerate() {
         let size = param.master.elem_count();

@@ -11,16 +11,46 @@ use crate::train::Settings;
 use crate::train::memory::{Adapted, Footprint};
 
 /// Bytes that a training step holds at its peak over a micro-batch of `settings.max_tokens_per_micro_batch` tokens.
-///
-/// # Errors
-/// Recomputation by memory, where nothing says how much there is.
-pub(super) fn training_bytes(config: &Config, settings: &Settings, lora: &Lora) -> Result<u64> {
-    let mut options = settings.step_options(0, &candle_core::Device::Cpu)?;
-    if lora.use_peft {
-        options.adapted = Some(Adapted::new(config, lora, settings.dtype)?);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
+pub(super) struct Peak {
+    /// Where it is computed.
+    pub(super) device: u64,
+    /// In host memory beside a GPU.
+    pub(super) host: u64,
+    /// More may be kept where there is room.
+    pub(super) least: bool,
+}
+
+impl Peak {
+    /// Of a step on a GPU or on the CPU.
+    ///
+    /// # Errors
+    /// Recomputation by memory, where nothing says how much there is.
+    pub(super) fn of(config: &Config, settings: &Settings, lora: &Lora, gpu: bool) -> Result<Self> {
+        let mut options = settings.planned_options(gpu)?;
+        if lora.use_peft {
+            options.adapted = Some(Adapted::new(config, lora, settings.dtype)?);
+        }
+        let tokens = options.max_tokens;
+        let (footprint, keep) =
+            (Footprint::new(config, &options, tokens), options.keep(config, tokens));
+        Ok(Self {
+            device: footprint.bytes(keep),
+            host: footprint.host_bytes(keep),
+            least: options.recompute != settings.gradient_checkpointing,
+        })
     }
-    let tokens = options.max_tokens;
-    Ok(Footprint::new(config, &options, tokens).bytes(options.keep(config, tokens)))
+
+    /// For people.
+    pub(super) fn told(self, gpu: bool) -> String {
+        let how = if self.least { "at least" } else { "about" };
+        let whose = if gpu { " of the GPU's memory" } else { "" };
+        let host = match self.host {
+            0 => String::new(),
+            host => format!(" and {} of the host's", bytes(host)),
+        };
+        format!("{how} {}{whose}{host} at the peak", bytes(self.device))
+    }
 }
 
 /// The directory or GGUF file from which a stage's first model comes: outputs of stages that have not run yet are
@@ -77,15 +107,33 @@ mod tests {
         let (all, full) = (Settings::default(), Lora::default());
         let less = Settings { gradient_checkpointing: Recompute::Block, ..Settings::default() };
         let least = Settings { max_tokens_per_micro_batch: 1024, ..less.clone() };
-        let sizes =
-            [&all, &less, &least].map(|settings| training_bytes(&config, settings, &full).unwrap());
+        let of = |settings: &Settings, lora: &Lora| {
+            Peak::of(&config, settings, lora, false).unwrap().device
+        };
+        let sizes = [&all, &less, &least].map(|settings| of(settings, &full));
         // Four bits a frozen weight, and optimizer state for adapters alone.
         let packed = Lora { use_peft: true, quantization: Quantization::Nf4, ..Lora::default() };
         let frozen = Lora { quantization: Quantization::None, ..packed.clone() };
-        let [packed, frozen] =
-            [packed, frozen].map(|lora| training_bytes(&config, &least, &lora).unwrap());
+        let [packed, frozen] = [packed, frozen].map(|lora| of(&least, &lora));
         assert!(packed + 350_000_000 < frozen && frozen + 1_000_000_000 < sizes[2]);
         assert!(sizes.is_sorted_by(|a, b| a > b), "{sizes:?}");
         assert!(sizes[2] > 16 * count(&config) as u64);
+
+        let on_gpu = |settings: &Settings| Peak::of(&config, settings, &full, true).unwrap();
+        // A graph keeps more, and the head's chunks are larger.
+        assert!(on_gpu(&all).device > sizes[0] + 400_000_000 && on_gpu(&all).host == 0);
+        let away = Settings { optimizer_offload: true, activation_offload: true, ..less.clone() };
+        let (with, without) = (on_gpu(&away), on_gpu(&less));
+        // Masters and moments of f32; the GPU keeps weights. All inputs of blocks but two, and the final norm's.
+        let (p, input) = (count(&config) as u64, 4096 * 576 * 4);
+        assert_eq!(without.device - with.device, 8 * p + 29 * input);
+        assert_eq!(with.host, 12 * p + 30 * input);
+        assert!(with.told(true).contains(" of the GPU's memory and "), "{}", with.told(true));
+        // How much a GPU has is not known here.
+        let auto = Settings { gradient_checkpointing: Recompute::Auto, ..less.clone() };
+        assert_eq!(on_gpu(&auto), Peak { least: true, ..without });
+        assert!(on_gpu(&auto).told(true).starts_with("at least "));
+        // The CPU has nowhere else to put it.
+        assert_eq!(of(&away, &full), of(&less, &full));
     }
 }

@@ -5,7 +5,8 @@ use std::io::IsTerminal;
 
 use clap::Args;
 
-use super::{RecipeArgs, estimate, output, recipes};
+use super::estimate::{self, Peak};
+use super::{RecipeArgs, output, recipes};
 use crate::data::pipeline::{Source, first_rows};
 use crate::data::prepare::Rule;
 use crate::data::preview;
@@ -63,15 +64,11 @@ fn describe(plan: &Plan, step: &Step) -> Result<()> {
             None => "steps depend on the output of an earlier stage".to_owned(),
         };
         let memory = match estimate::config(plan, training.model) {
-            Some(config) => format!(
-                "{:.1} M parameters, about {} at the peak",
-                count(&config) as f64 / 1e6,
-                estimate::bytes(estimate::training_bytes(
-                    &config,
-                    training.settings,
-                    training.lora
-                )?)
-            ),
+            Some(config) => {
+                let gpu = plan.device != "cpu";
+                let peak = Peak::of(&config, training.settings, training.lora, gpu)?;
+                format!("{:.1} M parameters, {}", count(&config) as f64 / 1e6, peak.told(gpu))
+            }
             None => "memory depends on a model that is not here yet".to_owned(),
         };
         output::line(&format!("  {steps}; {memory}"));

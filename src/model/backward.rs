@@ -7,7 +7,7 @@ use super::block::{Block, Layout};
 use super::block_cpu::Kept;
 use super::gradients::Gradients;
 use super::params::{EMBEDDING, FINAL_NORM};
-use super::transformer::{Form, Trace, Transformer};
+use super::transformer::{Form, Input, Trace, Transformer};
 use crate::data::forest::Forest;
 use crate::error::{Error, Result};
 use crate::ops::{self, cpu, norm};
@@ -28,7 +28,7 @@ pub struct Backward<'a> {
 #[derive(Debug)]
 enum Under {
     Cpu { inputs: Vec<Vec<f32>>, kept: Vec<Kept>, d_x: Vec<f32> },
-    Graph { inputs: Vec<Var>, outputs: Vec<Tensor>, d_x: Tensor },
+    Graph { inputs: Vec<Input>, outputs: Vec<Tensor>, d_x: Tensor },
 }
 
 impl<'a> Backward<'a> {
@@ -57,7 +57,7 @@ impl<'a> Backward<'a> {
                 Under::Cpu { inputs, kept, d_x }
             }
             Form::Graph { mut inputs, outputs } => {
-                let input = inputs.pop().ok_or_else(no_input)?;
+                let input = inputs.pop().ok_or_else(no_input)?.back()?;
                 let output = ops::rms_norm(&input, weight, model.config().rms_norm_eps)?;
                 let norm = [(FINAL_NORM.to_owned(), weight.clone())];
                 let trained = if weight.is_variable() { &norm[..] } else { &[] };
@@ -94,7 +94,7 @@ impl<'a> Backward<'a> {
                 *d_x = block.backward_cpu((&input, kept), d_y, &self.layout, grads)?;
             }
             Under::Graph { inputs, outputs, d_x } => {
-                let input = inputs.pop().ok_or_else(no_input)?;
+                let input = inputs.pop().ok_or_else(no_input)?.back()?;
                 let output = match outputs.pop() {
                     Some(output) => output,
                     None => block.forward(&input, &self.layout)?,

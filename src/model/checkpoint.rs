@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use super::config::{Architecture, Config, ids_of};
@@ -60,6 +60,15 @@ impl Checkpoint {
     /// A format that is not computed with, or not on this device.
     pub fn computed_in(self, precision: Precision) -> Result<Self> {
         Ok(Self { weights: precision.cast(self.weights)?, ..self })
+    }
+
+    /// The same model on a device; tensors that are there are shared, not copied.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn on(self, device: &Device) -> Result<Self> {
+        let moved = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_device(device)?));
+        Ok(Self { weights: self.weights.into_iter().map(moved).collect::<Result<_>>()?, ..self })
     }
 
     /// Reads a Hugging Face directory, or a peft adapter's, which is merged into its base.

@@ -13,6 +13,7 @@ use super::params::{EMBEDDING, FINAL_NORM, HEAD, SCORE, SCORE_BIAS};
 use super::{Architecture, Config, Tensors, Weights, heads};
 use crate::data::forest::{End, Forest};
 use crate::error::{Error, Result};
+use crate::ops::host::HostCopy;
 use crate::ops::{self, AttentionPlan, Rotary};
 
 /// A model ready to run. Its tensors are those of the given weights: where they are variables, the model is trained.
@@ -37,6 +38,35 @@ pub struct Trace {
     pub hidden: Tensor,
 }
 
+/// What a forward pass is to keep.
+#[derive(Clone, Debug, Default)]
+pub struct Keep {
+    /// The last blocks, whose backward comes first, keep what it needs; of the others only the input is kept, and they
+    /// run again.
+    pub blocks: usize,
+    /// What dropout takes from the adapters.
+    pub masks: Option<Masks>,
+    /// Inputs of blocks that run again wait in host memory. Blocks by hand are there already.
+    pub inputs_on_host: bool,
+}
+
+/// A block's input until its backward.
+#[derive(Debug)]
+pub(super) enum Input {
+    /// A leaf of the block's own graph.
+    Here(Var),
+    OnHost(HostCopy),
+}
+
+impl Input {
+    pub(super) fn back(self) -> Result<Var> {
+        match self {
+            Self::Here(var) => Ok(var),
+            Self::OnHost(copy) => Ok(Var::from_tensor(&copy.back()?)?),
+        }
+    }
+}
+
 /// The two forms of a pass over the blocks.
 #[derive(Debug)]
 pub(super) enum Form {
@@ -49,8 +79,8 @@ pub(super) enum Form {
     },
     /// Candle's graph, one a block.
     Graph {
-        /// Input of each block, then of the final norm: leaves of each block's own graph.
-        inputs: Vec<Var>,
+        /// Input of each block, then of the final norm.
+        inputs: Vec<Input>,
         /// Output of the last blocks with its graph; the others are recomputed.
         outputs: Vec<Tensor>,
     },
@@ -208,25 +238,20 @@ impl Transformer {
         self.device().is_cpu() && matches!(self.embedding.dtype(), DType::F32 | DType::BF16)
     }
 
-    /// Forward pass for training. The last `keep` blocks, whose backward comes first, keep what it needs; of the others
-    /// only the input is kept, and they run again.
+    /// Forward pass for training of which the last `keep` blocks keep what their backward needs.
     pub fn trace(&self, forest: &Forest, keep: usize) -> Result<Trace> {
-        self.trace_embedded(forest, &self.embed(&forest.tokens)?, (keep, None))
+        let keep = Keep { blocks: keep, ..Keep::default() };
+        self.trace_embedded(forest, &self.embed(&forest.tokens)?, keep)
     }
 
-    /// The same from embedded tokens `x`, `[T, D]`, to which somebody may have added something, with what dropout takes
-    /// from the adapters.
-    pub fn trace_embedded(
-        &self,
-        forest: &Forest,
-        x: &Tensor,
-        (keep, masks): (usize, Option<Masks>),
-    ) -> Result<Trace> {
+    /// The same from embedded tokens `x`, `[T, D]`, to which somebody may have added something.
+    pub fn trace_embedded(&self, forest: &Forest, x: &Tensor, keep: Keep) -> Result<Trace> {
+        let Keep { blocks, masks, inputs_on_host } = keep;
         let layout = Layout { masks: masks.map(Arc::new), ..self.layout(forest)? };
         let (form, last) = if self.is_by_hand() {
-            self.trace_by_hand(x, &layout, keep)?
+            self.trace_by_hand(x, &layout, blocks)?
         } else {
-            self.trace_graphs(x, &layout, keep)?
+            self.trace_graphs(x, &layout, (blocks, inputs_on_host))?
         };
         let hidden = self.final_norm(&last)?.detach();
         Ok(Trace { layout, form, hidden })
@@ -247,23 +272,33 @@ impl Transformer {
         Ok((Form::Cpu { inputs, kept }, last))
     }
 
-    fn trace_graphs(&self, x: &Tensor, layout: &Layout, keep: usize) -> Result<(Form, Tensor)> {
+    fn trace_graphs(
+        &self,
+        x: &Tensor,
+        layout: &Layout,
+        (keep, inputs_on_host): (usize, bool),
+    ) -> Result<(Form, Tensor)> {
         let first_kept = self.blocks.len().saturating_sub(keep);
-        let mut inputs = vec![Var::from_tensor(x)?];
-        let mut outputs = Vec::new();
+        let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
+        let mut x = Var::from_tensor(x)?;
         for (index, block) in self.blocks.iter().enumerate() {
-            let input = &inputs[index];
             let output = if index < first_kept {
-                block.forward(&input.as_tensor().detach(), layout)?
+                block.forward(&x.as_tensor().detach(), layout)?
             } else {
-                block.forward(input, layout)?
+                block.forward(&x, layout)?
             };
-            inputs.push(Var::from_tensor(&output.detach())?);
+            let input = std::mem::replace(&mut x, Var::from_tensor(&output.detach())?);
+            inputs.push(if inputs_on_host && index < first_kept {
+                Input::OnHost(HostCopy::of(&input)?)
+            } else {
+                Input::Here(input)
+            });
             if index >= first_kept {
                 outputs.push(output);
             }
         }
-        let last = inputs[inputs.len() - 1].as_tensor().detach();
+        let last = x.as_tensor().detach();
+        inputs.push(Input::Here(x));
         Ok((Form::Graph { inputs, outputs }, last))
     }
 
@@ -414,8 +449,17 @@ mod tests {
             while back.next_block(&mut grads).unwrap().is_some() {}
             (back.d_input().unwrap(), grads)
         };
-        let (graph, expected_last) = model.trace_graphs(&x, &layout, 2).unwrap();
+        let (graph, expected_last) = model.trace_graphs(&x, &layout, (2, false)).unwrap();
         let (expected_d_x, expected) = run(graph);
+        for keep in [2, 1, 0] {
+            let (form, last) = model.trace_graphs(&x, &layout, (keep, true)).unwrap();
+            assert!(distance(&last, &expected_last) == 0.0);
+            let (d_x, grads) = run(form);
+            assert!(distance(&d_x, &expected_d_x) == 0.0, "{keep} kept");
+            for (name, grad) in expected.iter() {
+                assert!(distance(grads.get(name).unwrap(), grad) == 0.0, "{name}, {keep} kept");
+            }
+        }
         for keep in [2, 1, 0] {
             let (form, last) = model.trace_by_hand(&x, &layout, keep).unwrap();
             assert!(distance(&last, &expected_last) < 0.5 * tolerance);

@@ -13,6 +13,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod embed;
 pub mod head;
+pub mod host;
 pub mod linear;
 pub mod norm;
 pub mod residual;

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -13,6 +13,8 @@ use super::Param;
 use crate::error::{Error, Result};
 use crate::model::gradients::Gradients;
 use crate::ops::cpu::{self, adamw::Update};
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::launch::host::Pipe;
 #[cfg(feature = "cuda")]
 use crate::ops::cuda::launch::optimizer::{self, Factor};
 
@@ -39,12 +41,26 @@ pub struct AdamW {
     hyper: Hyper,
     steps: u64,
     moments: BTreeMap<String, Moments>,
+    /// Between a GPU and masters in host memory.
+    #[cfg(feature = "cuda")]
+    pipe: Option<Pipe>,
 }
 
 #[derive(Debug)]
 struct Moments {
     first: Tensor,
     second: Tensor,
+}
+
+impl Moments {
+    /// A parameter's elements in host memory, and those of its moments.
+    fn with<R>(&self, param: &Param, act: impl FnOnce([&mut [f32]; 3]) -> Result<R>) -> Result<R> {
+        cpu::with_slice_mut(&param.master, |param| {
+            cpu::with_slice_mut(&self.first, |first| {
+                cpu::with_slice_mut(&self.second, |second| act([param, first, second]))
+            })
+        })???
+    }
 }
 
 /// Whether a parameter is decayed: matrices are, norm weights and biases are not (Hugging Face's grouping).
@@ -55,7 +71,13 @@ pub fn is_decayed(name: &str) -> bool {
 impl AdamW {
     /// Fresh state: moments are zero.
     pub fn new(hyper: Hyper) -> Self {
-        Self { hyper, steps: 0, moments: BTreeMap::new() }
+        Self {
+            hyper,
+            steps: 0,
+            moments: BTreeMap::new(),
+            #[cfg(feature = "cuda")]
+            pipe: None,
+        }
     }
 
     /// Steps taken.
@@ -93,6 +115,9 @@ impl AdamW {
     ) -> Result<()> {
         let param = find(params, name)?;
         let update = self.update(name, lr * param.lr_scale, grad_scale);
+        if param.offloaded {
+            return self.apply_on_host((name, param), grad, update);
+        }
         let moments = self.moments_of(name, param)?;
         if param.master.device().is_cpu() {
             return update.on_cpu(param, grad, moments);
@@ -120,6 +145,26 @@ impl AdamW {
         let param = find(params, name)?;
         let update = self.update(name, lr * param.lr_scale, 1.0);
         update.on_cuda(param, grad, self.moments_of(name, param)?, Some(clip))
+    }
+
+    /// Updates a master that is in host memory and sends its copy back to the model.
+    fn apply_on_host(
+        &mut self,
+        (name, param): (&str, &Param),
+        grad: &Tensor,
+        update: Step,
+    ) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            let mut pipe = match self.pipe.take() {
+                Some(pipe) => pipe,
+                None => Pipe::new(grad.device())?,
+            };
+            let done = update.streamed(param, grad, self.moments_of(name, param)?, &mut pipe);
+            self.pipe = Some(pipe);
+            return done;
+        }
+        update.on_host(param, grad, self.moments_of(name, param)?)
     }
 
     fn moments_of(&mut self, name: &str, param: &Param) -> Result<&mut Moments> {
@@ -204,32 +249,64 @@ impl Step {
     }
 
     fn with_copy(
-        self,
+        &self,
         param: &Param,
         copy: &mut [bf16],
         grad: &Tensor,
         moments: &Moments,
     ) -> Result<()> {
-        let constants = self.0;
-        let mut pass = |param: &mut [f32], first: &mut [f32], second: &mut [f32], grad: &[f32]| {
-            let mut copies: Vec<&mut [bf16]> = copy.chunks_mut(CHUNK).collect();
-            copies.resize_with(param.len().div_ceil(CHUNK), Default::default);
-            param
-                .par_chunks_mut(CHUNK)
-                .zip(first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK)))
-                .zip(grad.par_chunks(CHUNK).zip(copies))
-                .for_each(|((param, (first, second)), (grad, copy))| {
-                    cpu::adamw::update(param, [first, second], grad, copy, constants);
-                });
-        };
-        cpu::with_slice_mut(&param.master, |param| {
-            cpu::with_slice_mut(&moments.first, |first| {
-                cpu::with_slice_mut(&moments.second, |second| {
-                    cpu::with_slice(grad, |grad| pass(param, first, second, grad))
-                })
-            })
-        })????;
-        Ok(())
+        moments
+            .with(param, |states| Ok(cpu::with_slice(grad, |grad| self.piece(states, grad, copy))?))
+    }
+
+    /// A piece of a master with its moments, and of its bf16 copy where that is not empty.
+    fn piece(&self, [param, first, second]: [&mut [f32]; 3], grad: &[f32], copy: &mut [bf16]) {
+        let mut copies: Vec<&mut [bf16]> = copy.chunks_mut(CHUNK).collect();
+        copies.resize_with(param.len().div_ceil(CHUNK), Default::default);
+        param
+            .par_chunks_mut(CHUNK)
+            .zip(first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK)))
+            .zip(grad.par_chunks(CHUNK).zip(copies))
+            .for_each(|((param, (first, second)), (grad, copy))| {
+                cpu::adamw::update(param, [first, second], grad, copy, self.0);
+            });
+    }
+
+    /// The same where the model is elsewhere: the gradient comes, the copy goes.
+    fn on_host(self, param: &Param, grad: &Tensor, moments: &Moments) -> Result<()> {
+        let grad = grad.to_device(&Device::Cpu)?.contiguous()?;
+        if param.computed().dtype() == DType::F32 {
+            self.with_copy(param, &mut [], &grad, moments)?;
+            return param.send(&param.master);
+        }
+        let copy = Tensor::zeros(param.master.shape(), DType::BF16, &Device::Cpu)?;
+        cpu::with_slice_mut(&copy, |copy| self.with_copy(param, copy, &grad, moments))??;
+        param.send(&copy)
+    }
+
+    /// The same of a model on a GPU, a piece after the other: one is computed while the next comes and the last goes.
+    #[cfg(feature = "cuda")]
+    fn streamed(
+        self,
+        param: &Param,
+        grad: &Tensor,
+        moments: &Moments,
+        pipe: &mut Pipe,
+    ) -> Result<()> {
+        let copy = param.computed();
+        moments.with(param, |[master, first, second]| {
+            if copy.dtype() == DType::F32 {
+                return Ok(pipe.pass::<f32>(grad, copy, |range, grad, out| {
+                    let states = [&mut *master, first, second].map(|all| &mut all[range.clone()]);
+                    self.piece(states, grad, &mut []);
+                    out.copy_from_slice(&master[range]);
+                })?);
+            }
+            Ok(pipe.pass::<bf16>(grad, copy, |range, grad, out| {
+                let states = [&mut *master, first, second].map(|all| &mut all[range.clone()]);
+                self.piece(states, grad, out);
+            })?)
+        })
     }
 
     /// The same on a GPU, without waiting for it.

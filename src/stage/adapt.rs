@@ -14,7 +14,7 @@ use crate::model::lora::{self, A, Attached, B, Init, Lora, parameter};
 use crate::model::save::SaveOptions;
 use crate::model::source;
 use crate::model::{Architecture, Config, Precision, Tensors, Weights, packed};
-use crate::train::{Learner, Settings};
+use crate::train::{Held, Learner, Settings};
 
 /// How a stage's keys ask for its model to be trained.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +25,8 @@ pub struct Adapt<'a> {
     pub base: &'a str,
     /// What products compute with.
     pub dtype: Precision,
+    /// Masters and moments in host memory.
+    pub offloaded: bool,
     /// Seed of the factors.
     pub seed: u64,
 }
@@ -53,7 +55,12 @@ impl<'a> Adapt<'a> {
         (lora, base): (&'a Lora, &'a str),
         settings: &Settings,
     ) -> Self {
-        Self { lora, base, dtype: settings.dtype, seed: context.seed }
+        let offloaded = settings.optimizer_offload && !context.device.is_cpu();
+        Self { lora, base, dtype: settings.dtype, offloaded, seed: context.seed }
+    }
+
+    fn held(&self) -> Held {
+        Held { dtype: self.dtype, offloaded: self.offloaded }
     }
 
     /// The start as a frozen model: DPO's reference, and what adapters are trained beside.
@@ -75,14 +82,14 @@ impl<'a> Adapt<'a> {
     pub fn trainee(&self, start: Checkpoint) -> Result<Trainee> {
         let Checkpoint { config, mut weights, tokenizer } = start;
         if !self.lora.use_peft {
-            let learner = Learner::with(&config, weights, self.dtype, |_| false)?;
+            let learner = Learner::with(&config, weights, self.held(), |_| false)?;
             return Ok(Trainee { learner, config, tokenizer, adapter: None });
         }
         let fingerprint = peft::fingerprint(&weights)?;
         let attached = lora::attach(self.lora, &config, &mut weights, self.seed)?;
         let trained = |name: &str| self.lora.trains(name);
         let start = self.frozen(weights)?;
-        let learner = Learner::adapted(&config, start, &attached, self.dtype, trained)?;
+        let learner = Learner::adapted(&config, start, &attached, self.held(), trained)?;
         let first = (self.lora.init_lora_weights == Init::Pissa).then_some(attached);
         let files = Files { config: self.config(&config)?, fingerprint, first };
         Ok(Trainee { learner, config, tokenizer, adapter: Some(files) })
@@ -194,7 +201,8 @@ fn relative(
             let (Some(now), Some(then)) = (trained.get(&name), first.factors.get(&name)) else {
                 return Err(Error::run("missing from the adapter").at(name));
             };
-            let both = Tensor::cat(&[now, &(then * sign)?], dim)?;
+            let then = (then * sign)?.to_device(now.device())?;
+            let both = Tensor::cat(&[now, &then], dim)?;
             trained.insert(name, both);
         }
     }

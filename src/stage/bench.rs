@@ -231,7 +231,8 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
         Method::Reward => (Box::new(Reward::default()), None),
         _ => (Box::new(Sft::default()), None),
     };
-    let adapt = Adapt { lora: &options.lora, base: &options.model, dtype: options.dtype, seed: 1 };
+    let (lora, base, dtype) = (&options.lora, &options.model, options.dtype);
+    let adapt = Adapt { lora, base, dtype, offloaded: false, seed: 1 };
     let learner = adapt.trainee(start)?.learner;
     let mut adamw = AdamW::new(settings.hyper());
     let cut = StepOptions {

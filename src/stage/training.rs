@@ -207,7 +207,8 @@ pub fn fit(context: &StageContext<'_>, work: Work<'_>) -> Result<Metrics> {
     let trainee = work.adapt.trainee(work.start)?;
     let save = |_: &Learner, dir: &std::path::Path| trainee.write(dir);
     let samples = |learner: &Learner| {
-        answers(&trainee.checkpoint(learner)?.computed_in(work.settings.dtype)?, work.samples)
+        let now = trainee.checkpoint(learner)?.on(&context.device)?;
+        answers(&now.computed_in(work.settings.dtype)?, work.samples)
     };
     let job = Job {
         objective: work.objective,

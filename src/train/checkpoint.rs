@@ -110,7 +110,7 @@ impl Saved {
         let state: State = store::read_json(&self.dir.join(STATE))?;
         learner.set(&learner.read(&self.dir)?).at(self.dir.display())?;
         let path = self.dir.join(OPTIMIZER);
-        let moments = safetensors::load(&path, learner.model().device()).at(path.display())?;
+        let moments = safetensors::load(&path, learner.master_device()).at(path.display())?;
         adamw.import(state.step as u64, moments.into_iter().collect())?;
         if let Some(ema) = ema {
             load_tensors(&self.dir.join(AVERAGE), ema.learner())?;

@@ -60,9 +60,6 @@ impl Ema {
                 });
             })
         })??;
-        match &average.copy {
-            Some(copy) => Ok(copy.set(&average.master.to_dtype(copy.dtype())?)?),
-            None => Ok(()),
-        }
+        average.send(&average.master)
     }
 }

@@ -98,6 +98,9 @@ impl<'a> Run<'a> {
             adapted: learner.adapted_sizes(),
             ..settings.step_options(learner.bytes() + averaged, learner.model().device())?
         };
+        if let Some(note) = settings.without_effect(learner.model().device()) {
+            job.events.note(&note);
+        }
         if options.recompute == Recompute::Auto {
             job.events.note(&options.explain(learner.model().config()));
         }

@@ -72,8 +72,12 @@ impl Follower {
             return Ok(());
         }
         let alpha = self.pace.mixup_alpha;
-        let mut masters = self.lock().masters.clone();
+        let (mut masters, device) = {
+            let now = self.lock();
+            (now.masters.clone(), now.model.device().clone())
+        };
         for (name, policy) in policy.weights() {
+            let policy = policy.to_device(&device)?;
             let mixed = match masters.get(&name) {
                 Some(own) if alpha < 1.0 => ((own * (1.0 - alpha))? + (policy * alpha)?)?,
                 // The policy's storage moves on.

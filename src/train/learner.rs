@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Context, Error, Result};
 use crate::model::checkpoint::load_weights;
@@ -12,6 +12,28 @@ use crate::model::transformer::Transformer;
 use crate::model::{Config, Precision, Tensors, Weights};
 use crate::optim::Param;
 use crate::train::memory::Adapted;
+
+/// How a model in training is held.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    /// What its matrices are computed with.
+    pub dtype: Precision,
+    /// Masters are in host memory, and so are the optimizer's moments.
+    pub offloaded: bool,
+}
+
+impl From<Precision> for Held {
+    fn from(dtype: Precision) -> Self {
+        Self { dtype, offloaded: false }
+    }
+}
+
+impl Held {
+    fn param(self, start: &Tensor, dtype: DType) -> Result<Param> {
+        let param = Param::computed_in(start, dtype)?;
+        if self.offloaded { param.offloaded() } else { Ok(param) }
+    }
+}
 
 /// A model in training. The weights are f32 masters; the transformer shares their storage, or that of their bf16
 /// copies.
@@ -34,36 +56,35 @@ impl Learner {
     }
 
     /// Takes a copy of `weights`, one tensor after the other, so that the given ones are freed on the way where nobody
-    /// else holds them. Matrices are computed with in `dtype`. Parameters whose name is `frozen` keep their bits and cost
-    /// no gradient work.
+    /// else holds them. Parameters whose name is `frozen` keep their bits and cost no gradient work.
     ///
     /// # Errors
     /// Names a tensor that is missing.
     pub fn with(
         config: &Config,
         weights: Weights,
-        dtype: Precision,
+        held: impl Into<Held>,
         frozen: impl Fn(&str) -> bool,
     ) -> Result<Self> {
-        Self::of(config, Tensors::dense(weights), dtype, frozen)
+        Self::of(config, Tensors::dense(weights), held.into(), frozen)
     }
 
     fn of(
         config: &Config,
         start: Tensors,
-        dtype: Precision,
+        held: Held,
         frozen: impl Fn(&str) -> bool,
     ) -> Result<Self> {
         let mut params = BTreeMap::new();
         let mut tensors = Tensors { weights: Weights::new(), ..start };
         for (name, tensor) in start.weights {
-            dtype.check_device(tensor.device())?;
-            let dtype = dtype.of(&name, &tensor);
+            held.dtype.check_device(tensor.device())?;
+            let dtype = held.dtype.of(&name, &tensor);
             if frozen(&name) {
                 tensors.weights.insert(name, tensor.detach().to_dtype(dtype)?);
                 continue;
             }
-            let param = Param::computed_in(&tensor, dtype)?;
+            let param = held.param(&tensor, dtype)?;
             tensors.weights.insert(name.clone(), param.computed().clone());
             params.insert(name, param);
         }
@@ -78,17 +99,19 @@ impl Learner {
         config: &Config,
         start: Tensors,
         attached: &Attached,
-        dtype: Precision,
+        held: impl Into<Held>,
         trained: impl Fn(&str) -> bool,
     ) -> Result<Self> {
-        let mut learner = Self::of(config, start, dtype, |name| !trained(name))?;
+        let held = held.into();
+        let dtype = held.dtype.dtype();
+        let mut learner = Self::of(config, start, held, |name| !trained(name))?;
         for (module, &scale) in &attached.scales {
             let mut param = |part: &str, dtype: DType| -> Result<Tensor> {
                 let name = parameter(module, part);
                 let start = attached.factors.get(&name);
                 let start =
                     start.ok_or_else(|| Error::run("missing from the adapter").at(&name))?;
-                let mut param = Param::computed_in(start, dtype)?;
+                let mut param = held.param(start, dtype)?;
                 if part == B && attached.lr_ratio > 0.0 {
                     param.lr_scale = attached.lr_ratio;
                 }
@@ -96,7 +119,7 @@ impl Learner {
                 learner.params.insert(name, param);
                 Ok(computed)
             };
-            let (a, b) = (param(A, dtype.dtype())?, param(B, dtype.dtype())?);
+            let (a, b) = (param(A, dtype)?, param(B, dtype)?);
             let dora = if attached.factors.contains_key(&parameter(module, MAGNITUDE)) {
                 let magnitude = param(MAGNITUDE, DType::F32)?;
                 Some(Dora { magnitude, squares: learner.tensors.matrix(module)?.row_squares()? })
@@ -161,16 +184,26 @@ impl Learner {
         &self.model
     }
 
-    /// Bytes of trained masters, their copies, and of what is frozen.
+    /// Whether masters are in host memory, see [`Held`].
+    pub fn is_offloaded(&self) -> bool {
+        self.params.values().any(|param| param.offloaded)
+    }
+
+    /// Where the masters are, and the optimizer's moments.
+    pub fn master_device(&self) -> &Device {
+        self.params.values().next().map_or(self.model.device(), |param| param.master.device())
+    }
+
+    /// Bytes on the model's device of trained masters, their copies, and of what is frozen.
     pub fn bytes(&self) -> u64 {
         self.trained_bytes() + self.frozen_bytes()
     }
 
-    /// Bytes of trained masters and their copies.
+    /// Bytes on the model's device of trained masters and their copies.
     pub fn trained_bytes(&self) -> u64 {
         let bytes = |param: &Param| {
             let copy = param.copy.as_ref().map_or(0, |copy| size(copy));
-            size(&param.master) + copy
+            if param.offloaded { copy } else { size(&param.master) + copy }
         };
         self.params.values().map(bytes).sum()
     }

@@ -7,7 +7,7 @@ use super::step::StepOptions;
 use crate::error::{Error, Result};
 use crate::model::lora::{self, Lora};
 use crate::model::params::{EMBEDDING, HEAD, count, shapes};
-use crate::model::{Config, Precision};
+use crate::model::{Architecture, Config, Precision};
 use crate::ops::head::{CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS};
 
 const F32: u64 = 4;
@@ -98,15 +98,19 @@ impl Adapted {
     }
 }
 
-/// Bytes of one step over one micro-batch.
+/// Bytes of one step over one micro-batch, on the device that computes it.
 #[derive(Clone, Copy, Debug)]
 pub struct Footprint {
     /// Weights and both moments; in bf16 the copies too. The weights once more where they are averaged.
     pub state: u64,
+    /// What of them is in host memory instead.
+    pub host_state: u64,
     /// Gradients at the start of the blocks' backward (the head's), and at its end.
     pub gradients: [u64; 2],
-    /// What each block is given, kept until its backward.
-    pub boundaries: u64,
+    /// What a block is given, kept until its backward.
+    pub boundary: u64,
+    /// Those of blocks that run again wait in host memory.
+    pub boundaries_wait: bool,
     /// What one block keeps besides.
     pub block: u64,
     /// Blocks of the model.
@@ -118,38 +122,33 @@ pub struct Footprint {
 impl Footprint {
     /// Of a micro-batch of `tokens` tokens.
     pub fn new(config: &Config, options: &StepOptions, tokens: usize) -> Self {
-        let element = options.dtype.dtype().size_in_bytes() as u64;
-        let (tokens, h, f) =
-            (tokens as u64, config.hidden_size as u64, config.intermediate_size as u64);
-        let q = (config.num_attention_heads * config.head_dim) as u64;
-        let kv = (config.num_key_value_heads * config.head_dim) as u64;
-        let heads = config.num_attention_heads as u64;
-        // One block's gradients at a time where the optimizer runs in the backward.
         let all = Adapted { trained: count(config) as u64, frozen: 0, head: true };
-        let Adapted { trained: parameters, frozen, head } = options.adapted.unwrap_or(all);
-        let head_gradient = if head { config.vocab_size as u64 * h * F32 } else { 0 };
-        let last = if options.optimizer_in_backward { head_gradient } else { parameters * F32 };
-        let copies = if options.dtype == Precision::F32 { 0 } else { element };
-        let averages = if options.averages { parameters * (F32 + copies) } else { 0 };
-        // `model::block_cpu`: queries and what they saw, keys and values, gate and up; log-sum-exps and the sum between.
-        let kept = (2 * q + 2 * kv + 2 * f) * element + (h + heads) * F32;
-        // A graph keeps what every op gave: normed rows and products before and after their rotation, the activation, and
-        // both products that are added to the residual stream as they were and in f32.
-        let graph = (4 * h + q + kv + f) * element + 3 * h * F32;
-        let kept = if options.gpu { kept + graph } else { kept };
-        // Norms, the activation and gradients while one block is taken back.
-        let back = tokens * ((6 * h + f) * F32 + 3 * f * element);
+        let Adapted { trained, frozen, head } = options.adapted.unwrap_or(all);
+        let [state, host_state] = held(options);
+        let table = (config.vocab_size * config.hidden_size) as u64 * F32;
+        let head_gradient = if head { table } else { 0 };
+        // Where the optimizer runs in the backward, those of one block at a time, and at the end of what is no block's.
+        let own_head = options.adapted.is_none()
+            && config.architecture == Architecture::CausalLm
+            && !config.tie_word_embeddings;
+        let outside = head_gradient + if own_head { table } else { 0 };
+        let last = if options.optimizer_in_backward { outside } else { trained * F32 };
+        let (block, back) = of_block(config, options);
+        let tokens = tokens as u64;
+        let boundary = tokens * config.hidden_size as u64 * F32;
         let chunk = if options.gpu { GPU_CHUNK_ELEMENTS } else { CHUNK_ELEMENTS };
         let logits = (chunk as u64).min(tokens * config.vocab_size as u64);
-        let rounded = if options.dtype == Precision::F32 { 0 } else { logits * element };
-        let head = logits * F32 + rounded + 2 * tokens * h * F32;
+        let rounded = if options.dtype == Precision::F32 { 0 } else { logits * element(options) };
+        let head = logits * F32 + rounded + 2 * boundary;
         Self {
-            state: frozen + parameters * (3 * F32 + copies) + averages,
+            state: frozen + trained * state,
+            host_state: trained * host_state,
             gradients: [head_gradient.min(last), last],
-            boundaries: (config.num_hidden_layers as u64 + 1) * tokens * h * F32,
-            block: tokens * kept,
+            boundary,
+            boundaries_wait: options.activation_offload,
+            block: tokens * block,
             blocks: config.num_hidden_layers,
-            working: back.max(head),
+            working: (tokens * back + block_gradients(config, options)).max(head),
         }
     }
 
@@ -160,17 +159,31 @@ impl Footprint {
         // Gradients come as activations go.
         let [first, last] = self.gradients;
         let both = (keep as u64 * self.block + first).max(last);
-        self.state + self.boundaries + both + again + self.working
+        self.state + self.boundaries(keep) + both + again + self.working
     }
 
-    /// The same, part by part.
+    /// What the blocks and the final norm are given.
+    fn boundaries(&self, keep: usize) -> u64 {
+        let all = self.blocks + 1;
+        // One is on its way, and the final norm's stays.
+        let here = if self.boundaries_wait { (keep + 2).min(all) } else { all };
+        here as u64 * self.boundary
+    }
+
+    /// Bytes in host memory of a step that a GPU computes.
+    pub fn host_bytes(&self, keep: usize) -> u64 {
+        let waiting = if self.boundaries_wait { self.blocks.saturating_sub(keep) } else { 0 };
+        self.host_state + waiting as u64 * self.boundary
+    }
+
+    /// What the device holds, part by part.
     pub fn parts(&self, keep: usize) -> [(&'static str, u64); 5] {
         let again = if keep < self.blocks { self.block } else { 0 };
         [
             ("weights and moments", self.state),
             ("gradients", self.gradients[1]),
             ("activations of blocks", keep as u64 * self.block + again),
-            ("inputs of blocks", self.boundaries),
+            ("inputs of blocks", self.boundaries(keep)),
             ("the head, or one block on its way back", self.working),
         ]
     }
@@ -179,6 +192,51 @@ impl Footprint {
     pub fn keep_within(&self, budget: u64) -> usize {
         (0..=self.blocks).rev().find(|&keep| self.bytes(keep) <= budget).unwrap_or(0)
     }
+}
+
+fn element(options: &StepOptions) -> u64 {
+    options.dtype.dtype().size_in_bytes() as u64
+}
+
+/// Bytes of a trained parameter on the device that computes and, where that is not the host, in its memory.
+fn held(options: &StepOptions) -> [u64; 2] {
+    let copy = if options.dtype == Precision::F32 { 0 } else { element(options) };
+    let averages = u64::from(options.averages);
+    if options.optimizer_offload {
+        return [element(options) * (1 + averages), (3 + averages) * F32];
+    }
+    [3 * F32 + copy + averages * (F32 + copy), 0]
+}
+
+/// Bytes a token that a block keeps besides its input, and that are held on top while it is taken back.
+fn of_block(config: &Config, options: &StepOptions) -> (u64, u64) {
+    let (h, f) = (config.hidden_size as u64, config.intermediate_size as u64);
+    let q = (config.num_attention_heads * config.head_dim) as u64;
+    let kv = (config.num_key_value_heads * config.head_dim) as u64;
+    let (heads, element) = (config.num_attention_heads as u64, element(options));
+    // `model::block_cpu`: queries and what they saw, keys and values, gate and up; log-sum-exps and the sum between.
+    let kept = (2 * q + 2 * kv + 2 * f) * element + (h + heads) * F32;
+    // A graph keeps what every op gave: normed rows and products before and after their rotation, the activation, and
+    // both products that are added to the residual stream as they were and in f32.
+    let graph = (4 * h + q + kv + f) * element + 3 * h * F32;
+    // Norms, the activation and gradients.
+    let back = (6 * h + f) * F32 + 3 * f * element;
+    (if options.gpu { kept + graph } else { kept }, back)
+}
+
+/// Bytes of a block's gradients that no sum over the step counts.
+fn block_gradients(config: &Config, options: &StepOptions) -> u64 {
+    if options.adapted.is_some() {
+        return 0;
+    }
+    let of_first = |(name, _): &(&String, &Vec<usize>)| name.starts_with("model.layers.0.");
+    let shapes = shapes(config);
+    let count: usize =
+        shapes.iter().filter(of_first).map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    // A graph gives them in the type of the weights.
+    let given = if options.gpu && options.dtype != Precision::F32 { element(options) } else { 0 };
+    let taken = if options.optimizer_in_backward { F32 } else { 0 };
+    count as u64 * (given + taken)
 }
 
 /// A number of bytes as people write it: `6GiB`, `500 MB`, `1073741824`.
@@ -274,6 +332,42 @@ mod tests {
             let off = (estimate as f64 / f64::from(mb) - 1.0).abs();
             assert!(off < 0.1, "{:?}, {keep} kept: {estimate} MB, measured {mb}", options.dtype);
         }
+    }
+
+    /// Llama 3 8B with 4096 tokens in a micro-batch: P = 8 030 261 248 parameters, blocks of D 4096, F 14336, 32 heads and 8
+    /// key heads of 128 with 218 112 000 parameters each, a vocabulary of 128256.
+    #[test]
+    fn eight_billion_parameters_on_a_gpu_need_what_paper_says() {
+        let config = Config::from_json(
+            r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32,
+            "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+            "tie_word_embeddings": false, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu"}"#,
+        )
+        .unwrap();
+        let gpu = StepOptions { gpu: true, dtype: Precision::Bf16, ..StepOptions::new(4096) };
+        let footprint = |options: &StepOptions| Footprint::new(&config, options, 4096);
+        // Kept of a token: 77 824 of queries, keys, values, gate and up, 16 512 of sums; 120 832 that only a graph keeps.
+        let block = 4096 * (77_824 + 16_512 + 120_832);
+        assert_eq!((footprint(&gpu).block, block), (881_328_128, 881_328_128));
+        // 14 P, 33 inputs of 67 108 864, gradients of 4 P which outweigh the 32 blocks, and a block on its way back: 241 664
+        // a token, and its gradients in bf16.
+        let back = 4096 * 241_664 + 2 * 218_112_000;
+        let all: u64 = 14 * 8_030_261_248 + 33 * 67_108_864 + 4 * 8_030_261_248 + back;
+        assert_eq!((footprint(&gpu).bytes(32), all), (148_185_374_720, 148_185_374_720));
+        // One block's gradients at a time, in f32 too; at the end those of embedding and head, 2 101 346 304 each.
+        let lean = StepOptions { optimizer_in_backward: true, ..gpu };
+        let back = 4096 * 241_664 + 6 * 218_112_000;
+        let rest = 2 * 2_101_346_304 + block + back;
+        assert_eq!(footprint(&lean).bytes(0), 14 * 8_030_261_248 + 33 * 67_108_864 + rest);
+        assert_eq!(footprint(&lean).bytes(0) >> 30, 113);
+        assert_eq!(footprint(&lean).host_bytes(0), 0);
+        // In bf16 alone on the GPU, and two inputs of blocks; 12 P and 32 inputs wait elsewhere.
+        let leanest = StepOptions { optimizer_offload: true, activation_offload: true, ..lean };
+        assert_eq!(footprint(&leanest).bytes(0), 2 * 8_030_261_248 + 2 * 67_108_864 + rest);
+        assert_eq!(footprint(&leanest).bytes(0) >> 30, 21);
+        assert_eq!(footprint(&leanest).host_bytes(0), 12 * 8_030_261_248 + 32 * 67_108_864);
+        // Blocks that keep their activations keep their inputs.
+        assert_eq!(footprint(&leanest).host_bytes(20), 12 * 8_030_261_248 + 12 * 67_108_864);
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub use ema::Ema;
 pub use feed::Data;
 pub use fit::{Job, fit};
 pub use follower::Follower;
-pub use learner::Learner;
+pub use learner::{Held, Learner};
 pub use memory::Recompute;
 pub use order::Order;
 pub use settings::Settings;

@@ -55,6 +55,11 @@ pub struct Settings {
     /// Update a block's weights as soon as its gradient is there, and free it: gradients of one block exist at a time.
     /// For steps of one micro-batch without clipping (`max_grad_norm = 0`).
     pub optimizer_in_backward: bool,
+    /// Masters and AdamW's moments are in host memory and move there: of a trained parameter the GPU holds what it computes
+    /// with. Changes nothing on the CPU.
+    pub optimizer_offload: bool,
+    /// Inputs of blocks that `gradient_checkpointing` runs again wait in host memory. Changes nothing on the CPU.
+    pub activation_offload: bool,
     /// NEFTune: uniform noise within `±alpha / sqrt(L D)` on the embedded tokens while training, with `L` the row's tokens and
     /// `D` the width; 0 is off, the paper takes 5 to 15.
     pub neftune_noise_alpha: f64,
@@ -110,6 +115,8 @@ impl Default for Settings {
             gradient_checkpointing: Recompute::None,
             memory_budget: String::new(),
             optimizer_in_backward: false,
+            optimizer_offload: false,
+            activation_offload: false,
             neftune_noise_alpha: 0.0,
             eval_steps: 0,
             save_steps: 0,
@@ -140,18 +147,37 @@ impl Settings {
     /// # Errors
     /// Recomputation by memory where neither `memory_budget` nor what is free is known.
     pub fn step_options(&self, held: u64, device: &Device) -> Result<StepOptions> {
-        Ok(StepOptions {
+        Ok(StepOptions { budget: self.budget(held, device)?, ..self.options(!device.is_cpu()) })
+    }
+
+    /// The same for an estimate, where nobody opens a GPU. How many blocks `"auto"` keeps there is not known without
+    /// `memory_budget`: none is the least that it needs.
+    ///
+    /// # Errors
+    /// On the CPU as [`step_options`](Self::step_options).
+    pub fn planned_options(&self, gpu: bool) -> Result<StepOptions> {
+        let options = self.options(gpu);
+        if gpu && options.recompute == Recompute::Auto && self.memory_budget.is_empty() {
+            return Ok(StepOptions { recompute: Recompute::Block, ..options });
+        }
+        Ok(StepOptions { budget: self.budget(0, &Device::Cpu)?, ..options })
+    }
+
+    fn options(&self, gpu: bool) -> StepOptions {
+        StepOptions {
             max_tokens: self.max_tokens_per_micro_batch,
             recompute: self.gradient_checkpointing,
-            budget: self.budget(held, device)?,
+            budget: u64::MAX,
             dtype: self.dtype,
             adapted: None,
             dropout: None,
             optimizer_in_backward: self.optimizer_in_backward,
+            optimizer_offload: self.optimizer_offload && gpu,
+            activation_offload: self.activation_offload && gpu,
             averages: self.ema_decay > 0.0,
             noise: None,
-            gpu: !device.is_cpu(),
-        })
+            gpu,
+        }
     }
 
     fn budget(&self, held: u64, device: &Device) -> Result<u64> {
@@ -255,6 +281,11 @@ impl Settings {
             )
             .hint("a stream does not know how long an epoch is: set max_steps"));
         }
+        self.check_memory()?;
+        self.dtype.check_compute()
+    }
+
+    fn check_memory(&self) -> Result<()> {
         if !self.memory_budget.is_empty() {
             parse_bytes("memory_budget", &self.memory_budget)?;
         }
@@ -266,7 +297,29 @@ impl Settings {
             ))
             .hint("set max_grad_norm = 0, or optimizer_in_backward = false"));
         }
-        self.dtype.check_compute()
+        if self.activation_offload && self.gradient_checkpointing == Recompute::None {
+            return Err(Error::usage(
+                "`activation_offload` with `gradient_checkpointing` \"none\": no block runs again from its input",
+            )
+            .hint("set gradient_checkpointing = \"block\" or \"auto\""));
+        }
+        Ok(())
+    }
+
+    /// What of these settings changes nothing on the CPU, for people.
+    pub fn without_effect(&self, device: &Device) -> Option<String> {
+        let asked = [
+            (self.optimizer_offload, "`optimizer_offload`"),
+            (self.activation_offload, "`activation_offload`"),
+        ];
+        let asked: Vec<&str> =
+            asked.iter().filter(|(asked, _)| *asked).map(|(_, key)| *key).collect();
+        (device.is_cpu() && !asked.is_empty()).then(|| {
+            format!(
+                "{}: nothing to do on the CPU, whose memory holds everything already",
+                asked.join(" and ")
+            )
+        })
     }
 }
 

@@ -12,13 +12,14 @@ use crate::error::{Error, Result};
 use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
 use crate::model::gradients::Gradients;
 use crate::model::lora::Dropout;
-use crate::model::transformer::{Trace, Transformer};
+use crate::model::transformer::{Keep, Trace, Transformer};
 use crate::model::{Config, Precision};
 use crate::ops::head::{self, Asked, Readings, RowStats};
 use crate::report::record::Metrics;
 
 /// How a step is computed; all but the type, the dropout and the noise changes memory and speed, never what is computed.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 pub struct StepOptions {
     /// Token budget of a micro-batch.
     pub max_tokens: usize,
@@ -34,6 +35,10 @@ pub struct StepOptions {
     pub dropout: Option<Dropout>,
     /// Weights move in the backward pass: see [`update`](super::update::update).
     pub optimizer_in_backward: bool,
+    /// Masters and moments are in host memory, not on the device.
+    pub optimizer_offload: bool,
+    /// Inputs of blocks that run again wait in host memory.
+    pub activation_offload: bool,
     /// A moving average of the weights is held beside them: see [`Ema`](super::Ema).
     pub averages: bool,
     /// Noise on the embedded tokens.
@@ -53,6 +58,8 @@ impl StepOptions {
             adapted: None,
             dropout: None,
             optimizer_in_backward: false,
+            optimizer_offload: false,
+            activation_offload: false,
             averages: false,
             noise: None,
             gpu: false,
@@ -86,6 +93,8 @@ impl StepOptions {
             (keep > 0, "gradient_checkpointing = \"block\""),
             (true, "a lower max_tokens_per_micro_batch"),
             (!self.optimizer_in_backward, "optimizer_in_backward = true"),
+            (!self.optimizer_offload, "optimizer_offload = true"),
+            (keep == 0 && !self.activation_offload, "activation_offload = true"),
             (self.dtype == Precision::F32, "dtype = \"bf16\""),
             (self.averages, "no ema_decay"),
             (self.adapted.is_none(), "use_peft = true"),
@@ -150,7 +159,8 @@ pub(super) fn trace(model: &Transformer, forest: &Forest, options: StepOptions) 
     if let Some(noise) = options.noise {
         x = noise.add(forest, &x)?;
     }
-    model.trace_embedded(forest, &x, (keep, masks))
+    let inputs_on_host = options.activation_offload;
+    model.trace_embedded(forest, &x, Keep { blocks: keep, masks, inputs_on_host })
 }
 
 /// The same measures without gradients, one micro-batch at a time.

@@ -2,6 +2,8 @@
 
 #[cfg(feature = "cuda")]
 mod on_cuda;
+#[cfg(test)]
+mod tests;
 
 use candle_core::Tensor;
 

@@ -1,11 +1,12 @@
 //! The end of a step on a GPU: the norm, the clipping and the weights' move are launched one after the other, and the host
-//! reads the norms once, after all of it.
+//! reads the norms once, after all of it. Where masters are in host memory, it reads them before.
 
 use crate::data::tree::Tree;
 use crate::error::Result;
 use crate::model::gradients::Gradients;
 use crate::ops::cuda::launch::optimizer::{Factor, Squares};
 use crate::optim::adamw::AdamW;
+use crate::optim::clip_factor;
 use crate::train::Learner;
 use crate::train::norms::Norms;
 use crate::train::step::StepReport;
@@ -28,16 +29,28 @@ pub(super) fn step(
     for (index, (_, grad)) in grads.iter().enumerate() {
         squares.put(index, grad)?;
     }
-    let clip = squares.clip(0..names.len(), pace.max_grad_norm)?;
-    adamw.begin_step();
-    for (name, grad) in grads.iter() {
-        adamw.apply_clipped(learner.params(), (name, grad), pace.lr, &clip)?;
-    }
-    let mut norms = Norms::default();
-    for (name, square) in names.into_iter().zip(squares.read()?) {
-        norms.add(name, square);
-    }
-    check(report.loss, norms.total(), trees)?;
+    let read = |squares: &Squares| -> Result<Norms> {
+        let mut norms = Norms::default();
+        for (name, square) in names.iter().zip(squares.read()?) {
+            norms.add(name, square);
+        }
+        check(report.loss, norms.total(), trees)?;
+        Ok(norms)
+    };
+    let norms = if learner.is_offloaded() {
+        // The host moves the weights: it waits for the norm first.
+        let norms = read(&squares)?;
+        let scale = clip_factor(norms.total(), pace.max_grad_norm);
+        adamw.step(learner.params(), grads, pace.lr, scale)?;
+        norms
+    } else {
+        let clip = squares.clip(0..names.len(), pace.max_grad_norm)?;
+        adamw.begin_step();
+        for (name, grad) in grads.iter() {
+            adamw.apply_clipped(learner.params(), (name, grad), pace.lr, &clip)?;
+        }
+        read(&squares)?
+    };
     norms.log(&mut report.metrics);
     Ok(norms.total())
 }
@@ -49,10 +62,10 @@ pub(super) struct Unread {
 }
 
 impl Unread {
-    /// For a step of this learner, where it is on a GPU.
+    /// For a step of this learner, where it is on a GPU with its masters.
     pub(super) fn new(learner: &Learner) -> Result<Option<Self>> {
         let device = learner.model().device();
-        if !device.is_cuda() {
+        if !device.is_cuda() || learner.is_offloaded() {
             return Ok(None);
         }
         let squares = Squares::new(device, learner.params().len())?;

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "kernels are given addresses")]
 
 pub(crate) mod embed;
+pub(crate) mod host;
 pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod optimizer;
@@ -27,7 +28,7 @@ use half::bf16;
 pub(in crate::ops::cuda) const NULL: &u64 = &0;
 
 /// Element types that kernels are compiled for.
-pub(in crate::ops::cuda) trait Number: CudaDType + DeviceRepr {
+pub(crate) trait Number: CudaDType + DeviceRepr {
     /// The suffix of their entries.
     const NAME: &'static str;
 }

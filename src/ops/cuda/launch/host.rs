@@ -1,0 +1,233 @@
+//! Memory of the host that the device copies to and from while both do other work: page-locked, on Candle's stream.
+//!
+//! A copy on the stream is in the order of the launches, so nothing here waits but who reads what came. All of it has to
+//! be done by the thread that launches: Candle's stream is that thread's own.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaStream, DeviceRepr, HostSlice, PinnedHostSlice, SyncOnDrop, ValidAsZeroBits,
+};
+use candle_core::{CudaDevice, Device, Result, Shape, Tensor, bail};
+use half::bf16;
+
+use super::{Number, cuda, tensor, view, with_view_mut};
+
+/// Elements of a piece of a parameter on its way: 32 MiB of gradient.
+const PIECE: usize = 8 << 20;
+/// Written and read by the host alike: no flag of the driver's.
+const PLAIN: u32 = 0;
+
+/// Page-locked memory, zeroed, so that nobody reads what was never written.
+fn locked<E: DeviceRepr + ValidAsZeroBits>(
+    device: &CudaDevice,
+    len: usize,
+) -> Result<PinnedHostSlice<E>> {
+    let stream = device.cuda_stream();
+    // SAFETY: written whole below, before anybody reads it.
+    let mut memory =
+        unsafe { stream.context().alloc_pinned_with_flags::<E>(len.max(1), PLAIN) }.w()?;
+    let start = memory.as_mut_ptr().w()?;
+    // SAFETY: the allocation holds so many elements, for which zero bits are a value.
+    unsafe { std::ptr::write_bytes(start, 0, len.max(1)) };
+    Ok(memory)
+}
+
+/// The first elements of page-locked memory.
+struct Part<'a, E> {
+    whole: &'a mut PinnedHostSlice<E>,
+    len: usize,
+}
+
+impl<E> HostSlice<E> for Part<'_, E> {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    unsafe fn stream_synced_slice<'a>(
+        &'a self,
+        stream: &'a CudaStream,
+    ) -> (&'a [E], SyncOnDrop<'a>) {
+        // SAFETY: asked of the caller.
+        let (all, sync) = unsafe { self.whole.stream_synced_slice(stream) };
+        (&all[..self.len], sync)
+    }
+
+    unsafe fn stream_synced_mut_slice<'a>(
+        &'a mut self,
+        stream: &'a CudaStream,
+    ) -> (&'a mut [E], SyncOnDrop<'a>) {
+        // SAFETY: asked of the caller.
+        let (all, sync) = unsafe { self.whole.stream_synced_mut_slice(stream) };
+        (&mut all[..self.len], sync)
+    }
+}
+
+fn part<E>(whole: &mut PinnedHostSlice<E>, len: usize) -> Result<Part<'_, E>> {
+    if len > whole.len() {
+        bail!("a part of {len} elements of page-locked memory of {}", whole.len());
+    }
+    Ok(Part { whole, len })
+}
+
+/// Brings gradients to the host and weights back, piece by piece, two of each under way.
+pub(crate) struct Pipe {
+    device: CudaDevice,
+    down: [PinnedHostSlice<f32>; 2],
+    up: Up,
+}
+
+/// Where weights wait for the device, of each type once it is needed.
+#[derive(Default)]
+struct Up {
+    f32: Option<[PinnedHostSlice<f32>; 2]>,
+    bf16: Option<[PinnedHostSlice<bf16>; 2]>,
+}
+
+/// Types of weights.
+pub(crate) trait Weight: Number + ValidAsZeroBits {
+    #[expect(private_interfaces, reason = "nobody else has such memory")]
+    fn of(up: &mut Up) -> &mut Option<[PinnedHostSlice<Self>; 2]>;
+}
+
+impl Weight for f32 {
+    #[expect(private_interfaces, reason = "nobody else has such memory")]
+    fn of(up: &mut Up) -> &mut Option<[PinnedHostSlice<Self>; 2]> {
+        &mut up.f32
+    }
+}
+
+impl Weight for bf16 {
+    #[expect(private_interfaces, reason = "nobody else has such memory")]
+    fn of(up: &mut Up) -> &mut Option<[PinnedHostSlice<Self>; 2]> {
+        &mut up.bf16
+    }
+}
+
+impl std::fmt::Debug for Pipe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pipe").field("device", &self.device).finish_non_exhaustive()
+    }
+}
+
+impl Pipe {
+    /// Page-locks its memory.
+    pub(crate) fn new(device: &Device) -> Result<Self> {
+        let device = device.as_cuda_device()?.clone();
+        let down = [locked(&device, PIECE)?, locked(&device, PIECE)?];
+        Ok(Self { down, up: Up::default(), device })
+    }
+
+    /// Calls `act` with each piece of a gradient and the place for the same piece of the weight, which it fills. While it
+    /// works the next piece comes and the last one goes.
+    ///
+    /// # Shapes
+    /// - `grad`: f32, `weight`: of type `E`, contiguous, of as many elements
+    pub(crate) fn pass<E: Weight>(
+        &mut self,
+        grad: &Tensor,
+        weight: &Tensor,
+        mut act: impl FnMut(Range<usize>, &[f32], &mut [E]),
+    ) -> Result<()> {
+        let count = weight.elem_count();
+        if grad.elem_count() != count {
+            bail!("a gradient of {:?} for a weight of {:?}", grad.shape(), weight.shape());
+        }
+        let Self { device, down, up } = self;
+        let up = match E::of(up) {
+            Some(up) => up,
+            none => none.insert([locked(device, PIECE)?, locked(device, PIECE)?]),
+        };
+        let grad = grad.contiguous()?;
+        let (grad, layout) = grad.storage_and_layout();
+        let grad = view::<f32>(cuda(&grad)?, layout)?;
+        let stream = device.cuda_stream();
+        let fetch = |down: &mut PinnedHostSlice<f32>, piece: &Range<usize>| -> Result<()> {
+            let mut down = part(down, piece.len())?;
+            stream.memcpy_dtoh(&grad.slice(piece.clone()), &mut down).w()
+        };
+        let pieces: Vec<Range<usize>> =
+            (0..count).step_by(PIECE).map(|at| at..(at + PIECE).min(count)).collect();
+        with_view_mut::<E, _>(weight, |mut weight| {
+            if let Some(first) = pieces.first() {
+                fetch(&mut down[0], first)?;
+            }
+            for (turn, piece) in pieces.iter().enumerate() {
+                if let Some(next) = pieces.get(turn + 1) {
+                    // What was in there was read in the turn before.
+                    fetch(&mut down[(turn + 1) % 2], next)?;
+                }
+                let (down, up) = (&down[turn % 2], &mut up[turn % 2]);
+                // Each waits for the copy that used it last.
+                let (from, to) = (down.as_slice().w()?, up.as_mut_slice().w()?);
+                act(piece.clone(), &from[..piece.len()], &mut to[..piece.len()]);
+                let up = part(up, piece.len())?;
+                stream.memcpy_htod(&up, &mut weight.slice_mut(piece.clone())).w()?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// A tensor of f32 that waits in page-locked memory.
+pub(crate) struct Waiting {
+    device: CudaDevice,
+    shape: Shape,
+    memory: Option<PinnedHostSlice<f32>>,
+}
+
+/// Page-locked memory that nobody uses: to lock it takes longer than to fill it.
+static SPARE: Mutex<Vec<PinnedHostSlice<f32>>> = Mutex::new(Vec::new());
+
+impl std::fmt::Debug for Waiting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Waiting").field("shape", &self.shape).finish_non_exhaustive()
+    }
+}
+
+impl Waiting {
+    /// Sends a tensor there. Its memory on the device may be used again by what is launched later.
+    pub(crate) fn new(x: &Tensor) -> Result<Self> {
+        let device = x.device().as_cuda_device()?.clone();
+        let x = x.contiguous()?;
+        let shape = x.shape().clone();
+        let (x, layout) = x.storage_and_layout();
+        let x = view::<f32>(cuda(&x)?, layout)?;
+        let mut memory = Self::spare(&device, x.len())?;
+        device.cuda_stream().memcpy_dtoh(&x, &mut part(&mut memory, x.len())?).w()?;
+        Ok(Self { device, shape, memory: Some(memory) })
+    }
+
+    /// Brings it back.
+    pub(crate) fn back(mut self) -> Result<Tensor> {
+        let count = self.shape.elem_count();
+        let Some(memory) = &mut self.memory else { bail!("a tensor came back twice") };
+        // SAFETY: written whole by the copy.
+        let mut back = unsafe { self.device.alloc::<f32>(count) }?;
+        self.device.cuda_stream().memcpy_htod(&part(memory, count)?, &mut back).w()?;
+        Ok(tensor(&self.device, back, self.shape.clone()))
+    }
+
+    /// The smallest that is large enough; where none is, a new one in the place of the largest.
+    fn spare(device: &CudaDevice, len: usize) -> Result<PinnedHostSlice<f32>> {
+        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+        let stream = device.cuda_stream();
+        spare.retain(|one| one.context() == stream.context());
+        spare.sort_by_key(PinnedHostSlice::len);
+        if let Some(index) = spare.iter().position(|one| one.len() >= len) {
+            return Ok(spare.remove(index));
+        }
+        drop(spare.pop());
+        locked(device, len)
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            SPARE.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Tensors that wait in the host's memory until they are needed again.
+
+use candle_core::{Device, Result, Tensor};
+
+#[cfg(feature = "cuda")]
+use super::cuda::launch::host::Waiting;
+
+/// A tensor whose place on its device is free in the meantime. It comes back with the same bits.
+#[derive(Debug)]
+pub struct HostCopy {
+    device: Device,
+    form: Form,
+}
+
+#[derive(Debug)]
+enum Form {
+    Plain(Tensor),
+    /// In page-locked memory, to which a GPU copies while the host goes on.
+    #[cfg(feature = "cuda")]
+    Locked(Waiting),
+}
+
+impl HostCopy {
+    /// Copies a tensor. What becomes of its storage afterwards does not matter.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn of(x: &Tensor) -> Result<Self> {
+        let device = x.device().clone();
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() && x.dtype() == candle_core::DType::F32 {
+            return Ok(Self { device, form: Form::Locked(Waiting::new(x)?) });
+        }
+        let x = x.detach();
+        let host = if device.is_cpu() { x.copy()? } else { x.to_device(&Device::Cpu)? };
+        Ok(Self { device, form: Form::Plain(host) })
+    }
+
+    /// Brings it back to its device.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn back(self) -> Result<Tensor> {
+        match self.form {
+            Form::Plain(host) => host.to_device(&self.device),
+            #[cfg(feature = "cuda")]
+            Form::Locked(waiting) => waiting.back(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_back_is_what_went_whatever_became_of_its_storage() {
+        let var = candle_core::Var::new(&[[1.5_f32, -0.0], [f32::MIN_POSITIVE, 3.0]], &Device::Cpu);
+        let var = var.unwrap();
+        let copy = HostCopy::of(&var.t().unwrap()).unwrap();
+        var.set(&var.zeros_like().unwrap()).unwrap();
+        let back = copy.back().unwrap().to_vec2::<f32>().unwrap();
+        let bits: Vec<Vec<u32>> =
+            back.iter().map(|row| row.iter().map(|x| x.to_bits()).collect()).collect();
+        let expected = [[1.5_f32, f32::MIN_POSITIVE], [-0.0, 3.0]];
+        assert_eq!(bits, expected.map(|row| row.map(f32::to_bits).to_vec()));
+    }
+}

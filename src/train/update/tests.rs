@@ -1,0 +1,145 @@
+//! Masters in host memory move to the same bits, and what the model computes with follows them.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::*;
+use crate::data::tree::Role;
+use crate::loss::sft::Sft;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::{Precision, Weights};
+use crate::train::checkpoint::{Saved, State};
+use crate::train::{Ema, Held, Settings};
+
+fn learner(dtype: Precision, offloaded: bool) -> Learner {
+    let dir = Path::new("tests/fixtures/goldens/model_untied");
+    let start = Checkpoint::load_dir(dir, &Device::Cpu).unwrap();
+    Learner::with(&start.config, start.weights, Held { dtype, offloaded }, |_| false).unwrap()
+}
+
+fn trees() -> Vec<Tree> {
+    let tokens = |len: usize, step: usize| (0..len).map(|i| 3 + (i * step % 500) as u32).collect();
+    let tree = |len, step, row| Tree::sequence(tokens(len, step), vec![Role::Content; len], row);
+    vec![tree(31, 7, 0), tree(45, 11, 1), tree(9, 29, 2)]
+}
+
+fn settings() -> Settings {
+    Settings { weight_decay: 0.1, ema_decay: 0.9, ..Settings::default() }
+}
+
+/// Takes steps; returns what they measured.
+fn steps(learner: &Learner, adamw: &mut AdamW, in_backward: bool, count: usize) -> Vec<[u64; 2]> {
+    let trees = trees();
+    let trees: Vec<&Tree> = trees.iter().collect();
+    let rounds = learner.params().values().any(|p| p.computed().dtype() == DType::BF16);
+    let dtype = if rounds { Precision::Bf16 } else { Precision::F32 };
+    let options =
+        StepOptions { dtype, optimizer_in_backward: in_backward, ..StepOptions::new(1 << 20) };
+    // A norm that clips.
+    let pace = Pace { lr: 1e-3, max_grad_norm: if in_backward { 0.0 } else { 0.1 } };
+    let mut step = || {
+        let (report, norm) =
+            update(learner, (&Sft::default(), &trees), options, adamw, pace).unwrap();
+        [report.loss.to_bits(), norm.to_bits()]
+    };
+    (0..count).map(|_| step()).collect()
+}
+
+fn bits(tensor: &Tensor) -> Vec<u32> {
+    let tensor = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+    tensor.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+fn all_bits(weights: &Weights) -> Vec<Vec<u32>> {
+    weights.values().map(bits).collect()
+}
+
+#[test]
+fn masters_in_host_memory_move_to_the_same_bits() {
+    for dtype in [Precision::F32, Precision::Bf16] {
+        for in_backward in [false, true] {
+            let [home, away] = [false, true].map(|offloaded| {
+                let learner = learner(dtype, offloaded);
+                assert_eq!(learner.is_offloaded(), offloaded);
+                let mut adamw = AdamW::new(settings().hyper());
+                let measured = steps(&learner, &mut adamw, in_backward, 3);
+                for (name, param) in learner.params() {
+                    // What is computed with is the rounded master.
+                    let rounded = param.master.to_dtype(param.computed().dtype()).unwrap();
+                    assert_eq!(bits(&rounded), bits(param.computed()), "{name}");
+                }
+                (measured, all_bits(&learner.weights()), all_bits(&adamw.export()))
+            });
+            assert!(home == away, "{dtype:?}, in the backward pass: {in_backward}");
+        }
+    }
+}
+
+/// The average follows, and a run goes on from a checkpoint, with masters elsewhere or not.
+#[test]
+fn averages_and_checkpoints_do_not_mind_where_masters_are() {
+    let run = |offloaded: [bool; 2]| {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, settings) = (learner(Precision::Bf16, offloaded[0]), settings());
+        let mut adamw = AdamW::new(settings.hyper());
+        let ema = Ema::new(&first, &settings).unwrap();
+        steps(&first, &mut adamw, false, 2);
+        ema.as_ref().unwrap().update(&first).unwrap();
+        let state = State { step: 2, ..State::default() };
+        let config = first.model().config().clone();
+        let save = |learner: &Learner, dir: &Path| {
+            let weights = learner.weights();
+            let saved = Checkpoint { config: config.clone(), weights, tokenizer: None };
+            saved.write_into(dir, &crate::model::save::SaveOptions::new(DType::F32))
+        };
+        Saved::write(dir.path(), (&first, ema.as_ref()), &adamw, &state, &save).unwrap();
+
+        let second = learner(Precision::Bf16, offloaded[1]);
+        let mut adamw = AdamW::new(settings.hyper());
+        let ema = Ema::new(&second, &settings).unwrap();
+        let saved = Saved::newest(dir.path()).unwrap().unwrap();
+        saved.load((&second, ema.as_ref()), &mut adamw).unwrap();
+        let measured = steps(&second, &mut adamw, false, 1);
+        let ema = ema.unwrap();
+        ema.update(&second).unwrap();
+        let computed = all_bits(&ema.learner().tensors().weights);
+        (measured, all_bits(&second.weights()), all_bits(&ema.learner().weights()), computed)
+    };
+    let expected = run([false, false]);
+    for offloaded in [[true, true], [false, true], [true, false]] {
+        assert!(run(offloaded) == expected, "{offloaded:?}");
+    }
+}
+
+#[test]
+fn bytes_on_the_device_are_those_of_what_is_computed_with() {
+    let [home, away] = [false, true].map(|offloaded| learner(Precision::F32, offloaded).bytes());
+    assert_eq!(home, away);
+    let [home, away] = [false, true].map(|offloaded| learner(Precision::Bf16, offloaded).bytes());
+    assert!(home > 2 * away, "{home} {away}");
+}
+
+#[test]
+fn offload_that_does_nothing_is_refused_or_told() {
+    let settings = Settings { activation_offload: true, ..Settings::default() };
+    let error = settings.check().unwrap_err().to_string();
+    assert!(
+        error.starts_with("`activation_offload` with `gradient_checkpointing` \"none\""),
+        "{error}"
+    );
+    let settings = Settings {
+        optimizer_offload: true,
+        gradient_checkpointing: crate::train::Recompute::Block,
+        ..settings
+    };
+    settings.check().unwrap();
+    let note = settings.without_effect(&Device::Cpu).unwrap();
+    assert!(
+        note.starts_with("`optimizer_offload` and `activation_offload`: nothing to do"),
+        "{note}"
+    );
+    let options = settings.step_options(0, &Device::Cpu).unwrap();
+    assert!(!options.optimizer_offload && !options.activation_offload);
+    assert_eq!(Settings::default().without_effect(&Device::Cpu), None);
+}
