@@ -12,7 +12,7 @@ use crate::data::tree::{Role, Tree};
 use crate::error::{Context, Error, Result};
 use crate::loss::sft::Sft;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::{Transformer, Weights, tensor_file};
+use crate::model::{Transformer, Weights};
 use crate::store;
 use crate::train::learner::Learner;
 use crate::train::step::{self, StepOptions};
@@ -48,7 +48,10 @@ pub fn run(device: &Device, folder: &Path) -> Result<Vec<Checked>> {
 }
 
 fn tensors(folder: &Path, name: &str) -> Result<Weights> {
-    tensor_file::read(&folder.join(name), &Device::Cpu)
+    // Ids and masks are whole numbers, which no model's file has.
+    let path = folder.join(name);
+    let found = candle_core::safetensors::load(&path, &Device::Cpu).map_err(Error::from);
+    Ok(found.at(path.display())?.into_iter().collect())
 }
 
 fn get<'a>(tensors: &'a Weights, name: &str) -> Result<&'a Tensor> {
