@@ -6,21 +6,58 @@ use crate::error::Result;
 use crate::model::checkpoint::peek;
 use crate::model::config::Config;
 use crate::model::lora::{Lora, load::is_adapter};
+use crate::model::params::count;
 use crate::recipe::{Plan, Spec};
 use crate::train::Settings;
 use crate::train::memory::{Adapted, Footprint};
 
-/// Bytes that a training step holds at its peak over a micro-batch of `settings.max_tokens_per_micro_batch` tokens.
+/// The reference of a training stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reference {
+    /// None, or the policy before its first step, which is read where it lies.
+    None,
+    /// A second model that is read before training.
+    Other,
+    /// One that follows the policy.
+    Follows,
+}
+
+impl Reference {
+    pub(super) fn of(spec: &Spec) -> Self {
+        match spec {
+            Spec::Dpo(spec) if spec.needs_reference() && spec.sync_ref_model => Self::Follows,
+            Spec::Dpo(spec) if spec.other_reference().is_some() => Self::Other,
+            _ => Self::None,
+        }
+    }
+}
+
+/// Bytes that a training stage holds at its peak over a micro-batch of `settings.max_tokens_per_micro_batch` tokens: in
+/// a step, or before it, while a second model is read as the reference.
 ///
 /// # Errors
 /// Recomputation by memory, where nothing says how much there is.
-pub(super) fn training_bytes(config: &Config, settings: &Settings, lora: &Lora) -> Result<u64> {
+pub(super) fn training_bytes(
+    config: &Config,
+    (settings, lora): (&Settings, &Lora),
+    reference: Reference,
+) -> Result<u64> {
     let mut options = settings.step_options(0, &candle_core::Device::Cpu)?;
+    options.follows = reference == Reference::Follows;
+    let form = Lora { use_peft: true, ..lora.clone() };
+    let held = Adapted::new(config, &form, settings.dtype)?.frozen;
     if lora.use_peft {
         options.adapted = Some(Adapted::new(config, lora, settings.dtype)?);
     }
     let tokens = options.max_tokens;
-    Ok(Footprint::new(config, &options, tokens).bytes(options.keep(config, tokens)))
+    let footprint = Footprint::new(config, &options, tokens);
+    let step = footprint.bytes(options.keep(config, tokens));
+    if reference != Reference::Other {
+        return Ok(step);
+    }
+    // The start waits: in its own form beside adapters, else in f32. Where the two share a base it is less.
+    let start = if lora.use_peft { held } else { 4 * count(config) as u64 };
+    Ok(step.max(start + held + footprint.block + footprint.working))
 }
 
 /// The directory or GGUF file from which a stage's first model comes: outputs of stages that have not run yet are
@@ -63,7 +100,6 @@ pub(super) fn bytes(count: u64) -> String {
 mod tests {
     use super::*;
     use crate::model::packed::Quantization;
-    use crate::model::params::count;
     use crate::train::Recompute;
 
     #[test]
@@ -74,16 +110,25 @@ mod tests {
             "tie_word_embeddings": true, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu"}"#,
         )
         .unwrap();
+        let bytes = |settings: &Settings, lora: &Lora, reference| {
+            training_bytes(&config, (settings, lora), reference).unwrap()
+        };
         let (all, full) = (Settings::default(), Lora::default());
         let less = Settings { gradient_checkpointing: Recompute::Block, ..Settings::default() };
         let least = Settings { max_tokens_per_micro_batch: 1024, ..less.clone() };
-        let sizes =
-            [&all, &less, &least].map(|settings| training_bytes(&config, settings, &full).unwrap());
+        let sizes = [&all, &less, &least].map(|settings| bytes(settings, &full, Reference::None));
+        // A reference that follows is a second set of what is trained; one that stays is there before the step alone.
+        let parameters = count(&config) as u64;
+        assert_eq!(bytes(&least, &full, Reference::Follows), sizes[2] + 4 * parameters);
+        assert_eq!(bytes(&least, &full, Reference::Other), sizes[2]);
+        let adapters = Lora { use_peft: true, ..Lora::default() };
+        let of_adapters = |reference| bytes(&least, &adapters, reference);
+        assert!(of_adapters(Reference::Follows) < of_adapters(Reference::None) + parameters / 4);
+        assert!(of_adapters(Reference::Other) > 8 * parameters);
         // Four bits a frozen weight, and optimizer state for adapters alone.
         let packed = Lora { use_peft: true, quantization: Quantization::Nf4, ..Lora::default() };
         let frozen = Lora { quantization: Quantization::None, ..packed.clone() };
-        let [packed, frozen] =
-            [packed, frozen].map(|lora| training_bytes(&config, &least, &lora).unwrap());
+        let [packed, frozen] = [packed, frozen].map(|lora| bytes(&least, &lora, Reference::None));
         assert!(packed + 350_000_000 < frozen && frozen + 1_000_000_000 < sizes[2]);
         assert!(sizes.is_sorted_by(|a, b| a > b), "{sizes:?}");
         assert!(sizes[2] > 16 * count(&config) as u64);

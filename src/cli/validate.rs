@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 
 use clap::Args;
 
+use super::estimate::Reference;
 use super::{RecipeArgs, estimate, output, recipes};
 use crate::data::pipeline::{Source, first_rows};
 use crate::data::prepare::Rule;
@@ -68,8 +69,8 @@ fn describe(plan: &Plan, step: &Step) -> Result<()> {
                 count(&config) as f64 / 1e6,
                 estimate::bytes(estimate::training_bytes(
                     &config,
-                    training.settings,
-                    training.lora
+                    (training.settings, training.lora),
+                    Reference::of(&step.spec)
                 )?)
             ),
             None => "memory depends on a model that is not here yet".to_owned(),

@@ -101,7 +101,8 @@ impl Adapted {
 /// Bytes of one step over one micro-batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Footprint {
-    /// Weights and both moments; in bf16 the copies too. The weights once more where they are averaged.
+    /// Weights and both moments; in bf16 the copies too. The weights once more where they are averaged, and where a
+    /// reference follows them.
     pub state: u64,
     /// Gradients at the start of the blocks' backward (the head's), and at its end.
     pub gradients: [u64; 2],
@@ -130,7 +131,8 @@ impl Footprint {
         let head_gradient = if head { config.vocab_size as u64 * h * F32 } else { 0 };
         let last = if options.optimizer_in_backward { head_gradient } else { parameters * F32 };
         let copies = if options.dtype == Precision::F32 { 0 } else { element };
-        let averages = if options.averages { parameters * (F32 + copies) } else { 0 };
+        let beside = u64::from(options.averages) + u64::from(options.follows);
+        let averages = beside * parameters * (F32 + copies);
         // `model::block_cpu`: queries and what they saw, keys and values, gate and up; log-sum-exps and the sum between.
         let kept = (2 * q + 2 * kv + 2 * f) * element + (h + heads) * F32;
         // A graph keeps what every op gave: normed rows and products before and after their rotation, the activation, and
@@ -261,6 +263,15 @@ mod tests {
         let averaged = StepOptions { averages: true, ..bf16 };
         let state = Footprint::new(&smollm2(), &averaged, 1).state;
         assert_eq!(state, 20 * count(&smollm2()) as u64);
+        let followed = StepOptions { follows: true, ..averaged };
+        let state = Footprint::new(&smollm2(), &followed, 1).state;
+        assert_eq!(state, 26 * count(&smollm2()) as u64);
+        // Of adapters, the reference is a second set.
+        let sizes = Adapted { trained: 1000, frozen: 1 << 20, head: false };
+        let adapters = StepOptions { adapted: Some(sizes), ..f32 };
+        let followed = StepOptions { follows: true, ..adapters };
+        let state = |options| Footprint::new(&smollm2(), options, 1).state;
+        assert_eq!(state(&followed), state(&adapters) + 4000);
     }
 
     /// `arriero bench sft --batch 4 --seq 512` on SmolLM2-135M, as measured on two AVX2 cores.

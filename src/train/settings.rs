@@ -149,6 +149,7 @@ impl Settings {
             dropout: None,
             optimizer_in_backward: self.optimizer_in_backward,
             averages: self.ema_decay > 0.0,
+            follows: false,
             noise: None,
             gpu: !device.is_cpu(),
         })

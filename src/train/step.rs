@@ -36,6 +36,8 @@ pub struct StepOptions {
     pub optimizer_in_backward: bool,
     /// A moving average of the weights is held beside them: see [`Ema`](super::Ema).
     pub averages: bool,
+    /// A reference that follows is held beside them: see [`Follower`](super::Follower).
+    pub follows: bool,
     /// Noise on the embedded tokens.
     pub noise: Option<Noise>,
     /// It runs on a GPU, where more is held at once.
@@ -54,6 +56,7 @@ impl StepOptions {
             dropout: None,
             optimizer_in_backward: false,
             averages: false,
+            follows: false,
             noise: None,
             gpu: false,
         }
