@@ -6,11 +6,34 @@ use crate::error::Result;
 use crate::model::checkpoint::peek;
 use crate::model::config::Config;
 use crate::model::lora::{Lora, load::is_adapter};
+use crate::model::params::count;
 use crate::recipe::{Plan, Spec};
 use crate::train::Settings;
 use crate::train::memory::{Adapted, Footprint};
 
-/// Bytes that a training step holds at its peak over a micro-batch of `settings.max_tokens_per_micro_batch` tokens.
+/// The reference of a training stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reference {
+    /// None, or the policy before its first step, which is read where it lies.
+    None,
+    /// A second model that is read before training.
+    Other,
+    /// One that follows the policy.
+    Follows,
+}
+
+impl Reference {
+    pub(super) fn of(spec: &Spec) -> Self {
+        match spec {
+            Spec::Dpo(spec) if spec.needs_reference() && spec.sync_ref_model => Self::Follows,
+            Spec::Dpo(spec) if spec.other_reference().is_some() => Self::Other,
+            _ => Self::None,
+        }
+    }
+}
+
+/// Bytes that a training stage holds at its peak over a micro-batch of `settings.max_tokens_per_micro_batch` tokens: in
+/// a step, or before it, while a second model is read as the reference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
 pub(super) struct Peak {
     /// Where it is computed.
@@ -26,16 +49,27 @@ impl Peak {
     ///
     /// # Errors
     /// Recomputation by memory, where nothing says how much there is.
-    pub(super) fn of(config: &Config, settings: &Settings, lora: &Lora, gpu: bool) -> Result<Self> {
+    pub(super) fn of(
+        config: &Config,
+        (settings, lora): (&Settings, &Lora),
+        reference: Reference,
+        gpu: bool,
+    ) -> Result<Self> {
         let mut options = settings.planned_options(gpu)?;
+        options.follows = reference == Reference::Follows;
         if lora.use_peft {
             options.adapted = Some(Adapted::new(config, lora, settings.dtype)?);
         }
         let tokens = options.max_tokens;
         let (footprint, keep) =
             (Footprint::new(config, &options, tokens), options.keep(config, tokens));
+        let step = footprint.bytes(keep);
+        let device = match reference {
+            Reference::Other => step.max(reading(config, settings, lora)? + footprint.pass()),
+            Reference::None | Reference::Follows => step,
+        };
         Ok(Self {
-            device: footprint.bytes(keep),
+            device,
             host: footprint.host_bytes(keep),
             least: options.recompute != settings.gradient_checkpointing,
         })
@@ -51,6 +85,15 @@ impl Peak {
         };
         format!("{how} {}{whose}{host} at the peak", bytes(self.device))
     }
+}
+
+/// Bytes of a stage's start and of its reference while the reference is read. Where the two share a base it is less.
+fn reading(config: &Config, settings: &Settings, lora: &Lora) -> Result<u64> {
+    let form = Lora { use_peft: true, ..lora.clone() };
+    let held = Adapted::new(config, &form, settings.dtype)?.frozen;
+    // The start waits: in its own form beside adapters, else in f32.
+    let start = if lora.use_peft { held } else { 4 * count(config) as u64 };
+    Ok(start + held)
 }
 
 /// The directory or GGUF file from which a stage's first model comes: outputs of stages that have not run yet are
@@ -93,7 +136,6 @@ pub(super) fn bytes(count: u64) -> String {
 mod tests {
     use super::*;
     use crate::model::packed::Quantization;
-    use crate::model::params::count;
     use crate::train::Recompute;
 
     #[test]
@@ -107,19 +149,29 @@ mod tests {
         let (all, full) = (Settings::default(), Lora::default());
         let less = Settings { gradient_checkpointing: Recompute::Block, ..Settings::default() };
         let least = Settings { max_tokens_per_micro_batch: 1024, ..less.clone() };
-        let of = |settings: &Settings, lora: &Lora| {
-            Peak::of(&config, settings, lora, false).unwrap().device
+        let of = |settings: &Settings, lora: &Lora, reference| {
+            Peak::of(&config, (settings, lora), reference, false).unwrap().device
         };
-        let sizes = [&all, &less, &least].map(|settings| of(settings, &full));
+        let sizes = [&all, &less, &least].map(|settings| of(settings, &full, Reference::None));
+        // A reference that follows is a second set of what is trained; one that stays is there before the step alone.
+        let parameters = count(&config) as u64;
+        assert_eq!(of(&least, &full, Reference::Follows), sizes[2] + 4 * parameters);
+        assert_eq!(of(&least, &full, Reference::Other), sizes[2]);
+        let adapters = Lora { use_peft: true, ..Lora::default() };
+        let of_adapters = |reference| of(&least, &adapters, reference);
+        assert!(of_adapters(Reference::Follows) < of_adapters(Reference::None) + parameters / 4);
+        assert!(of_adapters(Reference::Other) > 8 * parameters);
         // Four bits a frozen weight, and optimizer state for adapters alone.
         let packed = Lora { use_peft: true, quantization: Quantization::Nf4, ..Lora::default() };
         let frozen = Lora { quantization: Quantization::None, ..packed.clone() };
-        let [packed, frozen] = [packed, frozen].map(|lora| of(&least, &lora));
+        let [packed, frozen] = [packed, frozen].map(|lora| of(&least, &lora, Reference::None));
         assert!(packed + 350_000_000 < frozen && frozen + 1_000_000_000 < sizes[2]);
         assert!(sizes.is_sorted_by(|a, b| a > b), "{sizes:?}");
         assert!(sizes[2] > 16 * count(&config) as u64);
 
-        let on_gpu = |settings: &Settings| Peak::of(&config, settings, &full, true).unwrap();
+        let on_gpu = |settings: &Settings| {
+            Peak::of(&config, (settings, &full), Reference::None, true).unwrap()
+        };
         // A graph keeps more, and the head's chunks are larger.
         assert!(on_gpu(&all).device > sizes[0] + 400_000_000 && on_gpu(&all).host == 0);
         let away = Settings { optimizer_offload: true, activation_offload: true, ..less.clone() };
@@ -134,6 +186,6 @@ mod tests {
         assert_eq!(on_gpu(&auto), Peak { least: true, ..without });
         assert!(on_gpu(&auto).told(true).starts_with("at least "));
         // The CPU has nowhere else to put it.
-        assert_eq!(of(&away, &full), of(&less, &full));
+        assert_eq!(of(&away, &full, Reference::None), of(&less, &full, Reference::None));
     }
 }

@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 
 use clap::Args;
 
-use super::estimate::{self, Peak};
+use super::estimate::{self, Peak, Reference};
 use super::{RecipeArgs, output, recipes};
 use crate::data::pipeline::{Source, first_rows};
 use crate::data::prepare::Rule;
@@ -66,7 +66,8 @@ fn describe(plan: &Plan, step: &Step) -> Result<()> {
         let memory = match estimate::config(plan, training.model) {
             Some(config) => {
                 let gpu = plan.device != "cpu";
-                let peak = Peak::of(&config, training.settings, training.lora, gpu)?;
+                let trained = (training.settings, training.lora);
+                let peak = Peak::of(&config, trained, Reference::of(&step.spec), gpu)?;
                 format!("{:.1} M parameters, {}", count(&config) as f64 / 1e6, peak.told(gpu))
             }
             None => "memory depends on a model that is not here yet".to_owned(),

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::model::lora::peft::Saved;
 use crate::model::lora::{Adapter, check_fit};
 use crate::model::matrix::Matrix;
-use crate::model::{Architecture, Weights};
+use crate::model::{Architecture, Tensors, Weights};
 use crate::ops::cpu::Element;
 
 /// The projections of a block, in the order of the forward pass.
@@ -77,7 +77,7 @@ impl Adaptation {
                     "`arriero merge` makes a model of base and adapter, which can be used alone",
                 ));
         }
-        check_fit(weights, &saved.adapters)?;
+        check_fit(&Tensors::dense(weights.clone()), &saved.adapters)?;
         let beside = |layer: usize, place: Place| -> Result<Option<Beside>> {
             let module = format!("model.layers.{layer}.{}", place.module());
             let Some(adapter) = saved.adapters.get(&module) else { return Ok(None) };

@@ -108,10 +108,7 @@ impl Checkpoint {
     /// # Errors
     /// The checkpoint has none.
     pub fn tokenizer(&self) -> Result<&ChatTokenizer> {
-        self.tokenizer.as_ref().ok_or_else(|| {
-            Error::run("the checkpoint has no tokenizer.json")
-                .hint("copy the tokenizer files of its base model beside config.json")
-        })
+        self.tokenizer.as_ref().ok_or_else(no_tokenizer)
     }
 
     /// Every id that ends a response: the model's and the tokenizer's.
@@ -204,20 +201,13 @@ pub fn load_weights(dir: &Path, config: &Config, device: &Device) -> Result<Weig
         let path = dir.join(file);
         let mapped = Mapped::open(&path).hint("the checkpoint's index names this file")?;
         let tensors = mapped.tensors(&path)?;
-        let names = tensors.names();
-        if let Some(lost) = listed.iter().find(|name| !names.contains(&name.as_str())) {
-            return Err(Error::run(format!("missing tensor `{lost}`, which {INDEX} puts here"))
-                .at(path.display()));
-        }
-        check_headers(config, &tensors).at(path.display())?;
-        let names: Vec<&str> = names.into_iter().filter(|name| !is_derived(name)).collect();
+        check_file(config, &tensors, &listed).at(path.display())?;
+        let names: Vec<&str> =
+            tensors.names().into_iter().filter(|name| !is_derived(name)).collect();
         let read = tensor_file::read_tensors(&path, &tensors, &names, device)?;
         for (name, tensor) in read {
             if weights.insert(name.clone(), tensor).is_some() {
-                return Err(Error::run(format!(
-                    "tensor `{name}` is in two files of the checkpoint"
-                ))
-                .at(path.display()));
+                return Err(in_two_files(&name).at(path.display()));
             }
         }
     }
@@ -238,8 +228,20 @@ pub(super) fn weight_files(dir: &Path) -> Result<BTreeMap<String, BTreeSet<Strin
     }
 }
 
-/// Shapes are known from the header alone: a wrong one is refused before gigabytes are read.
-fn check_headers(config: &Config, tensors: &safetensors::SafeTensors<'_>) -> Result<()> {
+pub(super) fn in_two_files(name: &str) -> Error {
+    Error::run(format!("tensor `{name}` is in two files of the checkpoint"))
+}
+
+/// Names and shapes are known from the header alone: a wrong one is refused before gigabytes are read.
+pub(super) fn check_file(
+    config: &Config,
+    tensors: &safetensors::SafeTensors<'_>,
+    listed: &BTreeSet<String>,
+) -> Result<()> {
+    let names = tensors.names();
+    if let Some(lost) = listed.iter().find(|name| !names.contains(&name.as_str())) {
+        return Err(Error::run(format!("missing tensor `{lost}`, which {INDEX} puts here")));
+    }
     let expected = params::shapes(config);
     for (name, view) in tensors.iter() {
         if let Some(expected) = expected.get(name)
@@ -263,13 +265,15 @@ fn drop_tied_head(config: &Config, weights: &mut Weights) -> Result<()> {
     }
     let Some(head) = weights.remove(params::HEAD) else { return Ok(()) };
     let Some(embedding) = weights.get(params::EMBEDDING) else { return Ok(()) };
-    let same = head.dims() == embedding.dims()
-        && head.ne(embedding)?.to_dtype(candle_core::DType::F32)?.sum_all()?.to_scalar::<f32>()?
-            < 0.5;
-    if same {
-        return Ok(());
+    if is_same(&head, embedding)? { Ok(()) } else { Err(not_tied()) }
+}
+
+/// Whether two tensors have the same shape and numbers.
+pub(super) fn is_same(a: &Tensor, b: &Tensor) -> Result<bool> {
+    if a.dims() != b.dims() {
+        return Ok(false);
     }
-    Err(not_tied())
+    Ok(a.ne(b)?.to_dtype(candle_core::DType::F32)?.sum_all()?.to_scalar::<f32>()? < 0.5)
 }
 
 /// The error of a stored head that is not the embedding.
@@ -302,6 +306,12 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
         files.entry(file.to_owned()).or_default().insert(name.clone());
     }
     Ok(files)
+}
+
+/// The error of a checkpoint without tokenizer.
+pub(super) fn no_tokenizer() -> Error {
+    Error::run("the checkpoint has no tokenizer.json")
+        .hint("copy the tokenizer files of its base model beside config.json")
 }
 
 fn no_weights(dir: &Path) -> Error {

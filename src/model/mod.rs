@@ -9,6 +9,7 @@ use candle_core::Tensor;
 
 pub mod average;
 pub mod backward;
+pub mod bases;
 pub mod block;
 mod block_cpu;
 pub mod checkpoint;
@@ -25,6 +26,7 @@ pub mod labels;
 pub mod lora;
 pub mod matrix;
 pub mod on_disk;
+mod one_by_one;
 pub mod packed;
 pub mod params;
 mod precision;

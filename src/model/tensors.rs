@@ -25,10 +25,18 @@ impl Tensors {
         Self { weights, ..Self::default() }
     }
 
-    /// The same without adapters: what a run of training adapters began with, and DPO's reference.
+    /// The same storage without variables: nothing that is computed with it keeps a graph.
     #[must_use]
-    pub fn base(&self) -> Self {
-        Self { adapters: Adapters::new(), ..self.clone() }
+    pub fn detached(&self) -> Self {
+        let mut tensors = self.clone();
+        tensors.weights.values_mut().for_each(|tensor| *tensor = tensor.detach());
+        for adapter in tensors.adapters.values_mut() {
+            (adapter.a, adapter.b) = (adapter.a.detach(), adapter.b.detach());
+            if let Some(dora) = &mut adapter.dora {
+                dora.magnitude = dora.magnitude.detach();
+            }
+        }
+        tensors
     }
 
     /// A dense weight.

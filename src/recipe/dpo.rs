@@ -160,6 +160,13 @@ impl Dpo {
         self.loss_type.iter().any(|loss| loss.needs_reference())
     }
 
+    /// The model of a reference that is not the policy's own start, where a loss reads one.
+    pub fn other_reference(&self) -> Option<&str> {
+        let named = self.ref_model_name_or_path.as_str();
+        let is_other = !named.is_empty() && named != self.model_name_or_path;
+        (self.needs_reference() && is_other).then_some(named)
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         if self.train.streaming {
             return Err(Error::usage("`streaming` is true, expected false")
@@ -249,11 +256,11 @@ impl Dpo {
                 .hint("leave it out"));
             }
         }
-        if self.sync_ref_model && self.lora.use_peft {
-            return Err(Error::usage(
-                "`sync_ref_model` with `use_peft`: an adapter's reference is its frozen base",
-            )
-            .hint("leave one of the two out"));
+        if self.sync_ref_model && self.lora.use_peft && self.other_reference().is_some() {
+            return Err(Error::usage(format!(
+                "`sync_ref_model` with `use_peft`, and `ref_model_name_or_path` is {named:?}"
+            ))
+            .hint("adapters follow adapters beside one base: the reference begins where the policy does"));
         }
         let alpha = self.ref_model_mixup_alpha;
         if !(alpha > 0.0 && alpha <= 1.0) {

@@ -21,6 +21,7 @@ use serde_json::{Map, Value};
 use crate::data::record::Message;
 use crate::error::{Context, Error, Result};
 use crate::generate::teacher::TeacherSpec;
+use crate::model::bases::Bases;
 use judge::{Form, Judge};
 use reward_model::{Reading, RewardModel, StepAggregation};
 use verifiers::{Check, Unit, Verifier};
@@ -264,11 +265,11 @@ impl ScorerSpec {
         judge.check().at("`judge`")
     }
 
-    /// Builds the judge. Models are loaded onto `device`.
+    /// Builds the judge. Models are loaded onto `device`; reward models that are adapters share what `bases` has.
     ///
     /// # Errors
     /// As [`check`](Self::check), and what loading a checkpoint can fail with.
-    pub fn build(&self, device: &Device) -> Result<Box<dyn Scorer>> {
+    pub fn build(&self, device: &Device, bases: &Bases) -> Result<Box<dyn Scorer>> {
         self.check()?;
         if let Some(judge) = &self.judge {
             return Ok(Box::new(Judge::load(self, judge, device)?));
@@ -280,7 +281,7 @@ impl ScorerSpec {
                     attribute_weights: self.attribute_weights.clone(),
                     step_aggregation: self.step_aggregation,
                 };
-                Box::new(RewardModel::load(path, device, &reading)?)
+                Box::new(RewardModel::load_among(bases, path, device, &reading)?)
             }
             (None, None) => return Err(Error::usage("a scorer without a judge")),
         })
@@ -384,6 +385,14 @@ impl Panel {
     /// # Errors
     /// A judge that cannot be built, by its place in the list; two of one name.
     pub fn new(specs: &[Value], device: &Device) -> Result<Self> {
+        Self::among(specs, device, &Bases::default())
+    }
+
+    /// The same, sharing the bases of adapters with the other models of `bases`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn among(specs: &[Value], device: &Device, bases: &Bases) -> Result<Self> {
         let mut judges: Vec<Seat> = Vec::new();
         for (index, spec) in specs.iter().enumerate() {
             let place = || format!("scorers[{index}]");
@@ -395,7 +404,7 @@ impl Panel {
                     .at(place())
                     .hint("give one of them another `name`"));
             }
-            let scorer = spec.build(device).at(place())?;
+            let scorer = spec.build(device, bases).at(place())?;
             judges.push(Seat {
                 label,
                 weight: spec.weight,

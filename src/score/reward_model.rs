@@ -16,9 +16,9 @@ use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::loss::reward::Correctness;
 use crate::loss::sigmoid;
-use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::model::bases::{Bases, Form, Model};
 use crate::model::transformer::Transformer;
-use crate::model::{Architecture, Config, labels};
+use crate::model::{Architecture, Config, Precision, labels};
 
 /// Most tokens of one forward pass.
 const BUDGET: usize = 4096;
@@ -122,6 +122,8 @@ impl Outputs {
 /// A reward model with its tokenizer.
 pub struct RewardModel {
     model: Transformer,
+    /// What the model is made of: while it is held, others that stand on the same base share it.
+    held: Model,
     tokenizer: ChatTokenizer,
     outputs: Outputs,
 }
@@ -133,16 +135,34 @@ impl RewardModel {
     /// What loading can fail with; a checkpoint without a score head or without a tokenizer; weights that do not fit its
     /// attributes.
     pub fn load(path: &str, device: &Device, reading: &Reading) -> Result<Self> {
-        let checkpoint = Checkpoint::load(path, device, &LoadOptions::default())?;
-        let tokenizer = checkpoint.tokenizer().at(path)?.clone();
-        let outputs = Outputs::of(&checkpoint.config, reading).at(path)?;
-        let model = Transformer::new(&checkpoint.config, &checkpoint.weights)?;
-        Ok(Self { model, tokenizer, outputs })
+        Self::load_among(&Bases::default(), path, device, reading)
+    }
+
+    /// The same, sharing the base of an adapter with the other models of `bases`. An adapter stands beside its base, with
+    /// a score head of its own, and computes as it did in training.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_among(
+        bases: &Bases,
+        path: &str,
+        device: &Device,
+        reading: &Reading,
+    ) -> Result<Self> {
+        let held = bases.model(path, &Form::dense(device, Precision::F32))?;
+        let tokenizer = held.tokenizer().at(path)?.clone();
+        let outputs = Outputs::of(&held.config, reading).at(path)?;
+        Ok(Self { model: held.transformer()?, held, tokenizer, outputs })
     }
 
     /// Its tokenizer.
     pub fn tokenizer(&self) -> &ChatTokenizer {
         &self.tokenizer
+    }
+
+    /// What it is made of.
+    pub fn made_of(&self) -> &Model {
+        &self.held
     }
 
     /// Most tokens of a conversation with its answer; what is longer is cut before it is scored.

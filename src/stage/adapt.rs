@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 
 use super::StageContext;
+use super::start::Start;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::model::checkpoint::Checkpoint;
@@ -63,36 +64,40 @@ impl<'a> Adapt<'a> {
         Held { dtype: self.dtype, offloaded: self.offloaded }
     }
 
-    /// The start as a frozen model: DPO's reference, and what adapters are trained beside.
-    ///
-    /// # Errors
-    /// A model that cannot be packed as asked.
-    pub fn frozen(&self, mut weights: Weights) -> Result<Tensors> {
-        let packed = match self.lora.quantization {
-            packed::Quantization::None => packed::PackedWeights::new(),
-            kind => packed::pack(&mut weights, kind, &source::resolve(self.base, None)?)?,
-        };
-        Ok(Tensors { packed, ..Tensors::dense(self.dtype.cast(weights)?) })
-    }
-
     /// The model in training. The start's weights are freed on the way where nobody else holds them.
     ///
     /// # Errors
-    /// A rank, a module or a model that cannot be adapted.
-    pub fn trainee(&self, start: Checkpoint) -> Result<Trainee> {
-        let Checkpoint { config, mut weights, tokenizer } = start;
+    /// A rank, a module or a model that cannot be adapted or packed as asked.
+    pub fn trainee(&self, start: impl Into<Start>) -> Result<Trainee> {
+        let Start { checkpoint, base } = start.into();
+        let Checkpoint { config, mut weights, tokenizer } = checkpoint;
         if !self.lora.use_peft {
             let learner = Learner::with(&config, weights, self.held(), |_| false)?;
             return Ok(Trainee { learner, config, tokenizer, adapter: None });
         }
-        let fingerprint = peft::fingerprint(&weights)?;
-        let attached = lora::attach(self.lora, &config, &mut weights, self.seed)?;
+        let (start, attached, fingerprint) = if let Some(base) = base {
+            let device = weights.values().next().map_or(Device::Cpu, |x| x.device().clone());
+            let start = Tensors { packed: base.tensors.packed.clone(), ..Tensors::dense(weights) };
+            let attached = lora::attach_beside(self.lora, &config, (&start, &device), self.seed)?;
+            (start, attached, base.fingerprint.clone())
+        } else {
+            let fingerprint = peft::fingerprint(&weights)?;
+            let attached = lora::attach(self.lora, &config, &mut weights, self.seed)?;
+            (self.packed(weights)?, attached, fingerprint)
+        };
         let trained = |name: &str| self.lora.trains(name);
-        let start = self.frozen(weights)?;
         let learner = Learner::adapted(&config, start, &attached, self.held(), trained)?;
         let first = (self.lora.init_lora_weights == Init::Pissa).then_some(attached);
         let files = Files { config: self.config(&config)?, fingerprint, first };
         Ok(Trainee { learner, config, tokenizer, adapter: Some(files) })
+    }
+
+    fn packed(&self, mut weights: Weights) -> Result<Tensors> {
+        let packed = match self.lora.quantization {
+            packed::Quantization::None => packed::PackedWeights::new(),
+            kind => packed::pack(&mut weights, kind, &source::resolve(self.base, None)?)?,
+        };
+        Ok(Tensors { packed, ..Tensors::dense(weights) })
     }
 
     fn config(&self, model: &Config) -> Result<AdapterConfig> {
@@ -218,7 +223,6 @@ mod tests {
     use std::collections::BTreeMap;
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use candle_core::Device;
     use serde_json::Value;
 
     use super::*;

@@ -14,6 +14,7 @@ use crate::error::{Context, Error, Result};
 use crate::loss::Objective;
 use crate::loss::preference::{Preference, Unpaired};
 use crate::model::Transformer;
+use crate::model::bases::{self, Bases};
 use crate::model::checkpoint::Checkpoint;
 use crate::recipe::plan;
 use crate::train::reference::{Logps, Request, reference_logps};
@@ -22,62 +23,65 @@ use crate::train::{Data, Follower, Order};
 /// Trains the policy on preferences, against a frozen reference where a loss reads one: by default its own start.
 /// Input: a checkpoint and pairs, or labelled responses. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
-    let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
+    let bases = Bases::default();
     let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
-    let mut train = Labelled::read(context, &start, spec, &spec.datasets)?;
-    let mut held_out = Labelled::read(context, &start, spec, &spec.eval_datasets)?;
-
+    let start = training::start(context, (&adapt, &bases), &spec.chat_template)?;
+    let mut train = Labelled::read(context, &start.checkpoint, spec, &spec.datasets)?;
+    let mut held_out = Labelled::read(context, &start.checkpoint, spec, &spec.eval_datasets)?;
+    let other = spec.other_reference();
     let mut follower = None;
-    if spec.needs_reference() {
-        let (adapt, reference) = match spec.ref_model_name_or_path.as_str() {
-            "" => (adapt, start.clone()),
-            other => (
-                Adapt { base: other, ..adapt },
-                training::load(context, other, &spec.chat_template)?,
-            ),
-        };
+    if let Some(other) = other {
+        // Held and computed with as the policy's base is: where it is that base, or an adapter of it, it shares its tensors.
+        let model = bases.model(other, &adapt.form(&context.device))?;
         if spec.sync_ref_model {
-            let Checkpoint { config, weights, .. } = reference;
-            let made = Follower::new(&config, weights, spec.train.dtype, spec.pace())?;
-            train.method.set_live(&made);
-            held_out.method.set_live(&made);
-            follower = Some(made);
+            let weights = model.checkpoint()?.weights;
+            drop(model.base);
+            let dtype = spec.train.dtype;
+            follower = Some(Follower::new(&model.config, weights, dtype, spec.pace())?);
         } else {
-            read_references(context, spec, (adapt, reference), [&mut train, &mut held_out])?;
+            let hash = format!("{} {:?}", bases::content(other)?, spec.lora.quantization);
+            let reference = (&model.transformer()?, hash.as_str());
+            read_references(context, spec, reference, [&mut train, &mut held_out])?;
         }
+    }
+
+    let trainee = adapt.trainee(start)?;
+    if spec.needs_reference() && other.is_none() {
+        // The reference is the policy before its first step: no second model, and margins of exactly 0.
+        if spec.sync_ref_model {
+            follower = Some(Follower::beside(&trainee.learner, spec.pace())?);
+        } else {
+            let hash = format!("{} {:?}", bases::content(&spec.model_name_or_path)?, spec.lora);
+            let reference = (trainee.learner.model(), hash.as_str());
+            read_references(context, spec, reference, [&mut train, &mut held_out])?;
+        }
+    }
+    if let Some(follower) = &follower {
+        train.method.set_live(follower);
+        held_out.method.set_live(follower);
     }
 
     let Labelled { trees, method } = train;
     let work = Work {
-        start,
+        trainee,
         objective: method.objective(),
         train: &Data::Set(Box::new(trees)),
         eval: (held_out.method.objective(), &held_out.trees),
         follower: follower.as_ref(),
         samples: &[],
         settings: &spec.train,
-        adapt,
     };
-    training::fit(context, work)
+    training::fit(context, &work)
 }
 
 /// Reads the log-probabilities of a reference that stays as it is.
 fn read_references(
     context: &StageContext<'_>,
     spec: &plan::Dpo,
-    (adapt, reference): (Adapt<'_>, Checkpoint),
+    reference: (&Transformer, &str),
     datasets: [&mut Labelled; 2],
 ) -> Result<()> {
-    let hash = training::weights_sha256(&reference.weights)?;
-    let weights_hash = format!("{hash} {:?}", spec.lora.quantization);
-    // Plain tensors: no graph, no optimizer. Held and computed with as the policy's base is, so that equal weights give equal
-    // numbers: of adapters the reference is the model with its adapters off, which shares its weights.
-    let tensors = adapt.frozen(reference.weights)?;
-    let reference = Transformer::of(&reference.config, &tensors)?;
-    for dataset in datasets {
-        dataset.read_reference(context, spec, (&reference, &weights_hash))?;
-    }
-    Ok(())
+    datasets.into_iter().try_for_each(|dataset| dataset.read_reference(context, spec, reference))
 }
 
 /// What one dataset is trained with.
@@ -235,8 +239,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::loss::preference::PreferenceLoss;
     use crate::loss::ranking::Ranking;
     use crate::report::record::Silent;
+    use crate::train::watchdog::Watchdog;
 
     /// Against itself as the reference every order is as likely as any other.
     #[test]
@@ -277,5 +283,39 @@ mod tests {
             assert!((metrics["first_loss"] - first.ln()).abs() < 1e-12, "{metrics:?}");
             assert!(metrics["loss"] < 0.9 * first.ln(), "{metrics:?}");
         }
+    }
+
+    /// A rate that ruins the model makes desirable responses unlikely too.
+    #[test]
+    fn the_watchdog_looks_at_the_desirable_ones_of_single_responses() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let row = |n: usize| json!({"prompt": "How many?", "completion": format!("{n} pears"), "label": n.is_multiple_of(2)});
+        let rows: Vec<String> = (0..8).map(|n| row(n).to_string()).collect();
+        crate::store::write_atomic(&path, rows.join("\n").as_bytes()).unwrap();
+        let mut spec = plan::Dpo {
+            model_name_or_path: "data/tiny/student".to_owned(),
+            datasets: vec![plan::Dataset {
+                path: path.display().to_string(),
+                ..plan::Dataset::default()
+            }],
+            chat_template: "chatml".to_owned(),
+            sft_loss_weight: 0.0,
+            loss_type: vec![PreferenceLoss::Kto],
+            undesirable_weight: 20.0,
+            ..plan::Dpo::default()
+        };
+        spec.train.max_steps = 60;
+        spec.train.learning_rate = 0.05;
+        spec.train.watchdog = Watchdog::Stop;
+        let context = StageContext {
+            dir: dir.path().join("stage"),
+            round: 1,
+            seed: 3,
+            device: Device::Cpu,
+            events: &Silent,
+        };
+        let error = run(&context, &spec).unwrap_err().to_string();
+        assert!(error.contains("the chosen responses' log-probability fell from"), "{error}");
     }
 }

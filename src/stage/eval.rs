@@ -4,13 +4,14 @@
 use serde::{Deserialize, Serialize};
 
 use super::generation::{self, Pace, mean};
-use super::{Metrics, StageContext, training};
+use super::{Metrics, StageContext};
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::{Answer, Finish};
 use crate::generate::local::{LocalModel, answer_logprobs};
 use crate::generate::sampling::WeightFormat;
 use crate::generate::teacher::{Asked, Teacher};
-use crate::model::Transformer;
+use crate::model::bases::{Bases, Form, Model};
+use crate::model::{Precision, Transformer};
 use crate::recipe::plan;
 use crate::report::candidates as page;
 use crate::score::Panel;
@@ -33,17 +34,18 @@ pub struct Measured {
 /// Answers and judges the held-out prompts. Input: a checkpoint, rows, a reference. Output: `data.jsonl`; for people
 /// `candidates.html` and `curve.json`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
-    let policy = generation::load(context, &spec.model_name_or_path, &spec.sampling)?;
-    let panel = Panel::new(&spec.scorers, &context.device)?;
-    let rows = generation::rows(context, &spec.datasets)?;
-    let reference = reference(context, spec, &policy)?;
+    // Adapters of one base share it: policy, reference and reward models are read side by side.
+    let bases = Bases::default();
+    let form = Form::dense(&context.device, Precision::F32);
+    let read = bases.model(&spec.model_name_or_path, &form)?;
+    let panel = Panel::among(&spec.scorers, &context.device, &bases)?;
+    let reference = reference(spec, (&bases, &form), &read)?;
     let rescored = match (&reference, spec.sampling.quantization) {
-        (Some(_), format) if format != WeightFormat::None => {
-            let dense = training::load(context, &spec.model_name_or_path, "")?;
-            Some(Transformer::new(&dense.config, &dense.weights)?)
-        }
+        (Some(_), format) if format != WeightFormat::None => Some(read.transformer()?),
         _ => None,
     };
+    let policy = generation::written_by(context, (&spec.model_name_or_path, read), &spec.sampling)?;
+    let rows = generation::rows(context, &spec.datasets)?;
 
     let mut pace = Pace::start();
     let measured = generation::once_each(context, rows.len(), |left, keep| {
@@ -78,19 +80,24 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
 
 /// Loads the reference, which must read the policy's tokens.
 fn reference(
-    context: &StageContext<'_>,
     spec: &plan::Eval,
-    policy: &LocalModel,
+    (bases, form): (&Bases, &Form),
+    policy: &Model,
 ) -> Result<Option<Transformer>> {
     let name = &spec.reference;
     if name.is_empty() {
         return Ok(None);
     }
-    let checkpoint = training::load(context, name, "")?;
-    if checkpoint.tokenizer().at(name)?.vocab_size() != policy.tokenizer().vocab_size() {
+    let read = bases.model(name, form)?;
+    let own = policy.tokenizer().at(&spec.model_name_or_path)?;
+    if read.tokenizer().at(name)?.vocab_size() != own.vocab_size() {
         return Err(Error::run("the reference has another vocabulary than the policy").at(name));
     }
-    let checkpoint = checkpoint.computed_in(spec.sampling.dtype)?;
+    if spec.sampling.dtype == Precision::F32 {
+        return Ok(Some(read.transformer()?));
+    }
+    // Rounded as the policy is: after an adapter was merged.
+    let checkpoint = read.checkpoint()?.computed_in(spec.sampling.dtype)?;
     Ok(Some(Transformer::new(&checkpoint.config, &checkpoint.weights)?))
 }
 

@@ -17,6 +17,8 @@ use crate::generate::local::LocalModel;
 use crate::generate::openai::Server;
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::{Asked, Teacher, TeacherSpec};
+use crate::model::Precision;
+use crate::model::bases::{Bases, Form, Model};
 use crate::recipe::plan::Dataset;
 use crate::score::candidates::{Candidate, Candidates};
 use crate::score::curve::{CURVE, Curve};
@@ -29,8 +31,22 @@ const REQUESTS: &str = "requests.jsonl";
 
 /// Loads a model that writes text, held as the sampling settings say.
 pub fn load(context: &StageContext<'_>, model: &str, sampling: &Sampling) -> Result<LocalModel> {
-    let checkpoint = training::load(context, model, "")?.computed_in(sampling.dtype)?;
-    let model = LocalModel::held(&checkpoint, sampling.quantization).at(model)?;
+    let form = Form::dense(&context.device, Precision::F32);
+    let read = Bases::default().model(model, &form)?;
+    written_by(context, (model, read), sampling)
+}
+
+/// The same of a model that was read as one of several. What it shares with the others stays shared, but for the
+/// projections of an adapter, which are merged.
+pub fn written_by(
+    context: &StageContext<'_>,
+    (name, read): (&str, Model),
+    sampling: &Sampling,
+) -> Result<LocalModel> {
+    let checkpoint = read.checkpoint()?;
+    drop(read);
+    let checkpoint = checkpoint.computed_in(sampling.dtype)?;
+    let model = LocalModel::held(&checkpoint, sampling.quantization).at(name)?;
     drop(checkpoint);
     model.guessing_as(sampling, |assistant| training::load(context, assistant, ""))
 }

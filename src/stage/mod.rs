@@ -25,6 +25,7 @@ pub mod sample;
 pub mod score;
 pub mod select;
 pub mod sft;
+pub mod start;
 pub mod synth;
 pub mod training;
 

@@ -4,12 +4,14 @@
 use serde_json::Value;
 
 use super::adapt::Adapt;
+use super::start::Start;
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
 use crate::error::Result;
 use crate::loss::Objective;
 use crate::loss::reward::{Correctness, Regression, Reward};
 use crate::model::Architecture;
+use crate::model::bases::Bases;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::labels;
 use crate::recipe::plan::{self, Head};
@@ -18,24 +20,25 @@ use crate::score::reward_model::STEP_SEPARATOR;
 /// Trains a score head and the model under it. Input: a checkpoint (the paper takes the pre-trained one) and rows that fit
 /// the head. Output: `checkpoint/`, a `LlamaForSequenceClassification`, or for steps a `LlamaForTokenClassification`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
-    let start = training::load(context, &spec.model_name_or_path, &spec.chat_template)?;
-    let start = with_head(start, spec, context.seed)?;
     let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
+    let begin = training::start(context, (&adapt, &Bases::default()), &spec.chat_template)?;
+    let checkpoint = with_head(begin.checkpoint, spec, context.seed)?;
+    let begin = Start { checkpoint, ..begin };
+    let start = &begin.checkpoint;
     let rule = spec.rule(context.seed);
-    let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
-    let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
+    let train = training::data(context, start, (&spec.datasets, &rule), &spec.train)?;
+    let held_out = training::examples(context, start, &spec.eval_datasets, &rule)?;
     let objective = objective(spec);
     let work = Work {
-        start,
+        trainee: adapt.trainee(begin)?,
         objective: objective.as_ref(),
         train: &train,
         eval: (objective.as_ref(), held_out.as_ref()),
         follower: None,
         samples: &[],
         settings: &spec.train,
-        adapt,
     };
-    training::fit(context, work)
+    training::fit(context, &work)
 }
 
 fn with_head(start: Checkpoint, spec: &plan::Reward, seed: u64) -> Result<Checkpoint> {

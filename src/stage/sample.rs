@@ -12,6 +12,8 @@ use crate::generate::engine::Finish;
 use crate::generate::local::LocalModel;
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::Asked;
+use crate::model::Precision;
+use crate::model::bases::{Bases, Form};
 use crate::recipe::plan;
 use crate::report::candidates as page;
 use crate::score::Panel;
@@ -32,16 +34,22 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
             context.events.note(&format!("policy `{}` draws for none of the rows", policy.name));
         }
     }
-    let panel = Panel::new(&spec.scorers, &context.device)?;
+    // Policies that are adapters share the base of the reward models, which stay.
+    let bases = Bases::default();
+    let panel = Panel::among(&spec.scorers, &context.device, &bases)?;
+    let form = Form::dense(&context.device, Precision::F32);
     let earlier = earlier_best(&spec.earlier)?;
     let mut pace = Pace::start();
     let sampled = generation::once_each(context, rows.len(), |left, keep| {
         let turns = turns(spec, &rows, left);
         let mut loaded: Option<(&Turn<'_>, LocalModel)> = None;
         for turn in &turns {
-            let model = match loaded.take().filter(|(earlier, _)| earlier.shares_model(turn)) {
-                Some((_, model)) => model,
-                None => generation::load(context, turn.model, turn.sampling)?,
+            let earlier_turn = loaded.take().filter(|(before, _)| before.shares_model(turn));
+            let model = if let Some((_, model)) = earlier_turn {
+                model
+            } else {
+                let read = bases.model(turn.model, &form)?;
+                generation::written_by(context, (turn.model, read), turn.sampling)?
             };
             let draw =
                 Draw { round: context.round, spec, rows: &rows, earlier: &earlier, panel: &panel };

@@ -9,15 +9,18 @@ use crate::data::pipeline::first_rows;
 use crate::data::prepare::Rule;
 use crate::error::{Context, Error, Result};
 use crate::loss::sft::Sft;
+use crate::model::bases::Bases;
 use crate::recipe::plan;
 
 /// Trains the start on the dataset. Input: a checkpoint and rows. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
-    let mut start = if spec.random_init {
-        training::random(context, &spec.model_name_or_path, &spec.chat_template)?
+    let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
+    let mut begin = if spec.random_init {
+        training::random(context, &spec.model_name_or_path, &spec.chat_template)?.into()
     } else {
-        training::load(context, &spec.model_name_or_path, &spec.chat_template)?
+        training::start(context, (&adapt, &Bases::default()), &spec.chat_template)?
     };
+    let start = &mut begin.checkpoint;
     let rows = start.config.vocab_size;
     if !spec.added_tokens.is_empty() {
         start.add_tokens(&spec.added_tokens).at("`added_tokens`")?;
@@ -28,26 +31,24 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
         )
         .hint("add them in a stage that trains the whole model"));
     }
-    let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
     let rule = Rule::Sft(spec.data.clone());
-    let train = training::data(context, &start, (&spec.datasets, &rule), &spec.train)?;
-    let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
+    let train = training::data(context, start, (&spec.datasets, &rule), &spec.train)?;
+    let held_out = training::examples(context, start, &spec.eval_datasets, &rule)?;
     let sources: Vec<_> =
         spec.eval_datasets.iter().map(|dataset| dataset.source(rule.on_bad_row())).collect();
     let samples = first_rows(&sources, context.seed, spec.train.eval_samples)?;
     let objective = objective(context, spec, &spec.datasets)?;
     let held_out_objective = self::objective(context, spec, &spec.eval_datasets)?;
     let work = Work {
-        start,
+        trainee: adapt.trainee(begin)?,
         objective: &objective,
         train: &train,
         eval: (&held_out_objective, held_out.as_ref()),
         follower: None,
         samples: &samples,
         settings: &spec.train,
-        adapt,
     };
-    training::fit(context, work)
+    training::fit(context, &work)
 }
 
 /// The loss that the recipe names, with the rows' weights.

@@ -2,11 +2,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::DType;
-use sha2::{Digest, Sha256};
-
 use super::StageContext;
-use super::adapt::Adapt;
+use super::adapt::{Adapt, Trainee};
+use super::start::Start;
 use crate::data::examples::Examples;
 use crate::data::mix::take;
 use crate::data::pipeline::Pipeline;
@@ -21,7 +19,7 @@ use crate::generate::local::LocalModel;
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::{Asked, Teacher};
 use crate::loss::Objective;
-use crate::model::Weights;
+use crate::model::bases::Bases;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::recipe::plan::Dataset;
 use crate::report::record::Metrics;
@@ -32,6 +30,17 @@ pub fn load(context: &StageContext<'_>, model: &str, chat_template: &str) -> Res
     let mut checkpoint = Checkpoint::load(model, &context.device, &LoadOptions::default())?;
     set_template(&mut checkpoint, chat_template)?;
     Ok(checkpoint)
+}
+
+/// Loads what a stage trains, as [`Adapt::start`] says, with the template.
+pub fn start(
+    context: &StageContext<'_>,
+    (adapt, bases): (&Adapt<'_>, &Bases),
+    chat_template: &str,
+) -> Result<Start> {
+    let mut start = adapt.start(bases, &context.device)?;
+    set_template(&mut start.checkpoint, chat_template)?;
+    Ok(start)
 }
 
 /// A model of random weights from a directory that has a configuration and a tokenizer.
@@ -183,9 +192,8 @@ fn note_skipped(context: &StageContext<'_>, what: &str, skipped: &Skipped) {
 
 /// What a stage trains, and on what.
 pub struct Work<'a> {
-    /// The start; its configuration and tokenizer are saved with the result. Its weights are freed once the masters are
-    /// made, so nobody else should hold them.
-    pub start: Checkpoint,
+    /// The model; its configuration and tokenizer are saved with the result.
+    pub trainee: Trainee,
     /// What to minimise.
     pub objective: &'a dyn Objective,
     /// Training examples.
@@ -198,13 +206,11 @@ pub struct Work<'a> {
     pub samples: &'a [Row],
     /// How to train.
     pub settings: &'a Settings,
-    /// What of the start is trained.
-    pub adapt: Adapt<'a>,
 }
 
 /// Trains and writes `checkpoint/`.
-pub fn fit(context: &StageContext<'_>, work: Work<'_>) -> Result<Metrics> {
-    let trainee = work.adapt.trainee(work.start)?;
+pub fn fit(context: &StageContext<'_>, work: &Work<'_>) -> Result<Metrics> {
+    let trainee = &work.trainee;
     let save = |_: &Learner, dir: &std::path::Path| trainee.write(dir);
     let samples = |learner: &Learner| {
         let now = trainee.checkpoint(learner)?.on(&context.device)?;
@@ -250,18 +256,6 @@ fn answers(checkpoint: &Checkpoint, rows: &[Row]) -> Result<Vec<String>> {
         Ok(())
     })?;
     Ok(lines)
-}
-
-/// SHA-256 over names and elements of all weights.
-pub fn weights_sha256(weights: &Weights) -> Result<String> {
-    let mut hasher = Sha256::new();
-    for (name, tensor) in weights {
-        hasher.update(name);
-        for value in tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()? {
-            hasher.update(value.to_le_bytes());
-        }
-    }
-    Ok(crate::store::hex(&hasher.finalize()))
 }
 
 #[cfg(test)]

@@ -94,9 +94,11 @@ impl<'a> Run<'a> {
         };
         job.events.resume_after(state.step as u64)?;
         let averaged = ema.as_ref().map_or(0, |ema| ema.learner().trained_bytes());
+        let held = learner.bytes() + averaged + job.follower.map_or(0, Follower::bytes);
         let options = StepOptions {
             adapted: learner.adapted_sizes(),
-            ..settings.step_options(learner.bytes() + averaged, learner.model().device())?
+            follows: job.follower.is_some(),
+            ..settings.step_options(held, learner.model().device())?
         };
         if let Some(note) = settings.without_effect(learner.model().device()) {
             job.events.note(&note);

@@ -1,19 +1,21 @@
 //! A reference that follows the policy: TR-DPO (Gorbatovski et al., 2024, equations 3 and 4).
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{DType, safetensors};
+use candle_core::safetensors;
 
 use super::Learner;
 use super::checkpoint::write_tensors;
 use super::step;
 use crate::data::forest::Forest;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::loss::Readout;
 use crate::loss::preference::LiveReference;
 use crate::model::transformer::Transformer;
 use crate::model::{Config, Precision, Weights};
+use crate::store::sha256_bytes;
 
 const FILE: &str = "reference.safetensors";
 
@@ -30,16 +32,18 @@ pub struct Pace {
 #[derive(Clone, Debug)]
 pub struct Follower {
     pace: Pace,
-    dtype: Precision,
-    config: Config,
     now: Arc<Mutex<Now>>,
 }
 
 #[derive(Debug)]
 struct Now {
-    /// In f32, so that small steps towards the policy are not lost.
-    masters: Weights,
+    /// Its parameters in f32, so that small steps towards the policy are not lost.
+    reference: Learner,
+    /// The same storage, without graphs.
     model: Transformer,
+    /// What it said of each forest of the step: a loss that couples the step asks once for its statistics and once again
+    /// for its slopes.
+    said: BTreeMap<String, Vec<f32>>,
 }
 
 impl Follower {
@@ -48,44 +52,72 @@ impl Follower {
     /// # Errors
     /// Names a tensor that is missing.
     pub fn new(config: &Config, masters: Weights, dtype: Precision, pace: Pace) -> Result<Self> {
-        let masters = masters.into_iter().map(|(name, tensor)| {
-            let tensor = tensor.to_dtype(DType::F32)?;
-            Ok((name, tensor))
-        });
-        let masters = masters.collect::<Result<Weights>>()?;
-        let model = computed(config, &masters, dtype)?;
-        let now = Arc::new(Mutex::new(Now { masters, model }));
-        Ok(Self { pace, dtype, config: config.clone(), now })
+        Self::of(Learner::with(config, masters, dtype, |_| false)?, pace)
+    }
+
+    /// Begins where a model in training stands. What is frozen is shared: of adapters, the reference is a second set of
+    /// factors beside the same base.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn beside(policy: &Learner, pace: Pace) -> Result<Self> {
+        Self::of(policy.twin()?, pace)
+    }
+
+    fn of(reference: Learner, pace: Pace) -> Result<Self> {
+        let model = Transformer::of(reference.model().config(), &reference.tensors().detached())?;
+        let now = Now { reference, model, said: BTreeMap::new() };
+        Ok(Self { pace, now: Arc::new(Mutex::new(now)) })
+    }
+
+    /// Bytes that it takes beside the policy.
+    pub fn bytes(&self) -> u64 {
+        self.lock().reference.trained_bytes()
     }
 
     /// What the losses ask.
     pub fn live(&self) -> LiveReference {
         let follower = self.clone();
-        LiveReference::new(move |forest: &Forest| {
-            step::read(&follower.lock().model, Readout::Logps, forest)
-        })
+        LiveReference::new(move |forest: &Forest| follower.ask(forest))
     }
 
-    /// Follows the policy after its optimizer step number `step`, where one is due.
+    fn ask(&self, forest: &Forest) -> Result<Vec<f32>> {
+        let mut now = self.lock();
+        let Forest { tokens, spans, targets, .. } = forest;
+        let key = sha256_bytes(format!("{tokens:?} {spans:?} {targets:?}").as_bytes());
+        if let Some(said) = now.said.get(&key) {
+            return Ok(said.clone());
+        }
+        let said = step::read(&now.model, Readout::Logps, forest)?;
+        now.said.insert(key, said.clone());
+        Ok(said)
+    }
+
+    /// Follows the policy after its optimizer step number `step`, where one is due. Of adapters it is `A`, `B` and the
+    /// magnitudes that are mixed, as any other parameters: only at `α` = 1 is their product mixed likewise.
     pub(super) fn after_step(&self, policy: &Learner, step: usize) -> Result<()> {
+        let mut now = self.lock();
+        now.said.clear();
         if !step.is_multiple_of(self.pace.sync_steps) {
             return Ok(());
         }
         let alpha = self.pace.mixup_alpha;
-        let (mut masters, device) = {
-            let now = self.lock();
-            (now.masters.clone(), now.model.device().clone())
-        };
-        for (name, policy) in policy.weights() {
-            let policy = policy.to_device(&device)?;
-            let mixed = match masters.get(&name) {
-                Some(own) if alpha < 1.0 => ((own * (1.0 - alpha))? + (policy * alpha)?)?,
+        let policy = policy.weights();
+        for (name, own) in now.reference.params() {
+            let policy = policy.get(name);
+            let policy =
+                policy.ok_or_else(|| Error::run("missing from the policy").at(name.as_str()))?;
+            let policy = policy.to_device(own.master.device())?;
+            let mixed = if alpha < 1.0 {
+                let own = own.master.as_tensor().detach();
+                ((own * (1.0 - alpha))? + (policy * alpha)?)?
+            } else {
                 // The policy's storage moves on.
-                _ => policy.copy()?,
+                policy.copy()?
             };
-            masters.insert(name, mixed);
+            own.set(&mixed).at(name)?;
         }
-        self.set(masters)
+        Ok(())
     }
 
     /// Writes the reference into a checkpoint's directory.
@@ -93,21 +125,16 @@ impl Follower {
     /// # Errors
     /// The file system's.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        write_tensors(&self.lock().masters, &dir.join(FILE))
+        write_tensors(&self.lock().reference.weights(), &dir.join(FILE))
     }
 
     /// Goes back to where it stood at a checkpoint.
     pub(super) fn load(&self, dir: &Path) -> Result<()> {
         let path = dir.join(FILE);
-        let device = self.lock().model.device().clone();
-        let masters = safetensors::load(&path, &device).at(path.display())?;
-        self.set(masters.into_iter().collect())
-    }
-
-    fn set(&self, masters: Weights) -> Result<()> {
-        let model = computed(&self.config, &masters, self.dtype)?;
-        *self.lock() = Now { masters, model };
-        Ok(())
+        let mut now = self.lock();
+        let weights = safetensors::load(&path, now.model.device()).at(path.display())?;
+        now.said.clear();
+        now.reference.set(&weights.into_iter().collect()).at(path.display())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Now> {
@@ -116,9 +143,86 @@ impl Follower {
     }
 }
 
-fn computed(config: &Config, masters: &Weights, dtype: Precision) -> Result<Transformer> {
-    let tensors = masters.iter().map(|(name, tensor)| {
-        Ok((name.clone(), tensor.detach().to_dtype(dtype.of(name, tensor))?))
-    });
-    Transformer::new(config, &tensors.collect::<Result<Weights>>()?)
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::data::tree::{Role, Tree};
+    use crate::model::Tensors;
+    use crate::model::checkpoint::Checkpoint;
+    use crate::model::lora::{Lora, attach_beside};
+    use crate::model::params::EMBEDDING;
+
+    const PACE: Pace = Pace { mixup_alpha: 0.25, sync_steps: 2 };
+
+    fn policy() -> Learner {
+        let start = Checkpoint::load_dir("data/tiny/student".as_ref(), &Device::Cpu).unwrap();
+        let tensors = Tensors::dense(start.weights);
+        let lora = Lora { lora_r: 4, use_dora: true, ..Lora::default() };
+        let attached = attach_beside(&lora, &start.config, (&tensors, &Device::Cpu), 1).unwrap();
+        Learner::adapted(&start.config, tensors, &attached, Precision::F32, |_| false).unwrap()
+    }
+
+    fn forest() -> Forest {
+        let tree = Tree::sequence((5..25).collect(), vec![Role::Content; 20], 0);
+        Forest::pack(&[tree]).unwrap()
+    }
+
+    #[test]
+    fn a_reference_of_adapters_shares_the_base_and_follows_with_its_factors() {
+        let policy = policy();
+        let follower = Follower::beside(&policy, PACE).unwrap();
+        {
+            let now = follower.lock();
+            let own = |learner: &Learner| learner.tensors().weights[EMBEDDING].id();
+            assert_eq!(own(&now.reference), own(&policy));
+        }
+        // A fifth of the base at most, here where the base is tiny.
+        assert_eq!(follower.bytes(), policy.trained_bytes());
+        assert!(policy.trained_bytes() < policy.bytes() / 3);
+
+        let first = follower.ask(&forest()).unwrap();
+        assert_eq!(first, step::read(policy.model(), Readout::Logps, &forest()).unwrap());
+        let start: Weights = policy
+            .weights()
+            .iter()
+            .map(|(name, tensor)| (name.clone(), tensor.copy().unwrap()))
+            .collect();
+        let moved: Weights =
+            start.iter().map(|(name, tensor)| (name.clone(), (tensor + 0.02).unwrap())).collect();
+        policy.set(&moved).unwrap();
+        follower.after_step(&policy, 1).unwrap();
+        assert_eq!(follower.ask(&forest()).unwrap(), first);
+        follower.after_step(&policy, 2).unwrap();
+        let numbers =
+            |tensor: &candle_core::Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (name, now) in follower.lock().reference.weights() {
+            for (now, start) in numbers(&now).iter().zip(numbers(&start[&name])) {
+                assert!((now - start - 0.005).abs() < 1e-6, "{name}: {now} {start}");
+            }
+        }
+        let second = follower.ask(&forest()).unwrap();
+        assert_ne!(second, first);
+        assert_ne!(second, step::read(policy.model(), Readout::Logps, &forest()).unwrap());
+        let replaced = Follower::beside(&policy, Pace { mixup_alpha: 1.0, ..PACE }).unwrap();
+        replaced.after_step(&policy, 2).unwrap();
+        let expected = step::read(policy.model(), Readout::Logps, &forest()).unwrap();
+        assert_eq!(replaced.ask(&forest()).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_forest_is_read_once_a_step() {
+        let policy = policy();
+        let follower = Follower::beside(&policy, PACE).unwrap();
+        let said = follower.ask(&forest()).unwrap();
+        // What is kept is what is answered.
+        follower.lock().said.values_mut().for_each(|said| said[0] = 7.0);
+        assert_eq!(follower.ask(&forest()).unwrap()[0].to_bits(), 7.0_f32.to_bits());
+        let tree = Tree::sequence((6..26).collect(), vec![Role::Content; 20], 0);
+        let other = follower.ask(&Forest::pack(&[tree]).unwrap()).unwrap();
+        assert_ne!(other, said);
+        follower.after_step(&policy, 1).unwrap();
+        assert_eq!(follower.ask(&forest()).unwrap(), said);
+    }
 }

@@ -101,7 +101,8 @@ impl Adapted {
 /// Bytes of one step over one micro-batch, on the device that computes it.
 #[derive(Clone, Copy, Debug)]
 pub struct Footprint {
-    /// Weights and both moments; in bf16 the copies too. The weights once more where they are averaged.
+    /// Weights and both moments; in bf16 the copies too. The weights once more where they are averaged, and where a
+    /// reference follows them.
     pub state: u64,
     /// What of them is in host memory instead.
     pub host_state: u64,
@@ -162,6 +163,11 @@ impl Footprint {
         self.state + self.boundaries(keep) + both + again + self.working
     }
 
+    /// Bytes of a forward pass that keeps nothing, besides the weights.
+    pub fn pass(&self) -> u64 {
+        self.block + self.working
+    }
+
     /// What the blocks and the final norm are given.
     fn boundaries(&self, keep: usize) -> u64 {
         let all = self.blocks + 1;
@@ -201,11 +207,12 @@ fn element(options: &StepOptions) -> u64 {
 /// Bytes of a trained parameter on the device that computes and, where that is not the host, in its memory.
 fn held(options: &StepOptions) -> [u64; 2] {
     let copy = if options.dtype == Precision::F32 { 0 } else { element(options) };
-    let averages = u64::from(options.averages);
+    // Averages, and a reference that follows.
+    let beside = u64::from(options.averages) + u64::from(options.follows);
     if options.optimizer_offload {
-        return [element(options) * (1 + averages), (3 + averages) * F32];
+        return [element(options) * (1 + beside), (3 + beside) * F32];
     }
-    [3 * F32 + copy + averages * (F32 + copy), 0]
+    [3 * F32 + copy + beside * (F32 + copy), 0]
 }
 
 /// Bytes a token that a block keeps besides its input, and that are held on top while it is taken back.
@@ -319,6 +326,15 @@ mod tests {
         let averaged = StepOptions { averages: true, ..bf16 };
         let state = Footprint::new(&smollm2(), &averaged, 1).state;
         assert_eq!(state, 20 * count(&smollm2()) as u64);
+        let followed = StepOptions { follows: true, ..averaged };
+        let state = Footprint::new(&smollm2(), &followed, 1).state;
+        assert_eq!(state, 26 * count(&smollm2()) as u64);
+        // Of adapters, the reference is a second set.
+        let sizes = Adapted { trained: 1000, frozen: 1 << 20, head: false };
+        let adapters = StepOptions { adapted: Some(sizes), ..f32 };
+        let followed = StepOptions { follows: true, ..adapters };
+        let state = |options| Footprint::new(&smollm2(), options, 1).state;
+        assert_eq!(state(&followed), state(&adapters) + 4000);
     }
 
     /// `arriero bench sft --batch 4 --seq 512` on SmolLM2-135M, as measured on two AVX2 cores.
@@ -391,6 +407,8 @@ mod tests {
         let least = StepOptions {
             recompute: Recompute::Block,
             optimizer_in_backward: true,
+            optimizer_offload: true,
+            activation_offload: true,
             dtype: Precision::Bf16,
             adapted: Some(Adapted { trained: 1, frozen: 1, head: false }),
             ..options

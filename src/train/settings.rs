@@ -175,6 +175,7 @@ impl Settings {
             optimizer_offload: self.optimizer_offload && gpu,
             activation_offload: self.activation_offload && gpu,
             averages: self.ema_decay > 0.0,
+            follows: false,
             noise: None,
             gpu,
         }

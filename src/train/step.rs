@@ -41,6 +41,8 @@ pub struct StepOptions {
     pub activation_offload: bool,
     /// A moving average of the weights is held beside them: see [`Ema`](super::Ema).
     pub averages: bool,
+    /// A reference that follows is held beside them: see [`Follower`](super::Follower).
+    pub follows: bool,
     /// Noise on the embedded tokens.
     pub noise: Option<Noise>,
     /// It runs on a GPU, where more is held at once.
@@ -61,6 +63,7 @@ impl StepOptions {
             optimizer_offload: false,
             activation_offload: false,
             averages: false,
+            follows: false,
             noise: None,
             gpu: false,
         }

@@ -64,7 +64,7 @@ impl Watch {
         let what = format!(
             "the chosen responses' log-probability fell from {before:.2} to {now:.2} a token (means of {STEPS} steps)"
         );
-        let hint = "lower learning_rate, or raise beta or sft_loss_weight";
+        let hint = "lower learning_rate, or raise beta, or for pairs sft_loss_weight";
         match watchdog {
             Watchdog::Stop => {
                 Err(Error::run(what).hint(format!("{hint}; watchdog = \"warn\" goes on")))
@@ -108,7 +108,7 @@ mod tests {
         assert_eq!(
             text,
             "the chosen responses' log-probability fell from -1.12 to -2.12 a token (means of 10 steps): lower \
-             learning_rate, or raise beta or sft_loss_weight"
+             learning_rate, or raise beta, or for pairs sft_loss_weight"
         );
         assert_eq!(run(0.015, Watchdog::Warn), None);
         assert_eq!(run(0.11, Watchdog::Off), None);

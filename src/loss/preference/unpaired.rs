@@ -32,6 +32,7 @@ pub struct Unpaired {
 struct Labelled {
     desirable: bool,
     logp: f64,
+    length: f64,
     log_ratio: f64,
 }
 
@@ -91,6 +92,7 @@ impl Unpaired {
         read.rows.push(Labelled {
             desirable: self.label(source)?,
             logp: policy[0].logp,
+            length: policy[0].length,
             log_ratio,
         });
         Ok(())
@@ -99,17 +101,20 @@ impl Unpaired {
     /// TRL's names; each side over the rows that have its label.
     fn metrics(&self, read: &Read, kl: f64) -> Vec<Mean> {
         let mut metrics = Vec::new();
-        for (desirable, reward, logp) in [
-            (true, "rewards/chosen", "logps/chosen"),
-            (false, "rewards/rejected", "logps/rejected"),
+        for (desirable, [reward, logp, length]) in [
+            (true, ["rewards/chosen", "logps/chosen", "lengths/chosen"]),
+            (false, ["rewards/rejected", "logps/rejected", "lengths/rejected"]),
         ] {
             let rows = || read.rows.iter().filter(|row| row.desirable == desirable);
             let count = rows().count() as f64;
-            if count > 0.0 {
-                let sum = rows().map(|row| self.options.beta * row.log_ratio).sum();
-                metrics.push(Mean { name: reward, sum, count });
-                metrics.push(Mean { name: logp, sum: rows().map(|row| row.logp).sum(), count });
-            }
+            let mut mean = |name, of: &dyn Fn(&Labelled) -> f64| {
+                let sum = rows().map(of).sum();
+                metrics.extend((count > 0.0).then_some(Mean { name, sum, count }));
+            };
+            mean(reward, &|row| self.options.beta * row.log_ratio);
+            mean(logp, &|row| row.logp);
+            // The watchdog looks at the log-probability a token.
+            mean(length, &|row| row.length);
         }
         if self.loss.needs_mismatched() {
             let count = read.rows.len() as f64;

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
+use rayon::prelude::*;
 
 use super::dropout::{Masks, module_key};
 use crate::error::{Error, Result};
@@ -28,6 +29,9 @@ pub struct Adapter {
     /// DoRA's part, where it is one.
     pub dora: Option<Dora>,
 }
+
+/// Outputs of a task: whole cache lines, and enough tasks for the narrowest projection of a small model.
+const OUTPUTS: usize = 64;
 
 /// What DoRA adds to an adapter.
 #[derive(Clone, Debug)]
@@ -118,7 +122,7 @@ impl Adapter {
     ) -> Result<()> {
         self.add_low_rank(self.rows(x), y)?;
         if let Some(factors) = factors {
-            y.chunks_exact_mut(factors.len()).for_each(|y| multiply(y, factors));
+            y.par_chunks_exact_mut(factors.len()).for_each(|y| multiply(y, factors));
         }
         Ok(())
     }
@@ -201,18 +205,13 @@ impl Adapter {
         };
         let mut product = weight.with(|weight| matmul(self.rows(x), weight.t(), Threads::All))?;
         self.add_low_rank(self.rows(&self.read(x, masks)), &mut product)?;
-        let (mut d_magnitude, mut scratch) = (vec![0.0; norms.len()], Vec::new());
+        let d_magnitude = d_magnitude(d_y, &product, &norms);
         let mut d_product = d_y.to_vec();
-        for (row, d_y) in d_product.chunks_exact_mut(norms.len()).enumerate() {
-            let product = &product[row * norms.len()..][..norms.len()];
-            let mut d = E::widen(d_y, &mut scratch).to_vec();
-            for ((sum, d), product) in d_magnitude.iter_mut().zip(&d).zip(product) {
-                *sum += d * product;
-            }
+        d_product.par_chunks_exact_mut(norms.len()).for_each_init(Vec::new, |scratch, d_y| {
+            let mut d = E::widen(d_y, scratch).to_vec();
             multiply(&mut d, &factors);
             E::round_into(d_y, &d);
-        }
-        d_magnitude.iter_mut().zip(&norms).for_each(|(d, norm)| *d /= norm);
+        });
         let shape = norms.len();
         let d_magnitude = Tensor::from_vec(d_magnitude, shape, self.a.device())?;
         grads.add(&self.name(MAGNITUDE), d_magnitude)?;
@@ -242,7 +241,7 @@ impl Adapter {
                 .sum();
             (square + 2.0 * scale * dot(projected, b) + scale * scale * delta).sqrt() as f32
         };
-        let norms: Vec<f32> = squares.iter().enumerate().map(norm).collect();
+        let norms: Vec<f32> = squares.par_iter().enumerate().map(norm).collect();
         let magnitude = magnitude.to_vec1::<f32>()?;
         let factors = magnitude.iter().zip(&norms).map(|(m, norm)| m / norm).collect();
         Ok(Some(Decomposed { factors, norms }))
@@ -293,6 +292,24 @@ pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
 pub(crate) fn parameter(module: &str, part: &str) -> String {
     let ending = if part == MAGNITUDE { "" } else { ".weight" };
     format!("{module}.{part}{ending}")
+}
+
+/// `Σ_t d_y · product / norm` of each output, `[O]`. A task has some of the outputs and walks all tokens from the first to
+/// the last, so no sum depends on the number of threads. Shapes: `d_y`, `product` `[T, O]`.
+fn d_magnitude<E: Element>(d_y: &[E], product: &[f32], norms: &[f32]) -> Vec<f32> {
+    let mut sums = vec![0.0; norms.len()];
+    sums.par_chunks_mut(OUTPUTS).enumerate().for_each_init(Vec::new, |scratch, (task, sums)| {
+        let outputs = task * OUTPUTS..task * OUTPUTS + sums.len();
+        let rows = d_y.chunks_exact(norms.len()).zip(product.chunks_exact(norms.len()));
+        for (d_y, product) in rows {
+            let d_y = E::widen(&d_y[outputs.clone()], scratch);
+            for ((sum, d), product) in sums.iter_mut().zip(d_y).zip(&product[outputs.clone()]) {
+                *sum += d * product;
+            }
+        }
+        sums.iter_mut().zip(&norms[outputs]).for_each(|(sum, norm)| *sum /= norm);
+    });
+    sums
 }
 
 fn multiply(values: &mut [f32], factors: &[f32]) {

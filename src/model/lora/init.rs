@@ -8,7 +8,8 @@ use rand::Rng;
 
 use super::{A, B, Init, Lora, MAGNITUDE, parameter, unknown};
 use crate::error::{Error, Result};
-use crate::model::{Config, Weights};
+use crate::model::matrix::Matrix;
+use crate::model::{Config, Tensors, Weights};
 use crate::rng::Stream;
 
 /// What is trained beside a model, before its first step.
@@ -29,15 +30,62 @@ pub struct Attached {
 /// # Errors
 /// A rank that is larger than a matrix, no module to adapt.
 pub fn attach(lora: &Lora, config: &Config, weights: &mut Weights, seed: u64) -> Result<Attached> {
-    let mut attached = Attached {
-        lr_ratio: lora.loraplus_lr_ratio,
-        dropout: lora.lora_dropout,
-        ..Attached::default()
-    };
-    for module in lora.modules(config)? {
+    let mut attached = Attached::empty(lora);
+    for module in modules(lora, config)? {
         let name = format!("{module}.weight");
         let weight = weights.get(&name).ok_or_else(|| unknown(&module))?.clone();
-        let (outer, inner) = weight.dims2()?;
+        let device = weight.device().clone();
+        let rest = attached.add((lora, &module), &Matrix::Dense(weight), &device, seed)?;
+        weights.extend(rest.map(|rest| (name, rest)));
+    }
+    Ok(attached)
+}
+
+/// The same beside a model whose projections may be packed or rounded already, which PiSSA cannot begin from.
+///
+/// # Errors
+/// As [`attach`].
+pub fn attach_beside(
+    lora: &Lora,
+    config: &Config,
+    (tensors, device): (&Tensors, &Device),
+    seed: u64,
+) -> Result<Attached> {
+    if lora.init_lora_weights == Init::Pissa {
+        return Err(Error::usage("`init_lora_weights` is pissa beside weights that are rounded"));
+    }
+    let mut attached = Attached::empty(lora);
+    for module in modules(lora, config)? {
+        let weight = tensors.matrix(&module)?;
+        attached.add((lora, &module), &weight, device, seed)?;
+    }
+    Ok(attached)
+}
+
+fn modules(lora: &Lora, config: &Config) -> Result<Vec<String>> {
+    let modules = lora.modules(config)?;
+    if modules.is_empty() {
+        return Err(
+            Error::usage("`lora_target_modules` is empty").hint("for example \"all-linear\"")
+        );
+    }
+    Ok(modules)
+}
+
+impl Attached {
+    fn empty(lora: &Lora) -> Self {
+        Self { lr_ratio: lora.loraplus_lr_ratio, dropout: lora.lora_dropout, ..Self::default() }
+    }
+
+    /// Makes one module's adapter. Returns what is left of the weight where the factors take a part of it.
+    fn add(
+        &mut self,
+        (lora, module): (&Lora, &str),
+        weight: &Matrix,
+        device: &Device,
+        seed: u64,
+    ) -> Result<Option<Tensor>> {
+        let (outer, inner) = weight.shape();
         if lora.lora_r > outer.min(inner) {
             return Err(Error::usage(format!(
                 "`lora_r` is {}, `{module}` is a matrix of {outer} by {inner}",
@@ -47,33 +95,31 @@ pub fn attach(lora: &Lora, config: &Config, weights: &mut Weights, seed: u64) ->
         }
         let stream = Stream::new(seed, &format!("lora/{module}"));
         let scale = lora.scale(lora.lora_r);
-        let [a, b] = match lora.init_lora_weights {
+        let (a, b, rest) = match lora.init_lora_weights {
             Init::Default | Init::Gaussian => {
-                let a = random(lora, inner, &stream, weight.device())?;
-                [a, Tensor::zeros((outer, lora.lora_r), weight.dtype(), weight.device())?]
+                let a = random(lora, inner, &stream, device)?;
+                (a, Tensor::zeros((outer, lora.lora_r), DType::F32, device)?, None)
             }
             Init::Pissa => {
+                let weight = weight.tensor(device, DType::F32)?;
                 let [a, b] = principal(&weight, lora.lora_r, &stream)?;
-                let [a, b] = [(a / scale.sqrt())?, (b / scale.sqrt())?];
+                let (a, b) = ((a / scale.sqrt())?, (b / scale.sqrt())?);
                 let rest = (&weight - (b.matmul(&a)? * scale)?)?;
-                weights.insert(name, rest);
-                [a, b]
+                (a, b, Some(rest))
             }
         };
         if lora.use_dora {
-            let magnitude = weight.sqr()?.sum(1)?.sqrt()?;
-            attached.factors.insert(parameter(&module, MAGNITUDE), magnitude);
+            // Of the numbers that are computed with: then the factors begin at 1.
+            let norms: Vec<f32> =
+                weight.row_squares()?.iter().map(|square| square.sqrt() as f32).collect();
+            let magnitude = Tensor::from_vec(norms, outer, device)?;
+            self.factors.insert(parameter(module, MAGNITUDE), magnitude);
         }
-        attached.factors.insert(parameter(&module, A), a);
-        attached.factors.insert(parameter(&module, B), b);
-        attached.scales.insert(module, scale);
+        self.factors.insert(parameter(module, A), a);
+        self.factors.insert(parameter(module, B), b);
+        self.scales.insert(module.to_owned(), scale);
+        Ok(rest)
     }
-    if attached.scales.is_empty() {
-        return Err(
-            Error::usage("`lora_target_modules` is empty").hint("for example \"all-linear\"")
-        );
-    }
-    Ok(attached)
 }
 
 /// `A`, `[r, I]`.

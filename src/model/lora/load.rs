@@ -8,7 +8,7 @@ use super::peft::{self, AdapterConfig, Saved};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::model::checkpoint::{Checkpoint, INDEX, LoadOptions, SINGLE, load_config};
-use crate::model::{Architecture, Config, params};
+use crate::model::{Architecture, Config, Tensors, params};
 use crate::store;
 
 /// Whether a directory holds an adapter and no weights of its own.
@@ -71,6 +71,17 @@ impl Checkpoint {
         if saved.base.is_some() {
             saved.check_base(&peft::fingerprint(&self.weights)?)?;
         }
+        let checkpoint = self.with_trained(saved, dir)?;
+        let tensors = Tensors::dense(checkpoint.weights.clone());
+        super::check_fit(&tensors, &saved.adapters).at(dir.display())?;
+        Ok(checkpoint)
+    }
+
+    /// The base with its parameters that were trained in full, and with the head that the adapter makes of it.
+    ///
+    /// # Errors
+    /// A parameter that the base does not have, or of another shape; a reward model's without its head.
+    pub(in crate::model) fn with_trained(self, saved: &Saved, dir: &Path) -> Result<Self> {
         let mut checkpoint = self;
         if saved.config.architecture() != Architecture::CausalLm {
             checkpoint = match scorer(dir)? {
@@ -97,7 +108,6 @@ impl Checkpoint {
             }
             *old = tensor.clone();
         }
-        super::check_fit(&checkpoint.weights, &saved.adapters).at(dir.display())?;
         Ok(checkpoint)
     }
 }

@@ -18,11 +18,11 @@ use serde::{Deserialize, Serialize};
 pub(crate) use adapter::{A, B, MAGNITUDE, parameter};
 pub use adapter::{Adapter, Dora};
 pub use dropout::{Dropout, Masks};
-pub use init::{Attached, attach};
+pub use init::{Attached, attach, attach_beside};
 
 use super::packed::Quantization;
 use super::params;
-use super::{Config, Weights};
+use super::{Config, Tensors, Weights};
 use crate::error::{Error, Result, did_you_mean};
 
 /// Adapters by the names of their modules.
@@ -170,10 +170,15 @@ impl Lora {
 
     /// Whether a parameter of the model is trained in full.
     pub fn trains(&self, name: &str) -> bool {
-        let module = name.strip_suffix(".weight").or(name.strip_suffix(".bias")).unwrap_or(name);
-        [params::SCORE, params::SCORE_BIAS].contains(&name)
-            || self.lora_modules_to_save.iter().any(|saved| names(saved, module))
+        trains(&self.lora_modules_to_save, name)
     }
+}
+
+/// Whether a parameter is trained in full beside adapters: those of the named modules, and a score head.
+pub(crate) fn trains(modules: &[String], name: &str) -> bool {
+    let module = name.strip_suffix(".weight").or(name.strip_suffix(".bias")).unwrap_or(name);
+    [params::SCORE, params::SCORE_BIAS].contains(&name)
+        || modules.iter().any(|saved| names(saved, module))
 }
 
 /// Every projection; LLaMA-Factory says `all`.
@@ -195,10 +200,14 @@ fn names(pattern: &str, module: &str) -> bool {
 ///
 /// # Errors
 /// An adapter for a module that the model does not have, or of another shape.
-pub fn check_fit(weights: &Weights, adapters: &Adapters) -> Result<()> {
+pub fn check_fit(tensors: &Tensors, adapters: &Adapters) -> Result<()> {
     adapters.iter().try_for_each(|(module, adapter)| {
-        let weight = weights.get(&format!("{module}.weight")).ok_or_else(|| unknown(module))?;
-        adapter.check(weight.dims())
+        let name = format!("{module}.weight");
+        let dense = tensors.weights.get(&name).map(|weight| weight.dims().to_vec());
+        let packed =
+            || tensors.packed.get(&name).map(|packed| <[usize; 2]>::from(packed.shape()).to_vec());
+        let shape = dense.or_else(packed).ok_or_else(|| unknown(module))?;
+        adapter.check(&shape)
     })
 }
 

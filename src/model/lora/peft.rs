@@ -276,18 +276,40 @@ pub fn write(dir: &Path, config: &AdapterConfig, trained: &Weights, base: &str) 
 /// # Errors
 /// The device's.
 pub fn fingerprint(weights: &Weights) -> Result<String> {
-    const SAMPLES: usize = 64;
-    // A reward model has another head than its base.
-    const HEADS: [&str; 3] = [params::HEAD, params::SCORE, params::SCORE_BIAS];
-    let mut hasher = Sha256::new();
-    for (name, tensor) in weights.iter().filter(|(name, _)| !HEADS.contains(&name.as_str())) {
+    let mut fingerprint = Fingerprint::default();
+    weights.iter().try_for_each(|(name, tensor)| fingerprint.add(name, tensor))?;
+    Ok(fingerprint.finish())
+}
+
+/// The same of tensors that come one by one, in any order.
+#[derive(Debug, Default)]
+pub(crate) struct Fingerprint(BTreeMap<String, String>);
+
+impl Fingerprint {
+    /// Looks at one tensor in f32.
+    ///
+    /// # Errors
+    /// The device's.
+    pub(crate) fn add(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
+        const SAMPLES: usize = 64;
+        // A reward model has another head than its base.
+        if [params::HEAD, params::SCORE, params::SCORE_BIAS].contains(&name) {
+            return Ok(());
+        }
         let count = tensor.elem_count();
         let ids: Vec<u32> =
             (0..SAMPLES.min(count)).map(|i| (i * count / SAMPLES.min(count)) as u32).collect();
         let ids = Tensor::new(ids, tensor.device())?;
         let samples = tensor.flatten_all()?.index_select(&ids, 0)?.to_dtype(DType::F32)?;
         let (shape, samples) = (tensor.dims(), samples.to_vec1::<f32>()?);
-        hasher.update(format!("{name} {shape:?} {samples:?}\n"));
+        self.0.insert(name.to_owned(), format!("{name} {shape:?} {samples:?}\n"));
+        Ok(())
     }
-    Ok(store::hex(&hasher.finalize()))
+
+    /// The hash.
+    pub(crate) fn finish(self) -> String {
+        let mut hasher = Sha256::new();
+        self.0.values().for_each(|line| hasher.update(line));
+        store::hex(&hasher.finalize())
+    }
 }

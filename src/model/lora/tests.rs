@@ -4,7 +4,9 @@ use candle_core::{Device, Tensor};
 
 use super::peft::{AdapterConfig, fingerprint};
 use super::*;
+use crate::model::Gradients;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::model::matrix::Matrix;
 use crate::ops::linear::tests::{distance, random};
 
 fn base() -> Checkpoint {
@@ -73,6 +75,51 @@ fn pissa_takes_the_largest_singular_values_and_leaves_the_rest() {
     };
     for (a, b) in squares(A, 1).iter().zip(squares(B, 0)) {
         assert!((a - b).abs() < 1e-4 * a, "{a} {b}");
+    }
+}
+
+/// Not a whole number of a task's outputs, and more tokens than a task of any other op.
+#[test]
+fn doras_gradients_are_the_same_bits_on_any_number_of_threads() {
+    let (tokens, inner, outer) = (301, 48, 200);
+    let weight = Matrix::Dense(random(1, (outer, inner)));
+    let magnitude = (random(2, outer).abs().unwrap() + 0.5).unwrap();
+    let dora = Some(Dora { magnitude, squares: weight.row_squares().unwrap() });
+    let (a, b) = (random(3, (5, inner)), random(4, (outer, 5)));
+    let adapter = Adapter { module: "m".to_owned(), a, b, scale: 0.7, dora };
+    let numbers = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (x, d_y) = (numbers(random(5, (tokens, inner))), numbers(random(6, (tokens, outer))));
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let mut grads = Gradients::new(&Device::Cpu);
+            let of = (x.as_slice(), None, &weight);
+            let through = adapter.through_magnitude(of, &d_y, &mut grads).unwrap().unwrap();
+            let mut y = numbers(random(7, (tokens, outer)));
+            adapter.forward((x.as_slice(), None), &mut y, &weight).unwrap();
+            let d = numbers(grads.get(&parameter("m", MAGNITUDE)).unwrap().clone());
+            [through, y, d].map(|x| x.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+        })
+    };
+    let one = run(1);
+    for threads in [2, 3, 7] {
+        assert_eq!(run(threads), one, "{threads} threads");
+    }
+    // The magnitude's gradient in f64, from `y = x·(W + s·B·A)ᵀ` over its rows' norms.
+    let f64 = |x: &Tensor| x.to_dtype(candle_core::DType::F64).unwrap();
+    let merged = {
+        let delta = f64(&adapter.b).matmul(&f64(&adapter.a)).unwrap();
+        (f64(&weight.tensor(&Device::Cpu, candle_core::DType::F32).unwrap())
+            + (delta * 0.7).unwrap())
+        .unwrap()
+    };
+    let norms = merged.sqr().unwrap().sum(1).unwrap().sqrt().unwrap();
+    let y = f64(&random(5, (tokens, inner))).matmul(&merged.t().unwrap()).unwrap();
+    let d = (y * f64(&random(6, (tokens, outer)))).unwrap().sum(0).unwrap();
+    let expected = (d / norms).unwrap().to_vec1::<f64>().unwrap();
+    for (bits, expected) in one[2].iter().zip(expected) {
+        let found = f64::from(f32::from_bits(*bits));
+        assert!((found - expected).abs() < 1e-4 * expected.abs().max(1.0), "{found} {expected}");
     }
 }
 

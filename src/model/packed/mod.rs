@@ -70,12 +70,22 @@ pub fn pack(weights: &mut Weights, kind: Quantization, source: &Source) -> Resul
             .filter_map(|name| weights.remove_entry(&name))
             .map(|(name, weight)| Ok((name, Arc::new(Packed::nf4(&weight)?))))
             .collect(),
-        (Quantization::Gguf, Source::Gguf(path)) => {
-            let packed = gguf::packed(path)?;
+        (Quantization::Gguf, source) => {
+            let packed = of_file(source)?;
             weights.retain(|name, _| !packed.contains_key(name));
             Ok(packed)
         }
-        (Quantization::Gguf, Source::Directory(path)) => {
+    }
+}
+
+/// The projections of a GGUF file as they stand there.
+///
+/// # Errors
+/// A model that is no such file, or has blocks of other types.
+pub(super) fn of_file(source: &Source) -> Result<PackedWeights> {
+    match source {
+        Source::Gguf(path) => gguf::packed(path),
+        Source::Directory(path) => {
             Err(Error::usage("`quantization` is gguf, the model is a directory")
                 .at(path.display())
                 .hint("give a .gguf file, or quantization = \"nf4\""))

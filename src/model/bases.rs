@@ -1,0 +1,293 @@
+//! Models that stand on a common base. A base is read once for as long as somebody holds it, and each adapter beside it
+//! has only its own factors: a policy, its reference and its reward model then lie in memory as one model.
+//!
+//! Nothing here is trained. A base is known by where it lies and when its files were written, so one that is written anew
+//! is read anew.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use candle_core::{DType, Device, DeviceLocation, Tensor};
+
+use super::checkpoint::{self, Checkpoint};
+use super::lora::load::{base_of, is_adapter};
+use super::lora::peft::{self, Fingerprint, Saved};
+use super::lora::{self, Adapter, Adapters, Dora};
+use super::one_by_one;
+use super::packed::{self, Packed, Quantization};
+use super::source::{self, Source};
+use super::{Config, Precision, Tensors, Transformer, Weights};
+use crate::data::tokenizer::ChatTokenizer;
+use crate::error::{Context, Result};
+use crate::store;
+
+/// How a base is held.
+#[derive(Clone, Debug)]
+pub struct Form {
+    /// Where.
+    pub device: Device,
+    /// What products compute with.
+    pub dtype: Precision,
+    /// How its projections are packed.
+    pub quantization: Quantization,
+    /// Modules that stay in f32, because they will be trained in full.
+    pub in_full: Vec<String>,
+}
+
+impl Form {
+    /// Dense, in `dtype`.
+    pub fn dense(device: &Device, dtype: Precision) -> Self {
+        let quantization = Quantization::None;
+        Self { device: device.clone(), dtype, quantization, in_full: Vec::new() }
+    }
+}
+
+/// A base in memory.
+pub struct Base {
+    /// Its shape.
+    pub config: Config,
+    /// Its tensors, without adapters.
+    pub tensors: Tensors,
+    /// Its tokenizer.
+    pub tokenizer: Option<ChatTokenizer>,
+    /// What adapters know it by, see [`peft::fingerprint`].
+    pub fingerprint: String,
+}
+
+/// A model: a base, with an adapter beside it or without.
+pub struct Model {
+    /// Its shape, with the head that the adapter makes of it.
+    pub config: Config,
+    /// The base's tensors, shared, and the adapter's own.
+    pub tensors: Tensors,
+    /// The adapter's tokenizer, or the base's.
+    pub tokenizer: Option<ChatTokenizer>,
+    /// Held so that others find it.
+    pub base: Arc<Base>,
+}
+
+/// The bases in memory.
+#[derive(Default)]
+pub struct Bases(Mutex<Known>);
+
+#[derive(Default)]
+struct Known {
+    bases: Vec<(Key, Weak<Base>)>,
+    reads: usize,
+}
+
+#[derive(Clone, PartialEq)]
+struct Key {
+    /// Paths, lengths and times.
+    identity: String,
+    place: DeviceLocation,
+    dtype: Precision,
+    quantization: Quantization,
+    in_full: Vec<String>,
+}
+
+impl Bases {
+    /// A model without regard to adapters: an adapter's directory is merged into its base, and the whole is the base.
+    ///
+    /// # Errors
+    /// All of [`Checkpoint::load`], and a model that cannot be held so.
+    pub fn base(&self, name: &str, form: &Form) -> Result<Arc<Base>> {
+        let source = source::resolve(name, None)?;
+        let key = Key {
+            identity: identity(&source)?,
+            place: form.device.location(),
+            dtype: form.dtype,
+            quantization: form.quantization,
+            in_full: form.in_full.clone(),
+        };
+        // Held while the base is read, so that two who ask at once do not both read it.
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.bases.retain(|(_, base)| base.strong_count() > 0);
+        let found = known.bases.iter().find(|(other, _)| *other == key);
+        if let Some(base) = found.and_then(|(_, base)| base.upgrade()) {
+            return Ok(base);
+        }
+        known.reads += 1;
+        let base = Arc::new(Base::read(&source, form)?);
+        known.bases.push((key, Arc::downgrade(&base)));
+        Ok(base)
+    }
+
+    /// A model: an adapter's directory stands beside its base, whose tensors it shares.
+    ///
+    /// # Errors
+    /// As [`base`](Self::base), and an adapter of another base.
+    pub fn model(&self, name: &str, form: &Form) -> Result<Model> {
+        let Source::Directory(dir) = source::resolve(name, None)? else {
+            return Ok(Model::plain(self.base(name, form)?));
+        };
+        if !is_adapter(&dir) {
+            return Ok(Model::plain(self.base(name, form)?));
+        }
+        let saved = peft::read(&dir, &form.device)?;
+        let base = self
+            .base(&base_of(&dir, &saved.config)?, form)
+            .map_err(|error| error.at(format!("base of {}", dir.display())))?;
+        Model::beside(base, (saved, &dir), form.dtype)
+    }
+
+    /// How often a base was read.
+    pub fn reads(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).reads
+    }
+}
+
+impl Base {
+    /// Each tensor takes its form before the next is read.
+    fn read(source: &Source, form: &Form) -> Result<Self> {
+        form.dtype.check_device(&form.device)?;
+        let (Source::Directory(path) | Source::Gguf(path)) = source;
+        let (config, tokenizer) = checkpoint::peek(path)?;
+        checkpoint::check_vocabulary(&config, tokenizer.as_ref()).at(path.display())?;
+        let mut tensors = Tensors::default();
+        if form.quantization == Quantization::Gguf {
+            tensors.packed = packed::of_file(source)?;
+        }
+        let mut fingerprint = Fingerprint::default();
+        one_by_one::each(source, &config, &form.device, &mut |name, tensor| {
+            fingerprint.add(name, &tensor)?;
+            match form.quantization {
+                Quantization::Nf4 if lora::is_projection(name) => {
+                    tensors.packed.insert(name.to_owned(), Arc::new(Packed::nf4(&tensor)?));
+                }
+                Quantization::Gguf if lora::is_projection(name) => {}
+                _ if lora::trains(&form.in_full, name) => {
+                    tensors.weights.insert(name.to_owned(), tensor);
+                }
+                _ => {
+                    let dtype = form.dtype.of(name, &tensor);
+                    tensors.weights.insert(name.to_owned(), tensor.to_dtype(dtype)?);
+                }
+            }
+            Ok(())
+        })?;
+        Ok(Self { config, tensors, tokenizer, fingerprint: fingerprint.finish() })
+    }
+
+    /// Configuration, tokenizer and the weights that are not packed, shared.
+    pub fn checkpoint(&self) -> Checkpoint {
+        Checkpoint {
+            config: self.config.clone(),
+            weights: self.tensors.weights.clone(),
+            tokenizer: self.tokenizer.clone(),
+        }
+    }
+}
+
+impl Model {
+    fn plain(base: Arc<Base>) -> Self {
+        let Base { config, tensors, tokenizer, .. } = &*base;
+        let (config, tensors, tokenizer) = (config.clone(), tensors.clone(), tokenizer.clone());
+        Self { config, tensors, tokenizer, base }
+    }
+
+    fn beside(base: Arc<Base>, (saved, dir): (Saved, &Path), dtype: Precision) -> Result<Self> {
+        saved.check_base(&base.fingerprint)?;
+        let Checkpoint { config, weights, tokenizer } =
+            base.checkpoint().with_trained(&saved, dir)?;
+        let tensors = Tensors { weights: dtype.cast(weights)?, ..base.tensors.clone() };
+        lora::check_fit(&tensors, &saved.adapters).at(dir.display())?;
+        let adapters = saved.adapters.into_iter().map(|(module, adapter)| {
+            let adapter = placed(adapter, &tensors, dtype.dtype())?;
+            Ok((module, adapter))
+        });
+        let adapters = adapters.collect::<Result<Adapters>>()?;
+        let tokenizer = ChatTokenizer::in_dir(dir)?.or(tokenizer);
+        Ok(Self { config, tensors: Tensors { adapters, ..tensors }, tokenizer, base })
+    }
+
+    /// The model ready to run, adapters beside the projections as in training.
+    ///
+    /// # Errors
+    /// Names a tensor that is missing.
+    pub fn transformer(&self) -> Result<Transformer> {
+        Transformer::of(&self.config, &self.tensors)
+    }
+
+    /// The model's tokenizer.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn tokenizer(&self) -> Result<&ChatTokenizer> {
+        self.tokenizer.as_ref().ok_or_else(checkpoint::no_tokenizer)
+    }
+
+    /// The model as a checkpoint, for those who know no adapters: adapted projections are merged, all others shared.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        let (config, tokenizer) = (self.config.clone(), self.tokenizer.clone());
+        let weights = if self.tensors.adapters.is_empty() && self.tensors.packed.is_empty() {
+            self.tensors.weights.clone()
+        } else {
+            self.tensors.merged()?
+        };
+        Ok(Checkpoint { config, weights, tokenizer })
+    }
+
+    /// Tensors that this model has and its base does not: an adapter's factors and what it trained in full.
+    pub fn own(&self) -> Weights {
+        let is_new = |(name, tensor): &(&String, &Tensor)| {
+            self.base.tensors.weights.get(*name).is_none_or(|base| base.id() != tensor.id())
+        };
+        let own = self.tensors.weights.iter().filter(is_new);
+        let mut own: Weights = own.map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+        let factors = self.tensors.adapters.values().flat_map(Adapter::tensors);
+        own.extend(factors.map(|(name, tensor)| (name, tensor.clone())));
+        own
+    }
+}
+
+/// An adapter as it is computed with beside this base.
+fn placed(adapter: Adapter, base: &Tensors, dtype: DType) -> Result<Adapter> {
+    let dora = match adapter.dora {
+        Some(dora) => {
+            let squares = base.matrix(&adapter.module)?.row_squares()?;
+            Some(Dora { squares, ..dora })
+        }
+        None => None,
+    };
+    let (a, b) = (adapter.a.to_dtype(dtype)?, adapter.b.to_dtype(dtype)?);
+    Ok(Adapter { a, b, dora, ..adapter })
+}
+
+/// Where a model's files lie, how long they are and when they were written.
+fn identity(source: &Source) -> Result<String> {
+    let (Source::Directory(path) | Source::Gguf(path)) = source;
+    let path = path.canonicalize().at(path.display())?;
+    let mut parts = vec![path.display().to_string()];
+    let files = if path.is_dir() { store::entries(&path)? } else { vec![path.clone()] };
+    for file in files.iter().filter(|file| file.is_file()) {
+        let about = file.metadata().at(file.display())?;
+        let written = about.modified().at(file.display())?;
+        parts.push(format!("{} {} {written:?}", file.display(), about.len()));
+    }
+    if path.is_dir() && is_adapter(&path) {
+        let (_, base) = lora::load::peek(&path)?;
+        parts.push(identity(&source::resolve(&base, None)?)?);
+    }
+    Ok(parts.join("\n"))
+}
+
+/// The hash of a model's files, and of its base's where it is an adapter.
+///
+/// # Errors
+/// No such model; files that cannot be read.
+pub fn content(name: &str) -> Result<String> {
+    let (Source::Directory(path) | Source::Gguf(path)) = source::resolve(name, None)?;
+    let own = store::sha256_path(&path)?;
+    if !path.is_dir() || !is_adapter(&path) {
+        return Ok(own);
+    }
+    let (_, base) = lora::load::peek(&path)?;
+    Ok(store::sha256_bytes(format!("{own} {}", content(&base)?).as_bytes()))
+}
+
+#[cfg(test)]
+mod tests;
