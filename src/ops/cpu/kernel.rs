@@ -18,6 +18,8 @@
 
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+use super::few;
 use super::isa::Isa;
 use super::vector::{Operand, Plain, Single, Vector, Widened};
 
@@ -49,7 +51,7 @@ impl Numbers for f32 {
     fn kernel(isa: Isa) -> Kernel {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx512Bf16 => x86::AVX512,
+            Isa::Avx512 | Isa::Avx512Bf16 => Kernel { few: Some(few::single), ..x86::AVX512 },
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::AVX2,
             _ => PORTABLE,
@@ -67,9 +69,9 @@ impl Numbers for bf16 {
     fn kernel(isa: Isa) -> Kernel {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => x86::AVX512_BF16,
+            Isa::Avx512Bf16 => Kernel { few: Some(few::pairs), ..x86::AVX512_BF16 },
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => x86::AVX512_WIDENED,
+            Isa::Avx512 => Kernel { few: Some(few::widened), ..x86::AVX512_WIDENED },
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::AVX2_WIDENED,
             _ => PORTABLE_WIDENED,
@@ -104,6 +106,16 @@ pub(super) struct Place {
 /// `rows × columns`.
 pub(super) type Tile = unsafe fn(usize, Left, *const u8, Place);
 
+/// Most rows of one call of [`Few`].
+pub(super) const MOST: usize = 4;
+
+/// One chain of one to [`MOST`] rows against sixteen columns: `(units, rows and how many, columns, place)`. Units are a
+/// multiple of sixteen, and those of a row or a column follow each other.
+///
+/// # Safety
+/// The instruction set is there; rows and columns cover `units`, the place all their results.
+pub(super) type Few = unsafe fn(usize, (Left, usize), Left, Place);
+
 /// The tiles of one instruction set and element type.
 #[derive(Clone, Copy)]
 #[expect(missing_debug_implementations, reason = "function pointers say nothing")]
@@ -120,6 +132,8 @@ pub struct Kernel {
     pub(super) narrow_columns: usize,
     /// As `strided`, one register wide.
     pub(super) narrow: Tile,
+    /// Few rows against sixteen columns, where registers can be turned.
+    pub(super) few: Option<Few>,
 }
 
 /// Adds or stores one tile. `PACKED` fixes the left matrix's strides at compile time.
@@ -188,6 +202,7 @@ macro_rules! tiles {
                 narrow_rows: $narrow,
                 narrow_columns: <O as Operand>::Sum::LANES,
                 narrow,
+                few: None,
             }
         };
     };

@@ -11,8 +11,9 @@ use rayon::prelude::*;
 
 use super::element::Element;
 use super::isa::Isa;
-use super::kernel::{KC, Kernel, Left, Numbers, Place, Tile, UNIT};
+use super::kernel::{Few, KC, Kernel, Left, MOST, Numbers, Place, Tile, UNIT};
 use super::pack::{pack, with_left, with_right};
+use super::shuffle::SIDE;
 
 /// Most rows of a block of the left matrix, in tiles: a block stays in a core's second-level cache.
 const LEFT_TILES: usize = 16;
@@ -27,6 +28,8 @@ const NC: usize = 3072;
 const PACK: usize = 8;
 /// Rows up to which the right matrix is read where it lies: packing it would cost more than it saves.
 const FEW: usize = 96;
+/// Up to this many rows, lanes would be idle that hold a row each.
+const FEWEST: usize = 8;
 /// Elements of the largest tile of any kernel.
 pub(super) const TILE: usize = 12 * 32;
 /// Multiply-adds below which a second thread does not pay.
@@ -376,6 +379,19 @@ unsafe fn few_rows<E: Numbers>(
     threads: Threads,
 ) {
     let (m, n, k, units) = (a.rows, b.cols, a.cols, a.units());
+    let lies = a.col_stride == 1 && k.is_multiple_of(SIDE * E::PER_UNIT);
+    if let Some(few) = kernel.few.filter(|_| m <= FEWEST && lies && n >= SIDE) {
+        let whole = n / SIDE * SIDE;
+        // SAFETY: the caller's promise; the columns that are left are another part of the place.
+        unsafe {
+            fewest(few, a, b.block((0, k), (0, whole)), place, threads);
+            if whole < n {
+                let rest = Shared(place).at(0, whole);
+                few_rows(kernel, a, b.block((0, k), (whole, n - whole)), rest, threads);
+            }
+        }
+        return;
+    }
     let (rows, columns, tile) = if m <= kernel.narrow_columns {
         (kernel.narrow_rows, kernel.narrow_columns, kernel.narrow)
     } else {
@@ -416,6 +432,49 @@ unsafe fn few_rows<E: Numbers>(
                 }
             }
         });
+    });
+}
+
+/// The same for rows so few that lanes would be idle: columns are turned in registers.
+///
+/// # Safety
+/// As [`few_rows`]; elements of a row of `a` lie side by side, columns and the inner dimension's units come in sixteens.
+unsafe fn fewest<E: Numbers>(
+    few: Few,
+    a: Mat<'_, E>,
+    b: Mat<'_, E>,
+    place: Place,
+    threads: Threads,
+) {
+    const { assert!(KC.is_multiple_of(SIDE)) };
+    let (m, n, units) = (a.rows, b.cols, a.units());
+    let out = Shared(place);
+    let size = size_of::<E>();
+    let share = SIDE * 8;
+    each(n.div_ceil(share), threads, |task| {
+        for column in (task * share..((task + 1) * share).min(n)).step_by(SIDE) {
+            for first in (0..units).step_by(KC) {
+                let depth = KC.min(units - first);
+                let from = first * E::PER_UNIT;
+                let columns = Left {
+                    data: b.data[column * b.col_stride + from..].as_ptr().cast(),
+                    row_stride: b.col_stride * size,
+                    k_stride: UNIT,
+                };
+                for row in (0..m).step_by(MOST) {
+                    let rows = Left {
+                        data: a.data[row * a.row_stride + from..].as_ptr().cast(),
+                        row_stride: a.row_stride * size,
+                        k_stride: UNIT,
+                    };
+                    // SAFETY: a task has columns of its own; the kernel came with its instruction set.
+                    unsafe {
+                        let to = Place { add: place.add || first > 0, ..out.at(row, column) };
+                        few(depth, (rows, MOST.min(m - row)), columns, to);
+                    }
+                }
+            }
+        }
     });
 }
 
@@ -550,6 +609,33 @@ mod tests {
     fn every_orientation_and_odd_shape_is_the_promised_sum_bit_for_bit() {
         every_orientation_is_the_promised_sum::<f32>(REHEARSAL);
         every_orientation_is_the_promised_sum::<bf16>(REHEARSAL_WIDENED);
+    }
+
+    /// Few rows may turn columns in registers, many never do.
+    fn few_rows_are_those_of_many<E: Element>(rehearsal: Kernel) {
+        // One chain and a part of one, three chains, columns that are no sixteens, and depths that are none.
+        for (n, k) in [(16, 32), (50, 576), (33, 1184), (130, 640), (40, 600), (7, 64)] {
+            let (a, b) = (random::<E>(5, 130 * k), random::<E>(6, k * n));
+            let right = Mat::new(&b, n, k).t();
+            for (kernel, _) in kernels::<E>(rehearsal) {
+                for add in [false, true] {
+                    let many = run(&kernel, Mat::new(&a, 130, k), right, add, Threads::One);
+                    for m in 1..=FEWEST + 1 {
+                        let few = Mat::new(&a[..m * k], m, k);
+                        let threads = if m.is_multiple_of(2) { Threads::All } else { Threads::One };
+                        let few = run(&kernel, few, right, add, threads);
+                        let same = few.iter().zip(&many).all(|(x, y)| x.to_bits() == y.to_bits());
+                        assert!(same, "{m}x{n}x{k} in tiles of {}", kernel.rows);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_rows_have_the_bits_of_many() {
+        few_rows_are_those_of_many::<f32>(REHEARSAL);
+        few_rows_are_those_of_many::<bf16>(REHEARSAL_WIDENED);
     }
 
     fn a_row_stands_alone<E: Element>() {

@@ -5,6 +5,8 @@ pub mod alloc;
 pub mod attention;
 pub mod blocks;
 pub mod element;
+#[cfg(target_arch = "x86_64")]
+mod few;
 #[cfg(all(test, unix))]
 pub(in crate::ops) mod guard;
 #[cfg(all(test, unix))]
