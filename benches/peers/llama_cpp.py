@@ -88,5 +88,5 @@ def faster():
 
 way = faster()
 steps_s = work.timed(lambda: way(range(args.prompts)), args.steps)
-versions = {"xllamacpp": importlib.metadata.version("xllamacpp"), "way": way.__name__}
-work.report(steps_s, args.prompts * args.batch * new, versions, threads=args.threads)
+versions = {"xllamacpp": importlib.metadata.version("xllamacpp")}
+work.report(steps_s, args.prompts * args.batch * new, versions, threads=args.threads, way=way.__name__)
