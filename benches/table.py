@@ -78,7 +78,7 @@ def head(works):
     for one in figures(rows):
         versions.update(one.get("versions", {}))
     rounds = sorted({max(row["round"] for rows in programs.values() for row in rows) for programs in works.values()})
-    steps = sorted({row["told"][-1] for row in rows})
+    steps = sorted({row["told"][row["told"].index("--steps") + 1] for row in rows})
     print("# Benchmarks\n")
     print("Written by `benches/side_by_side`: the programs do the same work in turn on the same machine. Rates are medians over")
     print("rounds, with the smallest and the largest; a ratio is the median of the rounds' ratios, ours over theirs. Ratios carry")
