@@ -535,12 +535,11 @@ fn a_process_that_is_killed_asks_again_only_what_was_under_way() {
     assert_eq!(homes[0].read("data.jsonl"), homes[1].read("data.jsonl"));
 }
 
-#[test]
-fn a_server_judges_many_prompts_at_once() {
-    let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-    let (under_way, peak) = (now, most.clone());
-    let judge = FakeServer::start(move |request| {
-        let mut body = chat(request);
+/// A judge that thinks for 50 ms and gives 3 points where `bad` says so, else 9; and the most questions that it had at once.
+fn judge(bad: fn(&Value) -> bool) -> (FakeServer, Arc<AtomicUsize>) {
+    let (under_way, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let peak = most.clone();
+    let server = FakeServer::start(move |request| {
         if is_probe(request) {
             return well_behaved(request);
         }
@@ -551,11 +550,19 @@ fn a_server_judges_many_prompts_at_once() {
             std::thread::sleep(Duration::from_millis(50));
             counter.fetch_sub(1, Ordering::Relaxed);
         });
-        let text = request.body["messages"][1]["content"].as_str().unwrap();
-        let score = if text.contains("q7") { 3 } else { 9 };
-        body["choices"][0]["message"]["content"] = json!(format!("{{\"score\": {score}}}"));
+        let score = if bad(&request.body["messages"]) { 3 } else { 9 };
+        let mut body = chat(request);
+        for choice in body["choices"].as_array_mut().unwrap() {
+            choice["message"]["content"] = json!(format!("{{\"score\": {score}}}"));
+        }
         Response::After(Duration::from_millis(50), Box::new(Response::Json(body)))
     });
+    (server, most)
+}
+
+#[test]
+fn a_server_judges_many_prompts_at_once() {
+    let (judge, most) = judge(|messages| messages[1]["content"].as_str().unwrap().contains("q7"));
     let server = FakeServer::start(well_behaved);
     let home = Home::new(&server.url(), 40, "timeout = 60");
     let recipe = home.dir.path().join("r.toml");
@@ -575,28 +582,10 @@ fn a_server_judges_many_prompts_at_once() {
 
 #[test]
 fn a_file_is_judged_by_a_server_many_rows_at_once() {
-    let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-    let (under_way, peak) = (now, most.clone());
-    let judge = FakeServer::start(move |request| {
-        if is_probe(request) {
-            return well_behaved(request);
-        }
-        let (counter, started) = (under_way.clone(), under_way.fetch_add(1, Ordering::Relaxed) + 1);
-        peak.fetch_max(started, Ordering::Relaxed);
-        std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(50));
-            counter.fetch_sub(1, Ordering::Relaxed);
-        });
-        let [system, user] =
-            [0, 1].map(|at| request.body["messages"][at]["content"].as_str().unwrap().to_owned());
+    let (judge, most) = judge(|messages| {
+        let [system, user] = [0, 1].map(|at| messages[at]["content"].as_str().unwrap());
         assert!(system.starts_with("Is it true?"), "{system}");
-        let score = if user.contains("a7") { 3 } else { 9 };
-        let mut body = chat(request);
-        for choice in body["choices"].as_array_mut().unwrap() {
-            choice["message"]["content"] =
-                json!(format!("{{\"reason\": \"so\", \"score\": {score}}}"));
-        }
-        Response::After(Duration::from_millis(50), Box::new(Response::Json(body)))
+        user.contains("a7")
     });
     let home = tempfile::tempdir().unwrap();
     let [data, out] = ["in.jsonl", "out.jsonl"].map(|name| home.path().join(name));

@@ -136,16 +136,12 @@ pub(super) fn bytes(count: u64) -> String {
 mod tests {
     use super::*;
     use crate::model::packed::Quantization;
+    use crate::model::params::tests::smollm2;
     use crate::train::Recompute;
 
     #[test]
     fn recomputation_and_smaller_micro_batches_need_less() {
-        let config = Config::from_json(
-            r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "num_hidden_layers": 30,
-            "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-            "tie_word_embeddings": true, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu"}"#,
-        )
-        .unwrap();
+        let config = smollm2();
         let (all, full) = (Settings::default(), Lora::default());
         let less = Settings { gradient_checkpointing: Recompute::Block, ..Settings::default() };
         let least = Settings { max_tokens_per_micro_batch: 1024, ..less.clone() };

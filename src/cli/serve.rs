@@ -8,8 +8,7 @@ use clap::Args;
 use super::dtype::{Dtype, Held};
 use super::output;
 use crate::error::{Context, Error, Result};
-use crate::model::checkpoint::{Checkpoint, LoadOptions};
-use crate::model::lora::peft;
+use crate::model::bases::{Bases, Form};
 use crate::score::reward_model::{Reading, RewardModel};
 use crate::serve::{self, Models, Settings};
 use crate::stage::rounds::device;
@@ -124,10 +123,8 @@ fn warn(listener: &TcpListener, has_key: bool) -> Result<()> {
 
 fn models(args: &ServeArgs) -> Result<Models> {
     let device = device(&args.device)?;
-    let policy = Checkpoint::load(&args.model, &device, &LoadOptions::default())?;
-    // Adapters know their base by the numbers that it was loaded with.
-    let fingerprint = peft::fingerprint(&policy.weights)?;
-    let mut policy = policy.computed_in(args.dtype.into())?;
+    let base = Bases::default().base(&args.model, &Form::dense(&device, args.dtype.into()))?;
+    let (mut policy, fingerprint) = (base.checkpoint(), base.fingerprint.clone());
     if let Some(template) = &args.chat_template {
         policy.tokenizer = Some(policy.tokenizer()?.with_template(template).at("--chat-template")?);
     }

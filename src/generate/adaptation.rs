@@ -103,13 +103,8 @@ impl Adaptation {
 
 impl Beside {
     fn new(adapter: &Adapter, weight: &Tensor, dtype: DType) -> Result<Self> {
-        let mut adapter = adapter.clone();
-        let cast = |factor: &Tensor| factor.to_dtype(dtype)?.contiguous();
-        (adapter.a, adapter.b) = (cast(&adapter.a)?, cast(&adapter.b)?);
         let weight = Matrix::Dense(weight.clone());
-        if let Some(dora) = &mut adapter.dora {
-            dora.squares = weight.row_squares()?;
-        }
+        let adapter = adapter.clone().beside(&weight, dtype)?;
         let on_cpu = adapter.a.device().is_cpu();
         let factors = match dtype {
             _ if !on_cpu => None,

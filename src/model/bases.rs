@@ -7,12 +7,12 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use candle_core::{DType, Device, DeviceLocation, Tensor};
+use candle_core::{Device, DeviceLocation, Tensor};
 
 use super::checkpoint::{self, Checkpoint};
 use super::lora::load::{base_of, is_adapter};
 use super::lora::peft::{self, Fingerprint, Saved};
-use super::lora::{self, Adapter, Adapters, Dora};
+use super::lora::{self, Adapter, Adapters};
 use super::one_by_one;
 use super::packed::{self, Packed, Quantization};
 use super::source::{self, Source};
@@ -193,7 +193,7 @@ impl Model {
         let tensors = Tensors { weights: dtype.cast(weights)?, ..base.tensors.clone() };
         lora::check_fit(&tensors, &saved.adapters).at(dir.display())?;
         let adapters = saved.adapters.into_iter().map(|(module, adapter)| {
-            let adapter = placed(adapter, &tensors, dtype.dtype())?;
+            let adapter = adapter.beside(&tensors.matrix(&module)?, dtype.dtype())?;
             Ok((module, adapter))
         });
         let adapters = adapters.collect::<Result<Adapters>>()?;
@@ -242,19 +242,6 @@ impl Model {
         own.extend(factors.map(|(name, tensor)| (name, tensor.clone())));
         own
     }
-}
-
-/// An adapter as it is computed with beside this base.
-fn placed(adapter: Adapter, base: &Tensors, dtype: DType) -> Result<Adapter> {
-    let dora = match adapter.dora {
-        Some(dora) => {
-            let squares = base.matrix(&adapter.module)?.row_squares()?;
-            Some(Dora { squares, ..dora })
-        }
-        None => None,
-    };
-    let (a, b) = (adapter.a.to_dtype(dtype)?, adapter.b.to_dtype(dtype)?);
-    Ok(Adapter { a, b, dora, ..adapter })
 }
 
 /// Where a model's files lie, how long they are and when they were written.

@@ -129,23 +129,31 @@ fn others(count: usize) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// A Llama of this hidden size, with so many layers, of this inner size and so many query heads: SmolLM2's other numbers
+    /// where the head is tied, Llama 3's where not.
+    pub(crate) fn llama([h, layers, f, heads]: [usize; 4], tied: bool) -> Config {
+        let (shared, vocab) = if tied { (3, 49152) } else { (8, 128_256) };
+        Config::from_json(&format!(
+            r#"{{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": {h},
+            "num_hidden_layers": {layers}, "intermediate_size": {f}, "num_attention_heads": {heads},
+            "num_key_value_heads": {shared}, "vocab_size": {vocab}, "tie_word_embeddings": {tied}, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192, "rope_theta": 10000.0, "hidden_act": "silu"}}"#,
+        ))
+        .unwrap()
+    }
+
+    /// SmolLM2-135M's shape.
+    pub(crate) fn smollm2() -> Config {
+        llama([576, 30, 1536, 9], true)
+    }
 
     #[test]
     fn parameter_counts_equal_the_published_ones() {
-        let config = |h: usize, layers: usize, f: usize, heads: usize, tied: bool, vocab: usize| {
-            Config::from_json(&format!(
-                r#"{{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": {h},
-                "num_hidden_layers": {layers}, "intermediate_size": {f}, "num_attention_heads": {heads},
-                "num_key_value_heads": {}, "vocab_size": {vocab}, "tie_word_embeddings": {tied}, "rms_norm_eps": 1e-5,
-                "max_position_embeddings": 8192, "rope_theta": 10000.0, "hidden_act": "silu"}}"#,
-                if tied { 3 } else { 8 }
-            ))
-            .unwrap()
-        };
-        assert_eq!(count(&config(4096, 32, 14336, 32, false, 128_256)), 8_030_261_248);
-        assert_eq!(count(&config(8192, 80, 28672, 64, false, 128_256)), 70_553_706_496);
-        assert_eq!(count(&config(576, 30, 1536, 9, true, 49152)), 134_515_008);
+        assert_eq!(count(&llama([4096, 32, 14336, 32], false)), 8_030_261_248);
+        assert_eq!(count(&llama([8192, 80, 28672, 64], false)), 70_553_706_496);
+        assert_eq!(count(&smollm2()), 134_515_008);
     }
 }

@@ -244,6 +244,22 @@ mod tests {
     use crate::report::record::Silent;
     use crate::train::watchdog::Watchdog;
 
+    /// The tiny student on a file of rows, without the NLL term.
+    fn tiny(rows: &std::path::Path) -> plan::Dpo {
+        let path = rows.display().to_string();
+        plan::Dpo {
+            model_name_or_path: "data/tiny/student".to_owned(),
+            datasets: vec![plan::Dataset { path, ..plan::Dataset::default() }],
+            chat_template: "chatml".to_owned(),
+            sft_loss_weight: 0.0,
+            ..plan::Dpo::default()
+        }
+    }
+
+    fn within(dir: std::path::PathBuf) -> StageContext<'static> {
+        StageContext { dir, round: 1, seed: 3, device: Device::Cpu, events: &Silent }
+    }
+
     /// Against itself as the reference every order is as likely as any other.
     #[test]
     fn ranked_lists_begin_at_ln_two_a_pair_and_at_ln_six_a_list_of_three() {
@@ -259,26 +275,10 @@ mod tests {
         for (ranking, first) in
             [(Ranking::AllPairs, 2_f64), (Ranking::Adjacent, 2.0), (Ranking::PlackettLuce, 6.0)]
         {
-            let mut spec = plan::Dpo {
-                model_name_or_path: "data/tiny/student".to_owned(),
-                datasets: vec![plan::Dataset {
-                    path: path.display().to_string(),
-                    ..plan::Dataset::default()
-                }],
-                chat_template: "chatml".to_owned(),
-                sft_loss_weight: 0.0,
-                ranking,
-                ..plan::Dpo::default()
-            };
+            let mut spec = plan::Dpo { ranking, ..tiny(&path) };
             spec.train.max_steps = 8;
             spec.train.learning_rate = 1e-3;
-            let context = StageContext {
-                dir: dir.path().join(format!("{ranking:?}")),
-                round: 1,
-                seed: 3,
-                device: Device::Cpu,
-                events: &Silent,
-            };
+            let context = within(dir.path().join(format!("{ranking:?}")));
             let metrics = run(&context, &spec).unwrap();
             assert!((metrics["first_loss"] - first.ln()).abs() < 1e-12, "{metrics:?}");
             assert!(metrics["loss"] < 0.9 * first.ln(), "{metrics:?}");
@@ -294,27 +294,14 @@ mod tests {
         let rows: Vec<String> = (0..8).map(|n| row(n).to_string()).collect();
         crate::store::write_atomic(&path, rows.join("\n").as_bytes()).unwrap();
         let mut spec = plan::Dpo {
-            model_name_or_path: "data/tiny/student".to_owned(),
-            datasets: vec![plan::Dataset {
-                path: path.display().to_string(),
-                ..plan::Dataset::default()
-            }],
-            chat_template: "chatml".to_owned(),
-            sft_loss_weight: 0.0,
             loss_type: vec![PreferenceLoss::Kto],
             undesirable_weight: 20.0,
-            ..plan::Dpo::default()
+            ..tiny(&path)
         };
         spec.train.max_steps = 60;
         spec.train.learning_rate = 0.05;
         spec.train.watchdog = Watchdog::Stop;
-        let context = StageContext {
-            dir: dir.path().join("stage"),
-            round: 1,
-            seed: 3,
-            device: Device::Cpu,
-            events: &Silent,
-        };
+        let context = within(dir.path().join("stage"));
         let error = run(&context, &spec).unwrap_err().to_string();
         assert!(error.contains("the chosen responses' log-probability fell from"), "{error}");
     }

@@ -285,15 +285,7 @@ pub fn kibibytes(path: &str, field: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn smollm2() -> Config {
-        Config::from_json(
-            r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "num_hidden_layers": 30,
-            "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-            "tie_word_embeddings": true, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu"}"#,
-        )
-        .unwrap()
-    }
+    use crate::model::params::tests::{llama, smollm2};
 
     #[test]
     fn blocks_are_kept_as_the_budget_allows() {
@@ -354,12 +346,7 @@ mod tests {
     /// key heads of 128 with 218 112 000 parameters each, a vocabulary of 128256.
     #[test]
     fn eight_billion_parameters_on_a_gpu_need_what_paper_says() {
-        let config = Config::from_json(
-            r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32,
-            "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-            "tie_word_embeddings": false, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu"}"#,
-        )
-        .unwrap();
+        let config = llama([4096, 32, 14336, 32], false);
         let gpu = StepOptions { gpu: true, dtype: Precision::Bf16, ..StepOptions::new(4096) };
         let footprint = |options: &StepOptions| Footprint::new(&config, options, 4096);
         // Kept of a token: 77 824 of queries, keys, values, gate and up, 16 512 of sums; 120 832 that only a graph keeps.

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use candle_core::DType;
+
 use super::*;
 use crate::data::forest::Forest;
 use crate::data::tree::{Role, Tree};

@@ -64,6 +64,17 @@ impl Adapter {
         parameter(&self.module, part)
     }
 
+    /// The adapter as it is computed with beside a frozen `weight`: factors in `dtype`, DoRA's with the weight's norms.
+    ///
+    /// # Errors
+    /// The device's.
+    pub(crate) fn beside(self, weight: &Matrix, dtype: DType) -> Result<Self> {
+        let placed = |dora: Dora| Ok::<_, Error>(Dora { squares: weight.row_squares()?, ..dora });
+        let dora = self.dora.map(placed).transpose()?;
+        let cast = |factor: Tensor| factor.to_dtype(dtype)?.contiguous();
+        Ok(Self { a: cast(self.a)?, b: cast(self.b)?, dora, ..self })
+    }
+
     /// Refuses factors that do not fit a projection of this shape.
     ///
     /// # Errors
