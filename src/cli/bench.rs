@@ -188,7 +188,14 @@ fn figures_text(figures: &Figures) -> String {
     let extra = figures
         .extra_peak_bytes
         .map_or_else(String::new, |bytes| format!(", {} above the start", gib(bytes)));
-    format!("{:.1} tokens/s{pairs}, {:.3} s a step{extra}", figures.tokens_per_s, figures.step_s)
+    let read = match (figures.weights_read_per_s, figures.memory_read_per_s) {
+        (Some(weights), Some(memory)) => {
+            format!(", weights read at {:.1} of {:.1} GB/s", weights / 1e9, memory / 1e9)
+        }
+        _ => String::new(),
+    };
+    let (rate, step) = (figures.tokens_per_s, figures.step_s);
+    format!("{rate:.1} tokens/s{pairs}, {step:.3} s a step{extra}{read}")
 }
 
 /// A table of the shapes, then the step.

@@ -16,6 +16,7 @@ use super::parts::{Input, Matrix, Parts};
 use crate::error::{Error, Result};
 use crate::model::packed::BlockType;
 use crate::model::{Config, Weights};
+use crate::ops::cpu::awake::awake;
 use crate::ops::cpu::{self, Element};
 use crate::ops::{Rotary, linear, norm, residual, rope, swiglu};
 
@@ -205,6 +206,16 @@ impl<E: Element> Decoder for CpuDecoder<E> {
     }
 
     fn forward(&self, feeds: &mut [Feed<'_, PagedCache<E>>], logits: &mut Vec<f32>) -> Result<()> {
+        awake(|| self.read(feeds, logits))
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.parts.config.vocab_size
+    }
+}
+
+impl<E: Element> CpuDecoder<E> {
+    fn read(&self, feeds: &mut [Feed<'_, PagedCache<E>>], logits: &mut Vec<f32>) -> Result<()> {
         let parts = &self.parts;
         let width = parts.config.hidden_size;
         let (mut places, mut adapted) = (Vec::new(), Adapted::default());
@@ -232,9 +243,5 @@ impl<E: Element> Decoder for CpuDecoder<E> {
         let wanted = self.norm(&wanted, &parts.norm)?;
         [*logits] = Input::new(&wanted).times([&parts.head])?;
         Ok(())
-    }
-
-    fn vocab_size(&self) -> usize {
-        self.parts.config.vocab_size
     }
 }

@@ -4,6 +4,7 @@ use std::cell::OnceCell;
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use rayon::prelude::*;
 
 use super::adaptation::Place;
 use crate::error::{Error, Result};
@@ -51,13 +52,19 @@ impl<'a, E: Element> Input<'a, E> {
     /// `x · Wᵀ` for each of the matrices, in f32.
     pub(super) fn times<const N: usize>(&self, matrices: [&Matrix; N]) -> Result<[Vec<f32>; N]> {
         let mut results = [const { Vec::new() }; N];
-        let mut blocks = Vec::with_capacity(N);
+        let (mut dense, mut blocks) = (Vec::with_capacity(N), Vec::with_capacity(N));
         for (matrix, result) in matrices.iter().zip(&mut results) {
             match matrix {
-                Matrix::Dense(weight) => *result = linear::forward(self.x, weight, None)?,
+                Matrix::Dense(weight) => dense.push((weight, result)),
                 Matrix::Blocks(weight) => blocks.push((&**weight, result)),
             }
         }
+        // Side by side: no thread waits for the end of one before the next.
+        let x = self.x;
+        dense.into_par_iter().try_for_each(|(weight, result)| -> Result<()> {
+            *result = linear::forward(x, weight, None)?;
+            Ok(())
+        })?;
         if let Some((first, _)) = blocks.first() {
             let (_, inner) = first.shape();
             let rounded = self.rounded.get_or_init(|| {

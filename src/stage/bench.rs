@@ -8,7 +8,7 @@ mod parts;
 use std::path::Path;
 use std::time::Instant;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use serde::Serialize;
 
 use super::adapt::Adapt;
@@ -27,6 +27,7 @@ use crate::model::config::Config;
 use crate::model::lora::Lora;
 use crate::model::source::{self, Source};
 use crate::model::transformer::Transformer;
+use crate::ops::cpu::peak::read_rate;
 use crate::optim::adamw::AdamW;
 use crate::report::record::Silent;
 use crate::rng::Stream;
@@ -152,6 +153,12 @@ pub struct Figures {
     /// Bytes by which memory rose above what was held before, where a part of a step was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub extra_peak_bytes: Option<u64>,
+    /// Bytes of weights that are read a second, where one sequence is written with dense ones: each token needs all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights_read_per_s: Option<f64>,
+    /// Bytes a second that memory gives when it is only read, in the same minute: the limit of `weights_read_per_s`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_read_per_s: Option<f64>,
 }
 
 /// Measures one method.
@@ -264,7 +271,7 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
         steps_s,
         reference_s,
         losses,
-        extra_peak_bytes: None,
+        ..Figures::default()
     })
 }
 
@@ -297,7 +304,8 @@ fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Prefer
 }
 
 fn generate(start: &Checkpoint, options: &Options) -> Result<Figures> {
-    let model = LocalModel::held(&start.clone().computed_in(options.dtype)?, options.weights)?;
+    let start = start.clone().computed_in(options.dtype)?;
+    let model = LocalModel::held(&start, options.weights)?;
     let prompt = |index| Prompt {
         index: index as u64,
         tokens: tokens(start.config.vocab_size, index, options.prompt),
@@ -325,12 +333,25 @@ fn generate(start: &Checkpoint, options: &Options) -> Result<Figures> {
             rates.push(drawn as f64 / began.elapsed().as_secs_f64());
         }
     }
+    let tokens_per_s = median(&rates);
+    let alone = options.batch * prompts.len() == 1 && options.weights == WeightFormat::None;
+    let read = if alone { read_by_a_token(&start)? } else { Vec::new() };
+    let bytes: usize = read.iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
     Ok(Figures {
-        tokens_per_s: median(&rates),
+        tokens_per_s,
         step_s: median(&steps_s),
         steps_s,
+        weights_read_per_s: alone.then_some(tokens_per_s * bytes as f64),
+        memory_read_per_s: alone.then(|| read_rate(&read)),
         ..Figures::default()
     })
+}
+
+/// The matrices that a forward pass of one token reads whole: of an embedding that is not the head too it reads a row.
+fn read_by_a_token(start: &Checkpoint) -> Result<Vec<Tensor>> {
+    let whole = |name: &str| start.config.tie_word_embeddings || !name.contains("embed_tokens");
+    let matrices = start.weights.iter().filter(|(name, weight)| whole(name) && weight.rank() == 2);
+    matrices.map(|(_, weight)| Ok(weight.contiguous()?)).collect()
 }
 
 fn median(values: &[f64]) -> f64 {

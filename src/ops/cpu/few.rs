@@ -16,14 +16,18 @@ use super::vector::{Avx512, Operand, Pairs, Single, Vector, Widened};
 unsafe fn body<O: Operand<Sum = Avx512>, const M: usize>(
     units: usize,
     rows: Left,
-    columns: Left,
+    (columns, ahead): (Left, *const u8),
     place: Place,
 ) {
     // SAFETY: all reads and writes stay within what the caller promised.
     unsafe {
         let mut sums = [Avx512::splat(0.0); M];
         for first in (0..units).step_by(SIDE) {
-            let square = turned_from(columns.data.add(first * UNIT), columns.row_stride);
+            let square = turned_from(
+                columns.data.add(first * UNIT),
+                columns.row_stride,
+                ahead.wrapping_add(first * UNIT * SIDE),
+            );
             for (k, column) in square.iter().enumerate() {
                 let column = O::load(std::ptr::from_ref(column).cast());
                 let at = rows.data.add((first + k) * UNIT);
@@ -44,7 +48,7 @@ macro_rules! few {
     ($(#[$doc:meta])* $name:ident = $operand:ty, $feature:literal) => {
         $(#[$doc])*
         #[target_feature(enable = $feature)]
-        pub(super) unsafe fn $name(units: usize, rows: (Left, usize), columns: Left, place: Place) {
+        pub(super) unsafe fn $name(units: usize, rows: (Left, usize), columns: (Left, *const u8), place: Place) {
             let (rows, count) = rows;
             // SAFETY: the caller's promise.
             unsafe {

@@ -109,12 +109,13 @@ pub(super) type Tile = unsafe fn(usize, Left, *const u8, Place);
 /// Most rows of one call of [`Few`].
 pub(super) const MOST: usize = 4;
 
-/// One chain of one to [`MOST`] rows against sixteen columns: `(units, rows and how many, columns, place)`. Units are a
-/// multiple of sixteen, and those of a row or a column follow each other.
+/// One chain of one to [`MOST`] rows against sixteen columns: `(units, rows and how many, columns and what to call
+/// for next, place)`. Units are a multiple of sixteen, and those of a row or a column follow each other. The address to call
+/// for may be any: as many bytes from there as the columns have are fetched into the second-level cache.
 ///
 /// # Safety
 /// The instruction set is there; rows and columns cover `units`, the place all their results.
-pub(super) type Few = unsafe fn(usize, (Left, usize), Left, Place);
+pub(super) type Few = unsafe fn(usize, (Left, usize), (Left, *const u8), Place);
 
 /// The tiles of one instruction set and element type.
 #[derive(Clone, Copy)]

@@ -30,10 +30,16 @@ const PACK: usize = 8;
 const FEW: usize = 96;
 /// Up to this many rows, lanes would be idle that hold a row each.
 const FEWEST: usize = 8;
+/// How far ahead of their use weights are called for, in bytes, or further: long enough for memory to answer.
+const AHEAD: usize = 32 << 10;
 /// Elements of the largest tile of any kernel.
 pub(super) const TILE: usize = 12 * 32;
 /// Multiply-adds below which a second thread does not pay.
 const SMALL: usize = 1 << 20;
+/// The same for few rows, where the time goes into reading the right matrix: its elements.
+const SMALL_FEW: usize = 1 << 16;
+/// Tasks a thread where columns are shared out by sixteens: enough to balance, few enough to cost little.
+const TASKS: usize = 4;
 
 /// A read-only matrix view: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]
@@ -161,7 +167,8 @@ pub(super) unsafe fn product<E: Numbers>(
     if m == 0 || n == 0 {
         return;
     }
-    let threads = if m * n * k < SMALL { Threads::One } else { threads };
+    let small = m * n * k < SMALL && (m > FEWEST || n * k < SMALL_FEW);
+    let threads = if small { Threads::One } else { threads };
     // SAFETY: the caller's promise, handed on.
     unsafe {
         if k == 0 {
@@ -203,6 +210,10 @@ fn each(count: usize, threads: Threads, task: impl Fn(usize) + Sync + Send) {
     }
 }
 
+fn workers(threads: Threads) -> usize {
+    if threads == Threads::All { rayon::current_num_threads() } else { 1 }
+}
+
 /// # Safety
 /// As [`product`].
 unsafe fn blocked<E: Numbers>(
@@ -214,7 +225,7 @@ unsafe fn blocked<E: Numbers>(
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let out = Shared(place);
-    let workers = if threads == Threads::All { rayon::current_num_threads() } else { 1 };
+    let workers = workers(threads);
     // Blocks of rows, as many and as high for one worker as for another.
     let tiles = m.div_ceil(kernel.rows);
     let blocks = tiles.div_ceil(LEFT_TILES).next_multiple_of(workers).min(tiles);
@@ -450,9 +461,12 @@ unsafe fn fewest<E: Numbers>(
     let (m, n, units) = (a.rows, b.cols, a.units());
     let out = Shared(place);
     let size = size_of::<E>();
-    let share = SIDE * 8;
-    each(n.div_ceil(share), threads, |task| {
-        for column in (task * share..((task + 1) * share).min(n)).step_by(SIDE) {
+    let strips = n / SIDE;
+    let tasks = (TASKS * workers(threads)).min(strips);
+    let start_of = |task: usize| task * strips / tasks * SIDE;
+    let ahead = (2 * SIDE * b.col_stride).max(AHEAD / size);
+    each(tasks, threads, |task| {
+        for column in (start_of(task)..start_of(task + 1)).step_by(SIDE) {
             for first in (0..units).step_by(KC) {
                 let depth = KC.min(units - first);
                 let from = first * E::PER_UNIT;
@@ -461,6 +475,9 @@ unsafe fn fewest<E: Numbers>(
                     row_stride: b.col_stride * size,
                     k_stride: UNIT,
                 };
+                // Columns side by side are one stretch of memory, and a processor foresees one better than sixteen.
+                let stretch = column * b.col_stride + first * E::PER_UNIT * SIDE + ahead;
+                let ahead = b.data.get(stretch).map_or(b.data.as_ptr(), std::ptr::from_ref).cast();
                 for row in (0..m).step_by(MOST) {
                     let rows = Left {
                         data: a.data[row * a.row_stride + from..].as_ptr().cast(),
@@ -470,7 +487,7 @@ unsafe fn fewest<E: Numbers>(
                     // SAFETY: a task has columns of its own; the kernel came with its instruction set.
                     unsafe {
                         let to = Place { add: place.add || first > 0, ..out.at(row, column) };
-                        few(depth, (rows, MOST.min(m - row)), columns, to);
+                        few(depth, (rows, MOST.min(m - row)), (columns, ahead), to);
                     }
                 }
             }

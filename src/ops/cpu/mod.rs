@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod alloc;
 pub mod attention;
+pub mod awake;
 pub mod blocks;
 pub mod element;
 #[cfg(target_arch = "x86_64")]

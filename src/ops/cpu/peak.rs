@@ -1,4 +1,5 @@
-//! The rate of multiply-adds between registers, in f32 and in bf16: what no product on this machine can exceed.
+//! What no product on this machine can exceed: the rate of multiply-adds between registers, in f32 and in bf16, and for
+//! few rows the rate at which memory is read.
 
 #![expect(
     unsafe_code,
@@ -9,8 +10,9 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use candle_core::DType;
+use candle_core::{CpuStorage, DType, Storage, Tensor};
 use half::bf16;
+use rayon::prelude::*;
 
 use super::element::Element;
 use super::isa::Isa;
@@ -104,6 +106,33 @@ pub fn register_peak<E: Element>() -> f64 {
     rayon::broadcast(|_| operations * rounds_per_second(chains, unit::<E>())).iter().sum()
 }
 
+/// Bytes a second that all threads of rayon's pool read together from contiguous CPU tensors of f32 or bf16, those that no
+/// cache holds. Takes nine passes.
+pub fn read_rate(tensors: &[Tensor]) -> f64 {
+    let held: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
+    let seconds = |_| {
+        let began = Instant::now();
+        let read = held.par_iter().map(|(storage, _)| match &**storage {
+            Storage::Cpu(CpuStorage::F32(data)) => folded(data, f32::to_bits),
+            Storage::Cpu(CpuStorage::BF16(data)) => folded(data, |x| x.to_bits().into()),
+            _ => 0,
+        });
+        black_box(read.reduce(|| 0, |a, b| a ^ b));
+        began.elapsed()
+    };
+    let mut windows: Vec<Duration> = (0..WINDOWS).map(seconds).collect();
+    windows.sort();
+    let bytes: usize = tensors.iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
+    bytes as f64 / windows[WINDOWS / 2].as_secs_f64()
+}
+
+/// All bits of some numbers, in pieces that threads share.
+fn folded<T: Copy + Sync>(data: &[T], bits: impl Fn(T) -> u32 + Sync) -> u32 {
+    const PIECE: usize = 1 << 16;
+    let piece = |piece: &[T]| piece.iter().fold(0, |all, &x| all ^ bits(x));
+    data.par_chunks(PIECE).map(piece).reduce(|| 0, |a, b| a ^ b)
+}
+
 /// A unit of halves, as it lies in memory.
 fn unit<E: Element>() -> [u8; 4] {
     match E::DTYPE {
@@ -149,6 +178,14 @@ mod tests {
         }
         let peak = register_peak::<E>();
         assert!(peak > 1e6 && peak < 1e15, "{peak}");
+    }
+
+    #[test]
+    fn memory_is_read_at_some_rate() {
+        let tensor = Tensor::ones((300, 1000), DType::BF16, &candle_core::Device::Cpu).unwrap();
+        let rate = read_rate(&[tensor.clone(), tensor.to_dtype(DType::F32).unwrap()]);
+        assert!(rate > 1e6 && rate < 1e14, "{rate}");
+        assert_eq!(folded(&[1_u32, 2, 4, 4], |x| x), 3);
     }
 
     #[test]

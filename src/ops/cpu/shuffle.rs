@@ -14,7 +14,7 @@ pub(super) use x86::{interleave, transpose, turned_from};
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_cvtepu16_epi32,
+        __m512i, _MM_HINT_T1, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_cvtepu16_epi32,
         _mm512_loadu_si512, _mm512_mask_storeu_epi32, _mm512_or_si512, _mm512_permutex2var_epi64,
         _mm512_set_epi64, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32,
         _mm512_storeu_si512, _mm512_unpackhi_epi16, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
@@ -88,7 +88,8 @@ mod x86 {
         }
     }
 
-    /// Sixteen units of each of sixteen rows, as sixteen registers of one unit of each row.
+    /// Sixteen units of each of sixteen rows, as sixteen registers of one unit of each row. Calls for the kilobyte at `ahead`,
+    /// any address, on the way.
     ///
     /// # Safety
     /// AVX-512 F; `from` covers the rows, `row_bytes` apart.
@@ -97,15 +98,14 @@ mod x86 {
     pub(in super::super) unsafe fn turned_from(
         from: *const u8,
         row_bytes: usize,
+        ahead: *const u8,
     ) -> [__m512i; SIDE] {
         let mut square = [_mm512_setzero_si512(); SIDE];
         for (i, row) in square.iter_mut().enumerate() {
             // SAFETY: the caller's promise. A prefetch may be of any address.
             unsafe {
-                let from = from.add(i * row_bytes);
-                // The same place of the next sixteen rows: the processor does not foresee so many steps at once.
-                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(SIDE * row_bytes).cast());
-                *row = _mm512_loadu_si512(from.cast());
+                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(i * size_of::<__m512i>()).cast());
+                *row = _mm512_loadu_si512(from.add(i * row_bytes).cast());
             }
         }
         turned(&square)
