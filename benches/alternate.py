@@ -44,6 +44,10 @@ def works():
         found[f"reward-{dtype}"] = ("reward", pairs + told, ["TRL"])
         found[f"head-{dtype}"] = ("head", dense + told, ["PyTorch head"])
         found[f"attention-{dtype}"] = ("attention", dense + told, ["PyTorch attention"])
+    told = ["--dtype", "bf16"]
+    long_prompt = ["--batch", "4", "--seq", "896", "--prompt", "768"]
+    found["dpo-768-bf16"] = ("dpo", long_prompt + told, ["TRL"])
+    found["sft-8192-bf16"] = ("sft", ["--batch", "1", "--seq", "8192"] + told, [])
     for samples in ("1", "16"):
         told = ["--batch", samples, "--prompt", "32", "--seq", "160"]
         peers = ["transformers", "llama.cpp, Q4_1"]
@@ -55,7 +59,8 @@ def works():
     found["generate-32x16-q4_1"] = ("generate", many + ["--quantization", "q4_1"], ["llama.cpp, Q4_1"])
     told = ["--batch", "16", "--prompt", "512", "--seq", "640"]
     found["score-16"] = ("score", told, ["transformers, scores"])
-    found["ceiling"] = ("ceiling", dense, ["PyTorch products"])
+    for dtype in ("f32", "bf16"):
+        found[f"ceiling-{dtype}"] = ("ceiling", dense + ["--dtype", dtype], ["PyTorch products"])
     return found
 
 
@@ -94,7 +99,7 @@ def peer_command(args, name, method, told, ours):
     model = {"llama.cpp, Q4_1": args.gguf, "PyTorch products": str(ours)}.get(name, args.model)
     if name == "PyTorch products":
         # The shapes are in the file.
-        told = told[-2:]
+        told = ["--dtype", told[told.index("--dtype") + 1], *told[-2:]]
     return [args.python, f"benches/peers/{script[0]}", model, *script[1:], *told]
 
 

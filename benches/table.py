@@ -96,7 +96,7 @@ def rates(works):
     print("| work | program | tokens/s | min–max | pairs/s | ours ÷ theirs | peak GiB | theirs ÷ ours | above the start, GiB |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for work, programs in works.items():
-        if work == "ceiling":
+        if work.startswith("ceiling"):
             continue
         ours = programs.get("arriero", [])
         for name, rows in programs.items():
@@ -119,17 +119,27 @@ def rates(works):
         for name, rows in programs.items():
             if figures(rows) and not_run(rows):
                 print(f"\n{work}: {name} failed in a later round: {not_run(rows)}")
+    for work, programs in works.items():
+        read = [one for one in figures(programs.get("arriero", [])) if "memory_read_per_s" in one]
+        if read:
+            weights, memory = (statistics.median(one[key] for one in read) / 1e9 for key in ("weights_read_per_s", "memory_read_per_s"))
+            shares = [one["weights_read_per_s"] / one["memory_read_per_s"] for one in read]
+            print(
+                f"\n{work}: arriero reads {weights:.1f} GB/s of weights; memory that is only read gives {memory:.1f} GB/s just "
+                f"after: {100 * statistics.median(shares):.0f} %."
+            )
     print()
 
 
-def ceiling(programs):
+def ceiling(work, programs):
     """Shape by shape, the faster product of two programs, and how far a step stays behind them."""
     ours, torch = figures(programs["arriero"]), figures(programs.get("PyTorch products", []))
-    print("## What a step could reach\n")
+    dtype = work.removeprefix("ceiling-")
+    print(f"## What a step could reach, in {dtype}\n")
     if not ours:
         print(f"NOT RUN: {not_run(programs['arriero'])}")
         return
-    print("The products of one SFT step, each alone, in f32. `+` adds to its result. NT is x·Wᵀ, NN is dy·W, TN is dyᵀ·x.\n")
+    print("The products of one SFT step, each alone. `+` adds to its result. NT is x·Wᵀ, NN is dy·W, TN is dyᵀ·x.\n")
     print("| product | M×N×K | a step | arriero, GFLOP/s | PyTorch, GFLOP/s |")
     print("| --- | --- | ---: | ---: | ---: |")
     floors = [0.0, 0.0]
@@ -161,8 +171,10 @@ def main():
         sys.exit("table.py: no results; run benches/side_by_side first")
     head(works)
     rates(works)
-    if "ceiling" in works:
-        ceiling(works["ceiling"])
+    for work, programs in works.items():
+        if work.startswith("ceiling"):
+            print()
+            ceiling(work, programs)
 
 
 main()

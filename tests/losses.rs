@@ -572,6 +572,7 @@ fn objective() -> Preference {
         reference: (0..3).map(|row| (row, vec![-3.0 + row as f64, -4.0, -2.5])).collect(),
         live: None,
         margins: BTreeMap::new(),
+        ranks: BTreeMap::new(),
     }
 }
 

@@ -142,7 +142,8 @@ fn levels(row: &Row, responses: usize) -> Vec<Label> {
     let level = |rank: usize| {
         (row.margins.len() + 1 == responses).then(|| row.margins[rank..].iter().sum::<f64>())
     };
-    (0..responses).map(|rank| vec![Some(rank as f64), level(rank)]).collect()
+    let rank = |at: usize| row.ranks.get(at).copied().unwrap_or(at as f64);
+    (0..responses).map(|at| vec![Some(rank(at)), level(at)]).collect()
 }
 
 /// Refuses responses of the same tokens.

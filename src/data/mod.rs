@@ -13,6 +13,7 @@ pub(crate) mod paths;
 pub mod pipeline;
 pub mod prepare;
 pub mod preview;
+mod ranks;
 pub mod read;
 pub mod record;
 pub mod render;

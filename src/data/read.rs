@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::prepare::OnBadRow;
+use super::ranks;
 use super::record::{Message, Record, Row, Side, kind, truth};
 use crate::error::{Context, Error, Result};
 
@@ -284,11 +285,15 @@ pub fn from_value(value: Value, place: &str, options: &ReadOptions) -> Result<Ro
     };
     rename(&mut columns, &options.columns);
     let format = options.format.map_or_else(|| detect(&columns), Ok)?;
+    let listed = columns.contains_key("responses");
     let record = record(format, &mut columns)?;
     let mut row = Row::new(place, record);
+    if listed && let Some(value) = columns.shift_remove("ranks") {
+        ranks::rank(&mut row, &value)?;
+    }
     row.tools = columns.shift_remove("tools").map(tools).transpose()?;
     if let Some(value) = columns.shift_remove("margin") {
-        row.margins = margins(&value, &row.record)?;
+        row.margins = ranks::margins(&value, &row)?;
     }
     row.template_kwargs = match columns.shift_remove("chat_template_kwargs") {
         None => Map::new(),
@@ -381,7 +386,7 @@ fn text(columns: &mut Map<String, Value>, name: &str) -> Result<String> {
     }
 }
 
-fn wrong_type(name: &str, found: &Value, expected: &str) -> Error {
+pub(super) fn wrong_type(name: &str, found: &Value, expected: &str) -> Error {
     Error::run(format!("`{name}` is {}, expected {expected}", kind(found)))
 }
 
@@ -571,26 +576,5 @@ pub(crate) fn tools(value: Value) -> Result<Value> {
         Value::String(text) => serde_json::from_str(&text)
             .map_err(|error| Error::run(format!("`tools` is text that is not JSON: {error}"))),
         other => Err(wrong_type("tools", &other, "a list of tool descriptions")),
-    }
-}
-
-/// One number for a pair; a list with one number for each response and the next ranked.
-fn margins(value: &Value, record: &Record) -> Result<Vec<f64>> {
-    let list = match value {
-        Value::Array(list) => list.as_slice(),
-        one => std::slice::from_ref(one),
-    };
-    let number = |value: &Value| {
-        let finite = value.as_f64().filter(|number| number.is_finite());
-        finite.ok_or_else(|| wrong_type("margin", value, "a number"))
-    };
-    let margins: Vec<f64> = list.iter().map(number).collect::<Result<_>>()?;
-    match record {
-        Record::Preference { responses, .. } if margins.len() + 1 != responses.len() => {
-            let (margins, responses) = (margins.len(), responses.len());
-            Err(Error::run(format!("`margin` has {margins} numbers for {responses} responses"))
-                .hint("a list says by how much each response is better than the next"))
-        }
-        _ => Ok(margins),
     }
 }

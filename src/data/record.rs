@@ -226,6 +226,9 @@ pub struct Row {
     pub tools: Option<Value>,
     /// By how much each ranked response is better than the next, where an annotator said so; empty where nobody did.
     pub margins: Vec<f64>,
+    /// The rank of each response, smallest first, where the row says so (`ranks`): of equal ranks neither is better. Empty
+    /// where each is better than the next.
+    pub ranks: Vec<f64>,
     /// Further variables for the chat template (`chat_template_kwargs`).
     pub template_kwargs: Map<String, Value>,
     /// All other columns, such as `answer`.
@@ -240,6 +243,7 @@ impl Row {
             record,
             tools: None,
             margins: Vec::new(),
+            ranks: Vec::new(),
             template_kwargs: Map::new(),
             extra: Map::new(),
         }

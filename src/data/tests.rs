@@ -214,6 +214,36 @@ fn text_pairs_without_a_prompt_share_what_they_begin_with() {
 }
 
 #[test]
+fn ranks_put_responses_in_order_and_may_be_equal() {
+    let side = |text: &str| Side::Text(text.to_owned());
+    let listed =
+        |ranks: Value| json!({"prompt": "q", "responses": ["a", "b", "c"], "ranks": ranks});
+    let found = row(listed(json!([2, 1, 1.0])));
+    let responses = ["b", "c", "a"].map(side).to_vec();
+    assert_eq!(found.record, Record::Preference { prompt: side("q"), responses });
+    assert_eq!(found.ranks, [1.0, 1.0, 2.0]);
+    assert!(found.extra.is_empty());
+    // Of a pair it is anybody's column.
+    let pair = row(json!({"prompt": "q", "chosen": "a", "rejected": "b", "ranks": "none"}));
+    assert!(pair.ranks.is_empty() && pair.extra.contains_key("ranks"));
+
+    let refused = |value: Value| {
+        from_value(value, "data.jsonl:1", &ReadOptions::default()).unwrap_err().to_string()
+    };
+    for (ranks, expected) in [
+        (json!([1, 2]), "`ranks` has 2 numbers for 3 responses"),
+        (json!([1, 1, 1]), "all `ranks` are equal: there is nothing to compare"),
+        (json!([1, "2", 3]), "`ranks` is a string, expected a number"),
+    ] {
+        let error = refused(listed(ranks));
+        assert!(error.starts_with(expected), "{error}");
+    }
+    let mut both = listed(json!([1, 2, 3]));
+    both["margin"] = json!([1, 1]);
+    assert!(refused(both).starts_with("`margin` and `ranks` in one row"));
+}
+
+#[test]
 fn a_long_prompt_is_cut_once_from_the_left_and_responses_keep_their_start() {
     let tokenizer = tokenizer("chatml");
     let value = row(json!({"prompt": "0123456789", "chosen": "abc", "rejected": "x"}));

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
+
 /// What is taken of responses ranked best first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -30,6 +32,39 @@ impl Ranking {
             Self::AllPairs | Self::PlackettLuce => better + 1..count,
         };
         (0..count).flat_map(|better| worse(better).map(move |worse| (better, worse))).collect()
+    }
+
+    /// The same of responses with these ranks, smallest first: those of one rank are not compared, and adjacent are two of
+    /// neighbouring ranks.
+    ///
+    /// # Errors
+    /// Equal ranks in a Plackett-Luce list, which is one order.
+    ///
+    /// ```
+    /// use arriero::loss::ranking::Ranking;
+    /// let pairs = |ranking: Ranking, ranks: &[f64]| ranking.pairs_of(ranks).unwrap();
+    /// assert_eq!(pairs(Ranking::AllPairs, &[0.0, 0.0, 1.0]), [(0, 2), (1, 2)]);
+    /// assert_eq!(pairs(Ranking::Adjacent, &[0.0, 1.0, 1.0, 5.0]), [(0, 1), (0, 2), (1, 3), (2, 3)]);
+    /// assert!(Ranking::PlackettLuce.pairs_of(&[0.0, 0.0, 1.0]).is_err());
+    /// ```
+    pub fn pairs_of(self, ranks: &[f64]) -> Result<Vec<(usize, usize)>> {
+        // The place of each rank among the different ones.
+        let mut steps = vec![0; ranks.len()];
+        for at in 1..ranks.len() {
+            steps[at] = steps[at - 1] + usize::from(ranks[at] > ranks[at - 1]);
+        }
+        let mut pairs = Self::AllPairs.pairs(ranks.len());
+        let all = pairs.len();
+        pairs.retain(|&(better, worse)| match self {
+            Self::Adjacent => steps[better] + 1 == steps[worse],
+            Self::AllPairs | Self::PlackettLuce => steps[better] < steps[worse],
+        });
+        if self == Self::PlackettLuce && pairs.len() < all {
+            return Err(Error::run("equal `ranks` with ranking = \"plackett_luce\"").hint(
+                "the probability of an order needs one; rank by \"all_pairs\" or \"adjacent\"",
+            ));
+        }
+        Ok(pairs)
     }
 }
 

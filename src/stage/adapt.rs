@@ -306,6 +306,20 @@ mod tests {
             sft::run(&context, &spec)?;
             Ok(context.dir.join("checkpoint"))
         }
+
+        /// Trains adapters on the pairs; returns the checkpoint's directory and what was measured, unless it was stopped.
+        fn dpo(&self, name: &str, keys: Dpo, stop: u64) -> Result<(std::path::PathBuf, Metrics)> {
+            let events = StopAfter(stop, AtomicU64::default());
+            let context = self.context(name, &events);
+            let spec = Dpo {
+                model_name_or_path: BASE.to_owned(),
+                datasets: self.data("pairs.jsonl"),
+                train: settings(),
+                ..keys
+            };
+            let metrics = dpo::run(&context, &spec)?;
+            Ok((context.dir.join("checkpoint"), metrics))
+        }
     }
 
     fn settings() -> Settings {
@@ -441,20 +455,36 @@ mod tests {
     fn dpo_of_adapters_begins_with_margins_of_zero_against_the_frozen_base() {
         let home = Home::new();
         for (name, quantization) in [("dense", Quantization::None), ("nf4", Quantization::Nf4)] {
-            let events = StopAfter(NEVER, AtomicU64::default());
-            let context = home.context(name, &events);
-            let spec = Dpo {
-                model_name_or_path: BASE.to_owned(),
-                datasets: home.data("pairs.jsonl"),
-                train: settings(),
-                lora: Lora { quantization, lora_dropout: 0.0, ..lora() },
-                ..Dpo::default()
-            };
-            let metrics: Metrics = dpo::run(&context, &spec).unwrap();
+            let lora = Lora { quantization, lora_dropout: 0.0, ..lora() };
+            let (_, metrics) = home.dpo(name, Dpo { lora, ..Dpo::default() }, NEVER).unwrap();
             let number = |name: &str| metrics[name].to_bits();
             assert_eq!(number("first_rewards/margins"), 0.0_f64.to_bits(), "{name}: {metrics:?}");
             assert!(metrics["loss"] < 0.6 * metrics["first_loss"], "{name}: {metrics:?}");
         }
+    }
+
+    /// The reference's own factors are saved and read again: without them the steps after a stop would differ.
+    #[test]
+    fn adapters_with_a_moving_reference_end_with_the_same_bits_after_a_stop() {
+        let home = Home::new();
+        let moving = |sync_ref_model: bool| Dpo {
+            lora: lora(),
+            sync_ref_model,
+            ref_model_sync_steps: 2,
+            ..Dpo::default()
+        };
+        let (whole, metrics) = home.dpo("whole", moving(true), NEVER).unwrap();
+        let margin = metrics["first_rewards/margins"].to_bits();
+        assert_eq!(margin, 0.0_f64.to_bits(), "{metrics:?}");
+        for stop in [2, 3] {
+            let cut = format!("cut-{stop}");
+            let error = home.dpo(&cut, moving(true), stop).unwrap_err();
+            assert_eq!(error.to_string(), "interrupted");
+            let (resumed, _) = home.dpo(&cut, moving(true), NEVER).unwrap();
+            assert_eq!(bytes(&resumed), bytes(&whole), "stopped after {stop}");
+        }
+        let (standing, _) = home.dpo("standing", moving(false), NEVER).unwrap();
+        assert!(bytes(&standing) != bytes(&whole), "the reference did not move");
     }
 
     #[test]

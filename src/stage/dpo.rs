@@ -95,8 +95,9 @@ impl Method {
         let (options, summing) = (spec.loss_options(), spec.summing());
         let reference = BTreeMap::new();
         if !rows.iter().any(|row| matches!(row.record, Record::Completion { .. })) {
-            let margins = rows.iter().enumerate();
-            let margins = margins.map(|(at, row)| (at, row.margins.clone())).collect();
+            let rows = rows.iter().enumerate();
+            let margins = rows.clone().map(|(at, row)| (at, row.margins.clone())).collect();
+            let ranks = rows.filter(|(_, row)| !row.ranks.is_empty());
             return Ok(Self::Paired(Preference {
                 losses: spec.losses(),
                 options,
@@ -107,6 +108,7 @@ impl Method {
                 reference,
                 live: None,
                 margins,
+                ranks: ranks.map(|(at, row)| (at, row.ranks.clone())).collect(),
             }));
         }
         match spec.losses()[..] {
@@ -283,6 +285,28 @@ mod tests {
             assert!((metrics["first_loss"] - first.ln()).abs() < 1e-12, "{metrics:?}");
             assert!(metrics["loss"] < 0.9 * first.ln(), "{metrics:?}");
         }
+    }
+
+    #[test]
+    fn responses_of_one_rank_are_learned_together() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let row = |n: usize| {
+            let responses = ["plums", "apples", "pears"].map(|fruit| format!("{n} {fruit}"));
+            json!({"prompt": "How many?", "responses": responses, "ranks": [2, 1, 1]}).to_string()
+        };
+        let rows: Vec<String> = (0..4).map(row).collect();
+        crate::store::write_atomic(&path, rows.join("\n").as_bytes()).unwrap();
+        let mut spec = tiny(&path);
+        spec.train.max_steps = 8;
+        spec.train.learning_rate = 1e-3;
+        let metrics = run(&within(dir.path().join("stage")), &spec).unwrap();
+        assert!((metrics["first_loss"] - 2_f64.ln()).abs() < 1e-12, "{metrics:?}");
+        assert!(metrics["loss"] < 0.9 * 2_f64.ln(), "{metrics:?}");
+        // The probability of an order needs one.
+        spec.ranking = Ranking::PlackettLuce;
+        let error = run(&within(dir.path().join("list")), &spec).unwrap_err().to_string();
+        assert!(error.contains("equal `ranks` with ranking = \"plackett_luce\""), "{error}");
     }
 
     /// A rate that ruins the model makes desirable responses unlikely too.

@@ -41,6 +41,8 @@ pub struct Preference {
     pub live: Option<LiveReference>,
     /// The column `margin` by row, where a loss reads it: by how much each response is better than the next.
     pub margins: BTreeMap<usize, Vec<f64>>,
+    /// The column `ranks` by row, best first, of those that have one: of equal ranks neither is better.
+    pub ranks: BTreeMap<usize, Vec<f64>>,
 }
 
 impl Default for Preference {
@@ -55,6 +57,7 @@ impl Default for Preference {
             reference: BTreeMap::new(),
             live: None,
             margins: BTreeMap::new(),
+            ranks: BTreeMap::new(),
         }
     }
 }
@@ -114,8 +117,19 @@ impl Preference {
         let mut leaves = vec![0; forest.trees()];
         forest.leaves.iter().for_each(|leaf| leaves[leaf.tree] += 1);
         let two_at_most = self.has(PreferenceLoss::needs_mismatched);
-        let ranked = |&count: &usize| if two_at_most { count.min(2) } else { count };
-        leaves.iter().map(|count| self.ranking.pairs(ranked(count)).len()).sum()
+        let ranked = |count: usize| if two_at_most { count.min(2) } else { count };
+        // Where a list is refused, it is when it is read.
+        let of_tree =
+            |(count, &source)| self.compared(source, ranked(count)).map_or(0, |all| all.len());
+        leaves.into_iter().zip(&forest.sources).map(of_tree).sum()
+    }
+
+    /// Places (better, worse) of what is compared of a row's ranked responses.
+    fn compared(&self, source: usize, ranked: usize) -> Result<Vec<(usize, usize)>> {
+        match self.ranks.get(&source) {
+            Some(ranks) => self.ranking.pairs_of(&ranks[..ranked.min(ranks.len())]),
+            None => Ok(self.ranking.pairs(ranked)),
+        }
     }
 
     /// What the losses are told of each tree.
@@ -148,7 +162,7 @@ impl Preference {
         let mismatches = self.has(PreferenceLoss::needs_mismatched);
         let ranked = if mismatches { 2 } else { policy.len() };
         let margins = self.margins_of(source, ranked)?;
-        for (better, worse) in self.ranking.pairs(ranked) {
+        for (better, worse) in self.compared(source, ranked)? {
             let margin = margins[better..worse].iter().sum();
             read.pairs.push(pair((better, worse), policy, &reference, margin));
             read.leaves.push((first + better, first + worse));

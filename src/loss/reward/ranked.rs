@@ -42,24 +42,40 @@ fn ranks(forest: &Forest) -> Vec<Vec<usize>> {
     for (at, end) in forest.ends.iter().enumerate() {
         ranks[end.tree].push(at);
     }
-    let rank = |at: &usize| forest.ends[*at].label.first().copied().flatten().unwrap_or_default();
     for ends in &mut ranks {
         // Stable: without labels they stand in their order.
+        let rank = |at: &usize| rank(&forest.ends[*at]).unwrap_or_default();
         ends.sort_by(|a, b| rank(a).total_cmp(&rank(b)));
     }
     ranks
 }
 
+/// The rank that an end's label gives.
+fn rank(end: &End) -> Option<f64> {
+    end.label.first().copied().flatten()
+}
+
 impl Reward {
-    fn pairs<'a>(&self, forest: &'a Forest, ranks: &[Vec<usize>]) -> Vec<Pair<'a>> {
-        let of_tree = |(ends, &row): (&Vec<usize>, &usize)| {
-            let pair = |(better, worse): (usize, usize)| {
+    /// What is compared.
+    ///
+    /// # Errors
+    /// Equal ranks where a list must have one order.
+    fn pairs<'a>(&self, forest: &'a Forest, ranks: &[Vec<usize>]) -> Result<Vec<Pair<'a>>> {
+        let mut pairs = Vec::new();
+        for (ends, &row) in ranks.iter().zip(&forest.sources) {
+            let given: Option<Vec<f64>> = ends.iter().map(|&end| rank(&forest.ends[end])).collect();
+            let places = match given {
+                Some(ranks) => {
+                    self.ranking.pairs_of(&ranks).map_err(|error| error.at(format!("row {row}")))?
+                }
+                None => self.ranking.pairs(ends.len()),
+            };
+            pairs.extend(places.into_iter().map(|(better, worse)| {
                 let (better, worse) = (ends[better], ends[worse]);
                 Pair { row, better, worse, ends: (&forest.ends[better], &forest.ends[worse]) }
-            };
-            self.ranking.pairs(ends.len()).into_iter().map(pair).collect::<Vec<_>>()
-        };
-        ranks.iter().zip(&forest.sources).flat_map(of_tree).collect()
+            }));
+        }
+        Ok(pairs)
     }
 
     fn margin(&self, pair: &Pair<'_>) -> Result<f64> {
@@ -112,7 +128,8 @@ impl Objective for Reward {
     }
 
     fn counts(&self, forest: &Forest) -> Vec<f64> {
-        let pairs = self.pairs(forest, &ranks(forest)).len() as f64;
+        // Where a list is refused, it is when it is weighed.
+        let pairs = self.pairs(forest, &ranks(forest)).map_or(0, |pairs| pairs.len()) as f64;
         let lists = forest.trees() as f64;
         vec![if self.ranking == Ranking::PlackettLuce { lists } else { pairs }, pairs]
     }
@@ -124,7 +141,7 @@ impl Objective for Reward {
             return Err(Error::run("expected two or more ranked responses")
                 .at(format!("row {}", forest.sources[tree])));
         }
-        let pairs = self.pairs(forest, &ranks);
+        let pairs = self.pairs(forest, &ranks)?;
         let mut d_values = vec![0.0_f64; scores.len()];
         let main = self.main((&ranks, &pairs), scores, totals.counts[0], &mut d_values)?;
         let (mut center, mut right, mut best, mut worst) = (0.0, 0.0, 0.0, 0.0);
@@ -156,7 +173,8 @@ impl Objective for Reward {
         let responses = forest.ends.iter().enumerate();
         let responses = responses
             .map(|(at, end)| Observation::Score { score: score(at), length: end.length as f64 });
-        let pairs = self.pairs(forest, &ranks(forest)).into_iter().map(|pair| {
+        let pairs = self.pairs(forest, &ranks(forest)).unwrap_or_default();
+        let pairs = pairs.into_iter().map(|pair| {
             let gap = score(pair.better) - score(pair.worse);
             Observation::Pair { gap, margin: pair.margin() }
         });
@@ -197,6 +215,29 @@ mod tests {
         let labels = vec![label(2.0, 1.0), label(0.0, 3.0), label(1.0, 1.0)];
         let chain = Tree::chain(vec![1], vec![response(), response(), response()], 0);
         Forest::pack(&[chain.labelled(labels)]).unwrap()
+    }
+
+    #[test]
+    fn responses_of_one_rank_are_not_compared() {
+        let label = |rank: f64| vec![Some(rank), None];
+        let tree = tree(3, 4).labelled(vec![label(1.0), label(1.0), label(2.0)]);
+        let forest = Forest::pack(&[tree]).unwrap();
+        let scores = [0.5_f32, -1.0, 0.25];
+        let reading = Reading { values: &scores, rows: &[] };
+        for ranking in [Ranking::AllPairs, Ranking::Adjacent] {
+            let reward = Reward { ranking, ..Reward::default() };
+            assert_eq!(reward.counts(&forest), [2.0, 2.0]);
+            let weighed = reward.weigh(&forest, reading, &totals(reward, &forest)).unwrap();
+            let expected = -log_sigmoid(0.25) - log_sigmoid(-1.25);
+            assert!((weighed.sums[0] - expected).abs() < 1e-9, "{ranking:?}: {:?}", weighed.sums);
+            let slopes = &weighed.d_values;
+            assert!(slopes[0] < 0.0 && slopes[1] < slopes[0] && slopes[2] > 0.0, "{slopes:?}");
+            assert!(slopes.iter().sum::<f32>().abs() < 1e-6, "{slopes:?}");
+        }
+        let reward = Reward { ranking: Ranking::PlackettLuce, ..Reward::default() };
+        let error = reward.weigh(&forest, reading, &totals(reward, &forest)).unwrap_err();
+        let expected = "row 4: equal `ranks` with ranking = \"plackett_luce\"";
+        assert!(error.to_string().starts_with(expected), "{error}");
     }
 
     #[test]

@@ -7,12 +7,15 @@
 use rayon::prelude::*;
 
 use super::element::Element;
-use super::matmul::{Mat, Threads, matmul, matmul_into};
+use super::matmul::{Mat, Threads, matmul_into};
+use super::packed::Packed;
 use super::simd;
 use crate::ops::AttentionPlan;
 
-/// Queries a tile.
-const TILE: usize = 64;
+/// Queries a tile: whole tiles of every kernel's rows.
+const TILE: usize = 48;
+/// Tokens whose results one task puts together.
+const ROWS: usize = 64;
 
 /// Arguments of both passes. Shapes: `q` `[T, H, E]`; `k`, `v` `[T, G, E]`.
 ///
@@ -55,6 +58,16 @@ impl<N: Element> Inputs<'_, N> {
         (spans[0].start, spans.iter().map(|span| span.len).sum())
     }
 
+    /// Of each token its tree's first unit and first row.
+    fn homes(&self) -> Vec<(usize, usize)> {
+        let mut homes = vec![(0, 0); self.plan.tokens];
+        for tree in 0..self.plan.trees.len() {
+            let (first, len) = self.rows(tree);
+            homes[first..first + len].fill((tree * self.heads, first));
+        }
+        homes
+    }
+
     fn scale(&self) -> f32 {
         1.0 / (self.width as f32).sqrt()
     }
@@ -74,16 +87,16 @@ impl<N: Element> Inputs<'_, N> {
 
 /// Copies one head's rows of `x` (`[T, heads, width]`) end to end.
 fn gather<N: Element>(
+    out: &mut Vec<N>,
     x: &[N],
     rows: impl Iterator<Item = usize>,
     (head, heads): (usize, usize),
     width: usize,
-) -> Vec<N> {
-    let mut out = Vec::new();
+) {
+    out.clear();
     for row in rows {
         out.extend_from_slice(&x[(row * heads + head) * width..][..width]);
     }
-    out
 }
 
 /// Adds rows laid end to end along `path` back to where they lie in a tree that starts at `first`.
@@ -99,69 +112,73 @@ fn scatter(
     }
 }
 
-/// Adds the dense rows `[len, E]` of head `head` of `heads` into `out` `[T, heads, E]`.
-fn spread(
-    out: &mut [f32],
-    rows: &[f32],
-    first: usize,
-    (head, heads): (usize, usize),
-    width: usize,
-) {
-    for (offset, values) in rows.chunks_exact(width).enumerate() {
-        simd::axpy(&mut out[((first + offset) * heads + head) * width..][..width], 1.0, values);
-    }
+/// Memory that a thread keeps from unit to unit.
+#[derive(Default)]
+struct Scratch<N> {
+    keys: Vec<N>,
+    values: Vec<N>,
+    queries: Vec<N>,
+    out: Vec<N>,
+    d_out: Vec<f32>,
+    scores: Vec<f32>,
+    d_probs: Vec<f32>,
+    probs: Vec<f32>,
+    wide: [Vec<f32>; 2],
+    narrow: [Vec<N>; 3],
 }
 
 /// Output `[T, H, E]` and log-sum-exp `[units, rows]`, units tree by tree and head by head.
 pub fn forward<N: Element>(inputs: &Inputs<'_, N>) -> (Vec<N>, Vec<f32>) {
     let units = inputs.units();
-    let results: Vec<(Vec<f32>, Vec<f32>)> =
-        units.par_iter().map(|unit| forward_unit(inputs, unit)).collect();
+    let results: Vec<(Vec<f32>, Vec<f32>)> = units
+        .par_iter()
+        .map_init(Scratch::default, |scratch, unit| forward_unit(inputs, unit, scratch))
+        .collect();
     let Inputs { heads, width, .. } = *inputs;
+    let homes = inputs.homes();
     let mut out = vec![N::default(); inputs.q.len()];
-    let mut log_sum_exp = Vec::with_capacity(inputs.plan.tokens * inputs.heads);
-    for (unit, (rows, lse)) in units.iter().zip(results) {
-        let (first, _) = inputs.rows(unit.tree);
-        for (row, values) in (first..).zip(rows.chunks_exact(width)) {
-            N::round_into(&mut out[(row * heads + unit.head) * width..][..width], values);
+    let rows = out.par_chunks_mut(heads * width).zip(homes).enumerate().with_min_len(ROWS);
+    rows.for_each(|(row, (out, (unit, first)))| {
+        for (head, out) in out.chunks_exact_mut(width).enumerate() {
+            N::round_into(out, &results[unit + head].0[(row - first) * width..][..width]);
         }
-        log_sum_exp.extend(lse);
-    }
+    });
+    let log_sum_exp = results.into_iter().flat_map(|(_, lse)| lse).collect();
     (out, log_sum_exp)
 }
 
-fn forward_unit<N: Element>(inputs: &Inputs<'_, N>, unit: &Unit) -> (Vec<f32>, Vec<f32>) {
+fn forward_unit<N: Element>(
+    inputs: &Inputs<'_, N>,
+    unit: &Unit,
+    scratch: &mut Scratch<N>,
+) -> (Vec<f32>, Vec<f32>) {
     let Inputs { plan, heads, groups, width, q, k, v } = *inputs;
+    let Scratch { keys, values, queries, scores, wide: [wide, wide_values], .. } = scratch;
     let (first, len) = inputs.rows(unit.tree);
     let (mut out, mut log_sum_exp) = (vec![0.0; len * width], vec![0.0; len]);
     for index in plan.trees[unit.tree].clone() {
         let span = &plan.spans[index];
         let path = inputs.path(index);
-        let group = inputs.group(unit.head);
-        let along = |x| gather(x, path.iter().cloned().flatten(), (group, groups), width);
-        let (keys, values) = (along(k), along(v));
-        let (mut wide_keys, mut wide_values, mut wide) = (Vec::new(), Vec::new(), Vec::new());
-        let keys = N::widen(&keys, &mut wide_keys);
-        let values = N::widen(&values, &mut wide_values);
+        let of = (inputs.group(unit.head), groups);
+        gather(keys, k, path.iter().cloned().flatten(), of, width);
+        gather(values, v, path.iter().cloned().flatten(), of, width);
+        let all = keys.len() / width;
+        let keys = Packed::new(Mat::new(N::widen(keys, wide), all, width).t());
+        let values = Packed::new(Mat::new(N::widen(values, wide_values), all, width));
         for tile in (0..span.len).step_by(TILE) {
             let rows = TILE.min(span.len - tile);
             let seen = span.position + tile + rows;
             let start = span.start + tile;
-            let queries = gather(q, start..start + rows, (unit.head, heads), width);
-            let queries = Mat::new(N::widen(&queries, &mut wide), rows, width);
-            let mut scores = matmul(queries, Mat::new(keys, seen, width).t(), Threads::One);
+            gather(queries, q, start..start + rows, (unit.head, heads), width);
+            let tile_queries = Mat::new(N::widen(queries, wide), rows, width);
+            scores.resize(rows * seen, 0.0);
+            keys.product_into(scores, tile_queries, seen);
             for (row, scores) in scores.chunks_exact_mut(seen).enumerate() {
                 let visible = seen - rows + row + 1;
                 log_sum_exp[start - first + row] = softmax(scores, visible, inputs.scale());
             }
             let tile_out = &mut out[(start - first) * width..][..rows * width];
-            matmul_into(
-                tile_out,
-                Mat::new(&scores, rows, seen),
-                Mat::new(values, seen, width),
-                false,
-                Threads::One,
-            );
+            values.product_into(tile_out, Mat::new(scores, rows, seen), width);
         }
     }
     (out, log_sum_exp)
@@ -197,25 +214,40 @@ pub fn backward<N: Element>(
     let results: Vec<[Vec<f32>; 3]> = units
         .par_iter()
         .zip(offsets)
-        .map(|(unit, offset)| backward_unit(inputs, unit, &log_sum_exp[offset..], (out, d_out)))
+        .map_init(Scratch::default, |scratch, (unit, offset)| {
+            backward_unit(inputs, unit, (&log_sum_exp[offset..], out, d_out), scratch)
+        })
         .collect();
+    together(inputs, &results)
+}
+
+/// Puts the units' gradients where they belong; a key's are summed over the heads that share it.
+fn together<N: Element>(inputs: &Inputs<'_, N>, results: &[[Vec<f32>; 3]]) -> [Vec<f32>; 3] {
+    let Inputs { heads, groups, width, .. } = *inputs;
+    let homes = inputs.homes();
     let mut grads = [inputs.q, inputs.k, inputs.v].map(|x| vec![0.0; x.len()]);
-    for (unit, rows) in units.iter().zip(results) {
-        let (first, _) = inputs.rows(unit.tree);
-        let group = inputs.group(unit.head);
-        let [dq, dk, dv] = &mut grads;
-        spread(dq, &rows[0], first, (unit.head, inputs.heads), inputs.width);
-        spread(dk, &rows[1], first, (group, inputs.groups), inputs.width);
-        spread(dv, &rows[2], first, (group, inputs.groups), inputs.width);
-    }
+    let [dq, dk, dv] = &mut grads;
+    let keys = dk.par_chunks_mut(groups * width).zip(dv.par_chunks_mut(groups * width));
+    let rows = dq.par_chunks_mut(heads * width).zip(keys).zip(homes).enumerate();
+    rows.with_min_len(ROWS).for_each(|(row, ((dq, (dk, dv)), (unit, first)))| {
+        let of = |head: usize, which: usize| {
+            &results[unit + head][which][(row - first) * width..][..width]
+        };
+        for head in 0..heads {
+            dq[head * width..][..width].copy_from_slice(of(head, 0));
+            let at = inputs.group(head) * width;
+            simd::axpy(&mut dk[at..][..width], 1.0, of(head, 1));
+            simd::axpy(&mut dv[at..][..width], 1.0, of(head, 2));
+        }
+    });
     grads
 }
 
 fn backward_unit<N: Element>(
     inputs: &Inputs<'_, N>,
     unit: &Unit,
-    log_sum_exp: &[f32],
-    (out, d_out): (&[N], &[f32]),
+    (log_sum_exp, out, d_out): (&[f32], &[N], &[f32]),
+    scratch: &mut Scratch<N>,
 ) -> [Vec<f32>; 3] {
     let Inputs { plan, heads, groups, width, q, k, v } = *inputs;
     let (first, len) = inputs.rows(unit.tree);
@@ -223,52 +255,71 @@ fn backward_unit<N: Element>(
     for index in plan.trees[unit.tree].clone() {
         let span = &plan.spans[index];
         let path = inputs.path(index);
-        let group = inputs.group(unit.head);
-        let along = |x| gather(x, path.iter().cloned().flatten(), (group, groups), width);
-        let (keys, values) = (along(k), along(v));
-        let (mut d_keys, mut d_values) = (vec![0.0; keys.len()], vec![0.0; values.len()]);
-        let mut narrowed = [(); 3].map(|()| Vec::new());
-        let mut wide = Vec::new();
+        let of = (inputs.group(unit.head), groups);
+        gather(&mut scratch.keys, k, path.iter().cloned().flatten(), of, width);
+        gather(&mut scratch.values, v, path.iter().cloned().flatten(), of, width);
+        let all = scratch.keys.len() / width;
+        let keys = Mat::new(&scratch.keys, all, width);
+        let turned = [keys, Mat::new(&scratch.values, all, width)].map(|x| Packed::new(x.t()));
+        let keys = Packed::new(keys);
+        let (mut d_keys, mut d_values) = (vec![0.0; all * width], vec![0.0; all * width]);
         for tile in (0..span.len).step_by(TILE) {
             let rows = TILE.min(span.len - tile);
             let seen = span.position + tile + rows;
             let start = span.start + tile;
             let (here, of) = (start..start + rows, (unit.head, heads));
-            let queries = gather(q, here.clone(), of, width);
-            let out_tile = gather(out, here.clone(), of, width);
-            let out_tile = N::widen(&out_tile, &mut wide);
-            let d_out = &gather(d_out, here, of, width);
-            let [narrow_d, narrow_scores, narrow_probs] = &mut narrowed;
-            let (queries, d_tile) = (Mat::new(&queries, rows, width), N::narrow(d_out, narrow_d));
-            let d_tile = Mat::new(d_tile, rows, width);
-            let keys = Mat::new(&keys, seen, width);
-            let mut scores = matmul(queries, keys.t(), Threads::One);
-            let d_probs = matmul(d_tile, Mat::new(&values, seen, width).t(), Threads::One);
-            let mut probs = vec![0.0; rows * seen];
-            for row in 0..rows {
-                let visible = seen - rows + row + 1;
-                let at = row * width..(row + 1) * width;
-                let mean = simd::dot(&out_tile[at.clone()], &d_out[at]);
-                let cells = row * seen..row * seen + visible;
-                let constants = [log_sum_exp[start - first + row], mean, inputs.scale()];
-                simd::scale(&mut scores[cells.clone()], inputs.scale());
-                simd::softmax_grad(
-                    &mut scores[cells.clone()],
-                    &d_probs[cells.clone()],
-                    &mut probs[cells],
-                    constants,
-                );
-                scores[row * seen + visible..(row + 1) * seen].fill(0.0);
-            }
-            let d_scores = Mat::new(N::narrow(&scores, narrow_scores), rows, seen);
-            let probs = Mat::new(N::narrow(&probs, narrow_probs), rows, seen);
+            gather(&mut scratch.queries, q, here.clone(), of, width);
+            gather(&mut scratch.out, out, here.clone(), of, width);
+            gather(&mut scratch.d_out, d_out, here, of, width);
+            let lse = &log_sum_exp[start - first..][..rows];
+            scratch.grad_of_scores(&turned, (seen, width), lse, inputs.scale());
+            let Scratch { queries, d_out, scores, probs, narrow: [d, ds, p], .. } = scratch;
+            let (queries, d_out) = (Mat::new(queries, rows, width), N::narrow(d_out, d));
+            let d_scores = Mat::new(N::narrow(scores, ds), rows, seen);
+            let (probs, d_out) = (N::narrow(probs, p), Mat::new(d_out, rows, width));
+            let probs = Mat::new(probs, rows, seen);
             let d_queries = &mut grads[0][(start - first) * width..][..rows * width];
-            matmul_into(d_queries, d_scores, keys, false, Threads::One);
+            keys.product_into(d_queries, d_scores, width);
             matmul_into(&mut d_keys[..seen * width], d_scores.t(), queries, true, Threads::One);
-            matmul_into(&mut d_values[..seen * width], probs.t(), d_tile, true, Threads::One);
+            matmul_into(&mut d_values[..seen * width], probs.t(), d_out, true, Threads::One);
         }
         scatter(&mut grads[1], &d_keys, &path, first, width);
         scatter(&mut grads[2], &d_values, &path, first, width);
     }
     grads
+}
+
+impl<N: Element> Scratch<N> {
+    /// Of the tile's queries, `probs` and, in `scores`, the gradient of the scores, from keys and values as columns.
+    fn grad_of_scores(
+        &mut self,
+        [keys, values]: &[Packed<N>; 2],
+        (seen, width): (usize, usize),
+        log_sum_exp: &[f32],
+        scale: f32,
+    ) {
+        let rows = log_sum_exp.len();
+        let Self { queries, out, d_out, scores, d_probs, probs, wide: [wide, _], .. } = self;
+        let [narrow_d, ..] = &mut self.narrow;
+        for buffer in [&mut *scores, d_probs, probs] {
+            buffer.resize(rows * seen, 0.0);
+        }
+        keys.product_into(scores, Mat::new(queries, rows, width), seen);
+        let d_tile = Mat::new(N::narrow(d_out, narrow_d), rows, width);
+        values.product_into(d_probs, d_tile, seen);
+        let out = N::widen(out, wide);
+        for (row, log_sum_exp) in log_sum_exp.iter().enumerate() {
+            let visible = seen - rows + row + 1;
+            let at = row * width..(row + 1) * width;
+            let mean = simd::dot(&out[at.clone()], &d_out[at]);
+            let row = row * seen..(row + 1) * seen;
+            let (scores, hidden) = scores[row.clone()].split_at_mut(visible);
+            let (probs, hidden_probs) = probs[row.clone()].split_at_mut(visible);
+            simd::scale(scores, scale);
+            let constants = [*log_sum_exp, mean, scale];
+            simd::softmax_grad(scores, &d_probs[row][..visible], probs, constants);
+            hidden.fill(0.0);
+            hidden_probs.fill(0.0);
+        }
+    }
 }

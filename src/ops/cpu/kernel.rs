@@ -51,7 +51,7 @@ impl Numbers for f32 {
     fn kernel(isa: Isa) -> Kernel {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx512Bf16 => Kernel { few: Some(few::single), ..x86::AVX512 },
+            Isa::Avx512 | Isa::Avx512Bf16 => turning(few::single, x86::AVX512),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::AVX2,
             _ => PORTABLE,
@@ -69,9 +69,9 @@ impl Numbers for bf16 {
     fn kernel(isa: Isa) -> Kernel {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => Kernel { few: Some(few::pairs), ..x86::AVX512_BF16 },
+            Isa::Avx512Bf16 => turning(few::pairs, x86::AVX512_BF16),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Kernel { few: Some(few::widened), ..x86::AVX512_WIDENED },
+            Isa::Avx512 => turning(few::widened, x86::AVX512_WIDENED),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::AVX2_WIDENED,
             _ => PORTABLE_WIDENED,
@@ -117,6 +117,12 @@ pub(super) const MOST: usize = 4;
 /// The instruction set is there; rows and columns cover `units`, the place all their results.
 pub(super) type Few = unsafe fn(usize, (Left, usize), (Left, *const u8), Place);
 
+/// Writes a tile's results as columns: `((tile, its stride), (rows, columns), (place, its stride))`, at most sixteen rows.
+///
+/// # Safety
+/// The instruction set is there; the tile covers `rows × columns`, the place has room for `columns × rows`.
+pub(super) type Turn = unsafe fn((*const f32, usize), (usize, usize), (*mut f32, usize));
+
 /// The tiles of one instruction set and element type.
 #[derive(Clone, Copy)]
 #[expect(missing_debug_implementations, reason = "function pointers say nothing")]
@@ -135,6 +141,14 @@ pub struct Kernel {
     pub(super) narrow: Tile,
     /// Few rows against sixteen columns, where registers can be turned.
     pub(super) few: Option<Few>,
+    /// A tile's results as columns, where registers can be turned.
+    pub(super) turn: Option<Turn>,
+}
+
+/// The tiles of AVX-512, with what turns registers there.
+#[cfg(target_arch = "x86_64")]
+fn turning(few: Few, tiles: Kernel) -> Kernel {
+    Kernel { few: Some(few), turn: Some(super::shuffle::turned_to), ..tiles }
 }
 
 /// Adds or stores one tile. `PACKED` fixes the left matrix's strides at compile time.
@@ -204,6 +218,7 @@ macro_rules! tiles {
                 narrow_columns: <O as Operand>::Sum::LANES,
                 narrow,
                 few: None,
+                turn: None,
             }
         };
     };

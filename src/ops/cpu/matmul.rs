@@ -95,7 +95,7 @@ impl<'a, E: Numbers> Mat<'a, E> {
     }
 
     /// Rows `first..first + rows` and columns `from..from + cols`.
-    fn block(self, (first, rows): (usize, usize), (from, cols): (usize, usize)) -> Self {
+    pub(super) fn block(self, (first, rows): (usize, usize), (from, cols): (usize, usize)) -> Self {
         let start = if rows == 0 || cols == 0 {
             0
         } else {
@@ -265,7 +265,8 @@ unsafe fn blocked<E: Numbers>(
                         unsafe {
                             let place =
                                 Place { add: place.add || first > 0, ..out.at(row, from + start) };
-                            panel(kernel, left, (strips, columns), place);
+                            let stride = kernel.columns * left.units();
+                            panel(kernel, left, Strips { units: strips, stride, columns }, place);
                         }
                     }
                 });
@@ -303,17 +304,26 @@ fn pack_right<E: Numbers>(
     }
 }
 
-/// A block of rows against packed strips of `columns` columns. Whole tiles of rows are read where they lie, if each row's
+/// Packed strips of `columns` columns, `stride` units apart.
+#[derive(Clone, Copy)]
+pub(super) struct Strips<'a, U> {
+    pub(super) units: &'a [U],
+    pub(super) stride: usize,
+    pub(super) columns: usize,
+}
+
+/// A block of rows against packed strips of columns. Whole tiles of rows are read where they lie, if each row's
 /// elements follow each other.
 ///
 /// # Safety
-/// `right` holds the strips; `place` covers `[left.rows, columns]`.
-unsafe fn panel<E: Numbers>(
+/// The strips hold the units of `left`; `place` covers `[left.rows, columns]`.
+pub(super) unsafe fn panel<E: Numbers>(
     kernel: &Kernel,
     left: Mat<'_, E>,
-    (right, columns): (&[E::Unit], usize),
+    right: Strips<'_, E::Unit>,
     place: Place,
 ) {
+    let Strips { units: right, stride, columns } = right;
     let (depth, row_bytes) = (left.units(), left.row_stride * size_of::<E>());
     let lies = left.col_stride == 1
         && left.cols.is_multiple_of(E::PER_UNIT)
@@ -334,7 +344,8 @@ unsafe fn panel<E: Numbers>(
                     (kernel.packed, Left { data, row_stride: UNIT, k_stride })
                 };
                 for from in some.clone().step_by(kernel.columns) {
-                    let strip = right[from * depth..][..kernel.columns * depth].as_ptr().cast();
+                    let strip = &right[from / kernel.columns * stride..];
+                    let strip = strip[..kernel.columns * depth].as_ptr().cast();
                     let size =
                         (kernel.rows.min(left.rows - row), kernel.columns.min(columns - from));
                     // SAFETY: the left rows and the strip hold `depth` units, and the tile lies within the place.
@@ -415,6 +426,7 @@ unsafe fn few_rows<E: Numbers>(
         // Rows of `bᵀ` a task: enough for the threads to share without waiting, few enough to balance.
         let share = rows * 8;
         each(n.div_ceil(share), threads, |task| {
+            let mut sums = [0.0_f32; TILE];
             for first in (task * share..((task + 1) * share).min(n)).step_by(rows) {
                 let height = rows.min(n - first);
                 let left = b.t().block((first, height), (0, k));
@@ -433,12 +445,19 @@ unsafe fn few_rows<E: Numbers>(
                     unsafe {
                         let place = out.at(strip * columns, first);
                         let size = (height, width);
-                        let mut sums = [0.0_f32; TILE];
                         if place.add {
                             transposed(&mut sums, size, columns, place, |sum, to| *sum = to.read());
                         }
                         column_tile((tile, columns), (left, right, units), &mut sums, place.add);
-                        transposed(&mut sums, size, columns, place, |sum, to| to.write(*sum));
+                        let there = (place.data, place.stride);
+                        match kernel.turn {
+                            Some(turn) => turn((sums.as_ptr(), columns), size, there),
+                            None => {
+                                transposed(&mut sums, size, columns, place, |sum, to| {
+                                    to.write(*sum);
+                                });
+                            }
+                        }
                     }
                 }
             }

@@ -16,6 +16,7 @@ pub mod isa;
 mod kernel;
 pub mod matmul;
 mod pack;
+mod packed;
 pub mod peak;
 pub mod rows;
 mod shuffle;

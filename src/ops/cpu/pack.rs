@@ -10,6 +10,7 @@
 )]
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::thread::LocalKey;
 
 use super::isa::Isa;
@@ -26,6 +27,31 @@ struct Line(#[expect(dead_code, reason = "only its memory is used")] [f32; 16]);
 thread_local! {
     static LEFT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
     static RIGHT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+}
+
+/// Room for units of any value, aligned as tiles like it.
+pub(super) struct Lines<E> {
+    memory: Vec<Line>,
+    len: usize,
+    elements: PhantomData<E>,
+}
+
+impl<E: Numbers> Lines<E> {
+    pub(super) fn new(len: usize) -> Self {
+        Self { memory: vec![Line([0.0; 16]); len.div_ceil(16)], len, elements: PhantomData }
+    }
+
+    pub(super) fn units(&self) -> &[E::Unit] {
+        const { assert!(size_of::<E::Unit>() == UNIT) };
+        // SAFETY: the lines are initialised, `len` units of them or more, and every bit pattern is a unit.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().cast(), self.len) }
+    }
+
+    pub(super) fn units_mut(&mut self) -> &mut [E::Unit] {
+        const { assert!(size_of::<E::Unit>() == UNIT) };
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast(), self.len) }
+    }
 }
 
 /// Scratch for the left matrix, `len` units of any value.

@@ -9,16 +9,16 @@
 pub(super) const SIDE: usize = 16;
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{interleave, transpose, turned_from};
+pub(super) use x86::{interleave, transpose, turned_from, turned_to};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
         __m512i, _MM_HINT_T1, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_cvtepu16_epi32,
-        _mm512_loadu_si512, _mm512_mask_storeu_epi32, _mm512_or_si512, _mm512_permutex2var_epi64,
-        _mm512_set_epi64, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32,
-        _mm512_storeu_si512, _mm512_unpackhi_epi16, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
-        _mm512_unpacklo_epi16, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+        _mm512_loadu_si512, _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi32, _mm512_or_si512,
+        _mm512_permutex2var_epi64, _mm512_set_epi64, _mm512_setzero_si512, _mm512_shuffle_i32x4,
+        _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi16, _mm512_unpackhi_epi32,
+        _mm512_unpackhi_epi64, _mm512_unpacklo_epi16, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
 
     use super::SIDE;
@@ -109,6 +109,36 @@ mod x86 {
             }
         }
         turned(&square)
+    }
+
+    /// Writes the columns of up to sixteen rows of results as rows: `from` `[rows, columns]`, rows `stride` apart, to `to`
+    /// `[columns, rows]`, rows `to_stride` apart.
+    ///
+    /// # Safety
+    /// AVX-512 F; `from` covers the rows, `to` has room.
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+    pub(in super::super) unsafe fn turned_to(
+        (from, stride): (*const f32, usize),
+        (rows, columns): (usize, usize),
+        (to, to_stride): (*mut f32, usize),
+    ) {
+        for left in (0..columns).step_by(SIDE) {
+            let width = SIDE.min(columns - left);
+            let mut square = [_mm512_setzero_si512(); SIDE];
+            for (i, row) in square.iter_mut().take(rows).enumerate() {
+                // SAFETY: the caller's promise; the mask keeps to the row.
+                *row = unsafe {
+                    _mm512_maskz_loadu_epi32(first(width), from.add(i * stride + left).cast())
+                };
+            }
+            for (j, column) in turned(&square).into_iter().take(width).enumerate() {
+                // SAFETY: the caller's promise; the mask keeps to the rows that are there.
+                unsafe {
+                    let to = to.add((left + j) * to_stride);
+                    _mm512_mask_storeu_epi32(to.cast(), first(rows), column);
+                }
+            }
+        }
     }
 
     /// The transposed square: pairs of rows, then fours, eights and sixteens, are woven into each other.

@@ -43,6 +43,10 @@ macro_rules! multiversion {
 
 pub(super) use multiversion;
 
+/// Around 1.5 · 2²³ the last bits of a number are those of its integer: added to `n`, of the exponent of 2ⁿ. A cast to an integer
+/// would have to saturate, which no vector instruction does.
+const EXPONENT: f32 = 12_582_912.0 + 127.0;
+
 /// `e^x` to about two units in the last place: range reduction to `[-ln 2 / 2, ln 2 / 2]` and a polynomial.
 /// Below -87.3 the result is 0 to within 1e-38.
 #[inline(always)]
@@ -59,7 +63,7 @@ fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 1.666_666_5e-1);
     let p = p.mul_add(r, 0.5);
     let p = p.mul_add(r * r, r) + 1.0;
-    p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+    p * f32::from_bits((n + EXPONENT).to_bits() << 23)
 }
 
 #[inline(always)]
