@@ -47,7 +47,7 @@ def works():
     told = ["--dtype", "bf16"]
     long_prompt = ["--batch", "4", "--seq", "896", "--prompt", "768"]
     found["dpo-768-bf16"] = ("dpo", long_prompt + told, ["TRL"])
-    found["sft-8192-bf16"] = ("sft", ["--batch", "1", "--seq", "8192"] + told, [])
+    found["sft-8192-bf16"] = ("sft", ["--batch", "1", "--seq", "8192", "--memory-budget", "5GiB"] + told, [])
     for samples in ("1", "16"):
         told = ["--batch", samples, "--prompt", "32", "--seq", "160"]
         peers = ["transformers", "llama.cpp, Q4_1"]

@@ -45,6 +45,15 @@ pub(super) struct BenchArgs {
     /// Recompute blocks in the backward pass
     #[arg(long)]
     recompute: bool,
+    /// Recompute as many blocks as this much memory asks for, such as 5GiB
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "",
+        hide_default_value = true,
+        conflicts_with = "recompute"
+    )]
+    memory_budget: String,
     /// The dataset to prepare, for `prepare`
     #[arg(long, required_if_eq("method", "prepare"))]
     data: Option<String>,
@@ -129,6 +138,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         chat: args.chat,
         steps: args.steps,
         recompute: args.recompute,
+        memory_budget: args.memory_budget.clone(),
         dtype: args.dtype.into(),
         lora: Lora {
             use_peft: args.lora.is_some(),

@@ -80,6 +80,8 @@ pub struct Options {
     pub steps: usize,
     /// Recompute blocks in the backward pass.
     pub recompute: bool,
+    /// Recompute as many blocks as this much memory asks for, such as "5GiB"; empty: as `recompute` says.
+    pub memory_budget: String,
     /// Compute type.
     pub dtype: Precision,
     /// Train adapters of all projections instead of the model.
@@ -99,7 +101,12 @@ impl Options {
             per_device_train_batch_size: self.batch,
             max_tokens_per_micro_batch: MAX_TOKENS,
             dtype: self.dtype,
-            gradient_checkpointing: if self.recompute { Recompute::Block } else { Recompute::None },
+            gradient_checkpointing: match (self.recompute, self.memory_budget.is_empty()) {
+                (_, false) => Recompute::Auto,
+                (true, true) => Recompute::Block,
+                (false, true) => Recompute::None,
+            },
+            memory_budget: self.memory_budget.clone(),
             ..Settings::default()
         }
     }
@@ -379,6 +386,7 @@ mod tests {
             chat: false,
             steps: 2,
             recompute: false,
+            memory_budget: String::new(),
             dtype: Precision::F32,
             prompts: 1,
             weights: WeightFormat::None,
