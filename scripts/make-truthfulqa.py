@@ -2,8 +2,7 @@
 
     python scripts/make-truthfulqa.py TruthfulQA.csv FOLDER
 
-train.jsonl          questions with their right and their wrong answers: rank 1 and 2, so that every right one is compared with
-                     every wrong one
+train.jsonl          pairs of a right and a wrong answer, at most PAIRS a question
 heldout.jsonl        HELD_OUT other questions with all their answers, right ones first: `right` says how many
 heldout-best.jsonl   of each of these the best right answer against the best wrong one
 """
@@ -16,6 +15,7 @@ import sys
 
 SEED = 20
 HELD_OUT = 200
+PAIRS = 4
 
 
 def answers(first, cell):
@@ -40,13 +40,20 @@ def pair(prompt, right, wrong):
     return {"prompt": prompt, "chosen": right, "rejected": wrong}
 
 
+def train_pairs(prompt, right, wrong, rng):
+    """Pairs in which every answer comes at most once more than any other of its kind."""
+    right, wrong = rng.sample(right, len(right)), rng.sample(wrong, len(wrong))
+    for index in range(min(PAIRS, max(len(right), len(wrong)))):
+        yield pair(prompt, right[index % len(right)], wrong[index % len(wrong)])
+
+
 def main():
     table, folder = sys.argv[1], pathlib.Path(sys.argv[2])
     rows, rng = list(questions(table)), random.Random(SEED)
     rng.shuffle(rows)
     held_out, train = rows[:HELD_OUT], rows[HELD_OUT:]
     files = {
-        "train": [{"prompt": p, "responses": r + w, "ranks": [1] * len(r) + [2] * len(w)} for p, r, w in train],
+        "train": [row for question in train for row in train_pairs(*question, rng)],
         "heldout": [{"prompt": p, "responses": r + w, "right": len(r)} for p, r, w in held_out],
         "heldout-best": [pair(prompt, right[0], wrong[0]) for prompt, right, wrong in held_out],
     }

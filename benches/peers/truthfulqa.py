@@ -34,15 +34,6 @@ def accuracies(row, scores):
     return sum(pairs) / len(pairs), won(right[0], wrong[0])
 
 
-def all_pairs(rows):
-    """What the reward model compares: every answer of rank 1 with every one of rank 2."""
-    for row in rows:
-        of_rank = lambda rank: [text for text, its in zip(row["responses"], row["ranks"]) if its == rank]
-        for chosen in of_rank(1):
-            for rejected in of_rank(2):
-                yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
-
-
 class BagOfWords:
     """Logistic regression on the words that a right answer has and the wrong one has not, and the other way."""
 
@@ -110,7 +101,7 @@ def interval(values, draws):
 
 def main():
     run, data = map(pathlib.Path, sys.argv[1:])
-    rows, pairs = lines(data / "heldout.jsonl"), list(all_pairs(lines(data / "train.jsonl")))
+    rows, pairs = lines(data / "heldout.jsonl"), lines(data / "train.jsonl")
     checkpoint = run / "stages/01-reward/checkpoint"
     ours, theirs = lines(run / "scores.jsonl"), in_transformers(checkpoint, rows)
     bag = BagOfWords(pairs)
