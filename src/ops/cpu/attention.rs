@@ -14,9 +14,6 @@ use crate::ops::AttentionPlan;
 
 /// Queries a tile: whole tiles of every kernel's rows.
 const TILE: usize = 48;
-/// The same of the forward where the second-level cache would not hold a tile's scores, and keys from which on it is so.
-const LONG_TILE: usize = 24;
-const LONG: usize = 2048;
 /// Tokens whose results one task puts together.
 const ROWS: usize = 64;
 
@@ -168,9 +165,8 @@ fn forward_unit<N: Element>(
         let all = keys.len() / width;
         let keys = Packed::new(Mat::new(N::widen(keys, wide), all, width).t());
         let values = Packed::new(Mat::new(N::widen(values, wide_values), all, width));
-        let height = if all > LONG { LONG_TILE } else { TILE };
-        for tile in (0..span.len).step_by(height) {
-            let rows = height.min(span.len - tile);
+        for tile in (0..span.len).step_by(TILE) {
+            let rows = TILE.min(span.len - tile);
             let seen = span.position + tile + rows;
             let start = span.start + tile;
             gather(queries, q, start..start + rows, (unit.head, heads), width);

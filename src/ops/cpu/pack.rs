@@ -48,10 +48,16 @@ impl<E: Numbers> Lines<E> {
     }
 
     pub(super) fn units_mut(&mut self) -> &mut [E::Unit] {
-        const { assert!(size_of::<E::Unit>() == UNIT) };
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast(), self.len) }
+        units_of::<E>(&mut self.memory, self.len)
     }
+}
+
+/// The first `len` units of some lines.
+fn units_of<E: Numbers>(lines: &mut [Line], len: usize) -> &mut [E::Unit] {
+    const { assert!(size_of::<E::Unit>() == UNIT) };
+    assert!(len <= lines.len() * 16, "{len} units of {} lines", lines.len());
+    // SAFETY: the lines are initialised, `len` units of them or more, and every bit pattern is a unit.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), len) }
 }
 
 /// Scratch for the left matrix, `len` units of any value.
@@ -69,15 +75,13 @@ fn with<E: Numbers, R>(
     len: usize,
     work: impl FnOnce(&mut [E::Unit]) -> R,
 ) -> R {
-    const { assert!(size_of::<E::Unit>() == UNIT) };
     // Taken, not borrowed: a thread that waits for others may start another product meanwhile.
     let mut lines = slot.take();
     let needed = len.div_ceil(16);
     if lines.len() < needed {
         lines.resize(needed, Line([0.0; 16]));
     }
-    // SAFETY: the lines are initialised, `len` units of them or more, and every bit pattern is a unit.
-    let result = work(unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), len) });
+    let result = work(units_of::<E>(&mut lines, len));
     slot.set(lines);
     result
 }
