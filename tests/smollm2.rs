@@ -69,7 +69,7 @@ fn the_golden_prompt_has_its_mean_nll() {
 
 /// The greedy answer to the golden prompt.
 fn greedy(format: WeightFormat) -> Answer {
-    let model = LocalModel::held(checkpoint(), format).unwrap();
+    let model = LocalModel::held(checkpoint().clone(), format).unwrap();
     let prompts = [Prompt { index: 0, tokens: PROMPT.to_vec() }];
     let mut answers = Vec::new();
     model

@@ -198,12 +198,12 @@ fn figures_text(figures: &Figures) -> String {
     let extra = figures
         .extra_peak_bytes
         .map_or_else(String::new, |bytes| format!(", {} above the start", gib(bytes)));
-    let read = match (figures.weights_read_per_s, figures.memory_read_per_s) {
-        (Some(weights), Some(memory)) => {
-            format!(", weights read at {:.1} of {:.1} GB/s", weights / 1e9, memory / 1e9)
-        }
-        _ => String::new(),
-    };
+    let read = (figures.weights_read_per_s.zip(figures.memory_read_per_s))
+        .zip(figures.memory_read_share)
+        .map_or_else(String::new, |((weights, memory), share)| {
+            let (weights, memory, share) = (weights / 1e9, memory / 1e9, 100.0 * share);
+            format!(", weights read at {weights:.1} of {memory:.1} GB/s ({share:.0} %)")
+        });
     let (rate, step) = (figures.tokens_per_s, figures.step_s);
     format!("{rate:.1} tokens/s{pairs}, {step:.3} s a step{extra}{read}")
 }

@@ -43,8 +43,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
         checkpoint.tokenizer =
             Some(checkpoint.tokenizer()?.with_template(template).at("chat_template")?);
     }
-    let model = LocalModel::held(&checkpoint, setup.sampling.quantization)?;
-    drop(checkpoint);
+    let model = LocalModel::held(checkpoint, setup.sampling.quantization)?;
     let model = model.guessing_as(&setup.sampling, |assistant| {
         Checkpoint::load(assistant, &device, &LoadOptions::default())
     })?;

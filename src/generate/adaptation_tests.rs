@@ -168,7 +168,7 @@ fn every_decoder_adds_the_adapter_and_merging_it_comes_to_the_same() {
         assert!(worst(&cpu[..vocab], &merged[..vocab]) < 1e-4);
         assert!(worst(&cpu[vocab..], &merged[vocab..]) > 1e-2, "the other row has no adapter");
         // Beside blocks, the adapter makes the same difference but for what rounding takes.
-        let rounded = CpuDecoder::rounded(config, weights, BlockType::Q8_0).unwrap();
+        let rounded = CpuDecoder::rounded(config, weights.clone(), BlockType::Q8_0).unwrap();
         let rounded = predictions(&rounded, &adaptation);
         let moved = worst(&cpu[..vocab], &cpu[vocab..]);
         assert!(worst(&cpu, &rounded) < 0.1 * moved, "{} of {moved}", worst(&cpu, &rounded));

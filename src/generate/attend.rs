@@ -1,12 +1,12 @@
 //! Attention of new tokens to everything before them. Rows that see the same tiles go through them together: a tile is
 //! read once for all samples of a prompt, and for all heads that share it.
 
+use std::cell::Cell;
 use std::ops::Range;
-use std::sync::Arc;
-
-use rayon::prelude::*;
+use std::sync::{Arc, OnceLock};
 
 use super::cache::{PagedCache, Part};
+use crate::ops::cpu::awake::share;
 use crate::ops::cpu::rows::{Mixture, TILE, scores_of_many};
 use crate::ops::cpu::{Element, simd};
 
@@ -36,20 +36,23 @@ pub(super) fn attention<E: Element>(q: &[E], rows: Rows<'_, E>, heads: Heads) ->
         .into_iter()
         .flat_map(|range| (0..shared).map(move |head| (range.clone(), head)))
         .collect();
-    let results: Vec<Vec<E>> = tasks
-        .par_iter()
-        .map_init(Scratch::default, |scratch, (range, head)| {
-            scratch.queries.clear();
-            for row in range.clone() {
-                let from = row * row_len + head * group * width;
-                let mut wide = Vec::new();
-                scratch.queries.extend_from_slice(E::widen(&q[from..][..group * width], &mut wide));
-            }
-            E::rounded(together(scratch, &rows[range.clone()], *head, heads))
-        })
-        .collect();
+    let results: Vec<OnceLock<Vec<E>>> = tasks.iter().map(|_| OnceLock::new()).collect();
+    share(tasks.len(), |task| {
+        let (range, head) = &tasks[task];
+        let mut scratch = SCRATCH.take();
+        scratch.queries.clear();
+        for row in range.clone() {
+            let from = row * row_len + head * group * width;
+            let mut wide = Vec::new();
+            scratch.queries.extend_from_slice(E::widen(&q[from..][..group * width], &mut wide));
+        }
+        let result = together(&mut scratch, &rows[range.clone()], *head, heads);
+        results[task].get_or_init(|| E::rounded(result));
+        SCRATCH.set(scratch);
+    });
     let mut mixed = vec![E::default(); q.len()];
     for ((range, head), result) in tasks.into_iter().zip(results) {
+        let result = result.into_inner().unwrap_or_default();
         for (row, result) in range.zip(result.chunks_exact(group * width)) {
             mixed[row * row_len + head * group * width..][..group * width].copy_from_slice(result);
         }
@@ -86,6 +89,11 @@ fn see_alike<E: Element>(group: Rows<'_, E>, cache: &PagedCache<E>) -> bool {
     }
 }
 
+thread_local! {
+    static SCRATCH: Cell<Scratch> = Cell::default();
+}
+
+/// Buffers that a thread keeps.
 #[derive(Default)]
 struct Scratch {
     /// `[rows, group, E]`.

@@ -4,10 +4,13 @@ use std::sync::Arc;
 
 use crate::model::Config;
 use crate::ops::cpu::Element;
-use crate::ops::cpu::rows::TILE;
+use crate::ops::cpu::rows::{TILE, call_for_all};
 
 /// Positions a page: as many keys as the attention of a row reads side by side.
 pub const PAGE: usize = TILE;
+
+/// Tiles that are called for before the first is read.
+const CALLED: usize = 16;
 
 /// How a model's cache is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +114,34 @@ impl<E: Element> PagedCache<E> {
         }
     }
 
+    /// Calls for one of `parts` parts of what is kept of a layer: head by head, as attention reads it. Of long sequences only
+    /// the beginning of each segment.
+    pub fn call_for(&self, layer: usize, part: usize, parts: usize) {
+        if let Some(parent) = &self.parent {
+            parent.call_for(layer, part, parts);
+        }
+        let pages = CALLED.min(self.pages.len());
+        let tiles = 2 * self.shape.heads * pages;
+        for index in part * tiles / parts..(part + 1) * tiles / parts {
+            let (head, rest) = (index / (2 * pages), index % (2 * pages));
+            let kind = if rest < pages { Part::Keys } else { Part::Values };
+            call_for_all(self.tile(rest % pages, (layer, kind, head)));
+        }
+    }
+
+    /// Calls for the first [`CALLED`] tiles of this segment.
+    fn call_for_first(&self, tile: (usize, Part, usize)) {
+        for index in 0..CALLED.min(self.pages.len()) {
+            call_for_all(self.tile(index, tile));
+        }
+    }
+
+    fn tile(&self, page: usize, (layer, part, head): (usize, Part, usize)) -> &[E] {
+        let CacheShape { heads, width, .. } = self.shape;
+        let start = ((layer * 2 + part as usize) * heads + head) * PAGE * width;
+        &self.pages[page][start..][..PAGE * width]
+    }
+
     /// Visits the keys or values of one layer and head up to and including `position`, tile by tile: the root's
     /// first, each segment from its start. A tile comes whole, with how many of its [`PAGE`] positions are visible.
     pub fn visit<'a>(
@@ -137,13 +168,20 @@ impl<E: Element> PagedCache<E> {
         position: usize,
         see: &mut impl FnMut(usize, &'a [E]),
     ) {
-        let (layer, part, head) = tile;
-        let CacheShape { heads, width, .. } = self.shape;
         let visible = (position + 1).saturating_sub(self.start).min(self.len);
-        for (index, page) in self.pages.iter().enumerate().take(visible.div_ceil(PAGE)) {
-            let rows = (visible - index * PAGE).min(PAGE);
-            let start = ((layer * 2 + part as usize) * heads + head) * PAGE * width;
-            see(rows, &page[start..][..PAGE * width]);
+        let pages = visible.div_ceil(PAGE);
+        // Tiles of a layer lie far apart, and every token reads all of the weights in between: nothing is in the caches, and
+        // no processor foresees where the next one lies.
+        let (layer, part, head) = tile;
+        if part == Part::Keys {
+            self.call_for_first((layer, Part::Keys, head));
+            self.call_for_first((layer, Part::Values, head));
+        }
+        for index in 0..pages {
+            if index + CALLED < pages {
+                call_for_all(self.tile(index + CALLED, tile));
+            }
+            see((visible - index * PAGE).min(PAGE), self.tile(index, tile));
         }
     }
 }

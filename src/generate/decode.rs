@@ -17,8 +17,12 @@ use crate::error::{Error, Result};
 use crate::model::packed::BlockType;
 use crate::model::{Config, Weights};
 use crate::ops::cpu::awake::awake;
+use crate::ops::cpu::packed::Aside;
 use crate::ops::cpu::{self, Element};
 use crate::ops::{Rotary, linear, norm, residual, rope, swiglu};
+
+/// Most new tokens whose caches are called for while their queries and keys are computed.
+const ASIDE: usize = 4;
 
 /// New tokens of one sequence.
 #[derive(Debug)]
@@ -101,12 +105,26 @@ impl<E: Element> CpuDecoder<E> {
     /// # Errors
     /// A missing tensor, matrices of another type, or a reward model.
     pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
-        let parts = Parts::new(config, weights)?;
-        if let Matrix::Dense(table) = &parts.embedding
-            && table.dtype() != E::DTYPE
-        {
-            let found = table.dtype();
-            return Err(Error::run(format!("weights of {found:?}, expected {:?}", E::DTYPE)));
+        Self::of(Parts::new(config, weights)?)
+    }
+
+    /// The same with matrices in the order in which they are read: few rows meet them as fast as memory gives them, and many
+    /// need not wait until they are packed. What nobody else has of `weights` is freed one by one.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn packed(config: &Config, weights: Weights) -> Result<Self> {
+        Self::of(Parts::packed(config, weights)?)
+    }
+
+    fn of(parts: Parts) -> Result<Self> {
+        let fits = match &parts.embedding {
+            Matrix::Dense(table) => table.dtype() == E::DTYPE,
+            Matrix::Packed(table) => E::packed(table).is_some(),
+            Matrix::Blocks(_) => true,
+        };
+        if !fits {
+            return Err(Error::run(format!("weights of another type, expected {:?}", E::DTYPE)));
         }
         Ok(Self { parts, elements: PhantomData })
     }
@@ -127,10 +145,10 @@ impl<E: Element> CpuDecoder<E> {
         index: usize,
         x: &[E],
         places: [Place; N],
-        rows: &Rows<'_>,
+        (rows, aside): (&Rows<'_>, Option<Aside<'_>>),
     ) -> Result<[Vec<f32>; N]> {
         let layer = &self.parts.layers[index];
-        let mut all = Input::new(x).times(places.map(|place| layer.matrix(place)))?;
+        let mut all = Input::with(x, aside).times(places.map(|place| layer.matrix(place)))?;
         for (y, place) in all.iter_mut().zip(places) {
             rows.adapted.add((index, place), x, y)?;
             if let Some(bias) = layer.bias(place) {
@@ -151,8 +169,11 @@ impl<E: Element> CpuDecoder<E> {
         let Rows { places, rotary, .. } = rows;
         let layer = &self.parts.layers[index];
         let normed = self.norm(x, &layer.input_norm)?;
+        let caches: Vec<&PagedCache<E>> = feeds.iter().map(|feed| &*feed.cache).collect();
+        let call = |task, tasks| caches.iter().for_each(|cache| cache.call_for(index, task, tasks));
+        let call: Option<Aside<'_>> = if places.len() <= ASIDE { Some(&call) } else { None };
         let [mut q, mut k, v] =
-            self.project(index, &normed, [Place::Q, Place::K, Place::V], rows)?;
+            self.project(index, &normed, [Place::Q, Place::K, Place::V], (rows, call))?;
         rope::rotate(&mut q, rotary, 1.0);
         rope::rotate(&mut k, rotary, 1.0);
         let (q, k, v) = (E::rounded(q), E::rounded(k), E::rounded(v));
@@ -172,12 +193,12 @@ impl<E: Element> CpuDecoder<E> {
         let seen: Vec<(&PagedCache<E>, usize)> =
             places.iter().map(|&(feed, position)| (&*feeds[feed].cache, position)).collect();
         let mixed = attention(&q, &seen, heads);
-        let [y] = self.project(index, &mixed, [Place::O], rows)?;
+        let [y] = self.project(index, &mixed, [Place::O], (rows, None))?;
         residual::add(x, &y);
         let normed = self.norm(x, &layer.post_norm)?;
-        let [gate, up] = self.project(index, &normed, [Place::Gate, Place::Up], rows)?;
+        let [gate, up] = self.project(index, &normed, [Place::Gate, Place::Up], (rows, None))?;
         let active = swiglu::forward(&E::rounded(gate), &E::rounded(up));
-        let [y] = self.project(index, &active, [Place::Down], rows)?;
+        let [y] = self.project(index, &active, [Place::Down], (rows, None))?;
         residual::add(x, &y);
         Ok(())
     }
@@ -188,7 +209,7 @@ impl CpuDecoder {
     ///
     /// # Errors
     /// A missing tensor, rows that are no whole blocks, or a reward model.
-    pub fn rounded(config: &Config, weights: &Weights, kind: BlockType) -> Result<Self> {
+    pub fn rounded(config: &Config, weights: Weights, kind: BlockType) -> Result<Self> {
         Ok(Self { parts: Parts::rounded(config, weights, kind)?, elements: PhantomData })
     }
 }

@@ -70,6 +70,13 @@ enum Backend {
     Plain(PlainDecoder),
 }
 
+/// What the CPU computes in with these weights; nothing where they lie elsewhere.
+fn numbers(weights: &Weights) -> Option<DType> {
+    let on_cpu = weights.values().all(|tensor| tensor.device().is_cpu());
+    let in_bf16 = weights.values().any(|tensor| tensor.dtype() == DType::BF16);
+    on_cpu.then_some(if in_bf16 { DType::BF16 } else { DType::F32 })
+}
+
 struct Words {
     tokenizer: ChatTokenizer,
     ends: Vec<u32>,
@@ -91,29 +98,38 @@ impl LocalModel {
     /// # Errors
     /// A reward model, or a checkpoint without tokenizer.
     pub fn new(checkpoint: &Checkpoint) -> Result<Self> {
-        Self::held(checkpoint, WeightFormat::None)
+        let Checkpoint { config, weights, .. } = checkpoint;
+        let backend = match numbers(weights) {
+            Some(DType::BF16) => Backend::Bf16(CpuDecoder::new(config, weights)?),
+            Some(_) => Backend::Cpu(CpuDecoder::new(config, weights)?),
+            None => Backend::Plain(PlainDecoder::new(config, weights)?),
+        };
+        Self::of(checkpoint, backend)
     }
 
-    /// The same with matrices in another format. Those that are rounded are not kept.
+    /// A model that keeps its matrices in a form of its own, rounded or in the order in which they are read; see
+    /// [`CpuDecoder::packed`]. Matrices that nobody else holds are freed one by one.
     ///
     /// # Errors
     /// As [`new`](Self::new); rows that are no whole blocks; blocks elsewhere than on the CPU.
-    pub fn held(checkpoint: &Checkpoint, format: WeightFormat) -> Result<Self> {
-        let Checkpoint { config, weights, .. } = checkpoint;
-        let on_cpu = weights.values().all(|tensor| tensor.device().is_cpu());
-        let in_bf16 = weights.values().any(|tensor| tensor.dtype() == DType::BF16);
-        let backend = match (on_cpu, in_bf16) {
-            _ if let Some(kind) = format.block_type() => {
-                if !on_cpu {
-                    return Err(Error::usage("`quantization` on another device than the CPU")
-                        .hint("quantization = \"none\""));
-                }
-                Backend::Cpu(CpuDecoder::rounded(config, weights, kind)?)
+    pub fn held(mut checkpoint: Checkpoint, format: WeightFormat) -> Result<Self> {
+        let weights = std::mem::take(&mut checkpoint.weights);
+        let config = &checkpoint.config;
+        let backend = match (format.block_type(), numbers(&weights)) {
+            (Some(_), None) => {
+                return Err(Error::usage("`quantization` on another device than the CPU")
+                    .hint("quantization = \"none\""));
             }
-            (true, true) => Backend::Bf16(CpuDecoder::new(config, weights)?),
-            (true, false) => Backend::Cpu(CpuDecoder::new(config, weights)?),
-            (false, _) => Backend::Plain(PlainDecoder::new(config, weights)?),
+            (Some(kind), Some(_)) => Backend::Cpu(CpuDecoder::rounded(config, weights, kind)?),
+            (None, Some(DType::BF16)) => Backend::Bf16(CpuDecoder::packed(config, weights)?),
+            (None, Some(_)) => Backend::Cpu(CpuDecoder::packed(config, weights)?),
+            (None, None) => Backend::Plain(PlainDecoder::new(config, &weights)?),
         };
+        Self::of(&checkpoint, backend)
+    }
+
+    fn of(checkpoint: &Checkpoint, backend: Backend) -> Result<Self> {
+        let config = &checkpoint.config;
         let shape = CacheShape::new(config);
         let bytes_a_token = match backend {
             Backend::Bf16(_) => shape.bytes_a_token::<bf16>(),
@@ -196,7 +212,7 @@ impl LocalModel {
             return Ok(self);
         }
         let checkpoint = load(assistant_model)?.computed_in(sampling.dtype)?;
-        let model = Self::held(&checkpoint, sampling.quantization).at(assistant_model)?;
+        let model = Self::held(checkpoint, sampling.quantization).at(assistant_model)?;
         let tokens = sampling.num_assistant_tokens;
         self.guessing(Guessing::Draft { model: Box::new(model), tokens }).at(assistant_model)
     }

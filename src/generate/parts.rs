@@ -1,24 +1,29 @@
 //! A causal language model's weights in the order of the forward pass, dense or in blocks.
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 use super::adaptation::Place;
 use crate::error::{Error, Result};
 use crate::model::packed::{BlockType, block_matrix};
 use crate::model::{Architecture, Config, Weights};
 use crate::ops::cpu::blocks::{BlockMatrix, RoundedRows, products};
+use crate::ops::cpu::packed::{Aside, PackedWeight};
 use crate::ops::cpu::{self, Element};
 use crate::ops::linear;
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 /// A matrix `[O, I]`.
 #[derive(Clone, Debug)]
 pub(super) enum Matrix {
     /// In the type that is computed with.
     Dense(Tensor),
+    /// The same in the order in which the CPU reads it.
+    Packed(Arc<PackedWeight>),
     /// In blocks of few bits; on the CPU only.
     Blocks(Arc<BlockMatrix>),
 }
@@ -27,12 +32,12 @@ impl Matrix {
     /// The dense matrix.
     ///
     /// # Errors
-    /// One in blocks, which only the CPU computes with.
+    /// One in another form, which only the CPU computes with.
     pub(super) fn dense(&self) -> Result<&Tensor> {
         match self {
             Self::Dense(tensor) => Ok(tensor),
-            Self::Blocks(_) => {
-                Err(Error::run("weights in blocks are computed with on the CPU only"))
+            Self::Packed(_) | Self::Blocks(_) => {
+                Err(Error::run("weights in this form are computed with on the CPU only"))
             }
         }
     }
@@ -42,29 +47,36 @@ impl Matrix {
 pub(super) struct Input<'a, E> {
     x: &'a [E],
     rounded: OnceCell<RoundedRows>,
+    aside: Option<Aside<'a>>,
 }
 
 impl<'a, E: Element> Input<'a, E> {
     pub(super) fn new(x: &'a [E]) -> Self {
-        Self { x, rounded: OnceCell::new() }
+        Self { x, rounded: OnceCell::new(), aside: None }
+    }
+
+    /// The same with something done aside while a packed matrix is read.
+    pub(super) fn with(x: &'a [E], aside: Option<Aside<'a>>) -> Self {
+        Self { aside, ..Self::new(x) }
     }
 
     /// `x · Wᵀ` for each of the matrices, in f32.
     pub(super) fn times<const N: usize>(&self, matrices: [&Matrix; N]) -> Result<[Vec<f32>; N]> {
         let mut results = [const { Vec::new() }; N];
-        let (mut dense, mut blocks) = (Vec::with_capacity(N), Vec::with_capacity(N));
+        let (mut packed, mut blocks) = (Vec::with_capacity(N), Vec::with_capacity(N));
         for (matrix, result) in matrices.iter().zip(&mut results) {
             match matrix {
-                Matrix::Dense(weight) => dense.push((weight, result)),
+                Matrix::Dense(weight) => *result = linear::forward(self.x, weight, None)?,
+                Matrix::Packed(weight) => packed.push((&**weight, result)),
                 Matrix::Blocks(weight) => blocks.push((&**weight, result)),
             }
         }
         // Side by side: no thread waits for the end of one before the next.
-        let x = self.x;
-        dense.into_par_iter().try_for_each(|(weight, result)| -> Result<()> {
-            *result = linear::forward(x, weight, None)?;
-            Ok(())
-        })?;
+        if !packed.is_empty() {
+            let weights: Vec<&PackedWeight> = packed.iter().map(|(weight, _)| *weight).collect();
+            let computed = PackedWeight::times(self.x, &weights, self.aside)?;
+            packed.into_iter().zip(computed).for_each(|((_, result), y)| *result = y);
+        }
         if let Some((first, _)) = blocks.first() {
             let (_, inner) = first.shape();
             let rounded = self.rounded.get_or_init(|| {
@@ -132,32 +144,30 @@ pub(super) struct Parts {
     pub(super) frequencies: Vec<f32>,
 }
 
-/// How matrices are held: which type of blocks, if any; given a name and the dense matrix.
-pub(super) type Hold<'a> = dyn Fn(&str, &Tensor) -> Result<Option<BlockMatrix>> + 'a;
+/// How a matrix is held, if not dense; given its name and the dense matrix.
+type Hold<'a> = dyn Fn(&str, &Tensor) -> Result<Option<Matrix>> + 'a;
 
 impl Parts {
-    /// All matrices dense.
+    /// All matrices dense, shared with `weights`.
     pub(super) fn new(config: &Config, weights: &Weights) -> Result<Self> {
-        Self::held(config, weights, &|_, _| Ok(None))
+        Self::held(config, weights.clone(), &|_, _| Ok(None))
     }
 
-    /// Matrices as `hold` says.
-    pub(super) fn held(config: &Config, weights: &Weights, hold: &Hold<'_>) -> Result<Self> {
+    /// Matrices as `hold` says, one after the other: what nobody else has of `weights` is freed on the way.
+    fn held(config: &Config, weights: Weights, hold: &Hold<'_>) -> Result<Self> {
         if config.architecture != Architecture::CausalLm {
             return Err(Error::usage("a reward model cannot write text")
                 .hint("give a causal language model here"));
         }
+        let weights = RefCell::new(weights);
         let get = |name: &str| -> Result<Tensor> {
-            let tensor =
-                weights.get(name).ok_or_else(|| Error::run("missing from the weights").at(name))?;
+            let tensor = weights.borrow_mut().remove(name);
+            let tensor = tensor.ok_or_else(|| Error::run("missing from the weights").at(name))?;
             Ok(tensor.detach().contiguous()?)
         };
         let matrix = |name: &str| -> Result<Matrix> {
             let dense = get(name)?;
-            Ok(match hold(name, &dense)? {
-                Some(blocks) => Matrix::Blocks(Arc::new(blocks)),
-                None => Matrix::Dense(dense),
-            })
+            Ok(hold(name, &dense)?.unwrap_or(Matrix::Dense(dense)))
         };
         let layer = |index: usize| -> Result<Layer> {
             let at = |name: &str| format!("model.layers.{index}.{name}");
@@ -181,9 +191,8 @@ impl Parts {
                 down: matrix(&at("mlp.down_proj.weight"))?,
             })
         };
-        let embedding = matrix("model.embed_tokens.weight")?;
-        let head =
-            if config.tie_word_embeddings { embedding.clone() } else { matrix("lm_head.weight")? };
+        let embedding = matrix(EMBEDDING)?;
+        let head = if config.tie_word_embeddings { embedding.clone() } else { matrix(HEAD)? };
         Ok(Self {
             embedding,
             layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
@@ -198,11 +207,20 @@ impl Parts {
     ///
     /// # Errors
     /// Rows that are no whole blocks.
-    pub(super) fn rounded(config: &Config, weights: &Weights, kind: BlockType) -> Result<Self> {
+    pub(super) fn rounded(config: &Config, weights: Weights, kind: BlockType) -> Result<Self> {
         Self::held(config, weights, &|name, dense| {
-            let outer = name == "model.embed_tokens.weight" || name == "lm_head.weight";
-            let kind = if outer { BlockType::Q8_0 } else { kind };
-            Ok(Some(block_matrix(dense, kind).map_err(|error| error.at(name))?))
+            let kind = if name == EMBEDDING || name == HEAD { BlockType::Q8_0 } else { kind };
+            let blocks = block_matrix(dense, kind).map_err(|error| error.at(name))?;
+            Ok(Some(Matrix::Blocks(Arc::new(blocks))))
+        })
+    }
+
+    /// Every matrix that rows meet in the order in which the CPU reads it.
+    pub(super) fn packed(config: &Config, weights: Weights) -> Result<Self> {
+        let looked_up = !config.tie_word_embeddings;
+        Self::held(config, weights, &|name, dense| match name {
+            EMBEDDING if looked_up => Ok(None),
+            _ => Ok(Some(Matrix::Packed(Arc::new(PackedWeight::new(dense)?)))),
         })
     }
 
@@ -226,6 +244,7 @@ impl Parts {
                     x.extend(row.iter().map(|x| x.widened()));
                 }
             })?,
+            Matrix::Packed(table) => tokens.iter().for_each(|&token| table.row(token as usize, x)),
             Matrix::Blocks(table) => tokens.iter().for_each(|&token| table.row(token as usize, x)),
         }
         Ok(())

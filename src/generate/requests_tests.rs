@@ -129,7 +129,7 @@ fn rounded_weights_predict_nearly_the_same_and_keep_the_row_rule() {
     for (kind, most) in [(BlockType::Q8_0, 0.04), (BlockType::Q4_1, 0.25), (BlockType::Q4_0, 0.3)] {
         let checkpoint = golden("model_llama3rope");
         let dense: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
-        let rounded = CpuDecoder::rounded(&checkpoint.config, &checkpoint.weights, kind).unwrap();
+        let rounded = CpuDecoder::rounded(&checkpoint.config, checkpoint.weights, kind).unwrap();
         let (expected, found) = (predict(&dense), predict(&rounded));
         let size = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
         let apart: Vec<f32> = expected.iter().zip(&found).map(|(a, b)| a - b).collect();
@@ -154,7 +154,7 @@ fn rounded_weights_predict_nearly_the_same_and_keep_the_row_rule() {
         "model.embed_tokens.weight".to_owned(),
         candle_core::Tensor::zeros((8, 33), candle_core::DType::F32, &Device::Cpu).unwrap(),
     );
-    let error = CpuDecoder::rounded(&checkpoint.config, &checkpoint.weights, BlockType::Q4_0);
+    let error = CpuDecoder::rounded(&checkpoint.config, checkpoint.weights, BlockType::Q4_0);
     let error = error.unwrap_err().to_string();
     assert!(error.starts_with("model.embed_tokens.weight: rows of 33 weights"), "{error}");
 }

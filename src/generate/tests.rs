@@ -232,11 +232,11 @@ fn samples_have_the_trainers_bits<E: Element>(precision: Precision) {
     for name in ["model_tied", "model_untied", "model_llama3rope"] {
         let mut checkpoint = golden(name).computed_in(precision).unwrap();
         checkpoint.config.max_position_embeddings = 512;
-        let decoder: CpuDecoder<E> =
-            CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
-        let model = Transformer::new(&checkpoint.config, &checkpoint.weights).unwrap();
+        let (config, weights) = (&checkpoint.config, &checkpoint.weights);
+        let shared: CpuDecoder<E> = CpuDecoder::new(config, weights).unwrap();
+        let packed: CpuDecoder<E> = CpuDecoder::packed(config, weights.clone()).unwrap();
+        let model = Transformer::new(config, weights).unwrap();
         let limits = Limits { max_positions: 512, ..WIDE };
-        let engine = Engine { decoder: &decoder, vocabulary: &Bytes::default(), limits };
         // One prompt longer than a block of the order of summation.
         let prompts = [1_u32, 37, 300].map(|len| Prompt {
             index: u64::from(len),
@@ -244,9 +244,12 @@ fn samples_have_the_trainers_bits<E: Element>(precision: Precision) {
         });
         let sampling =
             Sampling { num_samples: 3, max_new_tokens: 30, seed: 8, ..Sampling::default() };
-        let answers = engine.answers(&prompts, &sampling).unwrap();
-        let (found, expected) = sample_bits(&model, &prompts, &answers);
-        assert!(found == expected, "{name} in {precision:?}");
+        for (form, decoder) in [("shared", &shared), ("packed", &packed)] {
+            let engine = Engine { decoder, vocabulary: &Bytes::default(), limits };
+            let answers = engine.answers(&prompts, &sampling).unwrap();
+            let (found, expected) = sample_bits(&model, &prompts, &answers);
+            assert!(found == expected, "{name} in {precision:?}, {form}");
+        }
     }
 }
 
@@ -321,6 +324,9 @@ fn the_plain_decoder_predicts_what_the_cpu_decoder_does_on_a_golden_model() {
     let checkpoint = golden("model_llama3rope");
     let cpu: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let plain = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let other = CpuDecoder::<half::bf16>::packed(&checkpoint.config, checkpoint.weights.clone());
+    let problem = other.unwrap_err().to_string();
+    assert!(problem.contains("expected BF16"), "{problem}");
     let (cpu, plain) = (predict(&cpu), predict(&plain));
     assert_eq!(cpu.len(), plain.len());
     let worst = cpu.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

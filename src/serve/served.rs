@@ -51,7 +51,11 @@ impl Served {
         quantization: WeightFormat,
         voices: Voices,
     ) -> Result<Self> {
-        let model = LocalModel::held(checkpoint, quantization)?;
+        // `/v1/embeddings` and adapters need the weights as they are: a copy in another order would be a second one.
+        let model = match quantization {
+            WeightFormat::None => LocalModel::new(checkpoint)?,
+            rounded => LocalModel::held(checkpoint.clone(), rounded)?,
+        };
         let alone = Voice {
             name: names.first().cloned().unwrap_or_default(),
             fingerprint: fingerprint(checkpoint, quantization)?,

@@ -163,9 +163,12 @@ pub struct Figures {
     /// Bytes of weights that are read a second, where one sequence is written with dense ones: each token needs all of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights_read_per_s: Option<f64>,
-    /// Bytes a second that memory gives when it is only read, in the same minute: the limit of `weights_read_per_s`.
+    /// Bytes a second that memory gives when it is only read, between the steps: the limit of `weights_read_per_s`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_read_per_s: Option<f64>,
+    /// The share of it that the weights take, step by step; the median.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_read_share: Option<f64>,
 }
 
 /// Measures one method.
@@ -311,8 +314,7 @@ fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Prefer
 }
 
 fn generate(start: &Checkpoint, options: &Options) -> Result<Figures> {
-    let start = start.clone().computed_in(options.dtype)?;
-    let model = LocalModel::held(&start, options.weights)?;
+    let model = LocalModel::held(start.clone().computed_in(options.dtype)?, options.weights)?;
     let prompt = |index| Prompt {
         index: index as u64,
         tokens: tokens(start.config.vocab_size, index, options.prompt),
@@ -323,8 +325,11 @@ fn generate(start: &Checkpoint, options: &Options) -> Result<Figures> {
         max_new_tokens: options.seq - options.prompt,
         ..Sampling::default()
     };
-    let (mut steps_s, mut rates) = (Vec::new(), Vec::new());
+    let alone = options.batch * prompts.len() == 1 && options.weights == WeightFormat::None;
+    let read = if alone { read_by_a_token(start)? } else { Vec::new() };
+    let (mut steps_s, mut rates, mut memory) = (Vec::new(), Vec::new(), Vec::new());
     for step in 0..=options.steps {
+        memory.push(read_rate(&read));
         let began = Instant::now();
         let mut drawn = 0;
         model.run(
@@ -340,17 +345,28 @@ fn generate(start: &Checkpoint, options: &Options) -> Result<Figures> {
             rates.push(drawn as f64 / began.elapsed().as_secs_f64());
         }
     }
-    let tokens_per_s = median(&rates);
-    let alone = options.batch * prompts.len() == 1 && options.weights == WeightFormat::None;
-    let read = if alone { read_by_a_token(&start)? } else { Vec::new() };
-    let bytes: usize = read.iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
-    Ok(Figures {
-        tokens_per_s,
+    memory.push(read_rate(&read));
+    let figures = Figures {
+        tokens_per_s: median(&rates),
         step_s: median(&steps_s),
         steps_s,
-        weights_read_per_s: alone.then_some(tokens_per_s * bytes as f64),
-        memory_read_per_s: alone.then(|| read_rate(&read)),
         ..Figures::default()
+    };
+    if !alone {
+        return Ok(figures);
+    }
+    let size = options.dtype.dtype().size_in_bytes();
+    let bytes: usize = read.iter().map(|x| x.elem_count() * size).sum();
+    // What memory gives differs from one second to the next: each step is held against the moments before and after it.
+    let around: Vec<f64> =
+        memory.windows(2).skip(1).map(|ends| ends.iter().sum::<f64>() / 2.0).collect();
+    let shares: Vec<f64> =
+        rates.iter().zip(&around).map(|(rate, memory)| rate * bytes as f64 / memory).collect();
+    Ok(Figures {
+        weights_read_per_s: Some(figures.tokens_per_s * bytes as f64),
+        memory_read_per_s: Some(median(&around)),
+        memory_read_share: Some(median(&shares)),
+        ..figures
     })
 }
 

@@ -36,8 +36,8 @@ pub fn load(context: &StageContext<'_>, model: &str, sampling: &Sampling) -> Res
     written_by(context, (model, read), sampling)
 }
 
-/// The same of a model that was read as one of several. What it shares with the others stays shared, but for the
-/// projections of an adapter, which are merged.
+/// The same of a model that was read as one of several. Its matrices are its own from here on: an adapter's are merged,
+/// and all lie in the order in which they are read.
 pub fn written_by(
     context: &StageContext<'_>,
     (name, read): (&str, Model),
@@ -46,8 +46,7 @@ pub fn written_by(
     let checkpoint = read.checkpoint()?;
     drop(read);
     let checkpoint = checkpoint.computed_in(sampling.dtype)?;
-    let model = LocalModel::held(&checkpoint, sampling.quantization).at(name)?;
-    drop(checkpoint);
+    let model = LocalModel::held(checkpoint, sampling.quantization).at(name)?;
     model.guessing_as(sampling, |assistant| training::load(context, assistant, ""))
 }
 

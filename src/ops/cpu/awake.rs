@@ -1,15 +1,27 @@
-//! Threads that stay awake between short tasks.
+//! Threads that stay awake between short tasks, and share them out by a board of their own.
 //!
 //! A product of one row takes some ten microseconds, and waking a sleeping thread takes longer. Rayon's threads sleep when
 //! they find nothing to do, and a caller from outside its pool sleeps too until its work is done.
 
+use std::cell::Cell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rayon::Yield;
+use rayon::prelude::*;
+
+use super::board::Board;
 
 /// How long to wait for the other threads to come: they may be busy with someone else's work.
 const PATIENCE: Duration = Duration::from_micros(200);
+/// How often a thread looks at the board before it looks at rayon's queues, which takes longer.
+const GLANCES: usize = 32;
+
+thread_local! {
+    /// The company that works for this thread, while no task of its board is under way here.
+    static LED: Cell<Option<Arc<Company>>> = const { Cell::new(None) };
+}
 
 /// Runs `work` on a thread of rayon's pool while the others look for its tasks without falling asleep. For work of many
 /// short parallel pieces that waits for nobody outside the pool.
@@ -20,7 +32,7 @@ pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     if others == 0 {
         return work();
     }
-    let company = Company::default();
+    let company = Arc::new(Company::of(others + 1));
     rayon::scope(|scope| {
         let owner = rayon::current_thread_index();
         let company = &company;
@@ -33,32 +45,75 @@ pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
         }
         let _end = End(company);
         company.wait_for(others);
+        let _led = Led::lead(Some(Arc::clone(company)));
         work()
     })
 }
 
+/// Calls `task` with `0..count` on all threads: those that [`awake`] keeps for this thread, or rayon's. Neighbours are done
+/// by one thread, in order, as far as that goes.
+///
+/// # Panics
+/// Where a task does.
+pub fn share(count: usize, task: impl Fn(usize) + Sync + Send) {
+    // A task that shares out work of its own does so by rayon.
+    let led = Led::lead(None);
+    match &led.0 {
+        Some(company) => company.board.run(count, &task),
+        None => (0..count).into_par_iter().for_each(task),
+    }
+}
+
+/// What was led before, again from when this is dropped.
+struct Led(Option<Arc<Company>>);
+
+impl Led {
+    fn lead(company: Option<Arc<Company>>) -> Self {
+        Self(LED.replace(company))
+    }
+}
+
+impl Drop for Led {
+    fn drop(&mut self) {
+        LED.set(self.0.take());
+    }
+}
+
 /// Who has come, and whether the work still goes on.
-#[derive(Default)]
 struct Company {
     came: AtomicUsize,
     started: AtomicBool,
     ended: AtomicBool,
+    board: Board,
 }
 
 impl Company {
+    fn of(threads: usize) -> Self {
+        Self {
+            came: AtomicUsize::new(0),
+            started: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            board: Board::of(threads),
+        }
+    }
+
     /// Looks for tasks until the work has ended. Who comes late leaves at once: it may be in the middle of one of the work's
     /// own tasks, which would then wait for the end of the work.
     fn keep(&self) {
         if self.started.load(Ordering::Acquire) {
             return;
         }
-        self.came.fetch_add(1, Ordering::AcqRel);
+        let place = self.came.fetch_add(1, Ordering::AcqRel) + 1;
         // Nothing else is begun here yet: the others shall come, each on a thread of its own.
         while !self.started.load(Ordering::Acquire) {
             std::hint::spin_loop();
         }
+        let mut glances = 0_usize;
         while !self.ended.load(Ordering::Acquire) {
-            if rayon::yield_now() != Some(Yield::Executed) {
+            glances += 1;
+            let found = self.board.help(place)
+                || glances.is_multiple_of(GLANCES) && rayon::yield_now() == Some(Yield::Executed);
+            if !found {
                 std::hint::spin_loop();
             }
         }

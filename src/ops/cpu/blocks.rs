@@ -18,6 +18,7 @@
 use half::f16;
 use rayon::prelude::*;
 
+use super::awake::share;
 use super::isa::Isa;
 use super::simd::multiversion;
 
@@ -246,8 +247,8 @@ pub fn products(x: &RoundedRows, weights: &[&BlockMatrix]) -> Vec<Vec<f32>> {
     let bytes = weights.first().map_or(1, |weight| weight.blocks * weight.bits.bytes());
     let tasks = (strips.len() / (4 * rayon::current_num_threads())).max(1);
     let chunk = tasks.min(((64 << 10) / bytes.max(1)).max(1) * x.rows.clamp(1, 4));
-    strips.par_chunks(chunk).for_each(|strips| {
-        for &(weight, strip, out) in strips {
+    share(strips.len().div_ceil(chunk), |task| {
+        for &(weight, strip, out) in strips.iter().skip(task * chunk).take(chunk) {
             one_strip(x, weight, strip, out);
         }
     });

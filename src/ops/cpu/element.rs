@@ -7,6 +7,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::kernel::Numbers;
+use super::packed::{Packed, PackedWeight};
 use super::simd;
 
 /// Elements a task.
@@ -17,6 +18,12 @@ const CHUNK: usize = 1 << 14;
 pub trait Element: WithDType + Numbers {
     /// Widens one number.
     fn widened(self) -> f32;
+
+    /// The numbers of a unit, in order.
+    fn of(unit: Self::Unit) -> impl Iterator<Item = f32>;
+
+    /// A weight of this type.
+    fn packed(weight: &PackedWeight) -> Option<&Packed<Self>>;
 
     /// The elements of a storage of this type.
     fn in_storage(storage: &mut CpuStorage) -> Option<&mut [Self]>;
@@ -46,6 +53,15 @@ pub trait Element: WithDType + Numbers {
 impl Element for f32 {
     fn widened(self) -> f32 {
         self
+    }
+    fn of(unit: Self) -> impl Iterator<Item = Self> {
+        std::iter::once(unit)
+    }
+    fn packed(weight: &PackedWeight) -> Option<&Packed<Self>> {
+        match weight {
+            PackedWeight::F32(weight) => Some(weight),
+            PackedWeight::Bf16(_) => None,
+        }
     }
     fn in_storage(storage: &mut CpuStorage) -> Option<&mut [Self]> {
         match storage {
@@ -79,6 +95,15 @@ impl Element for f32 {
 impl Element for bf16 {
     fn widened(self) -> f32 {
         self.to_f32()
+    }
+    fn of(unit: [Self; 2]) -> impl Iterator<Item = f32> {
+        unit.into_iter().map(Self::to_f32)
+    }
+    fn packed(weight: &PackedWeight) -> Option<&Packed<Self>> {
+        match weight {
+            PackedWeight::Bf16(weight) => Some(weight),
+            PackedWeight::F32(_) => None,
+        }
     }
     fn in_storage(storage: &mut CpuStorage) -> Option<&mut [Self]> {
         match storage {

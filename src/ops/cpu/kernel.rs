@@ -106,7 +106,7 @@ pub(super) struct Place {
 /// `rows × columns`.
 pub(super) type Tile = unsafe fn(usize, Left, *const u8, Place);
 
-/// Most rows of one call of [`Few`].
+/// Most rows of one call of [`Few`], and of the low tiles.
 pub(super) const MOST: usize = 4;
 
 /// One chain of one to [`MOST`] rows against sixteen columns: `(units, rows and how many, columns and what to call
@@ -139,6 +139,8 @@ pub struct Kernel {
     pub(super) narrow_columns: usize,
     /// As `strided`, one register wide.
     pub(super) narrow: Tile,
+    /// As `strided` with one row, two, and so on.
+    pub(super) low: [Tile; MOST],
     /// Few rows against sixteen columns, where registers can be turned.
     pub(super) few: Option<Few>,
     /// A tile's results as columns, where registers can be turned.
@@ -209,6 +211,11 @@ macro_rules! tiles {
                 // SAFETY: the caller's promise.
                 unsafe { tile::<O, $narrow, 1, false>(units, left, strip, place) }
             }
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn low<const ROWS: usize>(units: usize, left: Left, strip: *const u8, place: Place) {
+                // SAFETY: the caller's promise.
+                unsafe { tile::<O, ROWS, $registers, false>(units, left, strip, place) }
+            }
             Kernel {
                 rows: $rows,
                 columns: $registers * <O as Operand>::Sum::LANES,
@@ -217,6 +224,7 @@ macro_rules! tiles {
                 narrow_rows: $narrow,
                 narrow_columns: <O as Operand>::Sum::LANES,
                 narrow,
+                low: [low::<1>, low::<2>, low::<3>, low::<4>],
                 few: None,
                 turn: None,
             }

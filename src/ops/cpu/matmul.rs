@@ -9,6 +9,7 @@
 
 use rayon::prelude::*;
 
+use super::awake::share;
 use super::element::Element;
 use super::isa::Isa;
 use super::kernel::{Few, KC, Kernel, Left, MOST, Numbers, Place, Tile, UNIT};
@@ -16,7 +17,7 @@ use super::pack::{pack, with_left, with_right};
 use super::shuffle::SIDE;
 
 /// Most rows of a block of the left matrix, in tiles: a block stays in a core's second-level cache.
-const LEFT_TILES: usize = 16;
+pub(super) const LEFT_TILES: usize = 16;
 /// Strips of the right matrix that a block meets in one go: they stay in the same cache, a tile's left rows in the first.
 const RIGHT_STRIPS: usize = 12;
 /// Rows of the left matrix that lie a multiple of this many bytes apart are packed: in place they would share few sets of
@@ -27,7 +28,7 @@ const NC: usize = 3072;
 /// Most strips of the right matrix that one task packs.
 const PACK: usize = 8;
 /// Rows up to which the right matrix is read where it lies: packing it would cost more than it saves.
-const FEW: usize = 96;
+pub(super) const FEW: usize = 96;
 /// Up to this many rows, lanes would be idle that hold a row each.
 const FEWEST: usize = 8;
 /// How far ahead of their use weights are called for, in bytes, or further: long enough for memory to answer.
@@ -37,9 +38,9 @@ pub(super) const TILE: usize = 12 * 32;
 /// Multiply-adds below which a second thread does not pay.
 const SMALL: usize = 1 << 20;
 /// The same for few rows, where the time goes into reading the right matrix: its elements.
-const SMALL_FEW: usize = 1 << 16;
-/// Tasks a thread where columns are shared out by sixteens: enough to balance, few enough to cost little.
-const TASKS: usize = 4;
+pub(super) const SMALL_FEW: usize = 1 << 16;
+/// Most tasks a thread where columns are shared out: enough to balance, few enough to cost little.
+pub(super) const TASKS: usize = 16;
 
 /// A read-only matrix view: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]
@@ -184,7 +185,7 @@ pub(super) unsafe fn product<E: Numbers>(
 
 /// A pointer that tasks on several threads may use, each in a part of its own.
 #[derive(Clone, Copy)]
-struct Shared(Place);
+pub(super) struct Shared(pub(super) Place);
 
 // SAFETY: a place is only memory; `blocked` and `few_rows` give each task rows or columns of its own.
 unsafe impl Send for Shared {}
@@ -196,21 +197,21 @@ impl Shared {
     ///
     /// # Safety
     /// The place covers it.
-    unsafe fn at(self, row: usize, column: usize) -> Place {
+    pub(super) unsafe fn at(self, row: usize, column: usize) -> Place {
         // SAFETY: the caller's promise.
         Place { data: unsafe { self.0.data.add(row * self.0.stride + column) }, ..self.0 }
     }
 }
 
 /// Calls `task` with `0..count`, on this thread or on all.
-fn each(count: usize, threads: Threads, task: impl Fn(usize) + Sync + Send) {
+pub(super) fn each(count: usize, threads: Threads, task: impl Fn(usize) + Sync + Send) {
     match threads {
         Threads::One => (0..count).for_each(task),
-        Threads::All => (0..count).into_par_iter().for_each(task),
+        Threads::All => share(count, task),
     }
 }
 
-fn workers(threads: Threads) -> usize {
+pub(super) fn workers(threads: Threads) -> usize {
     if threads == Threads::All { rayon::current_num_threads() } else { 1 }
 }
 
@@ -368,7 +369,7 @@ pub(super) unsafe fn panel<E: Numbers>(
 ///
 /// # Safety
 /// As for [`panel`]; `place` covers `size`.
-unsafe fn edge(
+pub(super) unsafe fn edge(
     (compute, stride): (Tile, usize),
     (depth, left, strip): (usize, Left, *const u8),
     place: Place,

@@ -5,6 +5,7 @@ pub mod alloc;
 pub mod attention;
 pub mod awake;
 pub mod blocks;
+mod board;
 pub mod element;
 #[cfg(target_arch = "x86_64")]
 mod few;
@@ -16,7 +17,7 @@ pub mod isa;
 mod kernel;
 pub mod matmul;
 mod pack;
-mod packed;
+pub mod packed;
 pub mod peak;
 pub mod rows;
 mod shuffle;

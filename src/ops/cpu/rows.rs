@@ -16,6 +16,27 @@ use super::simd::{self, multiversion};
 /// Keys that lie side by side: `[E, TILE]` is one tile.
 pub const TILE: usize = 16;
 
+/// Calls for the cache line at any address, into the second-level cache.
+#[inline(always)]
+pub(super) fn call_for(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: every x86-64 processor has it, and any address is one to it.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// The same for numbers that are read soon.
+#[inline]
+pub fn call_for_all<E>(numbers: &[E]) {
+    const LINE: usize = 64;
+    let first: *const u8 = numbers.as_ptr().cast();
+    (0..size_of_val(numbers)).step_by(LINE).for_each(|at| call_for(first.wrapping_add(at)));
+}
+
 #[inline(always)]
 fn scores_body(scores: &mut [f32], query: &[f32], tile: &[f32], scale: f32) {
     let mut total = [0.0_f32; TILE];

@@ -1,0 +1,163 @@
+//! A board where one thread puts up a piece of work in tasks and others take them: some hundred nanoseconds a piece,
+//! where a piece may take a few microseconds.
+//!
+//! Each thread has a range of neighbouring tasks and takes from its front, so that what is fetched ahead is its own; who has
+//! none left takes from the back of another's.
+
+#![expect(unsafe_code, reason = "tasks borrow from a caller who waits until they are done")]
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// What is put up: called with the number of each task.
+struct Job<'a>(&'a (dyn Fn(usize) + Sync));
+
+/// One piece of work at a time, put up by one thread.
+pub(super) struct Board {
+    job: AtomicPtr<Job<'static>>,
+    ranges: Box<[Range]>,
+    done: AtomicUsize,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// Tasks that nobody has taken yet: the first, and the one after the last. Alone on its cache lines.
+#[repr(align(128))]
+#[derive(Default)]
+struct Range(AtomicU64);
+
+impl Range {
+    fn put(&self, start: usize, end: usize) {
+        self.0.store((start as u64) << 32 | end as u64, Ordering::Release);
+    }
+
+    fn take(&self, from_front: bool) -> Option<usize> {
+        let parts = |range: u64| ((range >> 32) as usize, (range & u64::from(u32::MAX)) as usize);
+        let taken = |range: u64| {
+            let (start, end) = parts(range);
+            (start < end).then(|| if from_front { range + (1 << 32) } else { range - 1 })
+        };
+        let before = self.0.fetch_update(Ordering::AcqRel, Ordering::Relaxed, taken).ok()?;
+        let (start, end) = parts(before);
+        Some(if from_front { start } else { end - 1 })
+    }
+}
+
+impl Board {
+    /// For so many threads.
+    pub(super) fn of(threads: usize) -> Self {
+        Self {
+            job: AtomicPtr::new(null_mut()),
+            ranges: (0..threads).map(|_| Range::default()).collect(),
+            done: AtomicUsize::new(0),
+            panic: Mutex::new(None),
+        }
+    }
+
+    /// Calls `task` with `0..count`, here (place 0) and wherever someone helps. Only one thread may do this, and none of the
+    /// tasks.
+    ///
+    /// # Panics
+    /// Where a task does, when all are done. Where `count` exceeds 32 bits.
+    pub(super) fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
+        assert!(u32::try_from(count).is_ok(), "{count} tasks");
+        let mut job = Job(task);
+        self.done.store(0, Ordering::Relaxed);
+        // The lifetime ends with this call, and so does the last use: see `help`.
+        self.job.store((&raw mut job).cast(), Ordering::Relaxed);
+        let threads = self.ranges.len();
+        for (place, range) in self.ranges.iter().enumerate() {
+            range.put(place * count / threads, (place + 1) * count / threads);
+        }
+        while self.help(0) {}
+        while self.done.load(Ordering::Acquire) < count {
+            std::hint::spin_loop();
+        }
+        if let Some(payload) = self.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            resume_unwind(payload);
+        }
+    }
+
+    /// Does one task, if one is left: of this place's range, or else of another's.
+    pub(super) fn help(&self, place: usize) -> bool {
+        let threads = self.ranges.len();
+        let range = |offset: usize| &self.ranges[(place + offset) % threads];
+        let Some(number) = (0..threads).find_map(|offset| range(offset).take(offset == 0)) else {
+            return false;
+        };
+        // SAFETY: whoever put up the job waits in `run` until this task is counted as done, so the job is still there; taking
+        // the task came after it was put up, in the order of `put` and `take`.
+        let task = unsafe { (*self.job.load(Ordering::Relaxed)).0 };
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(number))) {
+            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
+        }
+        self.done.fetch_add(1, Ordering::Release);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+
+    /// Runs `work` while `others` threads help.
+    fn helped(others: usize, work: impl FnOnce(&Board)) {
+        let (board, ended) = (Board::of(others + 1), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for place in 1..=others {
+                let (board, ended) = (&board, &ended);
+                scope.spawn(move || {
+                    while !ended.load(Ordering::Acquire) {
+                        board.help(place);
+                        std::hint::spin_loop();
+                    }
+                });
+            }
+            let result = catch_unwind(AssertUnwindSafe(|| work(&board)));
+            ended.store(true, Ordering::Release);
+            if let Err(payload) = result {
+                resume_unwind(payload);
+            }
+        });
+    }
+
+    #[test]
+    fn each_task_is_done_once_before_the_next_piece_begins() {
+        for others in [0, 1, 3] {
+            helped(others, |board| {
+                for count in (0..40).chain([1000]).cycle().take(2000) {
+                    let calls: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+                    board.run(count, &|task| {
+                        calls[task].fetch_add(1, Ordering::Relaxed);
+                    });
+                    assert!(
+                        calls.into_iter().all(|calls| calls.into_inner() == 1),
+                        "{count} tasks"
+                    );
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_task_that_panics_does_not_keep_the_others_from_being_done() {
+        helped(2, |board| {
+            for round in 0..50 {
+                let done = AtomicUsize::new(0);
+                let fall = || {
+                    board.run(20, &|task| {
+                        assert!(task != round % 20, "as asked");
+                        done.fetch_add(1, Ordering::Relaxed);
+                    });
+                };
+                assert!(catch_unwind(AssertUnwindSafe(fall)).is_err());
+                assert_eq!(done.into_inner(), 19);
+            }
+            board.run(3, &|_| {});
+        });
+    }
+}
