@@ -120,13 +120,13 @@ def rates(works):
             if figures(rows) and not_run(rows):
                 print(f"\n{work}: {name} failed in a later round: {not_run(rows)}")
     for work, programs in works.items():
-        read = [one for one in figures(programs.get("arriero", [])) if "memory_read_per_s" in one]
+        read = [one for one in figures(programs.get("arriero", [])) if "memory_read_share" in one]
         if read:
             weights, memory = (statistics.median(one[key] for one in read) / 1e9 for key in ("weights_read_per_s", "memory_read_per_s"))
-            shares = [one["weights_read_per_s"] / one["memory_read_per_s"] for one in read]
+            shares = [one["memory_read_share"] for one in read]
             print(
-                f"\n{work}: arriero reads {weights:.1f} GB/s of weights; memory that is only read gives {memory:.1f} GB/s just "
-                f"after: {100 * statistics.median(shares):.0f} %."
+                f"\n{work}: arriero reads {weights:.1f} GB/s of weights; memory that is only read gives {memory:.1f} GB/s between "
+                f"the steps: {100 * statistics.median(shares):.0f} %, step by step."
             )
     print()
 

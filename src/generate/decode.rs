@@ -108,8 +108,8 @@ impl<E: Element> CpuDecoder<E> {
         Self::of(Parts::new(config, weights)?)
     }
 
-    /// The same with matrices in the order in which they are read: few rows meet them as fast as memory gives them, and many
-    /// need not wait until they are packed. What nobody else has of `weights` is freed one by one.
+    /// The same with matrices in the order in which they are read: few rows meet them nearly as fast as memory gives them, and
+    /// many need not wait until they are packed. What nobody else has of `weights` is freed one by one.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -118,13 +118,13 @@ impl<E: Element> CpuDecoder<E> {
     }
 
     fn of(parts: Parts) -> Result<Self> {
-        let fits = match &parts.embedding {
-            Matrix::Dense(table) => table.dtype() == E::DTYPE,
-            Matrix::Packed(table) => E::packed(table).is_some(),
-            Matrix::Blocks(_) => true,
+        let found = match &parts.embedding {
+            Matrix::Dense(table) => table.dtype(),
+            Matrix::Packed(table) => table.dtype(),
+            Matrix::Blocks(_) => E::DTYPE,
         };
-        if !fits {
-            return Err(Error::run(format!("weights of another type, expected {:?}", E::DTYPE)));
+        if found != E::DTYPE {
+            return Err(Error::run(format!("weights of {found:?}, expected {:?}", E::DTYPE)));
         }
         Ok(Self { parts, elements: PhantomData })
     }

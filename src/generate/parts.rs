@@ -1,4 +1,4 @@
-//! A causal language model's weights in the order of the forward pass, dense or in blocks.
+//! A causal language model's weights in the order of the forward pass: dense, packed or in blocks.
 
 use std::cell::{OnceCell, RefCell};
 use std::sync::Arc;
@@ -220,7 +220,11 @@ impl Parts {
         let looked_up = !config.tie_word_embeddings;
         Self::held(config, weights, &|name, dense| match name {
             EMBEDDING if looked_up => Ok(None),
-            _ => Ok(Some(Matrix::Packed(Arc::new(PackedWeight::new(dense)?)))),
+            _ => {
+                let packed =
+                    PackedWeight::new(dense).map_err(|error| Error::from(error).at(name))?;
+                Ok(Some(Matrix::Packed(Arc::new(packed))))
+            }
         })
     }
 

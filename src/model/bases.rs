@@ -1,5 +1,6 @@
 //! Models that stand on a common base. A base is read once for as long as somebody holds it, and each adapter beside it
-//! has only its own factors: a policy, its reference and its reward model then lie in memory as one model.
+//! has only its own factors: a policy, its reference and its reward model then lie in memory as one model. A policy that
+//! writes is a second one: it lays its matrices out anew.
 //!
 //! Nothing here is trained. A base is known by where it lies and when its files were written, so one that is written anew
 //! is read anew.

@@ -15,6 +15,7 @@ use crate::error::{Context, Error, Result, start_of};
 use crate::generate::local::LocalModel;
 use crate::generate::openai::Server;
 use crate::generate::sampling::Sampling;
+use crate::generate::sampling::WeightFormat;
 use crate::generate::teacher::{Asked, Teacher, TeacherSpec};
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::report::record::Silent;
@@ -64,7 +65,7 @@ impl Judge {
         let teacher: Box<dyn Teacher> = match judge {
             TeacherSpec::Local(path) => {
                 let checkpoint = Checkpoint::load(path, device, &LoadOptions::default())?;
-                Box::new(LocalModel::new(&checkpoint).at(path)?)
+                Box::new(LocalModel::held(checkpoint, WeightFormat::None).at(path)?)
             }
             TeacherSpec::Server(server) => Box::new(Server::new(server, None, &Silent)?),
         };

@@ -180,7 +180,7 @@ pub fn run(method: Method, options: &Options) -> Result<Figures> {
     match method {
         Method::Head => parts::head(&config(&options.model)?, options),
         Method::Attention => parts::attention(&config(&options.model)?, options),
-        Method::Generate => generate(&load(options)?, options),
+        Method::Generate => generate(load(options)?, options),
         Method::Score => parts::score(load(options)?.into_reward_model(1)?, options),
         Method::Reward => train(load(options)?.into_reward_model(1)?, method, options),
         Method::Sft | Method::Dpo => train(load(options)?, method, options),
@@ -313,20 +313,22 @@ fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Prefer
     Ok(objective)
 }
 
-fn generate(start: &Checkpoint, options: &Options) -> Result<Figures> {
-    let model = LocalModel::held(start.clone().computed_in(options.dtype)?, options.weights)?;
-    let prompt = |index| Prompt {
-        index: index as u64,
-        tokens: tokens(start.config.vocab_size, index, options.prompt),
-    };
+fn generate(start: Checkpoint, options: &Options) -> Result<Figures> {
+    let alone = options.batch * options.prompts.max(1) == 1
+        && options.weights == WeightFormat::None
+        && options.device.is_cpu();
+    // Where nobody asks what memory gives, the weights are let go as soon as they are laid out.
+    let read = if alone { read_by_a_token(&start)? } else { Vec::new() };
+    let vocab_size = start.config.vocab_size;
+    let prompt =
+        |index| Prompt { index: index as u64, tokens: tokens(vocab_size, index, options.prompt) };
     let prompts: Vec<Prompt> = (0..options.prompts.max(1)).map(prompt).collect();
     let sampling = Sampling {
         num_samples: options.batch,
         max_new_tokens: options.seq - options.prompt,
         ..Sampling::default()
     };
-    let alone = options.batch * prompts.len() == 1 && options.weights == WeightFormat::None;
-    let read = if alone { read_by_a_token(start)? } else { Vec::new() };
+    let model = LocalModel::held(start.computed_in(options.dtype)?, options.weights)?;
     let (mut steps_s, mut rates, mut memory) = (Vec::new(), Vec::new(), Vec::new());
     for step in 0..=options.steps {
         memory.push(read_rate(&read));
@@ -418,6 +420,12 @@ mod tests {
             assert!(figures.tokens_per_s > 0.0 && figures.steps_s.len() == 2, "{method:?}");
             assert_eq!(figures.pairs_per_s.is_some(), method.has_pairs(), "{method:?}");
         }
+        let held = |figures: &Figures| {
+            [figures.weights_read_per_s, figures.memory_read_per_s, figures.memory_read_share]
+        };
+        assert_eq!(held(&run(Method::Generate, &options()).unwrap()), [None; 3]);
+        let alone = run(Method::Generate, &Options { batch: 1, ..options() }).unwrap();
+        assert!(held(&alone).iter().all(|x| x.is_some_and(|x| x > 0.0 && x.is_finite())));
         assert!(run(Method::Dpo, &Options { prompt: 12, ..options() }).is_err());
         assert!(run(Method::Head, &Options { chat: true, ..options() }).is_err());
         assert!(run(Method::Sft, &Options { steps: 0, ..options() }).is_err());

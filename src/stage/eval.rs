@@ -34,7 +34,7 @@ pub struct Measured {
 /// Answers and judges the held-out prompts. Input: a checkpoint, rows, a reference. Output: `data.jsonl`; for people
 /// `candidates.html` and `curve.json`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
-    // Adapters of one base share it: policy, reference and reward models are read side by side.
+    // Adapters of one base share it: reference and reward models do as long as they stay, the policy while it is read.
     let bases = Bases::default();
     let form = Form::dense(&context.device, Precision::F32);
     let read = bases.model(&spec.model_name_or_path, &form)?;

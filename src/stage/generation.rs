@@ -37,7 +37,7 @@ pub fn load(context: &StageContext<'_>, model: &str, sampling: &Sampling) -> Res
 }
 
 /// The same of a model that was read as one of several. Its matrices are its own from here on: an adapter's are merged,
-/// and all lie in the order in which they are read.
+/// and on the CPU all are laid out anew.
 pub fn written_by(
     context: &StageContext<'_>,
     (name, read): (&str, Model),

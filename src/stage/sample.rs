@@ -34,7 +34,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
             context.events.note(&format!("policy `{}` draws for none of the rows", policy.name));
         }
     }
-    // Policies that are adapters share the base of the reward models, which stay.
+    // Policies that are adapters are read beside the base of the reward models, which stay.
     let bases = Bases::default();
     let panel = Panel::among(&spec.scorers, &context.device, &bases)?;
     let form = Form::dense(&context.device, Precision::F32);

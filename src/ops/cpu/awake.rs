@@ -56,7 +56,7 @@ pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
 /// # Panics
 /// Where a task does.
 pub fn share(count: usize, task: impl Fn(usize) + Sync + Send) {
-    // A task that shares out work of its own does so by rayon.
+    // A task that shares out work of its own must not do so on the same board.
     let led = Led::lead(None);
     match &led.0 {
         Some(company) => company.board.run(count, &task),
@@ -144,10 +144,24 @@ mod tests {
 
     use super::*;
 
-    /// Many short parallel pieces, one after the other.
+    /// Many short parallel pieces, one after the other: by rayon, shared out, and shared out within what is shared out.
     fn sums(rounds: usize) -> usize {
-        let piece = || (0..1000_usize).into_par_iter().with_min_len(10).sum::<usize>();
-        (0..rounds).map(|round| piece() + round).sum()
+        let by_rayon = || (0..1000_usize).into_par_iter().with_min_len(10).sum::<usize>();
+        let shared = |nested: bool| {
+            let sum = AtomicUsize::new(0);
+            share(10, |ten| {
+                let add = |one: usize| {
+                    sum.fetch_add(100 * ten + one, Ordering::Relaxed);
+                };
+                if nested { share(100, add) } else { (0..100).for_each(add) }
+            });
+            sum.into_inner()
+        };
+        let piece = |round: usize| match round % 3 {
+            0 => by_rayon(),
+            kind => shared(kind == 1),
+        };
+        (0..rounds).map(|round| piece(round) + round).sum()
     }
 
     #[test]
@@ -189,5 +203,16 @@ mod tests {
         let fall = || pool.install(|| awake(|| -> usize { panic!("as asked") }));
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(fall)).is_err());
         pool.install(|| assert_eq!(awake(|| sums(10)), 10 * 499_500 + 45));
+        // So does that of a task; the threads go on being led.
+        pool.install(|| {
+            awake(|| {
+                let fall = || share(20, |task| assert!(task != 13, "as asked"));
+                assert!(std::panic::catch_unwind(fall).is_err());
+                assert_eq!(sums(10), 10 * 499_500 + 45);
+                let led = Led::lead(None);
+                assert!(led.0.is_some());
+            });
+            assert!(LED.take().is_none());
+        });
     }
 }

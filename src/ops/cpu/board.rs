@@ -9,8 +9,11 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+
+/// How long to spin for the others' last tasks before this thread steps back.
+const SPINS: usize = 1 << 12;
 
 /// What is put up: called with the number of each task.
 struct Job<'a>(&'a (dyn Fn(usize) + Sync));
@@ -20,6 +23,7 @@ pub(super) struct Board {
     job: AtomicPtr<Job<'static>>,
     ranges: Box<[Range]>,
     done: AtomicUsize,
+    busy: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -52,17 +56,19 @@ impl Board {
             job: AtomicPtr::new(null_mut()),
             ranges: (0..threads).map(|_| Range::default()).collect(),
             done: AtomicUsize::new(0),
+            busy: AtomicBool::new(false),
             panic: Mutex::new(None),
         }
     }
 
-    /// Calls `task` with `0..count`, here (place 0) and wherever someone helps. Only one thread may do this, and none of the
-    /// tasks.
+    /// Calls `task` with `0..count`, here (place 0) and wherever someone helps.
     ///
     /// # Panics
-    /// Where a task does, when all are done. Where `count` exceeds 32 bits.
+    /// Where a task does, when all are done, with the first one's words. Where another piece is up, as for a task that calls
+    /// this; where `count` exceeds 32 bits.
     pub(super) fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
         assert!(u32::try_from(count).is_ok(), "{count} tasks");
+        assert!(!self.busy.swap(true, Ordering::Acquire), "two pieces of work on one board");
         let mut job = Job(task);
         self.done.store(0, Ordering::Relaxed);
         // The lifetime ends with this call, and so does the last use: see `help`.
@@ -72,9 +78,17 @@ impl Board {
             range.put(place * count / threads, (place + 1) * count / threads);
         }
         while self.help(0) {}
+        let mut spins = 0_usize;
         while self.done.load(Ordering::Acquire) < count {
-            std::hint::spin_loop();
+            spins += 1;
+            // Who has the last task may wait for this core.
+            if spins.is_multiple_of(SPINS) {
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
         }
+        self.busy.store(false, Ordering::Release);
         if let Some(payload) = self.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
             resume_unwind(payload);
         }
@@ -91,7 +105,12 @@ impl Board {
         // the task came after it was put up, in the order of `put` and `take`.
         let task = unsafe { (*self.job.load(Ordering::Relaxed)).0 };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(number))) {
-            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
+            let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+            // What is dropped might panic again, before the task is counted.
+            match &*first {
+                None => *first = Some(payload),
+                Some(_) => std::mem::forget(payload),
+            }
         }
         self.done.fetch_add(1, Ordering::Release);
         true
@@ -100,8 +119,6 @@ impl Board {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
-
     use super::*;
 
     /// Runs `work` while `others` threads help.
@@ -157,6 +174,10 @@ mod tests {
                 assert!(catch_unwind(AssertUnwindSafe(fall)).is_err());
                 assert_eq!(done.into_inner(), 19);
             }
+            let nested = || board.run(1, &|_| board.run(1, &|_| {}));
+            assert!(catch_unwind(AssertUnwindSafe(nested)).is_err());
+            let all = || board.run(9, &|task| panic!("task {task}"));
+            assert!(catch_unwind(AssertUnwindSafe(all)).is_err());
             board.run(3, &|_| {});
         });
     }

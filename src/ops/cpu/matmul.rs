@@ -22,7 +22,7 @@ pub(super) const LEFT_TILES: usize = 16;
 const RIGHT_STRIPS: usize = 12;
 /// Rows of the left matrix that lie a multiple of this many bytes apart are packed: in place they would share few sets of
 /// the first-level cache and push each other out.
-const CROWDED: usize = 2048;
+pub(super) const CROWDED: usize = 2048;
 /// Columns of the right matrix that are packed at a time; `KC` rows of them fit the shared cache.
 const NC: usize = 3072;
 /// Most strips of the right matrix that one task packs.
@@ -187,7 +187,7 @@ pub(super) unsafe fn product<E: Numbers>(
 #[derive(Clone, Copy)]
 pub(super) struct Shared(pub(super) Place);
 
-// SAFETY: a place is only memory; `blocked` and `few_rows` give each task rows or columns of its own.
+// SAFETY: a place is only memory; here and in `packed` each task has rows or columns of its own.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}

@@ -10,7 +10,8 @@ use super::element::Element;
 use super::isa::Isa;
 use super::kernel::{KC, Kernel, Left, MOST, Place, UNIT};
 use super::matmul::{
-    FEW, LEFT_TILES, Mat, SMALL_FEW, Shared, Strips, TASKS, Threads, each, edge, panel, workers,
+    CROWDED, FEW, LEFT_TILES, Mat, SMALL_FEW, Shared, Strips, TASKS, Threads, each, edge, panel,
+    workers,
 };
 use super::pack::{Lines, pack};
 use super::with_slice;
@@ -46,7 +47,11 @@ impl<E: Element> Packed<E> {
     }
 
     /// Packs the matrix whose columns are the rows of `weight`, `[N, K]`, on all threads.
+    ///
+    /// # Panics
+    /// Where `weight` is no whole rows.
     pub fn of_rows(weight: &[E], inner: usize) -> Self {
+        assert!(weight.len().is_multiple_of(inner.max(1)), "rows of another length");
         let right = Mat::new(weight, weight.len() / inner.max(1), inner);
         let mut packed = Self::empty(right.t());
         let (width, stride) = (packed.kernel.columns, packed.stride());
@@ -154,13 +159,15 @@ impl<E: Element> Packed<E> {
         let (units, width) = (left.units(), self.kernel.columns);
         let columns = width.min(self.columns - strip * width);
         let packed = &self.lines.units()[strip * self.stride()..][..self.stride()];
+        let row_stride = left.row_stride * size_of::<E>();
+        let crowded = row_stride.is_multiple_of(CROWDED);
         for first in (0..units).step_by(KC) {
             let depth = KC.min(units - first);
             let right = packed[first * width..][..depth * width].as_ptr().cast();
             let mut row = 0;
             while row < left.rows() {
                 let rest = left.rows() - row;
-                let (tile, height) = if rest >= self.kernel.rows {
+                let (tile, height) = if rest >= self.kernel.rows && !crowded {
                     (self.kernel.strided, self.kernel.rows)
                 } else {
                     let height = rest.min(MOST);
@@ -168,7 +175,6 @@ impl<E: Element> Packed<E> {
                 };
                 let at = row * left.row_stride + first * E::PER_UNIT;
                 let data = left.data[at..].as_ptr().cast();
-                let row_stride = left.row_stride * size_of::<E>();
                 let rows = Left { data, row_stride, k_stride: UNIT };
                 // SAFETY: the rows and the strip hold `depth` units from here on, and the tile lies within the place.
                 unsafe {
@@ -212,7 +218,8 @@ pub fn products<E: Element>(
         })
         .collect();
     if rows <= FEW && inner.is_multiple_of(E::PER_UNIT) {
-        few(left, &outs, aside);
+        // SAFETY: each place has room for its product.
+        unsafe { few(left, &outs, aside) };
     } else {
         // SAFETY: each place has room for its product.
         outs.iter().for_each(|(matrix, out)| unsafe { matrix.many(left, out.0) });
@@ -225,8 +232,15 @@ pub fn products<E: Element>(
 }
 
 /// Few rows, where the time goes into reading the strips: each is read from memory once, and no thread waits between two
-/// matrices. Each place has room for its product; rows are whole units.
-fn few<E: Element>(left: Mat<'_, E>, outs: &[(&Packed<E>, Shared)], aside: Option<Aside<'_>>) {
+/// matrices.
+///
+/// # Safety
+/// Each place has room for its product; rows are whole units.
+unsafe fn few<E: Element>(
+    left: Mat<'_, E>,
+    outs: &[(&Packed<E>, Shared)],
+    aside: Option<Aside<'_>>,
+) {
     let strips: usize = outs.iter().map(|(matrix, _)| matrix.strips()).sum();
     let numbers: usize = outs.iter().map(|(matrix, _)| matrix.rows * matrix.columns).sum();
     let threads = if numbers < SMALL_FEW { Threads::One } else { Threads::All };
@@ -293,6 +307,14 @@ impl PackedWeight {
         }
     }
 
+    /// The type of its numbers.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::F32(_) => DType::F32,
+            Self::Bf16(_) => DType::BF16,
+        }
+    }
+
     /// Appends a row as numbers.
     ///
     /// # Panics
@@ -311,6 +333,7 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::super::awake::awake;
     use super::super::matmul::{Threads, matmul};
     use super::*;
     use crate::rng::Stream;
@@ -337,11 +360,17 @@ mod tests {
             assert!(task < tasks);
             asked.fetch_add(1, Ordering::Relaxed);
         };
-        let found = products(&a, &[&packed, &packed], Some(&aside));
-        assert!(m > FEW || !k.is_multiple_of(E::PER_UNIT) || asked.into_inner() > 0);
-        for found in found {
+        let narrow = Packed::of_rows(&turned[..columns * k], k);
+        // By rayon's queues, and by a board.
+        for led in [false, true] {
+            let all = || products(&a, &[&narrow, &packed], Some(&aside));
+            let [less, found] = if led { awake(all) } else { all() }.try_into().unwrap();
             assert_eq!(bits(&found), bits(&expected), "{m}x{k}x{n} on all threads");
+            let of_less = matmul(Mat::new(&a, m, k), Mat::strided(&b, k, columns, n), Threads::One);
+            assert_eq!(bits(&less), bits(&of_less), "{m}x{k}x{columns} beside it");
         }
+        assert!(m > FEW || !k.is_multiple_of(E::PER_UNIT) || asked.into_inner() > 0);
+        assert_eq!(products(&[], &[&packed], None), [vec![0.0_f32; 0]]);
         let mut column = vec![];
         packed.column(columns - 1, &mut column);
         let expected = &turned[(columns - 1) * k..columns * k];
@@ -353,7 +382,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn products_have_the_bits_of_those_that_pack_each_time(
-            (m, k, n) in (1_usize..120, 1_usize..1300, 1_usize..80),
+            (m, k, n) in (1_usize..120, 1_usize..1300, 1_usize..200),
             less in (0_usize..1300, 0_usize..80),
         ) {
             agrees::<f32>((m, k, n), less);
