@@ -2,7 +2,7 @@
 
     python scripts/make-truthfulqa.py TruthfulQA.csv FOLDER
 
-train.jsonl          pairs of a right and a wrong answer, at most PAIRS a question
+train.jsonl          questions with all their answers; ranks say that each right one is better than each wrong one
 heldout.jsonl        HELD_OUT other questions with all their answers, right ones first: `right` says how many
 heldout-best.jsonl   of each of these the best right answer against the best wrong one
 """
@@ -15,7 +15,6 @@ import sys
 
 SEED = 20
 HELD_OUT = 200
-PAIRS = 4
 
 
 def answers(first, cell):
@@ -40,11 +39,8 @@ def pair(prompt, right, wrong):
     return {"prompt": prompt, "chosen": right, "rejected": wrong}
 
 
-def train_pairs(prompt, right, wrong, rng):
-    """Pairs in which every answer comes at most once more than any other of its kind."""
-    right, wrong = rng.sample(right, len(right)), rng.sample(wrong, len(wrong))
-    for index in range(min(PAIRS, max(len(right), len(wrong)))):
-        yield pair(prompt, right[index % len(right)], wrong[index % len(wrong)])
+def ranked(prompt, right, wrong):
+    return {"prompt": prompt, "responses": right + wrong, "ranks": [1] * len(right) + [2] * len(wrong)}
 
 
 def main():
@@ -53,7 +49,7 @@ def main():
     rng.shuffle(rows)
     held_out, train = rows[:HELD_OUT], rows[HELD_OUT:]
     files = {
-        "train": [row for question in train for row in train_pairs(*question, rng)],
+        "train": [ranked(*question) for question in train],
         "heldout": [{"prompt": p, "responses": r + w, "right": len(r)} for p, r, w in held_out],
         "heldout-best": [pair(prompt, right[0], wrong[0]) for prompt, right, wrong in held_out],
     }

@@ -2,7 +2,7 @@
 
     python truthfulqa.py RUN DATA
 
-RUN/scores.jsonl has a list of scores for each row of DATA/heldout.jsonl. A question's accuracy is the share of its pairs of a
+RUN/scores/NAME.jsonl has a list of scores for each row of DATA/heldout.jsonl, by the model of the stage NAME. A question's accuracy is the share of its pairs of a
 right and a wrong answer in which the right one scores higher, ties counting half; *best* looks at the best right answer and the
 best wrong one only. Intervals are 95 %, by bootstrap over questions.
 """
@@ -37,7 +37,8 @@ def accuracies(row, scores):
 class BagOfWords:
     """Logistic regression on the words that a right answer has and the wrong one has not, and the other way."""
 
-    def __init__(self, pairs):
+    def __init__(self, rows):
+        pairs = [pair for row in rows for pair in self.pairs(row)]
         texts = [text for row in pairs for text in (row["chosen"], row["rejected"])]
         self.words = {word: i for i, word in enumerate(sorted(set().union(*map(self.split, texts))))}
         self.differences = torch.stack([self.vector(row["chosen"]) - self.vector(row["rejected"]) for row in pairs])
@@ -46,6 +47,12 @@ class BagOfWords:
         self.folds = torch.tensor([fold[row["prompt"]] for row in pairs])
         self.penalty = max(PENALTIES, key=self.cross_validated)
         self.weights = self.fit(self.differences, self.penalty)
+
+    @staticmethod
+    def pairs(row):
+        """Every right answer with every wrong one, as the reward model compares them."""
+        of = lambda rank: [text for text, its in zip(row["responses"], row["ranks"]) if its == rank]
+        return [{"prompt": row["prompt"], "chosen": a, "rejected": b} for a in of(1) for b in of(2)]
 
     @staticmethod
     def split(text):
@@ -101,29 +108,32 @@ def interval(values, draws):
 
 def main():
     run, data = map(pathlib.Path, sys.argv[1:])
-    rows, pairs = lines(data / "heldout.jsonl"), lines(data / "train.jsonl")
-    checkpoint = run / "stages/01-reward/checkpoint"
-    ours, theirs = lines(run / "scores.jsonl"), in_transformers(checkpoint, rows)
-    bag = BagOfWords(pairs)
-    scorers = {
-        "reward model": ours,
+    rows, train = lines(data / "heldout.jsonl"), lines(data / "train.jsonl")
+    models = {path.stem: lines(path) for path in sorted((run / "scores").glob("*.jsonl"))}
+    bag = BagOfWords(train)
+    baselines = {
         "longest answer": [[len(text) for text in row["responses"]] for row in rows],
         "bag of words": [[bag.score(text) for text in row["responses"]] for row in rows],
     }
     draws = torch.randint(len(rows), (DRAWS, len(rows)), generator=torch.Generator().manual_seed(0))
     found = {}
-    for name, scores in scorers.items():
+    for name, scores in (models | baselines).items():
         found[name] = torch.tensor([accuracies(*pair) for pair in zip(rows, scores)], dtype=torch.float64)
         print(f"{name}: all pairs {interval(found[name][:, 0], draws)}, best pair {interval(found[name][:, 1], draws)}")
-    for name in ["longest answer", "bag of words"]:
-        lead = found["reward model"] - found[name]
-        print(f"ahead of {name}: all pairs {interval(lead[:, 0], draws)}, best pair {interval(lead[:, 1], draws)}")
-    gap = max(abs(a - b) for one, two in zip(ours, theirs) for a, b in zip(one, two))
-    print(f"loaded against transformers: largest difference {gap:.2e}")
-    record = json.loads((run / "stages/01-reward/manifest.json").read_text())["record"]["metrics"]
-    gaps = torch.tensor([scores[0] - scores[row["right"]] for row, scores in zip(rows, ours)], dtype=torch.float64)
-    before, after = record["eval_loss"], float(-logsigmoid(gaps).mean())
-    print(f"loss on the best pairs before saving {before:.9f}, after loading {after:.9f}")
+    for model, scores in models.items():
+        for name in baselines:
+            lead = found[model] - found[name]
+            print(f"{model} ahead of {name}: all pairs {interval(lead[:, 0], draws)}, best pair {interval(lead[:, 1], draws)}")
+        if model == max(models):
+            # Minutes a model: what the recipe ends with.
+            theirs = in_transformers(run / "stages" / model / "checkpoint", rows)
+            gap = max(abs(a - b) for one, two in zip(scores, theirs) for a, b in zip(one, two))
+            print(f"{model} loaded against transformers: largest difference {gap:.2e}")
+        record = json.loads((run / "stages" / model / "manifest.json").read_text())["record"]["metrics"]
+        if "eval_loss" in record:
+            gaps = torch.tensor([s[0] - s[row["right"]] for row, s in zip(rows, scores)], dtype=torch.float64)
+            before, after = record["eval_loss"], float(-logsigmoid(gaps).mean())
+            print(f"{model} loss on the best pairs before saving {before:.9f}, after loading {after:.9f}")
     print(f"{len(rows)} questions; bag of words: penalty {bag.penalty:g}, {len(bag.words)} words")
 
 
