@@ -2,9 +2,9 @@
 
     python truthfulqa.py RUN DATA
 
-RUN/scores/NAME.jsonl has a list of scores for each row of DATA/heldout.jsonl, by the model of the stage NAME. A question's accuracy is the share of its pairs of a
-right and a wrong answer in which the right one scores higher, ties counting half; *best* looks at the best right answer and the
-best wrong one only. Intervals are 95 %, by bootstrap over questions.
+RUN/scores/NAME.jsonl has a list of scores for each row of DATA/heldout.jsonl, by the model of the stage NAME. A question's
+accuracy is the share of its pairs of a right and a wrong answer in which the right one scores higher, ties counting half; *best*
+looks at the best right answer and the best wrong one only. Intervals are 95 %, by bootstrap over questions.
 """
 
 import json

@@ -47,12 +47,8 @@ pub(super) fn attention<E: Element>(q: &[E], rows: Rows<'_, E>, heads: Heads) ->
             scratch.queries.extend_from_slice(E::widen(&q[from..][..group * width], &mut wide));
         }
         let result = together(&mut scratch, &rows[range.clone()], *head, heads);
-        results[task].get_or_init(|| {
-            // Here, not on all threads: who takes a part of that may begin something else, and the others wait.
-            let mut rounded = vec![E::default(); result.len()];
-            E::round_into(&mut rounded, &result);
-            rounded
-        });
+        // Rounded here, not on all threads: who takes a part of that may begin something else, and the others wait.
+        results[task].get_or_init(|| E::narrow(&result, &mut Vec::new()).to_vec());
         SCRATCH.set(scratch);
     });
     let mut mixed = vec![E::default(); q.len()];

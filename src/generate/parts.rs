@@ -8,14 +8,12 @@ use candle_core::Tensor;
 use super::adaptation::Place;
 use crate::error::{Error, Result};
 use crate::model::packed::{BlockType, block_matrix};
+use crate::model::params::{EMBEDDING, HEAD};
 use crate::model::{Architecture, Config, Weights};
 use crate::ops::cpu::blocks::{BlockMatrix, RoundedRows, products};
 use crate::ops::cpu::packed::{Aside, PackedWeight};
 use crate::ops::cpu::{self, Element};
 use crate::ops::linear;
-
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
 
 /// A matrix `[O, I]`.
 #[derive(Clone, Debug)]

@@ -14,13 +14,14 @@ pub(super) use x86::{interleave, transpose, turned_from, turned_to};
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m512i, _MM_HINT_T1, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_cvtepu16_epi32,
-        _mm512_loadu_si512, _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi32, _mm512_or_si512,
+        __m512i, _mm256_maskz_loadu_epi16, _mm512_cvtepu16_epi32, _mm512_loadu_si512,
+        _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi32, _mm512_or_si512,
         _mm512_permutex2var_epi64, _mm512_set_epi64, _mm512_setzero_si512, _mm512_shuffle_i32x4,
         _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi16, _mm512_unpackhi_epi32,
         _mm512_unpackhi_epi64, _mm512_unpacklo_epi16, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
 
+    use super::super::rows::call_for;
     use super::SIDE;
 
     /// A mask of the first `lanes` lanes.
@@ -102,11 +103,9 @@ mod x86 {
     ) -> [__m512i; SIDE] {
         let mut square = [_mm512_setzero_si512(); SIDE];
         for (i, row) in square.iter_mut().enumerate() {
-            // SAFETY: the caller's promise. A prefetch may be of any address.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(i * size_of::<__m512i>()).cast());
-                *row = _mm512_loadu_si512(from.add(i * row_bytes).cast());
-            }
+            call_for(ahead.wrapping_add(i * size_of::<__m512i>()));
+            // SAFETY: the caller's promise.
+            *row = unsafe { _mm512_loadu_si512(from.add(i * row_bytes).cast()) };
         }
         turned(&square)
     }
