@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::cache::{PagedCache, Part};
 use crate::ops::cpu::awake::share;
-use crate::ops::cpu::rows::{Mixture, TILE, scores_of_many};
+use crate::ops::cpu::rows::{Mixture, TILE, scores as score_tiles};
 use crate::ops::cpu::{Element, simd};
 
 /// Most rows that go through tiles together: their queries and probabilities stay in a core's own cache.
@@ -101,8 +101,8 @@ struct Scratch {
     queries: Vec<f32>,
     /// `[rows, group, longest]`.
     probs: Vec<f32>,
-    tile: Vec<f32>,
     scores: Vec<[f32; TILE]>,
+    tiles: [Vec<f32>; 2],
 }
 
 /// What a group of rows sees together, and from where on each row sees its own segment.
@@ -137,38 +137,45 @@ fn together<E: Element>(
     heads: Heads,
 ) -> Vec<f32> {
     let Heads { layer, group, width, .. } = heads;
-    let Scratch { queries, probs, tile, scores } = scratch;
+    let Scratch { queries, probs, scores, tiles } = scratch;
     let scale = 1.0 / (width as f32).sqrt();
     let seen = Seen::of(rows);
     let longest = rows.iter().map(|(_, position)| position + 1).max().unwrap_or(0);
     probs.clear();
     probs.resize(rows.len() * group * longest, 0.0);
-    scores.resize(rows.len() * group, [0.0; TILE]);
 
+    // Scores of some rows' queries for one or two tiles from position `from` on, of which each row sees what `visible` says.
+    let mut score = |some: Range<usize>, pair: &[(usize, &[E])], from: usize, visible: &[usize]| {
+        let queries = &queries[some.start * group * width..some.end * group * width];
+        let keys: [&[E]; 2] = [pair[0].1, pair[pair.len() - 1].1];
+        scores.resize(some.len() * group * pair.len(), [0.0; TILE]);
+        score_tiles(scores, queries, &keys[..pair.len()], scale, tiles);
+        let mut from = from;
+        for (&(count, _), scores) in pair.iter().zip(scores.chunks(some.len() * group)) {
+            for (index, scores) in scores.iter().enumerate() {
+                let visible = visible[index / group].saturating_sub(from).min(count);
+                let to = &mut probs[(some.start * group + index) * longest..][..longest];
+                if visible > 0 {
+                    to[from..from + visible].copy_from_slice(&scores[..visible]);
+                }
+            }
+            from += count;
+        }
+    };
     let keys = (layer, Part::Keys, head);
     if let Some((shared, len)) = seen.shared {
-        let mut done = 0;
-        shared.visit(keys, len - 1, &mut |count, keys| {
-            scores_of_many(scores, queries, E::widen(keys, tile), scale);
-            for (index, scores) in scores.iter().enumerate() {
-                let visible = seen.visible[index / group].saturating_sub(done).min(count);
-                probs[index * longest + done..][..visible].copy_from_slice(&scores[..visible]);
-            }
-            done += count;
-        });
+        in_pairs(
+            0,
+            |see| shared.visit(keys, len - 1, see),
+            |from, pair| score(0..rows.len(), pair, from, &seen.visible),
+        );
     }
     for (row, &(cache, position)) in rows.iter().enumerate().filter(|_| seen.own) {
-        let mut done = seen.visible[row];
-        let queries = &queries[row * group * width..][..group * width];
-        cache.visit_own(keys, position, &mut |count, keys| {
-            let scores = &mut scores[..group];
-            scores_of_many(scores, queries, E::widen(keys, tile), scale);
-            for (index, scores) in scores.iter().enumerate() {
-                let at = (row * group + index) * longest + done;
-                probs[at..][..count].copy_from_slice(&scores[..count]);
-            }
-            done += count;
-        });
+        in_pairs(
+            seen.visible[row],
+            |see| cache.visit_own(keys, position, see),
+            |from, pair| score(row..row + 1, pair, from, &[position + 1]),
+        );
     }
     for (index, probs) in probs.chunks_exact_mut(longest.max(1)).enumerate() {
         let probs = &mut probs[..=rows[index / group].1];
@@ -176,7 +183,27 @@ fn together<E: Element>(
         let sum = simd::exp_sub(probs, top);
         simd::scale(probs, 1.0 / sum);
     }
-    mixture(probs, rows, &seen, (layer, head, group, width, longest), tile)
+    mixture(probs, rows, &seen, (layer, head, group, width, longest), &mut tiles[0])
+}
+
+/// Tiles two by two, the last one alone where they are odd, each pair with the position of its first; the first tile's is
+/// `from`.
+fn in_pairs<'a, E: Element>(
+    mut from: usize,
+    visit: impl FnOnce(&mut dyn FnMut(usize, &'a [E])),
+    mut see: impl FnMut(usize, &[(usize, &'a [E])]),
+) {
+    let mut waiting = None;
+    visit(&mut |count, tile| match waiting.take() {
+        None => waiting = Some((count, tile)),
+        Some(first) => {
+            see(from, &[first, (count, tile)]);
+            from += first.0 + count;
+        }
+    });
+    if let Some(last) = waiting {
+        see(from, &[last]);
+    }
 }
 
 /// The values by their probabilities.
@@ -188,16 +215,17 @@ fn mixture<E: Element>(
     tile: &mut Vec<f32>,
 ) -> Vec<f32> {
     let mut out = vec![0.0; rows.len() * group * width];
-    let mut sums: Vec<Mixture<'_>> = out.chunks_exact_mut(width).map(Mixture::new).collect();
+    let mut sums: Vec<Mixture<'_>> =
+        out.chunks_exact_mut(group * width).map(|out| Mixture::new(out, width)).collect();
     let values = (layer, Part::Values, head);
     if let Some((shared, len)) = seen.shared {
         let mut done = 0;
         shared.visit(values, len - 1, &mut |count, values| {
             let values = E::widen(&values[..count * width], tile);
-            for (index, sum) in sums.iter_mut().enumerate() {
-                let visible = seen.visible[index / group].saturating_sub(done).min(count);
-                let probs = &probs[index * longest + done..][..visible];
-                sum.add(probs, &values[..visible * width]);
+            for (row, sum) in sums.iter_mut().enumerate() {
+                let visible = seen.visible[row].saturating_sub(done).min(count);
+                let probs = &probs[row * group * longest..];
+                sum.add(&probs[done.min(longest)..], longest, &values[..visible * width]);
             }
             done += count;
         });
@@ -205,10 +233,8 @@ fn mixture<E: Element>(
     for (row, &(cache, position)) in rows.iter().enumerate().filter(|_| seen.own) {
         let mut done = seen.visible[row];
         cache.visit_own(values, position, &mut |count, values| {
-            let values = E::widen(&values[..count * width], tile);
-            for (index, sum) in sums[row * group..][..group].iter_mut().enumerate() {
-                sum.add(&probs[(row * group + index) * longest + done..][..count], values);
-            }
+            let probs = &probs[row * group * longest + done..];
+            sums[row].add(probs, longest, &values[..count * width]);
             done += count;
         });
     }

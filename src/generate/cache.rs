@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use crate::model::Config;
 use crate::ops::cpu::Element;
-use crate::ops::cpu::rows::{TILE, call_for_all};
+use crate::ops::cpu::rows::{TILE, call_for_beginning};
 
-/// Positions a page: as many keys as the attention of a row reads side by side.
-pub const PAGE: usize = TILE;
+/// Positions a page. Every token reads all of the weights between two readings of a layer's keys, so they come from memory, and
+/// fast only where much lies in one piece; what a sequence does not fill of its last page is lost.
+pub const PAGE: usize = TILES * TILE;
 
-/// Tiles that are called for before the first is read.
-const CALLED: usize = 16;
+/// Tiles of one layer, head and part that lie side by side.
+const TILES: usize = 4;
 
 /// How a model's cache is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,8 +45,8 @@ impl CacheShape {
     }
 }
 
-/// The cache of one segment, prompt or sample, on the CPU. A page has a tile for each
-/// layer, part and head: values as `[PAGE, E]`, keys transposed to `[E, PAGE]`.
+/// The cache of one segment, prompt or sample, on the CPU. A page has tiles of [`TILE`] positions for each layer, head and
+/// part, side by side: values as `[TILE, E]`, keys transposed to `[E, TILE]`.
 #[derive(Debug)]
 pub struct PagedCache<E = f32> {
     shape: CacheShape,
@@ -98,57 +99,39 @@ impl<E: Element> PagedCache<E> {
 
     /// Stores one token's keys or values of one layer, `[G, E]`, at `position`, which [`extend`](Self::extend) gave.
     pub fn write(&mut self, layer: usize, part: Part, position: usize, values: &[E]) {
-        let CacheShape { heads, width, .. } = self.shape;
+        let width = self.shape.width;
         let own = position - self.start;
-        let page = &mut self.pages[own / PAGE];
         for (head, values) in values.chunks_exact(width).enumerate() {
-            let start = ((layer * 2 + part as usize) * heads + head) * PAGE * width;
-            let tile = &mut page[start..][..PAGE * width];
+            let start = self.start_of(own / TILE, (layer, part, head));
+            let tile = &mut self.pages[own / PAGE][start..][..TILE * width];
             match part {
                 Part::Keys => {
-                    let places = tile.iter_mut().skip(own % PAGE).step_by(PAGE);
+                    let places = tile.iter_mut().skip(own % TILE).step_by(TILE);
                     places.zip(values).for_each(|(place, value)| *place = *value);
                 }
-                Part::Values => tile[own % PAGE * width..][..width].copy_from_slice(values),
+                Part::Values => tile[own % TILE * width..][..width].copy_from_slice(values),
             }
         }
     }
 
-    /// Calls for one of `parts` parts of what is kept of a layer: head by head, as attention reads it. Of long sequences only
-    /// the beginning of each segment.
-    pub fn call_for(&self, layer: usize, part: usize, parts: usize) {
-        if let Some(parent) = &self.parent {
-            parent.call_for(layer, part, parts);
-        }
-        let pages = CALLED.min(self.pages.len());
-        let tiles = 2 * self.shape.heads * pages;
-        for index in part * tiles / parts..(part + 1) * tiles / parts {
-            let (head, rest) = (index / (2 * pages), index % (2 * pages));
-            let kind = if rest < pages { Part::Keys } else { Part::Values };
-            call_for_all(self.tile(rest % pages, (layer, kind, head)));
-        }
-    }
-
-    /// Calls for the first [`CALLED`] tiles of this segment.
-    fn call_for_first(&self, tile: (usize, Part, usize)) {
-        for index in 0..CALLED.min(self.pages.len()) {
-            call_for_all(self.tile(index, tile));
-        }
-    }
-
-    fn tile(&self, page: usize, (layer, part, head): (usize, Part, usize)) -> &[E] {
+    /// Where a tile of this segment lies in its page.
+    fn start_of(&self, index: usize, (layer, part, head): (usize, Part, usize)) -> usize {
         let CacheShape { heads, width, .. } = self.shape;
-        let start = ((layer * 2 + part as usize) * heads + head) * PAGE * width;
-        &self.pages[page][start..][..PAGE * width]
+        (((layer * heads + head) * 2 + part as usize) * TILES + index % TILES) * TILE * width
+    }
+
+    fn tile(&self, index: usize, tile: (usize, Part, usize)) -> &[E] {
+        let start = self.start_of(index, tile);
+        &self.pages[index / TILES][start..][..TILE * self.shape.width]
     }
 
     /// Visits the keys or values of one layer and head up to and including `position`, tile by tile: the root's
-    /// first, each segment from its start. A tile comes whole, with how many of its [`PAGE`] positions are visible.
+    /// first, each segment from its start. A tile comes whole, with how many of its [`TILE`] positions are visible.
     pub fn visit<'a>(
         &'a self,
         tile: (usize, Part, usize),
         position: usize,
-        see: &mut impl FnMut(usize, &'a [E]),
+        see: &mut (impl FnMut(usize, &'a [E]) + ?Sized),
     ) {
         if let (Some(parent), Some(last)) = (&self.parent, self.start.checked_sub(1)) {
             parent.visit(tile, position.min(last), see);
@@ -166,22 +149,16 @@ impl<E: Element> PagedCache<E> {
         &'a self,
         tile: (usize, Part, usize),
         position: usize,
-        see: &mut impl FnMut(usize, &'a [E]),
+        see: &mut (impl FnMut(usize, &'a [E]) + ?Sized),
     ) {
         let visible = (position + 1).saturating_sub(self.start).min(self.len);
-        let pages = visible.div_ceil(PAGE);
-        // Tiles of a layer lie far apart, and every token reads all of the weights in between: nothing is in the caches, and
-        // no processor foresees where the next one lies.
-        let (layer, part, head) = tile;
-        if part == Part::Keys {
-            self.call_for_first((layer, Part::Keys, head));
-            self.call_for_first((layer, Part::Values, head));
-        }
-        for index in 0..pages {
-            if index + CALLED < pages {
-                call_for_all(self.tile(index + CALLED, tile));
+        let tiles = visible.div_ceil(TILE);
+        for index in 0..tiles {
+            // No processor foresees where the next page lies.
+            if index % TILES == 0 && index + TILES < tiles {
+                call_for_beginning(self.tile(index + TILES, tile));
             }
-            see((visible - index * PAGE).min(PAGE), self.tile(index, tile));
+            see((visible - index * TILE).min(TILE), self.tile(index, tile));
         }
     }
 }

@@ -17,12 +17,8 @@ use crate::error::{Error, Result};
 use crate::model::packed::BlockType;
 use crate::model::{Config, Weights};
 use crate::ops::cpu::awake::awake;
-use crate::ops::cpu::packed::Aside;
 use crate::ops::cpu::{self, Element};
 use crate::ops::{Rotary, linear, norm, residual, rope, swiglu};
-
-/// Most new tokens whose caches are called for while their queries and keys are computed.
-const ASIDE: usize = 4;
 
 /// New tokens of one sequence.
 #[derive(Debug)]
@@ -145,10 +141,10 @@ impl<E: Element> CpuDecoder<E> {
         index: usize,
         x: &[E],
         places: [Place; N],
-        (rows, aside): (&Rows<'_>, Option<Aside<'_>>),
+        rows: &Rows<'_>,
     ) -> Result<[Vec<f32>; N]> {
         let layer = &self.parts.layers[index];
-        let mut all = Input::with(x, aside).times(places.map(|place| layer.matrix(place)))?;
+        let mut all = Input::new(x).times(places.map(|place| layer.matrix(place)))?;
         for (y, place) in all.iter_mut().zip(places) {
             rows.adapted.add((index, place), x, y)?;
             if let Some(bias) = layer.bias(place) {
@@ -169,11 +165,8 @@ impl<E: Element> CpuDecoder<E> {
         let Rows { places, rotary, .. } = rows;
         let layer = &self.parts.layers[index];
         let normed = self.norm(x, &layer.input_norm)?;
-        let caches: Vec<&PagedCache<E>> = feeds.iter().map(|feed| &*feed.cache).collect();
-        let call = |task, tasks| caches.iter().for_each(|cache| cache.call_for(index, task, tasks));
-        let call: Option<Aside<'_>> = if places.len() <= ASIDE { Some(&call) } else { None };
         let [mut q, mut k, v] =
-            self.project(index, &normed, [Place::Q, Place::K, Place::V], (rows, call))?;
+            self.project(index, &normed, [Place::Q, Place::K, Place::V], rows)?;
         rope::rotate(&mut q, rotary, 1.0);
         rope::rotate(&mut k, rotary, 1.0);
         let (q, k, v) = (E::rounded(q), E::rounded(k), E::rounded(v));
@@ -193,12 +186,12 @@ impl<E: Element> CpuDecoder<E> {
         let seen: Vec<(&PagedCache<E>, usize)> =
             places.iter().map(|&(feed, position)| (&*feeds[feed].cache, position)).collect();
         let mixed = attention(&q, &seen, heads);
-        let [y] = self.project(index, &mixed, [Place::O], (rows, None))?;
+        let [y] = self.project(index, &mixed, [Place::O], rows)?;
         residual::add(x, &y);
         let normed = self.norm(x, &layer.post_norm)?;
-        let [gate, up] = self.project(index, &normed, [Place::Gate, Place::Up], (rows, None))?;
+        let [gate, up] = self.project(index, &normed, [Place::Gate, Place::Up], rows)?;
         let active = swiglu::forward(&E::rounded(gate), &E::rounded(up));
-        let [y] = self.project(index, &active, [Place::Down], (rows, None))?;
+        let [y] = self.project(index, &active, [Place::Down], rows)?;
         residual::add(x, &y);
         Ok(())
     }

@@ -11,7 +11,7 @@ use crate::model::packed::{BlockType, block_matrix};
 use crate::model::params::{EMBEDDING, HEAD};
 use crate::model::{Architecture, Config, Weights};
 use crate::ops::cpu::blocks::{BlockMatrix, RoundedRows, products};
-use crate::ops::cpu::packed::{Aside, PackedWeight};
+use crate::ops::cpu::packed::PackedWeight;
 use crate::ops::cpu::{self, Element};
 use crate::ops::linear;
 
@@ -45,17 +45,11 @@ impl Matrix {
 pub(super) struct Input<'a, E> {
     x: &'a [E],
     rounded: OnceCell<RoundedRows>,
-    aside: Option<Aside<'a>>,
 }
 
 impl<'a, E: Element> Input<'a, E> {
     pub(super) fn new(x: &'a [E]) -> Self {
-        Self { x, rounded: OnceCell::new(), aside: None }
-    }
-
-    /// The same with something done aside while a packed matrix is read.
-    pub(super) fn with(x: &'a [E], aside: Option<Aside<'a>>) -> Self {
-        Self { aside, ..Self::new(x) }
+        Self { x, rounded: OnceCell::new() }
     }
 
     /// `x · Wᵀ` for each of the matrices, in f32.
@@ -72,7 +66,7 @@ impl<'a, E: Element> Input<'a, E> {
         // Side by side: no thread waits for the end of one before the next.
         if !packed.is_empty() {
             let weights: Vec<&PackedWeight> = packed.iter().map(|(weight, _)| *weight).collect();
-            let computed = PackedWeight::times(self.x, &weights, self.aside)?;
+            let computed = PackedWeight::times(self.x, &weights)?;
             packed.into_iter().zip(computed).for_each(|((_, result), y)| *result = y);
         }
         if let Some((first, _)) = blocks.first() {

@@ -51,7 +51,8 @@ pub trait Element: WithDType + Numbers {
 }
 
 impl Element for f32 {
-    fn widened(self) -> f32 {
+    #[inline]
+    fn widened(self) -> Self {
         self
     }
     fn of(unit: Self) -> impl Iterator<Item = Self> {
@@ -93,8 +94,9 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
+    #[inline]
     fn widened(self) -> f32 {
-        self.to_f32()
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
     fn of(unit: [Self; 2]) -> impl Iterator<Item = f32> {
         unit.into_iter().map(Self::to_f32)

@@ -262,24 +262,24 @@ fn check_single_rows(count: usize, side: Side) {
     let width = 1 + count % 7;
     let query = guarded(1, width, side);
     let tile = guarded(2, width * rows::TILE, side);
-    let mut scores = guarded(3, count.min(rows::TILE), side);
-    rows::scores(scores.as_mut(), query.as_slice(), tile.as_slice(), 0.5);
-    for (i, score) in scores.as_slice().iter().enumerate() {
+    let mut scores = [[f32::NAN; rows::TILE]; 1];
+    rows::scores(&mut scores, query.as_slice(), &[tile.as_slice()], 0.5, &mut Default::default());
+    for (i, score) in scores[0].iter().enumerate() {
         let keys = tile.as_slice().iter().skip(i).step_by(rows::TILE);
         let (expected, bound) = sum(query.as_slice().iter().copied().zip(keys.copied()));
         assert!((f64::from(*score) - 0.5 * expected).abs() <= bound);
     }
     let (weights, values) = (guarded(4, count, side), guarded(5, count * width, side));
     let mut out = guarded(6, width, side);
-    let mut mixture = rows::Mixture::new(out.as_mut());
-    mixture.add(weights.as_slice(), values.as_slice());
+    let mut mixture = rows::Mixture::new(out.as_mut(), width);
+    mixture.add(weights.as_slice(), count, values.as_slice());
     mixture.finish();
     for (i, value) in out.as_slice().iter().enumerate() {
         let column = values.as_slice().iter().skip(i).step_by(width).copied();
         let (expected, bound) = sum(weights.as_slice().iter().copied().zip(column));
         assert!((f64::from(*value) - expected).abs() <= bound);
     }
-    assert!([&query, &tile, &scores, &weights, &values, &out].into_iter().all(Guarded::is_clean));
+    assert!([&query, &tile, &weights, &values, &out].into_iter().all(Guarded::is_clean));
 }
 
 /// Both passes of attention over trees whose segments end within tiles of queries, at guard pages and elsewhere.

@@ -16,10 +16,6 @@ use super::matmul::{
 use super::pack::{Lines, pack};
 use super::with_slice;
 
-/// What else to call for while few rows meet a matrix, called with the number of each task and how many there are: memory
-/// is busy then, and neither thread waits.
-pub type Aside<'a> = &'a (dyn Fn(usize, usize) + Sync);
-
 /// A matrix `[K, N]` in strips of columns. Results have the bits of [`matmul`](super::matmul::matmul).
 pub struct Packed<E: Element> {
     kernel: Kernel,
@@ -192,15 +188,11 @@ impl<E: Element> Packed<E> {
     }
 }
 
-/// `left · right` for each matrix on all threads, row-major, `[T, N]`; `left`: `[T, K]`. See [`Aside`].
+/// `left · right` for each matrix on all threads, row-major, `[T, N]`; `left`: `[T, K]`.
 ///
 /// # Panics
 /// Where a matrix has another inner dimension than the first, or rows another length.
-pub fn products<E: Element>(
-    left: &[E],
-    matrices: &[&Packed<E>],
-    aside: Option<Aside<'_>>,
-) -> Vec<Vec<f32>> {
+pub fn products<E: Element>(left: &[E], matrices: &[&Packed<E>]) -> Vec<Vec<f32>> {
     let Some(first) = matrices.first() else { return Vec::new() };
     let inner = first.rows;
     assert!(matrices.iter().all(|matrix| matrix.rows == inner), "other inner dimensions");
@@ -219,7 +211,7 @@ pub fn products<E: Element>(
         .collect();
     if rows <= FEW && inner.is_multiple_of(E::PER_UNIT) {
         // SAFETY: each place has room for its product.
-        unsafe { few(left, &outs, aside) };
+        unsafe { few(left, &outs) };
     } else {
         // SAFETY: each place has room for its product.
         outs.iter().for_each(|(matrix, out)| unsafe { matrix.many(left, out.0) });
@@ -236,19 +228,12 @@ pub fn products<E: Element>(
 ///
 /// # Safety
 /// Each place has room for its product; rows are whole units.
-unsafe fn few<E: Element>(
-    left: Mat<'_, E>,
-    outs: &[(&Packed<E>, Shared)],
-    aside: Option<Aside<'_>>,
-) {
+unsafe fn few<E: Element>(left: Mat<'_, E>, outs: &[(&Packed<E>, Shared)]) {
     let strips: usize = outs.iter().map(|(matrix, _)| matrix.strips()).sum();
     let numbers: usize = outs.iter().map(|(matrix, _)| matrix.rows * matrix.columns).sum();
     let threads = if numbers < SMALL_FEW { Threads::One } else { Threads::All };
     let tasks = (TASKS * workers(threads)).min(strips);
     each(tasks, threads, |task| {
-        if let Some(aside) = aside {
-            aside(task, tasks);
-        }
         let (mut start, end) = (task * strips / tasks, (task + 1) * strips / tasks);
         let mut before = 0;
         for (matrix, out) in outs {
@@ -287,22 +272,18 @@ impl PackedWeight {
         }
     }
 
-    /// `x · Wᵀ` of each weight in f32; `x`: `[T, I]` in the weights' type. See [`Aside`].
+    /// `x · Wᵀ` of each weight in f32; `x`: `[T, I]` in the weights' type.
     ///
     /// # Errors
     /// Rows of another type.
     ///
     /// # Panics
     /// Where rows have another length.
-    pub fn times<E: Element>(
-        x: &[E],
-        weights: &[&Self],
-        aside: Option<Aside<'_>>,
-    ) -> candle_core::Result<Vec<Vec<f32>>> {
+    pub fn times<E: Element>(x: &[E], weights: &[&Self]) -> candle_core::Result<Vec<Vec<f32>>> {
         let matrices: Option<Vec<&Packed<E>>> =
             weights.iter().map(|&weight| E::packed(weight)).collect();
         match matrices {
-            Some(matrices) => Ok(products(x, &matrices, aside)),
+            Some(matrices) => Ok(products(x, &matrices)),
             None => candle_core::bail!("rows of {:?} meet {weights:?}", E::DTYPE),
         }
     }
@@ -329,8 +310,6 @@ impl PackedWeight {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
     use proptest::prelude::*;
 
     use super::super::awake::awake;
@@ -355,22 +334,16 @@ mod tests {
         // All of it, on all threads, and its columns as they were.
         let packed = Packed::of_rows(&turned, k);
         let expected = matmul(Mat::new(&a, m, k), Mat::new(&b, k, n), Threads::One);
-        let asked = AtomicUsize::new(0);
-        let aside = |task: usize, tasks: usize| {
-            assert!(task < tasks);
-            asked.fetch_add(1, Ordering::Relaxed);
-        };
         let narrow = Packed::of_rows(&turned[..columns * k], k);
         // By rayon's queues, and by a board.
         for led in [false, true] {
-            let all = || products(&a, &[&narrow, &packed], Some(&aside));
+            let all = || products(&a, &[&narrow, &packed]);
             let [less, found] = if led { awake(all) } else { all() }.try_into().unwrap();
             assert_eq!(bits(&found), bits(&expected), "{m}x{k}x{n} on all threads");
             let of_less = matmul(Mat::new(&a, m, k), Mat::strided(&b, k, columns, n), Threads::One);
             assert_eq!(bits(&less), bits(&of_less), "{m}x{k}x{columns} beside it");
         }
-        assert!(m > FEW || !k.is_multiple_of(E::PER_UNIT) || asked.into_inner() > 0);
-        assert_eq!(products(&[], &[&packed], None), [vec![0.0_f32; 0]]);
+        assert_eq!(products(&[], &[&packed]), [vec![0.0_f32; 0]]);
         let mut column = vec![];
         packed.column(columns - 1, &mut column);
         let expected = &turned[(columns - 1) * k..columns * k];

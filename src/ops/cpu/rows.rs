@@ -10,6 +10,9 @@
     reason = "functions compiled for a CPU feature may only be called where it was detected"
 )]
 
+use candle_core::DType;
+
+use super::element::Element;
 use super::kernel::KC;
 use super::simd::{self, multiversion};
 
@@ -29,172 +32,198 @@ pub(super) fn call_for(at: *const u8) {
     let _ = at;
 }
 
-/// The same for numbers that are read soon.
+/// The same for the first numbers of what is read soon in one piece: the rest is foreseen.
 #[inline]
-pub fn call_for_all<E>(numbers: &[E]) {
+pub fn call_for_beginning<E>(numbers: &[E]) {
     const LINE: usize = 64;
+    const LINES: usize = 16;
     let first: *const u8 = numbers.as_ptr().cast();
-    (0..size_of_val(numbers)).step_by(LINE).for_each(|at| call_for(first.wrapping_add(at)));
+    let lines = (0..size_of_val(numbers)).step_by(LINE).take(LINES);
+    lines.for_each(|at| call_for(first.wrapping_add(at)));
 }
 
+/// Queries that go through tiles together: their sums stay in registers.
+const QUERIES: usize = 4;
+
 #[inline(always)]
-fn scores_body(scores: &mut [f32], query: &[f32], tile: &[f32], scale: f32) {
-    let mut total = [0.0_f32; TILE];
-    for (block, (query, keys)) in query.chunks(KC).zip(tile.chunks(KC * TILE)).enumerate() {
-        let mut sums = [0.0_f32; TILE];
-        for (value, keys) in query.iter().zip(keys.chunks_exact(TILE)) {
-            for i in 0..TILE {
-                sums[i] = value.mul_add(keys[i], sums[i]);
-            }
-        }
-        for i in 0..TILE {
-            total[i] = if block == 0 { sums[i] } else { total[i] + sums[i] };
-        }
+fn widened<E: Element, const N: usize>(values: &[E; N]) -> [f32; N] {
+    let mut wide = [0.0; N];
+    for (wide, value) in wide.iter_mut().zip(values) {
+        *wide = value.widened();
     }
-    for (score, sum) in scores.iter_mut().zip(total) {
-        *score = sum * scale;
-    }
+    wide
 }
 
-/// The same for `N` queries, which share the reading of the keys.
+/// `T` tiles side by side, so that each sum's next multiply-add need not wait for the last one's result.
 #[inline(always)]
-fn many_body<const N: usize>(
+fn scores_body<E: Element, const N: usize, const T: usize>(
     scores: &mut [[f32; TILE]],
     queries: &[f32],
-    tile: &[f32],
+    tiles: &[&[E]],
     scale: f32,
 ) {
-    let width = tile.len() / TILE;
-    let mut totals = [[0.0_f32; TILE]; N];
-    for (block, keys) in tile.chunks(KC * TILE).enumerate() {
-        let mut sums = [[0.0_f32; TILE]; N];
-        for (e, keys) in keys.chunks_exact(TILE).enumerate() {
-            for (n, sums) in sums.iter_mut().enumerate() {
-                let value = queries[n * width + block * KC + e];
-                for i in 0..TILE {
-                    sums[i] = value.mul_add(keys[i], sums[i]);
+    let width = tiles[0].len() / TILE;
+    let queries: [&[f32]; N] = std::array::from_fn(|n| &queries[n * width..][..width]);
+    let mut keys: [_; T] = std::array::from_fn(|t| tiles[t].as_chunks::<TILE>().0.iter());
+    let mut totals = [[[0.0_f32; TILE]; N]; T];
+    for first in (0..width).step_by(KC) {
+        let mut sums = [[[0.0_f32; TILE]; N]; T];
+        for e in first..width.min(first + KC) {
+            for (keys, sums) in keys.iter_mut().zip(&mut sums) {
+                let Some(keys) = keys.next() else { return };
+                let keys = widened(keys);
+                for (query, sums) in queries.iter().zip(sums) {
+                    for i in 0..TILE {
+                        sums[i] = query[e].mul_add(keys[i], sums[i]);
+                    }
                 }
             }
         }
-        for (total, sums) in totals.iter_mut().zip(sums) {
+        for (total, sums) in totals.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
             for i in 0..TILE {
-                total[i] = if block == 0 { sums[i] } else { total[i] + sums[i] };
+                total[i] = if first == 0 { sums[i] } else { total[i] + sums[i] };
             }
         }
     }
-    for (scores, total) in scores.iter_mut().zip(totals) {
+    for (scores, total) in scores.iter_mut().zip(totals.as_flattened()) {
         for i in 0..TILE {
             scores[i] = total[i] * scale;
         }
     }
 }
 
-#[inline(always)]
-fn two_body(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) {
-    many_body::<2>(scores, queries, tile, scale);
+multiversion! {
+    /// As [`scores`], for `N` queries and `T` tiles.
+    fn some_scores<E: Element, const N, const T>(scores: &mut [[f32; TILE]], queries: &[f32], tiles: &[&[E]], scale: f32) = scores_body
 }
 
-#[inline(always)]
-fn three_body(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) {
-    many_body::<3>(scores, queries, tile, scale);
-}
-
-#[inline(always)]
-fn four_body(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) {
-    many_body::<4>(scores, queries, tile, scale);
+/// `scale · query · key` of each query for all keys of one or two tiles, which lie transposed, `[E, TILE]`.
+///
+/// # Shapes
+/// - `queries`: `[N, E]`  →  `out`: `[tiles, N]`
+///
+/// # Panics
+/// Where the queries are not as wide as the keys or `out` has another length: the caller's shapes are wrong.
+pub fn scores<E: Element>(
+    out: &mut [[f32; TILE]],
+    queries: &[f32],
+    tiles: &[&[E]],
+    scale: f32,
+    scratch: &mut [Vec<f32>; 2],
+) {
+    let width = tiles[0].len() / TILE;
+    let count = queries.len() / width;
+    assert_eq!(out.len() * width, queries.len() * tiles.len(), "scores of {count} queries");
+    if count > QUERIES && E::DTYPE != DType::F32 {
+        let [first, second] = scratch;
+        let wide =
+            [(0, first), (1, second)].map(|(t, to)| tiles.get(t).map(|tile| E::widen(tile, to)));
+        let wide: Vec<&[f32]> = wide.into_iter().flatten().collect();
+        return scores(out, queries, &wide, scale, &mut Default::default());
+    }
+    let mut some = [[0.0; TILE]; 2 * QUERIES];
+    for (first, queries) in (0..).step_by(QUERIES).zip(queries.chunks(QUERIES * width)) {
+        let len = queries.len() / width;
+        let here = &mut some[..len * tiles.len()];
+        match (len, tiles.len()) {
+            (1, 1) => some_scores::<E, 1, 1>(here, queries, tiles, scale),
+            (1, _) => some_scores::<E, 1, 2>(here, queries, tiles, scale),
+            (2, 1) => some_scores::<E, 2, 1>(here, queries, tiles, scale),
+            (2, _) => some_scores::<E, 2, 2>(here, queries, tiles, scale),
+            (3, 1) => some_scores::<E, 3, 1>(here, queries, tiles, scale),
+            (3, _) => some_scores::<E, 3, 2>(here, queries, tiles, scale),
+            (_, 1) => some_scores::<E, 4, 1>(here, queries, tiles, scale),
+            _ => some_scores::<E, 4, 2>(here, queries, tiles, scale),
+        }
+        for (out, here) in out.chunks_mut(count).zip(here.chunks(len)) {
+            out[first..][..len].copy_from_slice(here);
+        }
+    }
 }
 
 /// Columns of a mixture that stay in registers.
 const COLUMNS: usize = 32;
 
 #[inline(always)]
-fn mix_body(out: &mut [f32], weights: &[f32], values: &[f32]) {
-    let width = out.len();
-    let mut chunks = out.chunks_exact_mut(COLUMNS);
-    let mut first = 0;
-    for out in &mut chunks {
-        let mut sums = [0.0_f32; COLUMNS];
-        sums.copy_from_slice(out);
-        for (weight, value) in weights.iter().zip(values.chunks_exact(width)) {
-            let value = &value[first..first + COLUMNS];
-            for i in 0..COLUMNS {
-                sums[i] = weight.mul_add(value[i], sums[i]);
+fn mix_body<E: Element, const N: usize>(
+    out: &mut [f32],
+    weights: &[f32],
+    stride: usize,
+    values: &[E],
+) {
+    let width = out.len() / N;
+    let count = values.len() / width;
+    let weights: [&[f32]; N] = std::array::from_fn(|n| &weights[n * stride..][..count]);
+    let whole = width / COLUMNS * COLUMNS;
+    for first in (0..whole).step_by(COLUMNS) {
+        let mut sums = [[0.0_f32; COLUMNS]; N];
+        for (n, sums) in sums.iter_mut().enumerate() {
+            sums.copy_from_slice(&out[n * width + first..][..COLUMNS]);
+        }
+        for (row, values) in values.chunks_exact(width).enumerate() {
+            let Some(values) = values[first..].first_chunk::<COLUMNS>() else { return };
+            let values = widened(values);
+            for (weights, sums) in weights.iter().zip(&mut sums) {
+                for i in 0..COLUMNS {
+                    sums[i] = weights[row].mul_add(values[i], sums[i]);
+                }
             }
         }
-        out.copy_from_slice(&sums);
-        first += COLUMNS;
+        for (n, sums) in sums.iter().enumerate() {
+            out[n * width + first..][..COLUMNS].copy_from_slice(sums);
+        }
     }
-    let rest = chunks.into_remainder();
-    for (weight, value) in weights.iter().zip(values.chunks_exact(width)) {
-        for (out, value) in rest.iter_mut().zip(&value[first..]) {
-            *out = weight.mul_add(*value, *out);
+    for (out, weights) in out.chunks_exact_mut(width).zip(weights) {
+        for (weight, values) in weights.iter().zip(values.chunks_exact(width)) {
+            for (out, value) in out[whole..].iter_mut().zip(&values[whole..]) {
+                *out = weight.mul_add(value.widened(), *out);
+            }
         }
     }
 }
 
 multiversion! {
-    fn two(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) = two_body
-}
-multiversion! {
-    fn three(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) = three_body
-}
-multiversion! {
-    fn four(scores: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) = four_body
+    /// `out[n] += Σ_i weights[n · stride + i] · values[i]` of `N` sums; `values` holds rows as wide as each of them.
+    fn mix<E: Element, const N>(out: &mut [f32], weights: &[f32], stride: usize, values: &[E]) = mix_body
 }
 
-/// [`scores`] of several queries `[N, E]` for all keys of a tile, the same bits.
-///
-/// # Panics
-/// Where the queries are not as wide as the keys: the caller's shapes are wrong.
-pub fn scores_of_many(out: &mut [[f32; TILE]], queries: &[f32], tile: &[f32], scale: f32) {
-    let width = tile.len() / TILE;
-    assert_eq!(out.len() * width, queries.len(), "queries of another width");
-    for (out, queries) in out.chunks_mut(4).zip(queries.chunks(4 * width)) {
-        match out.len() {
-            4 => four(out, queries, tile, scale),
-            3 => three(out, queries, tile, scale),
-            2 => two(out, queries, tile, scale),
-            _ => scores(&mut out[0], queries, tile, scale),
-        }
-    }
-}
-
-multiversion! {
-    /// `scores[i] = scale · query · key i`, for at most [`TILE`] keys that lie transposed in `tile`, `[E, TILE]`.
-    pub fn scores(scores: &mut [f32], query: &[f32], tile: &[f32], scale: f32) = scores_body
-}
-multiversion! {
-    /// `out += Σ_i weights[i] · values[i]`; `values` holds rows as wide as `out`.
-    fn mix(out: &mut [f32], weights: &[f32], values: &[f32]) = mix_body
-}
-
-/// A weighted sum of rows that come piece by piece, in the order of summation of a product.
+/// Weighted sums of the same rows, which come piece by piece, in the order of summation of a product.
 #[derive(Debug)]
 pub struct Mixture<'a> {
+    /// `[N, E]`.
     out: &'a mut [f32],
     block: Vec<f32>,
+    width: usize,
     rows: usize,
 }
 
 impl<'a> Mixture<'a> {
-    /// An empty sum, to be written to `out`.
-    pub fn new(out: &'a mut [f32]) -> Self {
+    /// Empty sums of this width, to be written to `out`, `[N, E]`.
+    pub fn new(out: &'a mut [f32], width: usize) -> Self {
         out.fill(0.0);
-        Self { block: vec![0.0; out.len()], out, rows: 0 }
+        Self { block: vec![0.0; out.len()], out, width, rows: 0 }
     }
 
-    /// Adds rows with their weights.
-    pub fn add(&mut self, mut weights: &[f32], mut values: &[f32]) {
-        while !weights.is_empty() {
-            let take = (KC - self.rows % KC).min(weights.len());
-            let (now, later) = weights.split_at(take);
-            let (now_values, later_values) = values.split_at(take * self.out.len());
-            mix(&mut self.block, now, now_values);
+    /// Adds rows, `[count, E]`, with the weights of each sum: those of the next lie `stride` further.
+    pub fn add<E: Element>(&mut self, mut weights: &[f32], stride: usize, mut values: &[E]) {
+        let width = self.width;
+        while !values.is_empty() {
+            let take = (KC - self.rows % KC).min(values.len() / width);
+            let (now, later) = values.split_at(take * width);
+            for (n, out) in self.block.chunks_mut(QUERIES * width).enumerate() {
+                let weights = &weights[n * QUERIES * stride..];
+                match out.len() / width {
+                    1 => mix::<E, 1>(out, weights, stride, now),
+                    2 => mix::<E, 2>(out, weights, stride, now),
+                    3 => mix::<E, 3>(out, weights, stride, now),
+                    _ => mix::<E, 4>(out, weights, stride, now),
+                }
+            }
             self.rows += take;
             if self.rows.is_multiple_of(KC) {
                 self.close_block();
             }
-            (weights, values) = (later, later_values);
+            (weights, values) = (&weights[take..], later);
         }
     }
 
@@ -217,46 +246,68 @@ impl<'a> Mixture<'a> {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::super::matmul::{Mat, Threads, matmul};
     use super::*;
     use crate::rng::Stream;
 
     #[test]
     fn scores_and_mixtures_are_a_products_bit_for_bit() {
+        check::<f32>();
+        check::<bf16>();
+    }
+
+    fn check<E: Element>() {
         let stream = Stream::new(3, "rows");
-        for (count, width) in [(1, 4), (16, 18), (40, 64), (700, 300)] {
-            let (keys, values) =
-                (stream.normal(1, count * width, 1.0), stream.normal(2, count * width, 1.0));
-            let query = stream.normal(3, width, 1.0);
-            let mut found = vec![0.0; count];
-            for (tile, found) in found.chunks_mut(TILE).enumerate() {
-                let mut keys_here = vec![0.0; width * TILE];
-                for (i, key) in keys.chunks(width).skip(tile * TILE).take(TILE).enumerate() {
-                    key.iter().enumerate().for_each(|(e, key)| keys_here[e * TILE + i] = *key);
+        let numbers = |index, len| E::rounded(stream.normal(index, len, 1.0));
+        for (queries, count, width) in
+            [(1, 1, 4), (2, 16, 18), (3, 40, 64), (4, 33, 32), (7, 700, 300), (5, 600, 96)]
+        {
+            let (keys, values) = (numbers(1, count * width), numbers(2, count * width));
+            let query = numbers(3, queries * width);
+            // Sums are of widened numbers, in training's attention too.
+            let wide = |x: &[E]| x.iter().map(|x| x.widened()).collect::<Vec<f32>>();
+            let query = wide(&query);
+            let tiles: Vec<Vec<E>> = keys
+                .chunks(width * TILE)
+                .map(|keys| {
+                    let mut tile = vec![E::default(); width * TILE];
+                    for (i, key) in keys.chunks(width).enumerate() {
+                        key.iter().enumerate().for_each(|(e, key)| tile[e * TILE + i] = *key);
+                    }
+                    tile
+                })
+                .collect();
+            let mut found = vec![f32::NAN; queries * count];
+            for (pair, tiles) in tiles.chunks(2).enumerate() {
+                let tiles: Vec<&[E]> = tiles.iter().map(|tile| &tile[..]).collect();
+                let mut here = vec![[f32::NAN; TILE]; tiles.len() * queries];
+                scores(&mut here, &query, &tiles, 0.5, &mut Default::default());
+                for (index, here) in here.iter().enumerate() {
+                    let first = (2 * pair + index / queries) * TILE;
+                    let seen = TILE.min(count - first);
+                    found[index % queries * count + first..][..seen].copy_from_slice(&here[..seen]);
                 }
-                scores(found, &query, &keys_here, 0.5);
             }
-            let expected =
-                matmul(Mat::new(&query, 1, width), Mat::new(&keys, count, width).t(), Threads::One);
-            let queries = stream.normal(4, 7 * width, 1.0);
-            let tile = stream.normal(5, width * TILE, 1.0);
-            let mut together = [[f32::NAN; TILE]; 7];
-            scores_of_many(&mut together, &queries, &tile, 0.25);
-            for (together, query) in together.iter().zip(queries.chunks(width)) {
-                let mut alone = [f32::NAN; TILE];
-                scores(&mut alone, query, &tile, 0.25);
-                assert!(together.iter().zip(alone).all(|(a, b)| a.to_bits() == b.to_bits()));
-            }
+            let left = Mat::new(&query, queries, width);
+            let keys = wide(&keys);
+            let expected = matmul(left, Mat::new(&keys, count, width).t(), Threads::One);
             let scaled: Vec<f32> = expected.iter().map(|sum| sum * 0.5).collect();
-            assert!(found == scaled);
-            let mut out = vec![f32::NAN; width];
-            let mut mixture = Mixture::new(&mut out);
-            for (weights, values) in found.chunks(7).zip(values.chunks(7 * width)) {
-                mixture.add(weights, values);
+            assert!(bits(&found) == bits(&scaled), "{queries} queries, {count} keys of {width}");
+            let mut out = vec![f32::NAN; queries * width];
+            let mut mixture = Mixture::new(&mut out, width);
+            for (piece, values) in values.chunks(7 * width).enumerate() {
+                mixture.add(&found[piece * 7..], count, values);
             }
             mixture.finish();
-            let weights = Mat::new(&found, 1, count);
-            assert!(out == matmul(weights, Mat::new(&values, count, width), Threads::One));
+            let (weights, values) = (Mat::new(&found, queries, count), wide(&values));
+            let expected = matmul(weights, Mat::new(&values, count, width), Threads::One);
+            assert!(bits(&out) == bits(&expected), "{queries} sums of {count} rows of {width}");
         }
+    }
+
+    fn bits(x: &[f32]) -> Vec<u32> {
+        x.iter().map(|x| x.to_bits()).collect()
     }
 }

@@ -16,27 +16,32 @@ use half::bf16;
 
 const LANES: usize = 16;
 
-/// Declares a function compiled for AVX-512, AVX2 and the portable baseline, and its run-time choice.
+/// Declares a function compiled for AVX-512, AVX2 and the portable baseline, and its run-time choice. It may be generic over
+/// an element type and sizes.
 macro_rules! multiversion {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:ident) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident $(<$element:ident: $bound:ident $(, const $size:ident)*>)? ($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:ident) => {
         $(#[$doc])*
-        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name $(<$element: $bound $(, const $size: usize)*>)? ($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-                unsafe fn avx512($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }
+                unsafe fn avx512 $(<$element: $bound $(, const $size: usize)*>)? ($($arg: $ty),*) $(-> $ret)? {
+                    $body $(::<$element $(, $size)*>)? ($($arg),*)
+                }
                 #[target_feature(enable = "avx2,fma")]
-                unsafe fn avx2($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }
+                unsafe fn avx2 $(<$element: $bound $(, const $size: usize)*>)? ($($arg: $ty),*) $(-> $ret)? {
+                    $body $(::<$element $(, $size)*>)? ($($arg),*)
+                }
                 use $crate::ops::cpu::isa::Isa;
                 match Isa::current() {
                     // SAFETY: the features were detected.
-                    Isa::Avx512 | Isa::Avx512Bf16 => return unsafe { avx512($($arg),*) },
+                    Isa::Avx512 | Isa::Avx512Bf16 => return unsafe { avx512 $(::<$element $(, $size)*>)? ($($arg),*) },
                     // SAFETY: the features were detected.
-                    Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    Isa::Avx2 => return unsafe { avx2 $(::<$element $(, $size)*>)? ($($arg),*) },
                     Isa::Portable => {}
                 }
             }
-            $body($($arg),*)
+            $body $(::<$element $(, $size)*>)? ($($arg),*)
         }
     };
 }
