@@ -145,23 +145,21 @@ fn together<E: Element>(
     probs.resize(rows.len() * group * longest, 0.0);
 
     // Scores of some rows' queries for one or two tiles from position `from` on, of which each row sees what `visible` says.
-    let mut score = |some: Range<usize>, pair: &[(usize, &[E])], from: usize, visible: &[usize]| {
-        let queries = &queries[some.start * group * width..some.end * group * width];
-        let keys: [&[E]; 2] = [pair[0].1, pair[pair.len() - 1].1];
-        scores.resize(some.len() * group * pair.len(), [0.0; TILE]);
-        score_tiles(scores, queries, &keys[..pair.len()], scale, tiles);
-        let mut from = from;
-        for (&(count, _), scores) in pair.iter().zip(scores.chunks(some.len() * group)) {
-            for (index, scores) in scores.iter().enumerate() {
-                let visible = visible[index / group].saturating_sub(from).min(count);
-                let to = &mut probs[(some.start * group + index) * longest..][..longest];
-                if visible > 0 {
-                    to[from..from + visible].copy_from_slice(&scores[..visible]);
+    let mut score =
+        |some: Range<usize>, pair: &[(usize, &[E])], mut from: usize, visible: &[usize]| {
+            let queries = &queries[some.start * group * width..some.end * group * width];
+            let keys: [&[E]; 2] = [pair[0].1, pair[pair.len() - 1].1];
+            scores.resize(some.len() * group * pair.len(), [0.0; TILE]);
+            score_tiles(scores, queries, &keys[..pair.len()], scale, tiles);
+            for (&(count, _), scores) in pair.iter().zip(scores.chunks(some.len() * group)) {
+                for (index, scores) in scores.iter().enumerate() {
+                    let visible = visible[index / group].saturating_sub(from).min(count);
+                    let at = (some.start * group + index) * longest + from;
+                    probs[at..][..visible].copy_from_slice(&scores[..visible]);
                 }
+                from += count;
             }
-            from += count;
-        }
-    };
+        };
     let keys = (layer, Part::Keys, head);
     if let Some((shared, len)) = seen.shared {
         in_pairs(
@@ -224,8 +222,8 @@ fn mixture<E: Element>(
             let values = E::widen(&values[..count * width], tile);
             for (row, sum) in sums.iter_mut().enumerate() {
                 let visible = seen.visible[row].saturating_sub(done).min(count);
-                let probs = &probs[row * group * longest..];
-                sum.add(&probs[done.min(longest)..], longest, &values[..visible * width]);
+                let probs = &probs[row * group * longest + done..];
+                sum.add(probs, longest, &values[..visible * width]);
             }
             done += count;
         });
