@@ -1,10 +1,13 @@
 """Writes right and wrong answers from TruthfulQA.csv (Lin et al., 2022; Apache-2.0) as rows for a reward stage.
 
-    python scripts/make-truthfulqa.py TruthfulQA.csv FOLDER
+    python scripts/make-truthfulqa.py TruthfulQA.csv FOLDER [FOLD]
 
 train.jsonl          questions with all their answers; ranks say that each right one is better than each wrong one
 heldout.jsonl        HELD_OUT other questions with all their answers, right ones first: `right` says how many
 heldout-best.jsonl   of each of these the best right answer against the best wrong one
+
+The questions are in a fixed random order. FOLD, 0 by default, says which HELD_OUT of them are held out: 0 the first ones, 1 those
+that follow, up to 3, the last ones, which are fewer. Together the four hold out every question once.
 """
 
 import csv
@@ -45,9 +48,10 @@ def ranked(prompt, right, wrong):
 
 def main():
     table, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+    first = HELD_OUT * int(sys.argv[3] if len(sys.argv) > 3 else 0)
     rows, rng = list(questions(table)), random.Random(SEED)
     rng.shuffle(rows)
-    held_out, train = rows[:HELD_OUT], rows[HELD_OUT:]
+    held_out, train = rows[first : first + HELD_OUT], rows[:first] + rows[first + HELD_OUT :]
     files = {
         "train": [ranked(*question) for question in train],
         "heldout": [{"prompt": p, "responses": r + w, "right": len(r)} for p, r, w in held_out],

@@ -1,10 +1,11 @@
 """Measures a reward model's scores of TruthfulQA's held-out answers; see benches/reward_truthfulqa.
 
-    python truthfulqa.py RUN DATA
+    python truthfulqa.py RUN DATA [RUN DATA ...]
 
 RUN/scores/NAME.jsonl has a list of scores for each row of DATA/heldout.jsonl, by the model of the stage NAME. A question's
 accuracy is the share of its pairs of a right and a wrong answer in which the right one scores higher, ties counting half; *best*
-looks at the best right answer and the best wrong one only. Intervals are 95 %, by bootstrap over questions.
+looks at the best right answer and the best wrong one only. Intervals are 95 %, by bootstrap over questions. Several runs of one
+recipe on other folds, each with its data, are measured together: every question by the models that did not learn from it.
 """
 
 import json
@@ -106,35 +107,56 @@ def interval(values, draws):
     return f"{values.mean():.3f} [{means[int(0.025 * DRAWS)]:.3f}, {means[int(0.975 * DRAWS)]:.3f}]"
 
 
+class Fold:
+    """A run and the questions that it held out."""
+
+    def __init__(self, run, data):
+        self.run, self.rows = run, lines(data / "heldout.jsonl")
+        self.scores = {path.stem: lines(path) for path in sorted((run / "scores").glob("*.jsonl"))}
+        self.bag = BagOfWords(lines(data / "train.jsonl"))
+        self.baselines = {
+            "longest answer": [[len(text) for text in row["responses"]] for row in self.rows],
+            "bag of words": [[self.bag.score(text) for text in row["responses"]] for row in self.rows],
+        }
+
+    def accuracies(self, name):
+        scores = (self.scores | self.baselines)[name]
+        return [accuracies(*pair) for pair in zip(self.rows, scores)]
+
+    def check(self):
+        """What was saved against what it was before and what transformers loads."""
+        last = max(self.scores)
+        # Minutes a model: what the recipe ends with.
+        theirs = in_transformers(self.run / "stages" / last / "checkpoint", self.rows)
+        gap = max(abs(a - b) for one, two in zip(self.scores[last], theirs) for a, b in zip(one, two))
+        print(f"{self.run} {last} loaded against transformers: largest difference {gap:.2e}")
+        for model, scores in self.scores.items():
+            record = json.loads((self.run / "stages" / model / "manifest.json").read_text())["record"]["metrics"]
+            if "eval_loss" in record:
+                pairs = [s[0] - s[row["right"]] for row, s in zip(self.rows, scores)]
+                before, after = record["eval_loss"], float(-logsigmoid(torch.tensor(pairs, dtype=torch.float64)).mean())
+                print(f"{self.run} {model} loss on the best pairs before saving {before:.9f}, after loading {after:.9f}")
+        print(f"{self.run}: {len(self.rows)} questions; bag of words: penalty {self.bag.penalty:g}, {len(self.bag.words)} words")
+
+
 def main():
-    run, data = map(pathlib.Path, sys.argv[1:])
-    rows, train = lines(data / "heldout.jsonl"), lines(data / "train.jsonl")
-    models = {path.stem: lines(path) for path in sorted((run / "scores").glob("*.jsonl"))}
-    bag = BagOfWords(train)
-    baselines = {
-        "longest answer": [[len(text) for text in row["responses"]] for row in rows],
-        "bag of words": [[bag.score(text) for text in row["responses"]] for row in rows],
+    given = [pathlib.Path(argument) for argument in sys.argv[1:]]
+    folds = [Fold(run, data) for run, data in zip(given[::2], given[1::2], strict=True)]
+    models, baselines = list(folds[0].scores), list(folds[0].baselines)
+    found = {
+        name: torch.tensor([row for fold in folds for row in fold.accuracies(name)], dtype=torch.float64)
+        for name in models + baselines
     }
-    draws = torch.randint(len(rows), (DRAWS, len(rows)), generator=torch.Generator().manual_seed(0))
-    found = {}
-    for name, scores in (models | baselines).items():
-        found[name] = torch.tensor([accuracies(*pair) for pair in zip(rows, scores)], dtype=torch.float64)
-        print(f"{name}: all pairs {interval(found[name][:, 0], draws)}, best pair {interval(found[name][:, 1], draws)}")
-    for model, scores in models.items():
+    count = sum(len(fold.rows) for fold in folds)
+    draws = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(0))
+    for name, of in found.items():
+        print(f"{name}: all pairs {interval(of[:, 0], draws)}, best pair {interval(of[:, 1], draws)}")
+    for model in models:
         for name in baselines:
             lead = found[model] - found[name]
             print(f"{model} ahead of {name}: all pairs {interval(lead[:, 0], draws)}, best pair {interval(lead[:, 1], draws)}")
-        if model == max(models):
-            # Minutes a model: what the recipe ends with.
-            theirs = in_transformers(run / "stages" / model / "checkpoint", rows)
-            gap = max(abs(a - b) for one, two in zip(scores, theirs) for a, b in zip(one, two))
-            print(f"{model} loaded against transformers: largest difference {gap:.2e}")
-        record = json.loads((run / "stages" / model / "manifest.json").read_text())["record"]["metrics"]
-        if "eval_loss" in record:
-            gaps = torch.tensor([s[0] - s[row["right"]] for row, s in zip(rows, scores)], dtype=torch.float64)
-            before, after = record["eval_loss"], float(-logsigmoid(gaps).mean())
-            print(f"{model} loss on the best pairs before saving {before:.9f}, after loading {after:.9f}")
-    print(f"{len(rows)} questions; bag of words: penalty {bag.penalty:g}, {len(bag.words)} words")
+    for fold in folds:
+        fold.check()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use super::adaptation::Adaptation;
-use super::decode::{CpuDecoder, Decoder, Feed, Wanted};
+use super::decode::{CpuDecoder, Decoder, Feed, Predictions, Wanted};
 use super::engine::{Answer, Extras, Prompt, Request, Scheduler, answer_requests};
 use super::plain::PlainDecoder;
 use super::sampling::Sampling;
@@ -133,9 +133,9 @@ fn predictions<D: Decoder>(decoder: &D, adaptation: &Adaptation) -> Vec<f32> {
             adaptation,
         })
         .collect();
-    let mut logits = Vec::new();
-    decoder.forward(&mut feeds, &mut logits).unwrap();
-    logits
+    let mut predictions = Predictions::default();
+    decoder.forward(&mut feeds, &mut predictions).unwrap();
+    predictions.logits
 }
 
 fn worst(a: &[f32], b: &[f32]) -> f32 {

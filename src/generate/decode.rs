@@ -13,11 +13,13 @@ use super::adaptation::{Adaptation, Adapted, Place};
 use super::attend::{Heads, attention};
 use super::cache::{CacheShape, PagedCache, Part};
 use super::parts::{Input, Matrix, Parts};
+use super::sampler::Draw;
 use crate::error::{Error, Result};
 use crate::model::packed::BlockType;
 use crate::model::{Config, Weights};
 use crate::ops::cpu::awake::awake;
 use crate::ops::cpu::{self, Element};
+use crate::ops::sample::Chance;
 use crate::ops::{Rotary, linear, norm, residual, rope, swiglu};
 
 /// New tokens of one sequence.
@@ -34,7 +36,7 @@ pub struct Feed<'a, C> {
 }
 
 /// The tokens of a feed after which the model's predictions are wanted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Wanted {
     /// None: more of the same sequence follows.
     Nothing,
@@ -42,6 +44,8 @@ pub enum Wanted {
     Last,
     /// All, in their order.
     All,
+    /// A token drawn after the last one instead of the prediction for it; only of decoders that [draw](Decoder::draws).
+    Token(Chance),
 }
 
 impl Wanted {
@@ -49,10 +53,19 @@ impl Wanted {
     pub fn of(self, count: usize) -> Range<usize> {
         match self {
             Self::Nothing => count..count,
-            Self::Last => count - 1..count,
+            Self::Last | Self::Token(_) => count - 1..count,
             Self::All => 0..count,
         }
     }
+}
+
+/// What a forward pass says.
+#[derive(Debug, Default)]
+pub struct Predictions {
+    /// `[wanted, V]`: logits after the wanted tokens, in the order of the feeds.
+    pub logits: Vec<f32>,
+    /// The drawn tokens, in the order of the feeds that want one; an error is one feed's own.
+    pub draws: Vec<Result<Draw>>,
 }
 
 /// A model that reads tokens into caches and predicts the next ones.
@@ -69,12 +82,20 @@ pub trait Decoder {
     /// The device's.
     fn truncate(&self, cache: &mut Self::Cache, end: usize) -> Result<()>;
 
-    /// Reads each feed's tokens. `logits` becomes `[wanted, V]`: the predictions after the wanted tokens, in the order of
-    /// the feeds.
+    /// Reads each feed's tokens, and replaces what `predictions` holds.
     ///
     /// # Errors
     /// The device fails, or a token lies outside the vocabulary.
-    fn forward(&self, feeds: &mut [Feed<'_, Self::Cache>], logits: &mut Vec<f32>) -> Result<()>;
+    fn forward(
+        &self,
+        feeds: &mut [Feed<'_, Self::Cache>],
+        predictions: &mut Predictions,
+    ) -> Result<()>;
+
+    /// Whether it draws tokens where it computes, so that no logits need to come from there.
+    fn draws(&self) -> bool {
+        false
+    }
 
     /// The vocabulary's size, `V`.
     fn vocab_size(&self) -> usize;
@@ -219,8 +240,12 @@ impl<E: Element> Decoder for CpuDecoder<E> {
         Ok(())
     }
 
-    fn forward(&self, feeds: &mut [Feed<'_, PagedCache<E>>], logits: &mut Vec<f32>) -> Result<()> {
-        awake(|| self.read(feeds, logits))
+    fn forward(
+        &self,
+        feeds: &mut [Feed<'_, PagedCache<E>>],
+        predictions: &mut Predictions,
+    ) -> Result<()> {
+        awake(|| self.read(feeds, &mut predictions.logits))
     }
 
     fn vocab_size(&self) -> usize {

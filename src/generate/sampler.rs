@@ -6,14 +6,17 @@
 
 use std::cmp::Ordering;
 
+use candle_core::Tensor;
 use llguidance::toktrie::SimpleVob;
-use rand::Rng;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 use super::engine::{Extras, Likely};
 use super::sampling::Sampling;
 use crate::error::{Error, Result};
 use crate::ops::cpu::simd;
 use crate::ops::head::log_sum_exp;
+use crate::ops::sample::{Chance, Drawn, NoDraw};
 
 /// A drawn token and how likely it was.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +29,23 @@ pub struct Draw {
     pub sample_logprob: f32,
     /// The likeliest tokens under the model alone, where they were asked for.
     pub top: Vec<Likely>,
+}
+
+impl From<Drawn> for Draw {
+    fn from(Drawn { id, logprob, sample_logprob }: Drawn) -> Self {
+        Self { id, logprob, sample_logprob, top: Vec::new() }
+    }
+}
+
+impl From<NoDraw> for Error {
+    fn from(why: NoDraw) -> Self {
+        match why {
+            NoDraw::NotFinite => Self::run("the model's logits are not finite")
+                .hint("check the checkpoint's weights for NaN, or lower the learning rate"),
+            NoDraw::NothingAllowed => Self::run("no token may come next")
+                .hint("the grammar or `logit_bias` leaves none; allow an end of the answer"),
+        }
+    }
 }
 
 /// Draws tokens by fixed settings. Holds buffers only: a draw depends on its arguments and the settings alone.
@@ -66,6 +86,40 @@ impl Sampler {
         }
     }
 
+    /// The next draw as whoever else draws needs to know it: nothing where it depends on earlier tokens, a bias, or names
+    /// the likeliest tokens.
+    pub(crate) fn chance(&self, rng: &ChaCha8Rng) -> Option<Chance> {
+        if self.looks_back() || !self.bias.is_empty() || self.top > 0 {
+            return None;
+        }
+        Some(Chance {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            key: rng.get_seed(),
+            // Each takes two words.
+            draw: (rng.get_word_pos() / 2) as u64,
+        })
+    }
+
+    /// Draws by a chance alone: what [`draw`](Self::draw) draws with the settings and the generator that it was made of.
+    fn draw_by(logits: &mut [f32], chance: &Chance) -> Result<Draw> {
+        let Chance { temperature, top_k, top_p, min_p, key, draw } = *chance;
+        let mut rng = ChaCha8Rng::from_seed(key);
+        rng.set_word_pos(2 * u128::from(draw));
+        let plain = Self::new(&Sampling::default(), &Extras::default());
+        let mut sampler = Self { temperature, top_p, top_k, min_p, ..plain };
+        sampler.draw(logits, (&[], 0), None, &mut rng)
+    }
+
+    /// Leaves out of a generator what a draw elsewhere took of it.
+    pub(super) fn skip(&self, rng: &mut ChaCha8Rng) {
+        if self.temperature != 0.0 {
+            rng.set_word_pos(rng.get_word_pos() + 2);
+        }
+    }
+
     /// Whether a draw depends on earlier tokens.
     pub fn looks_back(&self) -> bool {
         let off = [(self.penalty, 1.0_f32), (self.presence, 0.0), (self.frequency, 0.0)];
@@ -96,8 +150,7 @@ impl Sampler {
         }
         let top_logit = simd::max(logits);
         if top_logit == f32::NEG_INFINITY {
-            return Err(Error::run("no token may come next")
-                .hint("the grammar or `logit_bias` leaves none; allow an end of the answer"));
+            return Err(NoDraw::NothingAllowed.into());
         }
         let (id, sample_logprob) = match self.temperature {
             0.0 => (argmax(logits), 0.0),
@@ -206,6 +259,24 @@ impl Sampler {
     }
 }
 
+/// A token of each row, drawn where the logits are; an error is one row's own.
+///
+/// # Shapes
+/// - `logits`: `[R, V]`, f32; `chances`: `R`
+///
+/// # Errors
+/// The device's.
+pub(crate) fn draw_rows(logits: &Tensor, chances: &[Chance]) -> Result<Vec<Result<Draw>>> {
+    #[cfg(feature = "cuda")]
+    if logits.device().is_cuda() {
+        let drawn = crate::ops::cuda::launch::sample::on_cuda(logits, chances)?;
+        return Ok(drawn.into_iter().map(|drawn| Ok(drawn?.into())).collect());
+    }
+    let mut rows = logits.to_vec2::<f32>()?;
+    let pairs = rows.iter_mut().zip(chances);
+    Ok(pairs.map(|(row, chance)| Sampler::draw_by(row, chance)).collect())
+}
+
 /// Fills `kept` with the different ids, in order.
 fn distinct(kept: &mut Vec<u32>, ids: impl Iterator<Item = u32>) {
     kept.clear();
@@ -229,8 +300,7 @@ fn finite_log_sum(logits: &[f32]) -> Result<f32> {
     if log_sum.is_finite() {
         return Ok(log_sum);
     }
-    Err(Error::run("the model's logits are not finite")
-        .hint("check the checkpoint's weights for NaN, or lower the learning rate"))
+    Err(NoDraw::NotFinite.into())
 }
 
 /// The likeliest tokens, the smaller id first of equals. `ids` is a buffer.

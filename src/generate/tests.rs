@@ -3,12 +3,12 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use super::decode::{CpuDecoder, Decoder, Feed, Wanted};
+use super::decode::{CpuDecoder, Decoder, Feed, Predictions, Wanted};
 use super::engine::{
     Answer, Draft, Event, Finish, Guess, Guesser, Limits, Lookup, Prompt, Request, Schedule,
     Scheduler, Ticket, Vocabulary, answer_all,
 };
-use super::plain::PlainDecoder;
+use super::plain::{PlainDecoder, TensorCache};
 use super::sampler::argmax;
 use super::sampling::Sampling;
 use crate::data::forest::Forest;
@@ -19,6 +19,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::transformer::Transformer;
 use crate::ops::cpu::Element;
 use crate::ops::head;
+use crate::ops::sample::Chance;
 
 /// Byte tokens; 256 and above are the pieces of `pieces`.
 #[derive(Default)]
@@ -64,7 +65,12 @@ impl Decoder for Parrot {
         Ok(())
     }
 
-    fn forward(&self, feeds: &mut [Feed<'_, (usize, usize)>], logits: &mut Vec<f32>) -> Result<()> {
+    fn forward(
+        &self,
+        feeds: &mut [Feed<'_, (usize, usize)>],
+        predictions: &mut Predictions,
+    ) -> Result<()> {
+        let logits = &mut predictions.logits;
         logits.clear();
         for feed in feeds {
             // The prompt has one token.
@@ -279,7 +285,7 @@ pub(super) fn sample_bits(
 
 /// Logits of a prompt in two parts and of two samples that share it.
 pub(super) fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
-    let (mut logits, mut all) = (Vec::new(), Vec::new());
+    let (mut predictions, mut all) = (Predictions::default(), Vec::new());
     let mut prompt = decoder.cache(None);
     decoder
         .forward(
@@ -289,7 +295,7 @@ pub(super) fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
                 wanted: Wanted::Nothing,
                 adaptation: None,
             }],
-            &mut logits,
+            &mut predictions,
         )
         .unwrap();
     decoder
@@ -300,10 +306,10 @@ pub(super) fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
                 wanted: Wanted::All,
                 adaptation: None,
             }],
-            &mut logits,
+            &mut predictions,
         )
         .unwrap();
-    all.extend_from_slice(&logits);
+    all.extend_from_slice(&predictions.logits);
     let prompt = Arc::new(prompt);
     let mut samples =
         [decoder.cache(Some((Arc::clone(&prompt), 5))), decoder.cache(Some((prompt, 4)))];
@@ -313,8 +319,8 @@ pub(super) fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
             .zip(tokens.chunks(1))
             .map(|(cache, tokens)| Feed { cache, tokens, wanted: Wanted::Last, adaptation: None })
             .collect();
-        decoder.forward(&mut feeds, &mut logits).unwrap();
-        all.extend_from_slice(&logits);
+        decoder.forward(&mut feeds, &mut predictions).unwrap();
+        all.extend_from_slice(&predictions.logits);
     }
     all
 }
@@ -331,6 +337,88 @@ fn the_plain_decoder_predicts_what_the_cpu_decoder_does_on_a_golden_model() {
     assert_eq!(cpu.len(), plain.len());
     let worst = cpu.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(worst < 1e-4, "off by {worst}");
+}
+
+/// A decoder that leaves the draws to others.
+struct Undrawn<'a>(&'a PlainDecoder);
+
+impl Decoder for Undrawn<'_> {
+    type Cache = TensorCache;
+
+    fn cache(&self, parent: Option<(Arc<TensorCache>, usize)>) -> TensorCache {
+        self.0.cache(parent)
+    }
+
+    fn truncate(&self, cache: &mut TensorCache, end: usize) -> Result<()> {
+        self.0.truncate(cache, end)
+    }
+
+    fn forward(
+        &self,
+        feeds: &mut [Feed<'_, TensorCache>],
+        predictions: &mut Predictions,
+    ) -> Result<()> {
+        self.0.forward(feeds, predictions)
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.0.vocab_size()
+    }
+}
+
+#[test]
+fn a_decoder_that_draws_draws_what_the_engine_would() {
+    let checkpoint = golden("model_untied");
+    let decoder = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let vocabulary = Bytes { ends: (0..40).collect(), ..Bytes::default() };
+    // The second and the third end in a second page.
+    let prompts: Vec<Prompt> = [5_u32, 60, 70]
+        .map(|len| Prompt {
+            index: u64::from(len),
+            tokens: (0..len).map(|i| 40 + (i * 31 + len) % 400).collect(),
+        })
+        .to_vec();
+    let base = Sampling { num_samples: 3, max_new_tokens: 20, seed: 5, ..Sampling::default() };
+    for sampling in [
+        base.clone(),
+        Sampling { temperature: 0.7, top_k: 50, top_p: 0.9, ..base.clone() },
+        Sampling { min_p: 0.01, ..base.clone() },
+        Sampling { temperature: 0.0, num_samples: 1, ..base.clone() },
+        // Depends on what was written: the engine draws.
+        Sampling { repetition_penalty: 1.2, ..base },
+    ] {
+        let limits = WIDE;
+        let drawn = Engine { decoder: &decoder, vocabulary: &vocabulary, limits };
+        let undrawn = Engine { decoder: &Undrawn(&decoder), vocabulary: &vocabulary, limits };
+        let [drawn, undrawn] =
+            [drawn.answers(&prompts, &sampling), undrawn.answers(&prompts, &sampling)];
+        assert!(drawn.unwrap() == undrawn.unwrap(), "{sampling:?}");
+    }
+}
+
+#[test]
+fn tokens_are_drawn_beside_predictions_in_the_order_of_the_feeds() {
+    let checkpoint = golden("model_tied");
+    let decoder = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let greedy =
+        Chance { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, key: [0; 32], draw: 0 };
+    let forward = |wanted: [Wanted; 3]| {
+        let mut caches = [(); 3].map(|()| decoder.cache(None));
+        let mut feeds: Vec<_> = caches
+            .iter_mut()
+            .zip([[5, 9], [30, 8], [11, 12]].iter().zip(wanted))
+            .map(|(cache, (tokens, wanted))| Feed { cache, tokens, wanted, adaptation: None })
+            .collect();
+        let mut predictions = Predictions::default();
+        decoder.forward(&mut feeds, &mut predictions).unwrap();
+        predictions
+    };
+    let logits = forward([Wanted::Last; 3]).logits;
+    let rows: Vec<&[f32]> = logits.chunks(decoder.vocab_size()).collect();
+    let mixed = forward([Wanted::Token(greedy), Wanted::Last, Wanted::Token(greedy)]);
+    assert_eq!(mixed.logits, rows[1]);
+    let drawn: Vec<u32> = mixed.draws.into_iter().map(|draw| draw.unwrap().id).collect();
+    assert_eq!(drawn, [argmax(rows[0]), argmax(rows[2])]);
 }
 
 #[test]

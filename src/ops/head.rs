@@ -125,6 +125,20 @@ pub fn backward(
     }
 }
 
+/// The predictions after some rows, in f32: rows enter the product in the weight's type, and its sums are not rounded. No
+/// gradient.
+///
+/// # Shapes
+/// - `hidden`: `[R, D]`, at least one row, `weight`: `[V, D]`  →  `[R, V]`
+pub fn logits(hidden: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let hidden = hidden.detach().to_dtype(weight.dtype())?;
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        return super::cuda::head_launch::logits(&hidden, weight);
+    }
+    super::linear(&hidden.to_dtype(DType::F32)?, &weight.detach().to_dtype(DType::F32)?, None)
+}
+
 /// Rows whose logits exist at once, for a vocabulary of this size.
 pub fn rows_at_once(vocab: usize) -> usize {
     Rows::chunk(vocab)

@@ -9,6 +9,7 @@
 //! heads, `E` width of one head, `F` feed-forward width, `V` vocabulary, `N` targets, `S` sequences (leaves).
 
 pub mod attention;
+pub mod cached;
 pub mod cpu;
 pub mod cuda;
 pub mod embed;
@@ -18,6 +19,7 @@ pub mod linear;
 pub mod norm;
 pub mod residual;
 pub mod rope;
+pub mod sample;
 pub mod swiglu;
 
 pub use attention::{AttentionPlan, attention};

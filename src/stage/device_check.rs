@@ -11,6 +11,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use serde::Serialize;
 
+use super::device_generation;
 use crate::data::forest::{Forest, Target};
 use crate::data::tree::{Role, Tree};
 use crate::model::gradients::Gradients;
@@ -78,6 +79,10 @@ pub fn run(device: &Device) -> Result<Vec<Checked>> {
         all.extend(of_the_head(device, *dtype)?);
     }
     all.extend(of_the_embedding(device)?);
+    for dtype in BOTH {
+        all.extend(device_generation::of_the_cache(device, *dtype)?);
+    }
+    all.extend(device_generation::of_the_draws(device)?);
     for dtype in BOTH {
         all.extend(of_the_optimizer(device, *dtype)?);
     }
@@ -273,7 +278,11 @@ fn of_the_optimizer(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
         .collect()
 }
 
-fn checked(names: (&str, &str), dtype: DType, pair: (&Tensor, &Tensor)) -> Result<Checked> {
+pub(super) fn checked(
+    names: (&str, &str),
+    dtype: DType,
+    pair: (&Tensor, &Tensor),
+) -> Result<Checked> {
     // f32: another order of summation over some thousands. bf16: roundings to eight bits on the way and at the end.
     let kind = if dtype == DType::F32 { ("f32", 3e-5) } else { ("bf16", 3.2e-2) };
     compared(names, kind, pair)
@@ -299,12 +308,12 @@ fn flat(x: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// As f32 on the CPU, without a graph.
-fn home(x: &Tensor) -> Result<Tensor> {
+pub(super) fn home(x: &Tensor) -> Result<Tensor> {
     x.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)
 }
 
 /// Reproducible normal numbers, rounded to bf16.
-fn numbers(index: u64, shape: impl Into<Shape>) -> Result<Tensor> {
+pub(super) fn numbers(index: u64, shape: impl Into<Shape>) -> Result<Tensor> {
     let shape = shape.into();
     let values = Stream::new(1, "check").normal(index, shape.elem_count(), 1.0);
     Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::BF16)?.to_dtype(DType::F32)
@@ -374,6 +383,8 @@ mod tests {
             })
             .chain(of_the_head(&Device::Cpu, DType::F32).unwrap())
             .chain(of_the_embedding(&Device::Cpu).unwrap())
+            .chain(device_generation::of_the_cache(&Device::Cpu, DType::F32).unwrap())
+            .chain(device_generation::of_the_draws(&Device::Cpu).unwrap())
             .chain(of_the_optimizer(&Device::Cpu, DType::BF16).unwrap())
             .collect();
         assert!(all.len() > 40, "{}", all.len());

@@ -11,6 +11,7 @@ pub mod bench;
 pub mod bench_prepare;
 pub mod device;
 pub mod device_check;
+mod device_generation;
 pub mod device_goldens;
 pub mod dpo;
 pub mod eval;

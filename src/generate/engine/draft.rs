@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::prefix::common;
 use super::{Guess, Guesser};
 use crate::error::Result;
-use crate::generate::decode::{Decoder, Feed, Wanted};
+use crate::generate::decode::{Decoder, Feed, Predictions, Wanted};
 use crate::generate::sampler::Sampler;
 
 /// Most prompt tokens that are read at once.
@@ -19,7 +19,7 @@ pub struct Draft<'a, D: Decoder> {
     /// Prompts by ticket.
     prompts: BTreeMap<u64, Arc<D::Cache>>,
     answers: BTreeMap<(u64, usize), State<D::Cache>>,
-    logits: Vec<f32>,
+    predictions: Predictions,
 }
 
 /// How far an answer was followed.
@@ -45,7 +45,7 @@ impl<'a, D: Decoder> Draft<'a, D> {
             max_positions,
             prompts: BTreeMap::new(),
             answers: BTreeMap::new(),
-            logits: Vec::new(),
+            predictions: Predictions::default(),
         }
     }
 
@@ -58,7 +58,7 @@ impl<'a, D: Decoder> Draft<'a, D> {
         for tokens in tokens.chunks(PREFILL) {
             let feed =
                 Feed { cache: &mut cache, tokens, wanted: Wanted::Nothing, adaptation: None };
-            self.decoder.forward(&mut [feed], &mut self.logits)?;
+            self.decoder.forward(&mut [feed], &mut self.predictions)?;
         }
         let cache = Arc::new(cache);
         self.prompts.insert(ticket, Arc::clone(&cache));
@@ -88,7 +88,7 @@ impl<'a, D: Decoder> Draft<'a, D> {
     }
 
     /// Reads what each answer has not read, and returns the predictions after the last tokens.
-    fn read(&mut self, turns: &mut [Turn], asked: &[Guess<'_>]) -> Result<Vec<f32>> {
+    fn read(&mut self, turns: &mut [Turn], asked: &[Guess<'_>]) -> Result<Predictions> {
         // In the order of the keys, as the answers come.
         turns.sort_by_key(|turn| asked[turn.asked].key);
         let mut feeds = Vec::with_capacity(turns.len());
@@ -105,9 +105,9 @@ impl<'a, D: Decoder> Draft<'a, D> {
                 });
             }
         }
-        let mut logits = std::mem::take(&mut self.logits);
-        self.decoder.forward(&mut feeds, &mut logits)?;
-        Ok(logits)
+        let mut predictions = std::mem::take(&mut self.predictions);
+        self.decoder.forward(&mut feeds, &mut predictions)?;
+        Ok(predictions)
     }
 }
 
@@ -121,8 +121,8 @@ impl<D: Decoder> Guesser for Draft<'_, D> {
             }
         }
         while !turns.is_empty() {
-            let mut logits = self.read(&mut turns, asked)?;
-            let rows = logits.chunks_exact_mut(self.decoder.vocab_size());
+            let mut predictions = self.read(&mut turns, asked)?;
+            let rows = predictions.logits.chunks_exact_mut(self.decoder.vocab_size());
             for (turn, logits) in turns.iter_mut().zip(rows) {
                 let one = &mut asked[turn.asked];
                 let Some(state) = self.answers.get_mut(&one.key) else { continue };
@@ -145,7 +145,7 @@ impl<D: Decoder> Guesser for Draft<'_, D> {
                 let one = &asked[turn.asked];
                 !turn.feed.is_empty() && one.guess.len() < one.most
             });
-            self.logits = logits;
+            self.predictions = predictions;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::generate::grammar::Matcher;
 use crate::generate::sampler::{Draw, Sampler};
 use crate::generate::stop::{Shown, StopStrings};
+use crate::ops::sample::Chance;
 
 /// Which answer, and what it needs from its request.
 pub(super) struct Task<C> {
@@ -40,6 +41,8 @@ pub(super) struct Running<C> {
     pub(super) guess: Vec<u32>,
     /// What the next forward pass reads: the last token and the guess.
     pub(super) feed: Vec<u32>,
+    /// Whether the decoder draws the next token.
+    pub(super) drawn_there: bool,
     shown: Shown,
     pub(super) ended: Option<(Finish, String)>,
 }
@@ -61,9 +64,31 @@ impl<C> Running<C> {
             top_logprobs: Vec::new(),
             guess: Vec::new(),
             feed: Vec::new(),
+            drawn_there: false,
             shown: Shown::default(),
             ended: None,
         }
+    }
+
+    /// The draw of the next token, where a decoder may make it: no guess waits to be checked and nothing but the settings
+    /// has a say in it.
+    pub(super) fn chance(&self) -> Option<Chance> {
+        let alone = self.guess.is_empty() && self.matcher.is_none();
+        alone.then(|| self.sampler.chance(&self.task.rng)).flatten()
+    }
+
+    /// Takes a token that the decoder drew by [`chance`](Self::chance).
+    /// Returns how many tokens that are.
+    pub(super) fn take_drawn(&mut self, draw: Draw, vocabulary: &dyn Vocabulary) -> usize {
+        self.sampler.skip(&mut self.task.rng);
+        self.take(draw);
+        self.ended = self.end(vocabulary);
+        1
+    }
+
+    /// Rows of logits that the next forward pass says for it.
+    pub(super) fn rows(&self) -> usize {
+        if self.drawn_there { 0 } else { self.feed.len() }
     }
 
     /// Draws from the predictions after the last token and each guessed one, as long as the guesses come true: what is

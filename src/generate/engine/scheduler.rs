@@ -12,7 +12,8 @@ use super::reading::{Reading, SCORED};
 use super::running::{Running, Task};
 use super::{Answer, Event, Finish, Limits, PromptScores, Request, Schedule, Ticket, Vocabulary};
 use crate::error::{Error, Result};
-use crate::generate::decode::{Decoder, Feed, Wanted};
+use crate::generate::decode::{Decoder, Feed, Predictions, Wanted};
+use crate::generate::sampler::Draw;
 use crate::generate::stop::StopStrings;
 use crate::rng::Stream;
 
@@ -50,7 +51,7 @@ pub struct Scheduler<'a, D: Decoder> {
     running: Vec<Running<D::Cache>>,
     prefixes: Prefixes<D::Cache>,
     reserved: Reserved,
-    logits: Vec<f32>,
+    predictions: Predictions,
 }
 
 impl<'a, D: Decoder> Scheduler<'a, D> {
@@ -69,7 +70,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             running: Vec::new(),
             prefixes: Prefixes::default(),
             reserved: Reserved::default(),
-            logits: Vec::new(),
+            predictions: Predictions::default(),
         }
     }
 
@@ -234,16 +235,19 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         guesser.guess(&mut asked)
     }
 
-    fn forward(&mut self, logits: &mut Vec<f32>) -> Result<()> {
+    fn forward(&mut self, predictions: &mut Predictions) -> Result<()> {
+        let draws = self.decoder.draws();
         let mut feeds = Vec::with_capacity(self.running.len() + self.reading.len());
         for running in &mut self.running {
             running.feed.clear();
             running.feed.extend(running.ids.last());
             running.feed.extend_from_slice(&running.guess);
+            let chance = if draws { running.chance() } else { None };
+            running.drawn_there = chance.is_some();
             feeds.push(Feed {
                 cache: &mut running.task.cache,
                 tokens: &running.feed,
-                wanted: Wanted::All,
+                wanted: chance.map_or(Wanted::All, Wanted::Token),
                 adaptation: running.task.request.adaptation(),
             });
         }
@@ -253,25 +257,28 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             let adaptation = reading.request.adaptation();
             feeds.push(Feed { cache: &mut reading.cache, tokens, wanted, adaptation });
         }
-        self.decoder.forward(&mut feeds, logits)
+        self.decoder.forward(&mut feeds, predictions)
     }
 
-    /// Draws for every answer; says for each how many tokens, or what went wrong.
-    fn draw(&mut self, logits: &mut [f32]) -> Vec<Result<usize>> {
+    /// Draws for every answer that was not drawn for; says for each how many tokens, or what went wrong.
+    fn draw(&mut self, logits: &mut [f32], draws: &mut Vec<Result<Draw>>) -> Vec<Result<usize>> {
         let vocab = self.decoder.vocab_size();
         let (decoder, vocabulary) = (self.decoder, self.vocabulary);
         let mut rows = Vec::with_capacity(self.running.len());
-        let mut rest = logits;
+        let (mut rest, mut draws) = (logits, draws.drain(..));
         for running in &self.running {
-            let (own, others) = rest.split_at_mut(running.feed.len() * vocab);
-            rows.push(own);
+            let (own, others) = rest.split_at_mut(running.rows() * vocab);
+            rows.push((own, if running.drawn_there { draws.next() } else { None }));
             rest = others;
         }
         let drawn: Vec<Result<usize>> = self
             .running
             .par_iter_mut()
             .zip(rows)
-            .map(|(running, logits)| running.draw_all(logits, vocab, vocabulary))
+            .map(|(running, (logits, draw))| match draw {
+                Some(draw) => draw.map(|draw| running.take_drawn(draw, vocabulary)),
+                None => running.draw_all(logits, vocab, vocabulary),
+            })
             .collect();
         let keep = |(running, drawn): (&mut Running<D::Cache>, Result<usize>)| {
             let drawn = drawn?;
@@ -422,14 +429,14 @@ impl<D: Decoder> Schedule for Scheduler<'_, D> {
             return Ok(false);
         }
         self.guess()?;
-        let mut logits = std::mem::take(&mut self.logits);
-        self.forward(&mut logits)?;
+        let mut predictions = std::mem::take(&mut self.predictions);
+        self.forward(&mut predictions)?;
         let vocab = self.decoder.vocab_size();
-        let written: usize = self.running.iter().map(|running| running.feed.len()).sum();
-        let (written, read) = logits.split_at_mut(written * vocab);
-        let drawn = self.draw(written);
+        let written: usize = self.running.iter().map(Running::rows).sum();
+        let (written, read) = predictions.logits.split_at_mut(written * vocab);
+        let drawn = self.draw(written, &mut predictions.draws);
         let mut failed = self.take_read(read);
-        self.logits = logits;
+        self.predictions = predictions;
         self.report(drawn, &mut failed, on)?;
         for (ticket, error) in failed {
             self.cancel(ticket);

@@ -14,17 +14,21 @@ mod launch;
 mod tests;
 
 #[cfg(feature = "cuda")]
+pub(super) use launch::{aligned, prepared};
+#[cfg(feature = "cuda")]
 pub(crate) use launch::{on_cuda, takes};
 
 /// Threads of a block: four warps, sixteen rows each.
-const THREADS: u32 = 128;
+pub(super) const THREADS: u32 = 128;
 /// Rows of a block's own tile.
-const OWN: usize = 64;
+pub(super) const OWN: usize = 64;
 
 /// A kernel that is compiled for each type and width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kernel {
+pub(super) enum Kernel {
     Forward,
+    /// The forward pass over pages of a cache, in `cached.cu`.
+    Cached,
     /// The gradients of keys and values.
     BackwardKeys,
     /// The gradient of queries.
@@ -32,10 +36,17 @@ enum Kernel {
 }
 
 impl Kernel {
+    /// The file it is in.
+    #[cfg(feature = "cuda")]
+    fn module(self) -> &'static str {
+        if self == Self::Cached { "cached" } else { "attention" }
+    }
+
     /// Its entry for elements of a type, by its suffix, and heads of a width.
-    fn entry(self, number: &str, width: usize) -> String {
+    pub(super) fn entry(self, number: &str, width: usize) -> String {
         let name = match self {
             Self::Forward => "forward",
+            Self::Cached => "cached",
             Self::BackwardKeys => "backward_keys",
             Self::BackwardQueries => "backward_queries",
         };
@@ -44,10 +55,10 @@ impl Kernel {
 
     /// The dynamic shared memory that it needs, in bytes, for elements of `size` bytes: its own rows and those of the
     /// pieces it walks, each with sixteen bytes more. At most 83 KiB.
-    fn shared(self, size: usize, width: usize) -> usize {
+    pub(super) fn shared(self, size: usize, width: usize) -> usize {
         let (piece, stages) = if size == 2 { (32, 2) } else { (16, 1) };
         let (rows, numbers) = match self {
-            Self::Forward => (OWN + 4 * piece, 0),
+            Self::Forward | Self::Cached => (OWN + 4 * piece, 0),
             Self::BackwardKeys => (2 * OWN + 2 * stages * piece, 2 * stages * piece),
             Self::BackwardQueries => (2 * OWN + 2 * stages * piece, 0),
         };

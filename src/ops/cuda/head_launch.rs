@@ -73,6 +73,30 @@ pub(crate) fn on_cuda(
     }
 }
 
+/// As `logits` of `ops::head`, of rows in the weight's type.
+///
+/// # Shapes
+/// - `x`: `[R, D]`, `weight`: `[V, D]`, on one device  →  `[R, V]`, f32
+pub(crate) fn logits(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    match weight.dtype() {
+        DType::BF16 => logits_of::<bf16>(x, weight),
+        DType::F32 => logits_of::<f32>(x, weight),
+        other => candle_core::bail!("a head of {other:?}, expected f32 or bf16"),
+    }
+}
+
+fn logits_of<E: Number>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (device, (rows, width), vocab) = (x.device().as_cuda_device()?, x.dims2()?, weight.dim(0)?);
+    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
+    let ((x, of_x), (w, of_w)) = (x.storage_and_layout(), weight.storage_and_layout());
+    let (x, w) = (view::<E>(cuda(&x)?, of_x)?, view::<E>(cuda(&w)?, of_w)?);
+    // SAFETY: the product writes it whole.
+    let mut logits = unsafe { device.alloc::<f32>(rows * vocab) }?;
+    let factors = (Matrix::plain(&x), Matrix::turned(&w));
+    product(device, factors, &mut logits.slice_mut(..), [rows, vocab, width], false)?;
+    Ok(tensor(device, logits, (rows, vocab)))
+}
+
 fn by_chunks<E: Number>(
     hidden: &Tensor,
     weight: &Tensor,

@@ -5,6 +5,8 @@
 
 #[cfg(any(feature = "cuda", all(test, unix)))]
 pub(super) mod attention;
+#[cfg(any(feature = "cuda", all(test, unix)))]
+pub(super) mod cached;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub(super) mod head_launch;

@@ -61,7 +61,7 @@ pub(crate) fn on_cuda(
 }
 
 /// Without gaps, from an address on that is a multiple of sixteen bytes.
-fn aligned(x: &Tensor) -> Result<Tensor> {
+pub(in crate::ops::cuda) fn aligned(x: &Tensor) -> Result<Tensor> {
     let x = x.contiguous()?;
     let offset = x.layout().start_offset() * x.dtype().size_in_bytes();
     if offset.is_multiple_of(16) { Ok(x) } else { x.force_contiguous() }
@@ -82,6 +82,10 @@ struct OnDevice {
 }
 
 impl OnDevice {
+    fn count(&self) -> usize {
+        self.tiles.len() / 4
+    }
+
     fn new(device: &CudaDevice, lists: &Lists) -> Result<Self> {
         Ok(Self {
             tiles: device.clone_htod(lists.tiles.as_flattened())?,
@@ -123,6 +127,27 @@ struct ForestAttention {
     log_sums: Mutex<Option<CudaSlice<f32>>>,
 }
 
+/// A kernel for heads of a width, and how it is launched over so many tiles and key heads.
+pub(in crate::ops::cuda) fn prepared<E: Number>(
+    device: &CudaDevice,
+    which: Kernel,
+    width: usize,
+    (tiles, groups): (usize, usize),
+) -> Result<(CudaFunc, LaunchConfig)> {
+    let function = kernel(device, which.module(), &which.entry(E::NAME, width))?;
+    let shared = which.shared(size_of::<E>(), width);
+    if shared > GIVEN {
+        let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(attribute, shared as i32).w()?;
+    }
+    let config = LaunchConfig {
+        grid_dim: (tiles as u32, groups as u32, 1),
+        block_dim: (THREADS, 1, 1),
+        shared_mem_bytes: shared as u32,
+    };
+    Ok((function, config))
+}
+
 /// What every launch says of its tensors.
 struct Sizes {
     tokens: u32,
@@ -140,31 +165,14 @@ impl Sizes {
         Ok(Self { tokens, groups, share, width, scale })
     }
 
+    /// Blocks of a launch over a list of tiles.
+    fn blocks(&self, lists: &OnDevice) -> (usize, usize) {
+        (lists.count(), self.groups as usize)
+    }
+
     /// Queries in all.
     fn rows(&self) -> usize {
         self.tokens as usize * (self.groups * self.share) as usize
-    }
-
-    /// A kernel, and how it is launched over a list of tiles.
-    fn kernel<E: Number>(
-        &self,
-        device: &CudaDevice,
-        which: Kernel,
-        lists: &OnDevice,
-    ) -> Result<(CudaFunc, LaunchConfig)> {
-        let function = kernel(device, "attention", &which.entry(E::NAME, self.width))?;
-        let shared = which.shared(size_of::<E>(), self.width);
-        if shared > GIVEN {
-            let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function.set_attribute(attribute, shared as i32).w()?;
-        }
-        let grid = ((lists.tiles.len() / 4) as u32, self.groups, 1);
-        let config = LaunchConfig {
-            grid_dim: grid,
-            block_dim: (THREADS, 1, 1),
-            shared_mem_bytes: shared as u32,
-        };
-        Ok((function, config))
     }
 
     /// `out · d_out` of each query, `[G, T, H/G]`.
@@ -255,7 +263,8 @@ impl ForestAttention {
         let (mut out, mut log_sums) = unsafe {
             (device.alloc::<E>(sizes.rows() * sizes.width)?, device.alloc::<f32>(sizes.rows())?)
         };
-        let (function, config) = sizes.kernel::<E>(device, Kernel::Forward, lists)?;
+        let (function, config) =
+            prepared::<E>(device, Kernel::Forward, sizes.width, sizes.blocks(lists))?;
         let mut launch = function.builder();
         launch.arg(&q).arg(&k).arg(&v).arg(&mut out).arg(&mut log_sums);
         launch.arg(&lists.tiles).arg(&lists.ranges);
@@ -290,7 +299,8 @@ impl ForestAttention {
         for which in [Kernel::BackwardKeys, Kernel::BackwardQueries] {
             let of_keys = which == Kernel::BackwardKeys;
             let lists = if of_keys { &self.lists.keys } else { &self.lists.queries };
-            let (function, config) = sizes.kernel::<E>(device, which, lists)?;
+            let (function, config) =
+                prepared::<E>(device, which, sizes.width, sizes.blocks(lists))?;
             let mut launch = function.builder();
             launch.arg(q).arg(k).arg(v).arg(d_out).arg(log_sums).arg(&deltas);
             if of_keys {

@@ -9,7 +9,7 @@ use crate::data::forest::Forest;
 use crate::ops::AttentionPlan;
 use crate::ops::cuda::tests::host::{
     Guarded, Manner, Number, assert_close, assert_within, each_block, every_mutant_is_caught,
-    manners, wide,
+    every_mutant_within_is_caught, manners, wide,
 };
 
 /// Branches of branches, spans of one token, and a second and third tree.
@@ -259,7 +259,7 @@ fn the_longest_tiles_go_first_and_a_forest_without_tokens_has_none() {
 
 #[test]
 fn no_block_asks_for_more_shared_memory_than_gpus_since_sm_80_have() {
-    for which in [Kernel::Forward, Kernel::BackwardKeys, Kernel::BackwardQueries] {
+    for which in [Kernel::Forward, Kernel::Cached, Kernel::BackwardKeys, Kernel::BackwardQueries] {
         for (size, width) in
             [2, 4].into_iter().flat_map(|size| [32, 64, 96, 128].map(|e| (size, e)))
         {
@@ -278,48 +278,66 @@ fn a_small_forest_in_both_types() {
     is_by_definition::<bf16>(ANSWERS, (2, 2, 32), &each_order()[1..2]);
 }
 
+const CHECK: &str = "ops::cuda::attention::tests::a_small_forest_in_both_types";
+
 #[test]
 fn every_mutant_of_attention_is_caught() {
-    let test = "ops::cuda::attention::tests::a_small_forest_in_both_types";
-    let value = "b + k * 8 * O::ROW + n * 8);\n      mma_bf16(sum[n], left, {right[0], right[1]});";
-    let key = "b + n * 8 * O::ROW + k);\n      mma_bf16(sum[n], left, {right[0], right[1]});";
-    let other_value = value.replace("right[1]", "right[2]");
-    let other_key = key.replace("right[1]", "right[2]");
     every_mutant_is_caught(
         FILE,
-        test,
+        CHECK,
         &[
-            // Barriers, stages and copies.
-            ("    __syncthreads();  // The copies", "    // The copies"),
-            ("if (STAGES == 1) __syncthreads();", ""),
-            ("load(after, stage ^ 1);", "load(after, stage);"),
-            ("stage ^= STAGES - 1)", "stage ^= 0)"),
-            // Rows that are not there.
-            ("    if (row < count)\n      copy_async", "    if (row <= count)\n      copy_async"),
+            // Stages, and rows that are not there.
             ("if (row >= tile.count) continue;", "if (row > tile.count) continue;"),
             ("row + half * 8 < tile.count)\n", "row + half * 8 <= tile.count)\n"),
             ("bool there = at < piece.count;", "bool there = at <= piece.count;"),
             ("min(left, step)};", "left > step + 1 ? step : left};"),
             // Who sees whom.
-            ("token - piece.first + 1)", "token - piece.first)"),
             (">= (key + i / 2 * 8) * share;", "> (key + i / 2 * 8) * share;"),
             (
                 "piece.first + piece.count <= (tile.first + own)",
                 "piece.first + piece.count <= (tile.first + own + 1)",
             ),
             // Heads that share keys.
-            ("inverse((1 << 20) / by + 1)", "inverse((1 << 20) / by)"),
             ("      first = at->first * share, left", "      first = at->first, left"),
             (
                 "(group * tokens + line / groups) * share",
                 "(line / groups * groups + group) * share",
             ),
-            // The softmax.
-            ("x = op(x, shuffle_xor(x, 1));", "x = op(x, shuffle_xor(x, 4));"),
-            ("      total[half] *= factor;\n", ""),
+            // The gradients.
             ("(d[n][i] - of_deltas[column])", "d[n][i]"),
             ("x * (d[n][i] - delta[i / 2])", "x * d[n][i]"),
             ("tile, sum_k, {scale, scale}", "tile, sum_k, {1, 1}"),
+        ],
+    );
+}
+
+#[test]
+fn every_mutant_of_what_attention_shares_is_caught() {
+    let value = "b + k * 8 * O::ROW + n * 8);\n      mma_bf16(sum[n], left, {right[0], right[1]});";
+    let key = "b + n * 8 * O::ROW + k);\n      mma_bf16(sum[n], left, {right[0], right[1]});";
+    let other_value = value.replace("right[1]", "right[2]");
+    let other_key = key.replace("right[1]", "right[2]");
+    every_mutant_within_is_caught(
+        "attention.cuh",
+        FILE,
+        CHECK,
+        &[
+            // Barriers, stages and copies.
+            ("    __syncthreads();  // The copies", "    // The copies"),
+            ("if (STAGES == 1) __syncthreads();", ""),
+            ("load(after, stage ^ 1);", "load(after, stage);"),
+            ("stage ^= STAGES - 1)", "stage ^= 0)"),
+            (
+                "    if (index < count)\n      copy_async",
+                "    if (index <= count)\n      copy_async",
+            ),
+            // Who sees whom.
+            ("position - first + 1)", "position - first)"),
+            // Heads that share keys.
+            ("inverse((1 << 20) / by + 1)", "inverse((1 << 20) / by)"),
+            // The softmax.
+            ("x = op(x, shuffle_xor(x, 1));", "x = op(x, shuffle_xor(x, 4));"),
+            ("      total[half] *= factor;\n", ""),
             // Products.
             (value, other_value.as_str()),
             (key, other_key.as_str()),

@@ -10,6 +10,7 @@ pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod optimizer;
 pub(crate) mod rope;
+pub(crate) mod sample;
 pub(crate) mod swiglu;
 
 use std::cell::Cell;

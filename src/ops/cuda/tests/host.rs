@@ -349,7 +349,7 @@ fn save(path: &Path, text: &str) {
 )]
 fn compiled(file: &str, text: &str) -> PathBuf {
     let mut hash = Sha256::new();
-    for part in [text, &read("common.cuh"), &read("host.h")] {
+    for part in [text, &read("common.cuh"), &read("attention.cuh"), &read("host.h")] {
         hash.update(part);
     }
     hash.update(format!("{} {:?} {:?}", compiler().display(), CHECKED, std::env::var(FLAGS)));

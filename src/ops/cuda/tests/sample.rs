@@ -12,6 +12,7 @@ mod tests {
     use crate::generate::engine::Extras;
     use crate::generate::sampler::Sampler;
     use crate::generate::sampling::Sampling;
+    use crate::ops::sample::{Drawn, NoDraw};
     use crate::rng::Stream;
 
     const FILE: &str = "sample.cu";
@@ -21,44 +22,11 @@ mod tests {
     const LIST: usize = 4096;
     const PIECE: usize = 256;
 
+    type Settings = [u64; 8];
+
     /// A row's settings as the kernel takes them.
-    #[repr(C)]
-    #[derive(Clone, Copy)]
-    struct Settings {
-        top_p: f64,
-        draw: u64,
-        temperature: f32,
-        min_p: f32,
-        top_k: u32,
-        unused: u32,
-        key: [u32; 8],
-    }
-
-    /// What the kernel answers.
-    #[repr(C)]
-    #[derive(Clone, Copy, Debug, Default)]
-    struct Draw {
-        id: u32,
-        status: u32,
-        logprob: f32,
-        sample_logprob: f32,
-    }
-
-    const NOT_FINITE: u32 = 1;
-    const NOTHING_ALLOWED: u32 = 2;
-
     fn settings(sampling: &Sampling, rng: &ChaCha8Rng) -> Settings {
-        let seed = rng.get_seed();
-        let word = |i: usize| u32::from_le_bytes(std::array::from_fn(|byte| seed[4 * i + byte]));
-        Settings {
-            top_p: sampling.top_p,
-            draw: (rng.get_word_pos() / 2) as u64,
-            temperature: sampling.temperature as f32,
-            min_p: sampling.min_p as f32,
-            top_k: sampling.top_k as u32,
-            unused: 0,
-            key: std::array::from_fn(word),
-        }
+        Sampler::new(sampling, &Extras::default()).chance(rng).unwrap().words()
     }
 
     /// The kernel's answers for rows of logits.
@@ -67,7 +35,7 @@ mod tests {
         allowed: Option<&[SimpleVob]>,
         settings: &[Settings],
         manner: Manner,
-    ) -> Vec<Draw> {
+    ) -> Vec<Result<Drawn, NoDraw>> {
         let rows = settings.len();
         let vocab = logits.len() / rows;
         let given = Guarded::new(logits, manner.side);
@@ -77,7 +45,7 @@ mod tests {
         });
         let settings = Guarded::new(settings, manner.side);
         let mut weights = Guarded::new(&vec![f32::NAN; logits.len()], manner.side);
-        let mut out = Guarded::new(&vec![Draw::default(); rows], manner.side);
+        let mut out = Guarded::new(&vec![[u32::MAX; 4]; rows], manner.side);
         let call = Kernels::of(FILE).call("sample", [rows as u32, 1, 1], manner).input(&given);
         let call = call.shared(vocab.div_ceil(PIECE) * size_of::<f64>() + LIST * size_of::<u32>());
         let call = match &words {
@@ -87,7 +55,7 @@ mod tests {
         let call = call.input(&settings).output(&mut weights).output(&mut out);
         call.arg(vocab as u32).run();
         assert!(weights.is_clean() && out.is_clean(), "{manner:?}");
-        out.as_slice().to_vec()
+        out.as_slice().iter().map(Drawn::of).collect()
     }
 
     /// Every way to leave tokens out, alone and together.
@@ -141,7 +109,8 @@ mod tests {
             let mut sampler = Sampler::new(way, &Extras::default());
             let drawn = sampler.draw(&mut logits, (&[], 0), allowed, &mut generator(row));
             let expected = drawn.unwrap();
-            assert_eq!((found.id, found.status), (expected.id, 0), "{way:?}, {vocab}, {manner:?}");
+            let found = found.unwrap();
+            assert_eq!(found.id, expected.id, "{way:?}, {vocab}, {manner:?}");
             assert!((found.logprob - expected.logprob).abs() < 1e-5, "{found:?} {expected:?}");
             let difference = found.sample_logprob - expected.sample_logprob;
             assert!(difference.abs() < 1e-6, "{found:?} {expected:?}");
@@ -173,6 +142,7 @@ mod tests {
             let mut sampler = Sampler::new(&way, &Extras::default());
             let mut logits = logits[row * vocab..][..vocab].to_vec();
             let expected = sampler.draw(&mut logits, (&[], 0), None, &mut generator(row)).unwrap();
+            let found = found.unwrap();
             assert_eq!(found.id, expected.id);
             assert!((found.sample_logprob - expected.sample_logprob).abs() < 1e-6);
         }
@@ -182,7 +152,7 @@ mod tests {
     fn the_generator_is_the_cpus() {
         let manner = Manner { block: 32, order: Order::Forward, side: Side::End };
         let mut rng = Stream::new(3, "sample").at(4, 5);
-        let key = Guarded::new(&settings(&Sampling::default(), &rng).key, manner.side);
+        let key = Guarded::new(&settings(&Sampling::default(), &rng)[4..], manner.side);
         for first in [0_u64, 13, (1 << 35) - 2] {
             let mut out = Guarded::new(&[0.0_f64; 20], manner.side);
             let call = Kernels::of(FILE).call("chacha_draws", [1, 1, 1], manner).input(&key);
@@ -200,17 +170,17 @@ mod tests {
         let manner = Manner { block: 64, order: Order::Forward, side: Side::End };
         let rng = Stream::new(3, "sample").at(0, 0);
         let row = settings(&Sampling::default(), &rng);
-        let infinite = f32::INFINITY;
+        let (infinite, nothing) = (f32::INFINITY, Some(NoDraw::NothingAllowed));
         let status = |logits: &[f32], allowed: &[bool]| {
             let allowed = [SimpleVob::from_slice(allowed)];
-            draws(logits, Some(&allowed), &[row], manner)[0].status
+            draws(logits, Some(&allowed), &[row], manner)[0].err()
         };
         for bad in [[0.0, f32::NAN, 1.0], [0.0, infinite, 1.0], [-infinite; 3]] {
-            assert_eq!(status(&bad, &[true; 3]), NOT_FINITE, "{bad:?}");
+            assert_eq!(status(&bad, &[true; 3]), Some(NoDraw::NotFinite), "{bad:?}");
         }
-        assert_eq!(status(&[0.0, 1.0, 2.0], &[false; 3]), NOTHING_ALLOWED);
-        assert_eq!(status(&[0.0, -infinite, 2.0], &[false, true, false]), NOTHING_ALLOWED);
-        assert_eq!(status(&[0.0, -infinite, 2.0], &[true, true, false]), 0);
+        assert_eq!(status(&[0.0, 1.0, 2.0], &[false; 3]), nothing);
+        assert_eq!(status(&[0.0, -infinite, 2.0], &[false, true, false]), nothing);
+        assert_eq!(status(&[0.0, -infinite, 2.0], &[true, true, false]), None);
     }
 
     #[test]
