@@ -18,6 +18,7 @@ import sys
 
 SEED = 20
 HELD_OUT = 200
+FOLDS = ("0", "1", "2", "3")
 
 
 def answers(first, cell):
@@ -48,7 +49,10 @@ def ranked(prompt, right, wrong):
 
 def main():
     table, folder = sys.argv[1], pathlib.Path(sys.argv[2])
-    first = HELD_OUT * int(sys.argv[3] if len(sys.argv) > 3 else 0)
+    fold = sys.argv[3] if len(sys.argv) > 3 else "0"
+    if fold not in FOLDS:
+        sys.exit(f"fold {fold}, expected one of {', '.join(FOLDS)}")
+    first = HELD_OUT * int(fold)
     rows, rng = list(questions(table)), random.Random(SEED)
     rng.shuffle(rows)
     held_out, train = rows[first : first + HELD_OUT], rows[:first] + rows[first + HELD_OUT :]

@@ -121,7 +121,7 @@ class Fold:
 
     def accuracies(self, name):
         scores = (self.scores | self.baselines)[name]
-        return [accuracies(*pair) for pair in zip(self.rows, scores)]
+        return [accuracies(*pair) for pair in zip(self.rows, scores, strict=True)]
 
     def check(self):
         """What was saved against what it was before and what transformers loads."""

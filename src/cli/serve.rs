@@ -35,7 +35,7 @@ pub(super) struct ServeArgs {
     /// Let requests load adapters from this machine's directories, and unload them
     #[arg(long)]
     allow_runtime_lora_updating: bool,
-    /// How the model's matrices are held; embeddings need them as they are
+    /// How the model's matrices are held
     #[arg(long, default_value = "none")]
     quantization: Held,
     /// A reward model for /score
@@ -53,7 +53,7 @@ pub(super) struct ServeArgs {
     /// Most answers under way at once
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_batch: Option<u32>,
-    /// Most tokens in all caches together [default: what fits into 1 GiB]
+    /// Most tokens in all caches together [default: what fits into 1 GiB, on a GPU into a quarter of what is free]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     cache_tokens: Option<u32>,
     /// Most prompts that are under way or wait; more are told to come back

@@ -14,6 +14,7 @@ use super::attend::{Heads, attention};
 use super::cache::{CacheShape, PagedCache, Part};
 use super::parts::{Input, Matrix, Parts};
 use super::sampler::Draw;
+use super::states::States;
 use crate::error::{Error, Result};
 use crate::model::packed::BlockType;
 use crate::model::{Config, Weights};
@@ -253,10 +254,18 @@ impl<E: Element> Decoder for CpuDecoder<E> {
     }
 }
 
+impl<E: Element> States for CpuDecoder<E> {
+    fn states(&self, feeds: &mut [Feed<'_, PagedCache<E>>]) -> Result<Vec<f32>> {
+        let eps = self.parts.config.rms_norm_eps as f32;
+        let x = awake(|| self.residuals(feeds))?;
+        Ok(cpu::with_slice(&self.parts.norm, |weight| norm::forward(&x, weight, eps))?)
+    }
+}
+
 impl<E: Element> CpuDecoder<E> {
-    fn read(&self, feeds: &mut [Feed<'_, PagedCache<E>>], logits: &mut Vec<f32>) -> Result<()> {
+    /// The residual stream after the last block, `[M, D]`.
+    fn residuals(&self, feeds: &mut [Feed<'_, PagedCache<E>>]) -> Result<Vec<f32>> {
         let parts = &self.parts;
-        let width = parts.config.hidden_size;
         let (mut places, mut adapted) = (Vec::new(), Adapted::default());
         let mut x = Vec::new();
         for (index, feed) in feeds.iter_mut().enumerate() {
@@ -272,6 +281,12 @@ impl<E: Element> CpuDecoder<E> {
         for index in 0..parts.layers.len() {
             self.block(index, &mut x, feeds, &rows)?;
         }
+        Ok(x)
+    }
+
+    fn read(&self, feeds: &mut [Feed<'_, PagedCache<E>>], logits: &mut Vec<f32>) -> Result<()> {
+        let x = self.residuals(feeds)?;
+        let (parts, width) = (&self.parts, self.parts.config.hidden_size);
         let mut wanted = Vec::with_capacity(feeds.len() * width);
         let mut first = 0;
         for feed in feeds.iter() {

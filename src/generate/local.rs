@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use half::bf16;
 use serde_json::Value;
 
@@ -16,6 +16,7 @@ use super::engine::{
 use super::grammar::Grammars;
 use super::plain::PlainDecoder;
 use super::sampling::{Sampling, WeightFormat};
+use super::states;
 use super::teacher::{Asked, Teacher};
 use crate::data::forest::{Forest, micro_batches};
 use crate::data::tokenizer::ChatTokenizer;
@@ -25,6 +26,7 @@ use crate::model::Weights;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::lora::peft::Saved;
 use crate::model::transformer::Transformer;
+use crate::ops::cuda::device;
 use crate::ops::head;
 
 /// Most answers under way at once.
@@ -33,12 +35,17 @@ const MAX_BATCH: usize = 64;
 const MAX_PREFILL: usize = 512;
 /// Bytes of all caches together.
 const CACHE_BYTES: usize = 1 << 30;
+/// On a GPU, where many rows at once cost little more than one. A quarter of what is free is for caches: they take whole
+/// pages, and another model may come.
+const GPU_MAX_BATCH: usize = 256;
+const GPU_MAX_PREFILL: usize = 2048;
 
 /// A causal language model with its tokenizer.
 pub struct LocalModel {
     backend: Backend,
     words: Words,
     layers: usize,
+    hidden_size: usize,
     limits: Limits,
     grammars: OnceLock<Grammars>,
     guessing: Guessing,
@@ -131,14 +138,22 @@ impl LocalModel {
     fn of(checkpoint: &Checkpoint, backend: Backend) -> Result<Self> {
         let config = &checkpoint.config;
         let shape = CacheShape::new(config);
-        let bytes_a_token = match backend {
-            Backend::Bf16(_) => shape.bytes_a_token::<bf16>(),
-            Backend::Cpu(_) | Backend::Plain(_) => shape.bytes_a_token::<f32>(),
+        let (bytes_a_token, device) = match &backend {
+            Backend::Bf16(_) => (shape.bytes_a_token::<bf16>(), &Device::Cpu),
+            Backend::Cpu(_) => (shape.bytes_a_token::<f32>(), &Device::Cpu),
+            Backend::Plain(decoder) if decoder.dtype() == DType::BF16 => {
+                (shape.bytes_a_token::<bf16>(), decoder.device())
+            }
+            Backend::Plain(decoder) => (shape.bytes_a_token::<f32>(), decoder.device()),
+        };
+        let (max_batch, max_prefill, cache_bytes) = match device::facts(device)? {
+            Some(facts) => (GPU_MAX_BATCH, GPU_MAX_PREFILL, (facts.free / 4) as usize),
+            None => (MAX_BATCH, MAX_PREFILL, CACHE_BYTES),
         };
         let limits = Limits {
-            max_batch: MAX_BATCH,
-            max_prefill: MAX_PREFILL,
-            cache_tokens: CACHE_BYTES / bytes_a_token.max(1),
+            max_batch,
+            max_prefill,
+            cache_tokens: cache_bytes / bytes_a_token.max(1),
             max_positions: config.max_position_embeddings,
             keep_prefixes: false,
         };
@@ -147,6 +162,7 @@ impl LocalModel {
             backend,
             words,
             layers: config.num_hidden_layers,
+            hidden_size: config.hidden_size,
             limits,
             grammars: OnceLock::new(),
             guessing: Guessing::None,
@@ -180,6 +196,24 @@ impl LocalModel {
             Backend::Bf16(decoder) => decoder.vocab_size(),
             Backend::Plain(decoder) => decoder.vocab_size(),
         }
+    }
+
+    /// Calls `done` with the place of each text and the hidden states after the final norm of its tokens, `[T, D]`: the
+    /// model's own, whatever form its matrices have. A text without tokens has none.
+    ///
+    /// # Errors
+    /// The device's; tokens that are none of the model's.
+    pub fn states(&self, texts: &[Vec<u32>], done: &mut dyn FnMut(usize, Vec<f32>)) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu(decoder) => states::of_texts(decoder, texts, done),
+            Backend::Bf16(decoder) => states::of_texts(decoder, texts, done),
+            Backend::Plain(decoder) => states::of_texts(decoder, texts, done),
+        }
+    }
+
+    /// The width of a state, `D`.
+    pub fn hidden_size(&self) -> usize {
+        self.hidden_size
     }
 
     /// The vocabulary held against grammars; read at the first call.

@@ -14,6 +14,7 @@ mod parts;
 pub mod plain;
 pub mod sampler;
 pub mod sampling;
+mod states;
 mod stop;
 pub mod teacher;
 

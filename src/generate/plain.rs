@@ -9,6 +9,7 @@ use super::adaptation::{Adapted, Place};
 use super::decode::{Decoder, Feed, Predictions, Wanted};
 use super::parts::Parts;
 use super::sampler::draw_rows;
+use super::states::States;
 use crate::error::Result;
 use crate::model::{Config, Weights};
 use crate::ops::cached::{CachePlan, PAGE, Page, Sequence, Span};
@@ -80,6 +81,11 @@ impl PlainDecoder {
         self.dtype
     }
 
+    /// Where they are.
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
     fn page(&self) -> Result<Page> {
         let config = &self.parts.config;
         let shape = (self.parts.layers.len(), config.num_key_value_heads, config.head_dim);
@@ -143,12 +149,30 @@ impl PlainDecoder {
         Ok((tokens, Pass { rotary, adapted, plan: CachePlan::new(sequences, share) }))
     }
 
+    /// The residual stream after the last block, `[M, D]`.
+    fn residuals(&self, feeds: &mut [Feed<'_, TensorCache>]) -> Result<Tensor> {
+        let (tokens, pass) = self.prepare(feeds)?;
+        let mut x = embed::embed(self.parts.embedding.dense()?, &tokens)?;
+        for index in 0..self.parts.layers.len() {
+            x = self.block(index, &x, &pass)?;
+        }
+        Ok(x)
+    }
+
     /// Predictions after the rows `wanted` of `x`, `[R, V]`.
     fn predict(&self, x: &Tensor, wanted: Vec<u32>) -> Result<Tensor> {
         let parts = &self.parts;
         let rows = x.index_select(&Tensor::new(wanted, &self.device)?, 0)?;
         let rows = norm::rms_norm_in(&rows, &parts.norm, parts.config.rms_norm_eps, self.inner)?;
         Ok(head::logits(&rows, parts.head.dense()?)?)
+    }
+}
+
+impl States for PlainDecoder {
+    fn states(&self, feeds: &mut [Feed<'_, TensorCache>]) -> Result<Vec<f32>> {
+        let (norm, eps) = (&self.parts.norm, self.parts.config.rms_norm_eps);
+        let states = ops::rms_norm(&self.residuals(feeds)?, norm, eps)?;
+        Ok(states.flatten_all()?.to_vec1()?)
     }
 }
 
@@ -186,11 +210,7 @@ impl Decoder for PlainDecoder {
             }
             first += feed.tokens.len();
         }
-        let (tokens, pass) = self.prepare(feeds)?;
-        let mut x = embed::embed(self.parts.embedding.dense()?, &tokens)?;
-        for index in 0..self.parts.layers.len() {
-            x = self.block(index, &x, &pass)?;
-        }
+        let x = self.residuals(feeds)?;
         *predictions = Predictions::default();
         if !wanted.is_empty() {
             predictions.logits = self.predict(&x, wanted)?.flatten_all()?.to_vec1()?;

@@ -11,6 +11,7 @@ use super::engine::{
 use super::plain::{PlainDecoder, TensorCache};
 use super::sampler::argmax;
 use super::sampling::Sampling;
+use super::states::{self, States};
 use crate::data::forest::Forest;
 use crate::data::tree::{Role, Tree};
 use crate::error::Result;
@@ -363,6 +364,33 @@ impl Decoder for Undrawn<'_> {
 
     fn vocab_size(&self) -> usize {
         self.0.vocab_size()
+    }
+}
+
+fn states_of<D: States>(decoder: &D, texts: &[Vec<u32>]) -> Vec<Vec<f32>> {
+    let mut all = vec![Vec::new(); texts.len()];
+    states::of_texts(decoder, texts, &mut |place, states| all[place] = states).unwrap();
+    all
+}
+
+#[test]
+fn states_of_texts_are_the_trainers_bits_whatever_is_read_beside_them() {
+    let checkpoint = golden("model_tied");
+    let Checkpoint { config, weights, .. } = &checkpoint;
+    let transformer = Transformer::new(config, weights).unwrap();
+    let text = |len: u32| (0..len).map(|i| 40 + (i * 31 + len) % 200).collect::<Vec<u32>>();
+    // The third ends in the second pass, the fourth has one of its own.
+    let texts = [5, 250, 256, 200].map(text);
+    let packed = CpuDecoder::<f32>::packed(config, weights.clone()).unwrap();
+    let plain = PlainDecoder::new(config, weights).unwrap();
+    let (packed, plain) = (states_of(&packed, &texts), states_of(&plain, &texts));
+    for (text, (packed, plain)) in texts.iter().zip(packed.iter().zip(&plain)) {
+        let tree = Tree::sequence(text.clone(), vec![Role::Context; text.len()], 0);
+        let hidden = transformer.hidden(&Forest::pack([&tree]).unwrap()).unwrap();
+        let expected = hidden.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(*packed, expected);
+        let worst = expected.iter().zip(plain).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 1e-4 && plain.len() == expected.len(), "off by {worst}");
     }
 }
 

@@ -176,12 +176,12 @@ fn of_last(q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
     let keys = keys.permute((1, 2, 0))?.contiguous()?;
     let values = values.permute((1, 0, 2))?.contiguous()?;
     let scores = (q.matmul(&keys)? / (e as f64).sqrt())?;
-    let hidden = (0..m).flat_map(|row| {
+    let additive = (0..m).flat_map(|row| {
         (0..h / g).flat_map(move |_| {
             (0..t).map(move |column| if column + m > row + t { f32::NEG_INFINITY } else { 0.0 })
         })
     });
-    let mask = Tensor::from_iter(hidden, q.device())?.reshape((1, m * (h / g), t))?;
+    let mask = Tensor::from_iter(additive, q.device())?.reshape((1, m * (h / g), t))?;
     let probs = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
     let mixed = probs.matmul(&values)?.reshape((g, m, h / g, e))?;
     mixed.permute((1, 0, 2, 3))?.contiguous()?.reshape((m, h * e))

@@ -1,7 +1,7 @@
 //! A model behind OpenAI's HTTP interface (`arriero serve`).
 //!
 //! One thread owns the model and computes ([`engine`]); the HTTP side parses, waits and formats. Answers are the
-//! engine's: the same request with the same seed is answered the same, whatever else is going on.
+//! engine's: on the CPU the same request with the same seed is answered the same, whatever else is going on.
 //!
 //! Does not load models by request (adapters may be), keep conversations or files, or speak TLS: a proxy does that.
 
@@ -32,7 +32,6 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Context, Error, Result};
 use crate::generate::sampling::WeightFormat;
-use crate::model::Transformer;
 use crate::model::checkpoint::Checkpoint;
 use crate::score::reward_model::RewardModel;
 use engine::{Client, Engine};
@@ -110,10 +109,9 @@ pub fn serve(
     ready: impl FnOnce(SocketAddr),
 ) -> Result<()> {
     let Models { policy, fingerprint, judge } = models;
-    let served = Arc::new(served(&policy, fingerprint, settings)?);
+    let served = Arc::new(served(policy, fingerprint, settings)?);
     let (judge_name, judge) = judge.unzip();
-    let companions = Companions { embedder: embedder(&policy, settings.quantization)?, judge };
-    drop(policy);
+    let companions = Companions { served: Arc::clone(&served), judge };
     let metrics = Arc::new(Metrics::default());
     let (sender, commands) = mpsc::channel();
     let start = rand::rngs::OsRng.try_next_u64().map_err(Error::run)?;
@@ -145,26 +143,23 @@ pub fn serve(
     }
 }
 
-fn served(policy: &Checkpoint, fingerprint: String, settings: &Settings) -> Result<Served> {
-    let base = Base { weights: policy.weights.clone(), fingerprint };
+fn served(policy: Checkpoint, fingerprint: String, settings: &Settings) -> Result<Served> {
     let by_request = settings.allow_runtime_lora_updating;
-    let voices = Voices::new(Some(base), by_request);
+    // What nobody else holds is freed while the model takes it.
+    let adapted = by_request || !settings.adapters.is_empty();
+    let base = adapted.then(|| Base { weights: policy.weights.clone(), fingerprint });
+    let voices = Voices::new(base, by_request);
     let mut served = Served::new(policy, settings.names.clone(), settings.quantization, voices)?;
     served.limits.max_batch = settings.max_batch.unwrap_or(served.limits.max_batch);
     served.limits.cache_tokens = settings.cache_tokens.unwrap_or(served.limits.cache_tokens);
     for (name, path) in &settings.adapters {
         served.load(name, path).map_err(|problem| Error::usage(problem.message()))?;
     }
-    if settings.quantization != WeightFormat::None && !by_request {
+    if !by_request {
+        // Where the model shares them, nothing is freed.
         served.voices.close();
     }
     Ok(served)
-}
-
-/// The model whose states are embeddings; weights that are rounded are not kept for it.
-fn embedder(policy: &Checkpoint, quantization: WeightFormat) -> Result<Option<Transformer>> {
-    let is_whole = quantization == WeightFormat::None;
-    is_whole.then(|| Transformer::new(&policy.config, &policy.weights)).transpose()
 }
 
 /// Stops the engine when the HTTP side ends, however it ends.

@@ -3,28 +3,22 @@
 use std::sync::{Arc, OnceLock};
 
 use base64::Engine as _;
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use llguidance::toktrie::TokTrie;
 use serde_json::{Value, json};
 
 use super::engine::{Embed, Judged, Others, Pooling};
 use super::problem::Problem;
 use super::voices::{Voice, Voices};
-use crate::data::forest::{Forest, micro_batches};
 use crate::data::tokenizer::ChatTokenizer;
-use crate::data::tree::{Role, Tree};
 use crate::error::{Error, Result};
 use crate::generate::engine::Limits;
 use crate::generate::local::LocalModel;
 use crate::generate::sampling::WeightFormat;
-use crate::model::Transformer;
 use crate::model::checkpoint::Checkpoint;
 use crate::score::reward_model::RewardModel;
 use crate::score::{Question, Scorer};
 use crate::store::sha256_bytes;
-
-/// Most tokens of one forward pass for embeddings.
-const BUDGET: usize = 4096;
 
 /// The model that answers, with its names.
 pub(super) struct Served {
@@ -41,25 +35,26 @@ pub(super) struct Served {
 }
 
 impl Served {
-    /// Takes a checkpoint's weights, which are shared, not copied, unless they are rounded.
+    /// Takes a checkpoint. Where adapters may come, they are held against its weights, which are then shared, not copied,
+    /// unless they are rounded; else the model has them in the form that it reads fastest.
     ///
     /// # Errors
     /// A reward model, or a checkpoint without tokenizer.
     pub(super) fn new(
-        checkpoint: &Checkpoint,
+        checkpoint: Checkpoint,
         names: Vec<String>,
         quantization: WeightFormat,
         voices: Voices,
     ) -> Result<Self> {
-        // `/v1/embeddings` and adapters need the weights as they are: a copy in another order would be a second one.
-        let model = match quantization {
-            WeightFormat::None => LocalModel::new(checkpoint)?,
-            rounded => LocalModel::held(checkpoint.clone(), rounded)?,
-        };
         let alone = Voice {
             name: names.first().cloned().unwrap_or_default(),
-            fingerprint: fingerprint(checkpoint, quantization)?,
+            fingerprint: fingerprint(&checkpoint, quantization)?,
             adapter: None,
+        };
+        let model = match quantization {
+            // A copy in another order would be a second one.
+            WeightFormat::None if voices.is_open() => LocalModel::new(&checkpoint)?,
+            format => LocalModel::held(checkpoint, format)?,
         };
         let limits = Limits { keep_prefixes: true, ..model.limits() };
         Ok(Self {
@@ -169,32 +164,18 @@ fn fingerprint(checkpoint: &Checkpoint, quantization: WeightFormat) -> Result<St
 
 /// What the engine's thread computes besides answers.
 pub(super) struct Companions {
-    /// The served model, without its product with the vocabulary; none where its weights were rounded.
-    pub(super) embedder: Option<Transformer>,
+    pub(super) served: Arc<Served>,
     pub(super) judge: Option<RewardModel>,
 }
 
 impl Others for Companions {
     fn embed(&self, embed: &Embed) -> Result<Vec<Vec<f32>>> {
-        let tree = |(place, ids): (usize, &Vec<u32>)| {
-            Tree::sequence(ids.clone(), vec![Role::Context; ids.len()], place)
-        };
-        let Some(embedder) = &self.embedder else {
-            return Err(Error::usage("no embeddings of a model whose weights are rounded")
-                .hint("start the server without --quantization"));
-        };
-        let trees: Vec<Tree> = embed.texts.iter().enumerate().map(tree).collect();
-        let mut all = Vec::with_capacity(trees.len());
-        for range in micro_batches(&trees, BUDGET) {
-            let forest = Forest::pack(&trees[range.clone()])?;
-            let hidden = embedder.hidden(&forest)?.to_dtype(DType::F32)?;
-            let mut start = 0;
-            for tree in &trees[range] {
-                let states = hidden.narrow(0, start, tree.tokens())?;
-                all.push(pooled(&states, embed.pooling)?);
-                start += tree.tokens();
-            }
-        }
+        let model = &self.served.model;
+        let mut all = vec![Vec::new(); embed.texts.len()];
+        // Pooled as they come: the states of a whole request may be more than fits.
+        model.states(&embed.texts, &mut |place, states| {
+            all[place] = pooled(&states, model.hidden_size(), embed.pooling);
+        })?;
         Ok(all)
     }
 
@@ -229,19 +210,25 @@ impl Others for Companions {
 }
 
 /// One vector of length 1 of a text's states. Shapes: `[T, D] -> [D]`.
-fn pooled(states: &Tensor, pooling: Pooling) -> Result<Vec<f32>> {
-    let (t, _) = states.dims2()?;
-    let one = match pooling {
-        Pooling::Mean => states.mean(0)?,
-        Pooling::Last => states.get(t - 1)?,
+fn pooled(states: &[f32], width: usize, pooling: Pooling) -> Vec<f32> {
+    let last = states.len().saturating_sub(width);
+    let mut vector = match pooling {
+        Pooling::Last => states[last..].to_vec(),
+        Pooling::Mean => {
+            let mut sums = vec![0.0_f64; width];
+            for row in states.chunks_exact(width) {
+                sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x));
+            }
+            let count = (states.len() / width) as f64;
+            sums.into_iter().map(|sum| (sum / count) as f32).collect()
+        }
     };
-    let mut vector = one.to_vec1::<f32>()?;
     let squares = vector.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>();
     let length = squares.sqrt().max(f64::MIN_POSITIVE);
     for value in &mut vector {
         *value = (f64::from(*value) / length) as f32;
     }
-    Ok(vector)
+    vector
 }
 
 /// Little-endian 32-bit floats in base64, as OpenAI's clients ask for them.
@@ -252,16 +239,14 @@ pub(super) fn in_base64(vector: &[f32]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     #[test]
     fn states_become_one_vector_of_length_one() {
-        let states = Tensor::new(&[[3f32, 0.0], [3.0, 8.0]], &Device::Cpu).unwrap();
+        let states = [3.0, 0.0, 3.0, 8.0];
         // The mean is (3, 4), whose length is 5.
-        assert_eq!(pooled(&states, Pooling::Mean).unwrap(), [0.6, 0.8]);
-        let last = pooled(&states, Pooling::Last).unwrap();
+        assert_eq!(pooled(&states, 2, Pooling::Mean), [0.6, 0.8]);
+        let last = pooled(&states, 2, Pooling::Last);
         assert!((last[1] / last[0] - 8.0 / 3.0).abs() < 1e-6, "{last:?}");
         assert_eq!(in_base64(&[1.0, -2.0]), "AACAPwAAAMA=");
     }

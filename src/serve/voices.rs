@@ -37,7 +37,7 @@ pub(super) struct Loaded {
 
 /// The base that adapters are held against.
 pub(super) struct Base {
-    /// In the type that is computed with, not rounded to blocks.
+    /// In the type that is computed with, not rounded to blocks or in another order.
     pub(super) weights: Weights,
     /// What [`peft::fingerprint`] said of the weights as they were loaded.
     pub(super) fingerprint: String,
@@ -56,6 +56,11 @@ impl Voices {
     /// No adapter.
     pub(super) fn new(base: Option<Base>, by_request: bool) -> Self {
         Self { base, all: RwLock::default(), by_request }
+    }
+
+    /// Whether adapters can be loaded.
+    pub(super) fn is_open(&self) -> bool {
+        self.base.is_some()
     }
 
     /// Lets the base's weights go: no further adapter can be loaded.
@@ -176,9 +181,8 @@ impl Served {
 
     fn read(&self, path: &Path) -> Result<Loaded> {
         let Some(base) = &self.voices.base else {
-            return Err(Error::usage("the model's weights were rounded and are gone").hint(
-                "start the server with --allow-runtime-lora-updating, or without --quantization",
-            ));
+            return Err(Error::usage("the weights that adapters are held against are gone")
+                .hint("start the server with --allow-runtime-lora-updating"));
         };
         // Whatever is wrong with the directory, whoever named it can mend it.
         let device = base.weights.values().next().map_or(&Device::Cpu, Tensor::device);
@@ -191,6 +195,8 @@ impl Served {
                 "`arriero merge` makes a model of base and adapter, which can be served alone",
             ));
         }
+        // Whoever loads is not who computes, and on a GPU each has a stream of its own.
+        device.synchronize()?;
         let path = path.display().to_string();
         Ok(Loaded { adaptation, tokenizer, path, created: now() })
     }

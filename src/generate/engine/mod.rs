@@ -2,7 +2,8 @@
 //! cache, prompts that begin alike share what they have in common, and a finished answer's place goes to the next one.
 //!
 //! An answer depends on its prompt, its settings and its own random stream, never on its neighbours: the CPU decoder
-//! keeps the row rule and draws are keyed by (seed, prompt index, sample index).
+//! keeps the row rule and draws are keyed by (seed, prompt index, sample index). On a GPU the draws are the same, but
+//! cuBLAS adds in an order that depends on the number of rows.
 
 mod draft;
 mod guess;
@@ -24,7 +25,7 @@ pub use scheduler::Scheduler;
 use super::sampling::Sampling;
 use crate::error::{Context, Result};
 
-/// What bounds a batch. Changes speed and memory, never an answer.
+/// What bounds a batch. Changes speed and memory, and on the CPU never an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Most answers under way at once.

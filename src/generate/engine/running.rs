@@ -78,12 +78,10 @@ impl<C> Running<C> {
     }
 
     /// Takes a token that the decoder drew by [`chance`](Self::chance).
-    /// Returns how many tokens that are.
-    pub(super) fn take_drawn(&mut self, draw: Draw, vocabulary: &dyn Vocabulary) -> usize {
+    pub(super) fn take_drawn(&mut self, draw: Draw, vocabulary: &dyn Vocabulary) {
         self.sampler.skip(&mut self.task.rng);
         self.take(draw);
         self.ended = self.end(vocabulary);
-        1
     }
 
     /// Rows of logits that the next forward pass says for it.

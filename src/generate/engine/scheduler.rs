@@ -268,7 +268,10 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         let (mut rest, mut draws) = (logits, draws.drain(..));
         for running in &self.running {
             let (own, others) = rest.split_at_mut(running.rows() * vocab);
-            rows.push((own, if running.drawn_there { draws.next() } else { None }));
+            let draw = running.drawn_there.then(|| {
+                draws.next().unwrap_or_else(|| Err(Error::run("a decoder left out a draw")))
+            });
+            rows.push((own, draw));
             rest = others;
         }
         let drawn: Vec<Result<usize>> = self
@@ -276,7 +279,10 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             .par_iter_mut()
             .zip(rows)
             .map(|(running, (logits, draw))| match draw {
-                Some(draw) => draw.map(|draw| running.take_drawn(draw, vocabulary)),
+                Some(draw) => draw.map(|draw| {
+                    running.take_drawn(draw, vocabulary);
+                    1
+                }),
                 None => running.draw_all(logits, vocab, vocabulary),
             })
             .collect();

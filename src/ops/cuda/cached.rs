@@ -1,5 +1,9 @@
 //! Attention over pages on CUDA: which queries meet which positions, for the kernels of `cached.cu`.
 
+use std::ops::Range;
+
+use super::attention::OWN;
+
 #[cfg(feature = "cuda")]
 mod launch;
 #[cfg(all(test, unix))]
@@ -7,8 +11,6 @@ mod tests;
 
 #[cfg(feature = "cuda")]
 pub(crate) use launch::{Uploaded, attend, store};
-
-use super::attention::OWN;
 
 /// Positions of a part: a sequence that sees more is read by several blocks at once.
 const PART: usize = 256;
@@ -24,6 +26,17 @@ struct Run {
     count: usize,
 }
 
+/// Queries that are launched together, so that their scratch is not beyond bounds.
+#[derive(Clone, Debug)]
+struct Slice {
+    /// Of the list of parts.
+    parts: Range<usize>,
+    /// Of the list of wholes.
+    wholes: Range<usize>,
+    /// Rows of scratch.
+    rows: usize,
+}
+
 /// What the kernels are told. Each entry has the layout of the kernels' structs.
 #[derive(Clone, Debug, Default)]
 struct Lists {
@@ -34,14 +47,13 @@ struct Lists {
     spans: Vec<[u64; 2]>,
     /// First query and number of queries, the first row of scratch, and the number of parts.
     wholes: Vec<[u32; 4]>,
-    /// Rows of scratch.
-    rows: usize,
+    slices: Vec<Slice>,
 }
 
 impl Lists {
     /// Of sequences: the positions that each sees, and how many at their end are its new tokens. `share`: query heads to
-    /// a key head.
-    fn new(sequences: impl Iterator<Item = (Vec<Run>, usize)>, share: usize) -> Self {
+    /// a key head; `most`: rows of scratch of a slice, where a tile of queries alone does not need more.
+    fn new(sequences: impl Iterator<Item = (Vec<Run>, usize)>, share: usize, most: usize) -> Self {
         let mut lists = Self::default();
         let mut token = 0;
         for (runs, new) in sequences {
@@ -56,7 +68,7 @@ impl Lists {
             for first in (first..end).step_by(OWN) {
                 let count = OWN.min(end - first);
                 let last = ((first + count - 1) / share).wrapping_add(shift);
-                lists.tile((first, count), (shift, last), begin);
+                lists.tile((first, count), (shift, last), (begin, most));
             }
             token += new;
         }
@@ -81,19 +93,31 @@ impl Lists {
         &mut self,
         (first, count): (usize, usize),
         (shift, last): (usize, usize),
-        begin: usize,
+        (begin, most): (usize, usize),
     ) {
         let position = |span: &[u64; 2]| span[1] as u32 as usize;
         let seen = self.spans[begin..].partition_point(|span| position(span) <= last);
-        let parts = last / PART + 1;
-        self.wholes.push([first, count, self.rows, parts].map(|x| x as u32));
-        for part in 0..parts {
-            let spans = &self.spans[begin..begin + seen];
+        let spans = &self.spans[begin..begin + seen];
+        let number = last / PART + 1;
+        let out = match self.slices.last() {
+            Some(slice) if slice.rows + number * count <= most => slice.rows,
+            _ => {
+                let (parts, wholes) = (self.parts.len(), self.wholes.len());
+                self.slices.push(Slice { parts: parts..parts, wholes: wholes..wholes, rows: 0 });
+                0
+            }
+        };
+        self.wholes.push([first, count, out, number].map(|x| x as u32));
+        for part in 0..number {
             let start = begin + spans.partition_point(|span| position(span) < part * PART);
             let end = begin + spans.partition_point(|span| position(span) < (part + 1) * PART);
-            let numbers = [first, count, shift, start, end, self.rows + part * count];
+            let numbers = [first, count, shift, start, end, out + part * count];
             self.parts.push(numbers.map(|x| x as u32));
         }
-        self.rows += parts * count;
+        if let Some(slice) = self.slices.last_mut() {
+            slice.parts.end = self.parts.len();
+            slice.wholes.end = self.wholes.len();
+            slice.rows = out + number * count;
+        }
     }
 }

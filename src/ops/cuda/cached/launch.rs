@@ -6,7 +6,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, PushKernel
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{Result, Tensor, bail};
 
-use super::{Lists, Run};
+use super::{Lists, Run, Slice};
 use crate::ops::cached::{CachePlan, PAGE, Sequence};
 use crate::ops::cuda::attention::{Kernel, aligned, prepared};
 use crate::ops::cuda::launch::{Number, by_type, cuda, grid, tensor, view};
@@ -16,6 +16,8 @@ use crate::ops::cuda::ptx::kernel;
 const COPY: u32 = 128;
 /// Threads of a block that adds up the parts of some queries, a warp for each.
 const COMBINE: u32 = 512;
+/// Bytes of scratch of a launch.
+const SCRATCH: usize = 256 << 20;
 
 /// A plan's lists on a device, for all blocks of a forward pass.
 #[derive(Debug)]
@@ -25,15 +27,25 @@ pub(crate) struct Uploaded {
     wholes: CudaSlice<u32>,
     /// Where each new token's keys in the first layer are.
     places: CudaSlice<u64>,
-    rows: usize,
+    slices: Vec<Slice>,
+    /// `[L, PAGE, 2, G, E]` of every page.
+    page: [usize; 5],
 }
 
 impl Uploaded {
     fn new<E: Number>(plan: &CachePlan, device: &CudaDevice) -> Result<Self> {
+        let Some(first) = plan.sequences.iter().find_map(|sequence| sequence.spans.first()) else {
+            bail!("new tokens without a page")
+        };
+        let page: [usize; 5] = first.page.tensor().dims5()?.into();
+        let [layers, positions, both, groups, width] = page;
+        if positions != PAGE || both != 2 || layers == 0 {
+            bail!("a page of shape {page:?}");
+        }
         let mut all = Vec::with_capacity(plan.sequences.len());
         let mut places = Vec::with_capacity(plan.tokens);
         for sequence in &plan.sequences {
-            let runs = runs::<E>(sequence, device)?;
+            let runs = runs::<E>(sequence, device, &page)?;
             let first = sequence.len() - sequence.new;
             let new = runs.iter().flat_map(|run| {
                 let skip = first.saturating_sub(run.position).min(run.count);
@@ -42,50 +54,71 @@ impl Uploaded {
             places.extend(new);
             all.push((runs, sequence.new));
         }
-        let lists = Lists::new(all.into_iter(), plan.share);
+        let row = groups * (width + 2) * size_of::<f32>();
+        let lists = Lists::new(all.into_iter(), plan.share, SCRATCH / row.max(1));
         Ok(Self {
             parts: device.clone_htod(lists.parts.as_flattened())?,
             spans: device.clone_htod(lists.spans.as_flattened())?,
             wholes: device.clone_htod(lists.wholes.as_flattened())?,
             places: device.clone_htod(&places)?,
-            rows: lists.rows,
+            slices: lists.slices,
+            page,
         })
     }
 
-    /// Those of the plan, made when they are first asked for.
-    fn of<'a, E: Number>(plan: &'a CachePlan, device: &CudaDevice) -> Result<&'a Self> {
+    /// Those of the plan, made when they are first asked for, where `x` of `heads` heads belongs to their pages.
+    fn of<'a, E: Number>(
+        plan: &'a CachePlan,
+        layer: usize,
+        (x, heads): (&Tensor, usize),
+    ) -> Result<&'a Self> {
         if plan.on_device.get().is_none() {
             // Whoever comes second has made the same.
-            let _ = plan.on_device.set(Self::new::<E>(plan, device)?);
+            let _ = plan.on_device.set(Self::new::<E>(plan, x.device().as_cuda_device()?)?);
         }
-        match plan.on_device.get() {
-            Some(uploaded) => Ok(uploaded),
-            None => bail!("the lists of a forward pass are lost"),
+        let Some(uploaded) = plan.on_device.get() else {
+            bail!("the lists of a forward pass are lost")
+        };
+        let [layers, _, _, groups, width] = uploaded.page;
+        if layer >= layers || x.dims3()? != (plan.tokens, heads * groups, width) {
+            bail!("layer {layer} and rows of {:?} for pages of {:?}", x.shape(), uploaded.page);
         }
+        Ok(uploaded)
+    }
+
+    /// Elements of a page before a layer.
+    fn before(&self, layer: usize) -> u64 {
+        (layer * self.page[1..].iter().product::<usize>()) as u64
     }
 }
 
 /// A sequence's spans by their addresses.
-fn runs<E: Number>(sequence: &Sequence, device: &CudaDevice) -> Result<Vec<Run>> {
+fn runs<E: Number>(
+    sequence: &Sequence,
+    device: &CudaDevice,
+    shape: &[usize; 5],
+) -> Result<Vec<Run>> {
     let stream = device.cuda_stream();
-    sequence
-        .spans
-        .iter()
-        .map(|span| {
-            let page = span.page.tensor();
-            let (layers, positions, both, groups, width) = page.dims5()?;
-            if positions != PAGE || both != 2 || layers == 0 {
-                bail!("a page of shape {:?}", page.shape());
-            }
-            let line = (both * groups * width * size_of::<E>()) as u64;
-            let (storage, layout) = page.storage_and_layout();
-            let whole = view::<E>(cuda(&storage)?, layout)?;
-            // The page lives as long as its plan, and work on the stream is in order.
-            let (address, _written) = whole.device_ptr(&stream);
-            let keys = address + span.slot as u64 * line;
-            Ok(Run { keys, line, position: span.position, count: span.count })
-        })
-        .collect()
+    let line = (shape[2..].iter().product::<usize>() * size_of::<E>()) as u64;
+    let mut next = 0;
+    let mut runs = Vec::with_capacity(sequence.spans.len());
+    for span in &sequence.spans {
+        let page = span.page.tensor();
+        let (at, count) = (span.slot, span.count);
+        if page.dims() != shape || span.position != next || at + count > PAGE {
+            bail!("{count} positions from {at} on, expected position {next}, of a page {page:?}");
+        }
+        next += count;
+        let (storage, layout) = page.storage_and_layout();
+        let whole = view::<E>(cuda(&storage)?, layout)?;
+        // The page lives as long as its plan, and work on the stream is in order.
+        let (address, _written) = whole.device_ptr(&stream);
+        runs.push(Run { keys: address + at as u64 * line, line, position: span.position, count });
+    }
+    if sequence.new > next {
+        bail!("{} new tokens of {next} positions", sequence.new);
+    }
+    Ok(runs)
 }
 
 /// As [`CachePlan::store`], whose shapes were checked.
@@ -96,38 +129,18 @@ pub(crate) fn store(plan: &CachePlan, layer: usize, k: &Tensor, v: &Tensor) -> R
     if plan.tokens == 0 {
         return Ok(());
     }
-    let page = page_like(plan, k)?;
     let (k, v) = (k.contiguous()?, v.contiguous()?);
-    by_type!(page.dtype(), "a cache", E => store_as::<E>(plan, layer, (&k, &v)))
-}
-
-/// A page of the plan, where it has the type and the device of `x`.
-fn page_like<'a>(plan: &'a CachePlan, x: &Tensor) -> Result<&'a Tensor> {
-    let mut pages = plan.sequences.iter().flat_map(|sequence| &sequence.spans);
-    let Some(first) = pages.next() else { bail!("new tokens without a page") };
-    let first = first.page.tensor();
-    let same = |page: &Tensor| {
-        page.dtype() == x.dtype()
-            && page.device().same_device(x.device())
-            && page.shape() == first.shape()
-    };
-    match std::iter::once(first)
-        .chain(pages.map(|span| span.page.tensor()))
-        .find(|page| !same(page))
-    {
-        None => Ok(first),
-        Some(page) => bail!("rows of {:?} for a page of {:?}", x.dtype(), page.dtype()),
-    }
+    by_type!(k.dtype(), "a cache", E => store_as::<E>(plan, layer, (&k, &v)))
 }
 
 fn store_as<E: Number>(plan: &CachePlan, layer: usize, (k, v): (&Tensor, &Tensor)) -> Result<()> {
     let device = k.device().as_cuda_device()?;
     let (tokens, groups, width) = k.dims3()?;
-    let uploaded = Uploaded::of::<E>(plan, device)?;
+    let uploaded = Uploaded::of::<E>(plan, layer, (k, 1))?;
     let ((k, of_k), (v, of_v)) = (k.storage_and_layout(), v.storage_and_layout());
     let (k, v) = (view::<E>(cuda(&k)?, of_k)?, view::<E>(cuda(&v)?, of_v)?);
     let line = (groups * width) as u32;
-    let before = (layer * PAGE * 2 * groups * width) as u64;
+    let before = uploaded.before(layer);
     let function = kernel(device, "cached", &format!("cache_store_{}", E::NAME))?;
     let mut launch = function.builder();
     launch.arg(&k).arg(&v).arg(&uploaded.places).arg(&before).arg(&line);
@@ -144,41 +157,43 @@ pub(crate) fn attend(plan: &CachePlan, layer: usize, q: &Tensor) -> Result<Tenso
     if plan.tokens == 0 {
         return Ok(q.clone());
     }
-    let page = page_like(plan, q)?;
     let q = aligned(q)?;
-    by_type!(page.dtype(), "attention over a cache", E => attend_as::<E>(plan, layer, &q))
+    by_type!(q.dtype(), "attention over a cache", E => attend_as::<E>(plan, layer, &q))
 }
 
 fn attend_as<E: Number>(plan: &CachePlan, layer: usize, q: &Tensor) -> Result<Tensor> {
     let device = q.device().as_cuda_device()?;
     let (tokens, heads, width) = q.dims3()?;
     let (share, groups) = (plan.share, heads / plan.share);
-    let uploaded = Uploaded::of::<E>(plan, device)?;
+    let uploaded = Uploaded::of::<E>(plan, layer, (q, share))?;
     let (storage, layout) = q.storage_and_layout();
     let view = view::<E>(cuda(&storage)?, layout)?;
-    let scratch = groups * uploaded.rows;
-    // SAFETY: the first kernel writes both whole: each row is of one query and one part. The second writes `out`: each
-    // query is in one whole.
+    let rows = uploaded.slices.iter().map(|slice| slice.rows).max().unwrap_or(0) * groups;
+    // SAFETY: the first kernel writes what the second reads of both: each row is of one query and one part. The second
+    // writes `out` whole: each query is in one whole.
     let (mut sums, mut numbers, mut out) = unsafe {
-        let sums = device.alloc::<f32>(scratch * width)?;
-        (sums, device.alloc::<f32>(scratch * 2)?, device.alloc::<E>(tokens * heads * width)?)
+        let sums = device.alloc::<f32>(rows * width)?;
+        (sums, device.alloc::<f32>(rows * 2)?, device.alloc::<E>(tokens * heads * width)?)
     };
-    let before = (layer * PAGE * 2 * groups * width) as u64;
-    let [rows, share, row] = [uploaded.rows, share, width].map(|size| size as u32);
-    let scale = 1.0 / (width as f32).sqrt();
-    let blocks = (uploaded.parts.len() / 6, groups);
-    let (function, config) = prepared::<E>(device, Kernel::Cached, width, blocks)?;
-    let mut launch = function.builder();
-    launch.arg(&view).arg(&uploaded.parts).arg(&uploaded.spans).arg(&mut sums).arg(&mut numbers);
-    launch.arg(&before).arg(&rows).arg(&share).arg(&scale);
-    // SAFETY: the kernel's arguments; the lists are those of a plan with as many tokens, over pages of this shape.
-    unsafe { launch.launch(config) }.w()?;
-    let function = kernel(device, "cached", &format!("attention_combine_{}", E::NAME))?;
-    let mut launch = function.builder();
-    launch.arg(&sums).arg(&numbers).arg(&uploaded.wholes).arg(&mut out);
-    launch.arg(&rows).arg(&share).arg(&row);
-    let blocks = (uploaded.wholes.len() / 4, groups);
-    // SAFETY: the kernel's arguments, of the same lists.
-    unsafe { launch.launch(grid(blocks, COMBINE)) }.w()?;
+    let (before, scale) = (uploaded.before(layer), 1.0 / (width as f32).sqrt());
+    let [share, row] = [share, width].map(|size| size as u32);
+    for slice in &uploaded.slices {
+        let parts = uploaded.parts.slice(slice.parts.start * 6..slice.parts.end * 6);
+        let wholes = uploaded.wholes.slice(slice.wholes.start * 4..slice.wholes.end * 4);
+        let rows = slice.rows as u32;
+        let blocks = (slice.parts.len(), groups);
+        let (function, config) = prepared::<E>(device, Kernel::Cached, width, blocks)?;
+        let mut launch = function.builder();
+        launch.arg(&view).arg(&parts).arg(&uploaded.spans).arg(&mut sums).arg(&mut numbers);
+        launch.arg(&before).arg(&rows).arg(&share).arg(&scale);
+        // SAFETY: the kernel's arguments; the lists are those of a plan with as many tokens, over pages that were checked.
+        unsafe { launch.launch(config) }.w()?;
+        let function = kernel(device, "cached", &format!("attention_combine_{}", E::NAME))?;
+        let mut launch = function.builder();
+        launch.arg(&sums).arg(&numbers).arg(&wholes).arg(&mut out);
+        launch.arg(&rows).arg(&share).arg(&row);
+        // SAFETY: the kernel's arguments, of the same lists.
+        unsafe { launch.launch(grid((slice.wholes.len(), groups), COMBINE)) }.w()?;
+    }
     Ok(tensor(device, out, (tokens, heads, width)))
 }

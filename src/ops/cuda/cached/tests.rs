@@ -1,5 +1,7 @@
 //! The kernels of `cached.cu` on the host: against attention by its definition, over pages that sequences share.
 
+use std::collections::BTreeMap;
+
 use half::bf16;
 
 use super::{Lists, PART, Run};
@@ -65,8 +67,8 @@ impl<T: Number> Case<T> {
         2 * self.heads.0 * self.heads.2
     }
 
-    /// The lists over pages that lie at these addresses.
-    fn lists(&self, pages: &[u64]) -> Lists {
+    /// The lists over pages that lie at these addresses, in slices of so many rows of scratch.
+    fn lists(&self, pages: &[u64], most: usize) -> Lists {
         let line = (self.line() * size_of::<T>()) as u64;
         let runs = |(spans, new): &(Vec<Place>, usize)| {
             let mut position = 0;
@@ -77,38 +79,45 @@ impl<T: Number> Case<T> {
             };
             (spans.iter().map(run).collect(), *new)
         };
-        Lists::new(self.sequences.iter().map(runs), self.heads.1)
+        Lists::new(self.sequences.iter().map(runs), self.heads.1, most)
     }
 
     /// On the kernels; every number that they do not write is NaN.
     fn on_kernels(&self, manner: Manner) -> Vec<T> {
         let (groups, share, width) = self.heads;
         let pages: Vec<_> = self.pages.iter().map(|page| Guarded::new(page, manner.side)).collect();
-        let lists = self.lists(&pages.iter().map(|page| page.as_ptr() as u64).collect::<Vec<_>>());
+        let addresses: Vec<u64> = pages.iter().map(|page| page.as_ptr() as u64).collect();
+        // Small slices: most cases have several.
+        let lists = self.lists(&addresses, 100);
         let q = Guarded::new(&self.q, manner.side);
-        let parts = Guarded::new(&lists.parts, manner.side);
         let spans = Guarded::new(&lists.spans, manner.side);
-        let wholes = Guarded::new(&lists.wholes, manner.side);
-        let blank = |len| Guarded::new(&vec![f32::NAN; len], manner.side);
-        let rows = groups * lists.rows;
-        let (mut sums, mut numbers) = (blank(rows * width), blank(rows * 2));
         let mut out = Guarded::new(&vec![T::narrow(f32::NAN); self.q.len()], manner.side);
+        for slice in &lists.slices {
+            let parts = Guarded::new(&lists.parts[slice.parts.clone()], manner.side);
+            let wholes = Guarded::new(&lists.wholes[slice.wholes.clone()], manner.side);
+            let blank = |len| Guarded::new(&vec![f32::NAN; len], manner.side);
+            let rows = groups * slice.rows;
+            let (mut sums, mut numbers) = (blank(rows * width), blank(rows * 2));
 
-        let grid = [lists.parts.len() as u32, groups as u32, 1];
-        let entry = Kernel::Cached.entry(T::NAME, width);
-        let call = Kernels::of(FILE).call(&entry, grid, Manner { block: THREADS, ..manner });
-        let call = call.shared(Kernel::Cached.shared(size_of::<T>(), width));
-        let call = call.input(&q).input(&parts).input(&spans);
-        let call = call.output(&mut sums).output(&mut numbers);
-        let layer = (LAYER * PAGE * self.line()) as u64;
-        let scale = 1.0 / (width as f32).sqrt();
-        call.arg(layer).arg(lists.rows as u32).arg(share as u32).arg(scale).run();
+            let grid = [parts.as_slice().len() as u32, groups as u32, 1];
+            let entry = Kernel::Cached.entry(T::NAME, width);
+            let call = Kernels::of(FILE).call(&entry, grid, Manner { block: THREADS, ..manner });
+            let call = call.shared(Kernel::Cached.shared(size_of::<T>(), width));
+            let call = call.input(&q).input(&parts).input(&spans);
+            let call = call.output(&mut sums).output(&mut numbers);
+            let layer = (LAYER * PAGE * self.line()) as u64;
+            let scale = 1.0 / (width as f32).sqrt();
+            call.arg(layer).arg(slice.rows as u32).arg(share as u32).arg(scale).run();
 
-        let grid = [lists.wholes.len() as u32, groups as u32, 1];
-        let call = Kernels::of(FILE).call(&format!("attention_combine_{}", T::NAME), grid, manner);
-        let call = call.input(&sums).input(&numbers).input(&wholes).output(&mut out);
-        [lists.rows, share, width].map(|x| x as u32).into_iter().fold(call, Call::arg).run();
-        assert!(sums.is_clean() && numbers.is_clean() && out.is_clean(), "{manner:?}");
+            let grid = [wholes.as_slice().len() as u32, groups as u32, 1];
+            let entry = format!("attention_combine_{}", T::NAME);
+            let call = Kernels::of(FILE).call(&entry, grid, manner);
+            let call = call.input(&sums).input(&numbers).input(&wholes).output(&mut out);
+            let sizes = [slice.rows, share, width].map(|x| x as u32);
+            sizes.into_iter().fold(call, Call::arg).run();
+            assert!(sums.is_clean() && numbers.is_clean(), "{manner:?}");
+        }
+        assert!(out.is_clean(), "{manner:?}");
         out.as_slice().to_vec()
     }
 
@@ -238,7 +247,7 @@ fn rows_come_to_their_places<T: Number>(width: usize, turn: usize) {
 
 #[test]
 fn keys_and_values_are_stored_where_their_places_are() {
-    for (turn, width) in [64, 7, 1].into_iter().enumerate() {
+    for (turn, width) in [64, 12, 7, 1].into_iter().enumerate() {
         rows_come_to_their_places::<f32>(width, turn);
         rows_come_to_their_places::<bf16>(width, turn);
     }
@@ -247,33 +256,44 @@ fn keys_and_values_are_stored_where_their_places_are() {
 /// Every query meets every position that it sees in one part, and the parts of a tile lie one after the other.
 #[test]
 fn lists_hold_every_visible_pair_once() {
-    for (sequences, share) in [(ANSWERS, 1), (ANSWERS, 7), (PROMPTS, 3), (PROMPTS, 70)] {
+    let slices = [usize::MAX, 100, 1];
+    let cases = [(ANSWERS, 1), (ANSWERS, 7), (PROMPTS, 3), (PROMPTS, 70)];
+    for ((sequences, share), most) in
+        cases.into_iter().flat_map(|one| slices.map(|most| (one, most)))
+    {
         let case = Case::<f32>::new(sequences, (1, share, 32));
-        let lists = case.lists(&[0; 8]);
+        let lists = case.lists(&[0; 8], most);
         let mut parts = lists.parts.iter();
-        let mut seen = std::collections::BTreeMap::<(u32, u64), u32>::new();
-        let mut rows = 0;
-        for &[first, count, out, number] in &lists.wholes {
-            assert!(count as usize <= OWN && out == rows);
-            for (part, of) in parts.by_ref().take(number as usize).enumerate() {
-                let &[part_first, part_count, shift, begin, end, part_out] = of;
-                assert_eq!((part_first, part_count), (first, count));
-                assert_eq!(part_out, out + part as u32 * count);
-                for span in &lists.spans[begin as usize..end as usize] {
-                    let (position, number) = (span[1] & 0xffff_ffff, span[1] >> 32);
-                    assert_eq!(position as usize / PART, part);
-                    assert_eq!((position + number - 1) as usize / PART, part);
-                    for query in first..first + count {
-                        let own = u64::from((query / share as u32).wrapping_add(shift));
-                        for position in (position..position + number).filter(|at| *at <= own) {
-                            *seen.entry((query, position)).or_default() += 1;
+        let mut seen = BTreeMap::<(u32, u64), u32>::new();
+        for slice in &lists.slices {
+            let mut rows = 0;
+            assert!(slice.rows <= most || slice.wholes.len() == 1);
+            for &[first, count, out, number] in &lists.wholes[slice.wholes.clone()] {
+                assert!(count as usize <= OWN && out == rows);
+                for (part, of) in parts.by_ref().take(number as usize).enumerate() {
+                    let &[part_first, part_count, shift, begin, end, part_out] = of;
+                    assert_eq!((part_first, part_count), (first, count));
+                    assert_eq!(part_out, out + part as u32 * count);
+                    for span in &lists.spans[begin as usize..end as usize] {
+                        let (position, number) = (span[1] & 0xffff_ffff, span[1] >> 32);
+                        assert_eq!(position as usize / PART, part);
+                        assert_eq!((position + number - 1) as usize / PART, part);
+                        for query in first..first + count {
+                            let own = u64::from((query / share as u32).wrapping_add(shift));
+                            for position in (position..position + number).filter(|at| *at <= own) {
+                                *seen.entry((query, position)).or_default() += 1;
+                            }
                         }
                     }
                 }
+                rows += number * count;
             }
-            rows += number * count;
+            assert_eq!(
+                (lists.parts.len() - parts.len(), rows as usize),
+                (slice.parts.end, slice.rows)
+            );
         }
-        assert_eq!((parts.len(), rows as usize), (0, lists.rows));
+        assert_eq!(parts.len(), 0);
         assert!(seen.values().all(|&times| times == 1));
         let mut expected = 0;
         for (spans, new) in sequences {
@@ -293,7 +313,8 @@ fn a_few_sequences_in_both_types() {
     is_by_definition::<f32>(PROMPTS, (2, 3, 32), &manners[..1]);
     is_by_definition::<bf16>(PROMPTS, (2, 3, 32), &manners[1..]);
     rows_come_to_their_places::<f32>(8, 0);
-    rows_come_to_their_places::<bf16>(7, 1);
+    // Packs, some at addresses that allow none.
+    rows_come_to_their_places::<bf16>(12, 1);
 }
 
 const CHECK: &str = "ops::cuda::cached::tests::a_few_sequences_in_both_types";
