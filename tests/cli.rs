@@ -229,6 +229,63 @@ fn a_run_of_adapters_is_exported_and_merged() {
     assert!(stdout.contains(&format!("adapters merged into {merged}: ")), "{stdout}");
 }
 
+/// What a rounded policy says is weighed by its whole weights: against those as a reference nothing diverges.
+#[test]
+fn a_rounded_policy_is_rescored_by_its_own_weights() {
+    let home = tempfile::tempdir().unwrap();
+    let out = home.path().join("run").display().to_string();
+    let datasets = "datasets=[{path=\"data/tiny/heldout.jsonl\",limit=6}]";
+    let student = "data/tiny/student";
+    let [model, reference] =
+        ["model_name_or_path", "reference"].map(|key| format!("{key}={student}"));
+    let eval = ["eval", &model, &reference, datasets, "quantization=q4_0", "max_new_tokens=16"];
+    let (status, stdout, stderr) = arriero(&[&eval[..], &["--json", "--out", &out]].concat());
+    assert_eq!(status, 0, "{stderr}");
+    let said: serde_json::Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    let kl = said.pointer("/stages/0/metrics/kl").and_then(serde_json::Value::as_f64).unwrap();
+    assert!(kl.abs() < 1e-5, "{kl}");
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "the data of a test")]
+fn a_file_is_scored_by_a_verifier_and_by_a_reward_model() {
+    let home = tempfile::tempdir().unwrap();
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (data, pairs, out, run) =
+        (path("a.jsonl"), path("pairs.jsonl"), path("out.jsonl"), path("run"));
+    let row = |reply: &str| {
+        format!("{{\"question\": \"1 + 1?\", \"reply\": \"{reply}\", \"solution\": \"2\"}}\n")
+    };
+    std::fs::write(&data, row("It is 2.") + &row("It is 3.")).unwrap();
+    let columns = ["prompt=question", "completion=reply", "answer=solution"];
+    let columns: Vec<&str> = columns.iter().flat_map(|pair| ["--column", *pair]).collect();
+    let score = |judge: &[&str]| {
+        let files = ["--data", &data, "--out", &out];
+        let (status, stdout, stderr) = arriero(&[&["score"], judge, &columns, &files].concat());
+        assert_eq!(status, 0, "{stderr}");
+        let rows = std::fs::read_to_string(&out).unwrap();
+        let of_row = |line: &str| {
+            let row: serde_json::Value = serde_json::from_str(line).unwrap();
+            row["score"].as_f64().unwrap()
+        };
+        (stdout, rows.lines().map(of_row).collect::<Vec<f64>>())
+    };
+    let (said, scores) = score(&["--verifier", "number"]);
+    assert_eq!(scores, [1.0, 0.0]);
+    assert!(said.contains("2 rows, 2 completions, mean score 0.5000, 1 passed"), "{said}");
+    std::fs::remove_file(&out).unwrap();
+
+    let pair = "{\"prompt\": \"1 + 1?\", \"chosen\": \"2\", \"rejected\": \"3\"}\n";
+    std::fs::write(&pairs, pair.repeat(4)).unwrap();
+    let datasets = format!("datasets={pairs}");
+    let model = "model_name_or_path=data/tiny/student";
+    let (status, _, stderr) = arriero(&["reward", model, &datasets, "max_steps=1", "--out", &run]);
+    assert_eq!(status, 0, "{stderr}");
+    let (_, scores) = score(&["--reward-model", &format!("{run}/stages/01-reward/checkpoint")]);
+    let apart = (scores[0] - scores[1]).abs();
+    assert!(scores.len() == 2 && apart.is_finite() && apart > 0.0, "{scores:?}");
+}
+
 #[test]
 fn recipes_are_copied_once_and_validated() {
     let dir = tempfile::tempdir().unwrap();

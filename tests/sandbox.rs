@@ -365,3 +365,36 @@ fn tests_come_as_text_or_as_a_list_and_mistakes_in_them_are_the_rows() {
         assert!(error.contains(part), "{error}");
     }
 }
+
+/// Where bubblewrap is missing nothing runs, unless somebody allowed that.
+#[test]
+fn without_bubblewrap_nothing_runs_unless_it_is_allowed() {
+    let home = tempfile::tempdir().unwrap();
+    let [bin, data, out, mark] =
+        ["bin", "rows.jsonl", "out.jsonl", "mark"].map(|name| home.path().join(name));
+    fs::create_dir(&bin).unwrap();
+    std::os::unix::fs::symlink("/usr/bin/prlimit", bin.join("prlimit")).unwrap();
+    let program = format!("open({mark:?}, 'w').write('ran')\ndef f(x):\n    return x\n");
+    let row = json!({"prompt": "Write f.", "completion": program, "test": "assert f(1) == 1"});
+    arriero::store::write_atomic(&data, row.to_string().as_bytes()).unwrap();
+    let score = |scorers: Value| {
+        Command::new(env!("CARGO_BIN_EXE_arriero"))
+            .args(["score", "--scorers", &scorers.to_string(), "--data"])
+            .arg(&data)
+            .arg("--out")
+            .arg(&out)
+            .env("PATH", &bin)
+            .output()
+            .unwrap()
+    };
+    let refused = score(json!([{"verifier": "code"}]));
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("no bubblewrap here") && said.contains("allow_unsandboxed"), "{said}");
+    assert!(!mark.exists() && !out.exists());
+    let allowed = score(json!([{"verifier": "code", "allow_unsandboxed": true}]));
+    assert!(allowed.status.success(), "{}", String::from_utf8_lossy(&allowed.stderr));
+    assert!(mark.exists());
+    let scored: Value = serde_json::from_str(&fs::read_to_string(&out).unwrap()).unwrap();
+    assert_eq!(scored["score"], 1.0);
+}

@@ -206,6 +206,57 @@ fn a_model_that_is_not_served_is_named_beside_those_that_are() {
 }
 
 #[test]
+fn a_url_with_another_model_is_found_out() {
+    let good = FakeServer::start(well_behaved);
+    let listed = FakeServer::start(|request| match request.path.as_str() {
+        "/v1/models" => Response::Json(json!({"data": [{"id": "bog"}]})),
+        _ => well_behaved(request),
+    });
+    let error = ask(&spec(&[&good, &listed]), None, 4, &samples(1)).1.unwrap_err();
+    let shown = format!("{error:?}");
+    assert!(shown.contains("serves no model `big`") && shown.contains(&listed.url()), "{shown}");
+    // One that lists nothing, and answers as another.
+    let silent = FakeServer::start(|request| {
+        if request.path == "/v1/models" {
+            return raw(404, "", "{}");
+        }
+        let mut body = chat(request);
+        body["model"] = json!("small");
+        Response::Json(body)
+    });
+    let error = ask(&spec(&[&good, &silent]), None, 20, &samples(1)).1.unwrap_err();
+    let shown = format!("{error:?}");
+    assert!(shown.contains("`small`") && shown.contains("`big`"), "{shown}");
+    assert!(shown.contains("has to serve the same model"), "{shown}");
+}
+
+#[test]
+fn what_is_ignored_in_silence_is_said_and_kept() {
+    #[derive(Default)]
+    struct Heard(Mutex<Vec<String>>);
+    impl arriero::report::record::Events for Heard {
+        fn note(&self, text: &str) {
+            self.0.lock().unwrap().push(text.to_owned());
+        }
+    }
+    let count = AtomicUsize::new(0);
+    let server = FakeServer::start(move |request| {
+        let mut body = chat(request);
+        let text = format!("never twice: {}", count.fetch_add(1, Ordering::Relaxed));
+        body["choices"][0]["message"]["content"] = json!(text);
+        if request.path == "/v1/models" { well_behaved(request) } else { Response::Json(body) }
+    });
+    let heard = Heard::default();
+    let client = Server::new(&spec(&[&server]), None, &heard).unwrap();
+    let one = vec![Asked { schema: Some(json!({"type": "object"})), ..asked(1).remove(0) }];
+    client.answer(&one, &samples(1), &mut |_, _| Ok(())).unwrap();
+    let probe = client.account().probe.unwrap();
+    assert_eq!((probe.seed, probe.json_schema), (Some(false), Some(false)));
+    let notes = heard.0.lock().unwrap().join("; ");
+    assert!(notes.contains("equal seed") && notes.contains("JSON schema"), "{notes}");
+}
+
+#[test]
 fn silence_ends_in_an_error_that_names_the_url() {
     let (server, _) = troubled(usize::MAX, Response::Silence);
     let spec = ServerSpec { timeout: 0.1, max_retries: 1, ..spec(&[&server]) };
@@ -609,6 +660,74 @@ fn a_file_is_judged_by_a_server_many_rows_at_once() {
     let expected = |i: usize| if i == 7 { 3.0 } else { 9.0 };
     assert_eq!(scores, (0..40).map(expected).collect::<Vec<f64>>());
     assert!(most.load(Ordering::Relaxed) > 4, "{most:?} at once");
+}
+
+/// `arriero serve` of the tiny student, ended with the value.
+struct Served(std::process::Child, String);
+
+impl Served {
+    fn start() -> Self {
+        let student = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
+        let mut child = Command::new(env!("CARGO_BIN_EXE_arriero"))
+            .arg("serve")
+            .arg(student)
+            .args(["--port", "0", "--served-model-name", "big"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let url = line.trim().strip_prefix("listening on ").unwrap().to_owned();
+        Self(child, url)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Everything that the client may send, our own server honours.
+#[test]
+fn our_own_server_is_found_out_and_teaches() {
+    let served = Served::start();
+    let spec = ServerSpec {
+        base_url: vec![format!("{}/v1", served.1)],
+        model: "big".to_owned(),
+        logprobs: true,
+        timeout: 120.0,
+        ..ServerSpec::default()
+    };
+    let client = Server::new(&spec, None, &Silent).unwrap();
+    let probe = client.probe(Needs { all: true, ..Needs::default() }).unwrap();
+    let seen = [probe.n, probe.logprobs, probe.seed, probe.json_schema, probe.echo];
+    assert_eq!(seen.map(Option::unwrap), [true; 5], "{probe:?}");
+    let sampling = Sampling {
+        top_k: 40,
+        top_p: 0.95,
+        min_p: 0.001,
+        repetition_penalty: 1.1,
+        stop: vec!["\n\n".to_owned()],
+        ..samples(3)
+    };
+    let answers = || {
+        let mut got = BTreeMap::new();
+        client
+            .answer(&asked(4), &sampling, &mut |place, answers| {
+                got.insert(place, answers);
+                Ok(())
+            })
+            .unwrap();
+        got
+    };
+    let got = answers();
+    assert_eq!(got.len(), 4);
+    for answer in got.values().flatten() {
+        assert_eq!(answer.logprobs.len(), answer.tokens, "{answer:?}");
+    }
+    assert_eq!(answers(), got, "equal seeds");
 }
 
 /// The Python that has the peers; `None` where nobody asked for them.

@@ -460,6 +460,27 @@ fn noise_changes_training_and_not_evaluation() {
     assert_eq!(plain["eval_loss"].to_bits(), noisy["eval_loss"].to_bits());
 }
 
+/// The lists that a coupled loss sorts are of the noisy pass: a value of another pass would be in none of them.
+#[test]
+fn a_coupled_loss_learns_under_noise() {
+    let (start, trees) = (start(), pairs(16, 7));
+    let trained = |loss: PreferenceLoss, neftune_noise_alpha: f64| {
+        let dir = tempfile::tempdir().unwrap();
+        let reference = (0..trees.len()).map(|row| (row, vec![-30.0; 2])).collect();
+        let losses = vec![(loss, 1.0)];
+        let objective = Preference { losses, reference, ..Preference::default() };
+        let settings = Settings { max_steps: 30, neftune_noise_alpha, ..settings() };
+        let model = (&start.config, &start.weights);
+        let place = (dir.path(), &Silent as &dyn Events);
+        fit(model, &objective, (&trees, &[]), &settings, place).outcome.unwrap()
+    };
+    for loss in [PreferenceLoss::Aot, PreferenceLoss::AotUnpaired] {
+        let (plain, noisy) = (trained(loss, 0.0), trained(loss, 5.0));
+        assert!(noisy["loss"] < 0.8 * noisy["first_loss"], "{noisy:?}");
+        assert!((plain["first_loss"] - noisy["first_loss"]).abs() > 1e-6, "{plain:?} {noisy:?}");
+    }
+}
+
 #[test]
 fn numbers_that_are_not_finite_are_named_with_step_and_rows() {
     let (mut start, dir) = (start(), tempfile::tempdir().unwrap());

@@ -11,7 +11,7 @@ use candle_core::Tensor;
 
 use super::adaptation::{Adaptation, Adapted, Place};
 use super::attend::{Heads, attention};
-use super::cache::{CacheShape, PagedCache, Part};
+use super::cache::{self, CacheShape, PagedCache, Part};
 use super::parts::{Input, Matrix, Parts};
 use super::sampler::Draw;
 use super::states::States;
@@ -92,6 +92,11 @@ pub trait Decoder {
         feeds: &mut [Feed<'_, Self::Cache>],
         predictions: &mut Predictions,
     ) -> Result<()>;
+
+    /// Positions that a cache grows by at once: what it holds is promised in whole pages.
+    fn page(&self) -> usize {
+        1
+    }
 
     /// Whether it draws tokens where it computes, so that no logits need to come from there.
     fn draws(&self) -> bool {
@@ -247,6 +252,10 @@ impl<E: Element> Decoder for CpuDecoder<E> {
         predictions: &mut Predictions,
     ) -> Result<()> {
         awake(|| self.read(feeds, &mut predictions.logits))
+    }
+
+    fn page(&self) -> usize {
+        cache::PAGE
     }
 
     fn vocab_size(&self) -> usize {

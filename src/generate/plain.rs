@@ -221,6 +221,10 @@ impl Decoder for PlainDecoder {
         Ok(())
     }
 
+    fn page(&self) -> usize {
+        PAGE
+    }
+
     fn draws(&self) -> bool {
         true
     }

@@ -1,11 +1,12 @@
 //! Requests as a server makes them: streamed, scored, sharing beginnings, short of room; and weights in blocks.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::Device;
 
-use super::decode::{CpuDecoder, Decoder};
+use super::cache::PagedCache;
+use super::decode::{CpuDecoder, Decoder, Feed, Predictions, Wanted};
 use super::engine::{
     Answer, Event, Extras, Finish, Limits, Piece, Prompt, PromptScores, Request, Schedule,
     Scheduler, Vocabulary,
@@ -84,9 +85,9 @@ fn prompts_that_begin_alike_are_read_once_and_requests_may_leave() {
     let checkpoint = golden("model_tied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let vocabulary = Bytes::default();
-    let limits = Limits { keep_prefixes: true, max_positions: 200, ..WIDE };
+    let limits = Limits { keep_prefixes: true, max_positions: 200, max_prefill: 256, ..WIDE };
     let prompt =
-        |index: u64| Prompt { index, tokens: (0..50).chain([60 + index as u32, 70]).collect() };
+        |index: u64| Prompt { index, tokens: (0..150).chain([160 + index as u32, 70]).collect() };
     let sampling = Arc::new(Sampling { max_new_tokens: 12, ..Sampling::default() });
     let alone = Engine { decoder: &decoder, vocabulary: &vocabulary, limits: WIDE }
         .answers(&[prompt(0), prompt(1), prompt(2)], &sampling)
@@ -119,9 +120,99 @@ fn prompts_that_begin_alike_are_read_once_and_requests_may_leave() {
     }
     assert_eq!(done.keys().copied().collect::<Vec<_>>(), [0, 1, 3]);
     assert!(done.into_values().eq(alone), "sharing changes no answer");
-    // 52 tokens of the first prompt, two or three of each other, 12 an answer: apart it would be more than 200.
-    assert!(most < 52 + 3 * 3 + 4 * 12, "{most} tokens in caches");
+    // Pages: three of the first prompt, one of each other's own tokens and of each answer. Apart it would be 16.
+    assert!(most <= 64 * (3 + 3 + 4), "{most} tokens in caches");
     assert_eq!(scheduler.load(), (0, 0));
+}
+
+/// Remembers what each forward pass had: rows of answers, and tokens of prompts.
+struct Watched<'a> {
+    inner: &'a CpuDecoder,
+    passes: Mutex<Vec<(usize, usize)>>,
+}
+
+impl Decoder for Watched<'_> {
+    type Cache = PagedCache<f32>;
+
+    fn cache(&self, parent: Option<(Arc<PagedCache<f32>>, usize)>) -> PagedCache<f32> {
+        self.inner.cache(parent)
+    }
+
+    fn truncate(&self, cache: &mut PagedCache<f32>, end: usize) -> crate::error::Result<()> {
+        self.inner.truncate(cache, end)
+    }
+
+    fn forward(
+        &self,
+        feeds: &mut [Feed<'_, PagedCache<f32>>],
+        predictions: &mut Predictions,
+    ) -> crate::error::Result<()> {
+        let written = feeds.iter().filter(|feed| feed.wanted == Wanted::All).count();
+        let prompts = feeds.iter().filter(|feed| feed.wanted != Wanted::All);
+        let read = prompts.map(|feed| feed.tokens.len()).sum();
+        self.passes.lock().unwrap().push((written, read));
+        self.inner.forward(feeds, predictions)
+    }
+
+    fn page(&self) -> usize {
+        self.inner.page()
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.inner.vocab_size()
+    }
+}
+
+#[test]
+fn limits_are_kept_and_a_finished_answers_place_is_taken_at_once() {
+    let checkpoint = golden("model_tied");
+    let inner: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let decoder = Watched { inner: &inner, passes: Mutex::default() };
+    // Answers end by chance, after one token or thirty.
+    let vocabulary = Bytes { ends: (0..30).collect(), ..Bytes::default() };
+    let limits = Limits { max_batch: 5, max_prefill: 40, cache_tokens: 10 * 64, ..WIDE };
+    let sampling = Arc::new(Sampling { num_samples: 8, max_new_tokens: 30, ..Sampling::default() });
+    let mut scheduler = Scheduler::new(&decoder, &vocabulary, limits);
+    for (index, len) in [150_u32, 30, 90, 64].into_iter().enumerate() {
+        let tokens = (0..len).map(|i| 40 + (i * 29 + len) % 400).collect();
+        let prompt = Prompt { index: index as u64, tokens };
+        scheduler.submit(Request::new(prompt, Arc::clone(&sampling))).unwrap();
+    }
+    let mut most = 0;
+    while scheduler.step(&mut |_| Ok(())).unwrap() {
+        most = most.max(scheduler.cached_tokens());
+        assert!(most <= limits.cache_tokens, "{most}");
+    }
+    // A prompt of three pages and five answers of one, at least; apart it would be four pages an answer.
+    assert!(most >= 8 * 64, "{most}");
+    let passes = decoder.passes.lock().unwrap().clone();
+    assert!(passes.iter().all(|&(written, read)| written <= 5 && read <= 40), "{passes:?}");
+    assert!(passes.iter().any(|&(written, read)| written > 0 && read > 0), "read beside answers");
+    let refilled = passes.windows(3).any(|three| {
+        let [(before, _), (fewer, _), (after, _)] = [three[0], three[1], three[2]];
+        before == 5 && after == 5 && fewer > 0 || fewer == 5 && after == 5
+    });
+    assert!(refilled, "{passes:?}");
+    // Were each batch waited for, five answers would end before five begin.
+    let full = passes.iter().filter(|(written, _)| *written == 5).count();
+    let rows: usize = passes.iter().map(|(written, _)| written).sum();
+    assert!(full * 2 > rows / 5, "{full} full passes of {rows} rows");
+}
+
+#[test]
+fn bytes_that_are_no_text_come_through_pieces_as_through_the_whole() {
+    for said in [vec![97, 0xff, 98, 0xc3, 99, 0], vec![97, 0xe2, 0x82, 0]] {
+        let vocabulary = Bytes { ends: vec![0], ..Bytes::default() };
+        let extras = Extras { stream: true, ..Extras::default() };
+        let prompt = Prompt { index: 0, tokens: vec![7] };
+        let sampling = Arc::new(Sampling::greedy(40));
+        let request = Request { extras: Arc::new(extras), ..Request::new(prompt, sampling) };
+        let (pieces, answers, _) = stream(&Parrot { says: said.clone() }, &vocabulary, request);
+        let bytes: Vec<u8> = said[..said.len() - 1].iter().map(|&byte| byte as u8).collect();
+        assert_eq!(answers[0].text, String::from_utf8_lossy(&bytes));
+        let texts: String = pieces.iter().map(|piece| piece.text.as_str()).collect();
+        assert_eq!(texts, answers[0].text, "{said:?}");
+    }
 }
 
 #[test]
@@ -177,8 +268,8 @@ fn a_prompt_goes_on_being_read_while_no_sample_finds_room() {
             .unwrap()
             .remove(0)
     };
-    // Both prompts and one answer fit: the second answer to the short one waits, with the long one half read.
-    let limits = Limits { cache_tokens: 130, max_batch: 4, ..WIDE };
+    // Both prompts, three pages, and one answer fit: the second answer to the short one waits, with the long one half read.
+    let limits = Limits { cache_tokens: 4 * 64, max_batch: 4, ..WIDE };
     let mut scheduler = Scheduler::new(&decoder, &vocabulary, limits);
     scheduler.submit(Request::new(short.clone(), sampling(2))).unwrap();
     scheduler.submit(Request::new(long.clone(), sampling(1))).unwrap();

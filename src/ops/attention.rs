@@ -84,9 +84,16 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttentionPlan>) 
     }
     #[cfg(feature = "cuda")]
     if q.device().is_cuda() {
-        use super::cuda::attention::{on_cuda, takes};
-        if takes(q.dtype(), h / g, e) {
-            return on_cuda(q, k, v, plan);
+        use super::cuda::attention::{on_cuda, padded, takes};
+        if let Some(width) = padded(e).filter(|width| takes(q.dtype(), h / g, *width)) {
+            // Zeros change no score, and mix to zeros.
+            let wide = |x: &Tensor| x.pad_with_zeros(D::Minus1, 0, width - e);
+            let scale = 1.0 / (e as f32).sqrt();
+            return on_cuda([&wide(q)?, &wide(k)?, &wide(v)?], scale, plan)?.narrow(
+                D::Minus1,
+                0,
+                e,
+            );
         }
         // Scores in bf16 would lose what distinguishes them.
         let [q32, k32, v32] = [q, k, v].map(|x| x.to_dtype(DType::F32));

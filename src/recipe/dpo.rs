@@ -286,11 +286,19 @@ impl Dpo {
     pub(super) fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         let (rate, pairs) = (self.train.learning_rate, self.train.examples_per_step());
-        if self.preset.is_some() && rate > 5e-6 {
+        // Small models take larger rates, and are trained in small batches.
+        if rate > 5e-6 && (self.preset.is_some() || pairs >= 64) {
             notes.push(format!(
                 "`learning_rate` is {rate:e} at {pairs} pairs a step: the Llama 3 paper's 1e-5 belongs to a batch that \
                  it does not publish; open recipes take 5e-7 (8B) and 2e-7 (70B) at 128"
             ));
+        }
+        if self.train.shuffle && self.loss_type.iter().any(|loss| loss.needs_mismatched()) {
+            notes.push(
+                "`kto` takes its mismatched responses from neighbours in the file, and `shuffle` parts them: with \
+                 shuffle = false they are of the same step, as in TRL"
+                    .to_owned(),
+            );
         }
         if self.loss_type.contains(&PreferenceLoss::SigmoidNorm) && self.beta < 1.0 {
             notes.push(format!(

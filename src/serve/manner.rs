@@ -153,9 +153,7 @@ fn sampling(fields: &mut Fields, fresh: u64) -> Result<Sampling, Problem> {
         top_p: fields.take("top_p")?.unwrap_or(default.top_p),
         top_k: top_k.max(0) as usize,
         min_p: fields.take("min_p")?.unwrap_or(default.min_p),
-        repetition_penalty: fields
-            .take("repetition_penalty")?
-            .unwrap_or(default.repetition_penalty),
+        repetition_penalty: repetition_penalty(fields)?.unwrap_or(default.repetition_penalty),
         stop: fields.take("stop")?.map(|Stop(strings)| strings).unwrap_or_default(),
         // Negative seeds are as good as any.
         seed: fields.take::<i64>("seed")?.map_or(fresh, i64::cast_unsigned),
@@ -164,6 +162,21 @@ fn sampling(fields: &mut Fields, fresh: u64) -> Result<Sampling, Problem> {
     };
     sampling.check()?;
     Ok(sampling)
+}
+
+/// Under vLLM's name or llama.cpp's; clients that do not know their server send both.
+fn repetition_penalty(fields: &mut Fields) -> Result<Option<f64>, Problem> {
+    let own: Option<f64> = fields.take("repetition_penalty")?;
+    let other: Option<f64> = fields.take("repeat_penalty")?;
+    match (own, other) {
+        (Some(own), Some(other)) if own.to_bits() != other.to_bits() => {
+            let message = format!(
+                "`repetition_penalty` is {own} and `repeat_penalty` {other}, expected one value"
+            );
+            Err(Problem::invalid(message).on("repeat_penalty"))
+        }
+        _ => Ok(own.or(other)),
+    }
 }
 
 #[derive(Deserialize)]

@@ -141,7 +141,8 @@ pub fn gradients(
 ) -> Result<(Gradients, StepReport)> {
     let model = learner.model();
     let forests = pack(trees, options.max_tokens)?;
-    let totals = totals(model, objective, &forests)?;
+    let totals =
+        totals(objective, &forests, &|forest| read_as_trained(model, objective, forest, options))?;
     let mut grads = Gradients::new(model.device());
     let mut sums = Sums::new(objective);
     for forest in &forests {
@@ -176,7 +177,7 @@ pub fn evaluate(
     let totals = if objective.coupled() {
         // Statistics are over all examples at once.
         let forests: Vec<Forest> = packed(examples, max_tokens).collect::<Result<_>>()?;
-        totals(model, objective, &forests)?
+        totals(objective, &forests, &|forest| read(model, objective.readout(), forest))?
     } else {
         let mut counts = Counts::new(objective);
         for forest in packed(examples, max_tokens) {
@@ -199,11 +200,34 @@ pub fn evaluate(
 
 /// The values an objective reads from one forest: log-probabilities of its targets or scores of its leaves.
 pub fn read(model: &Transformer, readout: Readout, forest: &Forest) -> Result<Vec<f32>> {
-    let hidden = model.hidden(forest)?;
+    values(model, readout, (forest, &model.hidden(forest)?))
+}
+
+fn values(
+    model: &Transformer,
+    readout: Readout,
+    (forest, hidden): (&Forest, &Tensor),
+) -> Result<Vec<f32>> {
     match readout {
-        Readout::Logps => Ok(head::logps(&hidden, model.head(), &forest.targets)?),
-        Readout::Scores => model.scores(&hidden, &forest.ends),
+        Readout::Logps => Ok(head::logps(hidden, model.head(), &forest.targets)?),
+        Readout::Scores => model.scores(hidden, &forest.ends),
     }
+}
+
+/// The same values as the step's own pass has them, with its noise and its dropout: what a coupled objective compares
+/// them with.
+pub(super) fn read_as_trained(
+    model: &Transformer,
+    objective: &dyn Objective,
+    forest: &Forest,
+    options: StepOptions,
+) -> Result<Vec<f32>> {
+    let readout = objective.readout();
+    if options.noise.is_none() && options.dropout.is_none() {
+        return read(model, readout, forest);
+    }
+    let options = StepOptions { recompute: Recompute::Block, activation_offload: false, ..options };
+    values(model, readout, (forest, &trace(model, forest, options)?.hidden))
 }
 
 /// The same of hidden states that are there, with what the objective or the log needs of each row.
@@ -270,11 +294,11 @@ impl<'a> Counts<'a> {
     }
 }
 
-/// Counts, and the statistics of a coupled objective, over all micro-batches.
+/// Counts, and the statistics of a coupled objective, over all micro-batches, whose values `read` reads.
 pub(super) fn totals(
-    model: &Transformer,
     objective: &dyn Objective,
     forests: &[Forest],
+    read: &dyn Fn(&Forest) -> Result<Vec<f32>>,
 ) -> Result<StepTotals> {
     let mut counts = Counts::new(objective);
     for forest in forests {
@@ -282,10 +306,7 @@ pub(super) fn totals(
     }
     let mut totals = StepTotals { counts: counts.check()?, statistics: Vec::new() };
     if objective.coupled() {
-        let values: Vec<Vec<f32>> = forests
-            .iter()
-            .map(|forest| read(model, objective.readout(), forest))
-            .collect::<Result<_>>()?;
+        let values: Vec<Vec<f32>> = forests.iter().map(read).collect::<Result<_>>()?;
         let readings: Vec<(&Forest, &[f32])> = forests
             .iter()
             .zip(&values)

@@ -75,7 +75,8 @@ fn in_backward(
     let [forest] = forests.as_slice() else {
         return Err(several(&forests, options.max_tokens));
     };
-    let totals = step::totals(model, objective, &forests)?;
+    let read = |forest: &Forest| step::read_as_trained(model, objective, forest, options);
+    let totals = step::totals(objective, &forests, &read)?;
     let mut grads = Gradients::new(model.device());
     let mut sums = Sums::new(objective);
     let trace = step::trace(model, forest, options)?;

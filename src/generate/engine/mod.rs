@@ -32,7 +32,8 @@ pub struct Limits {
     pub max_batch: usize,
     /// Most prompt tokens read in one forward pass.
     pub max_prefill: usize,
-    /// Most tokens in all caches of this model together; a draft model's are its own. One answer is always let in.
+    /// Most tokens in all caches of this model together, counted in whole pages of [`Decoder::page`](super::decode::Decoder::page);
+    /// a draft model's are its own. One answer is always let in.
     pub cache_tokens: usize,
     /// The model's positions.
     pub max_positions: usize,

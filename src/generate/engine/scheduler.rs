@@ -86,7 +86,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         while let Some(&ticket) = self.waiting.front() {
             let Some(open) = self.open.get(&ticket) else { break };
             let room = self.answer_room(&open.request);
-            if !self.has_room(room) {
+            if !self.has_room(self.in_pages(room)) {
                 break;
             }
             self.start(ticket, room, on)?;
@@ -127,13 +127,14 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 break;
             }
             let own = tokens.len() - shared;
-            if !self.has_room(own + self.answer_room(&request)) {
+            let pages = self.in_pages(own);
+            if !self.has_room(pages + self.in_pages(self.answer_room(&request))) {
                 break;
             }
             self.queue.pop_front();
             places = places.saturating_sub(samples(&request));
             left = left.saturating_sub(own);
-            let share = Share::new(own, &self.reserved);
+            let share = Share::new(pages, &self.reserved);
             let of = prefix.as_ref().map(|(held, len)| (Arc::clone(&held.cache), *len));
             self.reading.push(Reading {
                 ticket,
@@ -156,7 +157,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         self.prefixes.find(&request.prompt.tokens, request.extras.adaptation.as_ref())
     }
 
-    /// Whether so many more tokens fit, letting kept caches go where needed. One request is always let in.
+    /// Whether so many more tokens, in whole pages, fit, letting kept caches go where needed. One request is always let in.
     fn has_room(&mut self, tokens: usize) -> bool {
         if self.running.len() >= self.limits.max_batch.max(1) {
             return false;
@@ -169,6 +170,11 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         true
     }
 
+    /// What a cache of so many positions of its own takes.
+    fn in_pages(&self, tokens: usize) -> usize {
+        tokens.next_multiple_of(self.decoder.page())
+    }
+
     fn answer_room(&self, request: &Request) -> usize {
         let left = self.limits.max_positions - request.prompt.tokens.len();
         request.sampling.max_new_tokens.min(left)
@@ -176,6 +182,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
 
     /// Starts the next sample of a prompt that was read.
     fn start(&mut self, ticket: Ticket, room: usize, on: &mut On<'_>) -> Result<()> {
+        let pages = self.in_pages(room);
         let Some(open) = self.open.get_mut(&ticket) else { return Ok(()) };
         let sample = open.started;
         open.started += 1;
@@ -190,7 +197,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             stops: Arc::clone(&open.stops),
             cache: self.decoder.cache(Some((Arc::clone(&open.held.cache), shared))),
             held: Arc::clone(&open.held),
-            share: Share::new(room, &self.reserved),
+            share: Share::new(pages, &self.reserved),
             rng: open.stream.at(open.request.prompt.index, sample as u64),
             room,
         });
@@ -392,7 +399,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             // The next turn of a conversation begins with this one. The last token was drawn and not read.
             let mut tokens = request.prompt.tokens.clone();
             tokens.extend_from_slice(&answer.ids[..answer.ids.len() - 1]);
-            share.shrink(answer.ids.len() - 1);
+            share.shrink(self.in_pages(answer.ids.len() - 1));
             let held = Held { cache: Arc::new(cache), _share: share, _parent: Some(held) };
             self.prefixes.keep(tokens, request.extras.adaptation.clone(), Arc::new(held));
         }

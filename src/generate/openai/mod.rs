@@ -119,6 +119,14 @@ impl<'a> Server<'a> {
             return Ok(probe);
         }
         let probe = self.probe(needs)?;
+        if probe.seed == Some(false) {
+            self.events.note("the server does not repeat an answer for an equal seed");
+        }
+        if probe.json_schema == Some(false) {
+            self.events.note(
+                "the server does not hold answers to a JSON schema: they are read as they come",
+            );
+        }
         Ok(self.probed.get_or_init(|| probe))
     }
 
@@ -150,6 +158,7 @@ impl Teacher for Server<'_> {
             n: sampling.num_samples > 1 && self.spec.samples_per_request != 1,
             logprobs: self.spec.logprobs,
             json_schema: asked.iter().any(|asked| asked.schema.is_some()),
+            seed: sampling.temperature > 0.0,
             all: false,
         };
         Run::new(self, self.probed(needs)?, asked, sampling).go(done)

@@ -22,6 +22,8 @@ pub struct Needs {
     pub logprobs: bool,
     /// Answers held to a JSON schema.
     pub json_schema: bool,
+    /// Equal answers for equal seeds.
+    pub seed: bool,
     /// Everything else there is to know, for people.
     pub all: bool,
 }
@@ -98,8 +100,10 @@ pub(super) async fn probe(
     if needs.json_schema || needs.all {
         found.json_schema = Some(visitor.json_schema().await?);
     }
-    if needs.all {
+    if needs.seed || needs.all {
         found.seed = Some(visitor.seed().await?);
+    }
+    if needs.all {
         found.echo = Some(visitor.echo().await?);
         found.prompt_logprobs = Some(visitor.prompt_logprobs().await?);
     }
@@ -107,7 +111,7 @@ pub(super) async fn probe(
 }
 
 /// Looks the model up among those that the server lists. Not every server lists any.
-async fn models(
+pub(super) async fn models(
     http: &Http,
     url: &str,
     spec: &ServerSpec,

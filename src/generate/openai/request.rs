@@ -1,7 +1,7 @@
 //! One request until it is answered or given up: a place, the exchange, the pause before the next try.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rand::Rng;
@@ -37,6 +37,8 @@ pub(super) struct Sender {
     requests: AtomicU64,
     tokens: AtomicU64,
     retries: AtomicU64,
+    /// What the first answer said that it is from.
+    model: OnceLock<String>,
     /// The newest failure, for people who wonder why nothing happens.
     trouble: Mutex<Option<String>>,
 }
@@ -89,6 +91,7 @@ impl Sender {
             requests: AtomicU64::new(spent.requests),
             tokens: AtomicU64::new(spent.tokens),
             retries: AtomicU64::new(0),
+            model: OnceLock::new(),
             trouble: Mutex::new(None),
         })
     }
@@ -134,7 +137,8 @@ impl Sender {
                     let tokens = usage.prompt_tokens + usage.completion_tokens;
                     used.tokens += tokens;
                     self.tokens.fetch_add(tokens, Ordering::Relaxed);
-                    match reply.body.answers(&url, job.count, self.logprobs) {
+                    let same = self.same_model(&url, reply.body.model.as_deref());
+                    match same.and_then(|()| reply.body.answers(&url, job.count, self.logprobs)) {
                         Ok(answers) => {
                             self.endpoints.answered(&lease, usage.completion_tokens, tokens);
                             return Ended::Answered(answers);
@@ -174,6 +178,20 @@ impl Sender {
         Ok(())
     }
 
+    /// Refuses an answer of another model than the first one's: some server behind the URLs is not who it should be.
+    fn same_model(&self, url: &str, model: Option<&str>) -> Result<(), Failure> {
+        let Some(model) = model.filter(|model| !model.is_empty()) else { return Ok(()) };
+        let first = self.model.get_or_init(|| model.to_owned());
+        if first == model {
+            return Ok(());
+        }
+        let message = format!("{url}: an answer of `{model}`, the first one was of `{first}`");
+        Err(Failure {
+            hint: Some("every `base_url` has to serve the same model".to_owned()),
+            ..Failure::new(Trouble::Denied, message)
+        })
+    }
+
     fn note(&self, failure: &Failure) {
         self.retries.fetch_add(1, Ordering::Relaxed);
         let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
@@ -197,15 +215,29 @@ impl Sender {
         !stopping.load(Ordering::Relaxed)
     }
 
+    /// Refuses a URL that is there and serves another model than it should. One that is away may come back.
+    async fn check_others(&self, answered: &String, spec: &ServerSpec) -> Result<(), Failure> {
+        for url in spec.base_url.iter().filter(|url| *url != answered) {
+            match probe::models(&self.http, url, spec, &mut Probe::default()).await {
+                Err(failure) if failure.trouble == Trouble::Denied => return Err(failure),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Finds out what the server can do; see [`probe::probe`]. Of several URLs the first that answers speaks for
-    /// all: they serve the same model.
+    /// all; the others are asked which models they serve.
     pub(super) async fn probe(&self, spec: &ServerSpec, needs: Needs) -> Result<Probe, Failure> {
         let mut tried = 0;
         loop {
             let mut last = None;
             for url in &spec.base_url {
                 match probe::probe(&self.http, url, spec, needs).await {
-                    Ok(probe) => return Ok(probe),
+                    Ok(probe) => {
+                        self.check_others(url, spec).await?;
+                        return Ok(probe);
+                    }
                     Err(failure) if !failure.trouble.passes() => return Err(failure),
                     Err(failure) => last = Some(failure),
                 }

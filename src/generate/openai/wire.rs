@@ -92,6 +92,9 @@ pub(super) struct ChatReply {
     pub(super) choices: Vec<Choice>,
     #[serde(default)]
     pub(super) usage: Option<Usage>,
+    /// The model that answered, as the server calls it.
+    #[serde(default)]
+    pub(super) model: Option<String>,
     #[serde(default)]
     pub(super) system_fingerprint: Option<String>,
     #[serde(default)]
@@ -175,9 +178,13 @@ impl ChatReply {
                 ..Failure::new(Trouble::Malformed, message)
             });
         }
+        let total = self.usage.map_or(0, |usage| usage.completion_tokens as usize);
+        if logprobs && count > 1 && choices.len() == count {
+            check_all_logprobs(&choices, total)
+                .map_err(|message| Failure::new(Trouble::Malformed, format!("{url}: {message}")))?;
+        }
         choices.sort_by_key(|choice| choice.index);
         choices.truncate(count);
-        let total = self.usage.map_or(0, |usage| usage.completion_tokens as usize);
         let share = |at: usize| total / count + usize::from(at < total % count);
         choices
             .into_iter()
@@ -248,6 +255,22 @@ fn check_logprobs(
         Some(entry) => Err(format!("a log-probability of {}", entry.logprob)),
         None => Ok(()),
     }
+}
+
+/// The same of all answers to one request, of which the server says only how many tokens they have together.
+fn check_all_logprobs(choices: &[Choice], total: usize) -> Result<(), String> {
+    let entries = |choice: &Choice| {
+        choice.logprobs.as_ref().and_then(|logprobs| logprobs.content.as_ref()).map_or(0, Vec::len)
+    };
+    let found: usize = choices.iter().map(entries).sum();
+    let withheld = choices.iter().any(|one| one.finish_reason.as_deref() == Some("content_filter"));
+    let cut = |one: &&Choice| one.finish_reason.as_deref() == Some("length");
+    let needed = total.saturating_sub(choices.len() - choices.iter().filter(cut).count());
+    if found < needed && !withheld {
+        let answers = choices.len();
+        return Err(format!("{found} log-probabilities for {needed} tokens of {answers} answers"));
+    }
+    Ok(())
 }
 
 /// What a message has besides its text: calls of tools, whose arguments become objects as chat templates expect
@@ -350,6 +373,13 @@ mod tests {
             refused(with(json!([choice(3, "abort")]), 3), 1),
             "http://u: an answer that ended with `abort`"
         );
+        // Of several answers only the sum is known.
+        assert_eq!(
+            refused(with(json!([choice(2, "stop"), choice(1, "length")]), 6), 2),
+            "http://u: 3 log-probabilities for 5 tokens of 2 answers"
+        );
+        let both = with(json!([choice(2, "stop"), choice(3, "length")]), 6);
+        assert_eq!(both.answers("u", 2, true).unwrap().len(), 2);
         let whole = with(json!([choice(2, "stop")]), 3).answers("u", 1, true).unwrap();
         assert_eq!((whole[0].ids.as_slice(), whole[0].tokens), (&[0, 1][..], 2));
     }

@@ -85,10 +85,13 @@ pub(super) fn aot(
 }
 
 /// The mean of `at` over the ranks that `value` holds in a sorted list. Equal values share their ranks: which of them
-/// comes first is an accident of the sort.
+/// comes first is an accident of the sort. A value that is not in the list has no rank: NaN, which ends the step.
 fn over_ranks(list: &[f64], value: f64, at: impl Fn(usize) -> (f64, f64)) -> (f64, f64) {
     let low = list.partition_point(|other| *other < value);
     let high = list.partition_point(|other| *other <= value);
+    if low == high {
+        return (f64::NAN, f64::NAN);
+    }
     let count = (high - low) as f64;
     let (mut loss, mut slope) = (0.0, 0.0);
     for rank in low..high {

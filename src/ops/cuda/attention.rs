@@ -16,7 +16,7 @@ mod tests;
 #[cfg(feature = "cuda")]
 pub(super) use launch::{aligned, prepared};
 #[cfg(feature = "cuda")]
-pub(crate) use launch::{on_cuda, takes};
+pub(crate) use launch::{on_cuda, padded, takes};
 
 /// Threads of a block: four warps, sixteen rows each.
 pub(super) const THREADS: u32 = 128;

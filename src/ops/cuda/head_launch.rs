@@ -264,10 +264,9 @@ impl<'a, E: Number> Head<'a, E> {
         let mut launch = function.builder();
         launch.arg(&self.logits).arg(&vocab).arg(&starts).arg(&self.ids);
         launch.arg(logps).arg(&mut log_sums);
-        match &mut stats {
-            Some(stats) => launch.arg(stats),
-            None => launch.arg(NULL),
-        };
+        if let Some(stats) = &mut stats {
+            launch.arg(stats);
+        }
         // SAFETY: the kernel's arguments, each as long as the rows of the launch ask for.
         unsafe { launch.launch(grid((slots.len(), 1), READ_BLOCK)) }.w()?;
         Ok(())

@@ -27,14 +27,18 @@ pub(crate) fn takes(dtype: DType, share: usize, width: usize) -> bool {
     matches!(dtype, DType::F32 | DType::BF16) && share <= MOST_SHARE && WIDTHS.contains(&width)
 }
 
-/// As `attention` of `ops`, whose shapes were checked, without scores in memory.
+/// The least width with kernels that holds heads of this one.
+pub(crate) fn padded(width: usize) -> Option<usize> {
+    WIDTHS.into_iter().find(|of_kernels| *of_kernels >= width)
+}
+
+/// As `attention` of `ops`, whose shapes were checked, without scores in memory, which are multiplied by `scale`.
 ///
 /// # Errors
 /// A type or width without kernels; the device's.
 pub(crate) fn on_cuda(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    [q, k, v]: [&Tensor; 3],
+    scale: f32,
     plan: &Arc<AttentionPlan>,
 ) -> Result<Tensor> {
     let ((tokens, heads, width), groups) = (q.dims3()?, k.dim(1)?);
@@ -56,7 +60,7 @@ pub(crate) fn on_cuda(
         return Ok(q.clone());
     }
     let lists = Uploaded::of(plan, share, q.device().as_cuda_device()?)?;
-    let op = ForestAttention { lists, log_sums: Mutex::default() };
+    let op = ForestAttention { lists, scale, log_sums: Mutex::default() };
     aligned(q)?.apply_op3(&aligned(k)?, &aligned(v)?, op)
 }
 
@@ -124,6 +128,7 @@ impl Uploaded {
 /// The forward keeps a log-sum-exp a query, `[G, T, H/G]`, for the backward.
 struct ForestAttention {
     lists: Arc<Uploaded>,
+    scale: f32,
     log_sums: Mutex<Option<CudaSlice<f32>>>,
 }
 
@@ -158,9 +163,8 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn of(q: &Shape, k: &Shape) -> Result<Self> {
+    fn of(q: &Shape, k: &Shape, scale: f32) -> Result<Self> {
         let ((tokens, heads, width), (_, groups, _)) = (q.dims3()?, k.dims3()?);
-        let scale = 1.0 / (width as f32).sqrt();
         let [tokens, groups, share] = [tokens, groups, heads / groups].map(|size| size as u32);
         Ok(Self { tokens, groups, share, width, scale })
     }
@@ -228,7 +232,7 @@ impl CustomOp3 for ForestAttention {
         v: &CudaStorage,
         v_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let sizes = Sizes::of(q_layout.shape(), k_layout.shape())?;
+        let sizes = Sizes::of(q_layout.shape(), k_layout.shape(), self.scale)?;
         let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
         let out = by_type!(q.dtype(), "attention", E => self.forward::<E>(inputs, &sizes)?);
         Ok((out, q_layout.shape().clone()))
@@ -277,7 +281,7 @@ impl ForestAttention {
 
     /// Gradients of q, k and v, given those, the output and its gradient.
     fn backward<E: Number>(&self, tensors: [&Tensor; 5]) -> Result<[Tensor; 3]> {
-        let sizes = Sizes::of(tensors[0].shape(), tensors[1].shape())?;
+        let sizes = Sizes::of(tensors[0].shape(), tensors[1].shape(), self.scale)?;
         let device = tensors[0].device().as_cuda_device()?;
         let kept = self.log_sums.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(log_sums) = &*kept else { bail!("attention's backward ran before its forward") };

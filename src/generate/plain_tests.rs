@@ -1,0 +1,140 @@
+//! The decoder that runs everywhere beside the CPU's, the draws that it makes itself, and the states of texts.
+
+use std::sync::Arc;
+
+use super::decode::{CpuDecoder, Decoder, Feed, Predictions, Wanted};
+use super::engine::Prompt;
+use super::plain::{PlainDecoder, TensorCache};
+use super::sampler::argmax;
+use super::sampling::Sampling;
+use super::states::{self, States};
+use super::tests::{Bytes, Engine, WIDE, golden, predict};
+use crate::data::forest::Forest;
+use crate::data::tree::{Role, Tree};
+use crate::error::Result;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::transformer::Transformer;
+use crate::ops::sample::Chance;
+
+#[test]
+fn the_plain_decoder_predicts_what_the_cpu_decoder_does_on_a_golden_model() {
+    let checkpoint = golden("model_llama3rope");
+    let cpu: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let plain = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let other = CpuDecoder::<half::bf16>::packed(&checkpoint.config, checkpoint.weights.clone());
+    let problem = other.unwrap_err().to_string();
+    assert!(problem.contains("expected BF16"), "{problem}");
+    let (cpu, plain) = (predict(&cpu), predict(&plain));
+    assert_eq!(cpu.len(), plain.len());
+    let worst = cpu.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst < 1e-4, "off by {worst}");
+}
+
+/// A decoder that leaves the draws to others.
+struct Undrawn<'a>(&'a PlainDecoder);
+
+impl Decoder for Undrawn<'_> {
+    type Cache = TensorCache;
+
+    fn cache(&self, parent: Option<(Arc<TensorCache>, usize)>) -> TensorCache {
+        self.0.cache(parent)
+    }
+
+    fn truncate(&self, cache: &mut TensorCache, end: usize) -> Result<()> {
+        self.0.truncate(cache, end)
+    }
+
+    fn forward(
+        &self,
+        feeds: &mut [Feed<'_, TensorCache>],
+        predictions: &mut Predictions,
+    ) -> Result<()> {
+        self.0.forward(feeds, predictions)
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.0.vocab_size()
+    }
+}
+
+fn states_of<D: States>(decoder: &D, texts: &[Vec<u32>]) -> Vec<Vec<f32>> {
+    let mut all = vec![Vec::new(); texts.len()];
+    states::of_texts(decoder, texts, &mut |place, states| all[place] = states).unwrap();
+    all
+}
+
+#[test]
+fn states_of_texts_are_the_trainers_bits_whatever_is_read_beside_them() {
+    let checkpoint = golden("model_tied");
+    let Checkpoint { config, weights, .. } = &checkpoint;
+    let transformer = Transformer::new(config, weights).unwrap();
+    let text = |len: u32| (0..len).map(|i| 40 + (i * 31 + len) % 200).collect::<Vec<u32>>();
+    // The third ends in the second pass, the fourth has one of its own.
+    let texts = [5, 250, 256, 200].map(text);
+    let packed = CpuDecoder::<f32>::packed(config, weights.clone()).unwrap();
+    let plain = PlainDecoder::new(config, weights).unwrap();
+    let (packed, plain) = (states_of(&packed, &texts), states_of(&plain, &texts));
+    for (text, (packed, plain)) in texts.iter().zip(packed.iter().zip(&plain)) {
+        let tree = Tree::sequence(text.clone(), vec![Role::Context; text.len()], 0);
+        let hidden = transformer.hidden(&Forest::pack([&tree]).unwrap()).unwrap();
+        let expected = hidden.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(*packed, expected);
+        let worst = expected.iter().zip(plain).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 1e-4 && plain.len() == expected.len(), "off by {worst}");
+    }
+}
+
+#[test]
+fn a_decoder_that_draws_draws_what_the_engine_would() {
+    let checkpoint = golden("model_untied");
+    let decoder = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let vocabulary = Bytes { ends: (0..40).collect(), ..Bytes::default() };
+    // The second and the third end in a second page.
+    let prompts: Vec<Prompt> = [5_u32, 60, 70]
+        .map(|len| Prompt {
+            index: u64::from(len),
+            tokens: (0..len).map(|i| 40 + (i * 31 + len) % 400).collect(),
+        })
+        .to_vec();
+    let base = Sampling { num_samples: 3, max_new_tokens: 20, seed: 5, ..Sampling::default() };
+    for sampling in [
+        base.clone(),
+        Sampling { temperature: 0.7, top_k: 50, top_p: 0.9, ..base.clone() },
+        Sampling { min_p: 0.01, ..base.clone() },
+        Sampling { temperature: 0.0, num_samples: 1, ..base.clone() },
+        // Depends on what was written: the engine draws.
+        Sampling { repetition_penalty: 1.2, ..base },
+    ] {
+        let limits = WIDE;
+        let drawn = Engine { decoder: &decoder, vocabulary: &vocabulary, limits };
+        let undrawn = Engine { decoder: &Undrawn(&decoder), vocabulary: &vocabulary, limits };
+        let [drawn, undrawn] =
+            [drawn.answers(&prompts, &sampling), undrawn.answers(&prompts, &sampling)];
+        assert!(drawn.unwrap() == undrawn.unwrap(), "{sampling:?}");
+    }
+}
+
+#[test]
+fn tokens_are_drawn_beside_predictions_in_the_order_of_the_feeds() {
+    let checkpoint = golden("model_tied");
+    let decoder = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let greedy =
+        Chance { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, key: [0; 32], draw: 0 };
+    let forward = |wanted: [Wanted; 3]| {
+        let mut caches = [(); 3].map(|()| decoder.cache(None));
+        let mut feeds: Vec<_> = caches
+            .iter_mut()
+            .zip([[5, 9], [30, 8], [11, 12]].iter().zip(wanted))
+            .map(|(cache, (tokens, wanted))| Feed { cache, tokens, wanted, adaptation: None })
+            .collect();
+        let mut predictions = Predictions::default();
+        decoder.forward(&mut feeds, &mut predictions).unwrap();
+        predictions
+    };
+    let logits = forward([Wanted::Last; 3]).logits;
+    let rows: Vec<&[f32]> = logits.chunks(decoder.vocab_size()).collect();
+    let mixed = forward([Wanted::Token(greedy), Wanted::Last, Wanted::Token(greedy)]);
+    assert_eq!(mixed.logits, rows[1]);
+    let drawn: Vec<u32> = mixed.draws.into_iter().map(|draw| draw.unwrap().id).collect();
+    assert_eq!(drawn, [argmax(rows[0]), argmax(rows[2])]);
+}
