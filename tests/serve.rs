@@ -7,9 +7,12 @@
     reason = "a test program; a failure here is a failed test"
 )]
 
+#[path = "support/served.rs"]
+mod served;
+
 use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use arriero::data::forest::Forest;
@@ -27,11 +30,8 @@ use arriero::score::reward_model::{Reading, RewardModel};
 use arriero::score::{Question, Scorer};
 use candle_core::{DType, Device};
 use serde_json::{Value, json};
+use served::{Served, student};
 use ureq::Agent;
-
-fn student() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student")
-}
 
 fn checkpoint() -> Checkpoint {
     Checkpoint::load_dir(&student(), &Device::Cpu).unwrap()
@@ -39,38 +39,20 @@ fn checkpoint() -> Checkpoint {
 
 /// A server with the tiny model, called `tiny`; ends with the test.
 struct Server {
-    child: Child,
+    served: Served,
     url: String,
     agent: Agent,
     key: Option<&'static str>,
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 impl Server {
     fn start(arguments: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_arriero"))
-            .arg("serve")
-            .arg(student())
-            .args(["--port", "0", "--served-model-name", "tiny"])
-            .args(arguments)
-            .env("TINY_KEY", "a secret")
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let url = line.trim().strip_prefix("listening on ").unwrap().to_owned();
+        let served = Served::start("tiny", arguments, &[("TINY_KEY", "a secret")]);
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .timeout_global(Some(Duration::from_mins(5)))
             .build();
-        Self { child, url, agent: config.into(), key: None }
+        Self { url: served.url.clone(), served, agent: config.into(), key: None }
     }
 
     fn post(&self, path: &str, body: &str) -> ureq::http::Response<ureq::Body> {
@@ -121,7 +103,7 @@ impl Server {
     }
 
     fn terminate(&self) {
-        let pid = self.child.id().to_string();
+        let pid = self.served.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
     }
 
@@ -612,7 +594,7 @@ fn a_server_told_to_stop_finishes_its_answers_and_takes_no_more() {
     assert_eq!(lines.pop().as_deref(), Some("[DONE]"));
     let ended = lines.iter().filter(|line| line.contains("\"finish_reason\":\"length\"")).count();
     assert_eq!(ended, 128);
-    assert!(server.child.wait().unwrap().success());
+    assert!(server.served.child.wait().unwrap().success());
 }
 
 #[test]
@@ -624,7 +606,7 @@ fn an_answer_that_does_not_end_in_time_is_told_why() {
     let mut lines: Vec<String> = stream.collect();
     assert_eq!(lines.pop().as_deref(), Some("[DONE]"));
     assert!(lines.pop().unwrap().contains("\"code\":\"stopping\""));
-    assert!(server.child.wait().unwrap().success());
+    assert!(server.served.child.wait().unwrap().success());
 }
 
 #[test]

@@ -10,6 +10,8 @@
 
 #[path = "support/fake_server.rs"]
 mod fake_server;
+#[path = "support/served.rs"]
+mod served;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -30,6 +32,7 @@ use arriero::generate::teacher::{Asked, Teacher};
 use arriero::report::record::Silent;
 use fake_server::{FakeServer, Request, Response, chat, is_probe, well_behaved};
 use serde_json::{Value, json};
+use served::Served;
 
 /// A client's settings that lose no time.
 fn spec(servers: &[&FakeServer]) -> ServerSpec {
@@ -662,39 +665,12 @@ fn a_file_is_judged_by_a_server_many_rows_at_once() {
     assert!(most.load(Ordering::Relaxed) > 4, "{most:?} at once");
 }
 
-/// `arriero serve` of the tiny student, ended with the value.
-struct Served(std::process::Child, String);
-
-impl Served {
-    fn start() -> Self {
-        let student = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_arriero"))
-            .arg("serve")
-            .arg(student)
-            .args(["--port", "0", "--served-model-name", "big"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let url = line.trim().strip_prefix("listening on ").unwrap().to_owned();
-        Self(child, url)
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// Everything that the client may send, our own server honours.
 #[test]
 fn our_own_server_is_found_out_and_teaches() {
-    let served = Served::start();
+    let served = Served::start("big", &[], &[]);
     let spec = ServerSpec {
-        base_url: vec![format!("{}/v1", served.1)],
+        base_url: vec![format!("{}/v1", served.url)],
         model: "big".to_owned(),
         logprobs: true,
         timeout: 120.0,

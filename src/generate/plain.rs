@@ -198,25 +198,32 @@ impl Decoder for PlainDecoder {
         feeds: &mut [Feed<'_, TensorCache>],
         predictions: &mut Predictions,
     ) -> Result<()> {
-        let (mut wanted, mut draws, mut chances) = (Vec::new(), Vec::new(), Vec::new());
+        // Rows to draw after go first: all meet the head together.
+        let (mut rows, mut wanted, mut chances) = (Vec::new(), Vec::new(), Vec::new());
         let mut first = 0;
         for feed in feeds.iter() {
-            let rows = feed.wanted.of(feed.tokens.len()).map(|row| (first + row) as u32);
+            let own = feed.wanted.of(feed.tokens.len()).map(|row| (first + row) as u32);
             if let Wanted::Token(chance) = feed.wanted {
                 chances.push(chance);
-                draws.extend(rows);
+                rows.extend(own);
             } else {
-                wanted.extend(rows);
+                wanted.extend(own);
             }
             first += feed.tokens.len();
         }
         let x = self.residuals(feeds)?;
         *predictions = Predictions::default();
-        if !wanted.is_empty() {
-            predictions.logits = self.predict(&x, wanted)?.flatten_all()?.to_vec1()?;
+        let (drawn, left) = (rows.len(), wanted.len());
+        rows.append(&mut wanted);
+        if rows.is_empty() {
+            return Ok(());
         }
-        if !draws.is_empty() {
-            predictions.draws = draw_rows(&self.predict(&x, draws)?, &chances)?;
+        let logits = self.predict(&x, rows)?;
+        if left > 0 {
+            predictions.logits = logits.narrow(0, drawn, left)?.flatten_all()?.to_vec1()?;
+        }
+        if drawn > 0 {
+            predictions.draws = draw_rows(&logits.narrow(0, 0, drawn)?, &chances)?;
         }
         Ok(())
     }

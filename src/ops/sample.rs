@@ -37,6 +37,20 @@ pub struct Drawn {
     pub sample_logprob: f32,
 }
 
+/// Weights that one thread of the kernel adds up; it has the same number.
+#[cfg(any(feature = "cuda", all(test, unix)))]
+const PIECE: usize = 256;
+
+/// Kept tokens that the kernel lists and draws from in the CPU's order; it has the same number.
+#[cfg(any(feature = "cuda", all(test, unix)))]
+pub(super) const LIST: usize = 4096;
+
+/// Bytes of shared memory of the kernel's block for a row of `vocab` logits.
+#[cfg(any(feature = "cuda", all(test, unix)))]
+pub(super) fn shared(vocab: usize) -> usize {
+    vocab.div_ceil(PIECE) * size_of::<f64>() + LIST * size_of::<u32>()
+}
+
 #[cfg(any(feature = "cuda", all(test, unix)))]
 impl Chance {
     /// As the kernel's `Settings`: `top_p`; `draw`; `temperature` and, above it, `min_p`; `top_k`; the key.

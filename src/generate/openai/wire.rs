@@ -148,8 +148,7 @@ impl ChatReply {
 
     /// Entries of log-probabilities of the first choice.
     pub(super) fn logprob_count(&self) -> usize {
-        let logprobs = self.choices.first().and_then(|choice| choice.logprobs.as_ref());
-        logprobs.and_then(|logprobs| logprobs.content.as_ref()).map_or(0, Vec::len)
+        self.choices.first().map_or(0, Choice::logprob_count)
     }
 
     /// The answers, which must be `count` and have what was asked for. `url` names the server in errors.
@@ -197,6 +196,12 @@ impl ChatReply {
 }
 
 impl Choice {
+    /// Its entries of log-probabilities.
+    fn logprob_count(&self) -> usize {
+        let logprobs = self.logprobs.as_ref().and_then(|logprobs| logprobs.content.as_ref());
+        logprobs.map_or(0, Vec::len)
+    }
+
     /// `share` is how many tokens it has if all choices are alike, `total` how many it has where that is known.
     fn answer(
         self,
@@ -259,10 +264,7 @@ fn check_logprobs(
 
 /// The same of all answers to one request, of which the server says only how many tokens they have together.
 fn check_all_logprobs(choices: &[Choice], total: usize) -> Result<(), String> {
-    let entries = |choice: &Choice| {
-        choice.logprobs.as_ref().and_then(|logprobs| logprobs.content.as_ref()).map_or(0, Vec::len)
-    };
-    let found: usize = choices.iter().map(entries).sum();
+    let found: usize = choices.iter().map(Choice::logprob_count).sum();
     let withheld = choices.iter().any(|one| one.finish_reason.as_deref() == Some("content_filter"));
     let cut = |one: &&Choice| one.finish_reason.as_deref() == Some("length");
     let needed = total.saturating_sub(choices.len() - choices.iter().filter(cut).count());

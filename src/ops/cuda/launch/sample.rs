@@ -6,14 +6,10 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use super::{NULL, cuda, view};
 use crate::ops::cuda::ptx::kernel;
-use crate::ops::sample::{Chance, Drawn, NoDraw};
+use crate::ops::sample::{Chance, Drawn, NoDraw, shared};
 
 /// Threads of the block that has a row.
 const BLOCK: u32 = 1024;
-/// Weights that one thread adds up, and kept tokens that are listed; the kernel has the same numbers.
-pub(in crate::ops::cuda) const PIECE: usize = 256;
-pub(in crate::ops::cuda) const LIST: usize = 4096;
-
 /// A token of each row. The host waits for them: 16 bytes a row come to it instead of a row of logits.
 ///
 /// # Shapes
@@ -48,8 +44,7 @@ pub(crate) fn on_cuda(
     let config = LaunchConfig {
         grid_dim: (rows as u32, 1, 1),
         block_dim: (BLOCK, 1, 1),
-        shared_mem_bytes: (vocab.div_ceil(PIECE) * size_of::<f64>() + LIST * size_of::<u32>())
-            as u32,
+        shared_mem_bytes: shared(vocab) as u32,
     };
     // SAFETY: the kernel's arguments; a block a row, with the shared memory that it asks for.
     unsafe { launch.launch(config) }.w()?;

@@ -12,15 +12,11 @@ mod tests {
     use crate::generate::engine::Extras;
     use crate::generate::sampler::Sampler;
     use crate::generate::sampling::Sampling;
-    use crate::ops::sample::{Drawn, NoDraw};
+    use crate::ops::sample::{Drawn, LIST, NoDraw, shared};
     use crate::rng::Stream;
 
     const FILE: &str = "sample.cu";
     const CHECK: &str = "ops::cuda::tests::sample::tests::draws_are_the_cpus";
-
-    /// Kept tokens that the kernel draws from in the CPU's order, and tokens that one thread adds up.
-    const LIST: usize = 4096;
-    const PIECE: usize = 256;
 
     type Settings = [u64; 8];
 
@@ -47,7 +43,7 @@ mod tests {
         let mut weights = Guarded::new(&vec![f32::NAN; logits.len()], manner.side);
         let mut out = Guarded::new(&vec![[u32::MAX; 4]; rows], manner.side);
         let call = Kernels::of(FILE).call("sample", [rows as u32, 1, 1], manner).input(&given);
-        let call = call.shared(vocab.div_ceil(PIECE) * size_of::<f64>() + LIST * size_of::<u32>());
+        let call = call.shared(shared(vocab));
         let call = match &words {
             Some(words) => call.input(words),
             None => call.null(),
