@@ -99,6 +99,19 @@ impl Gradients {
         self.sums.iter().map(|(name, grad)| (name.as_str(), grad))
     }
 
+    /// The first element, in name order, that is not finite: whose gradient, and where in it.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn first_not_finite(&self) -> Result<Option<(&str, usize)>> {
+        for (name, grad) in self.iter() {
+            if let Some(index) = first_not_finite(grad)? {
+                return Ok(Some((name, index)));
+            }
+        }
+        Ok(None)
+    }
+
     /// Euclidean norm over all parameters, accumulated in f64 in one fixed order.
     pub fn norm(&self) -> Result<f64> {
         let mut sum = 0.0;
@@ -107,6 +120,16 @@ impl Gradients {
         }
         Ok(sum.sqrt())
     }
+}
+
+/// The first element of a tensor that is not finite.
+fn first_not_finite(tensor: &Tensor) -> Result<Option<usize>> {
+    #[cfg(feature = "cuda")]
+    if tensor.device().is_cuda() {
+        return Ok(crate::ops::cuda::launch::optimizer::first_not_finite(tensor)?);
+    }
+    let values = tensor.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    Ok(values.iter().position(|value| !value.is_finite()))
 }
 
 /// Sum of squares of a tensor, in f64.

@@ -52,7 +52,7 @@ pub fn update(
         norms.add(name, square_sum(grad)?);
     }
     let norm = norms.total();
-    check(report.loss, norm, trees)?;
+    check_norm((report.loss, norm), &grads, trees)?;
     norms.log(&mut report.metrics);
     adamw.step(learner.params(), &grads, pace.lr, clip_factor(norm, pace.max_grad_norm))?;
     Ok((report, norm))
@@ -164,6 +164,15 @@ fn check(loss: f64, norm: f64, trees: &[&Tree]) -> Result<()> {
     let rows: Vec<usize> = trees.iter().map(|tree| tree.source).collect();
     Err(Error::run(format!("loss {loss} with gradient norm {norm} on rows {rows:?}"))
         .hint("no update was made; lower learning_rate, or look at these rows"))
+}
+
+/// [`check`] of the norm of these gradients, which says where the first is that is not finite.
+fn check_norm((loss, norm): (f64, f64), grads: &Gradients, trees: &[&Tree]) -> Result<()> {
+    let Err(error) = check(loss, norm, trees) else { return Ok(()) };
+    Err(match grads.first_not_finite()? {
+        Some((name, index)) => error.at(format!("element {index} of the gradient of `{name}`")),
+        None => error,
+    })
 }
 
 fn several(forests: &[Forest], max_tokens: usize) -> Error {

@@ -11,7 +11,7 @@ use crate::train::Learner;
 use crate::train::norms::Norms;
 use crate::train::step::StepReport;
 
-use super::{Pace, check};
+use super::{Pace, check, check_norm};
 
 /// Clips the gradients and moves the weights. Returns the norm before clipping.
 ///
@@ -34,7 +34,7 @@ pub(super) fn step(
         for (name, square) in names.iter().zip(squares.read()?) {
             norms.add(name, square);
         }
-        check(report.loss, norms.total(), trees)?;
+        check_norm((report.loss, norms.total()), grads, trees)?;
         Ok(norms)
     };
     let norms = if learner.is_offloaded() {

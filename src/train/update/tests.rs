@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use super::*;
 use crate::data::tree::Role;
 use crate::loss::sft::Sft;
+use crate::loss::{FixedGradient, Reading, StepTotals, Weighed};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::{Precision, Weights};
 use crate::train::checkpoint::{Saved, State};
@@ -142,4 +143,43 @@ fn offload_that_does_nothing_is_refused_or_told() {
     let options = settings.step_options(0, &Device::Cpu).unwrap();
     assert!(!options.optimizer_offload && !options.activation_offload);
     assert_eq!(Settings::default().without_effect(&Device::Cpu), None);
+}
+
+/// Means what SFT means, but that the gradient of its last token is not a number.
+struct Diverged;
+
+impl Objective for Diverged {
+    fn terms(&self) -> Vec<(&'static str, f64)> {
+        Sft::default().terms()
+    }
+
+    fn counts(&self, forest: &Forest) -> Vec<f64> {
+        Sft::default().counts(forest)
+    }
+
+    fn fixed_gradient(&self, forest: &Forest, totals: &StepTotals) -> Option<FixedGradient> {
+        let mut known = Sft::default().fixed_gradient(forest, totals)?;
+        *known.d_logps.last_mut()? = f32::NAN;
+        Some(known)
+    }
+
+    fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {
+        Sft::default().weigh(forest, reading, totals)
+    }
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_is_named_and_moves_nothing() {
+    let learner = learner(Precision::F32, false);
+    let before = all_bits(&learner.weights());
+    let trees = trees();
+    let trees: Vec<&Tree> = trees.iter().collect();
+    let pace = Pace { lr: 1e-3, max_grad_norm: 1.0 };
+    let mut adamw = AdamW::new(settings().hyper());
+    let step = (&Diverged as &dyn Objective, trees.as_slice());
+    let error = update(&learner, step, StepOptions::new(1 << 20), &mut adamw, pace).unwrap_err();
+    let said = error.to_string();
+    assert!(said.starts_with("element 0 of the gradient of `lm_head.weight`: loss "), "{said}");
+    assert!(said.contains("with gradient norm NaN on rows [0, 1, 2]"), "{said}");
+    assert_eq!(all_bits(&learner.weights()), before);
 }

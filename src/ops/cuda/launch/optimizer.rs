@@ -94,6 +94,39 @@ pub(crate) fn square_sum(tensor: &Tensor) -> Result<f64> {
     Ok(squares.read()?[0])
 }
 
+/// The first element of a tensor that is not finite. The host waits for it.
+pub(crate) fn first_not_finite(tensor: &Tensor) -> Result<Option<usize>> {
+    if tensor.elem_count() == 0 {
+        return Ok(None);
+    }
+    let tensor = tensor.contiguous()?;
+    by_type!(tensor.dtype(), "a search", E => search::<E>(&tensor))
+}
+
+fn search<E: Number>(tensor: &Tensor) -> Result<Option<usize>> {
+    let device = tensor.device().as_cuda_device()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    let values = view::<E>(cuda(&storage)?, layout)?;
+    let (count, parts) = (values.len() as u64, values.len().div_ceil(CHUNK));
+    // SAFETY: each is written whole by a kernel before it is read.
+    let (mut partials, mut found) =
+        unsafe { (device.alloc::<u64>(parts)?, device.alloc::<u64>(1)?) };
+    let function = kernel(device, "reduce", &format!("first_not_finite_{}", E::NAME))?;
+    let mut launch = function.builder();
+    launch.arg(&values).arg(&mut partials).arg(&count);
+    // SAFETY: the kernel's arguments; a block a chunk, of which there are as many partial results.
+    unsafe { launch.launch(grid((parts, 1), SUM)) }.w()?;
+    let function = kernel(device, "reduce", "minimum")?;
+    let parts = parts as u64;
+    let mut launch = function.builder();
+    launch.arg(&partials).arg(&mut found).arg(&parts);
+    // SAFETY: the kernel's arguments; one block.
+    unsafe { launch.launch(grid((1, 1), SUM)) }.w()?;
+    let found = device.clone_dtoh(&found)?[0];
+    // All ones where there is none.
+    Ok((found < count).then_some(found as usize))
+}
+
 /// A parameter with what moves it, all of one shape and contiguous. The copy, where there is one, is bf16, all else f32.
 pub(crate) struct Parameter<'a> {
     /// What the optimizer moves.
