@@ -292,6 +292,22 @@ fn no_split_into_micro_batches_changes_a_gradient() {
     }
 }
 
+/// The slopes of pairs are computed between the head's two passes, without the objective.
+#[test]
+fn a_step_of_dpo_is_the_same_where_the_host_does_not_wait_for_its_readings() {
+    let (config, weights) = base();
+    let learner = Learner::new(&config, &weights).unwrap();
+    let trees: Vec<Tree> = (0..8).map(pair).collect();
+    let longest = trees.iter().map(Tree::tokens).max().unwrap();
+    for objective in [dpo(false, &trees), dpo(true, &trees)] {
+        let options = StepOptions::new(longest * 2);
+        let host = run(&learner, &objective, &trees, options);
+        let device = run(&learner, &objective, &trees, StepOptions { gpu: true, ..options });
+        same(&device, &host);
+        assert_eq!(device.1.metrics, host.1.metrics);
+    }
+}
+
 #[test]
 fn every_parameter_moves_and_frozen_ones_keep_their_bits() {
     for (config, weights) in [base(), reward_base(), process_base()] {

@@ -12,7 +12,7 @@ pub mod sft;
 
 use crate::data::forest::Forest;
 use crate::error::Result;
-use crate::ops::head::{RowStats, Slopes};
+use crate::ops::head::{Pairs, RowStats, Slopes};
 use reward::Observation;
 
 /// Which numbers of a forest an objective reads and weighs.
@@ -111,6 +111,15 @@ pub trait Objective: Sync {
     /// The gradient where it does not depend on the values (SFT): the head then runs in one pass.
     fn fixed_gradient(&self, _forest: &Forest, _totals: &StepTotals) -> Option<FixedGradient> {
         None
+    }
+
+    /// The gradient where it follows from margins of pairs alone (most of DPO's family): a GPU then computes it between
+    /// the head's two passes, and the host does not wait. [`weigh`](Self::weigh) says the same gradient.
+    ///
+    /// # Errors
+    /// As [`weigh`](Self::weigh), before anything is read.
+    fn pairs(&self, _forest: &Forest, _totals: &StepTotals) -> Result<Option<Pairs>> {
+        Ok(None)
     }
 
     /// Whether an example's loss depends on the other examples of its step (KTO, BCO, AOT). The loop then reads all

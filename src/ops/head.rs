@@ -4,9 +4,12 @@
 //! live for one chunk of rows and are never stored. Two calls: [`read`] says what each target's log-probability is and,
 //! where asked, what else the row's softmax says ([`RowStats`]); [`backward`] takes the gradient with respect to each
 //! log-probability and runs the head's own backward. Where that gradient is known beforehand (SFT), `backward` alone is a
-//! single pass, as it returns what `read` does too.
+//! single pass, as it returns what `read` does too; where it follows from margins of pairs, [`backward_of_pairs`] is both
+//! passes. On a GPU the host waits for neither: readings are [`Pending`].
 
 mod chunks;
+mod pairs;
+mod pending;
 mod plain;
 
 use candle_core::{DType, Result, Tensor};
@@ -15,6 +18,10 @@ use half::bf16;
 use super::cpu::simd;
 use crate::data::forest::Target;
 use chunks::on_cpu;
+#[cfg(any(feature = "cuda", all(test, unix)))]
+pub(super) use pairs::Placed;
+pub use pairs::{MarginLoss, PairTerm, Pairs};
+pub use pending::Pending;
 use plain::plain;
 
 /// Logits held at once, in elements: 48 MiB of f32.
@@ -80,7 +87,7 @@ pub struct Asked {
 #[derive(Debug)]
 pub struct HeadGrads {
     /// Of each target.
-    pub readings: Readings,
+    pub readings: Pending,
     /// Gradient of the hidden states, `[T, D]`; zero in rows without a target.
     pub d_hidden: Tensor,
     /// Gradient of the head's weight, `[V, D]`, where it was asked for.
@@ -100,7 +107,7 @@ pub fn logps(hidden: &Tensor, weight: &Tensor, targets: &[Target]) -> Result<Vec
 /// # Shapes
 /// As [`logps`].
 pub fn read(hidden: &Tensor, weight: &Tensor, targets: &[Target], rows: bool) -> Result<Readings> {
-    Ok(run(hidden, weight, targets, Pass { rows, gradient: None })?.0)
+    run(hidden, weight, targets, Pass { rows, gradient: None })?.0.wait()
 }
 
 /// What [`read`] reads, and the gradients of what [`Slopes`] says.
@@ -118,11 +125,34 @@ pub fn backward(
         candle_core::bail!("{} weights for {} targets", slopes.d_logps.len(), targets.len());
     }
     let pass = Pass { rows: asked.rows, gradient: Some((slopes, asked.d_weight)) };
-    let (readings, grads) = run(hidden, weight, targets, pass)?;
-    match grads {
-        Some((d_hidden, d_weight)) => Ok(HeadGrads { readings, d_hidden, d_weight }),
-        None => Ok(HeadGrads { readings, d_hidden: hidden.zeros_like()?, d_weight: None }),
+    HeadGrads::new(run(hidden, weight, targets, pass)?, hidden)
+}
+
+/// What [`read`] reads, and the gradients of losses of pairs. On a GPU nobody waits between the two passes.
+///
+/// # Shapes
+/// - `hidden`: `[T, D]`, `weight`: `[V, D]`, `targets` and what the pairs say of them: `N`
+pub fn backward_of_pairs(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[Target],
+    pairs: &Pairs,
+    asked: Asked,
+) -> Result<HeadGrads> {
+    if pairs.sequences.len() != targets.len() {
+        candle_core::bail!("pairs of {} targets, not {}", pairs.sequences.len(), targets.len());
     }
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        let (hidden, weight, rows) = prepared(hidden, weight, targets)?;
+        let out = super::cuda::head_launch::of_pairs(&hidden, &weight, rows, (pairs, asked))?;
+        return HeadGrads::new(out, &hidden);
+    }
+    let readings = read(hidden, weight, targets, asked.rows)?;
+    let slopes = pairs.slopes(&readings.logps);
+    let asked = Asked { rows: false, ..asked };
+    let grads = backward(hidden, weight, targets, slopes.as_slice().into(), asked)?;
+    Ok(HeadGrads { readings: readings.into(), ..grads })
 }
 
 /// The predictions after some rows, in f32: rows enter the product in the weight's type, and its sums are not rounded. No
@@ -154,6 +184,15 @@ pub(super) struct Pass<'a> {
     pub(super) gradient: Option<(Slopes<'a>, bool)>,
 }
 
+impl HeadGrads {
+    fn new((readings, grads): (Pending, Grads), hidden: &Tensor) -> Result<Self> {
+        match grads {
+            Some((d_hidden, d_weight)) => Ok(Self { readings, d_hidden, d_weight }),
+            None => Ok(Self { readings, d_hidden: hidden.zeros_like()?, d_weight: None }),
+        }
+    }
+}
+
 impl Readings {
     /// Room for `count` targets.
     pub(super) fn zeros(count: usize, rows: bool) -> Self {
@@ -183,7 +222,26 @@ fn run(
     weight: &Tensor,
     targets: &[Target],
     pass: Pass<'_>,
-) -> Result<(Readings, Grads)> {
+) -> Result<(Pending, Grads)> {
+    let (hidden, weight, rows) = prepared(hidden, weight, targets)?;
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        return super::cuda::head_launch::on_cuda(&hidden, &weight, rows, pass);
+    }
+    let (readings, grads) = match (hidden.device().is_cpu(), weight.dtype()) {
+        (true, DType::BF16) => on_cpu::<bf16>((&hidden, &weight), &rows, pass)?,
+        (true, _) => on_cpu::<f32>((&hidden, &weight), &rows, pass)?,
+        (false, _) => plain(&hidden, &weight, &rows, pass)?,
+    };
+    Ok((readings.into(), grads))
+}
+
+/// Detached, contiguous inputs, and the rows of targets that fit them.
+fn prepared(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[Target],
+) -> Result<(Tensor, Tensor, Rows)> {
     let (t, width) = hidden.dims2()?;
     let (vocab, weight_width) = weight.dims2()?;
     let misplaced = targets.iter().find(|x| x.row as usize >= t || x.id as usize >= vocab);
@@ -197,23 +255,11 @@ fn run(
     if width != weight_width {
         candle_core::bail!("hidden states of width {width} meet a head of width {weight_width}");
     }
-    let rows = Rows::new(targets);
-    let (hidden, weight) = (hidden.detach().contiguous()?, weight.detach().contiguous()?);
-    if hidden.device().is_cpu() {
-        let sizes = [t, width, vocab];
-        return match weight.dtype() {
-            DType::BF16 => on_cpu::<bf16>((&hidden, &weight), sizes, &rows, pass),
-            _ => on_cpu::<f32>((&hidden, &weight), sizes, &rows, pass),
-        };
-    }
-    #[cfg(feature = "cuda")]
-    if hidden.device().is_cuda() {
-        return super::cuda::head_launch::on_cuda(&hidden, &weight, &rows, pass);
-    }
-    plain(&hidden, &weight, &rows, pass)
+    Ok((hidden.detach().contiguous()?, weight.detach().contiguous()?, Rows::new(targets)))
 }
 
 /// Targets grouped by hidden row.
+#[derive(Debug)]
 pub(super) struct Rows {
     /// Hidden rows with at least one target, ascending.
     pub(super) hidden: Vec<u32>,
@@ -224,7 +270,7 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    fn new(targets: &[Target]) -> Self {
+    pub(super) fn new(targets: &[Target]) -> Self {
         let mut sorted: Vec<usize> = (0..targets.len()).collect();
         sorted.sort_by_key(|&index| (targets[index].row, index));
         let (mut rows, mut starts) = (Vec::new(), Vec::new());
@@ -294,7 +340,8 @@ mod tests {
                 let asked = Asked { rows: true, d_weight: true };
                 let ours = backward(&hidden, &weight, &targets, slopes, asked).unwrap();
                 let read = read(&hidden, &weight, &targets, true).unwrap();
-                assert_eq!((&ours.readings.logps, &ours.readings.rows), (&read.logps, &read.rows));
+                let found = ours.readings.wait().unwrap();
+                assert_eq!((&found.logps, &found.rows), (&read.logps, &read.rows));
                 assert_eq!(read.logps, logps(&hidden, &weight, &targets).unwrap());
                 let pass = Pass { rows: true, gradient: Some((slopes, true)) };
                 let (plain, grads) = plain(&hidden, &weight, &Rows::new(&targets), pass).unwrap();

@@ -205,6 +205,32 @@ impl Case {
     }
 }
 
+/// Two trees' pairs of five sequences, whose targets lie scattered, and a loss of each kind.
+fn pairs(targets: usize) -> head::Pairs {
+    let term = |loss, referenced, by_length| head::PairTerm {
+        loss,
+        beta: 0.1,
+        offset: 0.3,
+        referenced,
+        by_length,
+        scale: 0.5,
+    };
+    head::Pairs {
+        sequences: (0..targets).map(|at| (at * 3 % 5) as u32).collect(),
+        weights: (0..targets).map(|at| [1.0, 0.5, 0.0][at % 3]).collect(),
+        addends: (0..targets).map(|at| [0.0, -0.1][at % 2]).collect(),
+        references: vec![-50.0, -70.0, -60.0, -55.0, -90.0],
+        lengths: vec![10.0, 12.0, 11.0, 13.0, 14.0],
+        pairs: vec![[0, 1], [3, 2], [3, 4], [2, 4]],
+        starts: vec![0, 1, 4],
+        terms: vec![
+            term(head::MarginLoss::Sigmoid(0.1), true, false),
+            term(head::MarginLoss::Hinge, false, true),
+            term(head::MarginLoss::Ipo, true, true),
+        ],
+    }
+}
+
 /// The head's readings and gradients, over rows of which one has no target and one has two.
 fn of_the_head(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
     let (t, d, v) = (67, 96, 5003);
@@ -219,19 +245,23 @@ fn of_the_head(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
         let hidden = hidden.to_device(device)?;
         let grads = head::backward(&hidden, &weight, &targets, slopes.as_slice().into(), asked)?;
         let Some(d_weight) = &grads.d_weight else { candle_core::bail!("head: no d_weight") };
+        let of_pairs =
+            head::backward_of_pairs(&hidden, &weight, &targets, &pairs(targets.len()), asked)?;
+        let readings = grads.readings.wait()?;
         let column = |values: Vec<f32>| {
             let count = values.len();
             Tensor::from_vec(values, count, &Device::Cpu)
         };
-        let of_rows = |value: fn(&head::RowStats) -> f32| {
-            column(grads.readings.rows.iter().map(value).collect())
-        };
+        let of_rows =
+            |value: fn(&head::RowStats) -> f32| column(readings.rows.iter().map(value).collect());
         Ok(vec![
-            ("logps", column(grads.readings.logps.clone())?),
+            ("logps", column(readings.logps.clone())?),
             ("log_sum_exp", of_rows(|row| row.log_sum_exp)?),
             ("entropy", of_rows(|row| row.entropy)?),
             ("d_hidden", home(&grads.d_hidden)?),
             ("d_weight", home(d_weight)?),
+            ("logps for pairs", column(of_pairs.readings.wait()?.logps)?),
+            ("d_hidden of pairs", home(&of_pairs.d_hidden)?),
         ])
     };
     let (expected, found) = (results(&Device::Cpu, DType::F32)?, results(device, dtype)?);

@@ -14,7 +14,7 @@ use crate::model::gradients::Gradients;
 use crate::model::lora::Dropout;
 use crate::model::transformer::{Keep, Trace, Transformer};
 use crate::model::{Config, Precision};
-use crate::ops::head::{self, Asked, Readings, RowStats};
+use crate::ops::head::{self, Asked, Pending, Readings, RowStats};
 use crate::report::record::Metrics;
 
 /// How a step is computed; all but the type, the dropout and the noise changes memory and speed, never what is computed.
@@ -45,7 +45,7 @@ pub struct StepOptions {
     pub follows: bool,
     /// Noise on the embedded tokens.
     pub noise: Option<Noise>,
-    /// It runs on a GPU, where more is held at once.
+    /// It runs on a GPU, where more is held at once, and slopes of pairs are computed there.
     pub gpu: bool,
 }
 
@@ -144,13 +144,18 @@ pub fn gradients(
     let totals =
         totals(objective, &forests, &|forest| read_as_trained(model, objective, forest, options))?;
     let mut grads = Gradients::new(model.device());
-    let mut sums = Sums::new(objective);
+    let mut measured = Vec::with_capacity(forests.len());
     for forest in &forests {
         let trace = trace(model, forest, options)?;
-        let (weighed, d_hidden) =
-            head_step(model, objective, (forest, &trace.hidden), &totals, &mut grads)?;
-        sums.add(weighed, forest);
+        let place = (forest, &trace.hidden);
+        let (own, d_hidden) = head_step((model, options), objective, place, &totals, &mut grads)?;
+        measured.push(own);
         model.backward(forest, trace, &d_hidden, &mut grads)?;
+    }
+    // On a GPU all micro-batches are under way before the host waits for the first.
+    let mut sums = Sums::new(objective);
+    for (forest, measured) in forests.iter().zip(measured) {
+        sums.add(measured.wait(objective, forest, &totals)?, forest);
     }
     Ok((grads, sums.report(objective, &totals)))
 }
@@ -317,44 +322,63 @@ pub(super) fn totals(
     Ok(totals)
 }
 
-/// Reads the head, weighs what it says, and returns the gradient of the hidden states.
+/// What was read of a micro-batch: weighed, or perhaps still on its way from a GPU.
+pub(super) enum Measured {
+    Weighed(Weighed),
+    Unread(Pending),
+}
+
+impl Measured {
+    /// What the objective says of it.
+    ///
+    /// # Errors
+    /// A value that is not finite, named by its row.
+    pub(super) fn wait(
+        self,
+        objective: &dyn Objective,
+        forest: &Forest,
+        totals: &StepTotals,
+    ) -> Result<Weighed> {
+        match self {
+            Self::Weighed(weighed) => Ok(weighed),
+            Self::Unread(readings) => weigh(objective, forest, &readings.wait()?, totals),
+        }
+    }
+}
+
+/// Reads the head and returns the gradient of the hidden states, by what the objective says of the readings. Where it
+/// need not be asked first, nobody waits for them.
 pub(super) fn head_step(
-    model: &Transformer,
+    (model, options): (&Transformer, StepOptions),
     objective: &dyn Objective,
     (forest, hidden): (&Forest, &Tensor),
     totals: &StepTotals,
     grads: &mut Gradients,
-) -> Result<(Weighed, Tensor)> {
-    let weight = model.head();
-    let trained = weight.is_variable();
+) -> Result<(Measured, Tensor)> {
+    let (weight, targets) = (model.head(), forest.targets.as_slice());
     if objective.readout() == Readout::Scores {
         let readings = readings(model, objective, (forest, hidden))?;
         let weighed = weigh(objective, forest, &readings, totals)?;
         let d_hidden = model.scores_backward(hidden, &forest.ends, &weighed.d_values, grads)?;
-        return Ok((weighed, d_hidden));
+        return Ok((Measured::Weighed(weighed), d_hidden));
     }
-    let known = objective.fixed_gradient(forest, totals);
-    let early = if known.is_some() {
-        None
+    let asked = Asked { rows: wants_rows(model, objective), d_weight: weight.is_variable() };
+    let pairs = if options.gpu { objective.pairs(forest, totals)? } else { None };
+    let mut weighed = None;
+    let out = if let Some(known) = objective.fixed_gradient(forest, totals) {
+        head::backward(hidden, weight, targets, known.slopes(), asked)?
+    } else if let Some(pairs) = pairs {
+        head::backward_of_pairs(hidden, weight, targets, &pairs, asked)?
     } else {
         let readings = readings(model, objective, (forest, hidden))?;
-        Some(weigh(objective, forest, &readings, totals)?)
+        let found = weighed.insert(weigh(objective, forest, &readings, totals)?);
+        let asked = Asked { rows: false, ..asked };
+        head::backward(hidden, weight, targets, found.d_values.as_slice().into(), asked)?
     };
-    let slopes = match (&known, &early) {
-        (Some(known), _) => known.slopes(),
-        (None, Some(weighed)) => weighed.d_values.as_slice().into(),
-        (None, None) => [].as_slice().into(),
-    };
-    let asked = Asked { rows: known.is_some() && wants_rows(model, objective), d_weight: trained };
-    let out = head::backward(hidden, weight, &forest.targets, slopes, asked)?;
     if let Some(d_weight) = out.d_weight {
         grads.add(model.head_name(), d_weight)?;
     }
-    let weighed = match early {
-        Some(weighed) => weighed,
-        None => weigh(objective, forest, &out.readings, totals)?,
-    };
-    Ok((weighed, out.d_hidden))
+    Ok((weighed.map_or(Measured::Unread(out.readings), Measured::Weighed), out.d_hidden))
 }
 
 /// Weighs values after checking that all of them are finite.

@@ -80,9 +80,11 @@ fn in_backward(
     let mut grads = Gradients::new(model.device());
     let mut sums = Sums::new(objective);
     let trace = step::trace(model, forest, options)?;
-    let (weighed, d_hidden) =
-        step::head_step(model, objective, (forest, &trace.hidden), &totals, &mut grads)?;
-    sums.add(weighed, forest);
+    let place = (forest, &trace.hidden);
+    let (measured, d_hidden) =
+        step::head_step((model, options), objective, place, &totals, &mut grads)?;
+    // Weights move as the backward pass goes: what was read comes first.
+    sums.add(measured.wait(objective, forest, &totals)?, forest);
     let mut report = sums.report(objective, &totals);
     check(report.loss, square_sum(&d_hidden)?.sqrt(), trees)?;
 

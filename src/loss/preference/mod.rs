@@ -9,6 +9,7 @@
 //! is `log π(y|x) − log π_ref(y|x)`, a *reward* `β` times it. A length is the number of those same tokens. Rewards that
 //! are logged are never divided by a length (TRL 1.16).
 
+mod by_margin;
 mod coupled;
 mod divergence;
 mod live;

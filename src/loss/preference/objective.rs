@@ -13,7 +13,7 @@ use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::ranking::{Ranking, plackett_luce};
 use crate::loss::{Mean, Objective, Reading, StepTotals, Weighed};
-use crate::ops::head::RowStats;
+use crate::ops::head::{Pairs, RowStats};
 
 /// The preference objective: each tree's leaves are ranked responses, best first, mostly a chosen and a rejected one. With
 /// [`PreferenceLoss::Kto`] a tree has two, and further leaves are responses to other prompts.
@@ -64,10 +64,10 @@ impl Default for Preference {
 
 /// What one forest's log-probabilities say.
 #[derive(Default)]
-struct Read {
-    pairs: Vec<Pair>,
+pub(super) struct Read {
+    pub(super) pairs: Vec<Pair>,
     /// Leaves (better, worse) of each pair.
-    leaves: Vec<(usize, usize)>,
+    pub(super) leaves: Vec<(usize, usize)>,
     /// Each tree's first leaf, and the log-ratios of its responses, best first.
     lists: Vec<(usize, Vec<f64>)>,
     /// Log-ratios of the responses to other prompts.
@@ -133,7 +133,7 @@ impl Preference {
     }
 
     /// What the losses are told of each tree.
-    fn read(&self, forest: &Forest, logps: &[f32]) -> Result<Read> {
+    pub(super) fn read(&self, forest: &Forest, logps: &[f32]) -> Result<Read> {
         let mut read = Read::default();
         let place = (self.summing, forest);
         let table = LiveReference::table(self.live.as_ref(), &self.reference, place)?;
@@ -253,6 +253,11 @@ impl Preference {
             sums.push(sum);
         }
         (slopes, sums)
+    }
+
+    /// What a token of a best response weighs in the loss beside the pairs.
+    pub(super) fn per_token(&self, totals: &StepTotals) -> f64 {
+        if self.sft_weight > 0.0 { self.sft_weight / totals.counts[self.losses.len()] } else { 0.0 }
     }
 
     /// Each loss's part of the step's statistics.
@@ -388,6 +393,10 @@ impl Objective for Preference {
         self.weighting
     }
 
+    fn pairs(&self, forest: &Forest, totals: &StepTotals) -> Result<Option<Pairs>> {
+        self.by_margin(forest, totals)
+    }
+
     fn coupled(&self) -> bool {
         self.has(PreferenceLoss::coupled)
     }
@@ -410,11 +419,7 @@ impl Objective for Preference {
         let read = self.read(forest, logps)?;
         let alignments = self.alignments(forest, reading);
         let (slopes, mut sums) = self.losses_of((&read, &alignments), forest.leaves.len(), totals);
-        let per_token = if self.sft_weight > 0.0 {
-            self.sft_weight / totals.counts[self.losses.len()]
-        } else {
-            0.0
-        };
+        let per_token = self.per_token(totals);
         let best = is_first(forest);
         let mut nll = 0.0;
         let weights = self.summing.weights(forest);

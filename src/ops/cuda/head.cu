@@ -380,7 +380,7 @@ KERNEL_ONE(sequence_sums,
 __device__ __forceinline__ double log_sigmoid(double x) { return fmin(x, 0.0) - log1p(exp(-fabs(x))); }
 __device__ __forceinline__ double sigmoid(double x) { return exp(log_sigmoid(x)); }
 
-// What a pair loses by its margin x, and the slope.
+// What a pair loses by its margin x: the slope.
 enum Kind { SIGMOID = 0, HINGE = 1, IPO = 2 };
 
 struct Loss {
@@ -389,29 +389,19 @@ struct Loss {
   double beta, smoothing;
 };
 
-__device__ __forceinline__ double of_margin(const Loss &loss, double x, double &slope) {
-  if (loss.kind == HINGE) {
-    slope = x < 1.0 ? -1.0 : 0.0;
-    return x < 1.0 ? 1.0 - x : 0.0;
-  }
-  if (loss.kind == IPO) {
-    const double distance = (x - 0.5) / loss.beta;
-    slope = 2.0 * distance / loss.beta;
-    return distance * distance;
-  }
-  slope = loss.smoothing * sigmoid(x) - (1.0 - loss.smoothing) * sigmoid(-x);
-  return -(1.0 - loss.smoothing) * log_sigmoid(x) - loss.smoothing * log_sigmoid(-x);
+__device__ __forceinline__ double margin_slope(const Loss &loss, double x) {
+  if (loss.kind == HINGE) return x < 1.0 ? -1.0 : 0.0;
+  if (loss.kind == IPO) return 2.0 * (x - 0.5) / (loss.beta * loss.beta);
+  return loss.smoothing * sigmoid(x) - (1.0 - loss.smoothing) * sigmoid(-x);
 }
 
 // One thread a tree, whose pairs are (better, worse) sequences of its own: so each sum of slopes has one owner. The
-// margin is beta * ((better - its reference) / its length - the same of the worse) - margins; null references count as
-// 0, null lengths as 1. d_sums is added to.
-KERNEL_ONE(pair_losses,
-           (const double *sums, const double *references, const double *lengths, const u32 *pairs,
-            const double *margins, const u32 *starts, u32 trees, u32 kind, double beta, double smoothing, double scale,
-            double *losses, double *gaps, double *d_sums),
-           (sums, references, lengths, pairs, margins, starts, trees, kind, beta, smoothing, scale, losses, gaps,
-            d_sums)) {
+// margin is beta * ((better - its reference) / its length - the same of the worse) - offset; null references count as
+// 0, null lengths as 1. d_sums is added to. Losses themselves are the host's, which reads the log-probabilities later.
+KERNEL_ONE(pair_slopes,
+           (const double *sums, const double *references, const double *lengths, const u32 *pairs, const u32 *starts,
+            u32 trees, u32 kind, double beta, double smoothing, double offset, double scale, double *d_sums),
+           (sums, references, lengths, pairs, starts, trees, kind, beta, smoothing, offset, scale, d_sums)) {
   const Loss loss = {kind, beta, smoothing};
   const u32 tree = blockIdx.x * blockDim.x + threadIdx.x;
   if (tree >= trees) return;
@@ -423,19 +413,17 @@ KERNEL_ONE(pair_losses,
       low -= references[worse];
     }
     const double of_high = lengths ? lengths[better] : 1.0, of_low = lengths ? lengths[worse] : 1.0;
-    const double gap = beta * (high / of_high - low / of_low);
-    double slope;
-    losses[pair] = of_margin(loss, margins ? gap - margins[pair] : gap, slope);
-    gaps[pair] = gap;
+    const double slope = margin_slope(loss, beta * (high / of_high - low / of_low) - offset);
     d_sums[better] += scale * beta * slope / of_high;
     d_sums[worse] -= scale * beta * slope / of_low;
   }
 }
 
-// One thread a target: the slope of its sequence's sum, times its weight in it.
+// One thread a target: the slope of its sequence's sum, times its weight in it, and what is its own.
 KERNEL_ONE(target_slopes,
-           (const double *d_sums, const u32 *sequence, const double *weights, u32 targets, float *d_logps),
-           (d_sums, sequence, weights, targets, d_logps)) {
+           (const double *d_sums, const u32 *sequence, const double *weights, const double *addends, u32 targets,
+            float *d_logps),
+           (d_sums, sequence, weights, addends, targets, d_logps)) {
   const u32 n = blockIdx.x * blockDim.x + threadIdx.x;
-  if (n < targets) d_logps[n] = float(weights[n] * d_sums[sequence[n]]);
+  if (n < targets) d_logps[n] = float(weights[n] * d_sums[sequence[n]] + addends[n]);
 }

@@ -14,8 +14,10 @@ use candle_core::cuda_backend::{WrapErr, gemm_reduced_precision_f32};
 use candle_core::{CudaDevice, DType, Result, Tensor, WithDType};
 use half::bf16;
 
-use crate::ops::cuda::launch::{self, NULL, cuda, grid, tensor, view};
-use crate::ops::head::{GPU_CHUNK_ELEMENTS, Grads, Pass, Readings, RowStats, Rows, Slopes};
+use crate::ops::cuda::launch::{self, NULL, cuda, grid, pairs::Uploaded, tensor, view};
+use crate::ops::head::{
+    Asked, GPU_CHUNK_ELEMENTS, Grads, Pairs, Pass, Pending, Placed, Readings, RowStats, Rows,
+};
 
 /// Threads of a block that reads a row.
 const READ_BLOCK: u32 = 512;
@@ -56,19 +58,58 @@ impl Number for bf16 {
     }
 }
 
-/// As `on_cpu` of `ops::head`. The host waits once, for the readings.
+/// As `on_cpu` of `ops::head`, without waiting.
 ///
 /// # Shapes
 /// - `hidden`: `[T, D]`, `weight`: `[V, D]`, contiguous on one device
 pub(crate) fn on_cuda(
     hidden: &Tensor,
     weight: &Tensor,
-    rows: &Rows,
+    rows: Rows,
     pass: Pass<'_>,
-) -> Result<(Readings, Grads)> {
+) -> Result<(Pending, Grads)> {
+    let slopes = pass.gradient.map(|(slopes, d_weight)| {
+        let d_logps = rows.order.iter().map(|&(index, _)| slopes.d_logps[index]).collect();
+        (
+            Origin::Host { d_logps, mean_logp: slopes.mean_logp, squared_lse: slopes.squared_lse },
+            d_weight,
+        )
+    });
+    by_type(hidden, weight, (rows, pass.rows), slopes)
+}
+
+/// As `backward_of_pairs` of `ops::head`, without waiting.
+///
+/// # Shapes
+/// As [`on_cuda`].
+pub(crate) fn of_pairs(
+    hidden: &Tensor,
+    weight: &Tensor,
+    rows: Rows,
+    (pairs, asked): (&Pairs, Asked),
+) -> Result<(Pending, Grads)> {
+    let slopes = Origin::Pairs(pairs, Placed::new(pairs, &rows));
+    by_type(hidden, weight, (rows, asked.rows), Some((slopes, asked.d_weight)))
+}
+
+/// Where the slopes of the targets come from.
+enum Origin<'a> {
+    /// The host knows them, row by row; the other two are as in `Slopes`.
+    Host { d_logps: Vec<f32>, mean_logp: f32, squared_lse: f32 },
+    /// They follow from what the head reads.
+    Pairs(&'a Pairs, Placed),
+}
+
+/// `wanted`: the rows, and whether their statistics are; `slopes`, with whether the weight's gradient is.
+fn by_type(
+    hidden: &Tensor,
+    weight: &Tensor,
+    wanted: (Rows, bool),
+    slopes: Option<(Origin<'_>, bool)>,
+) -> Result<(Pending, Grads)> {
     match weight.dtype() {
-        DType::BF16 => by_chunks::<bf16>(hidden, weight, rows, pass),
-        DType::F32 => by_chunks::<f32>(hidden, weight, rows, pass),
+        DType::BF16 => by_chunks::<bf16>(hidden, weight, wanted, slopes),
+        DType::F32 => by_chunks::<f32>(hidden, weight, wanted, slopes),
         other => candle_core::bail!("a head of {other:?}, expected f32 or bf16"),
     }
 }
@@ -100,19 +141,18 @@ fn logits_of<E: Number>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 fn by_chunks<E: Number>(
     hidden: &Tensor,
     weight: &Tensor,
-    rows: &Rows,
-    pass: Pass<'_>,
-) -> Result<(Readings, Grads)> {
+    (rows, stats): (Rows, bool),
+    slopes: Option<(Origin<'_>, bool)>,
+) -> Result<(Pending, Grads)> {
     let (device, (t, width), vocab) =
         (hidden.device().as_cuda_device()?, hidden.dims2()?, weight.dim(0)?);
     let (count, all) = (rows.hidden.len(), hidden.device());
     let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, all);
     if count == 0 {
         let wanted = |wanted: bool| wanted.then(|| zeros((vocab, width))).transpose();
-        let grads = pass
-            .gradient
-            .map(|(_, w)| Ok::<_, candle_core::Error>((zeros((t, width))?, wanted(w)?)));
-        return Ok((Readings::zeros(0, pass.rows), grads.transpose()?));
+        let grads =
+            slopes.map(|(_, w)| Ok::<_, candle_core::Error>((zeros((t, width))?, wanted(w)?)));
+        return Ok((Readings::zeros(0, stats).into(), grads.transpose()?));
     }
     // The rows of the head, where they are not all rows.
     let ids = (count < t).then(|| Tensor::from_slice(&rows.hidden, count, all)).transpose()?;
@@ -121,26 +161,40 @@ fn by_chunks<E: Number>(
         None => hidden.clone(),
     };
     let x = x.to_dtype(E::DTYPE)?.contiguous()?;
-    let mut head = Head::<E>::new(device, rows, (width, vocab), pass)?;
+    let mut head = Head::<E>::new(device, &rows, (width, vocab), stats)?;
     let ((x, of_x), (w, of_w)) = (x.storage_and_layout(), weight.storage_and_layout());
-    let (x, w) = (view::<E>(cuda(&x)?, of_x)?, view::<E>(cuda(&w)?, of_w)?);
-    let chunk = head.chunk;
-    for first in (0..count).step_by(chunk) {
-        head.chunk_of((&x, &w), first..(first + chunk).min(count))?;
+    let inputs = (&view::<E>(cuda(&x)?, of_x)?, &view::<E>(cuda(&w)?, of_w)?);
+    match slopes {
+        None => head.chunks(inputs)?,
+        Some((Origin::Host { d_logps, mean_logp, squared_lse }, d_weight)) => {
+            let slopes = (device.clone_htod(&d_logps)?, mean_logp, squared_lse);
+            head.grads = Some(GradsOnDevice::new(&head, slopes, d_weight)?);
+            head.chunks(inputs)?;
+        }
+        Some((Origin::Pairs(pairs, placed), d_weight)) => {
+            let pairs = Uploaded::new(device, pairs, &placed)?;
+            head.chunks(inputs)?;
+            head.is_read = true;
+            let slopes = (pairs.slopes(&head.readings.logps)?, 0.0, 0.0);
+            head.grads = Some(GradsOnDevice::new(&head, slopes, d_weight)?);
+            head.chunks(inputs)?;
+        }
     }
-    let readings = head.readings.to_host(device, rows)?;
-    let Some(grads) = head.grads else { return Ok((readings, None)) };
+    let unread = Unread { readings: head.readings, device: device.clone(), rows };
+    let Some(grads) = head.grads else { return Ok((unread.into(), None)) };
     let d_x = tensor(device, grads.d_x, (count, width));
     let d_hidden = match ids {
         Some(ids) => zeros((t, width))?.index_add(&ids, &d_x, 0)?,
         None => d_x,
     };
-    Ok((readings, Some((d_hidden, grads.d_weight.map(|d| tensor(device, d, (vocab, width)))))))
+    let d_weight = grads.d_weight.map(|d| tensor(device, d, (vocab, width)));
+    Ok((unread.into(), Some((d_hidden, d_weight))))
 }
 
 /// Everything of one call that lies on the device.
 struct Head<'a, E> {
     device: &'a CudaDevice,
+    rows: usize,
     width: usize,
     vocab: usize,
     /// Rows at once.
@@ -150,10 +204,13 @@ struct Head<'a, E> {
     ids: CudaSlice<u32>,
     logits: CudaSlice<f32>,
     readings: OnDevice,
-    grads: Option<GradsOnDevice<'a, E>>,
+    /// Whether the readings are there.
+    is_read: bool,
+    grads: Option<GradsOnDevice<E>>,
 }
 
 /// What rows say.
+#[derive(Debug)]
 struct OnDevice {
     /// Of the targets, row by row.
     logps: CudaSlice<f32>,
@@ -162,14 +219,43 @@ struct OnDevice {
     stats: Option<CudaSlice<f32>>,
 }
 
-struct GradsOnDevice<'a, E> {
-    slopes: Slopes<'a>,
+/// Readings that the host has not waited for.
+#[derive(Debug)]
+pub(crate) struct Unread {
+    readings: OnDevice,
+    device: CudaDevice,
+    rows: Rows,
+}
+
+struct GradsOnDevice<E> {
     /// Of the targets, row by row.
     d_logps: CudaSlice<f32>,
+    /// As in `Slopes`.
+    mean_logp: f32,
+    squared_lse: f32,
     /// `None` where the gradient takes the place of the logits.
     d_logits: Option<CudaSlice<E>>,
     d_x: CudaSlice<f32>,
     d_weight: Option<CudaSlice<f32>>,
+}
+
+impl<E: Number> GradsOnDevice<E> {
+    /// Of a head, by the slopes and the two factors beside them.
+    fn new(
+        head: &Head<'_, E>,
+        (d_logps, mean_logp, squared_lse): (CudaSlice<f32>, f32, f32),
+        d_weight: bool,
+    ) -> Result<Self> {
+        let Head { device, rows, width, vocab, chunk, .. } = *head;
+        let apart = E::DTYPE != DType::F32;
+        let d_weight = d_weight.then(|| device.alloc_zeros::<f32>(vocab * width)).transpose()?;
+        // SAFETY: both are written before they are read, row by row.
+        let (d_logits, d_x) = unsafe {
+            let d_logits = apart.then(|| device.alloc::<E>(chunk * vocab)).transpose()?;
+            (d_logits, device.alloc::<f32>(rows * width)?)
+        };
+        Ok(Self { d_logps, mean_logp, squared_lse, d_logits, d_x, d_weight })
+    }
 }
 
 impl<'a, E: Number> Head<'a, E> {
@@ -177,48 +263,45 @@ impl<'a, E: Number> Head<'a, E> {
         device: &'a CudaDevice,
         rows: &Rows,
         (width, vocab): (usize, usize),
-        pass: Pass<'a>,
+        stats: bool,
     ) -> Result<Self> {
         let count = rows.hidden.len();
         let chunk = (GPU_CHUNK_ELEMENTS / vocab.max(1)).clamp(16, 4096).min(count);
         let starts: Vec<u32> = rows.starts.iter().map(|&start| start as u32).collect();
         let ids: Vec<u32> = rows.order.iter().map(|&(_, id)| id).collect();
-        // SAFETY: `readings` and `logits` are written before they are read, row by row; `d_logits` too, and `d_x`.
-        unsafe {
-            let stats = pass.rows.then(|| device.alloc::<f32>(count * 5)).transpose()?;
+        // SAFETY: `readings` and `logits` are written before they are read, row by row.
+        let (readings, logits) = unsafe {
             let readings = OnDevice {
                 logps: device.alloc::<f32>(ids.len())?,
                 log_sums: device.alloc::<f32>(count)?,
-                stats,
+                stats: stats.then(|| device.alloc::<f32>(count * 5)).transpose()?,
             };
-            let grads = |(slopes, wanted): (Slopes<'a>, bool)| {
-                let d_logps: Vec<f32> =
-                    rows.order.iter().map(|&(index, _)| slopes.d_logps[index]).collect();
-                let apart = E::DTYPE != DType::F32;
-                let d_weight = wanted.then(|| device.alloc_zeros::<f32>(vocab * width));
-                Ok::<_, candle_core::Error>(GradsOnDevice {
-                    slopes,
-                    d_logps: device.clone_htod(&d_logps)?,
-                    d_logits: apart.then(|| device.alloc::<E>(chunk * vocab)).transpose()?,
-                    d_x: device.alloc::<f32>(count * width)?,
-                    d_weight: d_weight.transpose()?,
-                })
-            };
-            Ok(Self {
-                device,
-                width,
-                vocab,
-                chunk,
-                starts: device.clone_htod(&starts)?,
-                ids: device.clone_htod(&ids)?,
-                logits: device.alloc::<f32>(chunk * vocab)?,
-                readings,
-                grads: pass.gradient.map(grads).transpose()?,
-            })
-        }
+            (readings, device.alloc::<f32>(chunk * vocab)?)
+        };
+        Ok(Self {
+            device,
+            rows: count,
+            width,
+            vocab,
+            chunk,
+            starts: device.clone_htod(&starts)?,
+            ids: device.clone_htod(&ids)?,
+            logits,
+            readings,
+            is_read: false,
+            grads: None,
+        })
     }
 
-    /// Reads the targets of some rows and, where asked, adds their part to the gradients.
+    /// One pass over all rows.
+    fn chunks(&mut self, inputs: (&CudaView<'_, E>, &CudaView<'_, E>)) -> Result<()> {
+        for first in (0..self.rows).step_by(self.chunk) {
+            self.chunk_of(inputs, first..(first + self.chunk).min(self.rows))?;
+        }
+        Ok(())
+    }
+
+    /// Reads the targets of some rows, if nobody has, and, where asked, adds their part to the gradients.
     fn chunk_of(
         &mut self,
         (x, w): (&CudaView<'_, E>, &CudaView<'_, E>),
@@ -229,7 +312,9 @@ impl<'a, E: Number> Head<'a, E> {
         let (a, b) = (Matrix::plain(&x), Matrix::turned(w));
         let mut logits = self.logits.slice_mut(..count * vocab);
         product(self.device, (a, b), &mut logits, [count, vocab, width], false)?;
-        self.read(&slots)?;
+        if !self.is_read {
+            self.read(&slots)?;
+        }
         if self.grads.is_none() {
             return Ok(());
         }
@@ -288,7 +373,7 @@ impl<'a, E: Number> Head<'a, E> {
         };
         launch.arg(&vocab).arg(&SPAN).arg(&log_sums).arg(&starts).arg(&self.ids);
         launch.arg(&self.readings.logps).arg(&grads.d_logps);
-        launch.arg(&grads.slopes.mean_logp).arg(&grads.slopes.squared_lse);
+        launch.arg(&grads.mean_logp).arg(&grads.squared_lse);
         // No teacher.
         let k = 0_u32;
         launch.arg(NULL).arg(NULL).arg(NULL).arg(NULL).arg(&k);
@@ -299,11 +384,12 @@ impl<'a, E: Number> Head<'a, E> {
     }
 }
 
-impl OnDevice {
-    /// Copies them to the host and puts each target where the caller has it.
-    fn to_host(&self, device: &CudaDevice, rows: &Rows) -> Result<Readings> {
-        let logps = device.clone_dtoh(&self.logps)?;
-        let stats = self.stats.as_ref().map(|stats| device.clone_dtoh(stats)).transpose()?;
+impl Unread {
+    /// Waits for all work that was launched before, and puts each target where the caller has it.
+    pub(crate) fn read(&self) -> Result<Readings> {
+        let Self { readings, device, rows } = self;
+        let logps = device.clone_dtoh(&readings.logps)?;
+        let stats = readings.stats.as_ref().map(|stats| device.clone_dtoh(stats)).transpose()?;
         let mut readings = Readings::zeros(rows.order.len(), stats.is_some());
         for slot in 0..rows.hidden.len() {
             let row = stats.as_ref().map(|stats| row_stats(&stats[slot * 5..][..5]));

@@ -21,10 +21,10 @@ struct Dense<'a, E> {
 
 pub(super) fn on_cpu<E: Element>(
     (hidden, weight): (&Tensor, &Tensor),
-    [t, width, vocab]: [usize; 3],
     rows: &Rows,
     pass: Pass<'_>,
 ) -> Result<(Readings, Grads)> {
+    let ((t, width), vocab) = (hidden.dims2()?, weight.dim(0)?);
     cpu::with_slice(hidden, |h| {
         cpu::with_slice::<E, _>(weight, |w| by_chunks(&Dense { h, w, t, width, vocab }, rows, pass))
     })??

@@ -34,7 +34,8 @@ pub(super) fn head(config: &Config, options: &Options) -> Result<Figures> {
     let d_logps = vec![1.0 / rows as f32; rows];
     repeat(options, || {
         let asked = head::Asked { d_weight: true, ..Default::default() };
-        head::backward(&hidden, &weight, &targets, d_logps.as_slice().into(), asked)?;
+        let out = head::backward(&hidden, &weight, &targets, d_logps.as_slice().into(), asked)?;
+        out.readings.wait()?;
         Ok(())
     })
 }

@@ -9,6 +9,7 @@ pub(crate) mod host;
 pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod optimizer;
+pub(in crate::ops::cuda) mod pairs;
 pub(crate) mod rope;
 pub(crate) mod sample;
 pub(crate) mod swiglu;

@@ -70,9 +70,10 @@ impl<T: Number> Batch<T> {
         let slopes = Slopes { d_logps: &self.d_logps, mean_logp, squared_lse };
         let asked = Asked { rows: true, d_weight: false };
         let out = head::backward(&hidden, &weight, &targets, slopes, asked).unwrap();
-        let stats = self.starts[..self.rows].iter().map(|&n| out.readings.rows[n as usize]);
+        let readings = out.readings.wait().unwrap();
+        let stats = self.starts[..self.rows].iter().map(|&n| readings.rows[n as usize]);
         let d_logits = out.d_hidden.flatten_all().unwrap().to_vec1().unwrap();
-        (out.readings.logps.clone(), stats.collect(), d_logits)
+        (readings.logps.clone(), stats.collect(), d_logits)
     }
 
     /// The logarithm of each row's sum.
@@ -370,6 +371,8 @@ fn kernels_of_teachers_and_pairs_that_are_wrong_are_caught() {
             ("d_sums[worse] -= scale", "d_sums[worse] = -scale"),
             ("if (tree >= trees)", "if (tree > trees)"),
             ("if (n < targets)", "if (n <= targets)"),
+            ("+ addends[n]", ""),
+            ("of_low) - offset", "of_low)"),
         ],
     );
 }
