@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use llguidance::toktrie::SimpleVob;
 
 use super::adaptation::{Adaptation, Adapted, Place};
 use super::attend::{Heads, attention};
@@ -31,30 +32,31 @@ pub struct Feed<'a, C> {
     /// At least one token.
     pub tokens: &'a [u32],
     /// Whose predictions are wanted.
-    pub wanted: Wanted,
+    pub wanted: Wanted<'a>,
     /// The adapter beside the model's matrices: for all of a sequence the same.
     pub adaptation: Option<&'a Adaptation>,
 }
 
 /// The tokens of a feed after which the model's predictions are wanted.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Wanted {
+pub enum Wanted<'a> {
     /// None: more of the same sequence follows.
     Nothing,
     /// The last.
     Last,
     /// All, in their order.
     All,
-    /// A token drawn after the last one instead of the prediction for it; only of decoders that [draw](Decoder::draws).
-    Token(Chance),
+    /// A token drawn after the last one instead of the prediction for it, of those that are allowed where not all are; only
+    /// of decoders that [draw](Decoder::draws).
+    Token(Chance, Option<&'a SimpleVob>),
 }
 
-impl Wanted {
+impl Wanted<'_> {
     /// Which of `count` tokens.
     pub fn of(self, count: usize) -> Range<usize> {
         match self {
             Self::Nothing => count..count,
-            Self::Last | Self::Token(_) => count - 1..count,
+            Self::Last | Self::Token(..) => count - 1..count,
             Self::All => 0..count,
         }
     }

@@ -203,8 +203,8 @@ impl Decoder for PlainDecoder {
         let mut first = 0;
         for feed in feeds.iter() {
             let own = feed.wanted.of(feed.tokens.len()).map(|row| (first + row) as u32);
-            if let Wanted::Token(chance) = feed.wanted {
-                chances.push(chance);
+            if let Wanted::Token(chance, allowed) = feed.wanted {
+                chances.push((chance, allowed));
                 rows.extend(own);
             } else {
                 wanted.extend(own);

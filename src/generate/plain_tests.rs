@@ -1,15 +1,22 @@
 //! The decoder that runs everywhere beside the CPU's, the draws that it makes itself, and the states of texts.
 
+use std::cell::Cell;
+use std::path::Path;
 use std::sync::Arc;
 
+use candle_core::Device;
+
 use super::decode::{CpuDecoder, Decoder, Feed, Predictions, Wanted};
-use super::engine::Prompt;
+use super::engine::{Extras, Prompt, Request};
+use super::grammar::Grammars;
 use super::plain::{PlainDecoder, TensorCache};
+use super::requests_tests::stream;
 use super::sampler::argmax;
 use super::sampling::Sampling;
 use super::states::{self, States};
 use super::tests::{Bytes, Engine, WIDE, golden, predict};
 use crate::data::forest::Forest;
+use crate::data::tokenizer::ChatTokenizer;
 use crate::data::tree::{Role, Tree};
 use crate::error::Result;
 use crate::model::checkpoint::Checkpoint;
@@ -30,18 +37,28 @@ fn the_plain_decoder_predicts_what_the_cpu_decoder_does_on_a_golden_model() {
     assert!(worst < 1e-4, "off by {worst}");
 }
 
-/// A decoder that leaves the draws to others.
-struct Undrawn<'a>(&'a PlainDecoder);
+/// A decoder that may leave the draws to others, and counts the answers whose predictions it was asked for.
+struct Watched<'a> {
+    decoder: &'a PlainDecoder,
+    draws: bool,
+    predicted: Cell<usize>,
+}
 
-impl Decoder for Undrawn<'_> {
+impl<'a> Watched<'a> {
+    fn both(decoder: &'a PlainDecoder) -> [Self; 2] {
+        [true, false].map(|draws| Self { decoder, draws, predicted: Cell::new(0) })
+    }
+}
+
+impl Decoder for Watched<'_> {
     type Cache = TensorCache;
 
     fn cache(&self, parent: Option<(Arc<TensorCache>, usize)>) -> TensorCache {
-        self.0.cache(parent)
+        self.decoder.cache(parent)
     }
 
     fn truncate(&self, cache: &mut TensorCache, end: usize) -> Result<()> {
-        self.0.truncate(cache, end)
+        self.decoder.truncate(cache, end)
     }
 
     fn forward(
@@ -49,11 +66,17 @@ impl Decoder for Undrawn<'_> {
         feeds: &mut [Feed<'_, TensorCache>],
         predictions: &mut Predictions,
     ) -> Result<()> {
-        self.0.forward(feeds, predictions)
+        let predicted = feeds.iter().filter(|feed| feed.wanted == Wanted::All).count();
+        self.predicted.set(self.predicted.get() + predicted);
+        self.decoder.forward(feeds, predictions)
+    }
+
+    fn draws(&self) -> bool {
+        self.draws
     }
 
     fn vocab_size(&self) -> usize {
-        self.0.vocab_size()
+        self.decoder.vocab_size()
     }
 }
 
@@ -105,12 +128,46 @@ fn a_decoder_that_draws_draws_what_the_engine_would() {
         // Depends on what was written: the engine draws.
         Sampling { repetition_penalty: 1.2, ..base },
     ] {
-        let limits = WIDE;
-        let drawn = Engine { decoder: &decoder, vocabulary: &vocabulary, limits };
-        let undrawn = Engine { decoder: &Undrawn(&decoder), vocabulary: &vocabulary, limits };
-        let [drawn, undrawn] =
-            [drawn.answers(&prompts, &sampling), undrawn.answers(&prompts, &sampling)];
-        assert!(drawn.unwrap() == undrawn.unwrap(), "{sampling:?}");
+        let [drawn, undrawn] = Watched::both(&decoder).map(|decoder| {
+            let engine = Engine { decoder: &decoder, vocabulary: &vocabulary, limits: WIDE };
+            engine.answers(&prompts, &sampling).unwrap()
+        });
+        assert!(drawn == undrawn, "{sampling:?}");
+    }
+}
+
+/// Likely tokens that are named beside a drawn one, and what a form allows, are the decoder's too.
+#[test]
+fn a_decoder_that_draws_names_likely_tokens_and_keeps_to_a_form() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
+    let Checkpoint { config, weights, .. } = Checkpoint::load_dir(&dir, &Device::Cpu).unwrap();
+    let decoder = PlainDecoder::new(&config, &weights).unwrap();
+    let tokenizer = ChatTokenizer::from_dir(&dir).unwrap();
+    let vocabulary = Bytes { ends: tokenizer.ends().to_vec(), ..Bytes::default() };
+    let grammars = Grammars::new(&tokenizer, tokenizer.ends(), config.vocab_size).unwrap();
+    let (pattern, form) =
+        ("[0-9]{3}-[ab]{4,9}", regex::Regex::new("^[0-9]{3}-[ab]{1,9}$").unwrap());
+    let grammar = grammars.regex(pattern).unwrap();
+    let sampling = Sampling { num_samples: 4, max_new_tokens: 8, seed: 5, ..Sampling::default() };
+    for (top_logprobs, grammar) in [(3, None), (0, Some(&grammar)), (2, Some(&grammar))] {
+        let extras = Extras { top_logprobs, grammar: grammar.cloned(), ..Extras::default() };
+        let extras = Arc::new(extras);
+        let [drawn, undrawn] = Watched::both(&decoder).map(|decoder| {
+            let prompt = Prompt { index: 0, tokens: vec![70, 71, 72] };
+            let request = Request::new(prompt, Arc::new(sampling.clone()));
+            let request = Request { extras: Arc::clone(&extras), ..request };
+            let (_, answers, _) = stream(&decoder, &vocabulary, request);
+            assert_eq!(decoder.predicted.get() == 0, decoder.draws);
+            answers
+        });
+        assert!(drawn == undrawn, "{top_logprobs}: {drawn:?}, expected {undrawn:?}");
+        for answer in &drawn {
+            let named = if top_logprobs == 0 { 0 } else { answer.ids.len() };
+            assert_eq!(answer.top_logprobs.len(), named);
+            assert!(answer.top_logprobs.iter().all(|top| top.len() == top_logprobs));
+            let text = tokenizer.decode(&answer.ids, true);
+            assert!(grammar.is_none() || form.is_match(&text), "{text}");
+        }
     }
 }
 
@@ -118,9 +175,16 @@ fn a_decoder_that_draws_draws_what_the_engine_would() {
 fn tokens_are_drawn_beside_predictions_in_the_order_of_the_feeds() {
     let checkpoint = golden("model_tied");
     let decoder = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
-    let greedy =
-        Chance { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, key: [0; 32], draw: 0 };
-    let forward = |wanted: [Wanted; 3]| {
+    let greedy = Chance {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        key: [0; 32],
+        draw: 0,
+        top: 0,
+    };
+    let forward = |wanted: [Wanted<'_>; 3]| {
         let mut caches = [(); 3].map(|()| decoder.cache(None));
         let mut feeds: Vec<_> = caches
             .iter_mut()
@@ -133,7 +197,7 @@ fn tokens_are_drawn_beside_predictions_in_the_order_of_the_feeds() {
     };
     let logits = forward([Wanted::Last; 3]).logits;
     let rows: Vec<&[f32]> = logits.chunks(decoder.vocab_size()).collect();
-    let mixed = forward([Wanted::Token(greedy), Wanted::Last, Wanted::Token(greedy)]);
+    let mixed = forward([Wanted::Token(greedy, None), Wanted::Last, Wanted::Token(greedy, None)]);
     assert_eq!(mixed.logits, rows[1]);
     let drawn: Vec<u32> = mixed.draws.into_iter().map(|draw| draw.unwrap().id).collect();
     assert_eq!(drawn, [argmax(rows[0]), argmax(rows[2])]);

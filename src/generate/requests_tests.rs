@@ -18,7 +18,7 @@ use crate::model::packed::BlockType;
 use crate::model::transformer::Transformer;
 
 /// Streams one request and returns its pieces, the answers, and the scores of the prompt.
-fn stream<D: Decoder>(
+pub(super) fn stream<D: Decoder>(
     decoder: &D,
     vocabulary: &dyn Vocabulary,
     request: Request,

@@ -16,7 +16,7 @@ use super::sampling::Sampling;
 use crate::error::{Error, Result};
 use crate::ops::cpu::simd;
 use crate::ops::head::log_sum_exp;
-use crate::ops::sample::{Chance, Drawn, NoDraw};
+use crate::ops::sample::{Chance, Drawn, Likeliest, NoDraw};
 
 /// A drawn token and how likely it was.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,9 +31,9 @@ pub struct Draw {
     pub top: Vec<Likely>,
 }
 
-impl From<Drawn> for Draw {
-    fn from(Drawn { id, logprob, sample_logprob }: Drawn) -> Self {
-        Self { id, logprob, sample_logprob, top: Vec::new() }
+impl From<(Drawn, Likeliest)> for Draw {
+    fn from((Drawn { id, logprob, sample_logprob }, top): (Drawn, Likeliest)) -> Self {
+        Self { id, logprob, sample_logprob, top }
     }
 }
 
@@ -86,10 +86,9 @@ impl Sampler {
         }
     }
 
-    /// The next draw as whoever else draws needs to know it: nothing where it depends on earlier tokens, a bias, or names
-    /// the likeliest tokens.
+    /// The next draw as whoever else draws needs to know it: nothing where it depends on earlier tokens or a bias.
     pub(crate) fn chance(&self, rng: &ChaCha8Rng) -> Option<Chance> {
-        if self.looks_back() || !self.bias.is_empty() || self.top > 0 {
+        if self.looks_back() || !self.bias.is_empty() {
             return None;
         }
         Some(Chance {
@@ -100,17 +99,21 @@ impl Sampler {
             key: rng.get_seed(),
             // Each takes two words.
             draw: (rng.get_word_pos() / 2) as u64,
+            top: self.top,
         })
     }
 
     /// Draws by a chance alone: what [`draw`](Self::draw) draws with the settings and the generator that it was made of.
-    fn draw_by(logits: &mut [f32], chance: &Chance) -> Result<Draw> {
-        let Chance { temperature, top_k, top_p, min_p, key, draw } = *chance;
+    fn draw_by(
+        logits: &mut [f32],
+        (chance, allowed): &(Chance, Option<&SimpleVob>),
+    ) -> Result<Draw> {
+        let Chance { temperature, top_k, top_p, min_p, key, draw, top } = *chance;
         let mut rng = ChaCha8Rng::from_seed(key);
         rng.set_word_pos(2 * u128::from(draw));
         let plain = Self::new(&Sampling::default(), &Extras::default());
-        let mut sampler = Self { temperature, top_p, top_k, min_p, ..plain };
-        sampler.draw(logits, (&[], 0), None, &mut rng)
+        let mut sampler = Self { temperature, top_p, top_k, min_p, top, ..plain };
+        sampler.draw(logits, (&[], 0), *allowed, &mut rng)
     }
 
     /// Leaves out of a generator what a draw elsewhere took of it.
@@ -262,14 +265,19 @@ impl Sampler {
 /// A token of each row, drawn where the logits are; an error is one row's own.
 ///
 /// # Shapes
-/// - `logits`: `[R, V]`, f32; `chances`: `R`
+/// - `logits`: `[R, V]`, f32; `chances`: `R`, each with the tokens that are allowed, where not all are
 ///
 /// # Errors
 /// The device's.
-pub(crate) fn draw_rows(logits: &Tensor, chances: &[Chance]) -> Result<Vec<Result<Draw>>> {
+pub(crate) fn draw_rows(
+    logits: &Tensor,
+    chances: &[(Chance, Option<&SimpleVob>)],
+) -> Result<Vec<Result<Draw>>> {
     #[cfg(feature = "cuda")]
     if logits.device().is_cuda() {
-        let drawn = crate::ops::cuda::launch::sample::on_cuda(logits, chances)?;
+        let words = chances.iter().map(|(chance, mask)| (*chance, mask.map(SimpleVob::as_slice)));
+        let chances: Vec<_> = words.collect();
+        let drawn = crate::ops::cuda::launch::sample::on_cuda(logits, &chances)?;
         return Ok(drawn.into_iter().map(|drawn| Ok(drawn?.into())).collect());
     }
     let mut rows = logits.to_vec2::<f32>()?;

@@ -15,6 +15,8 @@ pub struct Chance {
     pub key: [u8; 32],
     /// How many f64 it has drawn before this one.
     pub draw: u64,
+    /// So many of the likeliest tokens are named beside the drawn one.
+    pub top: usize,
 }
 
 /// Why no token was drawn.
@@ -36,6 +38,9 @@ pub struct Drawn {
     /// Its log-probability under the distribution it was drawn from, in nats.
     pub sample_logprob: f32,
 }
+
+/// Tokens with their log-probabilities under the model alone, likeliest first; of equals the smaller id.
+pub type Likeliest = Vec<(u32, f32)>;
 
 /// Weights that one thread of the kernel adds up; it has the same number.
 #[cfg(any(feature = "cuda", all(test, unix)))]

@@ -1,6 +1,7 @@
 //! What generation adds to the check of a device: attention over pages, predictions, and draws.
 
 use candle_core::{DType, Device, Result, Tensor};
+use llguidance::toktrie::SimpleVob;
 
 use super::device_check::{Checked, checked, home, numbers};
 use crate::generate::sampler::{Draw, draw_rows};
@@ -69,9 +70,18 @@ fn over_pages(
     Ok([first, second])
 }
 
-/// Predictions, and tokens drawn from them in every way that the kernel knows.
+/// Predictions, and tokens drawn from them in every way that the kernel knows, some with the likeliest named or with some of
+/// them not allowed.
 pub(super) fn of_the_draws(device: &Device) -> Result<Vec<Checked>> {
-    let base = Chance { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, key: [0; 32], draw: 0 };
+    let base = Chance {
+        temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        key: [0; 32],
+        draw: 0,
+        top: 0,
+    };
     let ways = [
         base,
         Chance { temperature: 0.0, ..base },
@@ -86,13 +96,19 @@ pub(super) fn of_the_draws(device: &Device) -> Result<Vec<Checked>> {
         .map(|row| Chance {
             key: Stream::new(row, "check").at(0, 0).get_seed(),
             draw: row * 3,
+            top: [5, 0, 2][row as usize % 3],
             ..ways[row as usize % ways.len()]
         })
         .collect();
+    let mut allowed = SimpleVob::alloc(v);
+    (0..v as u32).filter(|id| id % 3 != 1).for_each(|id| allowed.allow_token(id));
+    let allowed = |row: usize| (row % 4 == 1).then_some(&allowed);
+    let chances: Vec<_> =
+        chances.into_iter().enumerate().map(|(row, chance)| (chance, allowed(row))).collect();
     // Whole numbers over a power of two: every order of summation gives the same logits.
     let whole = |index, shape: (usize, usize)| (numbers(index, shape)? * 2.0)?.round();
     let (hidden, weight) = (whole(30, (chances.len(), d))?, (whole(31, (v, d))? / 64.0)?);
-    let results = |device: &Device| -> crate::Result<[Tensor; 4]> {
+    let results = |device: &Device| -> crate::Result<[Tensor; 6]> {
         let logits = head::logits(&hidden.to_device(device)?, &weight.to_device(device)?)?;
         let drawn: Vec<Draw> =
             draw_rows(&logits, &chances)?.into_iter().collect::<crate::Result<_>>()?;
@@ -104,15 +120,24 @@ pub(super) fn of_the_draws(device: &Device) -> Result<Vec<Checked>> {
             column(|draw| draw.id as f32)?,
             column(|draw| draw.logprob)?,
             column(|draw| draw.sample_logprob)?,
+            likely(&drawn, |(id, _)| id as f32)?,
+            likely(&drawn, |(_, logprob)| logprob)?,
         ])
     };
     let both =
         [&Device::Cpu, device].map(|device| results(device).map_err(candle_core::Error::wrap));
     let [expected, found] = both;
     let (expected, found) = (expected?, found?);
-    ["logits", "ids", "logprobs", "sample_logprobs"]
+    ["logits", "ids", "logprobs", "sample_logprobs", "likeliest ids", "likeliest logprobs"]
         .iter()
         .zip(expected.iter().zip(&found))
         .map(|(what, pair)| checked((&format!("draws 70×{v}"), what), DType::F32, pair))
         .collect()
+}
+
+/// A number of each named token of all draws.
+fn likely(drawn: &[Draw], value: fn((u32, f32)) -> f32) -> Result<Tensor> {
+    let values: Vec<f32> = drawn.iter().flat_map(|draw| &draw.top).map(|&one| value(one)).collect();
+    let count = values.len();
+    Tensor::from_vec(values, count, &Device::Cpu)
 }

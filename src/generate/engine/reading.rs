@@ -42,7 +42,7 @@ impl<C> Reading<C> {
     }
 
     /// What the next forward pass must predict.
-    pub(super) fn wanted(&self) -> Wanted {
+    pub(super) fn wanted(&self) -> Wanted<'static> {
         match self.request.extras.prompt_logprobs {
             true => Wanted::All,
             false if self.now < self.left() => Wanted::Nothing,

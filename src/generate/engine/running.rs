@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use llguidance::toktrie::SimpleVob;
 use rand_chacha::ChaCha8Rng;
 use serde_json::Map;
 
 use super::prefix::{Held, Share};
 use super::{Answer, Finish, Likely, Piece, Request, Ticket, Vocabulary};
 use crate::error::Result;
+use crate::generate::decode::{Feed, Wanted};
 use crate::generate::grammar::Matcher;
 use crate::generate::sampler::{Draw, Sampler};
 use crate::generate::stop::{Shown, StopStrings};
@@ -41,8 +43,10 @@ pub(super) struct Running<C> {
     pub(super) guess: Vec<u32>,
     /// What the next forward pass reads: the last token and the guess.
     pub(super) feed: Vec<u32>,
-    /// Whether the decoder draws the next token.
-    pub(super) drawn_there: bool,
+    /// What the decoder draws the next token by, if it does.
+    chance: Option<Chance>,
+    /// What the grammar allows it to draw.
+    allowed: Option<SimpleVob>,
     shown: Shown,
     pub(super) ended: Option<(Finish, String)>,
 }
@@ -64,29 +68,62 @@ impl<C> Running<C> {
             top_logprobs: Vec::new(),
             guess: Vec::new(),
             feed: Vec::new(),
-            drawn_there: false,
+            chance: None,
+            allowed: None,
             shown: Shown::default(),
             ended: None,
         }
     }
 
-    /// The draw of the next token, where a decoder may make it: no guess waits to be checked and nothing but the settings
-    /// has a say in it.
-    pub(super) fn chance(&self) -> Option<Chance> {
-        let alone = self.guess.is_empty() && self.matcher.is_none();
-        alone.then(|| self.sampler.chance(&self.task.rng)).flatten()
+    /// Decides what the next forward pass reads, and whether a decoder that `draws` draws what follows: where no guess
+    /// waits to be checked, and nothing but the settings and a grammar has a say in it.
+    pub(super) fn prepare(&mut self, draws: bool) {
+        self.feed.clear();
+        self.feed.extend(self.ids.last());
+        self.feed.extend_from_slice(&self.guess);
+        let may = draws && self.guess.is_empty();
+        self.chance = may.then(|| self.sampler.chance(&self.task.rng)).flatten();
+        self.allowed = None;
+        if let (Some(_), Some(matcher)) = (self.chance, &mut self.matcher) {
+            match matcher.allowed() {
+                Ok(allowed) => self.allowed = Some(allowed),
+                // The draw here says what is wrong.
+                Err(_) => self.chance = None,
+            }
+        }
     }
 
-    /// Takes a token that the decoder drew by [`chance`](Self::chance).
-    pub(super) fn take_drawn(&mut self, draw: Draw, vocabulary: &dyn Vocabulary) {
+    /// What the next forward pass is asked, for its cache.
+    pub(super) fn next(&mut self) -> Feed<'_, C> {
+        let wanted = match self.chance {
+            Some(chance) => Wanted::Token(chance, self.allowed.as_ref()),
+            None => Wanted::All,
+        };
+        Feed {
+            cache: &mut self.task.cache,
+            tokens: &self.feed,
+            wanted,
+            adaptation: self.task.request.adaptation(),
+        }
+    }
+
+    /// Whether the decoder draws the next token.
+    pub(super) fn is_drawn_there(&self) -> bool {
+        self.chance.is_some()
+    }
+
+    /// Takes a token that the decoder drew.
+    ///
+    /// # Errors
+    /// A grammar that went wrong.
+    pub(super) fn take_drawn(&mut self, draw: Draw, vocabulary: &dyn Vocabulary) -> Result<()> {
         self.sampler.skip(&mut self.task.rng);
-        self.take(draw);
-        self.ended = self.end(vocabulary);
+        self.take(draw, vocabulary)
     }
 
     /// Rows of logits that the next forward pass says for it.
     pub(super) fn rows(&self) -> usize {
-        if self.drawn_there { 0 } else { self.feed.len() }
+        if self.is_drawn_there() { 0 } else { self.feed.len() }
     }
 
     /// Draws from the predictions after the last token and each guessed one, as long as the guesses come true: what is
@@ -122,15 +159,11 @@ impl<C> Running<C> {
             &mut self.task.rng,
         )?;
         let id = draw.id;
-        self.take(draw);
-        if let Some(matcher) = &mut self.matcher {
-            matcher.take(id)?;
-        }
-        self.ended = self.end(vocabulary);
+        self.take(draw, vocabulary)?;
         Ok(id)
     }
 
-    fn take(&mut self, draw: Draw) {
+    fn take(&mut self, draw: Draw, vocabulary: &dyn Vocabulary) -> Result<()> {
         let Draw { id, logprob, sample_logprob, top } = draw;
         self.ids.push(id);
         self.logprobs.push(logprob);
@@ -141,6 +174,11 @@ impl<C> Running<C> {
         if self.sampler.looks_back() {
             self.history.push(id);
         }
+        if let Some(matcher) = &mut self.matcher {
+            matcher.take(id)?;
+        }
+        self.ended = self.end(vocabulary);
+        Ok(())
     }
 
     /// Whether the answer ends after its newest token, and its text if so.

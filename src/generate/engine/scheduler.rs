@@ -12,7 +12,7 @@ use super::reading::{Reading, SCORED};
 use super::running::{Running, Task};
 use super::{Answer, Event, Finish, Limits, PromptScores, Request, Schedule, Ticket, Vocabulary};
 use crate::error::{Error, Result};
-use crate::generate::decode::{Decoder, Feed, Predictions, Wanted};
+use crate::generate::decode::{Decoder, Feed, Predictions};
 use crate::generate::sampler::Draw;
 use crate::generate::stop::StopStrings;
 use crate::rng::Stream;
@@ -245,19 +245,9 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
     fn forward(&mut self, predictions: &mut Predictions) -> Result<()> {
         let draws = self.decoder.draws();
         let mut feeds = Vec::with_capacity(self.running.len() + self.reading.len());
-        for running in &mut self.running {
-            running.feed.clear();
-            running.feed.extend(running.ids.last());
-            running.feed.extend_from_slice(&running.guess);
-            let chance = if draws { running.chance() } else { None };
-            running.drawn_there = chance.is_some();
-            feeds.push(Feed {
-                cache: &mut running.task.cache,
-                tokens: &running.feed,
-                wanted: chance.map_or(Wanted::All, Wanted::Token),
-                adaptation: running.task.request.adaptation(),
-            });
-        }
+        // What grammars allow takes longest.
+        self.running.par_iter_mut().for_each(|running| running.prepare(draws));
+        feeds.extend(self.running.iter_mut().map(Running::next));
         for reading in self.reading.iter_mut().filter(|reading| reading.now > 0) {
             let wanted = reading.wanted();
             let tokens = &reading.request.prompt.tokens[reading.done..][..reading.now];
@@ -275,7 +265,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         let (mut rest, mut draws) = (logits, draws.drain(..));
         for running in &self.running {
             let (own, others) = rest.split_at_mut(running.rows() * vocab);
-            let draw = running.drawn_there.then(|| {
+            let draw = running.is_drawn_there().then(|| {
                 draws.next().unwrap_or_else(|| Err(Error::run("a decoder left out a draw")))
             });
             rows.push((own, draw));
@@ -286,10 +276,9 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             .par_iter_mut()
             .zip(rows)
             .map(|(running, (logits, draw))| match draw {
-                Some(draw) => draw.map(|draw| {
-                    running.take_drawn(draw, vocabulary);
-                    1
-                }),
+                Some(draw) => {
+                    draw.and_then(|draw| running.take_drawn(draw, vocabulary)).map(|()| 1)
+                }
                 None => running.draw_all(logits, vocab, vocabulary),
             })
             .collect();

@@ -326,12 +326,12 @@ __device__ __forceinline__ Best shuffle_xor(Best b, u32 distance) {
 }
 __device__ __forceinline__ Best shuffle(Best b, u32 lane) { return {shuffle(b.value, lane), shuffle(b.id, lane)}; }
 
-// One block a row: its k likeliest tokens with their log-probabilities, likeliest first; where there are fewer that are
-// finite, id 2^32 - 1 and minus infinity. Each thread keeps the best of its elements, and looks for its next when that
-// was taken.
-KERNEL(head_top, (const T *logits, u64 vocab, u32 k, const float *log_sums, u32 *ids, float *logps),
-       (logits, vocab, k, log_sums, ids, logps)) {
-  const u64 row = blockIdx.x;
+// One block for each row that `which` names, or for each row where that is null: its k likeliest tokens with their
+// log-probabilities, likeliest first; where there are fewer that are finite, id 2^32 - 1 and minus infinity. Each thread
+// keeps the best of its elements, and looks for its next when that was taken.
+KERNEL(head_top, (const T *logits, u64 vocab, u32 k, const u32 *which, const float *log_sums, u32 *ids, float *logps),
+       (logits, vocab, k, which, log_sums, ids, logps)) {
+  const u64 row = which ? which[blockIdx.x] : blockIdx.x;
   const T *x = logits + row * vocab;
   Best taken = {0.f, 0}, own = {LOWEST, NO_ID};
   bool look = true, any = false;
@@ -350,8 +350,8 @@ KERNEL(head_top, (const T *logits, u64 vocab, u32 k, const float *log_sums, u32 
       any = true;
     }
     if (threadIdx.x == 0) {
-      ids[row * k + i] = best.id;
-      logps[row * k + i] = best.id == NO_ID ? NEG_INF : best.value - log_sums[row];
+      ids[blockIdx.x * k + i] = best.id;
+      logps[blockIdx.x * k + i] = best.id == NO_ID ? NEG_INF : best.value - log_sums[row];
     }
   }
 }

@@ -236,10 +236,11 @@ __device__ __forceinline__ bool allows(const u32 *allowed, u32 id) {
 
 // One block a row. Dynamic shared memory: ceil(vocab / PIECE) doubles, then LIST words. `allowed`, which may be null,
 // has a bit for each token, ceil(vocab / 32) words a row.
-//   logits, weights (scratch): [rows, vocab], settings: [rows] -> draws: [rows]
+//   logits, weights (scratch): [rows, vocab], settings: [rows] -> draws, log_sums: [rows]
 KERNEL_ONE(sample,
-           (const float *logits, const u32 *allowed, const Settings *settings, float *weights, Draw *draws, u32 vocab),
-           (logits, allowed, settings, weights, draws, vocab)) {
+           (const float *logits, const u32 *allowed, const Settings *settings, float *weights, Draw *draws,
+            float *log_sums, u32 vocab),
+           (logits, allowed, settings, weights, draws, log_sums, vocab)) {
   DYNAMIC_SHARED(double, sums);
   SHARED(Found, found, [1]);
   u32 *list = reinterpret_cast<u32 *>(sums + (vocab + PIECE - 1) / PIECE);
@@ -260,6 +261,7 @@ KERNEL_ONE(sample,
   // Not a number where a logit is none, or infinite, or all are minus infinity.
   for (u32 id = threadIdx.x; id < vocab; id += blockDim.x) sum += cpu_exp(logits[id] - top);
   float log_sum = top + logf(block_sum(sum));
+  if (threadIdx.x == 0) log_sums[blockIdx.x] = log_sum;
   Draw draw = {0, DRAWN, 0.0f, 0.0f};
   if (log_sum - log_sum != 0.0f) {
     draw.status = NOT_FINITE;

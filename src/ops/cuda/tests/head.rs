@@ -361,6 +361,8 @@ fn kernels_of_teachers_and_pairs_that_are_wrong_are_caught() {
             ("a.id < b.id", "a.id > b.id"),
             ("block_reduce(own, Best{LOWEST, NO_ID}, First())", "warp_reduce(own, First())"),
             ("      any = true;", ""),
+            ("which ? which[blockIdx.x] : blockIdx.x", "blockIdx.x"),
+            ("ids[blockIdx.x * k + i]", "ids[row * k + i]"),
         ],
     );
     caught(

@@ -12,6 +12,7 @@ mod tests {
     use crate::generate::engine::Extras;
     use crate::generate::sampler::Sampler;
     use crate::generate::sampling::Sampling;
+    use crate::ops::head::log_sum_exp;
     use crate::ops::sample::{Drawn, LIST, NoDraw, shared};
     use crate::rng::Stream;
 
@@ -42,6 +43,7 @@ mod tests {
         let settings = Guarded::new(settings, manner.side);
         let mut weights = Guarded::new(&vec![f32::NAN; logits.len()], manner.side);
         let mut out = Guarded::new(&vec![[u32::MAX; 4]; rows], manner.side);
+        let mut log_sums = Guarded::new(&vec![0.0_f32; rows], manner.side);
         let call = Kernels::of(FILE).call("sample", [rows as u32, 1, 1], manner).input(&given);
         let call = call.shared(shared(vocab));
         let call = match &words {
@@ -49,8 +51,13 @@ mod tests {
             None => call.null(),
         };
         let call = call.input(&settings).output(&mut weights).output(&mut out);
-        call.arg(vocab as u32).run();
-        assert!(weights.is_clean() && out.is_clean(), "{manner:?}");
+        call.output(&mut log_sums).arg(vocab as u32).run();
+        assert!(weights.is_clean() && out.is_clean() && log_sums.is_clean(), "{manner:?}");
+        for (found, logits) in log_sums.as_slice().iter().zip(logits.chunks(vocab)) {
+            let expected = log_sum_exp(logits);
+            let close = (found - expected).abs() < 1e-5 * (1.0 + expected.abs());
+            assert!(close || !expected.is_finite(), "{found}, expected {expected}");
+        }
         out.as_slice().iter().map(Drawn::of).collect()
     }
 

@@ -17,8 +17,13 @@ fn top_tokens_are_the_likeliest<T: Number>(turn: usize, shape: (usize, usize), k
         case.logits[at] = T::narrow((at % 7) as f32);
     }
     let log_sums = case.log_sums();
-    let (mut ids, mut logps) = (Vec::new(), Vec::new());
-    for (row, logits) in wide(&case.logits).chunks(case.vocab).enumerate() {
+    // All rows, or some, the last first.
+    let which: Option<Vec<u32>> =
+        (turn % 2 == 1).then(|| (0..case.rows as u32).rev().step_by(2).collect());
+    let rows = which.clone().unwrap_or_else(|| (0..case.rows as u32).collect());
+    let (mut ids, mut logps, all) = (Vec::new(), Vec::new(), wide(&case.logits));
+    for row in rows.iter().map(|&row| row as usize) {
+        let logits = &all[row * case.vocab..][..case.vocab];
         let mut order: Vec<usize> = (0..case.vocab).collect();
         order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
         for at in 0..k {
@@ -33,8 +38,14 @@ fn top_tokens_are_the_likeliest<T: Number>(turn: usize, shape: (usize, usize), k
         let mut found = Guarded::new(&vec![0_u32; ids.len()], manner.side);
         let mut values = blank::<f32>(ids.len(), manner);
         let entry = format!("head_top_{}", T::NAME);
-        let call = Kernels::of(FILE).call(&entry, [case.rows as u32, 1, 1], manner);
-        let call = call.input(&logits).arg(case.vocab as u64).arg(k as u32).input(&sums);
+        let which = which.as_ref().map(|which| Guarded::new(which, manner.side));
+        let call = Kernels::of(FILE).call(&entry, [rows.len() as u32, 1, 1], manner);
+        let call = call.input(&logits).arg(case.vocab as u64).arg(k as u32);
+        let call = match &which {
+            Some(which) => call.input(which),
+            None => call.null(),
+        };
+        let call = call.input(&sums);
         call.output(&mut found).output(&mut values).run();
         assert_eq!(found.as_slice(), ids, "{shape:?} {k} {manner:?}");
         assert_close(&format!("{entry} {shape:?} {k} {manner:?}"), values.as_slice(), &logps);
