@@ -21,6 +21,20 @@ pub struct Layout {
     pub masks: Option<Arc<Masks>>,
 }
 
+#[cfg(feature = "cuda")]
+impl Layout {
+    /// Puts what a GPU is sent of it into page-locked memory, which any thread may do. Nothing is done for another device.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn stage(&self, config: &Config, device: &candle_core::Device) -> Result<()> {
+        let candle_core::Device::Cuda(device) = device else { return Ok(()) };
+        let share = config.num_attention_heads / config.num_key_value_heads;
+        self.rotary.stage(device)?;
+        self.attention.stage(share, device)
+    }
+}
+
 /// One block's weights. Cheap to clone: tensors are shared.
 #[derive(Clone, Debug)]
 pub struct Block {

@@ -16,6 +16,9 @@ pub struct AttentionPlan {
     pub trees: Vec<std::ops::Range<usize>>,
     /// Number of tokens, `T`.
     pub tokens: usize,
+    /// What a device's kernels go by.
+    #[cfg(feature = "cuda")]
+    pub(super) on_device: super::cuda::attention::Kept,
 }
 
 impl AttentionPlan {
@@ -28,7 +31,23 @@ impl AttentionPlan {
                 None => trees.push(index..index + 1),
             }
         }
-        Self { spans: forest.spans.clone(), trees, tokens: forest.len() }
+        Self {
+            spans: forest.spans.clone(),
+            trees,
+            tokens: forest.len(),
+            #[cfg(feature = "cuda")]
+            on_device: Default::default(),
+        }
+    }
+
+    /// Computes what kernels go by, for `share` query heads to a key head, and puts it where the device takes it from
+    /// without anybody waiting.
+    ///
+    /// # Errors
+    /// The driver's.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn stage(&self, share: usize, device: &candle_core::CudaDevice) -> Result<()> {
+        super::cuda::attention::stage(self, share, device)
     }
 
     /// Row ranges that the tokens of `span` see before their own segment, root first.

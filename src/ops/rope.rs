@@ -4,10 +4,14 @@ use std::sync::Arc;
 #[cfg(feature = "cuda")]
 use std::sync::{Mutex, PoisonError};
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaDevice;
 use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::cpu;
+#[cfg(feature = "cuda")]
+use super::cuda::launch::{host::Sendable, tensor};
 
 /// Cosines and sines of a forest's positions, shared by all blocks. Shape of each: `[T, E/2]`.
 #[derive(Clone, Debug)]
@@ -15,9 +19,19 @@ pub struct Rotary {
     cos: Arc<Vec<f32>>,
     sin: Arc<Vec<f32>>,
     half: usize,
-    /// On the device where they were last asked for, f32.
     #[cfg(feature = "cuda")]
-    on_device: Arc<Mutex<Option<[Tensor; 2]>>>,
+    on_device: Arc<Mutex<OnDevice>>,
+}
+
+/// Cosines and sines for a device.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Default)]
+enum OnDevice {
+    #[default]
+    Not,
+    Sendable([Sendable<f32>; 2]),
+    /// Where they were last asked for, f32.
+    There([Tensor; 2]),
 }
 
 impl Rotary {
@@ -54,14 +68,36 @@ impl Rotary {
     /// Cosines and sines on a device, `[T, E/2]`: copied there once for all blocks.
     #[cfg(feature = "cuda")]
     fn on(&self, device: &Device) -> Result<[Tensor; 2]> {
-        let mut kept = self.on_device.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(tables) = kept.as_ref().filter(|[cos, _]| cos.device().same_device(device)) {
-            return Ok(tables.clone());
-        }
-        let table = |values: &[f32]| Tensor::from_slice(values, (self.tokens(), self.half), device);
-        let tables = [table(&self.cos)?, table(&self.sin)?];
-        *kept = Some(tables.clone());
+        let (mut kept, shape) = (self.kept(), (self.tokens(), self.half));
+        let tables = match std::mem::take(&mut *kept) {
+            OnDevice::There(tables) if tables[0].device().same_device(device) => tables,
+            OnDevice::Sendable(tables) => {
+                let (cuda, [cos, sin]) = (device.as_cuda_device()?, tables);
+                [tensor(cuda, cos.send(cuda)?, shape), tensor(cuda, sin.send(cuda)?, shape)]
+            }
+            _ => {
+                let table = |values: &[f32]| Tensor::from_slice(values, shape, device);
+                [table(&self.cos)?, table(&self.sin)?]
+            }
+        };
+        *kept = OnDevice::There(tables.clone());
         Ok(tables)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn kept(&self) -> std::sync::MutexGuard<'_, OnDevice> {
+        self.on_device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts them where the device takes them from without anybody waiting.
+    ///
+    /// # Errors
+    /// The driver's.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn stage(&self, device: &CudaDevice) -> Result<()> {
+        let tables = [Sendable::new(device, &self.cos)?, Sendable::new(device, &self.sin)?];
+        *self.kept() = OnDevice::Sendable(tables);
+        Ok(())
     }
 }
 

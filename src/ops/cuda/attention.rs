@@ -14,9 +14,9 @@ mod launch;
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub(super) use launch::{aligned, prepared};
+pub(crate) use launch::{Kept, on_cuda, padded, stage, takes};
 #[cfg(feature = "cuda")]
-pub(crate) use launch::{on_cuda, padded, takes};
+pub(super) use launch::{aligned, prepared};
 
 /// Threads of a block: four warps, sixteen rows each.
 pub(super) const THREADS: u32 = 128;

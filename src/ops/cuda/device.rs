@@ -25,11 +25,12 @@ pub fn open(index: usize) -> Result<Device> {
         return Err(old_driver(&format!("it reads CUDA {major}.{minor}")));
     }
     check_index(index, found as usize)?;
-    let device = Device::new_cuda(index).map_err(|error| explain(&error.to_string()))?;
-    if let Some(facts) = facts(&device)? {
-        check_capability(facts.capability, &facts.name)?;
-    }
-    Ok(device)
+    let said = |error: DriverError| explain(&error.to_string());
+    // Before the libraries that Candle opens take their memory.
+    let context = CudaContext::new(index).map_err(said)?;
+    let capability = context.compute_capability().map_err(said)?;
+    check_capability(capability, &context.name().map_err(said)?)?;
+    Device::new_cuda(index).map_err(|error| explain(&error.to_string()))
 }
 
 /// What `doctor` and reports say of a GPU.
@@ -170,6 +171,22 @@ pub fn explain(said: &str) -> Error {
     Error::run(said)
 }
 
+/// What is said of a GPU that is full: `what` was being done, `parts` of it with their bytes, largest first, and the `ways`
+/// to need less. Another error stays as it is, and so does one that says this already.
+pub fn out_of_memory<const N: usize>(
+    error: Error,
+    what: &str,
+    mut parts: [(&str, u64); N],
+    ways: &str,
+) -> Error {
+    if !is_out_of_memory(&error.to_string()) {
+        return error;
+    }
+    parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+    let parts = parts.map(|(name, bytes)| format!("{name} {} MiB", bytes >> 20)).join(", ");
+    Error::run(format!("the GPU is out of memory {what}: {parts}")).hint(ways).because(error)
+}
+
 /// Whether a text says that a GPU had no memory left.
 pub fn is_out_of_memory(said: &str) -> bool {
     said.contains("CUDA_ERROR_OUT_OF_MEMORY") || said.contains("CUBLAS_STATUS_ALLOC_FAILED")
@@ -194,6 +211,19 @@ mod tests {
             assert!(error.hint_text().is_some(), "{said}");
         }
         assert_eq!(explain("something else").to_string(), "something else");
+    }
+
+    #[test]
+    fn a_full_gpu_is_told_by_what_fills_it_and_once() {
+        let full = Error::run("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
+        let told =
+            |error| out_of_memory(error, "in a test", [("a", 1 << 20), ("b", 3 << 20)], "less");
+        let error = told(full);
+        assert_eq!(error.to_string(), "the GPU is out of memory in a test: b 3 MiB, a 1 MiB");
+        assert_eq!(error.hint_text(), Some("less"));
+        // Who called does not say it once more, and another error is none of ours.
+        assert_eq!(told(error).to_string(), "the GPU is out of memory in a test: b 3 MiB, a 1 MiB");
+        assert_eq!(told(Error::run("a bad row")).to_string(), "a bad row");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use candle_core::{CudaDevice, DType, Result, Tensor, WithDType};
 use half::bf16;
 
 use crate::ops::cuda::launch::{self, NULL, cuda, grid, pairs::Uploaded, tensor, view};
+use crate::ops::cuda::limits;
 use crate::ops::head::{
     Asked, GPU_CHUNK_ELEMENTS, Grads, Pairs, Pass, Pending, Placed, Readings, RowStats, Rows,
 };
@@ -107,6 +108,7 @@ fn by_type(
     wanted: (Rows, bool),
     slopes: Option<(Origin<'_>, bool)>,
 ) -> Result<(Pending, Grads)> {
+    launch::together("the head", [hidden, weight])?;
     match weight.dtype() {
         DType::BF16 => by_chunks::<bf16>(hidden, weight, wanted, slopes),
         DType::F32 => by_chunks::<f32>(hidden, weight, wanted, slopes),
@@ -119,6 +121,7 @@ fn by_type(
 /// # Shapes
 /// - `x`: `[R, D]`, `weight`: `[V, D]`, on one device  →  `[R, V]`, f32
 pub(crate) fn logits(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    launch::together("the head", [x, weight])?;
     match weight.dtype() {
         DType::BF16 => logits_of::<bf16>(x, weight),
         DType::F32 => logits_of::<f32>(x, weight),
@@ -184,7 +187,12 @@ fn by_chunks<E: Number>(
     let Some(grads) = head.grads else { return Ok((unread.into(), None)) };
     let d_x = tensor(device, grads.d_x, (count, width));
     let d_hidden = match ids {
-        Some(ids) => zeros((t, width))?.index_add(&ids, &d_x, 0)?,
+        // Candle's `index_add` gives a thread a column: few threads for many rows.
+        Some(_) => {
+            let d_hidden = zeros((t, width))?;
+            launch::embed::add_rows(&d_hidden, &rows.hidden, &d_x)?;
+            d_hidden
+        }
         None => d_x,
     };
     let d_weight = grads.d_weight.map(|d| tensor(device, d, (vocab, width)));
@@ -353,7 +361,7 @@ impl<'a, E: Number> Head<'a, E> {
             launch.arg(stats);
         }
         // SAFETY: the kernel's arguments, each as long as the rows of the launch ask for.
-        unsafe { launch.launch(grid((slots.len(), 1), READ_BLOCK)) }.w()?;
+        unsafe { launch.launch(grid("head", (slots.len(), 1), READ_BLOCK)?) }.w()?;
         Ok(())
     }
 
@@ -379,7 +387,7 @@ impl<'a, E: Number> Head<'a, E> {
         launch.arg(NULL).arg(NULL).arg(NULL).arg(NULL).arg(&k);
         let parts = self.vocab.div_ceil(SPAN as usize);
         // SAFETY: as above; `own` is the address of the logits, which live as long as the stream's work on them.
-        unsafe { launch.launch(grid((slots.len(), parts), WRITE_BLOCK)) }.w()?;
+        unsafe { launch.launch(grid("head", (slots.len(), parts), WRITE_BLOCK)?) }.w()?;
         Ok(())
     }
 }
@@ -441,11 +449,12 @@ fn product<E: Number>(
     if a.of.len() != m * k || b.of.len() != k * n || out.len() != m * n {
         candle_core::bail!("a product of {m} x {k} and {k} x {n} does not fit its factors");
     }
+    let [rows, columns, inner] = limits::sizes("head", [m, n, k])?;
     let (alpha, beta) = (1.0_f32, if add { 1.0_f32 } else { 0.0 });
     let stream = device.cuda_stream();
     // cuBLAS counts columns first: to it, each of our matrices is its transpose, and outᵀ = bᵀ aᵀ.
-    let (b_op, b_lead) = if b.turned { (TURNED, k) } else { (PLAIN, n) };
-    let (a_op, a_lead) = if a.turned { (TURNED, m) } else { (PLAIN, k) };
+    let (b_op, b_lead) = if b.turned { (TURNED, inner) } else { (PLAIN, columns) };
+    let (a_op, a_lead) = if a.turned { (TURNED, rows) } else { (PLAIN, inner) };
     let (a, _a) = a.of.device_ptr(&stream);
     let (b, _b) = b.of.device_ptr(&stream);
     let (c, _c) = out.device_ptr_mut(&stream);
@@ -455,20 +464,20 @@ fn product<E: Number>(
             *device.cublas_handle().handle(),
             b_op,
             a_op,
-            n as i32,
-            m as i32,
-            k as i32,
+            columns,
+            rows,
+            inner,
             (&raw const alpha).cast(),
             b as *const _,
             E::TYPE,
-            b_lead as i32,
+            b_lead,
             a as *const _,
             E::TYPE,
-            a_lead as i32,
+            a_lead,
             (&raw const beta).cast(),
             c as *mut _,
             sys::cudaDataType_t::CUDA_R_32F,
-            n as i32,
+            columns,
             E::compute(),
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )

@@ -48,6 +48,7 @@ struct Launch {
   unsigned grid[3], block[3], shared;
   unsigned order;  // 0 forward, 1 backward, 2 random
   unsigned long long seed;
+  unsigned first;  // blocks before it along x do not run
 };
 
 enum State { READY, AT_BARRIER, IN_WARP, DONE };
@@ -362,6 +363,7 @@ inline int run(const Launch &launch, void (*body)(void *), void *arguments) {
   take_turns(blocks);
   for (size_t index : blocks) {
     blockIdx = {unsigned(index % x), unsigned(index / x % y), unsigned(index / x / y)};
+    if (blockIdx.x < launch.first) continue;
     run_block();
     if (m.fault) return m.astray = true, 1;
   }

@@ -12,6 +12,8 @@ pub mod device;
 pub(super) mod head_launch;
 #[cfg(feature = "cuda")]
 pub(crate) mod launch;
+#[cfg(any(feature = "cuda", test))]
+mod limits;
 #[cfg(feature = "cuda")]
 mod nvrtc;
 #[cfg(feature = "cuda")]

@@ -2,7 +2,7 @@
 
 #![expect(unsafe_code, reason = "kernels are given addresses")]
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum as Attribute;
@@ -12,13 +12,16 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, b
 
 use super::{Kernel, Lists, THREADS};
 use crate::ops::AttentionPlan;
-use crate::ops::cuda::launch::{Number, by_type, cuda, on_cpu, tensor, view};
+use crate::ops::cuda::launch::host::Sendable;
+use crate::ops::cuda::launch::{Number, by_type, cuda, grid, on_cpu, tensor, view};
 use crate::ops::cuda::ptx::{CudaFunc, kernel};
 
 /// Head widths that kernels are compiled for.
 const WIDTHS: [usize; 4] = [32, 64, 96, 128];
 /// Query heads to a key head: the kernels' short division needs small numbers.
 const MOST_SHARE: usize = 512;
+/// What errors call it.
+const OP: &str = "attention";
 /// Shared memory that a launch has without asking.
 const GIVEN: usize = 48 << 10;
 
@@ -71,15 +74,72 @@ pub(in crate::ops::cuda) fn aligned(x: &Tensor) -> Result<Tensor> {
     if offset.is_multiple_of(16) { Ok(x) } else { x.force_contiguous() }
 }
 
-/// A plan's lists on a device. All blocks of a micro-batch, forward and backward, ask for the same.
+/// Computes a plan's lists and puts them where the device takes them from without anybody waiting, on any thread.
+///
+/// # Errors
+/// The driver's.
+pub(crate) fn stage(plan: &AttentionPlan, share: usize, device: &CudaDevice) -> Result<()> {
+    let lists = Prepared::new(plan, share, device)?;
+    *plan.on_device.lock() = State::Sendable(lists);
+    Ok(())
+}
+
+/// A plan's lists for a device. All blocks of a micro-batch, forward and backward, ask for the same. Shared by clones.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Kept(Arc<Mutex<State>>);
+
+impl Kept {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Not,
+    Sendable(Prepared),
+    There(Arc<Uploaded>),
+}
+
+/// Lists in page-locked memory.
+#[derive(Debug)]
+struct Prepared {
+    share: usize,
+    queries: [Sendable<u32>; 2],
+    keys: [Sendable<u32>; 2],
+}
+
+impl Prepared {
+    fn new(plan: &AttentionPlan, share: usize, device: &CudaDevice) -> Result<Self> {
+        let locked = |Lists { tiles, ranges }: Lists| -> Result<_> {
+            let tiles = Sendable::new(device, tiles.as_flattened())?;
+            Ok([tiles, Sendable::new(device, ranges.as_flattened())?])
+        };
+        let (queries, keys) = (Lists::of_queries(plan, share), Lists::of_keys(plan));
+        Ok(Self { share, queries: locked(queries)?, keys: locked(keys)? })
+    }
+
+    fn send(self, device: &CudaDevice) -> Result<Uploaded> {
+        let sent = |[tiles, ranges]: [Sendable<u32>; 2]| -> Result<_> {
+            Ok(OnDevice { tiles: tiles.send(device)?, ranges: ranges.send(device)? })
+        };
+        let Self { share, queries, keys } = self;
+        let (queries, keys) = (sent(queries)?, sent(keys)?);
+        Ok(Uploaded { device: device.clone(), share, queries, keys })
+    }
+}
+
+/// Lists on a device.
+#[derive(Debug)]
 struct Uploaded {
-    plan: Weak<AttentionPlan>,
     device: CudaDevice,
     share: usize,
     queries: OnDevice,
     keys: OnDevice,
 }
 
+#[derive(Debug)]
 struct OnDevice {
     tiles: CudaSlice<u32>,
     ranges: CudaSlice<u32>,
@@ -89,39 +149,21 @@ impl OnDevice {
     fn count(&self) -> usize {
         self.tiles.len() / 4
     }
-
-    fn new(device: &CudaDevice, lists: &Lists) -> Result<Self> {
-        Ok(Self {
-            tiles: device.clone_htod(lists.tiles.as_flattened())?,
-            ranges: device.clone_htod(lists.ranges.as_flattened())?,
-        })
-    }
 }
 
 impl Uploaded {
-    /// Those that are there, or new ones. They are dropped after their plan.
-    fn of(plan: &Arc<AttentionPlan>, share: usize, device: &CudaDevice) -> Result<Arc<Self>> {
-        static KEPT: Mutex<Vec<Arc<Uploaded>>> = Mutex::new(Vec::new());
-        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.retain(|one| one.plan.strong_count() > 0);
-        // No two plans that live have one address.
-        let same = |one: &&Arc<Self>| {
-            std::ptr::eq(one.plan.as_ptr(), Arc::as_ptr(plan))
-                && one.share == share
-                && one.device.id() == device.id()
+    /// Those that are there, or new ones.
+    fn of(plan: &AttentionPlan, share: usize, device: &CudaDevice) -> Result<Arc<Self>> {
+        let mut kept = plan.on_device.lock();
+        let lists = match std::mem::take(&mut *kept) {
+            State::There(lists) if lists.share == share && lists.device.id() == device.id() => {
+                lists
+            }
+            State::Sendable(lists) if lists.share == share => Arc::new(lists.send(device)?),
+            _ => Arc::new(Prepared::new(plan, share, device)?.send(device)?),
         };
-        if let Some(found) = kept.iter().find(same) {
-            return Ok(found.clone());
-        }
-        let new = Arc::new(Self {
-            plan: Arc::downgrade(plan),
-            device: device.clone(),
-            share,
-            queries: OnDevice::new(device, &Lists::of_queries(plan, share))?,
-            keys: OnDevice::new(device, &Lists::of_keys(plan))?,
-        });
-        kept.push(new.clone());
-        Ok(new)
+        *kept = State::There(lists.clone());
+        Ok(lists)
     }
 }
 
@@ -145,11 +187,8 @@ pub(in crate::ops::cuda) fn prepared<E: Number>(
         let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(attribute, shared as i32).w()?;
     }
-    let config = LaunchConfig {
-        grid_dim: (tiles as u32, groups as u32, 1),
-        block_dim: (THREADS, 1, 1),
-        shared_mem_bytes: shared as u32,
-    };
+    let mut config = grid(OP, (tiles, groups), THREADS)?;
+    config.shared_mem_bytes = shared as u32;
     Ok((function, config))
 }
 
@@ -194,12 +233,8 @@ impl Sizes {
         launch.arg(&self.tokens).arg(&self.groups).arg(&self.share).arg(&width);
         // A warp a row, up to as many blocks as any GPU runs at once.
         let warps = (THREADS / 32) as usize;
-        let blocks = self.rows().div_ceil(warps).min(1 << 14) as u32;
-        let config = LaunchConfig {
-            grid_dim: (blocks, 1, 1),
-            block_dim: (THREADS, 1, 1),
-            shared_mem_bytes: 0,
-        };
+        let blocks = self.rows().div_ceil(warps).min(1 << 14);
+        let config = grid(OP, (blocks, 1), THREADS)?;
         // SAFETY: the kernel's arguments, of as many rows.
         unsafe { launch.launch(config) }.w()?;
         Ok(deltas)

@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "kernels are given addresses")]
 
+use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, PushKernelArg};
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{Result, Tensor, bail};
@@ -9,7 +10,7 @@ use candle_core::{Result, Tensor, bail};
 use super::{Lists, Run, Slice};
 use crate::ops::cached::{CachePlan, PAGE, Sequence};
 use crate::ops::cuda::attention::{Kernel, aligned, prepared};
-use crate::ops::cuda::launch::{Number, by_type, cuda, grid, tensor, view};
+use crate::ops::cuda::launch::{Number, by_type, cuda, grid, tensor, together, view};
 use crate::ops::cuda::ptx::kernel;
 
 /// Threads of a block that copies a token's keys and values.
@@ -108,6 +109,10 @@ fn runs<E: Number>(
         if page.dims() != shape || span.position != next || at + count > PAGE {
             bail!("{count} positions from {at} on, expected position {next}, of a page {page:?}");
         }
+        let (own, other) = (device.location(), page.device().location());
+        if own != other {
+            bail!("a cache's page on {other:?}, the tokens on {own:?}");
+        }
         next += count;
         let (storage, layout) = page.storage_and_layout();
         let whole = view::<E>(cuda(&storage)?, layout)?;
@@ -129,6 +134,7 @@ pub(crate) fn store(plan: &CachePlan, layer: usize, k: &Tensor, v: &Tensor) -> R
     if plan.tokens == 0 {
         return Ok(());
     }
+    together("a cache", [k, v])?;
     let (k, v) = (k.contiguous()?, v.contiguous()?);
     by_type!(k.dtype(), "a cache", E => store_as::<E>(plan, layer, (&k, &v)))
 }
@@ -145,7 +151,7 @@ fn store_as<E: Number>(plan: &CachePlan, layer: usize, (k, v): (&Tensor, &Tensor
     let mut launch = function.builder();
     launch.arg(&k).arg(&v).arg(&uploaded.places).arg(&before).arg(&line);
     // SAFETY: the kernel's arguments; a block a token, each of which has a place in a page of this shape.
-    unsafe { launch.launch(grid((tokens, 1), COPY)) }.w()?;
+    unsafe { launch.launch(grid("a cache", (tokens, 1), COPY)?) }.w()?;
     Ok(())
 }
 
@@ -193,7 +199,10 @@ fn attend_as<E: Number>(plan: &CachePlan, layer: usize, q: &Tensor) -> Result<Te
         launch.arg(&sums).arg(&numbers).arg(&wholes).arg(&mut out);
         launch.arg(&rows).arg(&share).arg(&row);
         // SAFETY: the kernel's arguments, of the same lists.
-        unsafe { launch.launch(grid((slice.wholes.len(), groups), COMBINE)) }.w()?;
+        unsafe {
+            launch.launch(grid("attention over a cache", (slice.wholes.len(), groups), COMBINE)?)
+        }
+        .w()?;
     }
     Ok(tensor(device, out, (tokens, heads, width)))
 }

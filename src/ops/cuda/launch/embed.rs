@@ -4,7 +4,7 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, PushKernelArg};
 use candle_core::{CudaDevice, Result, Tensor, bail};
 
-use super::{Number, by_type, cuda, grid, tensor, threads_of, view, with_view_mut};
+use super::{Number, by_type, cuda, grid, tensor, threads_of, together, view, with_view_mut};
 use crate::ops::cuda::ptx::kernel;
 
 /// Threads of a block that adds a part of a row.
@@ -30,7 +30,7 @@ fn rows<E: Number>(table: &Tensor, tokens: &[u32]) -> Result<Tensor> {
     let mut launch = function.builder();
     launch.arg(&table).arg(&ids).arg(&mut out).arg(&long_width).arg(&vocab);
     // SAFETY: the kernel's arguments; a block a token, each of which is a row of the table.
-    unsafe { launch.launch(grid((tokens.len(), 1), threads_of(width))) }.w()?;
+    unsafe { launch.launch(grid("an embedding", (tokens.len(), 1), threads_of(width))?) }.w()?;
     Ok(tensor(device, out, (tokens.len(), width)))
 }
 
@@ -47,6 +47,7 @@ pub(crate) fn add_rows(d_table: &Tensor, tokens: &[u32], d_x: &Tensor) -> Result
     if d_x.elem_count() == 0 {
         return Ok(());
     }
+    together("a sum of rows", [d_table, d_x])?;
     let segments = Segments::new(tokens, d_table.device().as_cuda_device()?)?;
     let d_x = d_x.contiguous()?;
     by_type!(d_x.dtype(), "the gradient of an embedding", E => {
@@ -98,7 +99,8 @@ impl<'a> Segments<'a> {
             let parts = width.div_ceil(4 * ADD);
             // SAFETY: the kernel's arguments; the segments are of as many tokens as `d_x` has rows, their rows are
             // different ones of the table.
-            unsafe { launch.launch(grid((self.count, parts), ADD as u32)) }.w()?;
+            unsafe { launch.launch(grid("a sum of rows", (self.count, parts), ADD as u32)?) }
+                .w()?;
             Ok(())
         })
     }

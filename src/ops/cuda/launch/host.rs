@@ -1,19 +1,19 @@
 //! Memory of the host that the device copies to and from while both do other work: page-locked, on Candle's stream.
 //!
-//! A copy on the stream is in the order of the launches, so nothing here waits but who reads what came. All of it has to
-//! be done by the thread that launches: Candle's stream is that thread's own.
+//! A copy on the stream is in the order of the launches, so nothing here waits but who reads what came. All copies have to
+//! be made by the thread that launches: Candle's stream is that thread's own. What is to be copied any thread may write.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaStream, DeviceRepr, HostSlice, PinnedHostSlice, SyncOnDrop, ValidAsZeroBits,
+    CudaSlice, CudaStream, DeviceRepr, HostSlice, PinnedHostSlice, SyncOnDrop, ValidAsZeroBits,
 };
+use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, Device, Result, Shape, Tensor, bail};
 use half::bf16;
 
-use super::{Number, cuda, tensor, view, with_view_mut};
+use super::{Number, cuda, tensor, together, view, with_view_mut};
 
 /// Elements of a piece of a parameter on its way: 32 MiB of gradient.
 const PIECE: usize = 8 << 20;
@@ -135,6 +135,7 @@ impl Pipe {
         if grad.elem_count() != count {
             bail!("a gradient of {:?} for a weight of {:?}", grad.shape(), weight.shape());
         }
+        together("an update in host memory", [grad, weight])?;
         let Self { device, down, up } = self;
         let up = match E::of(up) {
             Some(up) => up,
@@ -171,15 +172,95 @@ impl Pipe {
     }
 }
 
+/// Types of what waits.
+pub(crate) trait Spare: Copy + CudaDType + DeviceRepr + ValidAsZeroBits + 'static {
+    /// Page-locked memory that nobody uses: to lock it takes longer than to fill it.
+    fn spare() -> &'static Mutex<Vec<PinnedHostSlice<Self>>>;
+}
+
+impl Spare for f32 {
+    fn spare() -> &'static Mutex<Vec<PinnedHostSlice<Self>>> {
+        static SPARE: Mutex<Vec<PinnedHostSlice<f32>>> = Mutex::new(Vec::new());
+        &SPARE
+    }
+}
+
+impl Spare for u32 {
+    fn spare() -> &'static Mutex<Vec<PinnedHostSlice<Self>>> {
+        static SPARE: Mutex<Vec<PinnedHostSlice<u32>>> = Mutex::new(Vec::new());
+        &SPARE
+    }
+}
+
+/// Page-locked memory that others use afterwards.
+struct Lent<E: Spare>(Option<PinnedHostSlice<E>>);
+
+impl<E: Spare> Lent<E> {
+    /// The smallest that is large enough; where none is, a new one in the place of the largest.
+    fn new(device: &CudaDevice, len: usize) -> Result<Self> {
+        let mut spare = E::spare().lock().unwrap_or_else(PoisonError::into_inner);
+        let stream = device.cuda_stream();
+        spare.retain(|one| one.context() == stream.context());
+        spare.sort_by_key(PinnedHostSlice::len);
+        if let Some(index) = spare.iter().position(|one| one.len() >= len) {
+            return Ok(Self(Some(spare.remove(index))));
+        }
+        drop(spare.pop());
+        Ok(Self(Some(locked(device, len)?)))
+    }
+
+    fn memory(&mut self) -> Result<&mut PinnedHostSlice<E>> {
+        match &mut self.0 {
+            Some(memory) => Ok(memory),
+            None => bail!("page-locked memory was given back"),
+        }
+    }
+}
+
+impl<E: Spare> Drop for Lent<E> {
+    fn drop(&mut self) {
+        if let Some(memory) = self.0.take() {
+            E::spare().lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+        }
+    }
+}
+
+/// Numbers on their way to the device, written by any thread.
+pub(crate) struct Sendable<E: Spare> {
+    memory: Lent<E>,
+    len: usize,
+}
+
+impl<E: Spare> std::fmt::Debug for Sendable<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sendable").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+impl<E: Spare> Sendable<E> {
+    /// Copies them into page-locked memory, once what was sent from there last has arrived.
+    pub(crate) fn new(device: &CudaDevice, numbers: &[E]) -> Result<Self> {
+        let (mut memory, len) = (Lent::new(device, numbers.len())?, numbers.len());
+        memory.memory()?.as_mut_slice().w()?[..len].copy_from_slice(numbers);
+        Ok(Self { memory, len })
+    }
+
+    /// Sends them; only the thread that launches may.
+    pub(crate) fn send(mut self, device: &CudaDevice) -> Result<CudaSlice<E>> {
+        // SAFETY: written whole by the copy.
+        let mut there = unsafe { device.alloc::<E>(self.len) }?;
+        let memory = self.memory.memory()?;
+        device.cuda_stream().memcpy_htod(&part(memory, self.len)?, &mut there).w()?;
+        Ok(there)
+    }
+}
+
 /// A tensor of f32 that waits in page-locked memory.
 pub(crate) struct Waiting {
     device: CudaDevice,
     shape: Shape,
-    memory: Option<PinnedHostSlice<f32>>,
+    memory: Lent<f32>,
 }
-
-/// Page-locked memory that nobody uses: to lock it takes longer than to fill it.
-static SPARE: Mutex<Vec<PinnedHostSlice<f32>>> = Mutex::new(Vec::new());
 
 impl std::fmt::Debug for Waiting {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -195,39 +276,20 @@ impl Waiting {
         let shape = x.shape().clone();
         let (x, layout) = x.storage_and_layout();
         let x = view::<f32>(cuda(&x)?, layout)?;
-        let mut memory = Self::spare(&device, x.len())?;
-        device.cuda_stream().memcpy_dtoh(&x, &mut part(&mut memory, x.len())?).w()?;
-        Ok(Self { device, shape, memory: Some(memory) })
+        let mut memory = Lent::new(&device, x.len())?;
+        device.cuda_stream().memcpy_dtoh(&x, &mut part(memory.memory()?, x.len())?).w()?;
+        Ok(Self { device, shape, memory })
     }
 
     /// Brings it back.
     pub(crate) fn back(mut self) -> Result<Tensor> {
         let count = self.shape.elem_count();
-        let Some(memory) = &mut self.memory else { bail!("a tensor came back twice") };
         // SAFETY: written whole by the copy.
         let mut back = unsafe { self.device.alloc::<f32>(count) }?;
-        self.device.cuda_stream().memcpy_htod(&part(memory, count)?, &mut back).w()?;
+        self.device
+            .cuda_stream()
+            .memcpy_htod(&part(self.memory.memory()?, count)?, &mut back)
+            .w()?;
         Ok(tensor(&self.device, back, self.shape.clone()))
-    }
-
-    /// The smallest that is large enough; where none is, a new one in the place of the largest.
-    fn spare(device: &CudaDevice, len: usize) -> Result<PinnedHostSlice<f32>> {
-        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
-        let stream = device.cuda_stream();
-        spare.retain(|one| one.context() == stream.context());
-        spare.sort_by_key(PinnedHostSlice::len);
-        if let Some(index) = spare.iter().position(|one| one.len() >= len) {
-            return Ok(spare.remove(index));
-        }
-        drop(spare.pop());
-        locked(device, len)
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            SPARE.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
-        }
     }
 }

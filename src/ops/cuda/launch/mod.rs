@@ -26,6 +26,8 @@ use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
 use half::bf16;
 
+use super::limits;
+
 /// A null pointer, as an argument.
 pub(in crate::ops::cuda) const NULL: &u64 = &0;
 
@@ -69,6 +71,27 @@ pub(in crate::ops::cuda) fn cuda(storage: &Storage) -> Result<&CudaStorage> {
     }
 }
 
+/// Checks that all lie on one GPU: what reads storages by itself is not checked by Candle.
+///
+/// # Errors
+/// Two that do not, and where they are.
+pub(in crate::ops::cuda) fn together<const N: usize>(
+    op: &str,
+    tensors: [&Tensor; N],
+) -> Result<()> {
+    let place = |tensor: &Tensor| tensor.device().location();
+    match tensors.windows(2).find(|pair| place(pair[0]) != place(pair[1])) {
+        Some(pair) => {
+            bail!(
+                "{op} of tensors on {:?} and {:?}, expected one GPU",
+                place(pair[0]),
+                place(pair[1])
+            )
+        }
+        None => Ok(()),
+    }
+}
+
 /// The elements of a contiguous storage.
 pub(in crate::ops::cuda) fn view<'a, E: CudaDType>(
     storage: &'a CudaStorage,
@@ -92,7 +115,7 @@ pub(in crate::ops::cuda) fn on_cpu(op: &str) -> Result<(CpuStorage, Shape)> {
 }
 
 /// A slice as a tensor of a graph of its own.
-pub(in crate::ops::cuda) fn tensor<E: CudaDType>(
+pub(in crate::ops) fn tensor<E: CudaDType>(
     device: &CudaDevice,
     slice: CudaSlice<E>,
     shape: impl Into<Shape>,
@@ -101,13 +124,13 @@ pub(in crate::ops::cuda) fn tensor<E: CudaDType>(
     Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
-/// Blocks of `(x, y)`, and threads of each.
-pub(in crate::ops::cuda) fn grid((x, y): (usize, usize), block: u32) -> LaunchConfig {
-    LaunchConfig {
-        grid_dim: (x as u32, y as u32, 1),
-        block_dim: (block, 1, 1),
-        shared_mem_bytes: 0,
-    }
+/// Blocks of `(x, y)` for an op, and threads of each.
+///
+/// # Errors
+/// As [`blocks`](limits::blocks).
+pub(in crate::ops::cuda) fn grid(op: &str, of: (usize, usize), block: u32) -> Result<LaunchConfig> {
+    let (x, y) = limits::blocks(op, of)?;
+    Ok(LaunchConfig { grid_dim: (x, y, 1), block_dim: (block, 1, 1), shared_mem_bytes: 0 })
 }
 
 /// Threads of a block that has a row of this width: one for each pack of four, up to 512.
@@ -119,8 +142,8 @@ fn threads_of(width: usize) -> u32 {
 const BLOCK: u32 = 256;
 
 /// A grid over the elements of a tensor, as large as any GPU runs at once; each thread takes several packs.
-fn grid_over(count: usize) -> LaunchConfig {
-    grid((count.div_ceil(BLOCK as usize * 8).clamp(1, 1 << 12), 1), BLOCK)
+fn grid_over(op: &str, count: usize) -> Result<LaunchConfig> {
+    grid(op, (count.div_ceil(BLOCK as usize * 8).clamp(1, 1 << 12), 1), BLOCK)
 }
 
 /// Calls `write` with the elements of a contiguous tensor on the device; all that share its storage see the change.

@@ -7,7 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, PushKernelA
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, WrapErr};
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 
-use super::{NULL, Number, by_type, cuda, grid, on_cpu, tensor, threads_of, view};
+use super::{NULL, Number, by_type, cuda, grid, on_cpu, tensor, threads_of, together, view};
 use crate::ops::cuda::ptx::kernel;
 
 /// Blocks of the backward, at most: two for each processor of the largest GPUs.
@@ -41,6 +41,7 @@ pub(crate) fn of_sum(
     if y.shape() != x.shape() || y.dtype() != DType::F32 || x.elem_count() == 0 {
         bail!("a residual sum of {:?} and {:?} {:?}", x.shape(), y.dtype(), y.shape());
     }
+    together("a residual sum", [x, y, weight])?;
     let (x, y, weight) = (x.contiguous()?, y.contiguous()?, weight.contiguous()?);
     let [sum, normed] = by_type!(dtype, "a norm", E => made::<E>([&x, &y, &weight], eps as f32)?);
     // To the graph they are two ops, which hand out what is there.
@@ -97,7 +98,7 @@ fn forward<E: Number>(
     };
     launch.arg(weight).arg(&mut y).arg(&long_width).arg(&eps);
     // SAFETY: the kernel's arguments, whole rows of `width` all.
-    unsafe { launch.launch(grid((x.len() / width, 1), threads_of(width))) }.w()?;
+    unsafe { launch.launch(grid("a norm", (x.len() / width, 1), threads_of(width))?) }.w()?;
     Ok(y)
 }
 
@@ -183,7 +184,7 @@ impl RmsNorm {
         let mut launch = function.builder();
         launch.arg(&x).arg(&weight).arg(&d_y).arg(NULL).arg(&mut d_x).arg(&mut partials);
         launch.arg(&long_rows).arg(&long_width).arg(&part).arg(&in_shared).arg(&self.eps);
-        let mut config = grid((parts, 1), threads_of(width));
+        let mut config = grid("a norm", (parts, 1), threads_of(width))?;
         config.shared_mem_bytes = shared;
         // SAFETY: the kernel's arguments, whole rows of `width` all; its shared memory as it was told.
         unsafe { launch.launch(config) }.w()?;
@@ -206,7 +207,7 @@ fn column_sum(
     launch.arg(partials).arg(&mut sum).arg(&parts).arg(&long_width).arg(&add);
     // Few threads a block, so that the columns fall to many processors.
     // SAFETY: the kernel's arguments; a thread a column.
-    unsafe { launch.launch(grid((width.div_ceil(64), 1), 64)) }.w()?;
+    unsafe { launch.launch(grid("a norm", (width.div_ceil(64), 1), 64)?) }.w()?;
     Ok(sum)
 }
 

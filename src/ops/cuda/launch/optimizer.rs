@@ -7,7 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use half::bf16;
 
-use super::{NULL, Number, by_type, cuda, grid, grid_over, view, with_view_mut};
+use super::{NULL, Number, by_type, cuda, grid, grid_over, together, view, with_view_mut};
 use crate::ops::cpu::adamw::Update;
 use crate::ops::cuda::ptx::kernel;
 
@@ -55,14 +55,14 @@ impl Squares {
         let mut launch = function.builder();
         launch.arg(&grad).arg(&mut partials).arg(&count);
         // SAFETY: the kernel's arguments; a block a chunk, of which there are as many partial sums.
-        unsafe { launch.launch(grid((parts, 1), SUM)) }.w()?;
+        unsafe { launch.launch(grid("a sum of squares", (parts, 1), SUM)?) }.w()?;
         let function = kernel(&self.device, "reduce", "sum_partials")?;
         let (parts, add) = (parts as u64, 0_u32);
         let mut sum = self.sums.slice_mut(index..=index);
         let mut launch = function.builder();
         launch.arg(&partials).arg(&mut sum).arg(&parts).arg(&add);
         // SAFETY: the kernel's arguments; one block.
-        unsafe { launch.launch(grid((1, 1), SUM)) }.w()?;
+        unsafe { launch.launch(grid("a sum of squares", (1, 1), SUM)?) }.w()?;
         Ok(())
     }
 
@@ -77,7 +77,7 @@ impl Squares {
         let mut launch = function.builder();
         launch.arg(&squares).arg(&mut norm).arg(&mut factor).arg(&count).arg(&max_norm);
         // SAFETY: the kernel's arguments; one block.
-        unsafe { launch.launch(grid((1, 1), SUM)) }.w()?;
+        unsafe { launch.launch(grid("a sum of squares", (1, 1), SUM)?) }.w()?;
         Ok(Factor(factor))
     }
 
@@ -148,6 +148,7 @@ pub(crate) fn adamw(
 ) -> Result<()> {
     let Parameter { master, copy, moments: [first, second], grad } = *parameter;
     let count = master.elem_count();
+    together("adamw", [master, first, second, grad, copy.unwrap_or(master)])?;
     let all = [first, second, grad].into_iter().chain(copy);
     if all.into_iter().any(|tensor| tensor.elem_count() != count) {
         bail!("a parameter of {:?} with moments, a gradient or a copy of another", master.shape());
@@ -204,6 +205,6 @@ fn pass<E: Number>(
     };
     launch.arg(&long_count).arg(&constants).arg(&stochastic).arg(&seed).arg(&stream);
     // SAFETY: the kernel's arguments, `count` elements each.
-    unsafe { launch.launch(grid_over(count)) }.w()?;
+    unsafe { launch.launch(grid_over("adamw", count)?) }.w()?;
     Ok(())
 }

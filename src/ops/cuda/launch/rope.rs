@@ -46,17 +46,16 @@ impl Rope {
         let ((cos, of_cos), (sin, of_sin)) =
             (self.cos.storage_and_layout(), self.sin.storage_and_layout());
         let (cos, sin) = (view::<f32>(cuda(&cos)?, of_cos)?, view::<f32>(cuda(&sin)?, of_sin)?);
-        // SAFETY: written whole by the copy.
+        // SAFETY: the kernel writes it whole.
         let mut out = unsafe { device.alloc::<E>(x.len()) }?;
-        device.memcpy_dtod(&x, &mut out)?;
         let (stride, heads, half) = ((heads * width) as u64, heads as u32, width as u32 / 2);
         let function = kernel(device, "rope", &format!("rope_{}", E::NAME))?;
         let mut launch = function.builder();
-        launch.arg(&mut out).arg(&cos).arg(&sin);
+        launch.arg(&x).arg(&mut out).arg(&cos).arg(&sin);
         launch.arg(&stride).arg(&heads).arg(&half).arg(&self.sign);
         let block = threads_of(heads as usize * half as usize);
-        // SAFETY: the kernel's arguments; a block a token, of which all three have as many.
-        unsafe { launch.launch(grid((tokens, 1), block)) }.w()?;
+        // SAFETY: the kernel's arguments; a block a token, of which all four have as many.
+        unsafe { launch.launch(grid("rope", (tokens, 1), block)?) }.w()?;
         Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
     }
 }

@@ -1,7 +1,7 @@
 //! Draws by `sample.cu`.
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, PushKernelArg};
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 
 use super::{NULL, cuda, grid, view};
@@ -50,11 +50,8 @@ pub(crate) fn on_cuda(
         None => launch.arg(NULL),
     };
     launch.arg(&settings).arg(&mut weights).arg(&mut draws).arg(&mut log_sums).arg(&count);
-    let config = LaunchConfig {
-        grid_dim: (rows as u32, 1, 1),
-        block_dim: (BLOCK, 1, 1),
-        shared_mem_bytes: shared(vocab) as u32,
-    };
+    let mut config = grid("draws", (rows, 1), BLOCK)?;
+    config.shared_mem_bytes = shared(vocab) as u32;
     // SAFETY: the kernel's arguments; a block a row, with the shared memory that it asks for.
     unsafe { launch.launch(config) }.w()?;
     let likeliest = likeliest(device, (&logits, &log_sums), vocab, chances)?;
@@ -102,7 +99,7 @@ fn likeliest(
     launch.arg(logits).arg(&long_vocab).arg(&k).arg(&rows).arg(log_sums);
     launch.arg(&mut ids).arg(&mut logps);
     // SAFETY: the kernel's arguments; a block for each row that is named.
-    unsafe { launch.launch(grid((which.len(), 1), BLOCK)) }.w()?;
+    unsafe { launch.launch(grid("likely tokens", (which.len(), 1), BLOCK)?) }.w()?;
     let (ids, logps) = (device.clone_dtoh(&ids)?, device.clone_dtoh(&logps)?);
     let tokens = ids.chunks(most).zip(logps.chunks(most));
     for ((&row, count), (ids, logps)) in which.iter().zip(counts).zip(tokens) {

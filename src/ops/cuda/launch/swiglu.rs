@@ -33,7 +33,7 @@ impl SwiGlu {
         let mut launch = function.builder();
         launch.arg(&gate).arg(&up).arg(&mut out).arg(&count);
         // SAFETY: the kernel's arguments, `count` elements each.
-        unsafe { launch.launch(grid_over(gate.len())) }.w()?;
+        unsafe { launch.launch(grid_over("swiglu", gate.len())?) }.w()?;
         Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
     }
 
@@ -52,7 +52,7 @@ impl SwiGlu {
         let mut launch = function.builder();
         launch.arg(&gate).arg(&up).arg(&d_out).arg(&mut d_gate).arg(&mut d_up).arg(&count);
         // SAFETY: the kernel's arguments, `count` elements each.
-        unsafe { launch.launch(grid_over(gate.len())) }.w()?;
+        unsafe { launch.launch(grid_over("swiglu", gate.len())?) }.w()?;
         Ok([tensor(device, d_gate, shape), tensor(device, d_up, shape)])
     }
 }

@@ -187,6 +187,7 @@ struct Launch {
     shared: u32,
     order: u32,
     seed: u64,
+    first: u32,
 }
 
 type Entry =
@@ -239,7 +240,7 @@ impl Kernels {
             Order::Backward => (1, 0),
             Order::Random(seed) => (2, seed),
         };
-        let how = Launch { grid, block: [manner.block, 1, 1], shared: 0, order, seed };
+        let how = Launch { grid, block: [manner.block, 1, 1], shared: 0, order, seed, first: 0 };
         Call {
             kernels: self,
             entry: entry.to_owned(),
@@ -265,6 +266,12 @@ impl<'a> Call<'a> {
     /// Asks for dynamic shared memory, in bytes.
     pub(in crate::ops::cuda) fn shared(mut self, bytes: usize) -> Self {
         self.how.shared = bytes as u32;
+        self
+    }
+
+    /// Runs the blocks from this one on along x alone, as if those before it had nothing to do.
+    pub(in crate::ops::cuda) fn from_block(mut self, first: usize) -> Self {
+        self.how.first = first as u32;
         self
     }
 

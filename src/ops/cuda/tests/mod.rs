@@ -4,6 +4,7 @@ pub(super) mod host;
 
 mod adamw;
 mod embed;
+mod far;
 mod head;
 mod host_tests;
 mod norm;

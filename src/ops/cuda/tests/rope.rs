@@ -34,27 +34,26 @@ fn check<T: Number>((tokens, heads, half, gap): (usize, usize, usize, usize), ma
     let [cos, sin] = tables.each_ref().map(|table| Guarded::new(table, manner.side));
     // The last row ends where its heads end.
     let start = random::<T>(1, tokens * stride - gap);
+    let before: Vec<T> = start.chunks(stride).flat_map(|row| row[..width].to_vec()).collect();
+    let entry = format!("rope_{}", T::NAME);
+    let begin = || Kernels::of(FILE).call(&entry, [tokens as u32, 1, 1], manner);
     for sign in [1.0_f32, -1.0] {
-        let mut x = Guarded::new(&start, manner.side);
-        let entry = format!("rope_{}", T::NAME);
-        let call = Kernels::of(FILE).call(&entry, [tokens as u32, 1, 1], manner);
-        let call = call.output(&mut x).input(&cos).input(&sin).arg(stride as u64);
-        call.arg(heads as u32).arg(half as u32).arg(sign).run();
-        let rows = |values: &[T]| -> (Vec<T>, Vec<f32>) {
-            let split = values.chunks(stride).map(|row| row.split_at(width));
-            let (heads, gaps): (Vec<&[T]>, Vec<&[T]>) = split.unzip();
-            (heads.concat(), wide(&gaps.concat()))
-        };
-        let (found, gaps) = rows(x.as_slice());
-        let (before, gaps_before) = rows(&start);
         let mut expected = wide(&before);
         rope::rotate(&mut expected, &rotary, sign);
-        assert_close(
-            if sign > 0.0 { "rope, forward" } else { "rope, backward" },
-            &found,
-            &expected,
-        );
-        assert!(gaps == gaps_before && x.is_clean(), "between rows, {manner:?}");
+        let what = if sign > 0.0 { "rope, forward" } else { "rope, backward" };
+        let x = Guarded::new(&start, manner.side);
+        let mut out = Guarded::new(&vec![T::narrow(f32::NAN); tokens * width], manner.side);
+        let call = begin().input(&x).output(&mut out).input(&cos).input(&sin).arg(stride as u64);
+        call.arg(heads as u32).arg(half as u32).arg(sign).run();
+        assert_close(what, out.as_slice(), &expected);
+        assert!(out.is_clean(), "{manner:?}");
+
+        let mut own = Guarded::new(&before, manner.side);
+        let x = own.as_mut().as_mut_ptr();
+        let call = begin().arg(x).output(&mut own).input(&cos).input(&sin).arg(width as u64);
+        call.arg(heads as u32).arg(half as u32).arg(sign).run();
+        assert_close(&format!("{what}, in place"), own.as_slice(), &expected);
+        assert!(own.is_clean(), "in place, {manner:?}");
     }
 }
 
@@ -75,7 +74,8 @@ fn kernels_that_are_wrong_are_caught() {
         ("x += token * stride,", "x += token * heads * 2 * half,"),
         ("cos += token * half,", ""),
         ("u32 head = u32(pair) / half,", "u32 head = u32(pair) / (half + 1),"),
-        ("*high = low + half;", "*high = low + half + 1;"),
+        ("out += token * heads * 2 * half,", "out += token * stride,"),
+        ("high = low + half;", "high = low + half + 1;"),
         (
             "from_f32<T>(right * cosines.at[j] + left * turn)",
             "from_f32<T>(right * cosines.at[j] - left * turn)",
