@@ -4,8 +4,8 @@ use super::tree::Tree;
 use crate::error::Result;
 
 /// A numbered set of examples. Training asks for a step's examples and drops them after the step, so that a set in a
-/// file (see [`Stored`](super::stored::Stored)) costs no memory.
-pub trait Examples {
+/// file (see [`Stored`](super::stored::Stored)) costs no memory. A thread of its own does, one step ahead.
+pub trait Examples: Sync {
     /// How many there are.
     fn len(&self) -> usize;
 

@@ -10,9 +10,11 @@ use super::decode::{Decoder, Feed, Predictions, Wanted};
 use super::parts::Parts;
 use super::sampler::draw_rows;
 use super::states::States;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::model::params::count;
 use crate::model::{Config, Weights};
 use crate::ops::cached::{CachePlan, PAGE, Page, Sequence, Span};
+use crate::ops::cuda::device::out_of_memory;
 use crate::ops::{self, Rotary, embed, head, norm};
 
 /// Keys and values of one segment, in pages.
@@ -149,6 +151,15 @@ impl PlainDecoder {
         Ok((tokens, Pass { rotary, adapted, plan: CachePlan::new(sequences, share) }))
     }
 
+    /// An error of a pass over so many caches. Where it says that the GPU is full: what lies there.
+    fn full(&self, error: Error, caches: usize) -> Error {
+        let weights = count(&self.parts.config) * self.dtype.size_in_bytes();
+        let what = format!("while {caches} answers were written or prompts read");
+        let ways = "dtype = \"bf16\", shorter prompts, a lower max_new_tokens, or a GPU that nobody else uses: caches may fill a \
+                    quarter of what was free when the model was loaded";
+        out_of_memory(error, &what, [("weights", weights as u64)], ways)
+    }
+
     /// The residual stream after the last block, `[M, D]`.
     fn residuals(&self, feeds: &mut [Feed<'_, TensorCache>]) -> Result<Tensor> {
         let (tokens, pass) = self.prepare(feeds)?;
@@ -171,8 +182,12 @@ impl PlainDecoder {
 impl States for PlainDecoder {
     fn states(&self, feeds: &mut [Feed<'_, TensorCache>]) -> Result<Vec<f32>> {
         let (norm, eps) = (&self.parts.norm, self.parts.config.rms_norm_eps);
-        let states = ops::rms_norm(&self.residuals(feeds)?, norm, eps)?;
-        Ok(states.flatten_all()?.to_vec1()?)
+        let caches = feeds.len();
+        let mut states = || -> Result<Vec<f32>> {
+            let states = ops::rms_norm(&self.residuals(feeds)?, norm, eps)?;
+            Ok(states.flatten_all()?.to_vec1()?)
+        };
+        states().map_err(|error| self.full(error, caches))
     }
 }
 
@@ -194,6 +209,30 @@ impl Decoder for PlainDecoder {
     }
 
     fn forward(
+        &self,
+        feeds: &mut [Feed<'_, TensorCache>],
+        predictions: &mut Predictions,
+    ) -> Result<()> {
+        let caches = feeds.len();
+        self.predict_all(feeds, predictions).map_err(|error| self.full(error, caches))
+    }
+
+    fn page(&self) -> usize {
+        PAGE
+    }
+
+    fn draws(&self) -> bool {
+        true
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.parts.config.vocab_size
+    }
+}
+
+impl PlainDecoder {
+    /// One forward pass.
+    fn predict_all(
         &self,
         feeds: &mut [Feed<'_, TensorCache>],
         predictions: &mut Predictions,
@@ -226,17 +265,5 @@ impl Decoder for PlainDecoder {
             predictions.draws = draw_rows(&logits.narrow(0, 0, drawn)?, &chances)?;
         }
         Ok(())
-    }
-
-    fn page(&self) -> usize {
-        PAGE
-    }
-
-    fn draws(&self) -> bool {
-        true
-    }
-
-    fn vocab_size(&self) -> usize {
-        self.parts.config.vocab_size
     }
 }

@@ -17,9 +17,10 @@ use super::lora::{self, Adapter, Adapters};
 use super::one_by_one;
 use super::packed::{self, Packed, Quantization};
 use super::source::{self, Source};
-use super::{Config, Precision, Tensors, Transformer, Weights};
+use super::{Config, Precision, Tensors, Transformer, Weights, params};
 use crate::data::tokenizer::ChatTokenizer;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
+use crate::ops::cuda::device::out_of_memory;
 use crate::store;
 
 /// How a base is held.
@@ -166,7 +167,8 @@ impl Base {
                 }
             }
             Ok(())
-        })?;
+        })
+        .map_err(|error| unread(error, &config, form))?;
         Ok(Self { config, tensors, tokenizer, fingerprint: fingerprint.finish() })
     }
 
@@ -178,6 +180,14 @@ impl Base {
             tokenizer: self.tokenizer.clone(),
         }
     }
+}
+
+/// An error of reading a base. Where it says that a GPU is full: what was to lie there.
+fn unread(error: Error, config: &Config, form: &Form) -> Error {
+    let size = form.quantization.bytes().unwrap_or(form.dtype.dtype().size_in_bytes() as f64);
+    let parts = [("its weights", (params::count(config) as f64 * size) as u64)];
+    let ways = "dtype = \"bf16\", quantization = \"nf4\" with adapters, a smaller model, or device = \"cpu\"";
+    out_of_memory(error, "while a base was read", parts, ways)
 }
 
 impl Model {

@@ -17,6 +17,7 @@ use super::tensor_file::{self, Mapped};
 use super::{Precision, Weights, gguf_tokenizer, params};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
+use crate::ops::cuda::device::out_of_memory;
 use crate::store;
 
 /// The file of an unsharded checkpoint.
@@ -83,7 +84,8 @@ impl Checkpoint {
         let config = load_config(dir)?;
         let tokenizer = ChatTokenizer::in_dir(dir)?;
         check_vocabulary(&config, tokenizer.as_ref()).at(dir.display())?;
-        let weights = load_weights(dir, &config, device)?;
+        let weights =
+            load_weights(dir, &config, device).map_err(|error| unloaded(error, &config))?;
         Ok(Self { config, weights, tokenizer })
     }
 
@@ -97,7 +99,8 @@ impl Checkpoint {
             let config = gguf.config()?;
             let tokenizer = gguf_tokenizer::chat_tokenizer(&gguf)?;
             check_vocabulary(&config, Some(&tokenizer))?;
-            let weights = gguf.weights(&config, device)?;
+            let weights =
+                gguf.weights(&config, device).map_err(|error| unloaded(error, &config))?;
             Ok::<_, Error>(Self { config, weights, tokenizer: Some(tokenizer) })
         };
         read().at(path.display())
@@ -121,6 +124,13 @@ impl Checkpoint {
         }
         ends
     }
+}
+
+/// An error of reading weights. Where it says that a GPU is full: what was to lie there.
+fn unloaded(error: Error, config: &Config) -> Error {
+    let parts = [("weights in f32", 4 * params::count(config) as u64)];
+    let ways = "use_peft = true, which reads a base rounded or packed, a smaller model, or device = \"cpu\"";
+    out_of_memory(error, "while a model was read", parts, ways)
 }
 
 /// Configuration and tokenizer of a model on this machine: a directory or a GGUF file. No weights are read.

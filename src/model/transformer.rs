@@ -217,17 +217,21 @@ impl Transformer {
 
     /// Hidden states after the final norm, without a graph. Shape: `[T, D]`.
     pub fn hidden(&self, forest: &Forest) -> Result<Tensor> {
-        let layout = self.layout(forest)?;
+        self.hidden_in(forest, &self.layout(forest)?)
+    }
+
+    /// The same, where the forest's layout is there.
+    pub fn hidden_in(&self, forest: &Forest, layout: &Layout) -> Result<Tensor> {
         let mut x = self.embed(&forest.tokens)?;
         if self.is_by_hand() {
             let mut rows = x.flatten_all()?.to_vec1::<f32>()?;
             for block in &self.blocks {
-                rows = block.forward_cpu(&rows, &layout)?.0;
+                rows = block.forward_cpu(&rows, layout)?.0;
             }
             x = Tensor::from_vec(rows, x.shape(), self.device())?;
         } else {
             for block in &self.blocks {
-                x = block.forward(&x, &layout)?.detach();
+                x = block.forward(&x, layout)?.detach();
             }
         }
         Ok(self.final_norm(&x)?.detach())
@@ -241,13 +245,13 @@ impl Transformer {
     /// Forward pass for training of which the last `keep` blocks keep what their backward needs.
     pub fn trace(&self, forest: &Forest, keep: usize) -> Result<Trace> {
         let keep = Keep { blocks: keep, ..Keep::default() };
-        self.trace_embedded(forest, &self.embed(&forest.tokens)?, keep)
+        self.trace_embedded(&self.layout(forest)?, &self.embed(&forest.tokens)?, keep)
     }
 
     /// The same from embedded tokens `x`, `[T, D]`, to which somebody may have added something.
-    pub fn trace_embedded(&self, forest: &Forest, x: &Tensor, keep: Keep) -> Result<Trace> {
+    pub fn trace_embedded(&self, layout: &Layout, x: &Tensor, keep: Keep) -> Result<Trace> {
         let Keep { blocks, masks, inputs_on_host } = keep;
-        let layout = Layout { masks: masks.map(Arc::new), ..self.layout(forest)? };
+        let layout = Layout { masks: masks.map(Arc::new), ..layout.clone() };
         let (form, last) = if self.is_by_hand() {
             self.trace_by_hand(x, &layout, blocks)?
         } else {

@@ -264,7 +264,8 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
         let borrowed: Vec<&Tree> = trees.iter().collect();
         let began = Instant::now();
         let (report, norm) =
-            update(&learner, (objective.as_ref(), &borrowed), cut, &mut adamw, pace)?;
+            update(&learner, (objective.as_ref(), &borrowed), cut, &mut adamw, pace)
+                .map_err(|error| cut.out_of_memory(learner.model().config(), error))?;
         finished(&options.device)?;
         let seconds = began.elapsed().as_secs_f64();
         losses.push([report.loss, norm]);

@@ -2,18 +2,18 @@
 //! only an [`Objective`].
 
 use std::path::{Path, PathBuf};
+use std::thread::Scope;
 use std::time::Instant;
 
 use super::checkpoint::{Saved, State};
-use super::feed::{Data, Feed};
+use super::feed::{self, Data, Feed, Prepared};
+use super::memory::full_in_pass;
 use super::step::{self, StepOptions, StepReport};
-use super::update::{Pace, update};
+use super::update::{self, Pace};
 use super::{Ema, Follower, Learner, Recompute, Settings};
 use crate::data::examples::Examples;
-use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::Objective;
-use crate::ops::cuda::device::is_out_of_memory;
 use crate::optim::adamw::AdamW;
 use crate::report::record::{Events, Metrics};
 
@@ -57,18 +57,21 @@ pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
         return Err(Error::usage("`early_stopping_patience` without `eval_datasets`")
             .hint("it waits for a lower evaluation loss: name held-out data"));
     }
-    let mut run = Run::resume(learner, job)?;
-    while run.state.step < run.feed.total_steps() && !run.waited_long_enough() {
-        run.step()?;
-        run.after_step()?;
-    }
-    run.finish()
+    // The thread that is a step ahead ends with the run.
+    std::thread::scope(|scope| {
+        let mut run = Run::resume(learner, job, scope)?;
+        while run.state.step < run.feed.total_steps() && !run.waited_long_enough() {
+            run.step()?;
+            run.after_step()?;
+        }
+        run.finish()
+    })
 }
 
 struct Run<'a> {
     learner: &'a Learner,
     job: &'a Job<'a>,
-    feed: Feed<'a>,
+    feed: Feed,
     adamw: AdamW,
     ema: Option<Ema>,
     state: State,
@@ -77,7 +80,14 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn resume(learner: &'a Learner, job: &'a Job<'a>) -> Result<Self> {
+    fn resume<'scope>(
+        learner: &'a Learner,
+        job: &'a Job<'a>,
+        scope: &'scope Scope<'scope, '_>,
+    ) -> Result<Self>
+    where
+        'a: 'scope,
+    {
         let settings = job.settings;
         let mut adamw = AdamW::new(settings.hyper());
         let ema = Ema::new(learner, settings)?;
@@ -106,7 +116,8 @@ impl<'a> Run<'a> {
         if options.recompute == Recompute::Auto {
             job.events.note(&options.explain(learner.model().config()));
         }
-        let feed = Feed::new(job.train, job.seed, settings, state.cursor)?;
+        let from = feed::From { seed: job.seed, step: state.step, cursor: state.cursor };
+        let feed = Feed::start(scope, job.train, learner.model(), settings, from)?;
         let started = (Instant::now(), 0);
         Ok(Self { learner, job, feed, adamw, ema, state, options, started })
     }
@@ -118,8 +129,7 @@ impl<'a> Run<'a> {
     /// One optimizer step.
     fn step(&mut self) -> Result<()> {
         let settings = self.job.settings;
-        let trees = self.feed.step(self.state.step)?;
-        let trees: Vec<&Tree> = trees.iter().collect();
+        let Prepared { batch, cursor, epoch } = self.feed.next()?;
         let at = format!("step {}", self.state.step + 1);
         let total = self.feed.total_steps();
         let schedule = settings.lr_scheduler_type;
@@ -129,9 +139,9 @@ impl<'a> Run<'a> {
         let noise = settings.noise(self.job.seed, self.state.step);
         let options = StepOptions { dropout, noise, ..self.options };
         let pace = Pace { lr, max_grad_norm: settings.max_grad_norm };
-        let what = (self.job.objective, trees.as_slice());
-        let (report, norm) = update(self.learner, what, options, &mut self.adamw, pace)
-            .map_err(|error| self.explained(error).at(&at))?;
+        let what = (self.job.objective, batch);
+        let (report, norm) = update::take(self.learner, what, options, &mut self.adamw, pace)
+            .map_err(|error| options.out_of_memory(self.learner.model().config(), error).at(&at))?;
         if let Some(ema) = &self.ema {
             ema.update(self.learner)?;
         }
@@ -139,21 +149,13 @@ impl<'a> Run<'a> {
         if let Some(follower) = self.job.follower {
             follower.after_step(self.learner, self.state.step)?;
         }
-        self.state.cursor = self.feed.cursor();
+        self.state.cursor = cursor;
         self.state.tokens += report.tokens as u64;
         self.started.1 += report.tokens;
-        self.log(report, norm, lr)
+        self.log(report, norm, (lr, epoch))
     }
 
-    /// A GPU that is full is told in the driver's words: says what fills it.
-    fn explained(&self, error: Error) -> Error {
-        if is_out_of_memory(&error.to_string()) {
-            return self.options.out_of_memory(self.learner.model().config()).because(error);
-        }
-        error
-    }
-
-    fn log(&mut self, report: StepReport, norm: f64, lr: f64) -> Result<()> {
+    fn log(&mut self, report: StepReport, norm: f64, (lr, epoch): (f64, f64)) -> Result<()> {
         let (step, total) = (self.state.step, self.feed.total_steps());
         let mut metrics = report.metrics;
         metrics.insert("loss".to_owned(), report.loss);
@@ -163,7 +165,7 @@ impl<'a> Run<'a> {
             metrics.insert("clipped_share".to_owned(), self.state.clipped as f64 / step as f64);
         }
         metrics.insert("learning_rate".to_owned(), lr);
-        metrics.insert("epoch".to_owned(), self.feed.epoch(step));
+        metrics.insert("epoch".to_owned(), epoch);
         metrics.insert("num_tokens".to_owned(), self.state.tokens as f64);
         let seconds = self.started.0.elapsed().as_secs_f64();
         metrics.insert("tokens_per_second".to_owned(), self.started.1 as f64 / seconds.max(1e-9));
@@ -215,7 +217,10 @@ impl<'a> Run<'a> {
         let (objective, examples) = self.job.eval;
         if !examples.is_empty() {
             let budget = self.job.settings.max_tokens_per_micro_batch;
-            let report = step::evaluate(self.kept().model(), objective, examples, budget)?;
+            let model = self.kept().model();
+            let report = step::evaluate(model, objective, examples, budget).map_err(|error| {
+                full_in_pass(error, "in an evaluation", (model.config(), &self.options))
+            })?;
             let mut metrics = Metrics::from([("eval_loss".to_owned(), report.loss)]);
             metrics.extend(
                 report.metrics.into_iter().map(|(name, value)| (format!("eval_{name}"), value)),

@@ -9,7 +9,8 @@ use crate::error::{Context, Error, Result};
 use crate::model::checkpoint::load_weights;
 use crate::model::lora::{A, Adapter, Attached, B, Dora, Dropout, MAGNITUDE, parameter, peft};
 use crate::model::transformer::Transformer;
-use crate::model::{Config, Precision, Tensors, Weights};
+use crate::model::{Config, Precision, Tensors, Weights, params};
+use crate::ops::cuda::device::out_of_memory;
 use crate::optim::Param;
 use crate::train::memory::Adapted;
 
@@ -32,6 +33,16 @@ impl Held {
     fn param(self, start: &Tensor, dtype: DType) -> Result<Param> {
         let param = Param::computed_in(start, dtype)?;
         if self.offloaded { param.offloaded() } else { Ok(param) }
+    }
+
+    /// An error of taking a copy of weights. Where it says that a GPU is full: what was to lie there.
+    fn unfit(self, error: Error, config: &Config) -> Error {
+        let count = params::count(config) as u64;
+        let copies = if self.dtype == Precision::F32 { 0 } else { 2 * count };
+        let masters = if self.offloaded { 0 } else { 4 * count };
+        let parts = [("masters in f32", masters), ("copies in bf16", copies)];
+        let ways = "optimizer_offload = true, use_peft = true, or a smaller model";
+        out_of_memory(error, "while a model was made ready to train", parts, ways)
     }
 }
 
@@ -84,7 +95,7 @@ impl Learner {
                 tensors.weights.insert(name, tensor.detach().to_dtype(dtype)?);
                 continue;
             }
-            let param = held.param(&tensor, dtype)?;
+            let param = held.param(&tensor, dtype).map_err(|error| held.unfit(error, config))?;
             tensors.weights.insert(name.clone(), param.computed().clone());
             params.insert(name, param);
         }

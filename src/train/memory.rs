@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::lora::{self, Lora};
 use crate::model::params::{EMBEDDING, HEAD, count, shapes};
 use crate::model::{Architecture, Config, Precision};
+use crate::ops::cuda::device;
 use crate::ops::head::{CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS};
 
 const F32: u64 = 4;
@@ -200,6 +201,17 @@ impl Footprint {
     }
 }
 
+/// An error of a forward pass over `options.max_tokens` tokens. Where it says that a GPU is full: what fills it, and which
+/// settings help.
+pub fn full_in_pass(error: Error, what: &str, (config, options): (&Config, &StepOptions)) -> Error {
+    let footprint = Footprint::new(config, options, options.max_tokens);
+    let held = if options.adapted.is_some() { "weights" } else { "weights and moments" };
+    let parts = [(held, footprint.state), ("a block and the head", footprint.pass())];
+    let what = format!("{what} of {} tokens at once", options.max_tokens);
+    let ways = "a lower max_tokens_per_micro_batch, dtype = \"bf16\", or use_peft = true";
+    device::out_of_memory(error, &what, parts, ways)
+}
+
 fn element(options: &StepOptions) -> u64 {
     options.dtype.dtype().size_in_bytes() as u64
 }
@@ -376,7 +388,8 @@ mod tests {
     #[test]
     fn a_full_gpu_is_told_what_fills_it_and_what_helps() {
         let options = StepOptions::new(4096);
-        let error = options.out_of_memory(&smollm2());
+        let full = || Error::run("DriverError(CUDA_ERROR_OUT_OF_MEMORY)");
+        let error = options.out_of_memory(&smollm2(), full());
         let text = error.to_string();
         assert!(
             text.starts_with(
@@ -400,8 +413,18 @@ mod tests {
             adapted: Some(Adapted { trained: 1, frozen: 1, head: false }),
             ..options
         };
-        let error = least.out_of_memory(&smollm2());
+        let error = least.out_of_memory(&smollm2(), full());
         assert_eq!(error.hint_text(), Some("a lower max_tokens_per_micro_batch"));
+
+        let error = full_in_pass(full(), "in an evaluation", (&smollm2(), &options)).to_string();
+        let pass = Footprint::new(&smollm2(), &options, 4096).pass() >> 20;
+        let expected = format!(
+            "the GPU is out of memory in an evaluation of 4096 tokens at once: weights and moments 1539 MiB, a block and the \
+             head {pass} MiB"
+        );
+        assert_eq!(error, expected);
+        let error = full_in_pass(Error::run("row 3"), "", (&smollm2(), &options)).to_string();
+        assert_eq!(error, "row 3");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The one training step, the loop around it, and its checkpoints. Knows no methods: an
 //! [`Objective`](crate::loss::Objective) says what a log-probability is worth.
 
+pub mod batch;
 pub mod checkpoint;
 pub mod ema;
 pub mod feed;
@@ -17,6 +18,7 @@ pub mod step;
 pub mod update;
 pub mod watchdog;
 
+pub use batch::Batch;
 pub use ema::Ema;
 pub use feed::Data;
 pub use fit::{Job, fit};

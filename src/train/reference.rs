@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor, safetensors};
 use sha2::{Digest, Sha256};
 
 use super::Settings;
+use super::memory::{Adapted, full_in_pass};
 use super::order::Order;
 use crate::data::examples::Examples;
 use crate::data::forest::{Forest, micro_batches};
@@ -16,10 +17,11 @@ use crate::data::tree::Tree;
 use crate::error::{Context, Error, Result};
 use crate::loss::Readout;
 use crate::loss::preference::Summing;
+use crate::model::params::count;
 use crate::model::transformer::Transformer;
 use crate::report::record::Events;
 use crate::store;
-use crate::train::step;
+use crate::train::step::{self, StepOptions};
 
 /// What the reference says about a set of pairs.
 pub struct Request<'a> {
@@ -64,17 +66,32 @@ pub fn reference_logps(request: &Request<'_>, summing: Summing) -> Result<Logps>
         let trees = request.order.trees(step_index, request.pairs)?;
         for range in micro_batches(&trees, request.settings.max_tokens_per_micro_batch) {
             let forest = Forest::pack(&trees[range])?;
-            let logps = step::read(request.model, Readout::Logps, &forest)?;
+            let logps = step::read(request.model, Readout::Logps, &forest)
+                .map_err(|error| full(error, request))?;
             table.extend(summing.table(&forest, &logps));
         }
         request.events.progress("reference", step_index as u64 + 1, steps as u64);
     }
     check(&table)?;
     let values: Vec<f64> = table.values().flatten().copied().collect();
-    let count = values.len();
-    let tensor = Tensor::from_vec(values, count, &Device::Cpu)?;
+    let len = values.len();
+    let tensor = Tensor::from_vec(values, len, &Device::Cpu)?;
     store::write_atomic(&path, &::safetensors::serialize([("logps", &tensor)], None)?)?;
     Ok(table)
+}
+
+/// What a GPU was too small for. Of the reference nothing is trained.
+fn full(error: Error, request: &Request<'_>) -> Error {
+    let (config, settings) = (request.model.config(), request.settings);
+    let size = settings.dtype.dtype().size_in_bytes() as u64;
+    let adapted = Adapted { trained: 0, frozen: count(config) as u64 * size, head: false };
+    let options = StepOptions {
+        adapted: Some(adapted),
+        dtype: settings.dtype,
+        gpu: true,
+        ..StepOptions::new(settings.max_tokens_per_micro_batch)
+    };
+    full_in_pass(error, "in the reference's forward pass", (config, &options))
 }
 
 /// Everything the numbers depend on.

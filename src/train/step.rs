@@ -1,12 +1,15 @@
 //! The one training step: forward block by block, the head, then blocks backwards, one micro-batch at a time.
 
+use std::borrow::Borrow;
+
 use candle_core::Tensor;
 
 use super::Learner;
+use super::batch::{Batch, MicroBatch};
 use super::memory::{Adapted, Footprint, Recompute};
 use super::noise::Noise;
 use crate::data::examples::Examples;
-use crate::data::forest::{Forest, micro_batches, packed};
+use crate::data::forest::{Forest, packed};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
@@ -14,6 +17,7 @@ use crate::model::gradients::Gradients;
 use crate::model::lora::Dropout;
 use crate::model::transformer::{Keep, Trace, Transformer};
 use crate::model::{Config, Precision};
+use crate::ops::cuda::device;
 use crate::ops::head::{self, Asked, Pending, Readings, RowStats};
 use crate::report::record::Metrics;
 
@@ -86,12 +90,10 @@ impl StepOptions {
         )
     }
 
-    /// A device that is full: what fills it in a step, largest first, and which settings help.
-    pub fn out_of_memory(&self, config: &Config) -> Error {
+    /// An error of a step. Where it says that the device is full: what fills it, largest first, and which settings help.
+    pub fn out_of_memory(&self, config: &Config, error: Error) -> Error {
         let (tokens, keep) = (self.max_tokens, self.keep(config, self.max_tokens));
-        let mut parts = Footprint::new(config, self, tokens).parts(keep);
-        parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
-        let parts = parts.map(|(name, bytes)| format!("{name} {} MiB", bytes >> 20)).join(", ");
+        let parts = Footprint::new(config, self, tokens).parts(keep);
         let ways = [
             (keep > 0, "gradient_checkpointing = \"block\""),
             (true, "a lower max_tokens_per_micro_batch"),
@@ -104,8 +106,8 @@ impl StepOptions {
         ];
         let ways: Vec<&str> =
             ways.into_iter().filter(|(helps, _)| *helps).map(|(_, way)| way).collect();
-        Error::run(format!("the GPU is out of memory in a step of {tokens} tokens: {parts}"))
-            .hint(ways.join(", or "))
+        let what = format!("in a step of {tokens} tokens");
+        device::out_of_memory(error, &what, parts, &ways.join(", or "))
     }
 
     /// How many blocks keep their activations over `tokens` tokens.
@@ -139,29 +141,42 @@ pub fn gradients(
     trees: &[&Tree],
     options: StepOptions,
 ) -> Result<(Gradients, StepReport)> {
+    let batch = Batch::new(learner.model(), trees, options.max_tokens)?;
+    gradients_of(learner, objective, batch, options)
+}
+
+/// The same of a step that is prepared.
+pub(super) fn gradients_of(
+    learner: &Learner,
+    objective: &dyn Objective,
+    Batch { parts, .. }: Batch,
+    options: StepOptions,
+) -> Result<(Gradients, StepReport)> {
     let model = learner.model();
-    let forests = pack(trees, options.max_tokens)?;
     let totals =
-        totals(objective, &forests, &|forest| read_as_trained(model, objective, forest, options))?;
+        totals(objective, &parts, &|part| read_as_trained(model, objective, part, options))?;
     let mut grads = Gradients::new(model.device());
-    let mut measured = Vec::with_capacity(forests.len());
-    for forest in &forests {
-        let trace = trace(model, forest, options)?;
+    let mut measured = Vec::with_capacity(parts.len());
+    // What a device was sent of a part is freed with it.
+    for part in parts {
+        let forest = &part.forest;
+        let trace = trace(model, &part, options)?;
         let place = (forest, &trace.hidden);
         let (own, d_hidden) = head_step((model, options), objective, place, &totals, &mut grads)?;
-        measured.push(own);
         model.backward(forest, trace, &d_hidden, &mut grads)?;
+        measured.push((part.forest, own));
     }
     // On a GPU all micro-batches are under way before the host waits for the first.
     let mut sums = Sums::new(objective);
-    for (forest, measured) in forests.iter().zip(measured) {
-        sums.add(measured.wait(objective, forest, &totals)?, forest);
+    for (forest, measured) in measured {
+        sums.add(measured.wait(objective, &forest, &totals)?, &forest);
     }
     Ok((grads, sums.report(objective, &totals)))
 }
 
 /// The forward pass of a step.
-pub(super) fn trace(model: &Transformer, forest: &Forest, options: StepOptions) -> Result<Trace> {
+pub(super) fn trace(model: &Transformer, part: &MicroBatch, options: StepOptions) -> Result<Trace> {
+    let MicroBatch { forest, layout } = part;
     let keep = options.keep(model.config(), forest.len());
     let masks = options.dropout.map(|dropout| dropout.over(forest));
     let mut x = model.embed(&forest.tokens)?;
@@ -169,7 +184,7 @@ pub(super) fn trace(model: &Transformer, forest: &Forest, options: StepOptions) 
         x = noise.add(forest, &x)?;
     }
     let inputs_on_host = options.activation_offload;
-    model.trace_embedded(forest, &x, Keep { blocks: keep, masks, inputs_on_host })
+    model.trace_embedded(layout, &x, Keep { blocks: keep, masks, inputs_on_host })
 }
 
 /// The same measures without gradients, one micro-batch at a time.
@@ -224,15 +239,16 @@ fn values(
 pub(super) fn read_as_trained(
     model: &Transformer,
     objective: &dyn Objective,
-    forest: &Forest,
+    part: &MicroBatch,
     options: StepOptions,
 ) -> Result<Vec<f32>> {
+    let MicroBatch { forest, layout } = part;
     let readout = objective.readout();
     if options.noise.is_none() && options.dropout.is_none() {
-        return read(model, readout, forest);
+        return values(model, readout, (forest, &model.hidden_in(forest, layout)?));
     }
     let options = StepOptions { recompute: Recompute::Block, activation_offload: false, ..options };
-    values(model, readout, (forest, &trace(model, forest, options)?.hidden))
+    values(model, readout, (forest, &trace(model, part, options)?.hidden))
 }
 
 /// The same of hidden states that are there, with what the objective or the log needs of each row.
@@ -257,13 +273,6 @@ fn readings(
 /// traffic; the plain form more than that.
 fn wants_rows(model: &Transformer, objective: &dyn Objective) -> bool {
     objective.reads_rows() || !model.device().is_metal()
-}
-
-pub(super) fn pack(trees: &[&Tree], max_tokens: usize) -> Result<Vec<Forest>> {
-    micro_batches(trees, max_tokens)
-        .into_iter()
-        .map(|range| Forest::pack(trees[range].iter().copied()))
-        .collect()
 }
 
 /// How much each term of an objective has to weigh, over any number of micro-batches.
@@ -300,14 +309,14 @@ impl<'a> Counts<'a> {
 }
 
 /// Counts, and the statistics of a coupled objective, over all micro-batches, whose values `read` reads.
-pub(super) fn totals(
+pub(super) fn totals<F: Borrow<Forest>>(
     objective: &dyn Objective,
-    forests: &[Forest],
-    read: &dyn Fn(&Forest) -> Result<Vec<f32>>,
+    forests: &[F],
+    read: &dyn Fn(&F) -> Result<Vec<f32>>,
 ) -> Result<StepTotals> {
     let mut counts = Counts::new(objective);
     for forest in forests {
-        counts.add(forest);
+        counts.add(forest.borrow());
     }
     let mut totals = StepTotals { counts: counts.check()?, statistics: Vec::new() };
     if objective.coupled() {
@@ -315,7 +324,7 @@ pub(super) fn totals(
         let readings: Vec<(&Forest, &[f32])> = forests
             .iter()
             .zip(&values)
-            .map(|(forest, values)| (forest, values.as_slice()))
+            .map(|(forest, values)| (forest.borrow(), values.as_slice()))
             .collect();
         totals.statistics = objective.statistics(&readings)?;
     }

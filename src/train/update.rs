@@ -7,10 +7,10 @@ mod tests;
 
 use candle_core::Tensor;
 
-use super::Learner;
+use super::batch::MicroBatch;
 use super::norms::Norms;
 use super::step::{self, StepOptions, StepReport, Sums};
-use crate::data::forest::Forest;
+use super::{Batch, Learner};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::Objective;
@@ -38,13 +38,26 @@ pub fn update(
     adamw: &mut AdamW,
     pace: Pace,
 ) -> Result<(StepReport, f64)> {
+    let batch = Batch::new(learner.model(), trees, options.max_tokens)?;
+    take(learner, (objective, batch), options, adamw, pace)
+}
+
+/// The same of a step that is prepared.
+pub(super) fn take(
+    learner: &Learner,
+    (objective, batch): (&dyn Objective, Batch),
+    options: StepOptions,
+    adamw: &mut AdamW,
+    pace: Pace,
+) -> Result<(StepReport, f64)> {
     if options.optimizer_in_backward {
-        return in_backward(learner, (objective, trees), options, adamw, pace.lr);
+        return in_backward(learner, (objective, &batch), options, adamw, pace.lr);
     }
-    let (grads, mut report) = step::gradients(learner, objective, trees, options)?;
+    let rows = batch.rows.clone();
+    let (grads, mut report) = step::gradients_of(learner, objective, batch, options)?;
     #[cfg(feature = "cuda")]
     if learner.model().device().is_cuda() {
-        let norm = on_cuda::step((learner, adamw), &grads, (trees, pace), &mut report)?;
+        let norm = on_cuda::step((learner, adamw), &grads, (&rows, pace), &mut report)?;
         return Ok((report, norm));
     }
     let mut norms = Norms::default();
@@ -52,7 +65,7 @@ pub fn update(
         norms.add(name, square_sum(grad)?);
     }
     let norm = norms.total();
-    check_norm((report.loss, norm), &grads, trees)?;
+    check_norm((report.loss, norm), &grads, &rows)?;
     norms.log(&mut report.metrics);
     adamw.step(learner.params(), &grads, pace.lr, clip_factor(norm, pace.max_grad_norm))?;
     Ok((report, norm))
@@ -65,28 +78,28 @@ pub fn update(
 /// a gradient further down that is not, after those of later blocks have.
 fn in_backward(
     learner: &Learner,
-    (objective, trees): (&dyn Objective, &[&Tree]),
+    (objective, batch): (&dyn Objective, &Batch),
     options: StepOptions,
     adamw: &mut AdamW,
     lr: f64,
 ) -> Result<(StepReport, f64)> {
     let model = learner.model();
-    let forests = step::pack(trees, options.max_tokens)?;
-    let [forest] = forests.as_slice() else {
-        return Err(several(&forests, options.max_tokens));
+    let [part] = batch.parts.as_slice() else {
+        return Err(several(batch.tokens(), options.max_tokens));
     };
-    let read = |forest: &Forest| step::read_as_trained(model, objective, forest, options);
-    let totals = step::totals(objective, &forests, &read)?;
+    let forest = &part.forest;
+    let read = |part: &MicroBatch| step::read_as_trained(model, objective, part, options);
+    let totals = step::totals(objective, &batch.parts, &read)?;
     let mut grads = Gradients::new(model.device());
     let mut sums = Sums::new(objective);
-    let trace = step::trace(model, forest, options)?;
+    let trace = step::trace(model, part, options)?;
     let place = (forest, &trace.hidden);
     let (measured, d_hidden) =
         step::head_step((model, options), objective, place, &totals, &mut grads)?;
     // Weights move as the backward pass goes: what was read comes first.
     sums.add(measured.wait(objective, forest, &totals)?, forest);
     let mut report = sums.report(objective, &totals);
-    check(report.loss, square_sum(&d_hidden)?.sqrt(), trees)?;
+    check(report.loss, square_sum(&d_hidden)?.sqrt(), &batch.rows)?;
 
     adamw.begin_step();
     let mut moving = Moving {
@@ -159,26 +172,24 @@ impl Moving<'_> {
     }
 }
 
-fn check(loss: f64, norm: f64, trees: &[&Tree]) -> Result<()> {
+fn check(loss: f64, norm: f64, rows: &[usize]) -> Result<()> {
     if loss.is_finite() && norm.is_finite() {
         return Ok(());
     }
-    let rows: Vec<usize> = trees.iter().map(|tree| tree.source).collect();
     Err(Error::run(format!("loss {loss} with gradient norm {norm} on rows {rows:?}"))
         .hint("no update was made; lower learning_rate, or look at these rows"))
 }
 
 /// [`check`] of the norm of these gradients, which says where the first is that is not finite.
-fn check_norm((loss, norm): (f64, f64), grads: &Gradients, trees: &[&Tree]) -> Result<()> {
-    let Err(error) = check(loss, norm, trees) else { return Ok(()) };
+fn check_norm((loss, norm): (f64, f64), grads: &Gradients, rows: &[usize]) -> Result<()> {
+    let Err(error) = check(loss, norm, rows) else { return Ok(()) };
     Err(match grads.first_not_finite()? {
         Some((name, index)) => error.at(format!("element {index} of the gradient of `{name}`")),
         None => error,
     })
 }
 
-fn several(forests: &[Forest], max_tokens: usize) -> Error {
-    let tokens: usize = forests.iter().map(Forest::len).sum();
+fn several(tokens: usize, max_tokens: usize) -> Error {
     Error::usage(format!(
         "`optimizer_in_backward` with {tokens} tokens a step and `max_tokens_per_micro_batch` {max_tokens}: weights would \
          move between micro-batches"

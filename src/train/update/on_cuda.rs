@@ -1,7 +1,6 @@
 //! The end of a step on a GPU: the norm, the clipping and the weights' move are launched one after the other, and the host
 //! reads the norms once, after all of it. Where masters are in host memory, it reads them before.
 
-use crate::data::tree::Tree;
 use crate::error::Result;
 use crate::model::gradients::Gradients;
 use crate::ops::cuda::launch::optimizer::{Factor, Squares};
@@ -20,10 +19,10 @@ use super::{Pace, check, check_norm};
 pub(super) fn step(
     (learner, adamw): (&Learner, &mut AdamW),
     grads: &Gradients,
-    (trees, pace): (&[&Tree], Pace),
+    (rows, pace): (&[usize], Pace),
     report: &mut StepReport,
 ) -> Result<f64> {
-    check(report.loss, 0.0, trees)?;
+    check(report.loss, 0.0, rows)?;
     let names: Vec<&str> = grads.iter().map(|(name, _)| name).collect();
     let mut squares = Squares::new(learner.model().device(), names.len())?;
     for (index, (_, grad)) in grads.iter().enumerate() {
@@ -34,7 +33,7 @@ pub(super) fn step(
         for (name, square) in names.iter().zip(squares.read()?) {
             norms.add(name, square);
         }
-        check_norm((report.loss, norms.total()), grads, trees)?;
+        check_norm((report.loss, norms.total()), grads, rows)?;
         Ok(norms)
     };
     let norms = if learner.is_offloaded() {
