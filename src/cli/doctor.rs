@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::ops::cpu::isa::{self, Isa};
 use crate::ops::cuda::device as gpu;
 use crate::stage::device_check::{self as check, Checked};
-use crate::stage::{device, device_goldens};
+use crate::stage::{device, device_goldens, device_rates};
 use crate::train::memory::kibibytes;
 
 #[derive(Debug, Args)]
@@ -46,8 +46,12 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
         checked.extend(device_goldens::run(&device, folder)?);
     }
     if args.json {
-        let peak = if args.check { Some(check::peak(&device)?) } else { None };
-        output::line(&json!({"device": about, "checked": checked, "peak": peak}).to_string());
+        let mut all = json!({"device": about, "checked": checked});
+        if args.check {
+            all["peak"] = json!(check::peak(&device)?);
+            all["rates"] = json!(device_rates::run(&device)?);
+        }
+        output::line(&all.to_string());
     } else {
         for one in &checked {
             output::line(&row(one));

@@ -1,4 +1,4 @@
-//! Every op on a device held against the CPU's own, forward and backward: what `arriero doctor --device cuda:0 --check` prints.
+//! Every op on a device held against the CPU's own, forward and backward, and steps of every kind: what `arriero doctor --device cuda:0 --check` prints.
 //! Tests cannot do that where there is no GPU, so the program does where there is one.
 //!
 //! All numbers are ones that bf16 can hold. The CPU computes in f32, the device in either type; an error is the largest
@@ -11,7 +11,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use serde::Serialize;
 
-use super::device_generation;
+use super::{device_generation, device_steps};
 use crate::data::forest::{Forest, Target};
 use crate::data::tree::{Role, Tree};
 use crate::model::gradients::Gradients;
@@ -81,12 +81,18 @@ pub fn run(device: &Device) -> Result<Vec<Checked>> {
         keep(&case.op, case.check(device));
     }
     for dtype in BOTH {
-        keep("head", of_the_head(device, *dtype));
+        // A vocabulary of a page and, on a GPU, more rows than a chunk of logits has.
+        for shape in [(67, 96, 5003), (4101, 32, 101)] {
+            keep("head", of_the_head(device, *dtype, shape));
+        }
         keep("cached attention", device_generation::of_the_cache(device, *dtype));
         keep("adamw", of_the_optimizer(device, *dtype));
     }
     keep("embed", of_the_embedding(device));
     keep("draws", device_generation::of_the_draws(device));
+    for way in device_steps::ways() {
+        keep(&format!("step {}", way.name), way.check(device).map_err(candle_core::Error::wrap));
+    }
     Ok(all)
 }
 
@@ -111,7 +117,7 @@ fn cases() -> Result<Vec<Case>> {
         cases.push(Case { op: named("linear"), inputs, run, types: BOTH });
     }
     // Query heads, key heads and the width of one.
-    for (h, g, e) in [(2, 1, 8), (9, 3, 64), (8, 2, 128)] {
+    for (h, g, e) in [(2, 1, 8), (4, 2, 32), (9, 3, 64), (3, 1, 96), (8, 2, 128)] {
         cases.extend(of_heads(h, g, e)?);
     }
     Ok(cases)
@@ -232,8 +238,11 @@ fn pairs(targets: usize) -> head::Pairs {
 }
 
 /// The head's readings and gradients, over rows of which one has no target and one has two.
-fn of_the_head(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
-    let (t, d, v) = (67, 96, 5003);
+fn of_the_head(
+    device: &Device,
+    dtype: DType,
+    (t, d, v): (usize, usize, usize),
+) -> Result<Vec<Checked>> {
     let target = |(row, id)| Target { row, id, leaf: 0, role: Role::Content };
     let rows = (1..t as u32).chain([5]);
     let targets: Vec<Target> = rows.map(|row| target((row, row * 73 % v as u32))).collect();
@@ -391,7 +400,7 @@ pub fn peak(device: &Device) -> Result<Peak> {
 }
 
 /// Seconds of the fastest of ten calls, after one that is not counted.
-fn best(device: &Device, work: impl Fn() -> Result<Tensor>) -> Result<f64> {
+pub(super) fn best<T>(device: &Device, mut work: impl FnMut() -> Result<T>) -> Result<f64> {
     let mut seconds = f64::INFINITY;
     for call in 0..11 {
         device.synchronize()?;
@@ -425,7 +434,7 @@ mod tests {
                     })
                     .collect::<Vec<_>>()
             })
-            .chain(of_the_head(&Device::Cpu, DType::F32).unwrap())
+            .chain(of_the_head(&Device::Cpu, DType::F32, (67, 96, 5003)).unwrap())
             .chain(of_the_embedding(&Device::Cpu).unwrap())
             .chain(device_generation::of_the_cache(&Device::Cpu, DType::F32).unwrap())
             .chain(device_generation::of_the_draws(&Device::Cpu).unwrap())

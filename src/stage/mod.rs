@@ -13,6 +13,8 @@ pub mod device;
 pub mod device_check;
 mod device_generation;
 pub mod device_goldens;
+pub mod device_rates;
+mod device_steps;
 pub mod dpo;
 pub mod eval;
 pub mod generation;

@@ -51,7 +51,7 @@ fn head(logits: *mut u8, rows: usize) -> Vec<f32> {
     let mut stats = Guarded::new(&vec![0.0_f32; rows * 5], MANNER.side);
     let call = |entry: &str, parts: u32| {
         let call = Kernels::of("head.cu").call(entry, [rows as u32, parts, 1], MANNER);
-        call.from_block(rows - 1).arg(logits)
+        call.starting_at(rows - 1).arg(logits)
     };
     let read = call("head_stats_f32", 1).arg(VOCAB as u64).input(&starts).input(&ids);
     read.output(&mut logps).output(&mut log_sums).output(&mut stats).run();

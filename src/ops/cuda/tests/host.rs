@@ -270,7 +270,7 @@ impl<'a> Call<'a> {
     }
 
     /// Runs the blocks from this one on along x alone, as if those before it had nothing to do.
-    pub(in crate::ops::cuda) fn from_block(mut self, first: usize) -> Self {
+    pub(in crate::ops::cuda) fn starting_at(mut self, first: usize) -> Self {
         self.how.first = first as u32;
         self
     }

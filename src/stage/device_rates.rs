@@ -1,0 +1,135 @@
+//! How fast a device's kernels move memory, those that do little else: beside [`peak`](super::device_check::peak), how far
+//! each is from what the device can do.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Result, Tensor};
+use serde::Serialize;
+
+use super::device_check::best;
+use crate::model::gradients::Gradients;
+use crate::ops::norm::{residual_norm, rms_norm_in};
+use crate::ops::{Rotary, embed, rope, swiglu};
+use crate::optim::Param;
+use crate::optim::adamw::{AdamW, Hyper, is_decayed};
+
+/// One kernel.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Rate {
+    /// What it does.
+    pub kernel: &'static str,
+    /// Bytes that it must read and write at least; see the floors of `docs/gpu.md`.
+    pub bytes: f64,
+    /// Seconds of the best of ten.
+    pub seconds: f64,
+}
+
+/// Sizes of Llama 3 8B, or small ones for the CPU.
+struct Sizes {
+    tokens: usize,
+    width: usize,
+    inner: usize,
+    heads: usize,
+    vocab: usize,
+    parameters: usize,
+    /// What products are computed in.
+    dtype: DType,
+}
+
+impl Sizes {
+    fn of(device: &Device) -> Self {
+        if device.is_cpu() {
+            let (tokens, width, inner, heads) = (64, 64, 96, 2);
+            let (vocab, parameters, dtype) = (256, 1 << 12, DType::F32);
+            return Self { tokens, width, inner, heads, vocab, parameters, dtype };
+        }
+        let (tokens, width, inner, heads) = (4096, 4096, 14336, 32);
+        let (vocab, parameters, dtype) = (32768, 1 << 28, DType::BF16);
+        Self { tokens, width, inner, heads, vocab, parameters, dtype }
+    }
+}
+
+/// Times them.
+///
+/// # Errors
+/// The device's.
+pub fn run(device: &Device) -> Result<Vec<Rate>> {
+    let sizes = Sizes::of(device);
+    let mut rates = of_rows(device, &sizes)?;
+    rates.push(of_the_optimizer(device, &sizes)?);
+    Ok(rates)
+}
+
+fn of_rows(device: &Device, sizes: &Sizes) -> Result<Vec<Rate>> {
+    let Sizes { tokens: t, width: d, inner: f, heads: h, vocab, dtype, .. } = *sizes;
+    let zeros = |shape: (usize, usize), dtype| Tensor::zeros(shape, dtype, device);
+    let (x, y) = (zeros((t, d), DType::F32)?, zeros((t, d), DType::F32)?);
+    let weight = Tensor::ones(d, DType::F32, device)?;
+    let (gate, up, table) =
+        (zeros((t, f), dtype)?, zeros((t, f), dtype)?, zeros((vocab, d), dtype)?);
+    let heads = zeros((t, d), dtype)?.reshape((t, h, d / h))?;
+    let positions: Vec<u32> = (0..t as u32).collect();
+    let frequencies = vec![0.5_f32; d / h / 2];
+    let rotary = Rotary::new(&frequencies, &positions);
+    let ids: Vec<u32> = positions.iter().map(|at| at * 7 % vocab as u32).collect();
+    let (wide, narrow) = (4.0, dtype.size_in_bytes() as f64);
+    let (of_width, of_inner) = ((t * d) as f64, (t * f) as f64);
+    let rate = |kernel, bytes, seconds: Result<f64>| Ok(Rate { kernel, bytes, seconds: seconds? });
+    [
+        rate(
+            "rms_norm",
+            of_width * (wide + narrow),
+            best(device, || rms_norm_in(&x, &weight, 1e-5, dtype)),
+        ),
+        rate(
+            "rms_norm after a residual sum",
+            of_width * (3.0 * wide + narrow),
+            best(device, || residual_norm((&x, &y), &weight, 1e-5, dtype)),
+        ),
+        rate("rope", of_width * 2.0 * narrow, best(device, || rope(&heads, &rotary))),
+        rate("swiglu", of_inner * 3.0 * narrow, best(device, || swiglu(&gate, &up))),
+        rate("embedding", of_width * (wide + narrow), best(device, || embed::embed(&table, &ids))),
+    ]
+    .into_iter()
+    .collect()
+}
+
+fn of_the_optimizer(device: &Device, sizes: &Sizes) -> Result<Rate> {
+    let zeros = Tensor::zeros(sizes.parameters, DType::F32, device)?;
+    let param = Param::computed_in(&zeros, sizes.dtype).map_err(candle_core::Error::wrap)?;
+    let copy = if sizes.dtype == DType::F32 { 0.0 } else { 2.0 };
+    let params = BTreeMap::from([("w.weight".to_owned(), param)]);
+    let mut grads = Gradients::new(device);
+    grads.add("w.weight", zeros).map_err(candle_core::Error::wrap)?;
+    let hyper =
+        Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decayed: is_decayed };
+    let mut adamw = AdamW::new(hyper);
+    let seconds =
+        best(device, || adamw.step(&params, &grads, 1e-3, 1.0).map_err(candle_core::Error::wrap))?;
+    // The gradient is read; master and moments are read and written; the copy is written.
+    let bytes = sizes.parameters as f64 * (4.0 + 24.0 + copy);
+    Ok(Rate { kernel: "adamw", bytes, seconds })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_is_timed_over_the_bytes_of_its_floor() {
+        let rates = run(&Device::Cpu).unwrap();
+        assert!(rates.iter().all(|rate| rate.seconds > 0.0), "{rates:?}");
+        let bytes: Vec<(&str, f64)> = rates.iter().map(|rate| (rate.kernel, rate.bytes)).collect();
+        // f32 throughout: 64 rows of 64 or 96; 28 bytes a parameter.
+        let rows = 64.0 * 64.0 * 4.0;
+        let expected = [
+            ("rms_norm", 2.0 * rows),
+            ("rms_norm after a residual sum", 4.0 * rows),
+            ("rope", 2.0 * rows),
+            ("swiglu", 4.5 * rows),
+            ("embedding", 2.0 * rows),
+            ("adamw", 28.0 * 4096.0),
+        ];
+        assert_eq!(bytes, expected);
+    }
+}

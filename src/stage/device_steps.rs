@@ -1,0 +1,213 @@
+//! Whole optimizer steps of a small model on a device, in every way that settings offer, held against the CPU's plainest step
+//! of the same: all at once, in f32, nothing recomputed, nothing elsewhere.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::device_check::{Checked, compared, home};
+use crate::data::tree::{Role, Tree};
+use crate::error::Result;
+use crate::loss::Objective;
+use crate::loss::preference::Preference;
+use crate::loss::reward::Reward;
+use crate::loss::sft::Sft;
+use crate::model::lora::{self, Lora};
+use crate::model::{Config, Precision, Tensors, Weights, init};
+use crate::optim::adamw::{AdamW, Hyper, is_decayed};
+use crate::train::step::StepOptions;
+use crate::train::update::{Pace, update};
+use crate::train::{Held, Learner, Recompute};
+
+/// Steps: the second begins where the first went.
+const STEPS: usize = 2;
+const VOCAB: usize = 211;
+/// Of what a step moves: sums of two blocks in another order, and in bf16 their roundings.
+const BOUNDS: [(&str, f64); 2] = [("f32", 1e-4), ("bf16", 6e-2)];
+
+/// What is trained.
+#[derive(Clone, Copy, PartialEq)]
+enum Task {
+    Sft,
+    Dpo,
+    Reward,
+}
+
+/// A way to take steps.
+pub(super) struct Way {
+    pub(super) name: &'static str,
+    task: Task,
+    adapters: bool,
+    dtype: Precision,
+    max_grad_norm: f64,
+    /// What differs from the plainest step.
+    change: fn(StepOptions) -> StepOptions,
+}
+
+/// All of them.
+pub(super) fn ways() -> Vec<Way> {
+    const SFT: Way = Way {
+        name: "plain",
+        task: Task::Sft,
+        adapters: false,
+        dtype: Precision::F32,
+        max_grad_norm: 0.0,
+        change: |options| options,
+    };
+    const PARTS: fn(StepOptions) -> StepOptions =
+        |options| StepOptions { max_tokens: 64, ..options };
+    const OFFLOAD: fn(StepOptions) -> StepOptions =
+        |options| StepOptions { optimizer_offload: true, ..options };
+    const IN_BACKWARD: fn(StepOptions) -> StepOptions =
+        |options| StepOptions { optimizer_in_backward: true, ..options };
+    const WAITING: fn(StepOptions) -> StepOptions =
+        |options| StepOptions { recompute: Recompute::Block, activation_offload: true, ..options };
+    let (dpo, reward) = (Task::Dpo, Task::Reward);
+    vec![
+        SFT,
+        Way { name: "bf16", dtype: Precision::Bf16, ..SFT },
+        Way { name: "several micro-batches", change: PARTS, ..SFT },
+        Way { name: "clipped", max_grad_norm: 0.05, ..SFT },
+        Way { name: "optimizer_in_backward", change: IN_BACKWARD, ..SFT },
+        Way { name: "optimizer_offload", change: OFFLOAD, max_grad_norm: 0.05, ..SFT },
+        Way { name: "optimizer_offload bf16", change: OFFLOAD, dtype: Precision::Bf16, ..SFT },
+        Way { name: "activation_offload", change: WAITING, ..SFT },
+        Way { name: "adapters", adapters: true, ..SFT },
+        Way { name: "dpo", task: dpo, change: PARTS, ..SFT },
+        Way { name: "dpo bf16", task: dpo, dtype: Precision::Bf16, ..SFT },
+        Way { name: "reward", task: reward, change: PARTS, ..SFT },
+        Way { name: "reward bf16", task: reward, dtype: Precision::Bf16, ..SFT },
+    ]
+}
+
+impl Way {
+    /// Losses, norms of the gradient, and how far all parameters went.
+    ///
+    /// # Errors
+    /// The device's.
+    pub(super) fn check(&self, device: &Device) -> Result<Vec<Checked>> {
+        let plainest = Self { dtype: Precision::F32, change: |options| options, ..*self };
+        let (expected, found) = (plainest.results(&Device::Cpu)?, self.results(device)?);
+        let bound = BOUNDS[usize::from(self.dtype == Precision::Bf16)];
+        let op = format!("step {}", self.name);
+        let pairs = ["losses", "norms", "moves"].iter().zip(expected.iter().zip(&found));
+        pairs.map(|(what, pair)| Ok(compared((&op, what), bound, pair)?)).collect()
+    }
+
+    fn results(&self, device: &Device) -> Result<[Tensor; 3]> {
+        let options = StepOptions {
+            dtype: self.dtype,
+            gpu: !device.is_cpu(),
+            ..(self.change)(StepOptions::new(1 << 20))
+        };
+        let learner = self.learner(device, options.optimizer_offload)?;
+        let start = positions(&learner)?;
+        // With so large an eps a move is in proportion to the gradient: its signs where it is almost 0 decide nothing.
+        let hyper =
+            Hyper { beta1: 0.9, beta2: 0.95, eps: 1.0, weight_decay: 0.0, decayed: is_decayed };
+        let (objective, trees) = (self.objective(), self.trees());
+        let (trees, mut adamw): (Vec<&Tree>, _) = (trees.iter().collect(), AdamW::new(hyper));
+        let pace = Pace { lr: 0.3, max_grad_norm: self.max_grad_norm };
+        let (mut losses, mut norms) = (Vec::new(), Vec::new());
+        for _ in 0..STEPS {
+            let what = (objective.as_ref(), trees.as_slice());
+            let (report, norm) = update(&learner, what, options, &mut adamw, pace)?;
+            losses.push(report.loss as f32);
+            norms.push(norm as f32);
+        }
+        let column = |values: Vec<f32>| Tensor::from_vec(values, STEPS, &Device::Cpu);
+        Ok([column(losses)?, column(norms)?, (positions(&learner)? - start)?])
+    }
+
+    fn learner(&self, device: &Device, offloaded: bool) -> Result<Learner> {
+        let config = self.config()?;
+        let start = init::random(&config, 3, &Device::Cpu)?.into_iter();
+        let start = start.map(|(name, tensor)| Ok((name, tensor.to_device(device)?)));
+        let mut start: Weights = start.collect::<Result<_>>()?;
+        let held = Held { dtype: self.dtype, offloaded };
+        if !self.adapters {
+            return Learner::with(&config, start, held, |_| false);
+        }
+        let attached = lora::attach(&Lora::default(), &config, &mut start, 5)?;
+        Learner::adapted(&config, Tensors::dense(start), &attached, held, |_| false)
+    }
+
+    /// Heads of 32, two to a key head.
+    fn config(&self) -> Result<Config> {
+        let architecture = if self.task == Task::Reward {
+            "LlamaForSequenceClassification"
+        } else {
+            "LlamaForCausalLM"
+        };
+        Config::from_json(&format!(
+            r#"{{"model_type": "llama", "architectures": ["{architecture}"], "num_labels": 1, "hidden_size": 64,
+            "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "vocab_size": {VOCAB}, "tie_word_embeddings": false, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
+            "hidden_act": "silu"}}"#
+        ))
+    }
+
+    fn objective(&self) -> Box<dyn Objective> {
+        match self.task {
+            Task::Sft => Box::new(Sft::default()),
+            Task::Reward => Box::new(Reward::default()),
+            Task::Dpo => {
+                // Not the policy's own: margins are not 0.
+                let reference = (0..3).map(|row| (row, vec![-70.0 - row as f64, -64.0]));
+                let reference: BTreeMap<_, _> = reference.collect();
+                Box::new(Preference { reference, ..Preference::default() })
+            }
+        }
+    }
+
+    /// Three rows, each of them more than a micro-batch of 64 tokens has room for beside another.
+    fn trees(&self) -> Vec<Tree> {
+        let tokens = |len: usize, step: usize| -> Vec<u32> {
+            (0..len).map(|at| (at * step % VOCAB) as u32).collect()
+        };
+        let content = |len, step| (tokens(len, step), vec![Role::Content; len]);
+        let tree = |row: usize| {
+            let (first, second) = (content(17 + 9 * row, 7 + row), content(12, 29 + row));
+            match self.task {
+                Task::Sft => {
+                    Tree::sequence(tokens(33 + 5 * row, 11), vec![Role::Content; 33 + 5 * row], row)
+                }
+                _ => Tree::siblings(tokens(21, 13 + row), vec![first, second], row),
+            }
+        };
+        (0..3).map(tree).collect()
+    }
+}
+
+/// All trained parameters, one after the other.
+fn positions(learner: &Learner) -> Result<Tensor> {
+    let flat = |master: &Tensor| home(&master.flatten_all()?);
+    let all = learner.params().values().map(|param| flat(&param.master));
+    let all: Vec<Tensor> = all.collect::<candle_core::Result<_>>()?;
+    // A copy of its own: masters move where they are.
+    Ok(Tensor::cat(&all, 0)?.to_dtype(DType::F32)?.copy()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_way_to_take_a_step_comes_to_the_same_weights() {
+        for way in ways() {
+            let all = way.check(&Device::Cpu).unwrap();
+            assert!(all.len() == 3 && all.iter().all(Checked::agrees), "{all:?}");
+        }
+    }
+
+    #[test]
+    fn a_step_of_another_pace_does_not_agree_and_the_clipping_bites() {
+        let plain = &ways()[0];
+        let clipped = ways().into_iter().find(|way| way.name == "clipped").unwrap();
+        let (expected, found) = (plain.results(&Device::Cpu), clipped.results(&Device::Cpu));
+        let ([_, norms, moves], [_, _, clipped]) = (expected.unwrap(), found.unwrap());
+        assert!(norms.min_all().unwrap().to_scalar::<f32>().unwrap() > 0.1, "{norms}");
+        let apart = compared(("step", "moves"), BOUNDS[1], (&moves, &clipped)).unwrap();
+        assert!(!apart.agrees(), "{apart:?}");
+    }
+}
