@@ -183,8 +183,8 @@ fn by_chunks<E: Number>(
             head.chunks(inputs)?;
         }
     }
-    let unread = Unread { readings: head.readings, device: device.clone(), rows };
-    let Some(grads) = head.grads else { return Ok((unread.into(), None)) };
+    let unread = |rows| Unread { readings: head.readings, device: device.clone(), rows };
+    let Some(grads) = head.grads else { return Ok((unread(rows).into(), None)) };
     let d_x = tensor(device, grads.d_x, (count, width));
     let d_hidden = match ids {
         // Candle's `index_add` gives a thread a column: few threads for many rows.
@@ -196,7 +196,7 @@ fn by_chunks<E: Number>(
         None => d_x,
     };
     let d_weight = grads.d_weight.map(|d| tensor(device, d, (vocab, width)));
-    Ok((unread.into(), Some((d_hidden, d_weight))))
+    Ok((unread(rows).into(), Some((d_hidden, d_weight))))
 }
 
 /// Everything of one call that lies on the device.

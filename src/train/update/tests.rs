@@ -5,6 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::*;
+use crate::data::forest::Forest;
 use crate::data::tree::Role;
 use crate::loss::sft::Sft;
 use crate::loss::{FixedGradient, Reading, StepTotals, Weighed};

@@ -115,13 +115,13 @@ fn search<E: Number>(tensor: &Tensor) -> Result<Option<usize>> {
     let mut launch = function.builder();
     launch.arg(&values).arg(&mut partials).arg(&count);
     // SAFETY: the kernel's arguments; a block a chunk, of which there are as many partial results.
-    unsafe { launch.launch(grid((parts, 1), SUM)) }.w()?;
+    unsafe { launch.launch(grid("the search for a number", (parts, 1), SUM)?) }.w()?;
     let function = kernel(device, "reduce", "minimum")?;
     let parts = parts as u64;
     let mut launch = function.builder();
     launch.arg(&partials).arg(&mut found).arg(&parts);
     // SAFETY: the kernel's arguments; one block.
-    unsafe { launch.launch(grid((1, 1), SUM)) }.w()?;
+    unsafe { launch.launch(grid("the search for a number", (1, 1), SUM)?) }.w()?;
     let found = device.clone_dtoh(&found)?[0];
     // All ones where there is none.
     Ok((found < count).then_some(found as usize))

@@ -77,7 +77,7 @@ impl<'a> Uploaded<'a> {
         launch.arg(&targets).arg(&mut d_logps);
         let blocks = self.targets.div_ceil(BLOCK as usize);
         // SAFETY: the kernel's arguments; a thread a target.
-        unsafe { launch.launch(grid((blocks, 1), BLOCK)) }.w()?;
+        unsafe { launch.launch(grid("slopes of pairs", (blocks, 1), BLOCK)?) }.w()?;
         Ok(d_logps)
     }
 
@@ -91,7 +91,7 @@ impl<'a> Uploaded<'a> {
         launch.arg(&sequences).arg(&mut sums);
         let blocks = self.sequences.div_ceil(BLOCK as usize / WARP);
         // SAFETY: the kernel's arguments; a warp a sequence.
-        unsafe { launch.launch(grid((blocks, 1), BLOCK)) }.w()?;
+        unsafe { launch.launch(grid("slopes of pairs", (blocks, 1), BLOCK)?) }.w()?;
         Ok(sums)
     }
 
@@ -117,7 +117,7 @@ impl<'a> Uploaded<'a> {
         launch.arg(&term.beta).arg(&smoothing).arg(&term.offset).arg(&term.scale).arg(d_sums);
         let blocks = self.trees.div_ceil(BLOCK as usize);
         // SAFETY: the kernel's arguments; a thread a tree, whose sequences are in no other's pairs.
-        unsafe { launch.launch(grid((blocks, 1), BLOCK)) }.w()?;
+        unsafe { launch.launch(grid("slopes of pairs", (blocks, 1), BLOCK)?) }.w()?;
         Ok(())
     }
 }
