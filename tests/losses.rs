@@ -1,7 +1,11 @@
 //! Every preference loss against four independent numbers: a case derived by hand, its formula as the paper writes it,
-//! finite differences, and TRL's values where a golden file has them. `docs/losses.md` is written from the same lists.
+//! finite differences, and TRL's values where a golden file has them (more of them in `loss_goldens.rs`). `docs/losses.md` is written from the same lists.
 
-#![expect(clippy::unwrap_used, reason = "a test program; a failure here is a failed test")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test program; a failure here is a failed test"
+)]
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -12,7 +16,8 @@ use arriero::loss::preference::{
     FDivergence, LossOptions, Pair, PairLoss, Preference, PreferenceLoss, Sides, Summing, Unpaired,
 };
 use arriero::loss::ranking::Ranking;
-use arriero::loss::{Objective, StepTotals, Weighed};
+use arriero::loss::{Objective, Reading, StepTotals, Weighed};
+use arriero::ops::head::RowStats;
 use serde_json::Value;
 
 use PreferenceLoss::{
@@ -248,9 +253,12 @@ fn grid() -> Vec<(Pair, LossOptions)> {
     all
 }
 
+/// Losses whose pair is a place in the sorted lists of its step.
+const SORTED: [PreferenceLoss; 2] = [Aot, AotUnpaired];
+
 /// Losses whose pair can be taken alone once the statistic is given as one number.
 fn alone() -> impl Iterator<Item = PreferenceLoss> {
-    PreferenceLoss::ALL.into_iter().filter(|loss| !matches!(loss, Aot | AotUnpaired))
+    PreferenceLoss::ALL.into_iter().filter(|loss| !SORTED.contains(loss))
 }
 
 fn divergences(loss: PreferenceLoss) -> Vec<(FDivergence, f64)> {
@@ -321,56 +329,136 @@ fn hopeless_and_certain_pairs_have_finite_losses_and_slopes() {
     }
 }
 
-/// The slope of a logistic loss far out is the whole weight on one side and nothing on the other.
+/// A pair of 4 and 2 tokens of probability ½ each, under both models.
+fn even() -> Pair {
+    let policy =
+        Sides { chosen: -4.0 * std::f64::consts::LN_2, rejected: -2.0 * std::f64::consts::LN_2 };
+    Pair { policy, reference: policy, ..pair(0.0, 0.0) }
+}
+
+/// The slopes by the chosen and by the rejected side of a pair alone in its step.
+fn slopes(loss: PreferenceLoss, pair: &Pair, options: &LossOptions) -> (f64, f64) {
+    let one = loss.of_pair(pair, &loss.statistics(&[*pair], &[0.0], options), options);
+    assert!(one.loss.is_finite(), "{} of {pair:?} is {}", loss.name(), one.loss);
+    (one.d_chosen, one.d_rejected)
+}
+
+const FAR: f64 = 1e4;
+
+/// Slopes by both sides where the chosen response is far above the reference, far below it, and where the rejected one is;
+/// β is ½ and ε is ¼, no arm has a rest: a new loss does not compile before it is listed.
+fn limits(loss: PreferenceLoss) -> [(f64, f64); 4] {
+    // Of a loss of the gap alone: where the pair is won, and where it is lost.
+    let gap = |won: (f64, f64), lost: (f64, f64)| [won, lost, lost, won];
+    match loss {
+        // −¾ σ(−x) + ¼ σ(x), halved by β; `cpo` of the policy's own log-probabilities.
+        Sigmoid | Aot | AotUnpaired | Cpo => gap((0.125, -0.125), (-0.375, 0.375)),
+        // Over 4 and 2 tokens.
+        SigmoidNorm | Simpo => gap((0.125 / 4.0, -0.125 / 2.0), (-0.375 / 4.0, 0.375 / 2.0)),
+        // 2 (c/4 − r/2 − 1), over 4 and 2: a parabola has no limit.
+        Ipo => [FAR / 4.0, -FAR / 4.0, -FAR / 2.0, FAR / 2.0]
+            .map(|gap| (2.0 * (gap - 1.0) / 4.0, -2.0 * (gap - 1.0) / 2.0)),
+        // (−¾ σ(−x) − ¼ σ(x)) / (1 − ½).
+        Robust => gap((-0.25, 0.25), (-0.75, 0.75)),
+        // Both distributions are certain: p (1 − p) is 0.
+        ExoPair | RpoFwdKl => gap((0.0, 0.0), (0.0, 0.0)),
+        // −σ(−c) + ½ σ(c) and ½ σ(r); the other side stays at ½.
+        NcaPair => [(0.25, 0.125), (-0.5, 0.125), (-0.125, 0.25), (-0.125, 0.0)],
+        // −σ(−c) and σ(r).
+        BcoPair => [(0.0, 0.25), (-0.5, 0.25), (-0.25, 0.5), (-0.25, 0.0)],
+        // Alone in its step a pair is as far above its mean reward, the shift of `bco`, as below it.
+        Hinge | Bco | Discopop => gap((0.0, 0.0), (-0.5, 0.5)),
+        // 2 (c − 1) and 2 (r + 1).
+        SppoHard => [
+            (2.0 * (FAR - 1.0), 2.0),
+            (-2.0 * (FAR + 1.0), 2.0),
+            (-2.0, 2.0 * (FAR + 1.0)),
+            (-2.0, -2.0 * (FAR - 1.0)),
+        ],
+        // Neither σ moves at its ends; the other side's has the slope ¼.
+        ApoZero => [(0.0, 0.125), (0.0, 0.125), (-0.125, 0.0), (-0.125, 0.0)],
+        ApoDown => [(0.0, 0.0), (0.0, 0.0), (0.125, 0.0), (0.125, 0.0)],
+        // σ(x) − ½.
+        RpoBwdKl => gap((0.25, -0.25), (-0.25, 0.25)),
+        // Halves of the two sides of `apo_zero`.
+        Kto | ApoZeroUnpaired => [(0.0, 0.0625), (0.0, 0.0625), (-0.0625, 0.0), (-0.0625, 0.0)],
+        // A probability above 1 counts as 1, without a slope. Odds of 0: 1/(1 − 0)/4, and 1/(1 − ½)/2 of the other side.
+        Orpo => [(0.0, 0.0), (-0.125, 0.5), (-0.25, 0.0), (0.0, 0.0)],
+    }
+}
+
 #[test]
 fn saturated_slopes_are_the_limits() {
-    let of = |loss: PreferenceLoss, x: f64| loss.of_pair(&pair(x, 0.0), &[], &options(0.5, 0.0));
-    for (loss, far, slope) in [
-        (Sigmoid, 1e4, 0.0),
-        (Sigmoid, -1e4, -0.5),
-        (Hinge, 1e4, 0.0),
-        (Hinge, -1e4, -0.5),
-        (Robust, -1e4, -0.5),
-        (BcoPair, -1e4, -0.5),
-        (ApoZero, 1e4, 0.0),
-        (ApoZero, -1e4, 0.0),
-        (Cpo, -1e4, -0.5),
-    ] {
-        assert_near(of(loss, far).d_chosen, slope, 1e-12, &format!("{} at {far}", loss.name()));
+    for loss in PreferenceLoss::ALL {
+        let smoothing = if loss.reads_label_smoothing() { 0.25 } else { 0.0 };
+        for (at, (chosen, rejected)) in limits(loss).into_iter().enumerate() {
+            let mut pair = even();
+            let moved = [FAR, -FAR, FAR, -FAR][at];
+            *[&mut pair.policy.chosen, &mut pair.policy.rejected][at / 2] += moved;
+            let (d_chosen, d_rejected) = slopes(loss, &pair, &options(0.5, smoothing));
+            let what = format!("{}, side {} at {moved}", loss.name(), at / 2);
+            assert_near(d_chosen, chosen, 1e-6, &what);
+            assert_near(d_rejected, rejected, 1e-6, &what);
+        }
     }
-    assert_near(of(Sigmoid, -1e4).loss, 5e3, 1e-12, "the loss of a hopeless pair is its margin");
+    let hopeless = Sigmoid.of_pair(&pair(-FAR, 0.0), &[], &options(0.5, 0.0)).loss;
+    assert_near(hopeless, 5e3, 1e-12, "the loss of a hopeless pair is its margin");
+}
+
+/// Loss and slope by the chosen side at margin 0 with β = 1/10; no arm has a rest here either.
+fn beginning(loss: PreferenceLoss) -> (f64, f64) {
+    let (l2, beta) = (std::f64::consts::LN_2, 0.1);
+    match loss {
+        Sigmoid | Robust | Aot | AotUnpaired | Cpo => (l2, -beta / 2.0),
+        SigmoidNorm => (l2, -beta / 8.0),
+        Hinge => (1.0, -beta),
+        Ipo => (25.0, -2.5),
+        // KL((½,½) ‖ (¾,¼)); ¼ (0 − ln 3).
+        ExoPair => (0.5 * (4.0_f64 / 3.0).ln(), -0.25 * 3_f64.ln() * beta),
+        NcaPair => (2.0 * l2, -beta / 4.0),
+        BcoPair | Bco => (2.0 * l2, -beta / 2.0),
+        SppoHard => (50.0, -10.0),
+        ApoZero => (1.0, -beta / 4.0),
+        ApoDown => (1.0, 0.0),
+        Discopop => (0.5 * (1.0 + l2), -0.05 * 1.5 - 0.25 * (l2 - 1.0) * beta / 0.05),
+        RpoBwdKl | RpoFwdKl => (0.0, 0.0),
+        Kto | ApoZeroUnpaired => (0.5, -beta / 8.0),
+        // −ln σ(−γ) with γ = ½; over 4 tokens.
+        Simpo => (0.5_f64.exp().ln_1p(), -beta / 4.0 / (1.0 + (-0.5_f64).exp())),
+        // Equal odds: β ln 2; ½ · 1/(1 − ½) over 4 tokens.
+        Orpo => (beta * l2, -beta / 4.0),
+    }
 }
 
 /// At margin 0, where every run begins.
 #[test]
 fn an_untrained_policy_has_the_loss_and_the_slope_of_margin_0() {
-    let (l2, beta) = (std::f64::consts::LN_2, 0.1);
-    for (loss, value, slope) in [
-        (Sigmoid, l2, -beta / 2.0),
-        (SigmoidNorm, l2, -beta / 8.0),
-        (Hinge, 1.0, -beta),
-        (Ipo, 25.0, -2.5),
-        (Robust, l2, -beta / 2.0),
-        (NcaPair, 2.0 * l2, -beta / 4.0),
-        (BcoPair, 2.0 * l2, -beta / 2.0),
-        (Bco, 2.0 * l2, -beta / 2.0),
-        (SppoHard, 50.0, -10.0),
-        (ApoZero, 1.0, -beta / 4.0),
-        (ApoDown, 1.0, 0.0),
-        (Aot, l2, -beta / 2.0),
-        (AotUnpaired, l2, -beta / 2.0),
-        (Discopop, 0.5 * (1.0 + l2), -0.05 * 1.5 - 0.25 * (l2 - 1.0) * beta / 0.05),
-        (RpoBwdKl, 0.0, 0.0),
-        (RpoFwdKl, 0.0, 0.0),
-        (Kto, 0.5, -beta / 8.0),
-        (ApoZeroUnpaired, 0.5, -beta / 8.0),
-    ] {
-        let pair = pair(0.0, 0.0);
-        let options = options(beta, 0.0);
-        let statistics = loss.statistics(&[pair], &[0.0], &options);
-        let one = loss.of_pair(&pair, &statistics, &options);
+    for loss in PreferenceLoss::ALL {
+        // As many tokens on both sides where the sums are compared as they are.
+        let mut pair = even();
+        if loss == Cpo {
+            pair.policy.rejected = pair.policy.chosen;
+        }
+        let options = options(0.1, if loss == ExoPair { 0.25 } else { 0.0 });
+        let (value, slope) = beginning(loss);
+        let one = loss.of_pair(&pair, &loss.statistics(&[pair], &[0.0], &options), &options);
         assert_near(one.loss, value, 1e-12, loss.name());
         assert_near(one.d_chosen, slope, 1e-12, loss.name());
+    }
+}
+
+/// What is tested over [`PreferenceLoss::ALL`] is tested of everything that a recipe may write.
+#[test]
+fn every_name_of_a_recipe_is_in_the_list_of_all_losses() {
+    let read = |name: &str| serde_json::from_value::<PreferenceLoss>(name.into());
+    let error = read("none of them").unwrap_err().to_string();
+    let names: Vec<&str> = error.split('`').skip(3).step_by(2).collect();
+    assert!(names.len() >= PreferenceLoss::ALL.len(), "{error}");
+    for name in names {
+        assert!(PreferenceLoss::ALL.contains(&read(name).unwrap()), "{name}");
+    }
+    for loss in PreferenceLoss::ALL {
+        assert_eq!(read(loss.name()).unwrap(), loss);
     }
 }
 
@@ -387,7 +475,7 @@ fn aot_over_a_step_is_the_sorted_sum_and_its_slopes_are_finite_differences() {
         })
         .collect();
     let options = options(0.5, 0.1);
-    for loss in [Aot, AotUnpaired] {
+    for loss in SORTED {
         let sum = |pairs: &[Pair]| -> f64 {
             let statistics = loss.statistics(pairs, &[], &options);
             pairs.iter().map(|pair| loss.of_pair(pair, &statistics, &options).loss).sum()
@@ -578,7 +666,7 @@ fn objective() -> Preference {
 
 /// Totals and statistics of a step cut into forests, and what each forest then weighs.
 fn weigh(objective: &dyn Objective, forests: &[Forest], logps: &[&[f32]]) -> Vec<Weighed> {
-    let mut counts = vec![0.0; objective.terms().len()];
+    let mut counts = vec![0.0; forests.first().map_or(0, |first| objective.counts(first).len())];
     for forest in forests {
         counts.iter_mut().zip(objective.counts(forest)).for_each(|(sum, count)| *sum += count);
     }
@@ -727,6 +815,205 @@ fn unpaired_kto_is_the_mean_over_labelled_responses() {
     }
 }
 
+/// The log's numbers of forests of a step, as the step makes them of sums and counts.
+fn logged(weighed: &[Weighed]) -> BTreeMap<&'static str, f64> {
+    let mut sums: BTreeMap<&'static str, (f64, f64)> = BTreeMap::new();
+    for mean in weighed.iter().flat_map(|weighed| &weighed.metrics) {
+        let sum = sums.entry(mean.name).or_default();
+        *sum = (sum.0 + mean.sum, sum.1 + mean.count);
+    }
+    let value = |(sum, count): (f64, f64)| if count > 0.0 { sum / count } else { sum };
+    sums.into_iter().map(|(name, sum)| (name, value(sum))).collect()
+}
+
+#[track_caller]
+fn assert_logged(log: &BTreeMap<&'static str, f64>, expected: &[(&str, f64)]) {
+    for (name, value) in expected {
+        let logged = log.get(name).unwrap_or_else(|| panic!("no {name} in {log:?}"));
+        assert_near(*logged, *value, 1e-6, name);
+    }
+}
+
+/// Rows of logits whose mean is their place.
+fn numbered_rows(count: usize) -> Vec<RowStats> {
+    (0..count).map(|at| RowStats { mean_logit: at as f32, ..RowStats::default() }).collect()
+}
+
+/// The log of a step without statistics, cut into forests; rows are numbered.
+fn logged_over(
+    objective: &dyn Objective,
+    forests: &[Forest],
+    logps: &[f32],
+) -> BTreeMap<&'static str, f64> {
+    let mut counts = vec![0.0; objective.counts(&forests[0]).len()];
+    for forest in forests {
+        counts.iter_mut().zip(objective.counts(forest)).for_each(|(sum, count)| *sum += count);
+    }
+    let totals = StepTotals { counts, statistics: Vec::new() };
+    let (rows, mut first) = (numbered_rows(logps.len()), 0);
+    let weigh = |forest: &Forest| {
+        let own = first..first + forest.targets.len();
+        first = own.end;
+        let reading = Reading { values: &logps[own.clone()], rows: &rows[own] };
+        objective.weigh(forest, reading, &totals).unwrap()
+    };
+    logged(&forests.iter().map(weigh).collect::<Vec<_>>())
+}
+
+/// Pairs of 3 and 2, and of 1 and 3 tokens without their formatting ones.
+fn two_pairs() -> (Vec<Tree>, Vec<f32>) {
+    let sides = [[&[10, 11, 12, 2][..], &[20, 21, 2]], [&[13, 2], &[22, 23, 24, 2]]];
+    let trees = sides.into_iter().enumerate();
+    let trees =
+        trees.map(|(row, sides)| Tree::siblings(vec![1, 5], sides.map(response).to_vec(), row));
+    let chosen: [&[f32]; 2] = [&[-1.0, -2.0, -0.5, -9.0], &[-0.5, -9.0]];
+    let rejected: [&[f32]; 2] = [&[-1.0, -0.5, -9.0], &[-2.0, -1.0, -1.0, -9.0]];
+    let logps = [chosen[0], rejected[0], chosen[1], rejected[1]].concat();
+    (trees.collect(), logps)
+}
+
+/// Sums −3.5 and −1.5, −0.5 and −4; log-ratios −1 and 1, 3 and −1.
+#[test]
+fn the_log_of_pairs_says_what_was_worked_out_by_hand() {
+    let (trees, logps) = two_pairs();
+    let forest = Forest::pack(&trees).unwrap();
+    let objective = |loss| Preference {
+        losses: vec![(loss, 1.0)],
+        options: options(0.5, 0.0),
+        summing: Summing { mask_formatting_tokens: true, ld_alpha: 1.0 },
+        reference: [(0, vec![-2.5, -2.5]), (1, vec![-3.5, -3.0])].into(),
+        ..Preference::default()
+    };
+    let log =
+        |objective: &Preference| logged_over(objective, std::slice::from_ref(&forest), &logps);
+    let with = log(&objective(Sigmoid));
+    assert_logged(
+        &with,
+        &[
+            ("rewards/chosen", 0.5),
+            ("rewards/rejected", 0.0),
+            ("rewards/margins", 0.5),
+            ("rewards/accuracies", 0.5),
+            ("logps/chosen", -2.0),
+            ("logps/rejected", -2.75),
+            ("lengths/chosen", 2.0),
+            ("lengths/rejected", 2.5),
+            // (−1 + 3) over 3 + 1 tokens.
+            ("kl/chosen", 0.5),
+            // Trained rows are 0 to 3, 7, 8 and 4 to 6, 9 to 12: formatting tokens have logits too.
+            ("logits/chosen", 21.0 / 6.0),
+            ("logits/rejected", 57.0 / 7.0),
+        ],
+    );
+    let without = log(&objective(Simpo));
+    assert_logged(&without, &[("rewards/chosen", -1.0), ("rewards/margins", 0.375)]);
+    assert!(!without.contains_key("kl/chosen"), "{without:?}");
+}
+
+/// One formatting token a side, so unlikely that a sum or a length with it shows.
+#[test]
+fn lengths_are_the_tokens_that_the_formatting_mask_leaves() {
+    let tree = Tree::siblings(vec![1, 5], vec![response(&[10, 11, 12, 2]), response(&[20, 2])], 0);
+    let forest = Forest::pack([&tree]).unwrap();
+    let logps = [-1.0_f32, -2.0, -3.0, -10.0, -4.0, -20.0];
+    let nls = |x: f64| (-x).exp().ln_1p();
+    let log_odds = |mean: f64| mean - (-mean.exp()).ln_1p();
+    for (mask_formatting_tokens, losses) in [
+        // −2 and −4 a token; −1 and 1 with a reference of −3 and −5 in all.
+        (
+            true,
+            [
+                (Ipo, 9.0),
+                (SigmoidNorm, nls(-1.0)),
+                (Simpo, nls(0.5)),
+                (Orpo, 0.5 * nls(log_odds(-2.0) - log_odds(-4.0))),
+            ],
+        ),
+        // −4 and −12 a token; −13/4 and −19/2.
+        (
+            false,
+            [
+                (Ipo, 5.25 * 5.25),
+                (SigmoidNorm, nls(3.125)),
+                (Simpo, nls(3.5)),
+                (Orpo, 0.5 * nls(log_odds(-4.0) - log_odds(-12.0))),
+            ],
+        ),
+    ] {
+        for (loss, expected) in losses {
+            let objective = Preference {
+                losses: vec![(loss, 1.0)],
+                options: options(0.5, 0.0),
+                summing: Summing { mask_formatting_tokens, ld_alpha: 1.0 },
+                reference: [(0, vec![-3.0, -5.0])].into(),
+                ..Preference::default()
+            };
+            let weighed = weigh(&objective, std::slice::from_ref(&forest), &[&logps]).remove(0);
+            let what = format!("{}, masked {mask_formatting_tokens}", loss.name());
+            assert_near(weighed.sums[0], expected, 1e-12, &what);
+            let moved = weighed.d_values[3].abs() + weighed.d_values[5].abs() > 0.0;
+            assert_eq!(moved, !mask_formatting_tokens, "{what}: formatting tokens");
+        }
+    }
+}
+
+/// Two wanted responses of log-ratios 1 and −0.5, an unwanted one of −1 and 3 tokens; a step cut in two says the same, and
+/// one with a label alone has no margin.
+#[test]
+fn the_log_of_labelled_responses_says_what_was_worked_out_by_hand() {
+    let trees: Vec<Tree> = [&[10, 2][..], &[11, 12, 2], &[13, 2]]
+        .into_iter()
+        .enumerate()
+        .map(|(row, tokens)| Tree::siblings(vec![1, 5], vec![response(tokens)], row))
+        .collect();
+    let logps = [-0.5_f32, -0.5, -1.0, -2.0, -1.0, -0.75, -1.75];
+    let objective = |labels: [bool; 3]| Unpaired {
+        loss: ApoZeroUnpaired,
+        options: options(0.5, 0.0),
+        summing: Summing::default(),
+        labels: labels.into_iter().enumerate().collect(),
+        reference: [(0, vec![-2.0]), (1, vec![-3.0]), (2, vec![-2.0])].into(),
+        live: None,
+    };
+    // Forests of so many rows each.
+    let log = |objective: &Unpaired, cuts: &[usize]| {
+        let mut rest = trees.as_slice();
+        let pack = |count: &usize| {
+            let (own, others) = rest.split_at(*count);
+            rest = others;
+            Forest::pack(own).unwrap()
+        };
+        logged_over(objective, &cuts.iter().map(pack).collect::<Vec<_>>(), &logps)
+    };
+    let mixed = objective([true, false, true]);
+    for cuts in [&[3][..], &[1, 2], &[1, 1, 1]] {
+        let log = log(&mixed, cuts);
+        assert_logged(
+            &log,
+            &[
+                ("rewards/chosen", 0.125),
+                ("rewards/rejected", -0.5),
+                ("rewards/margins", 0.625),
+                ("logps/chosen", -1.75),
+                ("logps/rejected", -4.0),
+                ("lengths/chosen", 2.0),
+                ("lengths/rejected", 3.0),
+                ("count/chosen", 2.0),
+                ("count/rejected", 1.0),
+                // (1 − 0.5) over 2 + 2 tokens.
+                ("kl/chosen", 0.125),
+                ("logits/chosen", (0.0 + 1.0 + 5.0 + 6.0) / 4.0),
+                ("logits/rejected", 3.0),
+            ],
+        );
+        assert!(!log.contains_key("kto/kl"), "{log:?}");
+    }
+    let wanted = log(&objective([true; 3]), &[3]);
+    assert_logged(&wanted, &[("count/chosen", 3.0), ("count/rejected", 0.0)]);
+    assert!(!wanted.contains_key("rewards/margins"), "{wanted:?}");
+    assert!(!wanted.contains_key("rewards/rejected"), "{wanted:?}");
+}
+
 /// Lists of three as all pairs, neighbouring pairs, or whole, against the formulas; token gradients by finite differences.
 #[test]
 fn ranked_lists_are_compared_as_pairs_or_as_a_whole() {
@@ -806,37 +1093,47 @@ fn bad_pairs_are_refused_with_their_row() {
     );
 }
 
+/// TRL's cases of a loss, as the table names them.
+fn golden_names(loss: PreferenceLoss) -> String {
+    let mut names: Vec<String> = golden_cases()
+        .iter()
+        .filter(|golden| golden.loss == loss)
+        .map(|golden| match golden.file {
+            "c_dpo.json" => format!("`{}`", golden.case),
+            _ => format!("`{}` (0.19.1)", golden.case),
+        })
+        .collect();
+    let c2 = [(Simpo, "simpo"), (Cpo, "cpo_sigmoid_ls0.1"), (Orpo, "orpo")];
+    names.extend(c2.iter().filter(|case| case.0 == loss).map(|case| format!("`{}`", case.1)));
+    // Every case of this file is tested in `tests/loss_goldens.rs`.
+    let c3 = golden("c3_losses.json");
+    let cases = ["pairs", "labelled"].map(|part| c3[part]["cases"].as_array().unwrap());
+    let own = cases.into_iter().flatten().filter(|case| case["loss_type"] == loss.name()).count();
+    names.extend((own > 0).then(|| format!("{own} by token")));
+    if names.is_empty() { "–".to_owned() } else { names.join(", ") }
+}
+
 /// `docs/losses.md`, written from what this file tests.
 #[test]
 fn the_table_of_losses_is_up_to_date() {
-    let (hand, goldens) = (hand_cases(), golden_cases());
-    let c2 = [(Simpo, "simpo"), (Cpo, "cpo_sigmoid_ls0.1"), (Orpo, "orpo")];
     let mut table = include_str!("fixtures/losses_head.md").to_owned();
     let mark = |yes: bool| if yes { "yes" } else { "–" };
+    let hand = hand_cases();
     for loss in PreferenceLoss::ALL {
-        let mut names: Vec<String> = goldens
-            .iter()
-            .filter(|golden| golden.loss == loss)
-            .map(|golden| match golden.file {
-                "c_dpo.json" => format!("`{}`", golden.case),
-                _ => format!("`{}` (0.19.1)", golden.case),
-            })
-            .collect();
-        names.extend(c2.iter().filter(|case| case.0 == loss).map(|case| format!("`{}`", case.1)));
-        let golden = if names.is_empty() { "–".to_owned() } else { names.join(", ") };
-        let by_hand = hand.iter().any(|case| case.loss == loss);
-        writeln!(
-            table,
-            "| `{}` | {golden} | {} | yes | {} | {} | {} | {} | {} |",
-            loss.name(),
-            mark(by_hand),
-            mark(loss.needs_reference()),
-            mark(loss.coupled()),
-            mark(loss.reads_label_smoothing()),
-            mark(loss.reads_divergence()),
-            mark(loss.unpaired()),
-        )
-        .unwrap();
+        // Both tests go over the same losses; sorted lists have theirs together.
+        let independent = alone().chain(SORTED).any(|tested| tested == loss);
+        let columns = [
+            hand.iter().any(|case| case.loss == loss),
+            independent,
+            independent,
+            loss.needs_reference(),
+            loss.coupled(),
+            loss.reads_label_smoothing(),
+            loss.reads_divergence(),
+            loss.unpaired(),
+        ];
+        let columns = columns.map(mark).join(" | ");
+        writeln!(table, "| `{}` | {} | {columns} |", loss.name(), golden_names(loss)).unwrap();
     }
     table.push_str(include_str!("fixtures/losses_notes.md"));
     let path = "docs/losses.md";

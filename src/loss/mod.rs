@@ -27,7 +27,7 @@ pub enum Readout {
 /// Sums over the whole optimizer step, known before the first backward.
 #[derive(Clone, Debug, Default)]
 pub struct StepTotals {
-    /// One count a term: what its sum is divided by.
+    /// One count a term: what its sum is divided by. What an objective counts beyond its terms comes after.
     pub counts: Vec<f64>,
     /// What [`Objective::statistics`] returned for a coupled objective; empty otherwise.
     pub statistics: Vec<f64>,
@@ -100,7 +100,7 @@ pub trait Objective: Sync {
     /// Its terms by name, each with its weight in the loss: `loss = Σ weight · sum / count`.
     fn terms(&self) -> Vec<(&'static str, f64)>;
 
-    /// What this micro-batch adds to each term's count.
+    /// What this micro-batch adds to each term's count, and then to counts of its own.
     fn counts(&self, forest: &Forest) -> Vec<f64>;
 
     /// Whether [`weigh`](Self::weigh) needs [`Reading::rows`].

@@ -290,6 +290,7 @@ impl<'a> Counts<'a> {
 
     fn add(&mut self, forest: &Forest) {
         let counts = self.objective.counts(forest);
+        self.of_terms.resize(counts.len().max(self.of_terms.len()), 0.0);
         self.of_terms.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
         self.rows.extend(forest.sources.iter().take(4 - self.rows.len()));
     }

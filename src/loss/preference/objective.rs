@@ -352,17 +352,17 @@ fn places(forest: &Forest) -> Vec<usize> {
     place
 }
 
-/// Mean logit over the vocabulary and each side's trained tokens, where rows were read.
-fn mean_logits(forest: &Forest, rows: &[RowStats]) -> Vec<Mean> {
-    let place = places(forest);
-    let sides = ["logits/chosen", "logits/rejected"].into_iter().enumerate();
+/// Mean logit over the vocabulary and each side's trained tokens, where rows were read. `sides` says of each leaf: 0 chosen, 1
+/// rejected, more for neither.
+pub(super) fn mean_logits(forest: &Forest, sides: &[usize], rows: &[RowStats]) -> Vec<Mean> {
+    let names = ["logits/chosen", "logits/rejected"].into_iter().enumerate();
     let mean = |(side, name): (usize, &'static str)| {
         let targets = forest.targets.iter().zip(rows);
-        let own = targets.filter(|(target, _)| place[target.leaf as usize] == side);
+        let own = targets.filter(|(target, _)| sides[target.leaf as usize] == side);
         let logits: Vec<f64> = own.map(|(_, row)| f64::from(row.mean_logit)).collect();
         Mean { name, sum: logits.iter().sum(), count: logits.len() as f64 }
     };
-    sides.map(mean).filter(|mean| mean.count > 0.0).collect()
+    names.map(mean).filter(|mean| mean.count > 0.0).collect()
 }
 
 /// Whether each leaf is its tree's first.
@@ -436,7 +436,7 @@ impl Objective for Preference {
         let d_values = d_values.collect();
         sums.push(nll);
         let mut metrics = self.metrics(&read, totals);
-        metrics.extend(mean_logits(forest, reading.rows));
+        metrics.extend(mean_logits(forest, &places(forest), reading.rows));
         Ok(Weighed { d_values, sums, metrics })
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::coupled::{kl_estimate, shift};
-use super::objective::{empty, is_first};
+use super::objective::{empty, is_first, mean_logits};
 use super::{LiveReference, LossOptions, PreferenceLoss, Response, Summing};
 use crate::data::forest::Forest;
 use crate::data::tree::Tree;
@@ -40,6 +40,17 @@ struct Labelled {
 struct Read {
     rows: Vec<Labelled>,
     mismatched: Vec<f64>,
+}
+
+impl Read {
+    /// Of each leaf: 0 desirable, 1 not, 2 a response to another prompt.
+    fn sides(&self, forest: &Forest) -> Vec<usize> {
+        let side = |(first, tree): (bool, usize)| {
+            if first { usize::from(!self.rows[tree].desirable) } else { 2 }
+        };
+        let trees = forest.leaves.iter().map(|leaf| leaf.tree);
+        is_first(forest).into_iter().zip(trees).map(side).collect()
+    }
 }
 
 impl Unpaired {
@@ -98,23 +109,44 @@ impl Unpaired {
         Ok(())
     }
 
-    /// TRL's names; each side over the rows that have its label.
-    fn metrics(&self, read: &Read, kl: f64) -> Vec<Mean> {
+    /// TRL's names; each side over the rows that have its label. `counts` are those of the step.
+    fn metrics(&self, read: &Read, kl: f64, counts: &[f64]) -> Vec<Mean> {
         let mut metrics = Vec::new();
-        for (desirable, [reward, logp, length]) in [
-            (true, ["rewards/chosen", "logps/chosen", "lengths/chosen"]),
-            (false, ["rewards/rejected", "logps/rejected", "lengths/rejected"]),
+        let mut margin = 0.0;
+        for (desirable, of_step, [reward, logp, length, count]) in [
+            (true, counts[1], ["rewards/chosen", "logps/chosen", "lengths/chosen", "count/chosen"]),
+            (
+                false,
+                counts[0] - counts[1],
+                ["rewards/rejected", "logps/rejected", "lengths/rejected", "count/rejected"],
+            ),
         ] {
             let rows = || read.rows.iter().filter(|row| row.desirable == desirable);
-            let count = rows().count() as f64;
+            let own = rows().count() as f64;
             let mut mean = |name, of: &dyn Fn(&Labelled) -> f64| {
-                let sum = rows().map(of).sum();
-                metrics.extend((count > 0.0).then_some(Mean { name, sum, count }));
+                let sum: f64 = rows().map(of).sum();
+                metrics.extend((own > 0.0).then_some(Mean { name, sum, count: own }));
+                sum
             };
-            mean(reward, &|row| self.options.beta * row.log_ratio);
+            let rewards = mean(reward, &|row| self.options.beta * row.log_ratio);
             mean(logp, &|row| row.logp);
             // The watchdog looks at the log-probability a token.
             mean(length, &|row| row.length);
+            // Plain sums over the step.
+            metrics.push(Mean { name: count, sum: own, count: 0.0 });
+            margin += if desirable { rewards / of_step } else { -rewards / of_step };
+        }
+        let wanted = read.rows.iter().filter(|row| row.desirable);
+        let (ratios, tokens) =
+            wanted.fold((0.0, 0.0), |(sum, count), row| (sum + row.log_ratio, count + row.length));
+        metrics.extend((tokens > 0.0).then_some(Mean {
+            name: "kl/chosen",
+            sum: ratios,
+            count: tokens,
+        }));
+        // Of a step with one label only there is none.
+        if margin.is_finite() {
+            metrics.push(Mean { name: "rewards/margins", sum: margin, count: 0.0 });
         }
         if self.loss.needs_mismatched() {
             let count = read.rows.len() as f64;
@@ -129,8 +161,10 @@ impl Objective for Unpaired {
         vec![(self.loss.name(), 1.0)]
     }
 
+    /// Responses, and how many of them are desirable.
     fn counts(&self, forest: &Forest) -> Vec<f64> {
-        vec![forest.trees() as f64]
+        let desirable = forest.sources.iter().filter(|row| self.labels.get(row) == Some(&true));
+        vec![forest.trees() as f64, desirable.count() as f64]
     }
 
     fn coupled(&self) -> bool {
@@ -161,10 +195,12 @@ impl Objective for Unpaired {
             let (_, slope) = losses[forest.leaves[leaf].tree];
             if first[leaf] { (weight * slope / totals.counts[0]) as f32 } else { 0.0 }
         });
+        let mut metrics = self.metrics(&read, kl, &totals.counts);
+        metrics.extend(mean_logits(forest, &read.sides(forest), reading.rows));
         Ok(Weighed {
             d_values: d_values.collect(),
             sums: vec![losses.iter().map(|(loss, _)| loss).sum()],
-            metrics: self.metrics(&read, kl),
+            metrics,
         })
     }
 }
