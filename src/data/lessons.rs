@@ -86,21 +86,10 @@ fn judged(
     let Record::Completion { prompt, completion } = &row.record else {
         return Err(unfit(row, "`prompt` and `completion`"));
     };
-    if is_blank(completion) {
-        return Err(Error::run("`completion` is empty"));
-    }
+    row.check_said()?;
     let response = std::slice::from_ref(completion);
     let outcome = siblings(index, row, (prompt, response), tokenizer, options)?;
     Ok(outcome.map(|tree| tree.labelled(vec![label])))
-}
-
-fn is_blank(side: &Side) -> bool {
-    match side {
-        Side::Text(text) => text.trim().is_empty(),
-        Side::Messages(messages) => messages.iter().all(|message| {
-            message.text().trim().is_empty() && !message.fields().contains_key("tool_calls")
-        }),
-    }
 }
 
 impl Ranked {
@@ -112,6 +101,7 @@ impl Ranked {
         options: &PairOptions,
     ) -> Result<Outcome> {
         let (prompt, responses) = row.preference()?;
+        row.check_said()?;
         if self.margins && row.margins.is_empty() {
             return Err(Error::run("no column `margin`")
                 .hint("`use_margin` needs it: by how much the chosen response is better"));
@@ -342,6 +332,11 @@ mod tests {
     fn labels_and_ratings_that_are_none_are_refused_with_their_place() {
         let outcome = |completion: &str, label: Value| json!({"prompt": "q", "completion": completion, "label": label});
         refuses(&Lesson::Outcome, outcome(" ", json!(true)), "`completion` is empty");
+        let said = |text: &str| json!([{"role": "assistant", "content": text}]);
+        let turn = json!({"prompt": [{"role": "user", "content": "q"}], "completion": said(""), "label": 1});
+        refuses(&Lesson::Outcome, turn, "`completion` is empty");
+        let turns = json!({"prompt": [{"role": "user", "content": "q"}], "chosen": said("a"), "rejected": said("\n")});
+        refuses(&ranked(false, None), turns, "response 1 is empty");
         refuses(
             &Lesson::Outcome,
             outcome("a", json!("yes")),

@@ -158,6 +158,17 @@ impl Side {
         }
     }
 
+    /// Whether nothing is said: no text, or messages of white space alone, which templates trim, and no call of a tool.
+    pub fn is_blank(&self) -> bool {
+        match self {
+            Self::Text(text) => text.trim().is_empty(),
+            Self::Messages(messages) => messages.iter().all(|message| {
+                let calls = message.fields().get("tool_calls").and_then(Value::as_array);
+                message.text().trim().is_empty() && calls.is_none_or(Vec::is_empty)
+            }),
+        }
+    }
+
     /// The messages; plain text counts as one message of `role`.
     pub fn into_messages(self, role: &str) -> Vec<Message> {
         match self {
@@ -260,6 +271,26 @@ impl Row {
                 "preferences need `chosen` and `rejected`, or `responses` ranked best first",
             )),
         }
+    }
+
+    /// Refuses a response that says nothing: a model would learn from it to end its turn at once. What a model answered is
+    /// judged all the same.
+    ///
+    /// # Errors
+    /// Names the response.
+    pub fn check_said(&self) -> Result<()> {
+        let responses = match &self.record {
+            Record::Completion { completion, .. } => std::slice::from_ref(completion),
+            Record::Preference { responses, .. } => responses,
+            _ => return Ok(()),
+        };
+        let Some(blank) = responses.iter().position(Side::is_blank) else { return Ok(()) };
+        let what = match &self.record {
+            Record::Preference { .. } => format!("response {blank}"),
+            _ => "`completion`".to_owned(),
+        };
+        Err(Error::run(format!("{what} is empty"))
+            .hint("a response needs text; on_bad_row = \"skip\" leaves such rows out"))
     }
 
     /// The messages to answer: the prompt, or a conversation up to its last assistant turn. A text prompt is one

@@ -156,10 +156,11 @@ impl Kind {
     /// of the older version is then not reused.
     pub fn version(self) -> u32 {
         match self {
-            // 2: products with an order of summation of their own; `select` prefers a finished answer.
-            Self::Synth | Self::Sft | Self::Reward | Self::Select | Self::Dpo => 2,
-            // 3: rows say what scores rest on; the best of an earlier round is one that may win.
-            Self::Sample | Self::Eval => 3,
+            // 2: products with an order of summation of their own.
+            Self::Synth | Self::Sft => 2,
+            // 3: sampled rows say what scores rest on, and the best of an earlier round is one that may win; responses
+            // without text are not selected, and are bad rows.
+            Self::Sample | Self::Eval | Self::Reward | Self::Select | Self::Dpo => 3,
             Self::Average => 1,
         }
     }

@@ -185,9 +185,10 @@ impl Labelled {
             Method::Paired(_) => Rule::Pairs(spec.data.clone()),
             Method::Unpaired(_) => Rule::Responses(spec.data.clone()),
         };
-        // Sampled pairs have answers of nothing but the end of the turn: that the mask leaves nothing of them is the
+        // A response may be a call of a tool, which the template writes: that the mask leaves nothing of it is the
         // setting's doing, not a fault of the row.
         let check = |row: &Row, tree: &Tree| -> Result<Option<String>> {
+            row.check_said()?;
             if spec.mask_formatting_tokens && spec.summing().lengths(tree).contains(&0) {
                 return Ok(Some(
                     "a response has formatting tokens only, which mask_formatting_tokens leaves out"

@@ -186,8 +186,15 @@ fn sampled_rows_are_selected_with_the_earlier_round_and_evaluated_against_a_refe
     });
     let metrics = run(home.path().join("sel"), &select, &Silent).unwrap();
     assert!(metrics["pairs"] > 0.0 && metrics["margin"] > 0.0, "{metrics:?}");
-    let pair = &lines(&home.path().join("sel/pairs.jsonl"))[0];
-    assert_eq!(pair["chosen"][0]["role"], "assistant");
+    let empty = |text: &Value| text.as_str().unwrap().trim().is_empty();
+    let rows = lines(&second);
+    let candidates = rows.iter().flat_map(|row| row["candidates"].as_array().unwrap());
+    let left_out = candidates.filter(|one| empty(&one["text"])).count() as f64;
+    assert!((metrics["empty"] - left_out).abs() < 1e-9 && left_out > 0.0, "{metrics:?}");
+    for pair in lines(&home.path().join("sel/pairs.jsonl")) {
+        assert_eq!(pair["chosen"][0]["role"], "assistant");
+        assert!(["chosen", "rejected"].iter().all(|side| !empty(&pair[side][0]["content"])));
+    }
 
     let eval = |reference: &str| {
         let spec = Spec::Eval(plan::Eval {

@@ -20,13 +20,14 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Select) -> Result<Metrics> {
     }
     let chosen = select(&rows, &rules);
     let count = |outcome| chosen.iter().filter(|one| one.outcome == outcome).count() as f64;
+    let empty: usize = chosen.iter().map(|one| one.empty).sum();
     let counts = [Outcome::Identical, Outcome::AllFailed, Outcome::TooClose].map(count);
     let (sft, pairs): (Vec<_>, Vec<_>) = chosen.into_iter().map(|one| (one.sft, one.pairs)).unzip();
     let sft: Vec<SftRow> = sft.into_iter().flatten().collect();
     let pairs: Vec<PairRow> = pairs.into_iter().flatten().collect();
     if sft.is_empty() && pairs.is_empty() {
         return Err(Error::run(format!("nothing was chosen from {} prompts", rows.len()))
-            .hint("every candidate failed or was cut off: check the scorers and max_new_tokens of `sample`"));
+            .hint("every candidate failed, was cut off, or is empty: check the scorers and max_new_tokens of `sample`"));
     }
     generation::write_rows(context, "sft.jsonl", &sft)?;
     generation::write_rows(context, "pairs.jsonl", &pairs)?;
@@ -40,6 +41,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Select) -> Result<Metrics> {
             ("identical", counts[0]),
             ("all_failed", counts[1]),
             ("too_close", counts[2]),
+            ("empty", empty as f64),
         ]
         .map(|(name, value)| (name.to_owned(), value)),
     );

@@ -153,6 +153,8 @@ pub struct Selection {
     pub pairs: Vec<PairRow>,
     /// Whether and why.
     pub outcome: Outcome,
+    /// Candidates without a text, which are in neither: no stage would learn from them.
+    pub empty: usize,
 }
 
 /// Chooses for every prompt, in the order of the prompts.
@@ -180,7 +182,8 @@ pub fn select(prompts: &[Candidates], rules: &Rules) -> Vec<Selection> {
             .map(|(better, worse)| rows::pair_row(row, better, worse))
             .collect();
         let outcome = outcome(ranked, pairs.is_empty());
-        Selection { sft, pairs, outcome }
+        let empty = row.candidates.iter().filter(|candidate| is_empty(candidate)).count();
+        Selection { sft, pairs, outcome, empty }
     };
     prompts.iter().enumerate().map(choose).collect()
 }
@@ -202,11 +205,16 @@ fn is_eligible(candidate: &Candidate, rules: &Rules) -> bool {
     candidate.may_win() && candidate.score >= rules.min_score
 }
 
-/// Different texts, best first, of equal scores the first drawn. Of equal texts one that may win, then the best scored,
+/// Whether nothing was said before the turn ended.
+fn is_empty(candidate: &Candidate) -> bool {
+    candidate.text.trim().is_empty()
+}
+
+/// Different texts but for the empty one, best first, of equal scores the first drawn. Of equal texts one that may win, then the best scored,
 /// then the first drawn: an answer that was cut off must not hide the same answer finished.
 fn ranked(candidates: &[Candidate]) -> Vec<&Candidate> {
     let mut kept: IndexMap<&str, (usize, &Candidate)> = IndexMap::new();
-    for (drawn, candidate) in candidates.iter().enumerate() {
+    for (drawn, candidate) in candidates.iter().enumerate().filter(|(_, one)| !is_empty(one)) {
         let known = kept.entry(candidate.text.trim()).or_insert((drawn, candidate));
         let better = candidate
             .may_win()

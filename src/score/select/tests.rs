@@ -74,6 +74,30 @@ fn groups_that_teach_nothing_give_no_pair() {
 }
 
 #[test]
+fn candidates_without_text_are_counted_and_left_out() {
+    let row =
+        group(&[("", 0.9, Some(true)), ("b", 0.5, None), ("c", 0.3, None), (" \n", 0.1, None)]);
+    for sft in [SftStrategy::BestOf, SftStrategy::TopQuantile] {
+        let rules = Rules { pairs: PairStrategy::AllAboveMargin, sft, ..Rules::default() };
+        let chosen = select(&row, &rules);
+        assert_eq!(chosen.empty, 2);
+        let pairs: Vec<_> = chosen
+            .pairs
+            .iter()
+            .map(|pair| (pair.chosen[0].text(), pair.rejected[0].text()))
+            .collect();
+        assert_eq!(pairs, [("b".into(), "c".into())]);
+        let learned: Vec<_> = chosen.sft.iter().map(|row| row.messages[1].text()).collect();
+        assert_eq!(learned, ["b"]);
+    }
+    assert_eq!(
+        select(&group(&[("", 1.0, None), ("b", 0.5, None)]), &Rules::default()).outcome,
+        Outcome::Identical
+    );
+    assert_eq!(select(&group(&[("", 1.0, None)]), &Rules::default()).outcome, Outcome::AllFailed);
+}
+
+#[test]
 fn what_was_cut_off_or_refused_can_only_lose() {
     let mut row = group(&[("long", 0.9, None), ("b", 0.5, None)]);
     row.candidates[0].finish = Finish::Length;
