@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arriero::data::mismatch::add_mismatched;
@@ -441,6 +442,43 @@ fn the_average_of_weights_is_evaluated_and_saved_and_survives_a_stop() {
             assert_eq!(bits(&resumed.weights), bits(&whole.weights), "stopped after step {stop}");
         }
     }
+}
+
+/// Keeps every step's numbers.
+#[derive(Default)]
+struct Numbers(Mutex<Vec<Metrics>>);
+
+impl Events for Numbers {
+    fn metrics(&self, _step: u64, values: &Metrics) -> Result<()> {
+        self.0.lock().unwrap().push(values.clone());
+        Ok(())
+    }
+}
+
+/// Gradients shrink while eight conversations are learned by heart: early steps are clipped, late ones are not.
+#[test]
+fn the_clipped_share_counts_the_steps_above_the_norm_over_a_stop_too() {
+    let start = start();
+    let trees = conversations(8);
+    let settings = Settings { max_grad_norm: 1.0, max_steps: 40, save_steps: 1, ..settings() };
+    let model = (&start.config, &start.weights);
+    let run = |dir: &Path, events: &dyn Events| {
+        fit(model, &Sft::default(), (&trees, &[]), &settings, (dir, events)).outcome
+    };
+    let (dir, numbers) = (tempfile::tempdir().unwrap(), Numbers::default());
+    run(dir.path(), &numbers).unwrap();
+    let steps = numbers.0.into_inner().unwrap();
+    let mut clipped = 0.0;
+    for (at, step) in steps.iter().enumerate() {
+        clipped += f64::from(u8::from(step["grad_norm"] > 1.0));
+        let share = clipped / (at + 1) as f64;
+        assert!((step["clipped_share"] - share).abs() < 1e-12, "step {}: {step:?}", at + 1);
+    }
+    assert!(clipped > 1.0 && clipped < steps.len() as f64 - 1.0, "{clipped} of {}", steps.len());
+    let dir = tempfile::tempdir().unwrap();
+    run(dir.path(), &StopAfter { steps: 3, seen: AtomicU64::new(0) }).unwrap_err();
+    let resumed = run(dir.path(), &Silent).unwrap();
+    assert_eq!(resumed["clipped_share"].to_bits(), steps[39]["clipped_share"].to_bits());
 }
 
 #[test]
