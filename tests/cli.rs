@@ -304,6 +304,22 @@ fn recipes_are_copied_once_and_validated() {
 }
 
 #[test]
+#[expect(clippy::disallowed_methods, reason = "the data of a test")]
+fn labelled_responses_are_shown_by_validate() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = dir.path().join("rows.jsonl");
+    std::fs::write(&rows, r#"{"prompt": "How many?", "completion": "4 pears", "label": true}"#)
+        .unwrap();
+    let recipe = dir.path().join("kto.toml");
+    let stage =
+        "[[stage]]\nkind = 'dpo'\nmodel_name_or_path = 'data/tiny/student'\nloss_type = 'kto'";
+    let text = format!("{stage}\ndatasets = ['{}']\n", rows.display());
+    std::fs::write(&recipe, text).unwrap();
+    let (status, stdout, stderr) = arriero(&["validate", recipe.to_str().unwrap()]);
+    assert!(status == 0 && stdout.contains("4 pears"), "{stdout} {stderr}");
+}
+
+#[test]
 fn chat_answers_line_by_line_and_keeps_the_conversation() {
     let output = Command::cargo_bin("arriero")
         .unwrap()

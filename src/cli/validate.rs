@@ -10,6 +10,7 @@ use super::{RecipeArgs, output, recipes};
 use crate::data::pipeline::{Source, first_rows};
 use crate::data::prepare::Rule;
 use crate::data::preview;
+use crate::data::record::Record;
 use crate::error::Result;
 use crate::model::checkpoint::peek;
 use crate::model::lora::Lora;
@@ -165,7 +166,13 @@ fn show_rows(plan: &Plan, step: &Step, count: usize) -> Result<()> {
     }
     let rows = first_rows(&sources, step.seed, count)?;
     let colour = std::io::stdout().is_terminal();
-    let prepared = training.rule.trees(&rows, &tokenizer)?;
+    // Which of the two a `dpo` stage reads is told by its rows.
+    let labelled = rows.iter().any(|row| matches!(row.record, Record::Completion { .. }));
+    let rule = match training.rule {
+        Rule::Pairs(options) if labelled => Rule::Responses(options),
+        rule => rule,
+    };
+    let prepared = rule.trees(&rows, &tokenizer)?;
     for tree in &prepared.trees {
         let place = rows.get(tree.source).map_or("", |row| row.place.as_str());
         output::line(&format!("\n{} {place}: {} tokens", step.id, tree.tokens()));
