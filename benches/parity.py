@@ -9,6 +9,8 @@ import sys
 
 REWARDS = ["rewards/chosen", "rewards/rejected"]
 LOSS, REWARD, SHARE = 0.005, 0.005, 0.01
+# A run that does not learn compares little: said is where TRL's loss falls below this.
+LEARNED = 0.55
 
 
 def arguments():
@@ -81,6 +83,17 @@ def table(steps):
         )
 
 
+def learned(losses):
+    """Says at how many steps TRL's loss is below LEARNED, and where its mean over ten steps is lowest."""
+    below = [at for at, loss in enumerate(losses, start=1) if loss < LEARNED]
+    first = f", first at step {below[0]}" if below else f": its lowest is {min(losses):.4f}, raise --rate"
+    print(f"\nTRL's loss is below {LEARNED} at {len(below)} of {len(losses)} steps{first}.")
+    means = {at: sum(losses[at - 10 : at]) / 10 for at in range(10, len(losses) + 1)}
+    if means:
+        lowest = min(means, key=means.get)
+        print(f"Its lowest mean over ten steps is {means[lowest]:.4f}, at steps {lowest - 9} to {lowest}.")
+
+
 def main():
     args = arguments()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +112,7 @@ def main():
             far.append(at)
     if far:
         sys.exit(f"too far apart at steps {far}")
+    learned([step["loss"] for step in theirs])
     print(f"\nEvery one of {args.steps} steps is within {LOSS} of the loss and {REWARD} or {SHARE:.0%} of the rewards.")
 
 
