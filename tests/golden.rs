@@ -17,7 +17,7 @@ use arriero::loss::reward::Reward;
 use arriero::loss::sft::Sft;
 use arriero::loss::{Objective, Readout};
 use arriero::model::checkpoint::Checkpoint;
-use arriero::model::lora::peft;
+use arriero::model::lora::peft::{self, BaseRecord};
 use arriero::model::{Gradients, Precision, Tensors, Transformer, Weights};
 use arriero::optim::adamw::{AdamW, Hyper, is_decayed};
 use arriero::optim::clip_factor;
@@ -562,9 +562,10 @@ fn golden_f_adapters_of_peft() {
 
         // Written and read again, the same bits.
         let out = tempfile::tempdir().unwrap();
-        peft::write(out.path(), &saved.config, &live.weights(), "of the base").unwrap();
+        let record = BaseRecord::dense("of the base");
+        peft::write(out.path(), &saved.config, &live.weights(), &record).unwrap();
         let again = peft::read(out.path(), &Device::Cpu).unwrap();
-        assert_eq!(again.base.as_deref(), Some("of the base"));
+        assert_eq!(again.base, Some(record));
         let (before, after) = (saved.into_trained(), again.into_trained());
         assert!(before.keys().eq(after.keys()));
         for (name, tensor) in &before {

@@ -23,7 +23,7 @@ use arriero::generate::local::{LocalModel, answer_logprobs};
 use arriero::generate::sampling::Sampling;
 use arriero::model::Transformer;
 use arriero::model::checkpoint::Checkpoint;
-use arriero::model::lora::peft::{self, AdapterConfig};
+use arriero::model::lora::peft::{self, AdapterConfig, BaseRecord};
 use arriero::model::lora::{Lora, attach};
 use arriero::model::save::SaveOptions;
 use arriero::score::reward_model::{Reading, RewardModel};
@@ -653,8 +653,8 @@ fn adapter(dir: &Path, seed: u64) {
     }
     let config = AdapterConfig { r: 4, lora_alpha: 32.0, ..AdapterConfig::default() };
     std::fs::create_dir_all(dir).unwrap();
-    peft::write(dir, &config, &attached.factors, &peft::fingerprint(&base.weights).unwrap())
-        .unwrap();
+    let record = BaseRecord::dense(&peft::fingerprint(&base.weights).unwrap());
+    peft::write(dir, &config, &attached.factors, &record).unwrap();
 }
 
 /// What the tiny model with an adapter merged into it answers.

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use super::output;
 use crate::error::Result;
 use crate::model::export::Encoding;
-use crate::stage::merge::{self, Merge};
+use crate::stage::merge::{self, Merge, Merged};
 
 #[derive(Debug, Args)]
 pub(super) struct MergeArgs {
@@ -22,6 +22,10 @@ pub(super) struct MergeArgs {
     /// How weights are stored
     #[arg(long, default_value = "f32")]
     dtype: StoredType,
+    /// Merge into the base's own weights, though the adapter was trained beside packed ones, and say how far that is from
+    /// what was trained
+    #[arg(long)]
+    dense_base: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -41,20 +45,30 @@ pub(super) fn run(args: MergeArgs) -> Result<()> {
         StoredType::Bf16 => Encoding::Bf16,
         StoredType::F16 => Encoding::F16,
     };
-    let MergeArgs { adapter, out, base, json, .. } = args;
-    let work = Merge { adapter, base, out, encoding };
+    let MergeArgs { adapter, out, base, json, dense_base, .. } = args;
+    let work = Merge { adapter, base, out, encoding, dense_base };
     let merged = merge::merge(&work)?;
-    output::line(&if json {
-        serde_json::to_string(&merged)?
-    } else {
-        format!(
-            "{} adapters merged into {}: outputs differ by at most {:.1e}, and by {:.1e} more as stored in {}",
-            merged.modules,
-            work.out.display(),
-            merged.max_difference,
-            merged.stored.max_logit_difference,
-            encoding.name()
-        )
-    });
+    output::line(&if json { serde_json::to_string(&merged)? } else { told(&work, &merged) });
     Ok(())
+}
+
+fn told(work: &Merge, merged: &Merged) -> String {
+    let beside = match (merged.trained_beside, work.dense_base) {
+        ("none", _) => String::new(),
+        (packed, false) => {
+            format!(" (into the {packed} weights that it was trained beside, unpacked)")
+        }
+        (packed, true) => format!(
+            " (into the base's own weights: outputs differ by at most {:.1e} from those beside the {packed} weights of training)",
+            merged.from_trained
+        ),
+    };
+    format!(
+        "{} adapters merged into {}{beside}: outputs differ by at most {:.1e}, and by {:.1e} more as stored in {}",
+        merged.modules,
+        work.out.display(),
+        merged.max_difference,
+        merged.stored.max_logit_difference,
+        work.encoding.name()
+    )
 }

@@ -3,14 +3,16 @@
 //!
 //! Every method is a weighted sum whose shares may differ from tensor to tensor. Sums are f32. Averages of PEFT adapters
 //! are averages of their factors: the mean of `A` and of `B` is not the mean of the products `B A` that they stand for.
+//! [`write_sum`] sums these products.
 
 use std::path::Path;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use serde_json::{Map, Value};
 
 use super::checkpoint::Checkpoint;
-use super::lora::peft;
+use super::lora;
+use super::lora::peft::{self, BaseRecord};
 use super::on_disk::{AdapterFiles, Kind, OnDisk};
 use super::save::{Files, shards, write_index};
 use super::{Config, Weights, tensor_file};
@@ -81,8 +83,8 @@ pub fn write(
         (Kind::Model(..), Some(limit)) => shards(sizes, limit),
         _ => first.files(),
     };
-    let texts: Vec<(&str, &str)> = match &first.kind {
-        Kind::Adapter(files) => files.base.iter().map(|base| (peft::BASE, base.as_str())).collect(),
+    let texts = match &first.kind {
+        Kind::Adapter(files) => files.base.iter().flat_map(BaseRecord::texts).collect(),
         Kind::Model(..) => Vec::new(),
     };
     let building = AtomicDir::create(dir)?;
@@ -107,6 +109,31 @@ pub fn write(
     write_index(building.path(), &files, first.shapes().map(|(name, _)| size(name)).sum())?;
     write_beside(building.path(), first, dtype)?;
     store::move_into_place(building.path(), dir)
+}
+
+/// Writes the weighted sum of what adapters stand for as the new adapter directory `dir`, with the first one's tokenizer,
+/// see [`lora::sum`]. Adapters are small: they are read whole.
+///
+/// # Errors
+/// A name that is no adapter; all of [`lora::sum`]; I/O errors.
+pub fn write_sum(dir: &Path, names: &[String], weights: &[f64], rank: Option<usize>) -> Result<()> {
+    let mut adapters = Vec::new();
+    for name in names {
+        let adapter = lora::load::directory(name)?.ok_or_else(|| not_an_adapter(name))?;
+        adapters.push((name.as_str(), peft::read(&adapter, &Device::Cpu)?));
+    }
+    let sum = lora::sum(&adapters, weights, rank)?;
+    let building = AtomicDir::create(dir)?;
+    let (config, base) = (sum.config.clone(), sum.base.clone());
+    peft::write(building.path(), &config, &sum.into_trained(), base.as_ref())?;
+    if let Kind::Adapter(files) = &OnDisk::open(&names[0])?.kind {
+        write_beside_adapter(building.path(), files, DType::F32)?;
+    }
+    store::move_into_place(building.path(), dir)
+}
+
+fn not_an_adapter(name: &str) -> Error {
+    Error::usage("a whole model, expected an adapter").at(name)
 }
 
 /// `Σ share · tensor` in pieces, in order.
@@ -313,8 +340,19 @@ fn write_beside(dir: &Path, first: &OnDisk, dtype: DType) -> Result<()> {
         }
         Kind::Adapter(files) => {
             store::write_json(&dir.join(peft::CONFIG), &files.config)?;
-            files.tokenizer.iter().try_for_each(|tokenizer| tokenizer.save(dir))
+            write_beside_adapter(dir, files, dtype)
         }
+    }
+}
+
+fn write_beside_adapter(dir: &Path, files: &AdapterFiles, dtype: DType) -> Result<()> {
+    let AdapterFiles { scorer, tokenizer, .. } = files;
+    match scorer.clone() {
+        Some(config) => {
+            let tokenizer = tokenizer.clone();
+            Checkpoint { config, weights: Weights::new(), tokenizer }.write_beside(dir, dtype)
+        }
+        None => tokenizer.iter().try_for_each(|tokenizer| tokenizer.save(dir)),
     }
 }
 
@@ -323,7 +361,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::f32::consts::FRAC_1_SQRT_2;
 
-    use candle_core::{Device, Tensor};
+    use candle_core::Tensor;
 
     use super::*;
     use crate::model::checkpoint::load_weights;

@@ -115,7 +115,9 @@ impl Bases {
         Ok(base)
     }
 
-    /// A model: an adapter's directory stands beside its base, whose tensors it shares.
+    /// A model: an adapter's directory stands beside its base, whose tensors it shares. Where it was trained beside NF4,
+    /// that is what it stands beside, whatever `form` says of packing; the blocks of a GGUF file are the numbers that the
+    /// dense model has anyway.
     ///
     /// # Errors
     /// As [`base`](Self::base), and an adapter of another base.
@@ -127,8 +129,19 @@ impl Bases {
             return Ok(Model::plain(self.base(name, form)?));
         }
         let saved = peft::read(&dir, &form.device)?;
+        let mut form = form.clone();
+        if let Some(record) =
+            saved.base.as_ref().filter(|base| base.quantization == Quantization::Nf4)
+        {
+            if record.taken > 0 {
+                // PiSSA packed what it had left of the weights: a base of its own.
+                form.quantization = Quantization::None;
+                return Ok(Model::plain(self.base(name, &form)?));
+            }
+            form.quantization = record.quantization;
+        }
         let base = self
-            .base(&base_of(&dir, &saved.config)?, form)
+            .base(&base_of(&dir, &saved.config)?, &form)
             .map_err(|error| error.at(format!("base of {}", dir.display())))?;
         Model::beside(base, (saved, &dir), form.dtype)
     }

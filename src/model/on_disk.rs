@@ -13,8 +13,9 @@ use serde_json::{Map, Value};
 
 use super::checkpoint::{self, SINGLE};
 use super::gguf::Gguf;
+use super::lora;
 use super::lora::load::is_adapter;
-use super::lora::peft;
+use super::lora::peft::{self, BaseRecord};
 use super::save::Files;
 use super::source::{self, Source};
 use super::tensor_file::{self, Mapped};
@@ -48,10 +49,12 @@ pub enum Kind {
 pub struct AdapterFiles {
     /// `adapter_config.json`.
     pub config: Map<String, Value>,
-    /// Which base it was trained beside, see [`peft::fingerprint`].
-    pub base: Option<String>,
+    /// Which base it was trained beside.
+    pub base: Option<BaseRecord>,
     /// The tokenizer, where it has one of its own.
     pub tokenizer: Option<ChatTokenizer>,
+    /// What it makes of its base, where that is a reward model.
+    pub scorer: Option<Config>,
 }
 
 /// A tensor's place.
@@ -106,6 +109,7 @@ impl OnDisk {
             config: store::read_json(&dir.join(peft::CONFIG))?,
             base: peft::base(dir)?,
             tokenizer: ChatTokenizer::in_dir(dir)?,
+            scorer: lora::load::scorer(dir)?,
         };
         let mut opened = Self {
             name: name.to_owned(),

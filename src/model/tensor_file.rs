@@ -152,7 +152,7 @@ pub fn write_with(
     out: &mut dyn Write,
     weights: &BTreeMap<&str, &Tensor>,
     dtype: DType,
-    texts: &[(&str, &str)],
+    texts: &[(&str, String)],
 ) -> Result<()> {
     let shapes = weights.iter().map(|(name, tensor)| (*name, tensor.dims()));
     write_header(out, shapes, dtype, texts)?;
@@ -171,7 +171,7 @@ pub(super) fn write_header<'a>(
     out: &mut dyn Write,
     tensors: impl Iterator<Item = (&'a str, &'a [usize])>,
     dtype: DType,
-    texts: &[(&str, &str)],
+    texts: &[(&str, String)],
 ) -> Result<()> {
     let kind = match dtype {
         DType::F32 => "F32",

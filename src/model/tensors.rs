@@ -78,12 +78,13 @@ impl Tensors {
     /// # Errors
     /// The device's; an adapter that does not fit.
     pub fn merged(&self) -> Result<Weights> {
+        let device = self.weights.values().next().map_or(Device::Cpu, |x| x.device().clone());
         let mut weights = Weights::new();
         for (name, tensor) in &self.weights {
             weights.insert(name.clone(), tensor.detach().to_dtype(DType::F32)?);
         }
         for (name, packed) in &self.packed {
-            weights.insert(name.clone(), packed.tensor(&Device::Cpu, DType::F32)?);
+            weights.insert(name.clone(), packed.tensor(&device, DType::F32)?);
         }
         lora::merge(&mut weights, &self.adapters)?;
         Ok(weights)

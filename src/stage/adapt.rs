@@ -3,14 +3,13 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use serde_json::json;
 
 use super::StageContext;
 use super::start::Start;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::model::checkpoint::Checkpoint;
-use crate::model::lora::peft::{self, AdapterConfig};
+use crate::model::lora::peft::{self, AdapterConfig, BaseRecord};
 use crate::model::lora::{self, A, Attached, B, Init, Lora, parameter};
 use crate::model::save::SaveOptions;
 use crate::model::source;
@@ -44,7 +43,7 @@ pub struct Trainee {
 /// What an adapter's files say besides the factors.
 struct Files {
     config: AdapterConfig,
-    fingerprint: String,
+    base: BaseRecord,
     /// The factors of the first step, where they are not zero: what is trained is the difference to them.
     first: Option<Attached>,
 }
@@ -88,7 +87,11 @@ impl<'a> Adapt<'a> {
         let trained = |name: &str| self.lora.trains(name);
         let learner = Learner::adapted(&config, start, &attached, self.held(), trained)?;
         let first = (self.lora.init_lora_weights == Init::Pissa).then_some(attached);
-        let files = Files { config: self.config(&config)?, fingerprint, first };
+        let quantization = self.lora.quantization;
+        let is_residual = first.is_some() && quantization != packed::Quantization::None;
+        let taken = if is_residual { self.lora.lora_r } else { 0 };
+        let base = BaseRecord { fingerprint, quantization, taken };
+        let files = Files { config: self.config(&config)?, base, first };
         Ok(Trainee { learner, config, tokenizer, adapter: Some(files) })
     }
 
@@ -118,7 +121,7 @@ impl<'a> Adapt<'a> {
             r: self.lora.lora_r,
             lora_alpha: self.lora.lora_alpha,
             lora_dropout: self.lora.lora_dropout,
-            target_modules: json!(self.lora.modules(model)?),
+            target_modules: self.lora.target_modules(model)?,
             modules_to_save: (!saved.is_empty()).then_some(saved),
             use_rslora: self.lora.use_rslora,
             use_dora: self.lora.use_dora,
@@ -179,7 +182,7 @@ impl Trainee {
         files: &Files,
         trained: &Weights,
     ) -> Result<()> {
-        peft::write(dir, config, trained, &files.fingerprint)?;
+        peft::write(dir, config, trained, &files.base)?;
         if self.config.architecture != Architecture::CausalLm {
             let (config, tokenizer) = (self.config.clone(), self.tokenizer.clone());
             let scorer = Checkpoint { config, weights: Weights::new(), tokenizer };
@@ -223,7 +226,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use serde_json::Value;
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::data::forest::Forest;
@@ -386,12 +389,35 @@ mod tests {
                 base: None,
                 out: out.clone(),
                 encoding: Encoding::F32,
+                dense_base: false,
             };
             let report = merge::merge(&work).unwrap();
             assert_eq!(report.modules, 7 * base.config.num_hidden_layers);
             assert_eq!(outputs(&load(&out)), outputs(&trained), "{name}");
             let error = merge::merge(&work).unwrap_err();
             assert!(error.to_string().contains("exists already"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_a_pattern_means_is_trained_and_saved_alone() {
+        let home = Home::new();
+        let pattern = r".*layers\.(0|1)\..*q_proj".to_owned();
+        let lora = Lora { lora_target_modules: vec![pattern.clone()], ..lora() };
+        let dir = home.sft("pattern", &lora, NEVER).unwrap();
+        assert_eq!(AdapterConfig::read(&dir).unwrap().target_modules, json!(pattern));
+        let saved = peft::read(&dir, &Device::Cpu).unwrap();
+        let modules = [0, 1].map(|layer| format!("model.layers.{layer}.self_attn.q_proj"));
+        assert!(saved.adapters.keys().eq(&modules), "{:?}", saved.adapters.keys());
+        let (trained, base) = (load(&dir), load(Path::new(BASE)));
+        for (name, tensor) in &base.weights {
+            let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let moved = numbers(&trained.weights[name]) != numbers(tensor);
+            assert_eq!(
+                moved,
+                modules.iter().any(|module| *name == format!("{module}.weight")),
+                "{name}"
+            );
         }
     }
 
@@ -412,11 +438,12 @@ mod tests {
             ..AdapterConfig::default()
         };
         let base = load(Path::new(BASE));
-        let fingerprint = peft::fingerprint(&base.weights).unwrap();
+        let fingerprint = BaseRecord::dense(&peft::fingerprint(&base.weights).unwrap());
         peft::write(&dir, &config(BASE), &factors, &fingerprint).unwrap();
         let out = home.dir.path().join("out");
         let encoding = Encoding::F32;
-        let work = merge::Merge { adapter: dir.clone(), base: None, out, encoding };
+        let work =
+            merge::Merge { adapter: dir.clone(), base: None, out, encoding, dense_base: false };
         let error = merge::merge(&work).unwrap_err();
         assert!(
             error.to_string().contains("factors [8, 2] and [2, 8] for a projection"),

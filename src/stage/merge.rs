@@ -1,20 +1,20 @@
 //! `arriero merge`: an adapter becomes part of its base, and success is reported after the numbers agree.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use serde::Serialize;
 
 use crate::data::forest::Forest;
 use crate::data::tree::{Role, Tree};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::model::Transformer;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::model::export::{Difference, Encoding, Format, check_new, export};
-use crate::model::lora::{self, peft};
+use crate::model::lora::load;
+use crate::model::lora::peft::{self, Saved};
 use crate::model::save::SaveOptions;
-use crate::model::{Precision, Tensors, Transformer};
 use crate::rng::Stream;
-use crate::train::Learner;
 
 /// What to merge.
 #[derive(Clone, Debug)]
@@ -27,6 +27,8 @@ pub struct Merge {
     pub out: PathBuf,
     /// How its weights are stored.
     pub encoding: Encoding,
+    /// Merge into the base's own weights, though the adapter was trained beside packed ones.
+    pub dense_base: bool,
 }
 
 /// What was found on the way.
@@ -34,6 +36,11 @@ pub struct Merge {
 pub struct Merged {
     /// Adapted projections.
     pub modules: usize,
+    /// How the base's projections were held while the adapter was trained: `none`, `nf4` or `gguf`.
+    pub trained_beside: &'static str,
+    /// The largest difference between an output of the model that was trained and of the merged model: more than rounding
+    /// where the base's own weights were asked for.
+    pub from_trained: f64,
     /// The largest difference between an output of the base with its adapter beside it and of the merged model.
     pub max_difference: f64,
     /// How far the merged model is from itself as it was written and read again.
@@ -45,7 +52,8 @@ const TOKENS: usize = 64;
 /// The share of the largest output by which the merged model may differ: sums in another order, no more.
 const BOUND: f64 = 1e-4;
 
-/// Merges, compares, writes, reads back and compares again.
+/// Merges, compares, writes, reads back and compares again. What an adapter was trained beside is what it is merged into:
+/// packed weights unpacked, unless the base's own are asked for. It is compared with the adapter beside the same weights.
 ///
 /// # Errors
 /// `out` is there; an adapter of another base; outputs that differ by more than rounding. Nothing is left behind then.
@@ -54,31 +62,50 @@ pub fn merge(work: &Merge) -> Result<Merged> {
     let saved = peft::read(&work.adapter, &Device::Cpu)?;
     let base = match &work.base {
         Some(base) => base.clone(),
-        None => lora::load::base_of(&work.adapter, &saved.config)?,
+        None => load::base_of(&work.adapter, &saved.config)?,
     };
     let base = Checkpoint::load(&base, &Device::Cpu, &LoadOptions::default())?;
-    let start = base.clone().prepare_for(&saved, &work.adapter)?;
-    let (tensors, attached) = (Tensors::dense(start.weights), saved.attached());
-    let live = Learner::adapted(&start.config, tensors, &attached, Precision::F32, |_| false)?;
-    let expected = outputs(live.model())?;
-    drop(live);
-
-    let modules = saved.adapters.len();
+    let (modules, trained_beside) = (saved.adapters.len(), saved.quantization().name());
+    let trained = live(&base, (&saved, &work.adapter))?;
+    let (saved, expected) = if work.dense_base {
+        let saved = saved.of_dense_base();
+        let expected = live(&base, (&saved, &work.adapter))?;
+        (saved, expected)
+    } else {
+        (saved, trained.clone())
+    };
     let merged = base.with_adapter(&saved, &work.adapter)?;
     let found = outputs(&Transformer::new(&merged.config, &merged.weights)?)?;
-    let apart = |(a, b): (&f32, &f32)| f64::from((a - b).abs());
-    let max_difference = expected.iter().zip(&found).map(apart).fold(0.0, f64::max);
-    let largest = expected.iter().fold(0.0, |max: f64, x| max.max(f64::from(x.abs())));
-    if max_difference.is_nan() || max_difference > BOUND * largest {
-        return Err(Error::run(format!(
-            "merged, outputs differ by up to {max_difference:.2e} from the base with its adapter, whose largest is {largest:.2}"
-        ))
-        .at(work.adapter.display())
-        .hint("nothing was written"));
-    }
+    let max_difference = compare(&expected, &found).at(work.adapter.display())?;
+    let from_trained = distance(&trained, &found);
     let format = Format::Safetensors(SaveOptions::new(merged.config.dtype).shard_bytes);
     let stored = export(merged, &work.out, format, work.encoding)?;
-    Ok(Merged { modules, max_difference, stored })
+    Ok(Merged { modules, trained_beside, from_trained, max_difference, stored })
+}
+
+/// What the base says with its adapter beside it, packed as it was in training.
+fn live(base: &Checkpoint, (saved, dir): (&Saved, &Path)) -> Result<Vec<f32>> {
+    let start = base.clone().prepare_for(saved, dir)?;
+    outputs(&Transformer::of(&start.config, &saved.beside(start.weights)?)?)
+}
+
+/// The largest difference between outputs; not a number where one of them is none.
+fn distance(one: &[f32], other: &[f32]) -> f64 {
+    let apart = one.iter().zip(other).map(|(a, b)| f64::from((a - b).abs()));
+    apart.fold(0.0, |max: f64, x| if max.is_nan() || x <= max { max } else { x })
+}
+
+/// The distance of the merged model, where it is rounding.
+fn compare(expected: &[f32], found: &[f32]) -> Result<f64> {
+    let apart = distance(expected, found);
+    let largest = expected.iter().fold(0.0, |max: f64, x| max.max(f64::from(x.abs())));
+    if apart <= BOUND * largest {
+        return Ok(apart);
+    }
+    Err(Error::run(format!(
+        "merged, outputs differ by up to {apart:.2e} from the base with its adapter, whose largest is {largest:.2}"
+    ))
+    .hint("nothing was written"))
 }
 
 /// Logits, or scores, of every token of a fixed sequence.
@@ -88,4 +115,117 @@ fn outputs(model: &Transformer) -> Result<Vec<f32>> {
     let forest = Forest::pack(&[Tree::sequence(ids, vec![Role::Content; TOKENS], 0)])?;
     let outputs = crate::ops::linear(&model.hidden(&forest)?, &model.head().detach(), None)?;
     Ok(outputs.flatten_all()?.to_vec1::<f32>()?)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use candle_core::Tensor;
+
+    use super::*;
+    use crate::model::bases::{Bases, Form};
+    use crate::model::lora::{Init, Lora};
+    use crate::model::packed::Quantization;
+    use crate::model::{Precision, Weights};
+    use crate::stage::adapt::Adapt;
+    use crate::stage::start::Start;
+
+    const BASE: &str = "data/tiny/student";
+
+    /// Writes an adapter that has moved from where it begins; returns what the model in training says.
+    fn trained(dir: &Path, base: &str, lora: &Lora) -> Vec<f32> {
+        adapter(dir, (base, lora), 3, Ok)
+    }
+
+    /// The same, of the base with what `head` makes of it.
+    pub(in crate::stage) fn adapter(
+        dir: &Path,
+        (base, lora): (&str, &Lora),
+        seed: u64,
+        head: impl Fn(Checkpoint) -> Result<Checkpoint>,
+    ) -> Vec<f32> {
+        let adapt = Adapt { lora, base, dtype: Precision::F32, offloaded: false, seed };
+        let start = adapt.start(&Bases::default(), &Device::Cpu).unwrap();
+        let start = Start { checkpoint: head(start.checkpoint).unwrap(), ..start };
+        let trainee = adapt.trainee(start).unwrap();
+        for (index, param) in trainee.learner.params().values().enumerate() {
+            let noise =
+                Stream::new(seed, "merge").normal(index as u64, param.master.elem_count(), 0.05);
+            let noise = Tensor::from_vec(noise, param.master.shape(), &Device::Cpu).unwrap();
+            param.set(&(param.master.as_tensor() + noise).unwrap()).unwrap();
+        }
+        trainee.save(dir, Precision::F32).unwrap();
+        outputs(trainee.learner.model()).unwrap()
+    }
+
+    fn said_by(dir: &Path) -> Vec<f32> {
+        let model = Checkpoint::load_dir(dir, &Device::Cpu).unwrap();
+        outputs(&Transformer::new(&model.config, &model.weights).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn an_adapter_is_merged_into_the_packed_weights_that_it_was_trained_beside() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join("student.gguf");
+        let student = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
+        export(student, &file, Format::Gguf, Encoding::Q4_0).unwrap();
+        let plain = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
+        let nf4 = Lora { quantization: Quantization::Nf4, ..plain.clone() };
+        for (name, base, lora) in [
+            ("nf4", BASE, nf4.clone()),
+            ("dora", BASE, Lora { use_dora: true, ..nf4.clone() }),
+            ("pissa", BASE, Lora { init_lora_weights: Init::Pissa, ..nf4 }),
+            ("gguf", file.to_str().unwrap(), Lora { quantization: Quantization::Gguf, ..plain }),
+        ] {
+            let adapter = home.path().join(name);
+            let live = trained(&adapter, base, &lora);
+            let rounding = BOUND * live.iter().fold(0.0, |max: f64, x| max.max(f64::from(x.abs())));
+            let [out, dense] =
+                ["merged", "dense"].map(|what| home.path().join(format!("{name}-{what}")));
+            let encoding = Encoding::F32;
+            let work = Merge { adapter, base: None, out, encoding, dense_base: false };
+            let merged = merge(&work).unwrap();
+            assert_eq!(merged.trained_beside, lora.quantization.name());
+            assert!(merged.max_difference <= rounding, "{name}: {merged:?}");
+            assert!(distance(&live, &said_by(&work.out)) <= rounding, "{name}");
+            // Wherever it is named it is that model.
+            assert!(distance(&live, &said_by(&work.adapter)) <= rounding, "{name}");
+            let form = Form::dense(&Device::Cpu, Precision::F32);
+            let beside = Bases::default().model(work.adapter.to_str().unwrap(), &form).unwrap();
+            let beside = outputs(&beside.transformer().unwrap()).unwrap();
+            assert!(distance(&live, &beside) <= rounding, "{name}");
+
+            let work = Merge { out: dense, dense_base: true, ..work };
+            let merged = merge(&work).unwrap();
+            assert!(merged.max_difference <= rounding, "{name}: {merged:?}");
+            let apart = distance(&live, &said_by(&work.out));
+            assert!((merged.from_trained - apart).abs() <= rounding, "{name}: {apart}, {merged:?}");
+            // A GGUF file's blocks are all that there is of it.
+            assert_eq!(apart > 10.0 * rounding, name != "gguf", "{name}: {apart}");
+        }
+    }
+
+    /// The comparison sees one adapter of all that is not merged, and one weight of all that is a hundredth too large.
+    #[test]
+    fn merged_weights_that_are_wrong_are_found() {
+        let home = tempfile::tempdir().unwrap();
+        let adapter = home.path().join("adapter");
+        trained(&adapter, BASE, &Lora { use_peft: true, lora_r: 4, ..Lora::default() });
+        let base = Checkpoint::load(BASE, &Device::Cpu, &LoadOptions::default()).unwrap();
+        let saved = peft::read(&adapter, &Device::Cpu).unwrap();
+        let expected = live(&base, (&saved, &adapter)).unwrap();
+        let merged = base.clone().with_adapter(&saved, &adapter).unwrap();
+        let found = |weights: &Weights| {
+            outputs(&Transformer::new(&merged.config, weights).unwrap()).unwrap()
+        };
+        compare(&expected, &found(&merged.weights)).unwrap();
+        for name in saved.adapters.keys().map(|module| format!("{module}.weight")) {
+            for wrong in [base.weights[&name].clone(), (&merged.weights[&name] * 1.01).unwrap()] {
+                let mut weights = merged.weights.clone();
+                weights.insert(name.clone(), wrong);
+                let error = compare(&expected, &found(&weights)).unwrap_err().to_string();
+                assert!(error.starts_with("merged, outputs differ by up to"), "{name}: {error}");
+            }
+        }
+        assert!(compare(&expected, &vec![f32::NAN; expected.len()]).is_err());
+    }
 }

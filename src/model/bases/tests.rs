@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use candle_core::DType;
+use candle_core::quantized::{QTensor, gguf_file};
 
 use super::*;
 use crate::data::forest::Forest;
@@ -10,8 +11,9 @@ use crate::data::tree::{Role, Tree};
 use crate::model::Architecture;
 use crate::model::checkpoint::LoadOptions;
 use crate::model::export::{Encoding, Format, export};
-use crate::model::lora::peft::AdapterConfig;
+use crate::model::lora::peft::{AdapterConfig, BaseRecord};
 use crate::model::lora::{A, B, Lora, MAGNITUDE, attach, parameter};
+use crate::model::packed::BlockType;
 use crate::model::params::{EMBEDDING, FINAL_NORM, SCORE};
 use crate::ops::linear::tests::random;
 
@@ -49,7 +51,7 @@ fn adapter(dir: &Path, name: &str, seed: u64, (dora, scorer): (bool, bool)) -> P
         let model = model.into_reward_model(seed).unwrap();
         model.write_beside(&dir, DType::F32).unwrap();
     }
-    peft::write(&dir, &files, &trained, &fingerprint).unwrap();
+    peft::write(&dir, &files, &trained, &BaseRecord::dense(&fingerprint)).unwrap();
     dir
 }
 
@@ -182,20 +184,60 @@ fn a_packed_base_is_what_packing_the_whole_model_gives() {
     }
 }
 
+/// Rows of Q and K lie interleaved in the file. They are moved block by block: every projection is the student's own,
+/// rounded once.
+#[test]
+fn blocks_of_each_type_are_held_as_they_stand_in_the_file() {
+    let home = tempfile::tempdir().unwrap();
+    let student = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
+    let kinds = [
+        (Encoding::Q4_0, BlockType::Q4_0),
+        (Encoding::Q4_1, BlockType::Q4_1),
+        (Encoding::Q8_0, BlockType::Q8_0),
+    ];
+    for (encoding, kind) in kinds {
+        let file = home.path().join(format!("{}.gguf", encoding.name()));
+        export(student.clone(), &file, Format::Gguf, encoding).unwrap();
+        let held = Form { quantization: Quantization::Gguf, ..form() };
+        let model = Bases::default().model(file.to_str().unwrap(), &held).unwrap();
+        assert_eq!(model.tensors.packed.len(), 7 * student.config.num_hidden_layers);
+        let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (name, packed) in &model.tensors.packed {
+            let rounded = QTensor::quantize(&student.weights[name], kind.dtype()).unwrap();
+            assert_eq!(packed.bytes(), rounded.storage_size_in_bytes(), "{name}");
+            let expected = numbers(&rounded.dequantize(&Device::Cpu).unwrap());
+            assert!(packed.unpack::<f32>() == expected, "{encoding:?}, {name}");
+        }
+        // llama.cpp's second row of a head is the first of the head's second half.
+        let mut reader = std::fs::File::open(&file).unwrap();
+        let content = gguf_file::Content::read(&mut reader).unwrap();
+        let query = content.tensor(&mut reader, "blk.1.attn_q.weight", &Device::Cpu).unwrap();
+        let query = query.dequantize(&Device::Cpu).unwrap().get(1).unwrap();
+        let (half, width) = (student.config.head_dim / 2, student.config.hidden_size);
+        let ours = model.tensors.packed["model.layers.1.self_attn.q_proj.weight"].unpack::<f32>();
+        assert!(numbers(&query) == ours[half * width..][..width], "{encoding:?}");
+
+        let dense = Checkpoint::load(file.to_str().unwrap(), &Device::Cpu, &LoadOptions::default())
+            .unwrap();
+        let dense = Transformer::new(&dense.config, &dense.weights).unwrap();
+        assert_eq!(outputs(&model.transformer().unwrap()), outputs(&dense), "{encoding:?}");
+    }
+}
+
 #[test]
 fn an_adapter_of_another_base_is_refused() {
     let home = tempfile::tempdir().unwrap();
     let dir = adapter(home.path(), "policy", 1, (false, false));
     let config = AdapterConfig::read(&dir).unwrap();
     let trained = peft::read(&dir, &Device::Cpu).unwrap().into_trained();
-    peft::write(&dir, &config, &trained, "another").unwrap();
+    peft::write(&dir, &config, &trained, &BaseRecord::dense("another")).unwrap();
     let error = Bases::default().model(dir.to_str().unwrap(), &form()).err().unwrap();
     assert!(error.to_string().contains("trained beside another"), "{error}");
     let mut narrow = trained;
     let module = "model.layers.0.mlp.up_proj";
     narrow.insert(parameter(module, A), random(1, (4, 8)));
     let fingerprint = Bases::default().base(BASE, &form()).unwrap().fingerprint.clone();
-    peft::write(&dir, &config, &narrow, &fingerprint).unwrap();
+    peft::write(&dir, &config, &narrow, &BaseRecord::dense(&fingerprint)).unwrap();
     let error = Bases::default().model(dir.to_str().unwrap(), &form()).err().unwrap();
     assert!(error.to_string().contains("for a projection"), "{error}");
 }

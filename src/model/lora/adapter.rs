@@ -92,8 +92,30 @@ impl Adapter {
             .hint("the adapter was trained beside another model"))
     }
 
+    /// The adapter without its last `count` ranks, and an adapter of these, where there are any.
+    ///
+    /// # Errors
+    /// No ranks would be left.
+    pub(super) fn cut(&self, count: usize) -> Result<(Self, Option<Self>)> {
+        if count == 0 {
+            return Ok((self.clone(), None));
+        }
+        if count >= self.rank() {
+            let rank = self.rank();
+            let error = Error::run(format!("{count} of {rank} ranks stand for the base's weights"));
+            return Err(error.at(format!("`{}`", self.module)).hint("the adapter is damaged"));
+        }
+        let ranks = |start, count| -> Result<Self> {
+            let a = self.a.narrow(0, start, count)?;
+            let b = self.b.narrow(1, start, count)?.contiguous()?;
+            Ok(Self { a, b, ..self.clone() })
+        };
+        let left = self.rank() - count;
+        Ok((ranks(0, left)?, Some(ranks(left, count)?)))
+    }
+
     /// `s · B · A`, `[O, I]` in f32.
-    fn delta(&self) -> candle_core::Result<Tensor> {
+    pub(super) fn delta(&self) -> candle_core::Result<Tensor> {
         let [a, b] = [&self.a, &self.b].map(|factor| factor.detach().to_dtype(DType::F32));
         b?.matmul(&a?)? * self.scale
     }

@@ -173,11 +173,11 @@ fn orthonormal(x: &Tensor) -> Result<Tensor> {
     tensor(&matrix(x)?.qr().q(), x.device())
 }
 
-fn matrix(x: &Tensor) -> Result<DMatrix<f64>> {
+pub(super) fn matrix(x: &Tensor) -> Result<DMatrix<f64>> {
     let (rows, cols) = x.dims2()?;
     Ok(DMatrix::from_row_slice(rows, cols, &x.flatten_all()?.to_vec1::<f64>()?))
 }
 
-fn tensor(x: &DMatrix<f64>, device: &Device) -> Result<Tensor> {
+pub(super) fn tensor(x: &DMatrix<f64>, device: &Device) -> Result<Tensor> {
     Ok(Tensor::from_vec(x.transpose().as_slice().to_vec(), x.shape(), device)?)
 }

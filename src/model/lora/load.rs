@@ -1,19 +1,34 @@
 //! A checkpoint that is an adapter directory: its base is loaded, and the adapter merged into it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 
+use super::is_projection;
 use super::peft::{self, AdapterConfig, Saved};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::model::checkpoint::{Checkpoint, INDEX, LoadOptions, SINGLE, load_config};
-use crate::model::{Architecture, Config, Tensors, params};
+use crate::model::packed::{Packed, Quantization};
+use crate::model::source::{self, Source};
+use crate::model::{Architecture, Config, Tensors, Weights, params};
 use crate::store;
 
 /// Whether a directory holds an adapter and no weights of its own.
 pub fn is_adapter(dir: &Path) -> bool {
     dir.join(peft::CONFIG).is_file() && !dir.join(SINGLE).exists() && !dir.join(INDEX).exists()
+}
+
+/// The directory of an adapter, where `name` is one.
+///
+/// # Errors
+/// No such model.
+pub fn directory(name: &str) -> Result<Option<PathBuf>> {
+    match source::resolve(name, None)? {
+        Source::Directory(dir) if is_adapter(&dir) => Ok(Some(dir)),
+        _ => Ok(None),
+    }
 }
 
 /// The base that an adapter names: a path, seen from here or from the adapter's directory, or a hub id.
@@ -39,6 +54,43 @@ pub fn base_of(dir: &Path, config: &AdapterConfig) -> Result<String> {
     Ok(if !here && beside.exists() { beside.display().to_string() } else { base.to_owned() })
 }
 
+impl Saved {
+    /// Base and adapter as they stood beside each other in training. `weights`: those of [`Checkpoint::prepare_for`]. The
+    /// blocks of a GGUF file stay unpacked: these are the same numbers to the last bit.
+    ///
+    /// # Errors
+    /// A module that the base does not have, the device's.
+    pub fn beside(&self, weights: Weights) -> Result<Tensors> {
+        let mut tensors = Tensors::dense(weights);
+        let taken = self.base.as_ref().map_or(0, |base| base.taken);
+        for (module, adapter) in &self.adapters {
+            let (adapter, of_weight) = adapter.cut(taken)?;
+            if let (Some(part), Some(weight)) =
+                (of_weight, tensors.weights.get_mut(&format!("{module}.weight")))
+            {
+                *weight = (&*weight + part.delta()?)?;
+            }
+            tensors.adapters.insert(module.clone(), adapter);
+        }
+        if self.quantization() == Quantization::Nf4 {
+            let dense = std::mem::take(&mut tensors.weights);
+            for (name, weight) in dense {
+                if is_projection(&name) && !self.weights.contains_key(&name) {
+                    tensors.packed.insert(name, Arc::new(Packed::nf4(&weight)?));
+                } else {
+                    tensors.weights.insert(name, weight);
+                }
+            }
+        }
+        let alone = std::mem::take(&mut tensors.adapters);
+        for (module, adapter) in alone {
+            let adapter = adapter.beside(&tensors.matrix(&module)?, DType::F32)?;
+            tensors.adapters.insert(module, adapter);
+        }
+        Ok(tensors)
+    }
+}
+
 impl Checkpoint {
     /// Loads the base of an adapter directory and merges the adapter into it, in f32.
     ///
@@ -52,18 +104,19 @@ impl Checkpoint {
         base.with_adapter(&saved, dir)
     }
 
-    /// Merges an adapter that was read from `dir`, whose tokenizer, if it has one, replaces the base's.
+    /// Merges an adapter that was read from `dir`, whose tokenizer, if it has one, replaces the base's. A base that was
+    /// packed in training takes the numbers that were computed with.
     ///
     /// # Errors
     /// An adapter of another base: other weights, or other shapes.
     pub fn with_adapter(self, saved: &Saved, dir: &Path) -> Result<Self> {
         let mut checkpoint = self.prepare_for(saved, dir)?;
-        super::merge(&mut checkpoint.weights, &saved.adapters)?;
+        checkpoint.weights = saved.beside(checkpoint.weights)?.merged()?;
         checkpoint.tokenizer = ChatTokenizer::in_dir(dir)?.or(checkpoint.tokenizer);
         Ok(checkpoint)
     }
 
-    /// The base as it was when the adapter was trained beside it, with the parameters that were trained in full.
+    /// The base in f32 with the parameters that were trained in full, after the checks that the adapter is its own.
     ///
     /// # Errors
     /// As [`with_adapter`](Self::with_adapter).
@@ -113,7 +166,7 @@ impl Checkpoint {
 }
 
 /// The configuration that an adapter has beside it where it makes a reward model.
-fn scorer(dir: &Path) -> Result<Option<Config>> {
+pub(in crate::model) fn scorer(dir: &Path) -> Result<Option<Config>> {
     dir.join("config.json").is_file().then(|| load_config(dir)).transpose()
 }
 

@@ -8,17 +8,22 @@ mod dropout;
 mod init;
 pub mod load;
 pub mod peft;
+mod sum;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 pub(crate) use adapter::{A, B, MAGNITUDE, parameter};
 pub use adapter::{Adapter, Dora};
 pub use dropout::{Dropout, Masks};
 pub use init::{Attached, attach, attach_beside};
+pub use sum::sum;
+
+use regex::Regex;
 
 use super::packed::Quantization;
 use super::params;
@@ -40,7 +45,8 @@ pub struct Lora {
     pub lora_alpha: f64,
     /// Share of an adapter's inputs that are dropped in training.
     pub lora_dropout: f64,
-    /// Which projections: `["all-linear"]`, or names such as `q_proj`.
+    /// Which projections: `["all-linear"]`, names such as `q_proj`, or a regular expression for whole names, such as
+    /// `.*layers\.(0|1)\..*q_proj`.
     pub lora_target_modules: Vec<String>,
     /// Other modules to train in full, such as `embed_tokens`, `lm_head` or `norm`; a score head always is.
     pub lora_modules_to_save: Vec<String>,
@@ -109,6 +115,7 @@ impl Lora {
                 .hint("set use_peft = true to train adapters beside them")),
             };
         }
+        self.lora_target_modules.iter().try_for_each(|target| pattern(target).map(|_| ()))?;
         let refuse = |key: &str, value: f64, expected: &str| {
             Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
         };
@@ -144,28 +151,38 @@ impl Lora {
     /// The adapted modules of a model, in name order.
     ///
     /// # Errors
-    /// A name that matches none.
+    /// A name or a pattern that matches none.
     pub fn modules(&self, config: &Config) -> Result<Vec<String>> {
         let all: Vec<String> = params::shapes(config)
             .into_keys()
             .filter(|name| is_projection(name))
             .map(|name| name.trim_end_matches(".weight").to_owned())
             .collect();
-        for target in self.lora_target_modules.iter().filter(|target| !is_all(target)) {
-            if !all.iter().any(|module| names(target, module)) {
-                let error = Error::usage(format!(
-                    "`lora_target_modules` has `{target}`, which is no projection"
-                ));
-                return Err(error.hint(match did_you_mean(target, PROJECTIONS) {
-                    Some(near) => format!("did you mean `{near}`?"),
-                    None => format!("there is: {ALL_LINEAR}, {}", PROJECTIONS.join(", ")),
-                }));
+        let mut wanted = BTreeSet::new();
+        for target in &self.lora_target_modules {
+            let pattern = pattern(target)?;
+            let means = |module: &String| {
+                let whole = |pattern: &Regex| pattern.is_match(module);
+                is_all(target) || names(target, module) || pattern.as_ref().is_some_and(whole)
+            };
+            if !all.iter().any(means) {
+                return Err(matches_none(target, pattern.is_some()));
             }
+            wanted.extend(all.iter().filter(|module| means(module)).cloned());
         }
-        let wanted = |module: &String| {
-            self.lora_target_modules.iter().any(|target| is_all(target) || names(target, module))
-        };
-        Ok(all.into_iter().filter(wanted).collect())
+        Ok(wanted.into_iter().collect())
+    }
+
+    /// The same for `adapter_config.json`: the pattern, where there is one alone, or the modules' names.
+    ///
+    /// # Errors
+    /// As [`modules`](Self::modules).
+    pub fn target_modules(&self, config: &Config) -> Result<Value> {
+        let modules = self.modules(config)?;
+        match &self.lora_target_modules[..] {
+            [target] if pattern(target)?.is_some() => Ok(Value::from(target.as_str())),
+            _ => Ok(Value::from(modules)),
+        }
     }
 
     /// Whether a parameter of the model is trained in full.
@@ -184,6 +201,33 @@ pub(crate) fn trains(modules: &[String], name: &str) -> bool {
 /// Every projection; LLaMA-Factory says `all`.
 fn is_all(target: &str) -> bool {
     target == ALL_LINEAR || target == "all"
+}
+
+/// The target as a regular expression that a whole name must match, as in peft; none where it is a name.
+fn pattern(target: &str) -> Result<Option<Regex>> {
+    if target.chars().all(|c| c.is_alphanumeric() || "._-".contains(c)) {
+        return Ok(None);
+    }
+    let whole = Regex::new(&format!("^(?:{target})$")).map_err(|error| {
+        Error::usage(format!("`lora_target_modules` has `{target}`: {error}"))
+            .hint("the syntax is that of the crate regex: no look-around")
+    })?;
+    Ok(Some(whole))
+}
+
+fn matches_none(target: &str, is_pattern: bool) -> Error {
+    if is_pattern {
+        return Error::usage(format!(
+            "`lora_target_modules` has `{target}`, which matches no projection"
+        ))
+        .hint("a pattern is held against whole names, such as `model.layers.0.self_attn.q_proj`");
+    }
+    let error =
+        Error::usage(format!("`lora_target_modules` has `{target}`, which is no projection"));
+    error.hint(match did_you_mean(target, PROJECTIONS) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None => format!("there is: {ALL_LINEAR}, {}, or a pattern", PROJECTIONS.join(", ")),
+    })
 }
 
 /// Whether a parameter is the weight of a block's projection.

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::{A, Adapter, Adapters, Attached, B, Dora, MAGNITUDE};
 use crate::error::{Context, Error, Result};
+use crate::model::packed::Quantization;
 use crate::model::{Architecture, Weights, params, tensor_file};
 use crate::store;
 
@@ -146,8 +147,38 @@ pub struct Saved {
     pub adapters: Adapters,
     /// Parameters that were trained in full, under the model's own names.
     pub weights: Weights,
-    /// What [`fingerprint`] said of the base that it was trained beside.
-    pub base: Option<String>,
+    /// The base that it was trained beside; another program's files say nothing of it.
+    pub base: Option<BaseRecord>,
+}
+
+/// What an adapter's files say of the base that it was trained beside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BaseRecord {
+    /// Its [`fingerprint`], before anything was packed.
+    pub fingerprint: String,
+    /// How its projections were held.
+    pub quantization: Quantization,
+    /// How many ranks at the end of the factors stand, with the other sign, for what was taken out of a weight before it
+    /// was packed: PiSSA's.
+    pub taken: usize,
+}
+
+impl BaseRecord {
+    /// Of a base that nothing was packed of.
+    pub fn dense(fingerprint: &str) -> Self {
+        let fingerprint = fingerprint.to_owned();
+        Self { fingerprint, quantization: Quantization::None, taken: 0 }
+    }
+
+    /// As the safetensors file's own metadata. What is not packed is not mentioned.
+    pub(crate) fn texts(&self) -> Vec<(&'static str, String)> {
+        let mut texts = vec![(BASE, self.fingerprint.clone())];
+        if self.quantization != Quantization::None {
+            texts.push((BASE_QUANTIZATION, self.quantization.name().to_owned()));
+            texts.push((BASE_TAKEN, self.taken.to_string()));
+        }
+        texts
+    }
 }
 
 impl Saved {
@@ -161,12 +192,25 @@ impl Saved {
         }
     }
 
+    /// How the base's projections were held in training, as far as the files say.
+    pub fn quantization(&self) -> Quantization {
+        self.base.as_ref().map_or(Quantization::None, |base| base.quantization)
+    }
+
+    /// The same adapter, taken for one that was trained beside the base's own weights.
+    #[must_use]
+    pub fn of_dense_base(mut self) -> Self {
+        self.base = self.base.map(|base| BaseRecord::dense(&base.fingerprint));
+        self
+    }
+
     /// Refuses a base other than the one that the files name, if they name one. `found`: its [`fingerprint`].
     ///
     /// # Errors
     /// Another base.
     pub fn check_base(&self, found: &str) -> Result<()> {
-        let Some(expected) = self.base.as_deref().filter(|expected| *expected != found) else {
+        let expected = self.base.as_ref().map(|base| base.fingerprint.as_str());
+        let Some(expected) = expected.filter(|expected| *expected != found) else {
             return Ok(());
         };
         let short = |hash: &str| hash.chars().take(12).collect::<String>();
@@ -242,29 +286,48 @@ fn assemble(config: &AdapterConfig, mut factors: Weights) -> Result<Adapters> {
     }
 }
 
-/// The key of the safetensors file's own metadata that names the base.
-pub(crate) const BASE: &str = "base_fingerprint";
+/// Keys of the safetensors file's own metadata that tell of the base.
+const BASE: &str = "base_fingerprint";
+const BASE_QUANTIZATION: &str = "base_quantization";
+const BASE_TAKEN: &str = "base_taken_ranks";
 
 /// What the files of an adapter say of the base that it was trained beside.
 ///
 /// # Errors
 /// Files that are missing or damaged.
-pub fn base(dir: &Path) -> Result<Option<String>> {
-    Ok(tensor_file::metadata(&dir.join(WEIGHTS))?.remove(BASE))
+pub fn base(dir: &Path) -> Result<Option<BaseRecord>> {
+    let path = dir.join(WEIGHTS);
+    let mut texts = tensor_file::metadata(&path)?;
+    let Some(fingerprint) = texts.remove(BASE) else { return Ok(None) };
+    let mut record = BaseRecord::dense(&fingerprint);
+    if let Some(text) = texts.remove(BASE_QUANTIZATION) {
+        let name = Value::from(text);
+        record.quantization =
+            serde_json::from_value(name).at(BASE_QUANTIZATION).at(path.display())?;
+    }
+    if let Some(text) = texts.remove(BASE_TAKEN) {
+        record.taken = serde_json::from_str(&text).at(BASE_TAKEN).at(path.display())?;
+    }
+    Ok(Some(record))
 }
 
-/// Writes factors, magnitudes and fully trained parameters, all by the model's own names.
+/// Writes factors, magnitudes and fully trained parameters, all by the model's own names, and what is known of the base.
 ///
 /// # Errors
 /// Numbers that are not finite, I/O.
-pub fn write(dir: &Path, config: &AdapterConfig, trained: &Weights, base: &str) -> Result<()> {
+pub fn write<'a>(
+    dir: &Path,
+    config: &AdapterConfig,
+    trained: &Weights,
+    base: impl Into<Option<&'a BaseRecord>>,
+) -> Result<()> {
     let named: BTreeMap<String, &Tensor> =
         trained.iter().map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor)).collect();
     let tensors = named.iter().map(|(name, tensor)| (name.as_str(), *tensor)).collect();
     let path = dir.join(WEIGHTS);
-    let metadata = [(BASE, base)];
+    let texts = base.into().map_or_else(Vec::new, BaseRecord::texts);
     store::write_atomic_with(&path, |out| {
-        tensor_file::write_with(out, &tensors, DType::F32, &metadata)
+        tensor_file::write_with(out, &tensors, DType::F32, &texts)
     })
     .at(path.display())?;
     store::write_json(&dir.join(CONFIG), config)

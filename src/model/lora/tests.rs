@@ -1,12 +1,15 @@
 //! Adapters: what they begin as, what is merged, and which are refused.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 
-use super::peft::{AdapterConfig, fingerprint};
+use super::peft::{AdapterConfig, BaseRecord, fingerprint};
 use super::*;
+use crate::data::forest::Forest;
+use crate::data::tree::{Role, Tree};
 use crate::model::Gradients;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::model::matrix::Matrix;
+use crate::model::projection::Projection;
 use crate::ops::linear::tests::{distance, random};
 
 fn base() -> Checkpoint {
@@ -78,6 +81,130 @@ fn pissa_takes_the_largest_singular_values_and_leaves_the_rest() {
     }
 }
 
+#[test]
+fn targets_are_all_projections_names_or_patterns_of_whole_names() {
+    let Checkpoint { config, .. } = base();
+    let modules = |targets: &[&str]| {
+        let targets = targets.iter().map(|target| (*target).to_owned()).collect();
+        let lora = Lora { lora_target_modules: targets, ..Lora::default() };
+        (lora.modules(&config).unwrap(), lora.target_modules(&config).unwrap())
+    };
+    let of = |layers: &[usize], parts: &[&str]| -> Vec<String> {
+        let names = |layer| parts.iter().map(move |part| format!("model.layers.{layer}.{part}"));
+        layers.iter().flat_map(names).collect()
+    };
+    let (q, v) = ("self_attn.q_proj", "self_attn.v_proj");
+    assert_eq!(modules(&["all-linear"]).0.len(), 7 * config.num_hidden_layers);
+    let named = of(&[0, 1, 2, 3], &[q, v]);
+    assert_eq!(modules(&["q_proj", "v_proj"]), (named.clone(), named.into()));
+    assert_eq!(modules(&["layers.2.self_attn.q_proj"]).0, of(&[2], &[q]));
+    let pattern = r".*layers\.(0|1)\..*q_proj";
+    assert_eq!(modules(&[pattern]), (of(&[0, 1], &[q]), pattern.into()));
+    // peft has no pattern beside names: both become names.
+    let both = of(&[0, 1], &[q]).into_iter().chain(of(&[3], &["mlp.up_proj"])).collect::<Vec<_>>();
+    assert_eq!(modules(&[pattern, "layers.3.mlp.up_proj"]), (both.clone(), both.into()));
+}
+
+/// The first is six along one direction, the second two along another: the sum's nearest at rank 1 is the first alone.
+#[test]
+fn sums_of_adapters_are_exact_side_by_side_and_nearest_at_a_rank() {
+    let (inner, outer, module) = (6, 5, "model.layers.0.self_attn.q_proj");
+    let unit = |at: usize, len: usize, size: f32| -> Vec<f32> {
+        (0..len).map(|i| if i == at { size } else { 0.0 }).collect()
+    };
+    let saved = |at: usize, (rank, scale): (usize, f64), size: f32| {
+        let mut a = unit(at, inner, size);
+        a.resize(rank * inner, 0.0);
+        let a = Tensor::from_vec(a, (rank, inner), &Device::Cpu).unwrap();
+        let mut b = vec![0.0; outer * rank];
+        b[at * rank] = 1.0;
+        let b = Tensor::from_vec(b, (outer, rank), &Device::Cpu).unwrap();
+        let adapter = Adapter { module: module.to_owned(), a, b, scale, dora: None };
+        let adapters = Adapters::from([(module.to_owned(), adapter)]);
+        let config = AdapterConfig { r: rank, use_rslora: true, ..AdapterConfig::default() };
+        peft::Saved { config, adapters, weights: Weights::new(), base: None }
+    };
+    let two = [("a", saved(1, (2, 3.0), 4.0)), ("b", saved(3, (1, 0.5), 8.0))];
+    let product = |saved: &peft::Saved| {
+        assert!(!saved.config.use_rslora);
+        let adapter = &saved.adapters[module];
+        let scale = saved.config.scale(module).unwrap();
+        (adapter.b.matmul(&adapter.a).unwrap() * scale).unwrap().to_vec2::<f32>().unwrap()
+    };
+    let expected = |first: f32, second: f32| {
+        let mut rows = vec![vec![0.0; inner]; outer];
+        (rows[1][1], rows[3][3]) = (first, second);
+        rows
+    };
+    // 0.5 · 3 · 4 and 0.5 · 0.5 · 8.
+    let joined = sum(&two, &[0.5, 0.5], None).unwrap();
+    assert_eq!((joined.config.r, product(&joined)), (3, expected(6.0, 2.0)));
+    let nearest = sum(&two, &[0.5, 0.5], Some(1)).unwrap();
+    assert_eq!(nearest.config.r, 1);
+    for (found, expected) in product(&nearest).iter().flatten().zip(expected(6.0, 0.0).concat()) {
+        assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+    }
+    let [(_, first), (_, mut other)] = two;
+    other.adapters = other.adapters.into_values().map(|one| ("k_proj".to_owned(), one)).collect();
+    let error = sum(&[("a", first), ("b", other)], &[0.5, 0.5], None).unwrap_err().to_string();
+    assert!(error.starts_with("b: adapts other modules"), "{error}");
+}
+
+/// By hand as in the graph of ops, with the same elements dropped from what the first factor reads.
+#[test]
+fn dropout_has_the_gradients_of_the_graph() {
+    let (tokens, inner, outer) = (23, 40, 24);
+    let tree = Tree::sequence(vec![5; tokens], vec![Role::Content; tokens], 4);
+    let forest = Forest::pack(&[tree]).unwrap();
+    let masks = Dropout { rate: 0.3, seed: 1, step: 2 }.over(&forest);
+    let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let close = |found: &[f32], expected: &Tensor, what: &str| {
+        let expected = numbers(expected);
+        assert_eq!(found.len(), expected.len(), "{what}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(
+                (found - expected).abs() < 1e-4 * expected.abs().max(1.0),
+                "{what}: {found} {expected}"
+            );
+        }
+    };
+    for is_dora in [false, true] {
+        let weight = Matrix::Dense(random(1, (outer, inner)));
+        let [x, a, b] = [(2, (tokens, inner)), (3, (5, inner)), (4, (outer, 5))]
+            .map(|(seed, shape)| Var::from_tensor(&random(seed, shape)).unwrap());
+        let magnitude = (random(5, outer).abs().unwrap() + 0.5).unwrap();
+        let magnitude = Var::from_tensor(&magnitude).unwrap();
+        let dora = is_dora.then(|| Dora {
+            magnitude: magnitude.as_tensor().clone(),
+            squares: weight.row_squares().unwrap(),
+        });
+        let (module, factors) = ("m".to_owned(), [&a, &b].map(|x| x.as_tensor().clone()));
+        let [factor_a, factor_b] = factors;
+        let adapter = Adapter { module, a: factor_a, b: factor_b, scale: 0.7, dora };
+        let (name, bias) = ("m.weight".to_owned(), None);
+        let projection = Projection { name, weight, bias, adapter: Some(adapter) };
+        let d_y = random(6, (tokens, outer));
+
+        let y = projection.forward(&x, Some(&masks), DType::F32).unwrap();
+        let expected = (&y * &d_y).unwrap().sum_all().unwrap().backward().unwrap();
+        let rows = numbers(&x);
+        let by_hand = projection.apply::<f32>(&rows, Some(&masks)).unwrap();
+        close(&by_hand, &y, "output");
+        let undropped = projection.apply::<f32>(&rows, None).unwrap();
+        assert!(by_hand.iter().zip(undropped).any(|(a, b)| (a - b).abs() > 0.1));
+
+        let (mut d_x, mut grads) = (Vec::new(), Gradients::new(&Device::Cpu));
+        let of = (rows.as_slice(), Some(&masks));
+        projection.backward::<f32>(of, &numbers(&d_y), &mut d_x, &mut grads).unwrap();
+        close(&d_x, expected.get(&x).unwrap(), "input");
+        let trained = [(A, &a), (B, &b), (MAGNITUDE, &magnitude)];
+        for (part, var) in &trained[..if is_dora { 3 } else { 2 }] {
+            let found = numbers(grads.get(&parameter("m", part)).unwrap());
+            close(&found, expected.get(var).unwrap(), part);
+        }
+    }
+}
+
 /// Not a whole number of a task's outputs, and more tokens than a task of any other op.
 #[test]
 fn doras_gradients_are_the_same_bits_on_any_number_of_threads() {
@@ -106,12 +233,10 @@ fn doras_gradients_are_the_same_bits_on_any_number_of_threads() {
         assert_eq!(run(threads), one, "{threads} threads");
     }
     // The magnitude's gradient in f64, from `y = x·(W + s·B·A)ᵀ` over its rows' norms.
-    let f64 = |x: &Tensor| x.to_dtype(candle_core::DType::F64).unwrap();
+    let f64 = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
     let merged = {
         let delta = f64(&adapter.b).matmul(&f64(&adapter.a)).unwrap();
-        (f64(&weight.tensor(&Device::Cpu, candle_core::DType::F32).unwrap())
-            + (delta * 0.7).unwrap())
-        .unwrap()
+        (f64(&weight.tensor(&Device::Cpu, DType::F32).unwrap()) + (delta * 0.7).unwrap()).unwrap()
     };
     let norms = merged.sqr().unwrap().sum(1).unwrap().sqrt().unwrap();
     let y = f64(&random(5, (tokens, inner))).matmul(&merged.t().unwrap()).unwrap();
@@ -134,6 +259,16 @@ fn what_cannot_be_adapted_is_refused_with_a_hint() {
     assert!(error.to_string().starts_with("`lora_r` is 4096, `model.layers.0."), "{error}");
     let error = refused(Lora { lora_target_modules: vec!["qproj".to_owned()], ..on.clone() });
     assert_eq!(error.hint_text(), Some("did you mean `q_proj`?"));
+    let targets =
+        |target: &str| Lora { lora_target_modules: vec![target.to_owned()], ..on.clone() };
+    let error = refused(targets(r"layers\.9\..*"));
+    assert!(
+        error.to_string().ends_with(r"`layers\.9\..*`, which matches no projection"),
+        "{error}"
+    );
+    assert!(error.hint_text().unwrap().contains("model.layers.0.self_attn.q_proj"));
+    let error = refused(targets("(q_proj"));
+    assert!(error.to_string().starts_with("`lora_target_modules` has `(q_proj`: "), "{error}");
     let error = refused(Lora { lora_target_modules: Vec::new(), ..on.clone() });
     assert!(error.to_string().contains("`lora_target_modules` is empty"), "{error}");
     let error = refused(Lora { lora_dropout: 1.0, ..on.clone() });
@@ -148,7 +283,8 @@ fn what_cannot_be_adapted_is_refused_with_a_hint() {
     let dir = tempfile::tempdir().unwrap();
     let save = |base: &str| {
         let config = AdapterConfig { r: on.lora_r, ..AdapterConfig::default() };
-        peft::write(dir.path(), &config, &attached.factors, base).unwrap();
+        let base = BaseRecord::dense(base);
+        peft::write(dir.path(), &config, &attached.factors, &base).unwrap();
         peft::read(dir.path(), &Device::Cpu).unwrap()
     };
     let saved = save(&fingerprint(&weights).unwrap());

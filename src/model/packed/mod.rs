@@ -42,6 +42,15 @@ pub enum Quantization {
 }
 
 impl Quantization {
+    /// Its name in recipes and files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Nf4 => "nf4",
+            Self::Gguf => "gguf",
+        }
+    }
+
     /// Bytes a weight, where it is not dense. A GGUF file's own types are not known from its name: taken is Q4_1.
     pub fn bytes(self) -> Option<f64> {
         match self {

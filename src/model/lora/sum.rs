@@ -1,0 +1,136 @@
+//! Weighted sums of adapters of one base in what they stand for, `Σ weight · s·B·A`: peft's `cat` and `svd`. The sum of
+//! their factors, one by one, stands for another matrix.
+
+use candle_core::{DType, Tensor};
+
+use super::init::{matrix, tensor};
+use super::peft::{AdapterConfig, Saved};
+use super::{Adapter, Adapters};
+use crate::error::{Context, Error, Result};
+use crate::model::Weights;
+
+/// One adapter for the weighted sum of several, given with their names: their factors side by side, at the sum of their ranks, or at `rank` the
+/// nearest that there is. Parameters that were trained in full are summed with the same weights, which then must sum to 1.
+///
+/// # Errors
+/// Adapters of several bases or of other modules, and those whose sum no adapter is, such as DoRA's.
+pub fn sum(adapters: &[(&str, Saved)], weights: &[f64], rank: Option<usize>) -> Result<Saved> {
+    let [(_, first), ..] = adapters else { return Err(Error::usage("no adapters to sum")) };
+    adapters.iter().try_for_each(|(name, other)| check(first, other).at(name))?;
+    let adapters: Vec<&Saved> = adapters.iter().map(|(_, saved)| saved).collect();
+    let mut config = AdapterConfig {
+        use_rslora: false,
+        rank_pattern: [].into(),
+        alpha_pattern: [].into(),
+        lora_dropout: 0.0,
+        ..first.config.clone()
+    };
+    let mut joined = Adapters::new();
+    for module in first.adapters.keys() {
+        let parts = adapters.iter().filter_map(|one| one.adapters.get(module)).zip(weights);
+        let adapter = join(module, parts, rank)?;
+        joined.insert(module.clone(), adapter);
+    }
+    config.r = joined.values().map(Adapter::rank).max().unwrap_or(config.r);
+    config.lora_alpha = config.r as f64;
+    for (module, adapter) in joined.iter().filter(|(_, adapter)| adapter.rank() != config.r) {
+        config.rank_pattern.insert(module.clone(), adapter.rank());
+        config.alpha_pattern.insert(module.clone(), adapter.rank() as f64);
+    }
+    let weights = in_full(&adapters, weights)?;
+    let base = adapters.iter().find_map(|one| one.base.clone());
+    Ok(Saved { config, adapters: joined, weights, base })
+}
+
+fn check(first: &Saved, other: &Saved) -> Result<()> {
+    let refuse = |what: &str, hint: &str| Err(Error::usage(what).hint(hint));
+    if [first, other].iter().any(|one| one.config.use_dora) {
+        return refuse(
+            "the sum of DoRA adapters is no adapter: each divides by norms of its own",
+            "`arriero merge` them and average the models",
+        );
+    }
+    if [first, other].iter().any(|one| one.base.as_ref().is_some_and(|base| base.taken > 0)) {
+        return refuse(
+            "PiSSA beside packed weights leaves each adapter a base of its own",
+            "`arriero merge` them and average the models",
+        );
+    }
+    if let (Some(one), Some(two)) = (&first.base, &other.base)
+        && one != two
+    {
+        return refuse(
+            "trained beside another base than the first adapter",
+            "adapters of one base, held in one way, can be summed",
+        );
+    }
+    let same = first.adapters.keys().eq(other.adapters.keys())
+        && first.weights.keys().eq(other.weights.keys())
+        && first.config.task_type == other.config.task_type;
+    if !same {
+        return refuse(
+            "adapts other modules than the first adapter, or for another task",
+            "adapters of the same targets can be summed",
+        );
+    }
+    Ok(())
+}
+
+/// `Σ w s B A = [B₁ B₂ …] · [w₁s₁A₁; w₂s₂A₂; …]`.
+fn join<'a>(
+    module: &str,
+    parts: impl Iterator<Item = (&'a Adapter, &'a f64)>,
+    rank: Option<usize>,
+) -> Result<Adapter> {
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    for (part, weight) in parts {
+        a.push((part.a.to_dtype(DType::F32)? * (weight * part.scale))?);
+        b.push(part.b.to_dtype(DType::F32)?);
+    }
+    let (mut a, mut b) = (Tensor::cat(&a, 0)?, Tensor::cat(&b, 1)?);
+    if let Some(rank) = rank.filter(|rank| *rank < a.dims()[0]) {
+        [a, b] = nearest(&a, &b, rank)?;
+    }
+    Ok(Adapter { module: module.to_owned(), a, b, scale: 1.0, dora: None })
+}
+
+/// Factors of `rank` whose product is nearest to that of these (Eckart and Young, 1936), which is not made: the singular
+/// values are those of a matrix as small as the ranks.
+fn nearest(a: &Tensor, b: &Tensor, rank: usize) -> Result<[Tensor; 2]> {
+    let wide = |x: &Tensor| matrix(&x.to_dtype(DType::F64)?);
+    let (of_b, of_a) = (wide(b)?.qr(), wide(&a.t()?)?.qr());
+    let small = (of_b.r() * of_a.r().transpose()).svd(true, true);
+    let (Some(u), Some(v)) = (&small.u, &small.v_t) else {
+        return Err(Error::run("no singular vectors"));
+    };
+    let rank = rank.min(small.singular_values.len());
+    let left = of_b.q() * u.columns(0, rank);
+    let right = v.rows(0, rank) * of_a.q().transpose();
+    let roots: Vec<f64> = small.singular_values.iter().take(rank).map(|s| s.sqrt()).collect();
+    let roots = Tensor::from_slice(&roots, rank, a.device())?;
+    let a = tensor(&right, a.device())?.broadcast_mul(&roots.unsqueeze(1)?)?;
+    let b = tensor(&left, b.device())?.broadcast_mul(&roots)?;
+    Ok([a.to_dtype(DType::F32)?.contiguous()?, b.to_dtype(DType::F32)?.contiguous()?])
+}
+
+fn in_full(adapters: &[&Saved], weights: &[f64]) -> Result<Weights> {
+    let mut sums = Weights::new();
+    for (one, weight) in adapters.iter().zip(weights) {
+        for (name, tensor) in &one.weights {
+            let part = (tensor * *weight)?;
+            let sum = match sums.get(name) {
+                Some(sum) => (sum + part)?,
+                None => part,
+            };
+            sums.insert(name.clone(), sum);
+        }
+    }
+    let total: f64 = weights.iter().sum();
+    match sums.keys().next() {
+        Some(name) if (total - 1.0).abs() > 1e-9 => Err(Error::usage(format!(
+            "`{name}` was trained in full, and the weights sum to {total}"
+        ))
+        .hint("what is added to the base's is not known: only means of such adapters are")),
+        _ => Ok(sums),
+    }
+}
