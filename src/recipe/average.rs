@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::plan::Dataset;
+use super::reward::Head;
 use crate::data::prepare::SftOptions;
 use crate::error::{Error, Result};
 use crate::model::Precision;
@@ -22,17 +23,36 @@ pub enum AverageMethod {
     /// The mean of those models that do not make it worse: sorted by their loss on `eval_datasets`, each stays in where
     /// the loss of the mean does not rise (Wortsman et al., 2022, recipe 1).
     GreedySoup,
+    /// Of adapters: the weighted mean of what they stand for, exactly, at the sum of their ranks (peft's `cat`).
+    Cat,
+    /// Of adapters: the same, to the nearest that there is at `svd_rank` (peft's `svd`).
+    Svd,
+}
+
+/// What decides in a greedy soup.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SoupMetric {
+    /// The loss, which may not rise.
+    #[default]
+    #[serde(alias = "eval_loss")]
+    Loss,
+    /// A reward model's accuracy, which may not fall.
+    #[serde(alias = "eval_accuracy")]
+    Accuracy,
 }
 
 /// `average`: several checkpoints into one. Writes `checkpoint/`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Average {
-    /// The checkpoints: directories, hub ids, GGUF files, or PEFT adapters (`linear` only).
+    /// The checkpoints: directories, hub ids, GGUF files, or PEFT adapters. Of these `linear` takes the mean of factors,
+    /// `task_arithmetic` and `greedy_soup` join them as `cat` does, and `slerp` has no meaning.
     pub models: Vec<String>,
     /// How they become one.
     pub method: AverageMethod,
-    /// One weight each; none is the same for all. `linear` scales them to sum to 1; in `task_arithmetic` none is 1 each.
+    /// One weight each; none is the same for all. `linear`, `cat` and `svd` scale them to sum to 1; in `task_arithmetic`
+    /// none is 1 each.
     pub weights: Vec<f64>,
     /// `slerp`: from 0, the first model, to 1, the second.
     pub t: f64,
@@ -40,8 +60,14 @@ pub struct Average {
     pub base_model: String,
     /// `task_arithmetic`: scale of the summed differences.
     pub lambda: f64,
-    /// `greedy_soup`: held-out rows, measured as `sft` measures its `eval_datasets`.
+    /// `svd`: the rank of the result; 0 is that of the first adapter.
+    pub svd_rank: usize,
+    /// `greedy_soup`: held-out rows, measured as `sft` measures its `eval_datasets`, or of reward models as `reward` does.
     pub eval_datasets: Vec<Dataset>,
+    /// `greedy_soup`: what decides, `loss` or of reward models `accuracy`.
+    pub metric_for_best_model: SoupMetric,
+    /// `greedy_soup` of reward models: what their head says, and so which rows they are measured on.
+    pub head: Head,
     /// `greedy_soup`: how rows become tokens.
     pub data: SftOptions,
     /// `greedy_soup`: a built-in chat template or a Jinja file; empty takes the first model's own.
@@ -61,7 +87,10 @@ impl Default for Average {
             t: 0.5,
             base_model: String::new(),
             lambda: 1.0,
+            svd_rank: 0,
             eval_datasets: Vec::new(),
+            metric_for_best_model: SoupMetric::Loss,
+            head: Head::default(),
             data: SftOptions::default(),
             chat_template: String::new(),
             save_dtype: None,
@@ -106,8 +135,7 @@ impl Average {
             ))
             .hint("one weight a model, or none for equal weights"));
         }
-        let weighted = [AverageMethod::Linear, AverageMethod::TaskArithmetic];
-        if !weighted.contains(&self.method) {
+        if [AverageMethod::Slerp, AverageMethod::GreedySoup].contains(&self.method) {
             return Err(Error::usage("`weights` with a method that has none")
                 .hint("`slerp` has `t`; the models of a soup weigh the same"));
         }
@@ -115,7 +143,7 @@ impl Average {
             return Err(Error::usage("`weights` has an entry that is not finite"));
         }
         let sum: f64 = weights.iter().sum();
-        if self.method == AverageMethod::Linear && sum <= 0.0 {
+        if self.method != AverageMethod::TaskArithmetic && sum <= 0.0 {
             return Err(Error::usage(format!("`weights` sum to {sum}, expected more than 0")));
         }
         Ok(())
@@ -170,6 +198,8 @@ mod tests {
         of(AverageMethod::Slerp).check().unwrap();
         check(of(AverageMethod::TaskArithmetic), "`base_model` is missing");
         check(of(AverageMethod::GreedySoup), "`eval_datasets` is missing");
+        let negative = Average { weights: vec![1.0, -2.0], ..of(AverageMethod::Cat) };
+        check(negative, "`weights` sum to -1");
         check(Average { t: 1.5, ..of(AverageMethod::Slerp) }, "`t` is 1.5");
         let slerp = Average { weights: vec![1.0, 1.0], ..of(AverageMethod::Slerp) };
         check(slerp, "`weights` with a method");

@@ -17,7 +17,7 @@ use crate::model::lora::Lora;
 use crate::score::ScorerSpec;
 use crate::train::Settings;
 
-pub use super::average::{Average, AverageMethod};
+pub use super::average::{Average, AverageMethod, SoupMetric};
 pub use super::dpo::{Dpo, Preset};
 pub use super::rejection::{Condition, Policy, Sample, Select};
 pub use super::reward::{Head, Reward};

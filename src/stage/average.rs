@@ -3,16 +3,21 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
 use super::training::{self, load};
-use super::{Metrics, StageContext};
+use super::{Metrics, StageContext, reward};
 use crate::data::examples::Examples;
-use crate::data::prepare::Rule;
+use crate::data::prepare::{PairOptions, Rule};
 use crate::error::{Error, Result};
+use crate::loss::Objective;
 use crate::loss::sft::Sft;
-use crate::model::Transformer;
 use crate::model::average::{self, Output, Shares};
-use crate::model::on_disk::{Kind, OnDisk};
-use crate::recipe::plan::{self, AverageMethod};
+use crate::model::lora::{self, peft::AdapterConfig};
+use crate::model::on_disk::OnDisk;
+use crate::model::{Architecture, Config, Transformer};
+use crate::recipe::plan::{self, AverageMethod, Head, SoupMetric};
+use crate::score::reward_model::STEP_SEPARATOR;
 use crate::store;
 use crate::train::step;
 
@@ -21,43 +26,77 @@ const EVAL_TOKENS: usize = 4096;
 
 /// Averages tensor by tensor in f32. Input: checkpoints of one shape and vocabulary. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Average) -> Result<Metrics> {
-    let mut models = open(spec)?;
-    note_types(context, &models);
+    let of_adapters = check_kinds(spec)?;
     let count = spec.models.len();
     let mut metrics = Metrics::from([("models".to_owned(), count as f64)]);
     let weights = if spec.weights.is_empty() { vec![1.0; count] } else { spec.weights.clone() };
-    let shares = match spec.method {
-        AverageMethod::Linear => Shares::Fixed(shares(&weights)),
-        AverageMethod::Slerp => Shares::Spherical(spec.t),
+    let dir = context.dir.join("checkpoint");
+    match spec.method {
+        AverageMethod::Linear => {
+            mean(context, spec, (&dir, &spec.models), &Shares::Fixed(shares(&weights)))?;
+        }
+        AverageMethod::Slerp => {
+            mean(context, spec, (&dir, &spec.models), &Shares::Spherical(spec.t))?;
+        }
         AverageMethod::TaskArithmetic => {
-            let mut shares: Vec<f64> = weights.iter().map(|w| spec.lambda * w).collect();
-            shares.push(1.0 - shares.iter().sum::<f64>());
-            Shares::Fixed(shares)
+            let mut weights: Vec<f64> = weights.iter().map(|w| spec.lambda * w).collect();
+            if of_adapters {
+                join(spec, (&dir, &spec.models), &weights)?;
+            } else {
+                weights.push(1.0 - weights.iter().sum::<f64>());
+                let models = [spec.models.as_slice(), std::slice::from_ref(&spec.base_model)];
+                mean(context, spec, (&dir, &models.concat()), &Shares::Fixed(weights))?;
+            }
+        }
+        AverageMethod::Cat | AverageMethod::Svd => {
+            join(spec, (&dir, &spec.models), &shares(&weights))?;
         }
         AverageMethod::GreedySoup => {
-            let soup = Soup::new(context, spec, models)?.cook()?;
-            metrics.insert("ingredients".to_owned(), soup.kept.len() as f64);
-            metrics.insert("eval_loss".to_owned(), soup.loss);
-            metrics.insert("best_single_eval_loss".to_owned(), soup.best_single);
-            models = soup.kept;
-            equal(models.len())
+            let soup = Soup::new(context, spec, of_adapters)?;
+            let cooked = soup.cook()?;
+            metrics.insert("ingredients".to_owned(), cooked.kept.len() as f64);
+            let metric = soup.metric_name();
+            metrics.insert(format!("eval_{metric}"), cooked.value);
+            metrics.insert(format!("best_single_eval_{metric}"), cooked.best_single);
+            soup.write_mean(&dir, &cooked.kept)?;
         }
-    };
-    write(context, spec, &context.dir.join("checkpoint"), &models, &shares)?;
+    }
     Ok(metrics)
 }
 
-/// The models, and after them the base where there is one.
-fn open(spec: &plan::Average) -> Result<Vec<OnDisk>> {
-    let base = (spec.method == AverageMethod::TaskArithmetic).then_some(&spec.base_model);
-    let models = average::open(spec.models.iter().chain(base))?;
-    match models.iter().find(|model| matches!(model.kind, Kind::Adapter(_))) {
-        Some(adapter) if spec.method != AverageMethod::Linear => {
-            Err(Error::usage("an adapter, of which there is only the `linear` average")
-                .at(&adapter.name)
-                .hint("merge the adapter into its model first"))
+/// Whether the models are adapters.
+///
+/// # Errors
+/// A method that has no meaning for what they are.
+fn check_kinds(spec: &plan::Average) -> Result<bool> {
+    let mut adapters = Vec::new();
+    for name in &spec.models {
+        adapters.extend(lora::load::directory(name)?);
+    }
+    let of_adapters = adapters.len() == spec.models.len();
+    let first = &spec.models[0];
+    match spec.method {
+        AverageMethod::Cat | AverageMethod::Svd if !of_adapters => {
+            Err(Error::usage("`method` is for adapters, these are whole models")
+                .at(first)
+                .hint("`linear` is the mean of models"))
         }
-        _ => Ok(models),
+        AverageMethod::Slerp if of_adapters => Err(Error::usage(
+            "an adapter: an arc between factors is none between the matrices that they stand for",
+        )
+        .at(first)
+        .hint("merge the adapters into their model first, or take `cat`")),
+        AverageMethod::TaskArithmetic if of_adapters => {
+            let (_, base) = lora::load::peek(&adapters[0])?;
+            let base = lora::load::lasting_name(&base)?;
+            let named = lora::load::lasting_name(&spec.base_model)?;
+            if base == named {
+                return Ok(true);
+            }
+            Err(Error::usage(format!("`base_model` is {named}, the adapters' is {base}"))
+                .hint("differences from another model are those of whole models: merge first"))
+        }
+        _ => Ok(of_adapters),
     }
 }
 
@@ -76,15 +115,36 @@ fn shares(weights: &[f64]) -> Vec<f64> {
     weights.iter().map(|weight| weight / sum).collect()
 }
 
-fn equal(models: usize) -> Shares {
-    Shares::Fixed(shares(&vec![1.0; models]))
+/// Writes the sum of adapters as one.
+fn join(spec: &plan::Average, (dir, names): (&Path, &[String]), weights: &[f64]) -> Result<()> {
+    let rank = match (spec.method, spec.svd_rank) {
+        (AverageMethod::Svd, 0) => match lora::load::directory(&names[0])? {
+            Some(first) => Some(AdapterConfig::read(&first)?.r),
+            None => None,
+        },
+        (AverageMethod::Svd, rank) => Some(rank),
+        _ => None,
+    };
+    store::remove(dir)?;
+    average::write_sum(dir, names, weights, rank)
+}
+
+/// Writes the average of models, or of adapters' factors.
+fn mean(
+    context: &StageContext<'_>,
+    spec: &plan::Average,
+    (dir, names): (&Path, &[String]),
+    shares: &Shares,
+) -> Result<()> {
+    let models = average::open(names)?;
+    note_types(context, &models);
+    write(context, spec, (dir, &models), shares)
 }
 
 fn write(
     context: &StageContext<'_>,
     spec: &plan::Average,
-    dir: &Path,
-    models: &[OnDisk],
+    (dir, models): (&Path, &[OnDisk]),
     shares: &Shares,
 ) -> Result<()> {
     let output = Output {
@@ -105,13 +165,14 @@ fn write(
 struct Soup<'a> {
     context: &'a StageContext<'a>,
     spec: &'a plan::Average,
-    models: Vec<OnDisk>,
+    of_adapters: bool,
+    objective: Box<dyn Objective>,
     held_out: Box<dyn Examples>,
 }
 
 struct Cooked {
-    kept: Vec<OnDisk>,
-    loss: f64,
+    kept: Vec<String>,
+    value: f64,
     best_single: f64,
 }
 
@@ -119,66 +180,150 @@ impl<'a> Soup<'a> {
     fn new(
         context: &'a StageContext<'a>,
         spec: &'a plan::Average,
-        models: Vec<OnDisk>,
+        of_adapters: bool,
     ) -> Result<Self> {
+        if !of_adapters {
+            // All are looked at before the first is measured.
+            note_types(context, &average::open(&spec.models)?);
+        }
         let start = load(context, &spec.models[0], &spec.chat_template)?;
-        let rule = Rule::Sft(spec.data.clone());
+        let (rule, objective) = measure(spec, &start.config, context.seed)?;
         let held_out = training::examples(context, &start, &spec.eval_datasets, &rule)?;
-        Ok(Self { context, spec, models, held_out })
+        Ok(Self { context, spec, of_adapters, objective, held_out })
     }
 
-    fn cook(mut self) -> Result<Cooked> {
+    fn cook(&self) -> Result<Cooked> {
+        let metric = self.metric_name();
         let mut sorted = Vec::new();
-        for model in std::mem::take(&mut self.models) {
-            let loss = self.loss(&model.name)?;
-            self.context.events.note(&format!("{}: eval_loss {loss:.4}", model.name));
-            sorted.push((loss, model));
+        for name in &self.spec.models {
+            let value = self.value(name)?;
+            self.context.events.note(&format!("{name}: eval_{metric} {value:.4}"));
+            sorted.push((value, name));
         }
-        sorted.sort_by(|(one, _), (other, _)| one.total_cmp(other)); // equal ones stay in the order given
+        // Equal ones stay in the order given.
+        sorted.sort_by(|(one, _), (other, _)| self.cost(*one).total_cmp(&self.cost(*other)));
         let best_single = sorted[0].0;
-        let (mut kept, mut loss) = (Vec::new(), best_single);
-        for (_, model) in sorted {
-            let name = model.name.clone();
-            kept.push(model);
-            let with = if kept.len() == 1 { loss } else { self.loss_of_mean(&kept)? };
-            let better = with <= loss;
+        let (mut kept, mut value) = (Vec::new(), best_single);
+        for (_, name) in sorted {
+            kept.push(name.clone());
+            let with = if kept.len() == 1 { value } else { self.value_of_mean(&kept)? };
+            let better = self.cost(with) <= self.cost(value);
             let verdict = if better { "kept" } else { "left out" };
-            self.context.events.note(&format!("soup with {name}: eval_loss {with:.4}, {verdict}"));
+            let note = format!("soup with {name}: eval_{metric} {with:.4}, {verdict}");
+            self.context.events.note(&note);
             if better {
-                loss = with;
+                value = with;
             } else {
                 kept.pop();
             }
         }
-        Ok(Cooked { kept, loss, best_single })
+        Ok(Cooked { kept, value, best_single })
     }
 
-    fn loss_of_mean(&self, models: &[OnDisk]) -> Result<f64> {
+    fn metric_name(&self) -> &'static str {
+        match self.spec.metric_for_best_model {
+            SoupMetric::Loss => "loss",
+            SoupMetric::Accuracy => "accuracy",
+        }
+    }
+
+    /// The value, or its negative where more is better.
+    fn cost(&self, value: f64) -> f64 {
+        match self.spec.metric_for_best_model {
+            SoupMetric::Loss => value,
+            SoupMetric::Accuracy => -value,
+        }
+    }
+
+    fn value_of_mean(&self, names: &[String]) -> Result<f64> {
         let dir = self.context.dir.join("checkpoint"); // the final one replaces it
-        write(self.context, self.spec, &dir, models, &equal(models.len()))?;
-        self.loss(&dir.display().to_string())
+        self.write_mean(&dir, names)?;
+        self.value(&dir.display().to_string())
     }
 
-    /// The mean loss of a token of the held-out rows.
-    fn loss(&self, model: &str) -> Result<f64> {
+    fn write_mean(&self, dir: &Path, names: &[String]) -> Result<()> {
+        let equal = shares(&vec![1.0; names.len()]);
+        if self.of_adapters {
+            return join(self.spec, (dir, names), &equal);
+        }
+        let models = average::open(names)?;
+        write(self.context, self.spec, (dir, &models), &Shares::Fixed(equal))
+    }
+
+    /// What decides, over the held-out rows.
+    fn value(&self, model: &str) -> Result<f64> {
         self.context.events.check_interrupt()?;
         let checkpoint = load(self.context, model, "")?;
         let model = Transformer::new(&checkpoint.config, &checkpoint.weights)?;
-        let held_out = self.held_out.as_ref();
-        Ok(step::evaluate(&model, &Sft::default(), held_out, EVAL_TOKENS)?.loss)
+        let (objective, held_out) = (self.objective.as_ref(), self.held_out.as_ref());
+        let report = step::evaluate(&model, objective, held_out, EVAL_TOKENS)?;
+        match self.spec.metric_for_best_model {
+            SoupMetric::Loss => Ok(report.loss),
+            SoupMetric::Accuracy => report.metrics.get("accuracy").copied().ok_or_else(|| {
+                Error::usage("`metric_for_best_model` is accuracy, which is not measured of these")
+                    .hint("reward models that compare or judge have one; take `loss`")
+            }),
+        }
     }
+}
+
+/// How held-out rows are read and what they are measured by: as in `sft`, or in `reward` for a model with its head.
+fn measure(spec: &plan::Average, model: &Config, seed: u64) -> Result<(Rule, Box<dyn Objective>)> {
+    let head = match (model.architecture, model.labels.len()) {
+        (Architecture::CausalLm, _) => {
+            return Ok((Rule::Sft(spec.data.clone()), Box::new(Sft::default())));
+        }
+        (Architecture::TokenClassification, _) => Head::Process,
+        (Architecture::SequenceClassification, outputs) => match spec.head {
+            Head::Process => return Err(wrong_head(spec.head, "judges no steps")),
+            Head::BradleyTerry | Head::Outcome if outputs != 1 => {
+                return Err(wrong_head(spec.head, &format!("has {outputs} outputs")));
+            }
+            head => head,
+        },
+    };
+    let data = spec.data.clone();
+    let mut reward = plan::Reward {
+        head,
+        data: PairOptions {
+            max_length: data.max_length,
+            truncation: data.truncation,
+            parse_special_in_content: data.parse_special_in_content,
+            on_bad_row: data.on_bad_row,
+            chat_template_kwargs: data.chat_template_kwargs,
+        },
+        attributes: model.labels.clone(),
+        ..plan::Reward::default()
+    };
+    if let Some(separator) = model.other.get(STEP_SEPARATOR).and_then(Value::as_str) {
+        separator.clone_into(&mut reward.step_separator);
+    }
+    Ok((reward.rule(seed), reward::objective(&reward)))
+}
+
+fn wrong_head(head: Head, found: &str) -> Error {
+    Error::usage(format!("`head` is {}, the first model {found}", head.name()))
+        .hint("one of bradley_terry, regression, process, outcome, as in its `reward` stage")
 }
 
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device, Tensor};
+    use serde_json::json;
 
     use super::*;
+    use crate::data::record::Message;
     use crate::model::checkpoint::Checkpoint;
+    use crate::model::lora::Lora;
+    use crate::model::params::SCORE;
     use crate::model::save::SaveOptions;
     use crate::model::{Precision, Weights};
+    use crate::ops::linear::tests::random;
     use crate::recipe::plan::{Average, Dataset};
     use crate::report::record::Silent;
+    use crate::score::reward_model::{Reading, RewardModel};
+    use crate::score::{Question, Scorer};
+    use crate::stage::merge::tests::adapter;
 
     const TEACHER: &str = "data/tiny/teacher";
 
@@ -276,5 +421,134 @@ mod tests {
         assert_eq!(metrics["ingredients"].to_bits(), 2.0_f64.to_bits(), "{metrics:?}");
         assert!(metrics["eval_loss"] < metrics["best_single_eval_loss"], "{metrics:?}");
         assert_saved(&[&a, &b], &[0.5, 0.5], &saved);
+    }
+
+    /// Adapters of other ranks and scales, as merged: what is averaged are the models.
+    #[test]
+    fn adapters_are_summed_in_what_they_stand_for() {
+        const BASE: &str = "data/tiny/student";
+        let home = tempfile::tempdir().unwrap();
+        let plain = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
+        let other = Lora { lora_r: 3, lora_alpha: 5.0, use_rslora: true, ..plain.clone() };
+        let dora = Lora { use_dora: true, ..plain.clone() };
+        let [a, b, dora] =
+            [("a", plain, 1), ("b", other, 2), ("dora", dora, 3)].map(|(name, lora, seed)| {
+                let dir = home.path().join(name);
+                adapter(&dir, (BASE, &lora), seed, Ok);
+                dir.display().to_string()
+            });
+        let of = |method, models: [&String; 2]| Average {
+            method,
+            models: models.map(Clone::clone).to_vec(),
+            weights: vec![3.0, 1.0],
+            lambda: 0.5,
+            base_model: BASE.to_owned(),
+            ..Average::default()
+        };
+        let run = |name: &str, spec: Average| average(&home.path().join(name), &spec);
+        let rank = |name: &str| {
+            let dir = home.path().join(name).join("checkpoint");
+            AdapterConfig::read(&dir).unwrap().r
+        };
+        let (_, saved) = run("cat", of(AverageMethod::Cat, [&a, &b])).unwrap();
+        assert_saved(&[&a, &b], &[0.75, 0.25], &saved);
+        assert_eq!(rank("cat"), 7);
+        // At the sum of the ranks nothing is lost; at the first one's rank something is.
+        let whole = Average { svd_rank: 7, ..of(AverageMethod::Svd, [&a, &b]) };
+        let (_, saved) = run("whole", whole).unwrap();
+        assert_saved(&[&a, &b], &[0.75, 0.25], &saved);
+        let (_, nearest) = run("nearest", of(AverageMethod::Svd, [&a, &b])).unwrap();
+        assert_eq!(rank("nearest"), 4);
+        let name = "model.layers.0.mlp.up_proj.weight";
+        let lost = (&nearest[name] - &saved[name]).unwrap().abs().unwrap().max_all().unwrap();
+        assert!(lost.to_scalar::<f32>().unwrap() > 1e-4, "{lost}");
+        // base + 1.5 (a − base) + 0.5 (b − base)
+        let (_, saved) = run("tasks", of(AverageMethod::TaskArithmetic, [&a, &b])).unwrap();
+        assert_saved(&[&a, &b, BASE], &[1.5, 0.5, -1.0], &saved);
+
+        let refused = |spec: Average, expected: &str| {
+            let error = run("refused", spec).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        let slerp = Average { weights: Vec::new(), ..of(AverageMethod::Slerp, [&a, &b]) };
+        refused(slerp, "an arc between factors");
+        refused(
+            of(AverageMethod::Cat, [&a, &dora]),
+            "dora: the sum of DoRA adapters is no adapter",
+        );
+        let strange = Average {
+            base_model: TEACHER.to_owned(),
+            ..of(AverageMethod::TaskArithmetic, [&a, &b])
+        };
+        refused(strange, "`base_model` is ");
+        let models = [TEACHER.to_owned(), TEACHER.to_owned()];
+        refused(of(AverageMethod::Cat, [&models[0], &models[1]]), "these are whole models");
+        refused(of(AverageMethod::Linear, [&a, &b]), "in the first adapter");
+    }
+
+    /// Pairs that the teacher's own score orders: models near it are right about all, one with the other sign about none.
+    #[test]
+    fn a_greedy_soup_of_reward_models_goes_by_accuracy_or_loss() {
+        let home = tempfile::tempdir().unwrap();
+        let scorer = || {
+            let teacher = Checkpoint::load_dir(TEACHER.as_ref(), &Device::Cpu).unwrap();
+            teacher.into_reward_model(1).unwrap()
+        };
+        let saved = |name: &str, seed: u64, factor: f64| {
+            let mut model = scorer();
+            for (at, (name, tensor)) in model.weights.iter_mut().enumerate() {
+                let size = if name == SCORE { 1e-4 } else { 1e-3 };
+                let noise = random(100 * seed + at as u64, tensor.shape());
+                *tensor =
+                    (&*tensor + (noise * (size * f64::from(u8::from(seed > 0)))).unwrap()).unwrap();
+            }
+            let score = model.weights.get_mut(SCORE).unwrap();
+            *score = (&*score * (40.0 * factor)).unwrap();
+            let dir = home.path().join(name);
+            model.save(&dir, &SaveOptions::new(DType::F32)).unwrap();
+            dir.display().to_string()
+        };
+        let own = saved("own", 0, 1.0);
+        let model = RewardModel::load(&own, &Device::Cpu, &Reading::default()).unwrap();
+        let prompt = [Message::new("user", "How many?")];
+        let question =
+            Question { place: "q:1", prompt: &prompt, tools: None, answer: None, extra: None };
+        let answers: Vec<String> = (1..=8).map(|n| format!("{n} apples")).collect();
+        let texts: Vec<&str> = answers.iter().map(String::as_str).collect();
+        let scores = model.score(&question, &texts).unwrap();
+        let mut ranked: Vec<(f64, &str)> =
+            scores.iter().map(|score| score.value).zip(texts).collect();
+        ranked.sort_by(|(one, _), (other, _)| one.total_cmp(other));
+        let rows = (0..4).map(|at| {
+            let (worse, better) = (ranked[at].1, ranked[at + 4].1);
+            json!({"prompt": "How many?", "chosen": better, "rejected": worse}).to_string()
+        });
+        let held_out = home.path().join("rows.jsonl");
+        store::write_atomic(&held_out, rows.collect::<Vec<_>>().join("\n").as_bytes()).unwrap();
+
+        let models = vec![saved("a", 1, 1.0), saved("turned", 2, -4.0), saved("b", 3, 1.0)];
+        for metric_for_best_model in [SoupMetric::Accuracy, SoupMetric::Loss] {
+            let path = held_out.display().to_string();
+            let spec = Average {
+                method: AverageMethod::GreedySoup,
+                models: models.clone(),
+                eval_datasets: vec![Dataset { path, ..Dataset::default() }],
+                metric_for_best_model,
+                ..Average::default()
+            };
+            let (metrics, saved) = average(&home.path().join("soup"), &spec).unwrap();
+            if metric_for_best_model == SoupMetric::Accuracy {
+                assert_eq!(metrics["eval_accuracy"].to_bits(), 1.0_f64.to_bits(), "{metrics:?}");
+                assert_eq!(metrics["ingredients"].to_bits(), 2.0_f64.to_bits(), "{metrics:?}");
+                assert_saved(&[&models[0], &models[2]], &[0.5, 0.5], &saved);
+                let steps = Average { head: Head::Process, ..spec };
+                let error = average(&home.path().join("soup"), &steps).unwrap_err().to_string();
+                assert!(error.starts_with("`head` is process, the first model"), "{error}");
+            } else {
+                assert!(metrics["ingredients"] < 3.0, "{metrics:?}");
+                assert!(metrics["eval_loss"] <= metrics["best_single_eval_loss"], "{metrics:?}");
+                assert!(metrics["eval_loss"] < 0.69, "{metrics:?}");
+            }
+        }
     }
 }

@@ -58,7 +58,8 @@ fn with_head(start: Checkpoint, spec: &plan::Reward, seed: u64) -> Result<Checkp
     }
 }
 
-fn objective(spec: &plan::Reward) -> Box<dyn Objective> {
+/// What a stage of these settings learns, and is measured by.
+pub(super) fn objective(spec: &plan::Reward) -> Box<dyn Objective> {
     match spec.head {
         Head::BradleyTerry => Box::new(Reward {
             ranking: spec.ranking,
