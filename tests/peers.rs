@@ -17,10 +17,11 @@ use arriero::data::forest::Forest;
 use arriero::data::record::Message;
 use arriero::data::tree::{Role, Tree};
 use arriero::generate::engine::{Finish, Prompt};
-use arriero::generate::local::LocalModel;
+use arriero::generate::local::{LocalModel, answer_logprobs};
 use arriero::generate::sampling::Sampling;
 use arriero::loss::sft::Sft;
 use arriero::loss::{Objective, Readout};
+use arriero::model::average;
 use arriero::model::checkpoint::{Checkpoint, LoadOptions};
 use arriero::model::export::{Encoding, Format, export};
 use arriero::model::lora::{Init, Lora};
@@ -31,6 +32,7 @@ use arriero::rng::Stream;
 use arriero::score::candidates::{Candidate, Candidates};
 use arriero::score::select::{Rules, select};
 use arriero::stage::adapt::{Adapt, Trainee};
+use arriero::stage::merge::{Merge, merge};
 use arriero::train::Settings;
 use arriero::train::step::{self, StepOptions};
 use arriero::train::update::{Pace, update};
@@ -234,6 +236,18 @@ fn smollm2_reward_model_scores_padded_rows_as_transformers_does() {
     assert_same_scores(&python, &model.into_reward_model(7).unwrap(), &rows, shared);
 }
 
+/// What llama.cpp makes of a file: the tokens of texts, and greedy answers of `NEW` tokens.
+fn in_llama_cpp(python: &Path, file: &Path, texts: &[&str], prompts: &[Vec<u32>]) -> Value {
+    let asked = file.with_extension("json");
+    let request = serde_json::json!({"texts": texts, "prompts": prompts, "new": NEW});
+    fs::write(&asked, request.to_string()).unwrap();
+    let printed = script(python, "llama_cpp.py", &[file, &asked]);
+    serde_json::from_str(printed.lines().last().unwrap()).unwrap()
+}
+
+/// Tokens that llama.cpp is asked for.
+const NEW: usize = 16;
+
 /// The model exported as GGUF, in llama.cpp: the same tokens of texts, and the same greedy answers with log-probabilities
 /// within `apart`.
 #[track_caller]
@@ -243,9 +257,8 @@ fn assert_same_in_llama_cpp(
     (encoding, apart): (Encoding, f64),
     questions: &[&str],
 ) {
-    const NEW: usize = 16;
     let dir = tempfile::tempdir().unwrap();
-    let (path, asked) = (dir.path().join("model.gguf"), dir.path().join("asked.json"));
+    let path = dir.path().join("model.gguf");
     export(model.clone(), &path, Format::Gguf, encoding).unwrap();
     let model = Checkpoint::load_gguf(&path, &Device::Cpu).unwrap();
     let tokenizer = model.tokenizer().unwrap();
@@ -255,10 +268,7 @@ fn assert_same_in_llama_cpp(
         "<|im_start|>user\nIt isn't 1984, is it?<|im_end|>\n",
         "  x = [3.14, 2]; \t// Ünïcödé 日本語 🙂\r\n\n",
     ];
-    let request = serde_json::json!({"texts": texts, "prompts": prompts, "new": NEW});
-    fs::write(&asked, request.to_string()).unwrap();
-    let printed = script(python, "llama_cpp.py", &[&path, &asked]);
-    let theirs: Value = serde_json::from_str(printed.lines().last().unwrap()).unwrap();
+    let theirs = in_llama_cpp(python, &path, &texts, &prompts);
     let encoded = texts.map(|text| tokenizer.encode_special(text).unwrap());
     assert_eq!(theirs["tokens"], serde_json::json!(encoded));
 
@@ -297,6 +307,91 @@ fn exported_models_speak_in_llama_cpp_as_here() {
         (Encoding::F16, 0.05),
         &["What is the capital of France?"],
     );
+}
+
+/// Four steps on one row; returns the first loss and the last.
+fn train_on(row: &Tree, trainee: &Trainee, lr: f64) -> [f64; 2] {
+    let mut adamw = AdamW::new(Settings::default().hyper());
+    let pace = Pace { lr, max_grad_norm: 1.0 };
+    let mut step = |_| {
+        let work = (&Sft::default() as &dyn Objective, &[row][..]);
+        let options = StepOptions::new(4096);
+        update(&trainee.learner, work, options, &mut adamw, pace).unwrap().0.loss
+    };
+    let losses: Vec<f64> = (0..4).map(&mut step).collect();
+    [losses[0], losses[3]]
+}
+
+/// The checkpoint exported as GGUF: llama.cpp's greedy answer has the log-probabilities, to `apart`, that the model in
+/// training gives it, and not those of the model that training began with.
+#[track_caller]
+fn assert_llama_cpp_says(
+    python: &Path,
+    (dir, encoding, apart): (&Path, Encoding, f64),
+    prompt: &[u32],
+    (live, before): (&Transformer, &Transformer),
+) {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("model.gguf");
+    let saved = Checkpoint::load_dir(dir, &Device::Cpu).unwrap();
+    export(saved, &file, Format::Gguf, encoding).unwrap();
+    let theirs = in_llama_cpp(python, &file, &[], &[prompt.to_vec()]);
+    let ids: Vec<u32> = serde_json::from_value(theirs["answers"][0]["ids"].clone()).unwrap();
+    let theirs: Vec<f64> =
+        serde_json::from_value(theirs["answers"][0]["logprobs"].clone()).unwrap();
+    assert!(!ids.is_empty() && ids.len() == theirs.len());
+    let furthest = |model: &Transformer| {
+        let ours = answer_logprobs(model, prompt, &[&ids]).unwrap().remove(0);
+        let off = ours.iter().zip(&theirs).map(|(a, b)| (f64::from(*a) - b).abs());
+        off.fold(0.0, f64::max)
+    };
+    let (now, then) = (furthest(live), furthest(before));
+    println!("{}, {}: {now:.1e} apart, untrained {then:.2}", dir.display(), encoding.name());
+    assert!(now <= apart, "{}: log-probabilities {now} apart", encoding.name());
+    assert!(then > 3.0 * apart, "{}: untrained only {then} apart", encoding.name());
+}
+
+/// SmolLM2 after a few steps, whole or with adapters that `merge` makes part of it.
+#[test]
+fn trained_and_merged_models_speak_in_llama_cpp_as_in_training() {
+    let Some(python) = python("ARRIERO_PEERS") else { return };
+    let (model, base) = (smollm2(), smollm2_path());
+    let before = Transformer::new(&model.config, &model.weights).unwrap();
+    let tokenizer = model.tokenizer().unwrap().clone();
+    let question = [Message::new("user", "What is the capital of France?")];
+    let prompt = tokenizer.prompt_ids(&question, None).unwrap();
+    let mut row = prompt.clone();
+    row.extend(tokenizer.encode("Ask me again tomorrow, after breakfast."));
+    row.push(model.ends()[0]);
+    let role = |at| if at < prompt.len() { Role::Context } else { Role::Content };
+    let roles = (0..row.len()).map(role).collect();
+    let row = Tree::sequence(row, roles, 0);
+    let lora = Lora { use_peft: true, lora_r: 8, ..Lora::default() };
+    let whole = Lora { use_peft: false, ..lora.clone() };
+    let home = tempfile::tempdir().unwrap();
+    for (name, lora, lr, encodings) in [
+        ("whole", whole, 2e-4, [(Encoding::F32, 1e-3), (Encoding::F16, 0.02)]),
+        ("lora", lora, 5e-3, [(Encoding::F32, 1e-3), (Encoding::Bf16, 0.1)]),
+    ] {
+        let (base, dtype) = (base.to_str().unwrap(), Precision::F32);
+        let adapt = Adapt { lora: &lora, base, dtype, offloaded: false, seed: 3 };
+        let trainee = adapt.trainee(model.clone()).unwrap();
+        let [first, last] = train_on(&row, &trainee, lr);
+        assert!(last < 0.7 * first, "{name}: {first}, {last}");
+        let mut dir = home.path().join(name);
+        trainee.save(&dir, Precision::F32).unwrap();
+        if lora.use_peft {
+            let (adapter, out) = (dir, home.path().join("merged"));
+            let encoding = Encoding::F32;
+            merge(&Merge { adapter, base: None, out: out.clone(), encoding, dense_base: false })
+                .unwrap();
+            dir = out;
+        }
+        for (encoding, apart) in encodings {
+            let live = trainee.learner.model();
+            assert_llama_cpp_says(&python, (&dir, encoding, apart), &prompt, (live, &before));
+        }
+    }
 }
 
 #[test]
@@ -409,12 +504,16 @@ fn adapted(model: &Checkpoint, base: &Path, lora: &Lora) -> Trainee {
 }
 
 /// Each form of adapter with its name.
-fn forms() -> [(&'static str, Lora); 3] {
+fn forms() -> [(&'static str, Lora); 4] {
     let plain = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
     [
         ("lora", plain.clone()),
         ("dora", Lora { use_dora: true, ..plain.clone() }),
-        ("pissa", Lora { init_lora_weights: Init::Pissa, use_rslora: true, ..plain }),
+        ("pissa", Lora { init_lora_weights: Init::Pissa, use_rslora: true, ..plain.clone() }),
+        (
+            "pattern",
+            Lora { lora_target_modules: vec![r".*layers\.(1|2)\..*[qv]_proj".to_owned()], ..plain },
+        ),
     ]
 }
 
@@ -427,9 +526,16 @@ fn adapters_give_peft_the_same_logits_as_our_merged_model() {
     let dir = tempfile::tempdir().unwrap();
     let ids = dir.path().join("ids.json");
     fs::write(&ids, serde_json::to_vec(&rows).unwrap()).unwrap();
-    for (name, lora) in forms() {
+    let other = Lora { use_peft: true, lora_r: 3, lora_alpha: 5.0, ..Lora::default() };
+    for (name, lora) in forms().into_iter().chain([("other", other)]) {
+        adapted(&model, &base, &lora).save(&dir.path().join(name), Precision::F32).unwrap();
+    }
+    let summed = ["lora", "other"].map(|name| dir.path().join(name).display().to_string());
+    for (name, rank) in [("cat", None), ("svd", Some(5))] {
+        average::write_sum(&dir.path().join(name), &summed, &[0.75, 0.25], rank).unwrap();
+    }
+    for name in ["lora", "dora", "pissa", "pattern", "cat", "svd"] {
         let adapter = dir.path().join(name);
-        adapted(&model, &base, &lora).save(&adapter, Precision::F32).unwrap();
         let out = dir.path().join(format!("{name}.safetensors"));
         let printed = script(&python, "load_in_peft.py", &[&base, &adapter, &ids, &out]);
         let about: Value = serde_json::from_str(printed.lines().last().unwrap()).unwrap();

@@ -126,16 +126,23 @@ fn it_goes_out_as_gguf_and_comes_back() {
 }
 
 /// Three models in shards, the largest with the embedding alone: what `average` needs beyond what it needs for tiny models
-/// is little more than one shard. (They are the same directory three times, opened and read three times.)
+/// is little more than one shard. They are what three runs leave: one shape, other numbers in every tensor.
 #[test]
 fn an_average_of_three_needs_the_memory_of_one_shard() {
     let home = tempfile::tempdir().unwrap();
-    let model = home.path().join("model");
     let options = SaveOptions { dtype: DType::F32, shard_bytes: 50_000_000 };
-    checkpoint().save(&model, &options).unwrap();
-    let peak = |model: &str, out: &str| {
+    let runs = [1.0, 1.25, 0.9].map(|factor| {
+        let mut moved = checkpoint().clone();
+        for tensor in moved.weights.values_mut() {
+            *tensor = (&*tensor * factor).unwrap();
+        }
+        let dir = home.path().join(format!("run-{factor}"));
+        moved.save(&dir, &options).unwrap();
+        dir.display().to_string()
+    });
+    let peak = |[one, two, three]: [&str; 3], out: &str| {
         let out = home.path().join(out);
-        let arguments = ["average", model, model, model, "--json", "--out", out.to_str().unwrap()];
+        let arguments = ["average", one, two, three, "--json", "--out", out.to_str().unwrap()];
         let ran = Command::cargo_bin("arriero").unwrap().args(arguments).output().unwrap();
         assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
         let summary = String::from_utf8(ran.stdout).unwrap();
@@ -143,9 +150,20 @@ fn an_average_of_three_needs_the_memory_of_one_shard() {
             serde_json::from_str(summary.lines().last().unwrap()).unwrap();
         summary["peak_rss_bytes"].as_f64().unwrap()
     };
-    let (base, three) = (peak("data/tiny/teacher", "tiny"), peak(model.to_str().unwrap(), "three"));
-    let shards = home.path().join("three/stages/01-average/checkpoint").read_dir().unwrap();
-    let shard = shards.map(|file| file.unwrap().metadata().unwrap().len()).max().unwrap() as f64;
+    let base = peak(["data/tiny/teacher"; 3], "tiny");
+    let three = peak(runs.each_ref().map(String::as_str), "three");
+    let mean = home.path().join("three/stages/01-average/checkpoint");
+    let shard =
+        mean.read_dir().unwrap().map(|file| file.unwrap().metadata().unwrap().len()).max().unwrap()
+            as f64;
     assert!(shard > 1e8, "the largest file has {shard} bytes");
     assert!(three - base < 1.2 * shard, "{three} bytes for three models, {base} for tiny ones");
+    for (name, tensor) in Checkpoint::load_dir(&mean, &Device::Cpu).unwrap().weights {
+        let expected = (&checkpoint().weights[&name] * (3.15 / 3.0)).unwrap();
+        let (off, largest) =
+            (((tensor - &expected).unwrap()).abs().unwrap(), expected.abs().unwrap());
+        let [off, largest] =
+            [off, largest].map(|x| x.max_all().unwrap().to_scalar::<f32>().unwrap());
+        assert!(off <= 1e-6 * largest, "{name}: {off} of {largest}");
+    }
 }

@@ -181,3 +181,48 @@ fn best_of_k(curve: &Curve) -> Metrics {
     }
     metrics
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::lora::Lora;
+    use crate::score::reward_model::{Reading, RewardModel};
+    use crate::stage::merge::tests::adapter;
+
+    const BASE: &str = "data/tiny/student";
+
+    /// Read as [`run`] reads them, and `sample` its policies and judges.
+    #[test]
+    fn adapters_that_write_refer_and_judge_are_one_base_in_memory() {
+        let home = tempfile::tempdir().unwrap();
+        let lora = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
+        let [policy, other, judge] =
+            ["policy", "other", "judge"].map(|name| home.path().join(name));
+        adapter(&policy, (BASE, &lora), 1, Ok);
+        adapter(&other, (BASE, &lora), 2, Ok);
+        adapter(&judge, (BASE, &lora), 3, |base| base.into_reward_model(3));
+        let [policy, other, judge] = [policy, other, judge].map(|dir| dir.display().to_string());
+        let bases = Bases::default();
+        let form = Form::dense(&Device::Cpu, Precision::F32);
+        let read = bases.model(&policy, &form).unwrap();
+        let panel = Panel::among(&[json!({"reward_model": judge})], &Device::Cpu, &bases).unwrap();
+        let spec = plan::Eval { reference: other, ..plan::Eval::default() };
+        let spec = plan::Eval { model_name_or_path: policy, ..spec };
+        let other = reference(&spec, (&bases, &form), &read).unwrap().unwrap();
+        let scorer =
+            RewardModel::load_among(&bases, &judge, &Device::Cpu, &Reading::default()).unwrap();
+        assert_eq!(bases.reads(), 1);
+        assert!(!panel.is_empty());
+        let own = &read.base.tensors.weights;
+        // The student's head is its embedding.
+        assert_eq!(other.head().id(), own[crate::model::params::EMBEDDING].id());
+        for (name, tensor) in own {
+            assert_eq!(read.tensors.weights[name].id(), tensor.id(), "{name}");
+            assert_eq!(scorer.made_of().tensors.weights[name].id(), tensor.id(), "{name}");
+        }
+        assert!(scorer.made_of().own().contains_key(crate::model::params::SCORE));
+    }
+}

@@ -10,7 +10,9 @@ use crate::data::tree::Role;
 use crate::loss::sft::Sft;
 use crate::loss::{FixedGradient, Reading, StepTotals, Weighed};
 use crate::model::checkpoint::Checkpoint;
-use crate::model::{Precision, Weights};
+use crate::model::lora::{Lora, attach};
+use crate::model::{Precision, Tensors, Weights};
+use crate::ops::linear::tests::random;
 use crate::train::checkpoint::{Saved, State};
 use crate::train::{Ema, Held, Settings};
 
@@ -183,4 +185,60 @@ fn a_gradient_that_is_not_finite_is_named_and_moves_nothing() {
     assert!(said.starts_with("element 0 of the gradient of `lm_head.weight`: loss "), "{said}");
     assert!(said.contains("with gradient norm NaN on rows [0, 1, 2]"), "{said}");
     assert_eq!(all_bits(&learner.weights()), before);
+}
+
+/// Adapters on two projections of the first block, `B` moved from zero.
+fn adapted(loraplus_lr_ratio: f64) -> (Weights, Learner) {
+    let dir = Path::new("tests/fixtures/goldens/model_untied");
+    let mut start = Checkpoint::load_dir(dir, &Device::Cpu).unwrap();
+    let lora = Lora {
+        lora_r: 4,
+        lora_target_modules: vec![r".*layers\.0\.self_attn\.(q|v)_proj".to_owned()],
+        loraplus_lr_ratio,
+        ..Lora::default()
+    };
+    let mut attached = attach(&lora, &start.config, &mut start.weights, 3).unwrap();
+    for (seed, (name, factor)) in attached.factors.iter_mut().enumerate() {
+        if name.contains("lora_B") {
+            *factor = (random(seed as u64, factor.shape()) * 0.05).unwrap();
+        }
+    }
+    let tensors = Tensors::dense(start.weights);
+    let learner =
+        Learner::adapted(&start.config, tensors, &attached, Precision::F32, |_| false).unwrap();
+    (attached.factors, learner)
+}
+
+/// AdamW's first step moves numbers by the rate, whatever their gradients.
+#[test]
+fn the_rate_of_b_is_the_ratio_times_that_of_a() {
+    for (ratio, expected) in [(0.0, 1.0), (1.0, 1.0), (16.0, 16.0)] {
+        let (before, learner) = adapted(ratio);
+        let hyper = Settings { weight_decay: 0.0, ..Settings::default() }.hyper();
+        steps(&learner, &mut AdamW::new(hyper), false, 1);
+        for (name, now) in learner.weights() {
+            let moved = (now - &before[&name]).unwrap().abs().unwrap();
+            let moved = moved.max_all().unwrap().to_scalar::<f32>().unwrap();
+            let rate = 1e-3 * if name.contains("lora_B") { expected } else { 1.0 };
+            assert!(
+                (moved - rate).abs() < 0.01 * rate,
+                "{ratio}, {name}: {moved}, expected {rate}"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_is_not_targeted_has_no_gradient() {
+    let (factors, learner) = adapted(0.0);
+    let trees = trees();
+    let trees: Vec<&Tree> = trees.iter().collect();
+    let options = StepOptions::new(1 << 20);
+    let (grads, _) = step::gradients(&learner, &Sft::default(), &trees, options).unwrap();
+    assert_eq!(factors.len(), 4);
+    assert!(grads.iter().map(|(name, _)| name).eq(factors.keys()));
+    for (name, grad) in grads.iter() {
+        let largest = grad.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(largest > 0.0, "{name}");
+    }
 }
