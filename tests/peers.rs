@@ -351,7 +351,8 @@ fn assert_llama_cpp_says(
     assert!(then > 3.0 * apart, "{}: untrained only {then} apart", encoding.name());
 }
 
-/// SmolLM2 after a few steps, whole or with adapters that `merge` makes part of it.
+/// SmolLM2 after a few steps, whole or with adapters that `merge` makes part of it. llama.cpp keeps keys and values in f16:
+/// of a file in f32 its log-probabilities are a thousandth away.
 #[test]
 fn trained_and_merged_models_speak_in_llama_cpp_as_in_training() {
     let Some(python) = python("ARRIERO_PEERS") else { return };
@@ -370,8 +371,8 @@ fn trained_and_merged_models_speak_in_llama_cpp_as_in_training() {
     let whole = Lora { use_peft: false, ..lora.clone() };
     let home = tempfile::tempdir().unwrap();
     for (name, lora, lr, encodings) in [
-        ("whole", whole, 2e-4, [(Encoding::F32, 1e-3), (Encoding::F16, 0.02)]),
-        ("lora", lora, 5e-3, [(Encoding::F32, 1e-3), (Encoding::Bf16, 0.1)]),
+        ("whole", whole, 2e-4, [(Encoding::F32, 0.01), (Encoding::F16, 0.02)]),
+        ("lora", lora, 1e-3, [(Encoding::F32, 0.01), (Encoding::Bf16, 0.1)]),
     ] {
         let (base, dtype) = (base.to_str().unwrap(), Precision::F32);
         let adapt = Adapt { lora: &lora, base, dtype, offloaded: false, seed: 3 };

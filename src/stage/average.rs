@@ -486,6 +486,30 @@ mod tests {
         refused(of(AverageMethod::Linear, [&a, &b]), "in the first adapter");
     }
 
+    /// Their heads are averaged with them, and what the outputs are called stays with them.
+    #[test]
+    fn averaged_adapters_of_rating_models_rate_as_those_did() {
+        let home = tempfile::tempdir().unwrap();
+        let lora = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
+        let attributes = ["help", "length"].map(str::to_owned);
+        let models = [1, 2].map(|seed| {
+            let dir = home.path().join(seed.to_string());
+            adapter(&dir, ("data/tiny/student", &lora), seed, |base| {
+                base.into_scorer(Architecture::SequenceClassification, &attributes, seed)
+            });
+            dir.display().to_string()
+        });
+        for method in [AverageMethod::Linear, AverageMethod::Cat] {
+            let spec = Average { method, models: models.to_vec(), ..Average::default() };
+            let dir = home.path().join(format!("{method:?}"));
+            let (_, saved) = average(&dir, &spec).unwrap();
+            let saved = Weights::from([(SCORE.to_owned(), saved[SCORE].clone())]);
+            assert_saved(&[&models[0], &models[1]], &[0.5, 0.5], &saved);
+            let loaded = Checkpoint::load_dir(&dir.join("checkpoint"), &Device::Cpu).unwrap();
+            assert_eq!(loaded.config.labels, attributes, "{method:?}");
+        }
+    }
+
     /// Pairs that the teacher's own score orders: models near it are right about all, one with the other sign about none.
     #[test]
     fn a_greedy_soup_of_reward_models_goes_by_accuracy_or_loss() {
