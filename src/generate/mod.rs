@@ -21,6 +21,8 @@ pub mod teacher;
 #[cfg(test)]
 mod adaptation_tests;
 #[cfg(test)]
+mod guesses_tests;
+#[cfg(test)]
 mod plain_tests;
 #[cfg(test)]
 mod requests_tests;
