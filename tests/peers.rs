@@ -604,6 +604,9 @@ impl Server {
             .arg("serve")
             .arg(model)
             .args(["--port", "0", "--served-model-name", "served", "--api-key-env", "SERVER_KEY"])
+            // The models' own templates have no place for tools.
+            .arg("--chat-template")
+            .arg(root().join("tests/peers/chatml_tools.jinja"))
             .env("SERVER_KEY", "secret")
             .stdout(Stdio::piped())
             .spawn()
@@ -633,6 +636,10 @@ fn in_openai(python: &Path, model: &Path) -> Value {
         "usage_equal",
         "greedy_is_likeliest",
         "probabilities",
+        "tool_call_valid",
+        "tool_stream_equal",
+        "named_tool",
+        "after_tool",
         "echo",
         "embeddings_sane",
         "base64_equals_floats",
@@ -647,6 +654,7 @@ fn in_openai(python: &Path, model: &Path) -> Value {
         ("wrong_value", "BadRequestError", 400),
         ("unknown_field", "BadRequestError", 400),
         ("too_long", "BadRequestError", 400),
+        ("unknown_tool", "BadRequestError", 400),
         ("wrong_key", "AuthenticationError", 401),
     ] {
         assert_eq!((&got[name][0], &got[name][1]), (&class.into(), &status.into()), "{name}");

@@ -539,6 +539,146 @@ fn what_cannot_be_honoured_is_refused_with_words() {
     assert!(status == 400 && error["message"].as_str().unwrap().starts_with("the body is no JSON"));
 }
 
+/// A chat request for a few tokens with more fields, or others.
+fn chat_with(more: &Value) -> String {
+    let mut body = json!({"messages": question(), "max_tokens": 8});
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    body.to_string()
+}
+
+/// Chat requests with a number, a word or a list where something else belongs.
+fn mistyped() -> Vec<String> {
+    let big = 1_u64 << 62;
+    let fields = [
+        json!({"n": big}),
+        json!({"n": -1}),
+        json!({"n": 1.5}),
+        json!({"max_tokens": big}),
+        json!({"max_tokens": -1}),
+        json!({"temperature": -0.1}),
+        json!({"temperature": "hot"}),
+        json!({"top_p": 2}),
+        json!({"top_k": -7}),
+        json!({"seed": 1.5}),
+        json!({"stop": [1]}),
+        json!({"stream": "yes"}),
+        json!({"logit_bias": {"-1": 5}}),
+        json!({"logit_bias": {"99999999999999999999": 5}}),
+        json!({"logit_bias": [1]}),
+        json!({"top_logprobs": big, "logprobs": true}),
+        json!({"chat_template_kwargs": 3}),
+        json!({"messages": null}),
+        json!({"messages": [null]}),
+        json!({"messages": [[]]}),
+        json!({"messages": [{}]}),
+        json!({"messages": [{"role": 5, "content": "x"}]}),
+        json!({"messages": [{"role": "user", "content": 5}]}),
+        json!({"messages": [{"role": "user", "content": {"type": "text", "text": "x"}}]}),
+        json!({"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+        json!({"messages": [{"role": "user", "content": [[]]}]}),
+    ];
+    fields.iter().map(chat_with).collect()
+}
+
+#[test]
+fn hostile_chats_are_refused_nothing_is_fetched_and_the_server_goes_on() {
+    let server = Server::start(&[]);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let remote = format!("http://{}/x.json", listener.local_addr().unwrap());
+    let file = format!("file://{}", student().join("config.json").display());
+    let schema = |schema: Value| chat_with(&json!({"guided_json": schema}));
+    let deep = "[".repeat(100_000);
+    let mut bodies = mistyped();
+    bodies.extend([
+        schema(json!({"$ref": remote})),
+        schema(json!({"properties": {"a": {"$ref": remote}}, "required": ["a"]})),
+        schema(json!({"$ref": file})),
+        schema(json!({"type": "no such type"})),
+        schema(json!({"type": 5})),
+        schema(json!(7)),
+        chat_with(&json!({"guided_regex": "(?=a)b"})),
+        format!("{{\"messages\": {deep}"),
+        format!("{{\"guided_json\": {deep}{}}}", "]".repeat(100_000)),
+        "[]".to_owned(),
+        "null".to_owned(),
+        String::new(),
+    ]);
+    for body in bodies {
+        let (status, error) = server.refused(CHAT, &body);
+        let start: String = body.chars().take(200).collect();
+        assert!(status == 400, "{start}: {status} {error}");
+    }
+    // Roles are the template's affair; what is odd and can be honoured is.
+    let says = |role: &str, content: Value| {
+        chat_with(&json!({"messages": [{"role": role, "content": content}]}))
+    };
+    for body in [
+        says("oracle", json!("x")),
+        says("user", Value::Null),
+        says("user", json!([])),
+        schema(json!({"$ref": "#"})),
+        chat_with(&json!({"guided_regex": "(a{1000}){1000}{1000}"})),
+        chat_with(&json!({"guided_regex": "((((a?){100}){100}){100}){100}b"})),
+        chat_with(&json!({"top_k": 1_u64 << 62, "seed": i64::MIN, "stop": vec!["x"; 1000]})),
+    ] {
+        let mut response = server.post(CHAT, &body);
+        let text = response.body_mut().read_to_string().unwrap();
+        assert!([200, 400].contains(&response.status().as_u16()), "{body}: {text}");
+    }
+    assert!(listener.accept().is_err(), "somebody came to fetch a schema");
+    server.ask(CHAT, &json!({"messages": question(), "max_tokens": 4}));
+}
+
+#[test]
+fn hostile_requests_of_every_kind_are_refused_with_words() {
+    let server = Server::start(&[]);
+    for body in [
+        json!({"prompt": null}),
+        json!({"prompt": 5}),
+        json!({"prompt": [[]]}),
+        json!({"prompt": [[1], "a"]}),
+        json!({"prompt": [-1]}),
+        json!({"prompt": vec!["a"; 300]}),
+        json!({"prompt": "a", "echo": 1}),
+    ] {
+        let (status, error) = server.refused(PLAIN, &body.to_string());
+        assert!(status == 400, "{body}: {status} {error}");
+    }
+    for path in [CHAT, PLAIN, "/v1/embeddings", "/tokenize", "/detokenize", "/score"] {
+        for body in ["{}", "{\"messages\": 1}", "{\"input\": []}", "{\"tokens\": [-1]}"] {
+            assert_eq!(server.refused(path, body).0, 400, "{path} {body}");
+        }
+        let request = server.agent.post(format!("{}{path}", server.url));
+        let answer = request.send(&b"{\"prompt\": \"\xff\"}"[..]).unwrap();
+        assert_eq!(answer.status(), 400, "{path}");
+    }
+    server.ask(PLAIN, &json!({"prompt": "Tom", "max_tokens": 1}));
+}
+
+#[test]
+fn what_fits_into_the_caches_is_counted_in_whole_pages() {
+    // Four pages of 64: one for the prompt, three for answers.
+    let server = Server::start(&["--cache-tokens", "256"]);
+    let ask = |n: usize, more: Value| {
+        let mut body = json!({"prompt": "Tom has", "n": n, "logit_bias": endless()});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let answer = server.ask(PLAIN, &ask(3, json!({"max_tokens": 64})));
+    assert_eq!(answer["usage"]["completion_tokens"], 3 * 64);
+    // A token more takes a page more for each answer.
+    let (status, error) = server.refused(PLAIN, &ask(3, json!({"max_tokens": 65})).to_string());
+    let message = error["message"].as_str().unwrap();
+    assert!(status == 400 && message.contains("3 answers of 65 take 448"), "{message}");
+    // Without a number each answer has what fits.
+    let messages = json!([{"role": "user", "content": "Go on."}]);
+    let chat = |n: usize| json!({"messages": messages, "n": n, "logit_bias": endless()});
+    assert_eq!(server.ask(CHAT, &chat(2))["usage"]["completion_tokens"], 2 * 64);
+    let (_, error) = server.refused(CHAT, &chat(4).to_string());
+    assert!(error["message"].as_str().unwrap().contains("4 answers of 64 take 320"), "{error}");
+}
+
 #[test]
 fn without_the_key_nobody_enters() {
     let mut server = Server::start(&["--api-key-env", "TINY_KEY"]);
@@ -624,6 +764,7 @@ fn arguments_that_make_no_server_are_refused() {
     assert!(no_key.contains("no key in the environment variable NO_SUCH_VARIABLE"), "{no_key}");
 }
 
+/// Whole and streamed. `scripts/test` installs curl; without it, a machine that only builds says so and passes.
 #[test]
 fn curl_gets_answers() {
     let server = Server::start(&[]);
@@ -631,13 +772,29 @@ fn curl_gets_answers() {
         Command::new("curl").args(["-sS", "--max-time", "60"]).args(arguments).output()
     };
     if curl(&["--version"]).is_err() {
+        assert!(std::env::var_os("ARRIERO_PEERS").is_none(), "there is no curl: run scripts/test");
         println!("not run: there is no curl");
         return;
     }
-    let body = json!({"messages": question(), "max_tokens": 8, "temperature": 0}).to_string();
-    let output = curl(&["-d", &body, &format!("{}{CHAT}", server.url)]).unwrap();
+    let url = format!("{}{CHAT}", server.url);
+    let mut body = json!({"messages": question(), "max_tokens": 8, "temperature": 0});
+    let output = curl(&["-d", &body.to_string(), &url]).unwrap();
     let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(answer["choices"][0]["message"]["role"], "assistant");
+
+    body["stream"] = json!(true);
+    let output = curl(&["-N", "-D", "-", "-d", &body.to_string(), &url]).unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (head, events) = text.split_once("\r\n\r\n").unwrap();
+    assert!(head.to_lowercase().contains("content-type: text/event-stream"), "{head}");
+    let mut events: Vec<&str> =
+        events.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    assert_eq!(events.pop(), Some("[DONE]"), "{text}");
+    let chunks: Vec<Value> =
+        events.iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+    let streamed = joined(&chunks, 1).remove(0);
+    assert_eq!(answer["choices"][0]["message"]["content"], streamed.0);
+    assert_eq!(answer["choices"][0]["finish_reason"], streamed.2);
 }
 
 /// Writes an adapter of the tiny model whose answers are others than its own.

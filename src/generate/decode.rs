@@ -100,6 +100,11 @@ pub trait Decoder {
         1
     }
 
+    /// What a cache of so many positions of its own takes: whole pages.
+    fn in_pages(&self, tokens: usize) -> usize {
+        tokens.next_multiple_of(self.page())
+    }
+
     /// Whether it draws tokens where it computes, so that no logits need to come from there.
     fn draws(&self) -> bool {
         false

@@ -189,6 +189,15 @@ impl LocalModel {
         self.limits
     }
 
+    /// What a cache of so many positions of its own takes of [`Limits::cache_tokens`]: whole pages.
+    pub fn in_pages(&self, tokens: usize) -> usize {
+        match &self.backend {
+            Backend::Cpu(decoder) => decoder.in_pages(tokens),
+            Backend::Bf16(decoder) => decoder.in_pages(tokens),
+            Backend::Plain(decoder) => decoder.in_pages(tokens),
+        }
+    }
+
     /// The model's vocabulary size, `V`.
     pub fn vocab_size(&self) -> usize {
         match &self.backend {

@@ -13,7 +13,7 @@ use super::manner::{MOST_TOP, Manner};
 use super::problem::Problem;
 use super::served::Served;
 use super::tools::{Call, Tools};
-use crate::data::record::Message;
+use crate::data::record::{Message, kind};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::{Answer, Likely, Piece, PromptScores};
@@ -70,9 +70,16 @@ impl Conversation {
 /// One message as chat templates expect it: text parts joined, arguments of calls as objects.
 fn message(value: Value) -> Result<Message> {
     let mut message = Message::from_value(value)?;
-    if let Some(Value::Array(parts)) = message.fields().get("content") {
-        let text = parts.iter().map(part).collect::<Result<String>>()?;
-        message.fields_mut().insert("content".to_owned(), Value::String(text));
+    match message.fields().get("content") {
+        None | Some(Value::Null | Value::String(_)) => {}
+        Some(Value::Array(parts)) => {
+            let text = parts.iter().map(part).collect::<Result<String>>()?;
+            message.fields_mut().insert("content".to_owned(), Value::String(text));
+        }
+        Some(other) => {
+            let found = kind(other);
+            return Err(Error::usage(format!("`content` is {found}, expected text or its parts")));
+        }
     }
     if !message.fields().contains_key("content") {
         message.fields_mut().insert("content".to_owned(), Value::String(String::new()));
@@ -338,6 +345,7 @@ mod tests {
                 json!([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
                 "image_url",
             ),
+            (json!([{"role": "user", "content": 5}]), "`content` is a number"),
             (json!("hello"), "invalid type"),
         ] {
             let body = json!({"messages": messages});

@@ -117,23 +117,28 @@ fn room(served: &Served, len: usize, wanted: Option<usize>, n: usize) -> Result<
             "the prompt has {len} tokens, and the model's {positions} positions must hold an answer too"
         )));
     }
-    let Some(wanted) = wanted else {
-        return Ok((positions - len).min(cache.saturating_sub(len) / n.max(1)).max(1));
-    };
+    let room = positions - len;
+    // The engine counts the same pages: answers of a request that fits need not take turns.
+    let (page, prompt) = (served.model.in_pages(1), served.model.in_pages(len));
+    let each = wanted.unwrap_or_else(|| {
+        let fitting = cache.saturating_sub(prompt) / n.max(1) / page * page;
+        room.min(fitting.max(page))
+    });
     // Not as a sum: it may be more than any number.
-    if wanted > positions - len {
+    if each > room {
         return Err(too_long(format!(
-            "the prompt has {len} tokens and `max_tokens` is {wanted}, together more than the model's {positions} positions"
+            "the prompt has {len} tokens and `max_tokens` is {each}, together more than the model's {positions} positions"
         ))
         .on("max_tokens"));
     }
-    if len + n * wanted > cache {
+    let taken = prompt + n * served.model.in_pages(each);
+    if taken > cache {
         return Err(Problem::invalid(format!(
-            "{len} tokens of the prompt and {n} answers of {wanted} are more than the {cache} tokens that the caches hold"
+            "{len} tokens of the prompt and {n} answers of {each} take {taken} in pages of {page}, more than the {cache} tokens that the caches hold"
         ))
         .on("n"));
     }
-    Ok(wanted)
+    Ok(each)
 }
 
 fn sampling(fields: &mut Fields, fresh: u64) -> Result<Sampling, Problem> {

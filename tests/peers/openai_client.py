@@ -2,7 +2,7 @@
 
     openai_client.py BASE_URL API_KEY
 
-Says what it got while it goes, and all of it as JSON on the last line.
+The server's chat template has a place for tools. Says what it got while it goes, and all of it as JSON on the last line.
 """
 
 import json
@@ -70,6 +70,42 @@ regex = client.chat.completions.create(
 )
 say("guided_regex", regex.choices[0].message.content)
 
+def tool(name, key, values):
+    parameters = {"type": "object", "properties": {key: {"enum": values}}, "required": [key], "additionalProperties": False}
+    return {"type": "function", "function": {"name": name, "description": f"Knows the {name}.", "parameters": parameters}}
+
+
+tools = [tool("weather", "city", ["Paris", "Lyon"]), tool("time", "zone", ["CET", "UTC"])]
+asked = dict(model=model, messages=messages, tools=tools, tool_choice="required", seed=2, max_tokens=120)
+whole = client.chat.completions.create(**asked).choices[0]
+call = whole.message.tool_calls[0]
+arguments = json.loads(call.function.arguments)
+say("tool_call", [whole.finish_reason, whole.message.content, call.type, call.function.name, arguments])
+offered = {"weather": ("city", ["Paris", "Lyon"]), "time": ("zone", ["CET", "UTC"])}
+key, values = offered[call.function.name]
+say("tool_call_valid", whole.finish_reason == "tool_calls" and list(arguments) == [key] and arguments[key] in values)
+# A client puts a streamed call together from its pieces, by index.
+pieces, content, finished = {}, "", None
+for chunk in client.chat.completions.create(**asked, stream=True):
+    choice = chunk.choices[0]
+    content += choice.delta.content or ""
+    finished = choice.finish_reason or finished
+    for part in choice.delta.tool_calls or []:
+        piece = pieces.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
+        piece["id"] += part.id or ""
+        piece["name"] += part.function.name or ""
+        piece["arguments"] += part.function.arguments or ""
+say("streamed_call", pieces)
+one = pieces[0]
+say("tool_stream_equal", len(pieces) == 1 and one["id"] != "" and content == "" and finished == "tool_calls"
+    and (one["name"], json.loads(one["arguments"])) == (call.function.name, arguments))
+named = client.chat.completions.create(**{**asked, "tool_choice": {"type": "function", "function": {"name": "time"}}})
+say("named_tool", named.choices[0].message.tool_calls[0].function.name == "time")
+# The call and its result go back as the client has them.
+told = messages + [whole.message, {"role": "tool", "tool_call_id": call.id, "content": "22 degrees"}]
+answer = client.chat.completions.create(model=model, messages=told, tools=tools, tool_choice="none", max_tokens=16, seed=1)
+say("after_tool", answer.choices[0].message.content is not None and answer.choices[0].message.tool_calls is None)
+
 text = "The capital of France is Paris."
 echo = client.completions.create(model=model, prompt=text, max_tokens=0, echo=True, logprobs=0)
 logprobs = echo.choices[0].logprobs
@@ -99,6 +135,7 @@ say("wrong_model", refusal(lambda: chat(model=model + "x", messages=messages)))
 say("wrong_value", refusal(lambda: chat(model=model, messages=messages, temperature=-1)))
 say("unknown_field", refusal(lambda: chat(model=model, messages=messages, extra_body={"temprature": 1})))
 say("too_long", refusal(lambda: chat(model=model, messages=messages, max_tokens=10**7)))
+say("unknown_tool", refusal(lambda: chat(**{**asked, "tool_choice": {"type": "function", "function": {"name": "tme"}}})))
 stranger = OpenAI(base_url=base + "/v1", api_key="wrong", max_retries=0)
 say("wrong_key", refusal(lambda: stranger.models.list()))
 print(json.dumps(got))

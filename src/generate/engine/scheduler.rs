@@ -86,7 +86,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         while let Some(&ticket) = self.waiting.front() {
             let Some(open) = self.open.get(&ticket) else { break };
             let room = self.answer_room(&open.request);
-            if !self.has_room(self.in_pages(room)) {
+            if !self.has_room(self.decoder.in_pages(room)) {
                 break;
             }
             self.start(ticket, room, on)?;
@@ -127,8 +127,8 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 break;
             }
             let own = tokens.len() - shared;
-            let pages = self.in_pages(own);
-            if !self.has_room(pages + self.in_pages(self.answer_room(&request))) {
+            let pages = self.decoder.in_pages(own);
+            if !self.has_room(pages + self.decoder.in_pages(self.answer_room(&request))) {
                 break;
             }
             self.queue.pop_front();
@@ -170,11 +170,6 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         true
     }
 
-    /// What a cache of so many positions of its own takes.
-    fn in_pages(&self, tokens: usize) -> usize {
-        tokens.next_multiple_of(self.decoder.page())
-    }
-
     fn answer_room(&self, request: &Request) -> usize {
         let left = self.limits.max_positions - request.prompt.tokens.len();
         request.sampling.max_new_tokens.min(left)
@@ -182,7 +177,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
 
     /// Starts the next sample of a prompt that was read.
     fn start(&mut self, ticket: Ticket, room: usize, on: &mut On<'_>) -> Result<()> {
-        let pages = self.in_pages(room);
+        let pages = self.decoder.in_pages(room);
         let Some(open) = self.open.get_mut(&ticket) else { return Ok(()) };
         let sample = open.started;
         open.started += 1;
@@ -388,7 +383,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             // The next turn of a conversation begins with this one. The last token was drawn and not read.
             let mut tokens = request.prompt.tokens.clone();
             tokens.extend_from_slice(&answer.ids[..answer.ids.len() - 1]);
-            share.shrink(self.in_pages(answer.ids.len() - 1));
+            share.shrink(self.decoder.in_pages(answer.ids.len() - 1));
             let held = Held { cache: Arc::new(cache), _share: share, _parent: Some(held) };
             self.prefixes.keep(tokens, request.extras.adaptation.clone(), Arc::new(held));
         }
