@@ -282,7 +282,8 @@ fn judge_row(text: &str, row: &Value) -> arriero::Result<Score> {
     let question =
         Question { place: "row", prompt: &[], tools: None, answer: None, extra: Some(&row) };
     let verdict = panel.judge(&question, &[text], &[])?.remove(0);
-    Ok(Score { value: verdict.score, why: verdict.explanation() })
+    let why = verdict.explanation();
+    Ok(Score { value: verdict.score, why, streams: verdict.streams })
 }
 
 #[test]
@@ -349,6 +350,28 @@ fn a_program_passes_by_passing_its_tests_and_in_no_other_way() {
 }
 
 #[test]
+fn what_a_judged_program_wrote_comes_back_without_the_harness_words() {
+    let streams = |code: &str| {
+        let score = judge(code);
+        let streams = score.streams.unwrap();
+        (score.value > 0.5, streams.stdout, streams.stderr)
+    };
+    let square = "import sys\nprint('grüße')\nsys.stderr.write('hm')\ndef square(x): return x";
+    assert_eq!(streams(&format!("{square} * x")), (true, "grüße\n".into(), "hm".into()));
+    let (passed, stdout, stderr) = streams(square);
+    assert!(!passed && stdout == "grüße\n", "{stdout}");
+    assert!(stderr.starts_with("hmTraceback") && stderr.contains("candidate(2) == 4"), "{stderr}");
+    // Bytes that are no text, and more of them than anybody reads.
+    let (_, stdout, _) =
+        streams("import sys\nsys.stdout.buffer.write(b'<\\xff' + b'x' * 100000 + b'>')");
+    assert!(stdout.starts_with("<\u{fffd}x") && stdout.ends_with("x>"), "{stdout}");
+    assert!(stdout.contains("x\n…\nx") && stdout.len() < 5000, "{}", stdout.len());
+    // Also of one that did not end by itself.
+    let (passed, stdout, stderr) = streams("print('begun', flush=True)\nwhile True: pass");
+    assert_eq!((passed, stdout.as_str(), stderr.as_str()), (false, "begun\n", ""));
+}
+
+#[test]
 fn tests_come_as_text_or_as_a_list_and_mistakes_in_them_are_the_rows() {
     let code = "def square(x):\n    return x * x";
     let list = json!({"test_list": ["assert square(2) == 4", "assert square(0) == zero"], "test_setup_code": "zero = 0"});
@@ -397,4 +420,5 @@ fn without_bubblewrap_nothing_runs_unless_it_is_allowed() {
     assert!(mark.exists());
     let scored: Value = serde_json::from_str(&fs::read_to_string(&out).unwrap()).unwrap();
     assert_eq!(scored["score"], 1.0);
+    assert_eq!((&scored["stdout"], &scored["stderr"]), (&json!(""), &json!("")));
 }

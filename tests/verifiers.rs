@@ -1,7 +1,12 @@
 //! Verifiers over whole sets of rows: worked sums as GSM8K has them and functions as HumanEval has them. Small sets of our
-//! own lie in tests/fixtures/verifiers; the public ones are read too where `ARRIERO_DATA` names their folder.
+//! own lie in tests/fixtures/verifiers; of the public ones, those that `scripts/fetch-verifier-data` brought are read, or
+//! those in the folder that `ARRIERO_DATA` names.
 
-#![expect(clippy::unwrap_used, reason = "a test program; a failure here is a failed test")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test program; a failure here is a failed test"
+)]
 
 use std::path::{Path, PathBuf};
 
@@ -20,13 +25,34 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/verifiers").join(name)
 }
 
-/// The fixture and, where it is there, the public set.
-fn sets(name: &str, names: &[&str]) -> Vec<PathBuf> {
-    let mut found = vec![fixture(name)];
-    if let Some(folder) = std::env::var_os("ARRIERO_DATA").map(PathBuf::from) {
-        let public = names.iter().map(|path| folder.join(path)).find(|path| path.exists());
-        // Named and absent is a mistake: the first public name is read, and fails.
-        found.push(public.unwrap_or_else(|| folder.join(names[0])));
+/// Files of a public set, each with how many rows it has.
+type Public = &'static [(&'static str, usize)];
+
+const GSM8K: Public =
+    &[("gsm8k/train.jsonl", 7473), ("gsm8k/test.jsonl", 1319), ("gsm8k/sample.jsonl", 100)];
+const HUMANEVAL: Public =
+    &[("humaneval/HumanEval.jsonl", 164), ("humaneval/HumanEval.jsonl.gz", 164)];
+
+/// The rows of the fixture and of the public set, each with its file. A public set that is not there is a mistake where
+/// its folder was named or `scripts/test` runs the tests.
+fn sets(name: &str, public: Public) -> Vec<(PathBuf, Vec<Map<String, Value>>)> {
+    let own = fixture(name);
+    let mut found = vec![(own.clone(), rows(&own))];
+    let named = std::env::var_os("ARRIERO_DATA").map(PathBuf::from);
+    let needed = named.is_some() || std::env::var_os("ARRIERO_PEERS").is_some_and(|on| on == "1");
+    let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/verifiers");
+    let folder = named.unwrap_or(fetched);
+    let mut there = public.iter().map(|(path, count)| (folder.join(path), *count));
+    if let Some((path, count)) = there.find(|(path, _)| path.exists()) {
+        let rows = rows(&path);
+        assert_eq!(rows.len(), count, "{}", path.display());
+        found.push((path, rows));
+    } else {
+        let names: Vec<&str> = public.iter().map(|(path, _)| *path).collect();
+        let folder = folder.display();
+        let said = format!("none of {names:?} in {folder}: run scripts/fetch-verifier-data");
+        assert!(!needed, "{said}");
+        println!("not run: {said}");
     }
     found
 }
@@ -117,8 +143,7 @@ fn perturbed(number: &str) -> Vec<String> {
 fn sums_are_right_in_every_phrasing_and_wrong_numbers_in_none() {
     let panel =
         Panel::new(&[json!("math")].map(|name| json!({"verifier": name})), &Device::Cpu).unwrap();
-    for path in sets("math.jsonl", &["gsm8k/train.jsonl", "gsm8k/test.jsonl"]) {
-        let rows = rows(&path);
+    for (path, rows) in sets("math.jsonl", GSM8K) {
         let results: Vec<(usize, usize, Vec<String>)> = rows
             .par_iter()
             .map(|row| {
@@ -162,8 +187,7 @@ fn sums_are_right_in_every_phrasing_and_wrong_numbers_in_none() {
 #[test]
 fn reference_programs_pass_their_tests_and_empty_ones_do_not() {
     let panel = Panel::new(&[json!({"verifier": "code", "timeout_s": 30})], &Device::Cpu).unwrap();
-    for path in sets("code.jsonl", &["humaneval/HumanEval.jsonl", "humaneval/HumanEval.jsonl.gz"]) {
-        let rows = rows(&path);
+    for (path, rows) in sets("code.jsonl", HUMANEVAL) {
         let judged: Vec<(String, Vec<(bool, String)>)> = rows
             .par_iter()
             .map(|row| {

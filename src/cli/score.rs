@@ -31,7 +31,7 @@ pub(super) struct ScoreArgs {
     /// The rows: `prompt`, `completion` or `completions`, and what the judge needs, as `answer`
     #[arg(long, value_name = "FILE")]
     data: String,
-    /// The file to write: the same rows with `score` and `why`
+    /// The file to write: the same rows with `score` and `why`, and `stdout` and `stderr` of programs that were run
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Which column is read as which, for example prompt=question; may be given several times

@@ -108,7 +108,8 @@ impl Judge {
         let mean = votes.iter().map(|(vote, _)| vote).sum::<f64>() / votes.len() as f64;
         let value = if self.form == Form::Code { f64::from(u8::from(mean > 0.5)) } else { mean };
         let reason = votes.first().map_or("", |(_, reason)| reason);
-        Score { value, why: format!("{mean:.2} of {} votes: {reason}", votes.len()) }
+        let why = format!("{mean:.2} of {} votes: {reason}", votes.len());
+        Score { value, why, streams: None }
     }
 
     /// The share of comparisons that each answer wins.
@@ -136,6 +137,7 @@ impl Judge {
             // Alone, an answer neither wins nor loses.
             value: if *games > 0.0 { points / games } else { 0.5 },
             why: format!("{points} of {games} comparisons"),
+            streams: None,
         };
         Ok(points.iter().zip(&games).map(score).collect())
     }

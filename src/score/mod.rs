@@ -24,6 +24,7 @@ use crate::generate::teacher::TeacherSpec;
 use crate::model::bases::Bases;
 use judge::{Form, Judge};
 use reward_model::{Reading, RewardModel, StepAggregation};
+use sandbox::Streams;
 use verifiers::{Check, Unit, Verifier};
 
 /// One judge as a recipe names it: a verifier, a reward model or a language model, and the weight of its score in the sum.
@@ -304,12 +305,14 @@ pub struct Question<'a> {
 }
 
 /// One judgement.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Score {
     /// Higher is better. A verifier's is 1 or 0.
     pub value: f64,
     /// What it rests on, for people to read.
     pub why: String,
+    /// What the answer's program wrote, where one was run.
+    pub streams: Option<Streams>,
 }
 
 /// Judges answers; several threads may ask it at once.
@@ -357,6 +360,8 @@ pub struct Verdict {
     pub scores: IndexMap<String, f64>,
     /// What each score rests on, where the judge says so.
     pub why: IndexMap<String, String>,
+    /// What the answer's program wrote, the first time that one was run.
+    pub streams: Option<Streams>,
     /// The weighted sum of the scores less their length penalties.
     pub score: f64,
     /// Whether every verifier accepts it; `None` where no judge verifies.
@@ -483,6 +488,7 @@ impl Seat {
             verdict.reward = Some(verdict.reward.unwrap_or(0.0) + weighted);
         }
         verdict.scores.insert(self.label.clone(), score.value);
+        verdict.streams = verdict.streams.take().or(score.streams);
         if !score.why.is_empty() {
             verdict.why.insert(self.label.clone(), score.why);
         }

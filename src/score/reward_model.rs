@@ -271,7 +271,7 @@ impl Scorer for RewardModel {
         let mut scores = Vec::with_capacity(answers.len());
         for answers in answers.chunks(ANSWERS) {
             let judged = self.score_rows(&self.rows(question, answers))?.into_iter().flatten();
-            scores.extend(judged.map(|value| Score { value, why: String::new() }));
+            scores.extend(judged.map(|value| Score { value, ..Score::default() }));
         }
         Ok(scores)
     }

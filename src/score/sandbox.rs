@@ -15,11 +15,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, geteuid, kill_process_group};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 
 /// Most of a stream that is kept, half of it from its beginning and half from its end.
 const KEPT: usize = 64 << 10;
+/// Most bytes of a stream that are shown.
+const SHOWN: usize = 4 << 10;
 /// The user and group of programs in the sandbox: nobody.
 const NOBODY: u32 = 65534;
 /// Between two looks at a running program.
@@ -105,6 +108,31 @@ impl Output {
             return String::from_utf8_lossy(&[&self.head, end].concat()).into_owned();
         }
         String::from_utf8_lossy(&self.head).into_owned() + cut + &String::from_utf8_lossy(end)
+    }
+}
+
+/// What a program wrote, for people to read: text, whatever the bytes were, and no more than the beginning and the end.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Streams {
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Streams {
+    /// Keeps 4 KiB of each, half from its beginning and half from its end, with `…` between.
+    pub fn of(stdout: &str, stderr: &str) -> Self {
+        let brief = |text: &str| {
+            let half = SHOWN / 2;
+            if text.len() <= SHOWN {
+                return text.to_owned();
+            }
+            let (head, tail) =
+                (text.floor_char_boundary(half), text.ceil_char_boundary(text.len() - half));
+            format!("{}\n…\n{}", &text[..head], &text[tail..])
+        };
+        Self { stdout: brief(stdout), stderr: brief(stderr) }
     }
 }
 
@@ -387,6 +415,17 @@ mod tests {
         let text = output.text();
         assert!(text.starts_with("héllo") && text.ends_with("the end") && text.contains('…'));
         assert!(text.len() <= KEPT + 8 && output.bytes > 500_000);
+    }
+
+    #[test]
+    fn what_is_shown_is_cut_between_letters() {
+        let long = "é".repeat(SHOWN);
+        let Streams { stdout, stderr } = Streams::of(&long, &format!("x{long}"));
+        for text in [&stdout, &stderr] {
+            assert!(text.len() <= SHOWN + 5 && text.len() > SHOWN && text.contains("é\n…\né"));
+        }
+        let short = Streams::of("a\nb", "");
+        assert_eq!((short.stdout.as_str(), short.stderr.as_str()), ("a\nb", ""));
     }
 
     #[test]

@@ -32,7 +32,7 @@ const AT_ONCE: usize = 16;
 /// Groups that are judged at once, and written together, where a judge is a server.
 const WAITING: usize = 64;
 /// Raised when the same work would write other rows.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// What to judge, and by whom.
 #[derive(Clone, Debug)]
@@ -330,8 +330,8 @@ fn judge(panel: &Panel, group: Vec<Asked>) -> Result<Vec<Map<String, Value>>> {
     Ok(group.into_iter().map(row).collect())
 }
 
-/// The row with `score` and `why`, `passed` where a verifier judged and `scores` where several did; lists of them where
-/// it has a list of completions.
+/// The row with `score` and `why`, `passed` where a verifier judged, `scores` where several did, `stdout` and `stderr`
+/// where a program was run; lists of them where it has a list of completions.
 fn with_scores(row: Asked, verdicts: &[Verdict]) -> Map<String, Value> {
     let mut columns = row.columns;
     let mut add = |name: &str, value: &dyn Fn(&Verdict) -> Value| {
@@ -347,6 +347,11 @@ fn with_scores(row: Asked, verdicts: &[Verdict]) -> Map<String, Value> {
     }
     if verdicts.iter().any(|verdict| verdict.scores.len() > 1) {
         add("scores", &|verdict| json!(verdict.scores));
+    }
+    if verdicts.iter().any(|verdict| verdict.streams.is_some()) {
+        let streams = |verdict: &Verdict| verdict.streams.clone().unwrap_or_default();
+        add("stdout", &|verdict| json!(streams(verdict).stdout));
+        add("stderr", &|verdict| json!(streams(verdict).stderr));
     }
     columns
 }

@@ -57,6 +57,35 @@ fn several_judges_are_added_up_and_named() {
 }
 
 #[test]
+fn lines_that_are_no_rows_are_named_before_anything_is_judged() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = r#"{"prompt": "q", "completion": "4", "answer": "4"}"#;
+    let deep = "[".repeat(100_000);
+    for (line, part) in [
+        (b"{\"prompt\": ".to_vec(), "in.jsonl:2"),
+        (b"null".to_vec(), "in.jsonl:2: a row is null"),
+        (b"{\"completion\": NaN}".to_vec(), "in.jsonl:2"),
+        (b"{\"completion\": \"\xff\"}".to_vec(), "in.jsonl: line 2 is not UTF-8"),
+        (format!("{{\"completion\": {deep}").into_bytes(), "in.jsonl:2"),
+        (b"{\"completions\": [null]}".to_vec(), "in.jsonl:2: completions[0]"),
+        (b"{\"completions\": [[]]}".to_vec(), "in.jsonl:2: completions[0]"),
+        (b"{\"messages\": []}".to_vec(), "in.jsonl:2: no `completion`"),
+        (b"{\"messages\": [5]}".to_vec(), "in.jsonl:2: `messages`"),
+        (b"{\"messages\": [{\"content\": \"4\"}]}".to_vec(), "in.jsonl:2: `messages`"),
+        (b"{\"prompt\": 5, \"completion\": \"4\"}".to_vec(), "in.jsonl:2: `prompt`"),
+        (b"{\"completion\": \"4\", \"tools\": 5}".to_vec(), "in.jsonl:2"),
+    ] {
+        let work = work(dir.path(), &[], r#""number""#);
+        let lines = [good.as_bytes(), &line, good.as_bytes()].join(&b'\n');
+        store::write_atomic(&dir.path().join("in.jsonl"), &lines).unwrap();
+        let error = score(&work, &Silent).unwrap_err().to_string();
+        let shown: String = error.chars().take(300).collect();
+        assert!(shown.contains(part) && error.len() < 2000, "{}: {shown}", line.escape_ascii());
+        assert!(!work.out.exists());
+    }
+}
+
+#[test]
 fn mistakes_are_named_by_file_and_line_before_anything_is_judged() {
     let dir = tempfile::tempdir().unwrap();
     let good = json!({"prompt": "q", "completion": "4", "answer": "4"});

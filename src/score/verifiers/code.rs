@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::{Rule, after_thoughts, column, judged, pattern};
 use crate::data::record::kind;
 use crate::error::{Error, Result};
-use crate::score::sandbox::{self, Ending, Execution, Sandbox};
+use crate::score::sandbox::{self, Ending, Execution, Sandbox, Streams};
 use crate::score::{Question, Score, ScorerSpec};
 use crate::store;
 
@@ -121,7 +121,14 @@ fn secret() -> String {
 }
 
 fn verdict(execution: &Execution, passed: &str, errors: &str) -> Score {
-    let said = execution.stdout.text().ends_with(passed);
+    let written = execution.stdout.text();
+    let own = written.strip_suffix(passed);
+    let streams = Some(Streams::of(own.unwrap_or(&written), errors));
+    Score { streams, ..judgement(execution, own.is_some(), errors) }
+}
+
+/// `said`: whether it said what only the tests' end lets it know.
+fn judgement(execution: &Execution, said: bool, errors: &str) -> Score {
     let seconds = execution.wall.as_secs_f64();
     match execution.ending {
         Ending::Exited(0) if said => judged(true, "tests passed"),

@@ -47,7 +47,12 @@ def run():
 
         linecache.cache["tests"] = (len(tests), None, tests.splitlines(True), "tests")
         show()
-        flush_err()
+        for flush in (flush_err, flush_out):
+            try:
+                flush()
+            except BaseException:
+                # The program closed it.
+                pass
         leave(1)
     answer = b""
     while part := read(word, 64):

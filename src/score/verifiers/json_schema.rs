@@ -115,14 +115,41 @@ mod tests {
     }
 
     #[test]
-    fn a_schema_that_is_none_or_points_elsewhere_is_refused() {
-        for schema in
-            [json!({"type": "no such type"}), json!({"$ref": "http://example.org/x.json"})]
-        {
+    fn a_schema_that_is_none_or_points_elsewhere_is_refused_and_nothing_is_fetched() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let here = format!("http://{}/x.json", listener.local_addr().unwrap());
+        let file = concat!("file://", env!("CARGO_MANIFEST_DIR"), "/data/tiny/student/config.json");
+        let row = verifier(r#"{"verifier": "json_schema"}"#);
+        for schema in [
+            json!({"type": "no such type"}),
+            json!({"$ref": here}),
+            json!({"properties": {"a": {"items": {"$ref": format!("{here}#/a")}}}}),
+            json!({"$ref": file}),
+            json!({"$schema": here}),
+        ] {
             let spec = json!({"verifier": "json_schema", "schema": schema});
             let spec: ScorerSpec = serde_json::from_value(spec).unwrap();
             let error = Verifier::new(spec.verifier.unwrap(), &spec).err().unwrap().to_string();
-            assert!(error.starts_with("`schema` is no JSON schema"), "{error}");
+            assert!(error.starts_with("`schema` is no JSON schema"), "{schema}: {error}");
+            let Value::Object(columns) = json!({"schema": schema}) else { panic!() };
+            assert!(score(&row, None, Some(&columns), "{}").is_err(), "{schema}");
         }
+        assert!(listener.accept().is_err(), "somebody came to fetch a schema");
+    }
+
+    #[test]
+    fn deep_values_and_schemas_that_point_at_themselves_come_to_an_end() {
+        let tree =
+            r##"{"verifier": "json_schema", "schema": {"type": "array", "items": {"$ref": "#"}}}"##;
+        let nested = |depth: usize| "[".repeat(depth) + &"]".repeat(depth);
+        check(tree, None, &[(&nested(100), true), ("[[1]]", false), (&nested(100_000), false)]);
+        for schema in [json!({"$ref": "#"}), json!({"allOf": [{"$ref": "#"}]})] {
+            let spec = json!({"verifier": "json_schema", "schema": schema}).to_string();
+            assert!(score(&verifier(&spec), None, None, "1").is_ok(), "{schema}");
+        }
+        let backtracks =
+            r#"{"verifier": "json_schema", "schema": {"pattern": "^(?=(a+)+b)(a|aa)+$"}}"#;
+        check(backtracks, None, &[(&format!("\"{}\"", "a".repeat(10_000)), false)]);
     }
 }

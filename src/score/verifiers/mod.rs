@@ -181,7 +181,7 @@ impl Scorer for Verifier {
 }
 
 fn judged(right: bool, why: impl Into<String>) -> Score {
-    Score { value: f64::from(u8::from(right)), why: why.into() }
+    Score { value: f64::from(u8::from(right)), why: why.into(), streams: None }
 }
 
 fn needed<'a>(question: &Question<'a>) -> Result<&'a str> {

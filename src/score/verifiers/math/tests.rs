@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::super::testing::check;
+use super::super::testing::{check, score, verifier};
 use super::compare::Answer;
 
 #[track_caller]
@@ -165,6 +165,45 @@ proptest! {
             let answer = Answer::read(&text);
             prop_assert!(answer.equals(&answer));
         }
+    }
+}
+
+/// What models say when they are stuck, a hundred kilobytes of it: none is the answer, and each is told so at once.
+#[test]
+fn endless_answers_are_judged_in_no_time() {
+    let verifier = verifier(r#"{"verifier": "math"}"#);
+    for part in [
+        "\\boxed{",
+        "{",
+        "(",
+        "\\[ $x$ ",
+        "\\( ",
+        "$",
+        "$$ ",
+        "answer is ",
+        "1,",
+        "1 ",
+        "\\frac{",
+        "\\sqrt",
+        "-",
+        "9^",
+        "9!",
+        "x+",
+        "<think>",
+        "####",
+        "\\left(",
+        "{,}",
+        "\\frac12",
+        "= ",
+        "|x",
+        "é",
+    ] {
+        let started = std::time::Instant::now();
+        let text = part.repeat(100_000 / part.len());
+        for text in [format!("{text} 4"), format!("\\boxed{{{text}}}"), text] {
+            score(&verifier, Some("3"), None, &text).unwrap();
+        }
+        assert!(started.elapsed().as_secs() < 20, "{part}: {:?}", started.elapsed());
     }
 }
 
