@@ -30,6 +30,8 @@ use arriero::generate::openai::spec::ServerSpec;
 use arriero::generate::sampling::Sampling;
 use arriero::generate::teacher::{Asked, Teacher};
 use arriero::report::record::Silent;
+use arriero::score::{Panel, Question};
+use candle_core::Device;
 use fake_server::{FakeServer, Request, Response, chat, is_probe, well_behaved};
 use serde_json::{Value, json};
 use served::Served;
@@ -663,6 +665,152 @@ fn a_file_is_judged_by_a_server_many_rows_at_once() {
     let expected = |i: usize| if i == 7 { 3.0 } else { 9.0 };
     assert_eq!(scores, (0..40).map(expected).collect::<Vec<f64>>());
     assert!(most.load(Ordering::Relaxed) > 4, "{most:?} at once");
+}
+
+/// A judge's server that says what `says` makes of a question and the number of the choice, and the questions that it was
+/// asked. `held`: whether it holds answers to a schema; else it passes over `response_format` in silence.
+fn judging(
+    held: bool,
+    says: impl Fn(&Value, usize) -> String + Send + Sync + 'static,
+) -> (FakeServer, Arc<Mutex<Vec<Value>>>) {
+    let seen: Arc<Mutex<Vec<Value>>> = Arc::default();
+    let record = seen.clone();
+    let server = FakeServer::start(move |request| {
+        let probing = is_probe(request);
+        if probing && !(held && request.body.get("response_format").is_some()) {
+            return well_behaved(request);
+        }
+        if !probing {
+            record.lock().unwrap().push(request.body.clone());
+        }
+        let mut body = chat(request);
+        for (at, choice) in body["choices"].as_array_mut().unwrap().iter_mut().enumerate() {
+            let text =
+                if probing { "{\"good\": true}".to_owned() } else { says(&request.body, at) };
+            choice["message"]["content"] = json!(text);
+        }
+        Response::Json(body)
+    });
+    (server, seen)
+}
+
+/// What a judge behind `server`, with more settings, says of answers: their scores and what they rest on.
+fn verdicts(server: &FakeServer, more: Value, answers: &[&str]) -> Result<Vec<(f64, String)>> {
+    let mut scorer = more;
+    scorer["judge"] = json!({"base_url": server.url(), "model": "big", "retry_delay": 0.001});
+    let panel = Panel::new(&[scorer], &Device::Cpu)?;
+    let prompt = [Message::new("user", "How high is the tower?")];
+    let (answer, place) = (Some("330 m"), "rows:1");
+    let question = Question { place, prompt: &prompt, tools: None, answer, extra: None };
+    let verdicts = panel.judge(&question, answers, &[])?;
+    Ok(verdicts.iter().map(|verdict| (verdict.score, verdict.explanation())).collect())
+}
+
+#[test]
+fn a_judge_is_asked_for_verdicts_of_a_schema_and_its_votes_are_averaged() {
+    let says = |_: &Value, at: usize| format!("{{\"reason\": \"so\", \"score\": {}}}", 4 + at);
+    let (server, seen) = judging(true, says);
+    let more = json!({"votes": 3, "rubric": "Is it true?", "max_tokens": 99});
+    let found = verdicts(&server, more, &["It is 330 m high."]).unwrap();
+    assert_eq!(found, [(5.0, "5.00 of 3 votes: so".to_owned())]);
+    let seen = seen.lock().unwrap();
+    let [body] = seen.as_slice() else { panic!("{} requests", seen.len()) };
+    assert_eq!(
+        (&body["n"], &body["max_tokens"], &body["temperature"]),
+        (&json!(3), &json!(99), &json!(0.7))
+    );
+    let format = &body["response_format"];
+    assert_eq!(format["type"], "json_schema");
+    assert_eq!(format["json_schema"]["strict"], true);
+    let schema = &format["json_schema"]["schema"];
+    assert_eq!(schema["required"], json!(["reason", "score"]));
+    assert_eq!(
+        schema["properties"]["score"],
+        json!({"type": "integer", "minimum": 1, "maximum": 10})
+    );
+    let [system, user] = [0, 1].map(|at| body["messages"][at]["content"].as_str().unwrap());
+    assert!(system.starts_with("Is it true?\n\nYou judge an assistant's answer."), "{system}");
+    assert_eq!(
+        user,
+        "[user]\nHow high is the tower?\n\n[Reference answer]\n330 m\n\n\
+         [Answer]\nIt is 330 m high.\n[End of Answer]"
+    );
+}
+
+#[test]
+fn a_judge_that_cannot_be_held_to_a_schema_is_read_as_it_speaks() {
+    let says = |_: &Value, _| "I would say {\"score\": \"8\"}, all in all.".to_owned();
+    let (server, seen) = judging(false, says);
+    let found = verdicts(&server, json!({}), &["x"]).unwrap();
+    assert_eq!(found, [(8.0, "8.00 of 1 votes: ".to_owned())]);
+    assert!(seen.lock().unwrap().iter().all(|body| body.get("response_format").is_none()));
+
+    // One that says that it can, and does not.
+    let (server, seen) = judging(true, |_, _| "Rather good,\nI think.".to_owned());
+    let error = verdicts(&server, json!({}), &["x"]).unwrap_err();
+    let shown = format!("{error:?}");
+    assert!(
+        shown.contains("rows:1: scorer `judge`: the judge gave no verdict that can be read in 3 tries; it said `Rather good, I think.`")
+            && shown.contains("hint: raise `max_tokens`"),
+        "{shown}"
+    );
+    let seen = seen.lock().unwrap();
+    let warmth: Vec<f64> = seen.iter().map(|body| body["temperature"].as_f64().unwrap()).collect();
+    // Asked again as before, it would say the same again.
+    assert_eq!(warmth, [0.0, 0.7, 0.7]);
+    assert!(seen[0]["seed"] != seen[1]["seed"] && seen[1]["seed"] != seen[2]["seed"]);
+}
+
+#[test]
+fn a_judge_compares_in_both_orders_and_one_that_likes_the_first_gives_ties() {
+    let fair = |body: &Value, _: usize| {
+        let asked = body["messages"][1]["content"].as_str().unwrap();
+        let first = asked.split("[End of Answer A]").next().unwrap();
+        let winner = if first.contains("[Answer A]\nright") { "A" } else { "B" };
+        json!({"reason": "", "winner": winner}).to_string()
+    };
+    let (server, seen) = judging(true, fair);
+    let pairwise = json!({"form": "pairwise", "votes": 2});
+    let found = verdicts(&server, pairwise.clone(), &["wrong", "right"]).unwrap();
+    let comparisons = |points: f64| (points / 2.0, format!("{points} of 2 comparisons"));
+    assert_eq!(found, [comparisons(0.0), comparisons(2.0)]);
+    let seen = seen.lock().unwrap();
+    let asked: Vec<&str> =
+        seen.iter().map(|body| body["messages"][1]["content"].as_str().unwrap()).collect();
+    let has = |a: &str, b: &str| {
+        let part = format!("[Answer A]\n{a}\n[End of Answer A]\n\n[Answer B]\n{b}\n");
+        asked.iter().filter(|text| text.contains(&part)).count()
+    };
+    assert_eq!((asked.len(), has("wrong", "right"), has("right", "wrong")), (2, 1, 1));
+    assert!(seen.iter().all(|body| body["n"] == 2));
+
+    let (server, _) = judging(true, |_, _| "{\"winner\": \"A\"}".to_owned());
+    let found = verdicts(&server, pairwise, &["wrong", "right"]).unwrap();
+    assert_eq!(found, [comparisons(1.0), comparisons(1.0)]);
+}
+
+#[test]
+fn votes_are_asked_for_one_by_one_where_a_server_knows_no_n() {
+    let seen: Arc<Mutex<Vec<Value>>> = Arc::default();
+    let record = seen.clone();
+    let server = FakeServer::start(move |request| {
+        let mut alone = request.clone();
+        alone.body["n"] = json!(1);
+        if is_probe(request) {
+            return well_behaved(&alone);
+        }
+        record.lock().unwrap().push(request.body.clone());
+        let mut body = chat(&alone);
+        let score = 1 + request.body["seed"].as_u64().unwrap() % 2;
+        body["choices"][0]["message"]["content"] = json!(format!("{{\"score\": {score}}}"));
+        Response::Json(body)
+    });
+    let found = verdicts(&server, json!({"votes": 4}), &["x"]).unwrap();
+    // Seeds in a row: two even ones, two odd ones.
+    assert_eq!(found, [(1.5, "1.50 of 4 votes: ".to_owned())]);
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.len(), 4);
+    assert!(seen.iter().all(|body| body.get("n").is_none()));
 }
 
 /// Everything that the client may send, our own server honours.

@@ -134,13 +134,14 @@ impl Sampling {
         if !self.repetition_penalty.is_finite() || self.repetition_penalty <= 0.0 {
             return refuse("repetition_penalty", self.repetition_penalty, "more than 0");
         }
-        for (key, value) in [
-            ("max_new_tokens", self.max_new_tokens),
-            ("num_samples", self.num_samples),
-            ("num_assistant_tokens", self.num_assistant_tokens),
+        // Bounds that nobody reaches who means it: room for all samples of a prompt is made at once.
+        for (key, value, most, expected) in [
+            ("max_new_tokens", self.max_new_tokens, 1 << 24, "1 to 16777216"),
+            ("num_samples", self.num_samples, 1 << 16, "1 to 65536"),
+            ("num_assistant_tokens", self.num_assistant_tokens, 1 << 16, "1 to 65536"),
         ] {
-            if value == 0 {
-                return refuse(key, 0.0, "1 or more");
+            if !(1..=most).contains(&value) {
+                return refuse(key, value as f64, expected);
             }
         }
         if self.stop.iter().any(String::is_empty) {
@@ -188,6 +189,8 @@ mod tests {
             (Sampling { repetition_penalty: 0.0, ..Sampling::default() }, "repetition_penalty"),
             (Sampling { max_new_tokens: 0, ..Sampling::default() }, "max_new_tokens"),
             (Sampling { num_samples: 0, ..Sampling::default() }, "num_samples"),
+            (Sampling { num_samples: 1 << 40, ..Sampling::default() }, "num_samples"),
+            (Sampling { max_new_tokens: usize::MAX, ..Sampling::default() }, "max_new_tokens"),
             (Sampling { stop: vec![String::new()], ..Sampling::default() }, "stop"),
             (
                 Sampling {

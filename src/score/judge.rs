@@ -199,7 +199,11 @@ impl Judge {
             index: u64::from_str_radix(&digest[..15], 16).unwrap_or_default(),
             place: place.to_owned(),
             messages: vec![Message::new("system", system), Message::new("user", text)],
-            schema: Some(self.form.schema()),
+            // A weak model that is held to the schema may never end its reason by itself. Servers are left alone with this:
+            // not all of them know `maxLength`.
+            schema: Some(
+                self.form.schema((!self.waits).then_some(self.sampling.max_new_tokens / 2)),
+            ),
             ..Asked::default()
         }
     }
@@ -221,15 +225,20 @@ impl Form {
         }
     }
 
-    /// The schema of a verdict. The reason comes first, so that the verdict follows from it.
-    fn schema(self) -> Value {
+    /// The schema of a verdict, its reason of at most `longest` letters. The reason comes first, so that the verdict
+    /// follows from it.
+    fn schema(self, longest: Option<usize>) -> Value {
         let object = |properties: Value, required: &[&str]| {
             json!({
                 "type": "object", "properties": properties, "required": required,
                 "additionalProperties": false,
             })
         };
-        let (text, bit) = (json!({"type": "string"}), json!({"type": "integer", "enum": [0, 1]}));
+        let (mut text, bit) =
+            (json!({"type": "string"}), json!({"type": "integer", "enum": [0, 1]}));
+        if let Some(longest) = longest {
+            text["maxLength"] = json!(longest);
+        }
         match self {
             Self::Rubric => object(
                 json!({"reason": text, "score": {"type": "integer", "minimum": 1, "maximum": 10}}),
@@ -440,6 +449,35 @@ mod tests {
         // Ten answers: nine comparisons with the first, not forty-five.
         let (scores, calls) = judged(pairwise, first, &["a"; 10]);
         assert_eq!((scores.unwrap(), calls), (vec![0.5; 10], 18));
+    }
+
+    /// A model of a few thousand parameters has no opinion; held to the schema, it gives verdicts all the same.
+    #[test]
+    fn a_model_of_ones_own_is_held_to_the_schema() {
+        let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/data/tiny/student");
+        let mut checkpoint = Checkpoint::load(tiny, &Device::Cpu, &LoadOptions::default()).unwrap();
+        // A rubric has more bytes than the model has positions.
+        checkpoint.config.max_position_embeddings = 2048;
+        let spec = json!({"judge": tiny, "votes": 2, "max_tokens": 120});
+        let judge = |form: &str, answers: &[&str]| {
+            let mut spec = spec.clone();
+            spec["form"] = json!(form);
+            let spec: ScorerSpec = serde_json::from_value(spec).unwrap();
+            let model = LocalModel::new(&checkpoint).unwrap();
+            let judge = Judge::new(Box::new(model), &spec);
+            let prompt = [Message::new("user", "1 + 1?")];
+            let question =
+                Question { place: "p:1", prompt: &prompt, tools: None, answer: None, extra: None };
+            judge.score(&question, answers).unwrap()
+        };
+        let score = judge("rubric", &["2"]).remove(0);
+        // Two votes of 1 to 10: halves of whole numbers.
+        let twice = 2.0 * score.value;
+        assert!((2.0..=20.0).contains(&twice) && twice.fract() == 0.0, "{score:?}");
+        assert!(score.why.contains(" of 2 votes: "), "{score:?}");
+        let scores = judge("pairwise", &["2", "3"]);
+        assert!((scores[0].value + scores[1].value - 1.0).abs() < 1e-12, "{scores:?}");
+        assert!(scores[0].why.ends_with(" of 2 comparisons"), "{scores:?}");
     }
 
     #[test]

@@ -139,6 +139,9 @@ fn one() -> f64 {
     1.0
 }
 
+/// Most votes of a judge on one answer.
+const MOST_VOTES: usize = 1000;
+
 fn once() -> usize {
     1
 }
@@ -247,9 +250,10 @@ impl ScorerSpec {
             }
             return Ok(());
         };
-        for (key, value) in [("votes", self.votes), ("max_tokens", self.max_tokens)] {
-            if value == 0 {
-                return Err(Error::usage(format!("`{key}` is 0, expected 1 or more")));
+        let votes = ("votes", self.votes, MOST_VOTES);
+        for (key, value, most) in [votes, ("max_tokens", self.max_tokens, 1 << 20)] {
+            if !(1..=most).contains(&value) {
+                return Err(Error::usage(format!("`{key}` is {value}, expected 1 to {most}")));
             }
         }
         if let Some(warm) = self.temperature.filter(|warm| !(0.0..=10.0).contains(warm)) {
@@ -556,6 +560,8 @@ mod tests {
             (json!({"judge": {"base_url": "http://a", "modle": "m"}}), "modle"),
             (json!({"judge": {"base_url": "http://a"}}), "`model` is missing"),
             (json!({"judge": "x", "votes": 0}), "`votes` is 0"),
+            (json!({"judge": "x", "votes": u64::MAX}), "expected 1 to 1000"),
+            (json!({"judge": "x", "max_tokens": u64::MAX}), "expected 1 to 1048576"),
             (json!({"judge": "x", "form": "rubrik"}), "rubrik"),
             (json!({"verifier": "exact", "rubric": "x"}), "without `judge`"),
         ] {

@@ -1,5 +1,5 @@
 //! Several URLs that serve one model: each request goes where the fewest are under way, a URL that fails is set
-//! aside for a while and tried again.
+//! aside for a while and tried again. Limits are a host's: URLs that differ in their path alone share them.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,26 +21,41 @@ const LONGEST_AWAY: f64 = 60.0;
 /// All URLs.
 #[derive(Debug)]
 pub(super) struct Endpoints {
-    all: Mutex<Vec<Endpoint>>,
+    all: Mutex<All>,
     freed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct All {
+    urls: Vec<Endpoint>,
+    hosts: Vec<Host>,
 }
 
 #[derive(Debug)]
 struct Endpoint {
     url: String,
+    /// The place of its host.
+    host: usize,
     in_flight: usize,
-    window: Window,
-    requests: Bucket,
-    tokens: Bucket,
-    /// The server asked not to be spoken to before (`Retry-After`).
-    paused_until: Option<Instant>,
-    /// It has failed too often: nobody is sent there before, and then one request at first.
+    /// It has failed too often: nobody is sent there before, and then one request at a time until one is answered.
     away_until: Option<Instant>,
     /// Failures in a row.
     failures: u32,
 }
 
-/// A place in a URL's window.
+/// A name with a port, and what it can bear.
+#[derive(Debug)]
+struct Host {
+    name: String,
+    in_flight: usize,
+    window: Window,
+    requests: Bucket,
+    tokens: Bucket,
+    /// It asked not to be spoken to before (`Retry-After`).
+    paused_until: Option<Instant>,
+}
+
+/// A place in a host's window.
 #[derive(Clone, Debug)]
 pub(super) struct Lease {
     pub(super) url: String,
@@ -51,24 +66,54 @@ pub(super) struct Lease {
     full: bool,
 }
 
+impl All {
+    fn add(&mut self, url: &str, spec: &ServerSpec, now: Instant) {
+        let name = host_of(url);
+        let known = self.hosts.iter().position(|host| host.name == name);
+        let host = known.unwrap_or_else(|| {
+            self.hosts.push(Host {
+                name,
+                in_flight: 0,
+                window: Window::new(spec.max_concurrency),
+                requests: Bucket::new(spec.requests_per_minute, now),
+                tokens: Bucket::new(spec.tokens_per_minute, now),
+                paused_until: None,
+            });
+            self.hosts.len() - 1
+        });
+        let url = url.to_owned();
+        self.urls.push(Endpoint { url, host, in_flight: 0, away_until: None, failures: 0 });
+    }
+
+    /// The URL of a lease that ends, and its host; its place is free again.
+    fn release(&mut self, lease: &Lease) -> (&mut Endpoint, &mut Host) {
+        let endpoint = &mut self.urls[lease.index];
+        let host = &mut self.hosts[endpoint.host];
+        endpoint.in_flight -= 1;
+        host.in_flight -= 1;
+        (endpoint, host)
+    }
+}
+
+/// `name:port` of a URL; all of a text that is none.
+fn host_of(url: &str) -> String {
+    let parsed = reqwest::Url::parse(url).ok();
+    let host =
+        parsed.as_ref().and_then(|url| Some((url.host_str()?, url.port_or_known_default()?)));
+    host.map_or_else(|| url.to_owned(), |(name, port)| format!("{name}:{port}"))
+}
+
 impl Endpoints {
     pub(super) fn new(spec: &ServerSpec) -> Self {
         let now = Instant::now();
-        let endpoint = |url: &String| Endpoint {
-            url: url.clone(),
-            in_flight: 0,
-            window: Window::new(spec.max_concurrency),
-            requests: Bucket::new(spec.requests_per_minute, now),
-            tokens: Bucket::new(spec.tokens_per_minute, now),
-            paused_until: None,
-            away_until: None,
-            failures: 0,
-        };
-        let all = Mutex::new(spec.base_url.iter().map(endpoint).collect());
-        Self { all, freed: Notify::new() }
+        let mut all = All::default();
+        for url in &spec.base_url {
+            all.add(url, spec, now);
+        }
+        Self { all: Mutex::new(all), freed: Notify::new() }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Endpoint>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, All> {
         // Nothing panics while it is held; were it so, the numbers would still be usable.
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -94,51 +139,48 @@ impl Endpoints {
     /// A place, or how long to wait at most before asking again.
     fn try_lease(&self, tokens: f64, now: Instant) -> Result<Lease, Duration> {
         let mut all = self.lock();
+        let All { urls, hosts } = &mut *all;
         let mut wait = Duration::from_secs(1);
-        let mut best: Option<(f64, usize)> = None;
-        for (index, endpoint) in all.iter_mut().enumerate() {
-            let until = endpoint.away_until.max(endpoint.paused_until);
+        let mut best: Option<((f64, usize), usize)> = None;
+        for (index, endpoint) in urls.iter().enumerate() {
+            let host = &mut hosts[endpoint.host];
+            let until = endpoint.away_until.max(host.paused_until);
             if let Some(until) = until.filter(|&until| until > now) {
                 wait = wait.min(until - now);
                 continue;
             }
-            if endpoint.away_until.is_some() {
-                // Kept until the first answer shows that it is back: one request at a time.
-                endpoint.window.restart();
-                if endpoint.in_flight == 0 {
-                    endpoint.away_until = None;
-                }
-            }
-            let limit = endpoint.window.limit();
-            if endpoint.in_flight >= limit {
+            let limit = host.window.limit();
+            let is_tried = endpoint.away_until.is_some() && endpoint.in_flight > 0;
+            if is_tried || host.in_flight >= limit {
                 continue;
             }
-            let pause = endpoint.requests.wait(now).max(endpoint.tokens.wait(now));
+            let pause = host.requests.wait(now).max(host.tokens.wait(now));
             if !pause.is_zero() {
                 wait = wait.min(pause);
                 continue;
             }
-            let load = endpoint.in_flight as f64 / limit as f64;
+            let load = (host.in_flight as f64 / limit as f64, endpoint.in_flight);
             if best.is_none_or(|(least, _)| load < least) {
                 best = Some((load, index));
             }
         }
         let Some((_, index)) = best else { return Err(wait.max(Duration::from_millis(1))) };
-        let endpoint = &mut all[index];
+        let endpoint = &mut urls[index];
+        let host = &mut hosts[endpoint.host];
         endpoint.in_flight += 1;
-        endpoint.requests.take(1.0);
-        endpoint.tokens.take(tokens);
-        let full = endpoint.in_flight >= endpoint.window.limit();
+        host.in_flight += 1;
+        host.requests.take(1.0);
+        host.tokens.take(tokens);
+        let full = host.in_flight >= host.window.limit();
         Ok(Lease { url: endpoint.url.clone(), index, begun: now, reserved: tokens, full })
     }
 
     /// Gives a place back that was not used.
     pub(super) fn unused(&self, lease: &Lease) {
         let mut all = self.lock();
-        let endpoint = &mut all[lease.index];
-        endpoint.in_flight -= 1;
-        endpoint.requests.take(-1.0);
-        endpoint.tokens.take(-lease.reserved);
+        let (_, host) = all.release(lease);
+        host.requests.take(-1.0);
+        host.tokens.take(-lease.reserved);
         drop(all);
         self.freed.notify_one();
     }
@@ -147,31 +189,33 @@ impl Endpoints {
     pub(super) fn answered(&self, lease: &Lease, completion: u64, tokens: u64) {
         let seconds = lease.begun.elapsed().as_secs_f64() / completion.max(1) as f64;
         let mut all = self.lock();
-        let endpoint = &mut all[lease.index];
-        endpoint.in_flight -= 1;
+        let (endpoint, host) = all.release(lease);
         endpoint.failures = 0;
-        endpoint.away_until = None;
-        endpoint.tokens.take(tokens as f64 - lease.reserved);
-        endpoint.window.answered(seconds, lease.full);
+        let was_away = endpoint.away_until.take().is_some();
+        host.tokens.take(tokens as f64 - lease.reserved);
+        if was_away && host.in_flight == 0 {
+            // What was learned of it was of the time before.
+            host.window.restart();
+        }
+        host.window.answered(seconds, lease.full);
         drop(all);
         // Two, because the window may have grown by one.
         self.freed.notify_one();
         self.freed.notify_one();
     }
 
-    /// Gives a place back after a failure, with what follows from it for the URL.
+    /// Gives a place back after a failure, with what follows from it for the URL and its host.
     pub(super) fn failed(&self, lease: &Lease, failure: &Failure) {
         let now = Instant::now();
         let mut all = self.lock();
-        let endpoint = &mut all[lease.index];
-        endpoint.in_flight -= 1;
-        endpoint.tokens.take(-lease.reserved);
+        let (endpoint, host) = all.release(lease);
+        host.tokens.take(-lease.reserved);
         match failure.trouble {
             // The request's own fault: the server works.
             Trouble::Refused | Trouble::Denied | Trouble::Malformed => endpoint.failures = 0,
-            Trouble::Busy => endpoint.window.trouble(lease.begun),
+            Trouble::Busy => host.window.trouble(lease.begun),
             Trouble::Server | Trouble::Silent | Trouble::Unreachable => {
-                endpoint.window.trouble(lease.begun);
+                host.window.trouble(lease.begun);
                 endpoint.failures += 1;
                 if endpoint.failures >= PATIENCE {
                     let doubled = 2.0_f64.powi((endpoint.failures - PATIENCE).min(16) as i32);
@@ -181,7 +225,7 @@ impl Endpoints {
             }
         }
         if let Some(pause) = failure.retry_after {
-            endpoint.paused_until = endpoint.paused_until.max(Some(now + pause));
+            host.paused_until = host.paused_until.max(Some(now + pause));
         }
         drop(all);
         self.freed.notify_one();
@@ -192,12 +236,13 @@ impl Endpoints {
 mod tests {
     use super::*;
 
+    fn spec(urls: &[&str], most: usize) -> ServerSpec {
+        let base_url = urls.iter().map(|url| (*url).to_owned()).collect();
+        ServerSpec { base_url, max_concurrency: most, ..ServerSpec::default() }
+    }
+
     fn endpoints(urls: &[&str], most: usize) -> Endpoints {
-        Endpoints::new(&ServerSpec {
-            base_url: urls.iter().map(|url| (*url).to_owned()).collect(),
-            max_concurrency: most,
-            ..ServerSpec::default()
-        })
+        Endpoints::new(&spec(urls, most))
     }
 
     fn failure(trouble: Trouble) -> Failure {
@@ -234,9 +279,52 @@ mod tests {
         assert_eq!(endpoints.try_lease(0.0, later).unwrap().url, "a");
     }
 
+    const PATHS: [&str; 3] = ["http://h/one/v1", "http://h:80/two/v1", "http://h:81/v1"];
+
     #[test]
-    fn retry_after_holds_for_the_whole_url() {
-        let endpoints = endpoints(&["a"], 4);
+    fn urls_of_one_host_share_its_limits() {
+        let now = Instant::now();
+        let urls = |endpoints: &Endpoints| -> Vec<String> {
+            (0..9)
+                .map_while(|_| endpoints.try_lease(0.0, now).ok())
+                .map(|lease| lease.url)
+                .collect()
+        };
+        let [one, two, other] = PATHS;
+        assert_eq!(urls(&endpoints(&PATHS, 2)), [one, other, two, other]);
+        // A burst of two requests a host, and two a second.
+        let by_the_minute = ServerSpec { requests_per_minute: 60.0, ..spec(&PATHS, 8) };
+        let endpoints = Endpoints::new(&by_the_minute);
+        assert_eq!(urls(&endpoints), [one, other, two, other]);
+        let tokens = ServerSpec { tokens_per_minute: 60.0, ..spec(&PATHS[..2], 8) };
+        let endpoints = Endpoints::new(&tokens);
+        endpoints.try_lease(100.0, now).unwrap();
+        assert!(endpoints.try_lease(0.0, now).is_err());
+    }
+
+    #[test]
+    fn a_path_that_is_dead_takes_nothing_from_its_neighbour() {
+        let endpoints = endpoints(&PATHS[..2], 8);
+        let now = Instant::now();
+        let [dead, alive] = [0, 1].map(|_| endpoints.try_lease(0.0, now).unwrap());
+        assert_eq!([&dead.url, &alive.url], [PATHS[0], PATHS[1]]);
+        endpoints.failed(&dead, &failure(Trouble::Server));
+        for _ in 1..PATIENCE {
+            let lease = endpoints.try_lease(0.0, now).unwrap();
+            assert_eq!(lease.url, PATHS[0]);
+            endpoints.failed(&lease, &failure(Trouble::Server));
+        }
+        assert_eq!(endpoints.try_lease(0.0, now).unwrap().url, PATHS[1]);
+        let later = Instant::now() + Duration::from_secs(2);
+        assert_eq!(endpoints.try_lease(0.0, later).unwrap().url, PATHS[0]);
+        assert_eq!(endpoints.try_lease(0.0, later).unwrap().url, PATHS[1]);
+        // Its places are the host's, which was halved once.
+        assert!(endpoints.try_lease(0.0, later).is_err());
+    }
+
+    #[test]
+    fn retry_after_holds_for_the_whole_host() {
+        let endpoints = endpoints(&PATHS[..2], 4);
         let lease = endpoints.try_lease(0.0, Instant::now()).unwrap();
         let busy = Failure { retry_after: Some(Duration::from_secs(5)), ..failure(Trouble::Busy) };
         endpoints.failed(&lease, &busy);

@@ -1,9 +1,16 @@
-//! Limits by the minute: so many requests, so many tokens.
+//! When the next request may go: limits by the minute, so many requests, so many tokens; and pauses before a request
+//! that failed is tried again.
 
 use std::time::{Duration, Instant};
 
+use rand::Rng;
+
+use crate::rng::Stream;
+
 /// Seconds of the limit that may be used at once after a pause.
 const BURST: f64 = 2.0;
+/// Longest pause between two tries, in seconds.
+const LONGEST_PAUSE: f64 = 60.0;
 
 /// One limit as a bucket that fills steadily. It may be overdrawn: the next one then waits longer.
 #[derive(Clone, Debug)]
@@ -45,9 +52,38 @@ impl Bucket {
     }
 }
 
+/// The pause before try `tried` + 1: a random part of a span that is `first` seconds at first and doubles each time, up
+/// to a minute ("full jitter"), so that requests that failed together do not come back together.
+pub(super) fn backoff(first: f64, seed: u64, tried: u32) -> Duration {
+    let span = (first * 2.0_f64.powi(tried.clamp(1, 31) as i32 - 1)).min(LONGEST_PAUSE);
+    let share: f64 = Stream::new(seed, "teacher-retry").at(0, u64::from(tried)).random();
+    Duration::from_secs_f64(span * share)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pauses_double_up_to_a_minute_and_are_spread_over_their_span() {
+        const REQUESTS: u64 = 400;
+        for (tried, span) in
+            [(1, 0.5), (2, 1.0), (3, 2.0), (7, 32.0), (8, 60.0), (31, 60.0), (u32::MAX, 60.0)]
+        {
+            let pauses: Vec<f64> =
+                (0..REQUESTS).map(|seed| backoff(0.5, seed, tried).as_secs_f64()).collect();
+            assert!(pauses.iter().all(|pause| (0.0..=span).contains(pause)), "{tried}: {pauses:?}");
+            // Uniform over the span: its mean within five standard errors of the half, its ends reached.
+            let mean = pauses.iter().sum::<f64>() / REQUESTS as f64;
+            let error = span / (12.0 * REQUESTS as f64).sqrt();
+            assert!((mean - span / 2.0).abs() < 5.0 * error, "{tried}: {mean}");
+            for (low, high) in [(0.0, 0.05), (0.95, 1.0)] {
+                assert!(pauses.iter().any(|pause| (low..=high).contains(&(pause / span))));
+            }
+        }
+        assert_eq!(backoff(0.5, 7, 3), backoff(0.5, 7, 3));
+        assert_eq!(backoff(0.0, 7, 3), Duration::ZERO);
+    }
 
     #[test]
     fn a_minute_has_as_many_as_the_limit_says() {

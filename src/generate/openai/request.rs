@@ -4,20 +4,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use rand::Rng;
-
 use super::endpoints::Endpoints;
 use super::http::{Failure, Http, Trouble};
 use super::ledger::Spent;
+use super::pace::backoff;
 use super::probe::{self, Needs, Probe};
 use super::spec::ServerSpec;
 use super::wire::ChatReply;
 use crate::error::Result;
 use crate::generate::engine::Answer;
-use crate::rng::Stream;
 
-/// Longest pause between two tries, in seconds.
-const LONGEST_PAUSE: f64 = 60.0;
 /// How often a request is tried again whose answer is not what the interface promises: a proxy's hiccup passes, a
 /// server that is made that way does not.
 const MALFORMED_RETRIES: u32 = 2;
@@ -198,12 +194,9 @@ impl Sender {
         *trouble = Some(failure.message.clone());
     }
 
-    /// Waits before try `tried` + 1: a random part of a span that doubles each time ("full jitter"), so that
-    /// requests that failed together do not come back together. `false` where the run ends meanwhile.
+    /// Waits before try `tried` + 1. `false` where the run ends meanwhile.
     async fn pause(&self, seed: u64, tried: u32, stopping: &AtomicBool) -> bool {
-        let span = (self.retry_delay * 2.0_f64.powi(tried.min(30) as i32 - 1)).min(LONGEST_PAUSE);
-        let share: f64 = Stream::new(seed, "teacher-retry").at(0, u64::from(tried)).random();
-        let mut left = Duration::from_secs_f64(span * share);
+        let mut left = backoff(self.retry_delay, seed, tried);
         while !left.is_zero() {
             if stopping.load(Ordering::Relaxed) {
                 return false;

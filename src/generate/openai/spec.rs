@@ -37,11 +37,11 @@ pub struct ServerSpec {
     pub model: String,
     /// Environment variable that holds the key. The key itself is never written anywhere.
     pub api_key_env: String,
-    /// Most requests under way at once at each URL.
+    /// Most requests under way at once at each host: URLs with the same name and port share its limits.
     pub max_concurrency: usize,
-    /// Most requests a minute at each URL; 0 sets no limit.
+    /// Most requests a minute at each host; 0 sets no limit.
     pub requests_per_minute: f64,
-    /// Most tokens a minute at each URL, prompts and answers together; 0 sets no limit.
+    /// Most tokens a minute at each host, prompts and answers together; 0 sets no limit.
     pub tokens_per_minute: f64,
     /// Seconds after which a request without an answer is given up and tried again.
     pub timeout: f64,

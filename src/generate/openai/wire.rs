@@ -148,7 +148,7 @@ impl ChatReply {
 
     /// Entries of log-probabilities of the first choice.
     pub(super) fn logprob_count(&self) -> usize {
-        self.choices.first().map_or(0, Choice::logprob_count)
+        self.choices.first().map_or(0, |choice| choice.entries().len())
     }
 
     /// The answers, which must be `count` and have what was asked for. `url` names the server in errors.
@@ -178,52 +178,44 @@ impl ChatReply {
             });
         }
         let total = self.usage.map_or(0, |usage| usage.completion_tokens as usize);
-        if logprobs && count > 1 && choices.len() == count {
-            check_all_logprobs(&choices, total)
+        if logprobs {
+            check_logprobs(&choices, total)
                 .map_err(|message| Failure::new(Trouble::Malformed, format!("{url}: {message}")))?;
         }
         choices.sort_by_key(|choice| choice.index);
         choices.truncate(count);
         let share = |at: usize| total / count + usize::from(at < total % count);
-        choices
-            .into_iter()
-            .enumerate()
-            .map(|(at, choice)| {
-                choice.answer(url, share(at), (count == 1).then_some(total), logprobs)
-            })
-            .collect()
+        choices.into_iter().enumerate().map(|(at, choice)| choice.answer(url, share(at))).collect()
     }
 }
 
 impl Choice {
-    /// Its entries of log-probabilities.
-    fn logprob_count(&self) -> usize {
-        let logprobs = self.logprobs.as_ref().and_then(|logprobs| logprobs.content.as_ref());
-        logprobs.map_or(0, Vec::len)
+    fn entries(&self) -> &[TokenLogprob] {
+        self.logprobs.as_ref().and_then(|logprobs| logprobs.content.as_deref()).unwrap_or_default()
     }
 
-    /// `share` is how many tokens it has if all choices are alike, `total` how many it has where that is known.
-    fn answer(
-        self,
-        url: &str,
-        share: usize,
-        total: Option<usize>,
-        wanted: bool,
-    ) -> Result<Answer, Failure> {
-        let malformed =
-            |message: String| Failure::new(Trouble::Malformed, format!("{url}: {message}"));
+    fn text(&self) -> &str {
+        self.message.get("content").and_then(Value::as_str).unwrap_or("")
+    }
+
+    fn ended_by(&self, reason: &str) -> bool {
+        self.finish_reason.as_deref() == Some(reason)
+    }
+
+    /// `share` is how many tokens it has if all choices are alike.
+    fn answer(self, url: &str, share: usize) -> Result<Answer, Failure> {
         let finish = match self.finish_reason.as_deref() {
             None | Some("stop" | "eos" | "tool_calls" | "function_call") => Finish::Stop,
             Some("length") => Finish::Length,
             Some("content_filter") => Finish::Filtered,
             // vLLM says `abort` of a request that it dropped.
-            Some(other) => return Err(malformed(format!("an answer that ended with `{other}`"))),
+            Some(other) => {
+                let message = format!("{url}: an answer that ended with `{other}`");
+                return Err(Failure::new(Trouble::Malformed, message));
+            }
         };
+        let text = self.text().to_owned();
         let entries = self.logprobs.and_then(|logprobs| logprobs.content).unwrap_or_default();
-        let text = self.message.get("content").and_then(Value::as_str).unwrap_or("").to_owned();
-        if wanted && finish != Finish::Filtered {
-            check_logprobs(&entries, &text, total, finish).map_err(malformed)?;
-        }
         let fields = further_fields(self.message);
         // Tokens without text are text that the server took away, reasoning for instance: no whole answer.
         let withheld = text.is_empty() && fields.is_empty() && share > 2;
@@ -243,36 +235,25 @@ impl Choice {
     }
 }
 
-/// Refuses log-probabilities that are fewer than the tokens. The end-of-turn token may be without one.
-fn check_logprobs(
-    entries: &[TokenLogprob],
-    text: &str,
-    total: Option<usize>,
-    finish: Finish,
-) -> Result<(), String> {
-    let unlisted = usize::from(finish == Finish::Stop);
-    let needed =
-        total.map_or(usize::from(!text.is_empty()), |total| total.saturating_sub(unlisted));
-    if entries.len() < needed {
-        return Err(format!("{} log-probabilities for {needed} tokens", entries.len()));
-    }
-    match entries.iter().find(|entry| !entry.logprob.is_finite() || entry.logprob > 1e-3) {
-        Some(entry) => Err(format!("a log-probability of {}", entry.logprob)),
-        None => Ok(()),
-    }
-}
-
-/// The same of all answers to one request, of which the server says only how many tokens they have together.
-fn check_all_logprobs(choices: &[Choice], total: usize) -> Result<(), String> {
-    let found: usize = choices.iter().map(Choice::logprob_count).sum();
-    let withheld = choices.iter().any(|one| one.finish_reason.as_deref() == Some("content_filter"));
-    let cut = |one: &&Choice| one.finish_reason.as_deref() == Some("length");
-    let needed = total.saturating_sub(choices.len() - choices.iter().filter(cut).count());
-    if found < needed && !withheld {
+/// Refuses log-probabilities that are fewer than the tokens, of which the server says only how many all answers to one
+/// request have together. End-of-turn tokens may be without one, and so may what was withheld.
+fn check_logprobs(choices: &[Choice], total: usize) -> Result<(), String> {
+    let found: usize = choices.iter().map(|one| one.entries().len()).sum();
+    let unlisted = choices.iter().filter(|one| !one.ended_by("length")).count();
+    let needed = total.saturating_sub(unlisted);
+    let told: Vec<&Choice> = choices.iter().filter(|one| !one.ended_by("content_filter")).collect();
+    if found < needed && told.len() == choices.len() {
         let answers = choices.len();
         return Err(format!("{found} log-probabilities for {needed} tokens of {answers} answers"));
     }
-    Ok(())
+    if told.iter().any(|one| one.entries().is_empty() && !one.text().is_empty()) {
+        return Err("no log-probabilities for an answer with text".to_owned());
+    }
+    let mut all = told.iter().flat_map(|one| one.entries());
+    match all.find(|entry| !entry.logprob.is_finite() || entry.logprob > 1e-3) {
+        Some(entry) => Err(format!("a log-probability of {}", entry.logprob)),
+        None => Ok(()),
+    }
 }
 
 /// What a message has besides its text: calls of tools, whose arguments become objects as chat templates expect
@@ -364,7 +345,7 @@ mod tests {
         };
         assert_eq!(
             refused(with(json!([choice(2, "length")]), 3), 1),
-            "http://u: 2 log-probabilities for 3 tokens"
+            "http://u: 2 log-probabilities for 3 tokens of 1 answers"
         );
         assert_eq!(
             refused(with(json!([choice(3, "stop")]), 3), 2),
@@ -384,5 +365,16 @@ mod tests {
         assert_eq!(both.answers("u", 2, true).unwrap().len(), 2);
         let whole = with(json!([choice(2, "stop")]), 3).answers("u", 1, true).unwrap();
         assert_eq!((whole[0].ids.as_slice(), whole[0].tokens), (&[0, 1][..], 2));
+        // Not every server says how many tokens there are.
+        let uncounted = |entries: usize| reply(json!({"choices": [choice(entries, "stop")]}));
+        assert_eq!(uncounted(2).answers("u", 1, true).unwrap()[0].tokens, 2);
+        assert_eq!(
+            refused(uncounted(0), 1),
+            "http://u: no log-probabilities for an answer with text"
+        );
+        assert_eq!(uncounted(0).answers("u", 1, false).unwrap()[0].text, "hey");
+        // What a filter withheld has none.
+        let filtered = with(json!([choice(0, "content_filter"), choice(2, "length")]), 9);
+        assert_eq!(filtered.answers("u", 2, true).unwrap()[0].finish, Finish::Filtered);
     }
 }
