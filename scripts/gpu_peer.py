@@ -1,6 +1,6 @@
 """Steps of SFT, DPO or a reward model in plain PyTorch on a GPU, as `arriero bench` takes them: one JSON line.
 
-    gpu_peer.py MODEL_DIR sft|dpo|reward f32|bf16 STEPS cuda:0
+    gpu_peer.py MODEL_DIR sft|dpo|reward f32|bf16 STEPS cuda:0 BATCH SEQ PROMPT
 
 Called by gpu-check. bf16 is autocast over f32 weights, attention is PyTorch's, AdamW is fused. The reference of DPO is computed
 beforehand. Both sides of a pair are rows of their own, prompt included.
@@ -15,8 +15,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-model_dir, method, dtype, steps, device = sys.argv[1:]
-BATCH, SEQ, PROMPT, BETA = 8, 1024, 256, 0.1
+model_dir, method, dtype, steps, device = sys.argv[1:6]
+BATCH, SEQ, PROMPT = map(int, sys.argv[6:])
+BETA = 0.1
+on_gpu = device != "cpu"
 
 model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa").to(device).train()
 hidden = model.config.hidden_size
@@ -30,7 +32,12 @@ if method != "sft":
 
 
 def autocast():
-    return torch.autocast("cuda", torch.bfloat16, enabled=dtype == "bf16")
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=dtype == "bf16")
+
+
+def wait():
+    if on_gpu:
+        torch.cuda.synchronize()
 
 
 def responses():
@@ -55,7 +62,7 @@ if method == "dpo":
         reference = responses()
 times = []
 for _ in range(int(steps) + 3):
-    torch.cuda.synchronize()
+    wait()
     began = time.perf_counter()
     with autocast():
         value = loss()
@@ -63,13 +70,13 @@ for _ in range(int(steps) + 3):
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    torch.cuda.synchronize()
+    wait()
     times.append(time.perf_counter() - began)
 step_s = statistics.median(times[3:])
 print(json.dumps({
     "tokens_per_s": rows * SEQ / step_s,
     "step_s": step_s,
     "loss": value.item(),
-    "peak_bytes": torch.cuda.max_memory_allocated(),
+    "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
 }))

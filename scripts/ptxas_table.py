@@ -3,8 +3,9 @@
 
     scripts/ptxas_table.py OUTPUT [KERNEL.cu ...]
 
-A table goes to OUTPUT: registers of a thread, static shared memory and stack of a block, bytes of spilled registers. No kernel
-may spill or take more than 48 KiB of static shared memory, and no warning of the compiler is let through. Kernel files whose
+A table goes to OUTPUT: threads of the largest block, registers of a thread, static shared memory and stack of a block, bytes of
+spilled registers. No kernel may spill or take more than 48 KiB of static shared memory, its largest block must find registers
+on a multiprocessor, and no warning of the compiler is let through. Kernel files whose
 texts have not changed since OUTPUT was written are not compiled again. nvcc is looked for in PATH.
 """
 
@@ -19,17 +20,20 @@ import tempfile
 ARCHITECTURES = ("sm_80", "sm_90")
 SHARED_LIMIT = 48 << 10
 REGISTER_LIMIT = 255
+# Registers of a multiprocessor. A warp's come in pieces of 256.
+REGISTERS = 64 << 10
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "src/ops/cuda"
-HEAD = ("kernel", "architecture", "registers", "shared", "stack", "spilled")
+HEAD = ("kernel", "architecture", "threads", "registers", "shared", "stack", "spilled")
 
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\d+)'")
 PROPERTIES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+BLOCK = re.compile(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)")
 
 
-def rows_of(text, file):
-    """The table's rows in what `ptxas -v` printed."""
+def rows_of(text, file, threads):
+    """The table's rows in what `ptxas -v` printed; `threads` has the block that each kernel is compiled for."""
     rows, entry, stack, spilled = [], None, 0, 0
     for line in text.splitlines():
         if found := ENTRY.search(line):
@@ -40,7 +44,8 @@ def rows_of(text, file):
         elif (found := USED.search(line)) and entry:
             shared = SHARED.search(line)
             name, architecture = entry
-            rows.append((f"{file}: {name}", architecture, int(found[1]), int(shared[1]) if shared else 0, stack, spilled))
+            used = (int(found[1]), int(shared[1]) if shared else 0)
+            rows.append((f"{file}: {name}", architecture, threads[name], *used, stack, spilled))
             entry = None
     return rows
 
@@ -50,11 +55,12 @@ def compiled(job):
     source, architecture = job
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "--cubin", f"-arch={architecture}", "-O3", "-std=c++17", "-Werror", "all-warnings"]
-        command += ["-Xptxas", "-v", "-o", f"{folder}/out.cubin", str(source)]
+        command += ["-Xptxas", "-v", "--keep", "--keep-dir", folder, "-o", f"{folder}/out.cubin", str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        sys.exit(f"{source.name} for {architecture}:\n{done.stdout}{done.stderr}")
-    rows = rows_of(done.stderr, source.stem)
+        if done.returncode != 0:
+            sys.exit(f"{source.name} for {architecture}:\n{done.stdout}{done.stderr}")
+        ptx = pathlib.Path(folder, f"{source.stem}.ptx").read_text()
+    rows = rows_of(done.stderr, source.stem, {name: int(threads) for name, threads in BLOCK.findall(ptx)})
     if not rows:
         sys.exit(f"{source.name} for {architecture}: no kernel in it")
     return rows
@@ -62,7 +68,7 @@ def compiled(job):
 
 def complaints(row):
     """What a row breaks."""
-    kernel, architecture, registers, shared, _, spilled = row
+    kernel, architecture, threads, registers, shared, _, spilled = row
     of = f"{kernel} for {architecture}"
     if spilled:
         yield f"{of} spills {spilled} bytes of registers"
@@ -70,6 +76,10 @@ def complaints(row):
         yield f"{of} takes {shared} bytes of static shared memory, at most {SHARED_LIMIT} are there"
     if registers > REGISTER_LIMIT:
         yield f"{of} takes {registers} registers a thread, at most {REGISTER_LIMIT} are there"
+    # Of a warp, times warps.
+    block = -(-registers * 32 // 256) * 256 * (threads // 32)
+    if block > REGISTERS:
+        yield f"{of} takes {block} registers a block of {threads} threads, a multiprocessor has {REGISTERS}"
 
 
 def main():

@@ -363,6 +363,29 @@ fn the_readme_lists_every_loss_and_every_recipe() {
     none("missing from README.md", &problems);
 }
 
+/// Its floors table says what each must at least move: without that a measurement has nothing to be compared with.
+#[test]
+fn every_kernel_for_gpus_is_named_in_their_document() {
+    let entry =
+        Regex::new(r"(?m)^(?:KERNEL(?:_ONE)?|ATTENTION)\((\w+)|^KERNEL(?:_ONE)?_BLOCK\(\w+, (\w+)")
+            .unwrap();
+    let document = fs::read_to_string(root().join("docs/gpu.md")).unwrap();
+    let mut count = 0;
+    let mut problems = Vec::new();
+    for (path, text) in files("src/ops/cuda").iter().filter(|(path, _)| path.ends_with(".cu")) {
+        let text = String::from_utf8_lossy(text);
+        for found in entry.captures_iter(&text) {
+            let name = &found.iter().flatten().last().unwrap().as_str();
+            count += 1;
+            if !document.contains(&format!("`{name}`")) {
+                problems.push(format!("{name} of {path}"));
+            }
+        }
+    }
+    assert!(count > 25, "{count} kernels");
+    none("missing from docs/gpu.md", &problems);
+}
+
 #[test]
 fn every_recipe_parses_and_resolves() {
     // What a script fetches or an earlier command makes is not there yet: any model and any file stand for it.

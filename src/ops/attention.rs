@@ -36,7 +36,7 @@ impl AttentionPlan {
             trees,
             tokens: forest.len(),
             #[cfg(feature = "cuda")]
-            on_device: Default::default(),
+            on_device: super::cuda::attention::Kept::default(),
         }
     }
 

@@ -16,9 +16,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <dlfcn.h>
 #include <memory>
 #include <new>
 #include <numeric>
+#include <sanitizer/asan_interface.h>  // without the sanitizer its macros do nothing
 #include <sys/mman.h>
 #include <type_traits>
 #include <ucontext.h>
@@ -125,12 +127,21 @@ inline void rest(State state) {
   m.ready[m.rank[m.current] / 64] &= ~(1ull << m.rank[m.current] % 64);
 }
 
-// Back to the scheduler. The sanitizers understand swapcontext; without them jumps spare two system calls a switch.
+#ifdef __SANITIZE_ADDRESS__
+// The C library's own: what the sanitizer puts before it forgets what lies beside arrays on the other stack.
+inline int swap_stacks(ucontext_t *from, ucontext_t *to) {
+  static void *found = dlsym(dlopen("libc.so.6", RTLD_LAZY), "swapcontext");
+  return reinterpret_cast<int (*)(ucontext_t *, ucontext_t *)>(found)(from, to);
+}
+#endif
+
+// Back to the scheduler. The sanitizer knows nothing of jumps to other stacks; without it they spare two system calls a
+// switch.
 __attribute__((noinline)) inline void pause() {
   Machine &m = machine();
   Fibre &fibre = m.fibres[m.current];
 #ifdef __SANITIZE_ADDRESS__
-  swapcontext(&fibre.context, &m.home);
+  swap_stacks(&fibre.context, &m.home);
 #else
   if (!_setjmp(fibre.jump)) _longjmp(m.back, 1);
 #endif
@@ -162,7 +173,7 @@ __attribute__((noinline)) inline void resume(size_t index) {
     makecontext(&context, enter, 0);
   }
 #ifdef __SANITIZE_ADDRESS__
-  swapcontext(&m.home, &context);
+  swap_stacks(&m.home, &context);
 #else
   if (!_setjmp(m.back)) {
     if (first) setcontext(&m.fibres[m.current].context);
@@ -239,6 +250,15 @@ template <typename V> V shuffle(unsigned mask, V value, unsigned source, int lin
   return value;
 }
 
+// With the address sanitizer nobody may read beside a shared array either.
+inline void fence_shared() {
+  Machine &m = machine();
+  ASAN_POISON_MEMORY_REGION(m.shared.data(), m.shared.size());
+  for (const Array &array : m.arrays) ASAN_UNPOISON_MEMORY_REGION(m.shared.data() + array.offset, array.bytes);
+}
+
+inline void unfence_shared() { ASAN_UNPOISON_MEMORY_REGION(machine().shared.data(), machine().shared.size()); }
+
 // An array of the block, found by an address that stands for its declaration.
 inline void *shared(const void *key, size_t bytes) {
   Machine &m = machine();
@@ -256,18 +276,21 @@ inline void *shared(const void *key, size_t bytes) {
     fail("the shim has no room for so many shared arrays");
     return m.shared.data() + EDGE;
   }
+  fence_shared();
   memset(m.shared.data() + offset, POISON, bytes);
   return m.shared.data() + offset;
 }
 
 inline void check_shared() {
   Machine &m = machine();
+  unfence_shared();
   for (const Array &array : m.arrays) {
     unsigned char *data = m.shared.data() + array.offset;
     for (size_t i = 1; i <= EDGE; i++)
       if (data[array.bytes + i - 1] != CANARY || *(data - i) != CANARY) fail("a write beside a shared array");
     memset(data, POISON, array.bytes);
   }
+  fence_shared();
 }
 
 inline size_t draw(size_t below) {
@@ -344,11 +367,14 @@ inline bool prepare(const Launch &launch) {
     for (size_t i = 0; i < threads; i++) mprotect(m.stacks + i * (STACK + PAGE), PAGE, PROT_NONE);
   }
   if (m.fibres.size() != threads || m.astray) m.fibres = std::vector<Fibre>(threads);
+  // Frames that were left in the middle are not there any more.
+  if (m.astray) ASAN_UNPOISON_MEMORY_REGION(m.stacks, m.stacked * (STACK + PAGE));
   m.astray = false;
   m.groups.clear();
   m.groups.resize((threads + WARP - 1) / WARP);
   m.turns.resize(threads), m.rank.resize(threads);
   m.arrays.clear();
+  unfence_shared();
   m.shared.assign(SHARED_LIMIT + STATIC_LIMIT, CANARY);
   if (launch.shared) shared(&m, launch.shared);
   return !m.fault;
@@ -375,14 +401,14 @@ void spread(void (*kernel)(A...), void *const *given, std::index_sequence<I...>)
   kernel(*static_cast<std::remove_const_t<A> *>(given[I])...);
 }
 
-// Calls a kernel with arguments that lie behind pointers, as the driver's own launch takes them. Their sizes are
-// checked: a caller cannot see a kernel's types.
+// Calls a kernel with arguments that lie behind pointers, as the driver's own launch takes them. Their sizes, where a
+// caller knows them, are checked: it cannot see a kernel's types.
 template <typename... A>
 int launch(void (*kernel)(A...), const Launch &how, void *const *given, const size_t *sizes, size_t count) {
   const size_t expected[] = {sizeof(A)..., 0};
   machine().fault = false, machine().current = 0;
-  if (count != sizeof...(A)) return fail("%zu arguments, expected %zu", count, sizeof...(A)), 2;
-  for (size_t i = 0; i < count; i++)
+  if (sizes && count != sizeof...(A)) return fail("%zu arguments, expected %zu", count, sizeof...(A)), 2;
+  for (size_t i = 0; sizes && i < count; i++)
     if (sizes[i] != expected[i]) return fail("argument %zu has %zu bytes, expected %zu", i, sizes[i], expected[i]), 2;
   struct Call { void (*kernel)(A...); void *const *given; } call{kernel, given};
   return run(how, [](void *data) {

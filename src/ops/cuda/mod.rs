@@ -3,6 +3,8 @@
 //! With the feature `cuda` they are compiled to PTX and launched on Candle's stream. Tests need neither a GPU nor the
 //! toolkit: the same sources are compiled for the host, see `tests/host.rs` and `host.h`, and held against the CPU's ops.
 
+#[cfg(feature = "cuda")]
+mod arguments;
 #[cfg(any(feature = "cuda", all(test, unix)))]
 pub(super) mod attention;
 #[cfg(any(feature = "cuda", all(test, unix)))]

@@ -8,9 +8,10 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::CudaDevice;
-use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaStream, LaunchArgs};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaStream};
 use candle_core::{Result, bail};
 
+use super::arguments::{self, Entries, Launch, Parameter};
 use super::device::OLD_DRIVER;
 use super::nvrtc;
 
@@ -61,12 +62,15 @@ impl Architecture {
 pub(super) struct CudaFunc {
     function: CudaFunction,
     stream: Arc<CudaStream>,
+    name: String,
+    parameters: Arc<[Parameter]>,
 }
 
 impl CudaFunc {
-    /// The arguments of a launch, to be added in the kernel's order.
-    pub(super) fn builder(&self) -> LaunchArgs<'_> {
-        self.stream.launch_builder(&self.function)
+    /// A launch, whose arguments are to be added in the kernel's order.
+    pub(super) fn builder(&self) -> Launch<'_> {
+        let arguments = self.stream.launch_builder(&self.function);
+        Launch::new(&self.name, &self.parameters, arguments)
     }
 }
 
@@ -93,40 +97,42 @@ pub(super) fn kernel(device: &CudaDevice, module: &str, function: &str) -> Resul
     let Some(found) = MODULES.iter().find(|found| found.name == module) else {
         bail!("this program has no kernel file {module}.cu");
     };
-    let text = found.text(architecture)?;
+    let (text, entries) = found.text(architecture)?;
+    let Some(parameters) = entries.get(function).cloned() else {
+        return Err(refused(module, function, "no such entry"));
+    };
     let loaded = device.get_or_load_custom_func(function, found.name, &text);
-    let function = loaded.map_err(|error| refused(found.name, function, &error))?;
-    Ok(CudaFunc { function: function.into_cuda_function(), stream })
+    let loaded = loaded.map_err(|error| refused(module, function, &error.to_string()))?;
+    let (name, function) = (function.to_owned(), loaded.into_cuda_function());
+    Ok(CudaFunc { function, stream, name, parameters })
 }
 
 /// What the driver said of a kernel, in words.
-fn refused(module: &str, function: &str, error: &candle_core::Error) -> candle_core::Error {
-    let error = error.to_string();
+fn refused(module: &str, function: &str, error: &str) -> candle_core::Error {
     let reason = if error.contains("UNSUPPORTED_PTX_VERSION") {
         format!("{OLD_DRIVER} ({error})")
-    } else if error.contains("CUDA_ERROR_NOT_FOUND") {
-        format!("no such entry ({error})")
     } else {
-        error
+        error.to_owned()
     };
     candle_core::Error::msg(format!("kernel `{function}` of {module}.cu: {reason}"))
 }
 
 impl Module {
-    /// Its PTX. What was compiled at run time is kept for the next call.
-    fn text(&self, architecture: Architecture) -> Result<Arc<str>> {
-        type Compiled = BTreeMap<(&'static str, Architecture), Arc<str>>;
+    /// Its PTX, with what the entries take. What was compiled at run time is kept for the next call.
+    fn text(&self, architecture: Architecture) -> Result<(Arc<str>, Arc<Entries>)> {
+        type Compiled = BTreeMap<(&'static str, Architecture), (Arc<str>, Arc<Entries>)>;
         static COMPILED: Mutex<Compiled> = Mutex::new(BTreeMap::new());
         let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(text) = compiled.get(&(self.name, architecture)) {
-            return Ok(text.clone());
+        if let Some(found) = compiled.get(&(self.name, architecture)) {
+            return Ok(found.clone());
         }
         let text: Arc<str> = match self.ptx[architecture as usize] {
             "" => self.compile(architecture)?.into(),
             text => text.into(),
         };
-        compiled.insert((self.name, architecture), Arc::clone(&text));
-        Ok(text)
+        let found = (text.clone(), Arc::new(arguments::entries(&text)?));
+        compiled.insert((self.name, architecture), found.clone());
+        Ok(found)
     }
 
     /// By the run-time compiler.
@@ -144,15 +150,9 @@ impl Module {
 mod tests {
     use super::*;
 
-    /// The entries of a PTX.
-    fn entries(ptx: &str) -> Vec<&str> {
-        let mut entries: Vec<&str> = ptx
-            .lines()
-            .filter_map(|line| line.split_once(".entry "))
-            .map(|(_, rest)| rest.split('(').next().unwrap_or_default().trim())
-            .collect();
-        entries.sort_unstable();
-        entries
+    /// The entries of a PTX, and what they take.
+    fn entries(ptx: &str) -> Entries {
+        arguments::entries(ptx).unwrap()
     }
 
     #[test]
@@ -171,9 +171,8 @@ mod tests {
 
     #[test]
     fn the_drivers_words_are_explained() {
-        let said = |text: &str| refused("norm", "f", &candle_core::Error::msg(text)).to_string();
+        let said = |text: &str| refused("norm", "f", text).to_string();
         assert!(said("CUDA_ERROR_UNSUPPORTED_PTX_VERSION").contains(OLD_DRIVER));
-        assert!(said("CUDA_ERROR_NOT_FOUND").contains("kernel `f` of norm.cu: no such entry"));
         // Behind it may stand where the error came from.
         assert!(said("another").contains("kernel `f` of norm.cu: another"));
     }

@@ -15,7 +15,7 @@ pub struct Pending(Place);
 enum Place {
     Host(Readings),
     #[cfg(feature = "cuda")]
-    Gpu(Unread),
+    Gpu(Box<Unread>),
 }
 
 impl Pending {
@@ -41,6 +41,6 @@ impl From<Readings> for Pending {
 #[cfg(feature = "cuda")]
 impl From<Unread> for Pending {
     fn from(unread: Unread) -> Self {
-        Self(Place::Gpu(unread))
+        Self(Place::Gpu(Box::new(unread)))
     }
 }

@@ -8,8 +8,8 @@ use super::{Lists, PART, Run};
 use crate::ops::cached::PAGE;
 use crate::ops::cuda::attention::{Kernel, OWN, THREADS};
 use crate::ops::cuda::tests::host::{
-    Call, Guarded, Kernels, Manner, Number, assert_within, each_block, every_mutant_is_caught,
-    every_mutant_within_is_caught, manners, random, wide,
+    Call, Guarded, Kernels, Manner, Number, assert_same, assert_within, each_block,
+    every_mutant_is_caught, every_mutant_within_is_caught, manners, random, wide,
 };
 
 const FILE: &str = "cached.cu";
@@ -240,7 +240,8 @@ fn rows_come_to_their_places<T: Number>(width: usize, turn: usize) {
         call.input(&k).input(&v).input(&places).arg(layer).arg(width as u32).run();
         for (page, expected) in pages.iter().zip(&expected) {
             assert!(page.is_clean(), "{manner:?}");
-            assert_eq!(wide(page.as_slice()), wide(expected), "{width}, {manner:?}");
+            let what = format!("pages {width} {manner:?}");
+            assert_same(&what, T::NAME, &wide(page.as_slice()), &wide(expected));
         }
     }
 }

@@ -1,9 +1,7 @@
 //! AdamW by `adamw.cu`, and the norm that clips its gradients by `reduce.cu`: from gradients to weights without the host.
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaView, CudaViewMut, LaunchArgs, PushKernelArg,
-};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut, PushKernelArg};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use half::bf16;
 
@@ -190,7 +188,7 @@ fn pass<E: Number>(
     let count = grad.len();
     let (long_count, stochastic, seed, stream) = (count as u64, 0_u32, 0_u64, 0_u64);
     let function = kernel(device, "adamw", &format!("adamw_{}", E::NAME))?;
-    let mut launch: LaunchArgs<'_> = function.builder();
+    let mut launch = function.builder();
     for state in &mut states {
         launch.arg(state);
     }

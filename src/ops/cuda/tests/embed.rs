@@ -4,7 +4,8 @@ use candle_core::{Device, Tensor};
 use half::bf16;
 
 use super::host::{
-    Guarded, Kernels, Manner, Number, each_block, every_mutant_is_caught, manners, random, wide,
+    Guarded, Kernels, Manner, Number, assert_same, each_block, every_mutant_is_caught, manners,
+    random, wide,
 };
 use crate::ops::embed;
 
@@ -46,7 +47,7 @@ fn check<T: Number>((count, vocab, width): (usize, usize, usize), manner: Manner
     let call = kernels.call(&entry, [count as u32, 1, 1], manner).input(&table_buffer).input(&ids);
     call.output(&mut out).arg(width as u64).arg(vocab as u32).run();
     let expected = numbers(embed::embed(&rows(&wide(&table), vocab), &tokens).unwrap());
-    assert!(out.as_slice() == expected, "rows of the table, {manner:?}");
+    assert_same(&format!("rows {manner:?}"), T::NAME, out.as_slice(), &expected);
 
     let (start, d_x) = (random::<f32>(2, vocab * width), random::<T>(3, count * width));
     let d_x_buffer = Guarded::new(&d_x, manner.side);
@@ -58,7 +59,7 @@ fn check<T: Number>((count, vocab, width): (usize, usize, usize), manner: Manner
     let call = call.input(&d_x_buffer).input(&order).input(&starts).input(&segment_rows);
     call.output(&mut d_table).arg(width as u64).run();
     let sum = embed::embed_grad(rows(&start, vocab), &tokens, &rows(&wide(&d_x), count)).unwrap();
-    assert!(d_table.as_slice() == numbers(sum), "gradients in the table, {manner:?}");
+    assert_same(&format!("d(table) {manner:?}"), T::NAME, d_table.as_slice(), &numbers(sum));
     assert!(out.is_clean() && d_table.is_clean(), "{manner:?}");
 }
 

@@ -7,8 +7,10 @@
 
 #![expect(unsafe_code, reason = "kernels are C functions in a shared library")]
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, OsStr, OsString, c_char, c_int, c_void};
+use std::fmt::Debug;
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -29,7 +31,7 @@ const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/ops/cuda");
 const MUTANT: &str = "ARRIERO_TEST_MUTANT";
 
 /// More options for the compiler, e.g. `-fsanitize=address` beside an `LD_PRELOAD` of its library.
-const FLAGS: &str = "ARRIERO_TEST_KERNEL_FLAGS";
+pub(in crate::ops::cuda) const FLAGS: &str = "ARRIERO_TEST_KERNEL_FLAGS";
 
 /// Seconds of computing after which a mutant that runs in circles counts as caught.
 const PATIENCE: libc::rlim_t = 20;
@@ -148,7 +150,7 @@ pub(in crate::ops::cuda) fn assert_close<T: Number>(what: &str, found: &[T], exp
     assert_within(what, found, expected, 1e-5);
 }
 
-/// [`assert_close`] to another precision. Prints the worst error, of which a table can be made.
+/// [`assert_close`] to another precision. Records the worst error.
 #[track_caller]
 pub(in crate::ops::cuda) fn assert_within<T: Number>(
     what: &str,
@@ -175,7 +177,47 @@ pub(in crate::ops::cuda) fn assert_within<T: Number>(
         );
         worst = worst.max(error / size);
     }
-    println!("shim | {what} | {} | {worst:.1e}", T::NAME);
+    record(what, T::NAME, worst, T::ROUNDING + tolerance);
+}
+
+/// Asserts that numbers are the expected ones, to the bit, and records it.
+#[track_caller]
+pub(in crate::ops::cuda) fn assert_same<N: PartialEq + Debug>(
+    what: &str,
+    dtype: &str,
+    found: &[N],
+    expected: &[N],
+) {
+    assert!(found == expected, "{what}, {dtype}: {found:?}, expected {expected:?}");
+    record(what, dtype, 0.0, 0.0);
+}
+
+thread_local! {
+    /// Entries that ran since the last comparison, and whether one followed them.
+    static RAN: RefCell<(Vec<String>, bool)> = const { RefCell::new((Vec::new(), false)) };
+}
+
+/// Prints a comparison that passed, once for each entry that made the numbers: `scripts/shim_table.py` reads it. Every
+/// kernel must be in one, of each of its types.
+pub(in crate::ops::cuda) fn record(what: &str, dtype: &str, error: f32, tolerance: f32) {
+    RAN.with_borrow_mut(|(ran, compared)| {
+        *compared = true;
+        for entry in ran {
+            println!("shim | {entry} | {what} | {dtype} | {error:.1e} | {tolerance:.1e}");
+        }
+    });
+}
+
+/// Notes that an entry ran. The first one after a comparison begins a new list.
+fn note(entry: &str) {
+    RAN.with_borrow_mut(|(ran, compared)| {
+        if std::mem::take(compared) {
+            ran.clear();
+        }
+        if !ran.iter().any(|known| known == entry) {
+            ran.push(entry.to_owned());
+        }
+    });
 }
 
 /// What `host.h` is told of a launch; the same layout there.
@@ -327,6 +369,7 @@ impl<'a> Call<'a> {
         // borrowed, and what lies beside them may not be touched.
         let status = unsafe { entry(&raw const self.how, args, sizes, self.args.len()) };
         if status == 0 {
+            note(&self.entry);
             return Ok(());
         }
         // SAFETY: a function of host.h of this type.
@@ -371,7 +414,8 @@ fn compiled(file: &str, text: &str) -> PathBuf {
     kept
 }
 
-fn compiler() -> OsString {
+/// The C++ compiler.
+pub(in crate::ops::cuda) fn compiler() -> OsString {
     std::env::var_os("CXX").unwrap_or_else(|| "c++".into())
 }
 
@@ -387,6 +431,8 @@ fn compile(folder: &Path, file: &str, text: &str, options: &[&str]) -> PathBuf {
         .args(["-U_FORTIFY_SOURCE", "-ffp-contract=off", "-Wno-unknown-pragmas", "-I", FOLDER])
         .args(options)
         .args(std::env::var(FLAGS).unwrap_or_default().split_whitespace())
+        // A sanitizer's library is the tests', not the compiler's.
+        .env_remove("LD_PRELOAD")
         .args([OsStr::new("-o"), library.as_os_str(), source.as_os_str()])
         .output();
     let output = output.unwrap_or_else(|error| {

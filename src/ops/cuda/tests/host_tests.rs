@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::host::{Guarded, Kernels, Manner, Order, Side, random, wide};
+use super::host::{FLAGS, Guarded, Kernels, Manner, Order, Side, compiler, random, wide};
 
 const KERNELS: &str = r#"
 #include "common.cuh"
@@ -34,6 +34,16 @@ KERNEL_ONE(unset, (float *out), (out)) {
   if (blockIdx.x == 0) values[threadIdx.x] = 1.0f;
   __syncthreads();
   out[blockIdx.x * blockDim.x + threadIdx.x] = values[threadIdx.x];
+}
+KERNEL_ONE(reach, (float *out, u32 own, u32 shared), (out, own, shared)) {
+  float values[4] = {out[0], out[1], out[2], out[3]};
+  SHARED(float, tile, [64]);
+  tile[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  const float *of_values = values, *of_tile = tile;
+  // Nobody else knows any more where it points to.
+  asm("" : "+r"(of_values));
+  out[threadIdx.x] = of_values[own] + of_tile[shared];
 }
 KERNEL_ONE(lanes, (u32 *out), (out)) {
   u32 lane = lane_id();
@@ -97,6 +107,41 @@ fn barriers_that_some_threads_miss_are_reported() {
         assert!(message.contains("waits for threads that never come"), "{message}");
         let message = complaint(kernels, "beside", order, 64 * 4);
         assert!(message.contains("a write beside a shared array"), "{message}");
+    }
+}
+
+/// Which elements the second process of the test below reads of four and of 64: `own shared`.
+#[cfg(target_os = "linux")]
+const REACH: &str = "ARRIERO_TEST_REACH";
+
+/// What `scripts/cuda-proof` runs every kernel with, as seen on one that reads beside its arrays.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_address_sanitizer_sees_one_element_too_far() {
+    use std::process::Command;
+
+    if let Ok(reach) = std::env::var(REACH) {
+        let (own, shared) = reach.split_once(' ').unwrap();
+        let mut out = blank(64);
+        let call = kernels().call("reach", [1, 1, 1], manner(64, Order::Forward)).output(&mut out);
+        return call.arg::<u32>(own.parse().unwrap()).arg::<u32>(shared.parse().unwrap()).run();
+    }
+    let library = Command::new(compiler()).arg("-print-file-name=libasan.so").output().unwrap();
+    let library = String::from_utf8(library.stdout).unwrap();
+    let test = "ops::cuda::tests::host_tests::the_address_sanitizer_sees_one_element_too_far";
+    for (reach, seen) in [("3 63", false), ("4 63", true), ("3 64", true)] {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args([test, "--exact"])
+            .env(REACH, reach)
+            .env(FLAGS, "-fsanitize=address")
+            .env("LD_PRELOAD", library.trim())
+            // Fibres have stacks that it did not make, and what a test program leaves is no leak.
+            .env("ASAN_OPTIONS", "detect_stack_use_after_return=0:detect_leaks=0")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(said.contains("ERROR: AddressSanitizer"), seen, "{reach}: {said}");
+        assert_eq!(output.status.success(), !seen, "{reach}: {said}");
     }
 }
 

@@ -5,8 +5,8 @@ mod tests {
     use half::bf16;
 
     use super::super::host::{
-        Guarded, Kernels, Manner, Number, Order, Side, each_block, every_mutant_is_caught, manners,
-        random, wide,
+        Guarded, Kernels, Manner, Number, Order, Side, assert_same, each_block,
+        every_mutant_is_caught, manners, random, record, wide,
     };
     use crate::optim::clip_factor;
 
@@ -43,8 +43,11 @@ mod tests {
         (norm.as_slice()[0], factor.as_slice()[0])
     }
 
-    fn close(found: f64, expected: f64) -> bool {
-        (found - expected).abs() <= 1e-12 * expected
+    #[track_caller]
+    fn assert_near(what: &str, found: f64, expected: f64) {
+        let error = (found - expected).abs() / expected;
+        assert!(error <= 1e-12, "{what}: {found}, expected {expected}");
+        record(what, "f64", error as f32, 1e-12);
     }
 
     fn check<T: Number>(count: usize, manner: Manner) {
@@ -53,7 +56,7 @@ mod tests {
             wide(&values).iter().map(|&x| f64::from(x) * f64::from(x)).collect();
         let partials = square_sum(&values, manner);
         for (found, squares) in partials.as_slice().iter().zip(squares.chunks(CHUNK)) {
-            assert!(close(*found, squares.iter().sum()), "{found}, {manner:?}");
+            assert_near(&format!("squares {manner:?}"), *found, squares.iter().sum());
         }
         let total: f64 = squares.iter().sum();
         let mut sum = Guarded::new(&[7.0_f64], manner.side);
@@ -61,11 +64,11 @@ mod tests {
             let call = Kernels::of(FILE).call("sum_partials", [1, 1, 1], manner);
             let call = call.input(&partials).output(&mut sum);
             call.arg(partials.as_slice().len() as u64).arg(add).run();
-            assert!(close(sum.as_slice()[0], expected), "{manner:?}");
+            assert_near(&format!("sum {manner:?}"), sum.as_slice()[0], expected);
         }
         for max_norm in [0.0, 0.5, 1e9] {
             let (norm, factor) = clip(&partials, max_norm, manner);
-            assert!(close(norm, total.sqrt()), "{norm}, {manner:?}");
+            assert_near(&format!("norm {manner:?}"), norm, total.sqrt());
             let expected = clip_factor(total.sqrt(), max_norm);
             assert!((f64::from(factor) - expected).abs() <= 1e-7 * expected, "{factor}");
         }
@@ -98,7 +101,7 @@ mod tests {
         let manner = Manner { block: 64, order: Order::Forward, side: Side::End };
         for value in [3e38_f32, 1e-30] {
             let found = square_sum(&[value; 9], manner).as_slice()[0];
-            assert!(close(found, 9.0 * f64::from(value) * f64::from(value)), "{found}");
+            assert_near("squares", found, 9.0 * f64::from(value) * f64::from(value));
         }
     }
 
@@ -120,9 +123,11 @@ mod tests {
         assert_eq!(first_not_finite(&values, manner), u64::MAX);
         for (place, bad) in [(count - 1, f32::NAN), (count / 2, f32::NEG_INFINITY)] {
             values[place] = T::narrow(bad);
-            assert_eq!(first_not_finite(&values, manner), place as u64, "{manner:?}");
+            let found = first_not_finite(&values, manner);
+            assert_same(&format!("place {manner:?}"), "u64", &[found], &[place as u64]);
             let (norm, factor) = clip(&square_sum(&values, manner), 1.0, manner);
             assert!(!norm.is_finite() && factor.is_nan(), "{norm} {factor}");
+            record("not finite", "f32", 0.0, 0.0);
         }
     }
 
