@@ -19,6 +19,7 @@ def arguments():
         parser.add_argument(f"--{key}", required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--pairs", type=int)
     parser.add_argument("--rate", default="1e-5")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--folder", type=pathlib.Path, default="target/dpo-parity")
@@ -51,6 +52,8 @@ def peer(args, *more):
     """Runs TRL's side, which writes into the folder."""
     command = [args.python, "benches/peers/trl_dpo_parity.py", args.model, "--data", args.data]
     sizes = ["--steps", args.steps, "--batch", args.batch, "--seq", args.tokens, "--rate", args.rate]
+    if args.pairs:
+        sizes += ["--pairs", args.pairs]
     subprocess.run(command + [str(word) for word in [*sizes, "--folder", args.folder, *more]], check=True)
 
 

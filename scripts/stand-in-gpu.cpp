@@ -199,6 +199,7 @@ const std::map<std::string, Kernel> &of_candle() {
 struct Launch {
   unsigned grid[3], block[3], shared, order;
   unsigned long long seed;
+  unsigned first;
 };
 typedef int (*Entry)(const Launch *, void *const *, const size_t *, size_t);
 typedef const char *(*Message)();
@@ -359,7 +360,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned 
     fprintf(stderr, "stand-in GPU: kernel %s is not known here\n", known.name.c_str());
     return CUDA_ERROR_NOT_SUPPORTED;
   }
-  Launch launch{{gx, gy, gz}, {x, y, z}, shared, 0, 0};
+  Launch launch{{gx, gy, gz}, {x, y, z}, shared, 0, 0, 0};
   if (known.entry(&launch, arguments, nullptr, 0) == 0) return CUDA_SUCCESS;
   fprintf(stderr, "stand-in GPU: %s: %s\n", known.name.c_str(), Message(dlsym(known.library, "host_message"))());
   return CUDA_ERROR_LAUNCH_FAILED;

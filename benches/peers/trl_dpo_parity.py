@@ -1,6 +1,6 @@
 """Pairs of hh-rlhf, and steps of TRL's DPOTrainer over them in their order: FOLDER/pairs.jsonl and FOLDER/trl.jsonl.
 
-    trl_dpo_parity.py MODEL_DIR --data FILE --folder FOLDER --batch 2 --seq 128 --steps 100 --rate 1e-5 [--rows-only]
+    trl_dpo_parity.py MODEL_DIR --data FILE --folder FOLDER --batch 2 --seq 128 --steps 100 --rate 1e-5 [--pairs 200] [--rows-only]
 """
 
 import argparse
@@ -20,6 +20,7 @@ parser.add_argument("--batch", type=int, default=2)
 parser.add_argument("--seq", type=int, default=128)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--rate", type=float, default=1e-5)
+parser.add_argument("--pairs", type=int)
 parser.add_argument("--rows-only", action="store_true")
 args = parser.parse_args()
 
@@ -48,7 +49,7 @@ def ids(tokenizer, row):
 
 def rows(tokenizer):
     """The first pairs that share their prompt, differ in their last answer, and are short enough."""
-    wanted = args.batch * args.steps
+    wanted = args.pairs or args.batch * args.steps
     opened = gzip.open if args.data.endswith(".gz") else open
     with opened(args.data, "rt", encoding="utf-8") as file:
         for line in file:
