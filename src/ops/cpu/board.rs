@@ -19,31 +19,16 @@ const SPINS: usize = 1 << 12;
 struct Job<'a>(&'a (dyn Fn(usize) + Sync));
 
 /// One piece of work at a time, put up by one thread.
-///
-/// Threads may sit on cores that see each other's writes late, so what is written while a piece is under way lies on a line of
-/// whoever writes it, and who waits looks at a line that is written once.
 pub(super) struct Board {
-    job: Line<AtomicPtr<Job<'static>>>,
-    places: Box<[Place]>,
-    busy: Line<AtomicBool>,
+    job: AtomicPtr<Job<'static>>,
+    ranges: Box<[Range]>,
+    done: AtomicUsize,
+    busy: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-/// Alone on its cache lines: processors fetch two side by side.
+/// Tasks that nobody has taken yet: the first, and the one after the last. Alone on its cache lines.
 #[repr(align(128))]
-#[derive(Default)]
-struct Line<T>(T);
-
-/// A thread's own.
-#[derive(Default)]
-struct Place {
-    /// Its tasks that nobody has taken yet.
-    range: Line<Range>,
-    /// How many tasks it has done, of all pieces so far.
-    done: Line<AtomicUsize>,
-}
-
-/// Tasks: the first, and the one after the last.
 #[derive(Default)]
 struct Range(AtomicU64);
 
@@ -68,9 +53,10 @@ impl Board {
     /// For so many threads.
     pub(super) fn of(threads: usize) -> Self {
         Self {
-            job: Line(AtomicPtr::new(null_mut())),
-            places: (0..threads).map(|_| Place::default()).collect(),
-            busy: Line::default(),
+            job: AtomicPtr::new(null_mut()),
+            ranges: (0..threads).map(|_| Range::default()).collect(),
+            done: AtomicUsize::new(0),
+            busy: AtomicBool::new(false),
             panic: Mutex::new(None),
         }
     }
@@ -82,19 +68,18 @@ impl Board {
     /// this; where `count` exceeds 32 bits.
     pub(super) fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
         assert!(u32::try_from(count).is_ok(), "{count} tasks");
-        assert!(!self.busy.0.swap(true, Ordering::Acquire), "two pieces of work on one board");
+        assert!(!self.busy.swap(true, Ordering::Acquire), "two pieces of work on one board");
         let mut job = Job(task);
-        let until = self.done().wrapping_add(count);
-        // The lifetime ends with this call, and so does the last use: see `do_tasks`.
-        self.job.0.store((&raw mut job).cast(), Ordering::Relaxed);
-        let threads = self.places.len();
-        // The others first, who have further to go.
-        for (place, Place { range, .. }) in self.places.iter().enumerate().rev() {
-            range.0.put(place * count / threads, (place + 1) * count / threads);
+        self.done.store(0, Ordering::Relaxed);
+        // The lifetime ends with this call, and so does the last use: see `help`.
+        self.job.store((&raw mut job).cast(), Ordering::Relaxed);
+        let threads = self.ranges.len();
+        for (place, range) in self.ranges.iter().enumerate() {
+            range.put(place * count / threads, (place + 1) * count / threads);
         }
-        self.do_tasks(0);
+        while self.help(0) {}
         let mut spins = 0_usize;
-        while self.done() != until {
+        while self.done.load(Ordering::Acquire) < count {
             spins += 1;
             // Who has the last task may wait for this core.
             if spins.is_multiple_of(SPINS) {
@@ -103,41 +88,22 @@ impl Board {
                 std::hint::spin_loop();
             }
         }
-        self.busy.0.store(false, Ordering::Release);
+        self.busy.store(false, Ordering::Release);
         if let Some(payload) = self.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
             resume_unwind(payload);
         }
     }
 
-    /// Tasks of all pieces that are done.
-    fn done(&self) -> usize {
-        let done = |place: &Place| place.done.0.load(Ordering::Acquire);
-        self.places.iter().map(done).fold(0, usize::wrapping_add)
-    }
-
-    /// Does tasks if this place has some: its own, and then what others have left. Whether it had.
+    /// Does one task, if one is left: of this place's range, or else of another's.
     pub(super) fn help(&self, place: usize) -> bool {
-        let range = &self.places[place].range.0;
-        let Some(number) = range.take(true) else { return false };
-        self.do_task(place, number);
-        self.do_tasks(place);
-        true
-    }
-
-    /// Does tasks while any are left.
-    fn do_tasks(&self, place: usize) {
-        let threads = self.places.len();
-        let range = |offset: usize| &self.places[(place + offset) % threads].range.0;
-        while let Some(number) = (0..threads).find_map(|offset| range(offset).take(offset == 0)) {
-            self.do_task(place, number);
-        }
-    }
-
-    /// Does a task that was taken.
-    fn do_task(&self, place: usize, number: usize) {
+        let threads = self.ranges.len();
+        let range = |offset: usize| &self.ranges[(place + offset) % threads];
+        let Some(number) = (0..threads).find_map(|offset| range(offset).take(offset == 0)) else {
+            return false;
+        };
         // SAFETY: whoever put up the job waits in `run` until this task is counted as done, so the job is still there; taking
         // the task came after it was put up, in the order of `put` and `take`.
-        let task = unsafe { (*self.job.0.load(Ordering::Relaxed)).0 };
+        let task = unsafe { (*self.job.load(Ordering::Relaxed)).0 };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(number))) {
             let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
             // What is dropped might panic again, before the task is counted.
@@ -146,9 +112,8 @@ impl Board {
                 Some(_) => std::mem::forget(payload),
             }
         }
-        // This place's thread alone writes it.
-        let done = &self.places[place].done.0;
-        done.store(done.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
+        self.done.fetch_add(1, Ordering::Release);
+        true
     }
 }
 
