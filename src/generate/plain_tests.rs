@@ -175,15 +175,7 @@ fn a_decoder_that_draws_names_likely_tokens_and_keeps_to_a_form() {
 fn tokens_are_drawn_beside_predictions_in_the_order_of_the_feeds() {
     let checkpoint = golden("model_tied");
     let decoder = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
-    let greedy = Chance {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        key: [0; 32],
-        draw: 0,
-        top: 0,
-    };
+    let greedy = Chance { temperature: 0.0, ..Chance::default() };
     let forward = |wanted: [Wanted<'_>; 3]| {
         let mut caches = [(); 3].map(|()| decoder.cache(None));
         let mut feeds: Vec<_> = caches

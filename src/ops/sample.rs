@@ -19,6 +19,13 @@ pub struct Chance {
     pub top: usize,
 }
 
+impl Default for Chance {
+    /// From the softmax as it is, by the first number of the generator whose key is 0.
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, key: [0; 32], draw: 0, top: 0 }
+    }
+}
+
 /// Why no token was drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoDraw {

@@ -73,15 +73,7 @@ fn over_pages(
 /// Predictions, and tokens drawn from them in every way that the kernel knows, some with the likeliest named or with some of
 /// them not allowed.
 pub(super) fn of_the_draws(device: &Device) -> Result<Vec<Checked>> {
-    let base = Chance {
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        key: [0; 32],
-        draw: 0,
-        top: 0,
-    };
+    let base = Chance::default();
     let ways = [
         base,
         Chance { temperature: 0.0, ..base },

@@ -240,8 +240,12 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
     fn forward(&mut self, predictions: &mut Predictions) -> Result<()> {
         let draws = self.decoder.draws();
         let mut feeds = Vec::with_capacity(self.running.len() + self.reading.len());
-        // What grammars allow takes longest.
-        self.running.par_iter_mut().for_each(|running| running.prepare(draws));
+        if draws {
+            // What grammars allow is asked for here, and takes long.
+            self.running.par_iter_mut().for_each(|running| running.prepare(draws));
+        } else {
+            self.running.iter_mut().for_each(|running| running.prepare(draws));
+        }
         feeds.extend(self.running.iter_mut().map(Running::next));
         for reading in self.reading.iter_mut().filter(|reading| reading.now > 0) {
             let wanted = reading.wanted();
