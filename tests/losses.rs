@@ -672,9 +672,16 @@ fn weigh(objective: &dyn Objective, forests: &[Forest], logps: &[&[f32]]) -> Vec
     }
     let readings: Vec<(&Forest, &[f32])> = forests.iter().zip(logps.iter().copied()).collect();
     let totals = StepTotals { counts, statistics: objective.statistics(&readings).unwrap() };
-    let weighed =
-        readings.iter().map(|(forest, logps)| objective.weigh(forest, (*logps).into(), &totals));
-    weighed.map(Result::unwrap).collect()
+    let weigh = |(forest, logps): &(&Forest, &[f32])| {
+        let weighed = objective.weigh(forest, (*logps).into(), &totals).unwrap();
+        // What a device asks of one forest says the same.
+        let own = objective.of_forest(forest).unwrap();
+        let own = own.weigh(forest, (*logps).into(), &totals).unwrap();
+        assert_eq!((&own.d_values, &own.sums), (&weighed.d_values, &weighed.sums));
+        assert_eq!(own.metrics, weighed.metrics);
+        weighed
+    };
+    readings.iter().map(weigh).collect()
 }
 
 #[test]

@@ -10,6 +10,8 @@ pub mod ranking;
 pub mod reward;
 pub mod sft;
 
+use std::collections::BTreeMap;
+
 use crate::data::forest::Forest;
 use crate::error::Result;
 use crate::ops::head::{Pairs, RowStats, Slopes};
@@ -91,7 +93,7 @@ pub struct Weighed {
 }
 
 /// A method, as far as the training loop is concerned.
-pub trait Objective: Sync {
+pub trait Objective: Send + Sync {
     /// Which numbers it reads.
     fn readout(&self) -> Readout {
         Readout::Logps
@@ -122,6 +124,12 @@ pub trait Objective: Sync {
         Ok(None)
     }
 
+    /// What it needs to weigh this micro-batch, owned: a device asks it in its own time. A reference that moves is asked now.
+    ///
+    /// # Errors
+    /// That reference's.
+    fn of_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>>;
+
     /// Whether an example's loss depends on the other examples of its step (KTO, BCO, AOT). The loop then reads all
     /// micro-batches first and hands the values to [`statistics`](Self::statistics).
     fn coupled(&self) -> bool {
@@ -145,6 +153,12 @@ pub trait Objective: Sync {
     fn summarize(&self, _observations: &[Observation]) -> Vec<(String, f64)> {
         Vec::new()
     }
+}
+
+/// What a table says of a forest's rows.
+fn of_rows<T: Clone>(table: &BTreeMap<usize, T>, forest: &Forest) -> BTreeMap<usize, T> {
+    let rows = forest.sources.iter();
+    rows.filter_map(|row| Some((*row, table.get(row)?.clone()))).collect()
 }
 
 /// `ln σ(x)`, exact to rounding at both ends.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{FixedGradient, Mean, Objective, Reading, StepTotals, Weighed};
+use super::{FixedGradient, Mean, Objective, Reading, StepTotals, Weighed, of_rows};
 use crate::data::forest::Forest;
 use crate::error::{Error, Result};
 
@@ -159,6 +159,10 @@ impl Objective for Sft {
 
     fn reads_rows(&self) -> bool {
         !self.row_terms().is_empty()
+    }
+
+    fn of_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>> {
+        Ok(Box::new(Self { row_weights: of_rows(&self.row_weights, forest), ..*self }))
     }
 
     fn fixed_gradient(&self, forest: &Forest, totals: &StepTotals) -> Option<FixedGradient> {

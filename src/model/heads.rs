@@ -1,26 +1,20 @@
 //! The reward model's head: `L` numbers at the end of each scored segment.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use crate::data::forest::End;
 use crate::error::Result;
 use crate::ops;
 
 /// Scores of each end: its hidden row times the head's weight `[L, D]`, plus its bias `[L]`. Shapes: `hidden` `[T, D]` ->
-/// `E · L` values, end by end.
+/// `[E, L]`.
 pub fn scores(
     hidden: &Tensor,
     (weight, bias): (&Tensor, Option<&Tensor>),
     ends: &[End],
-) -> Result<Vec<f32>> {
+) -> Result<Tensor> {
     let bias = bias.map(Tensor::detach);
-    let scores = ops::linear(&end_rows(hidden, ends)?, &weight.detach(), bias.as_ref())?;
-    Ok(scores.flatten_all()?.to_vec1::<f32>()?)
-}
-
-/// The gradients of the scores as a tensor `[E, L]`.
-pub(super) fn d_scores(d: &[f32], shape: (usize, usize), device: &Device) -> Result<Tensor> {
-    Ok(Tensor::from_slice(d, shape, device)?)
+    Ok(ops::linear(&end_rows(hidden, ends)?, &weight.detach(), bias.as_ref())?)
 }
 
 /// Gradient of the hidden states, `[T, D]`, from `d` `[E, L]`.
@@ -62,9 +56,13 @@ mod tests {
         let (hidden, head) = (random(1, (40, 577)), random(2, (3, 577)));
         let bias = random(3, 3);
         let ends: Vec<End> = (0..40).map(end).collect();
-        let all = scores(&hidden, (&head, Some(&bias)), &ends).unwrap();
+        let values = |ends: &[End]| -> Vec<f32> {
+            let scores = scores(&hidden, (&head, Some(&bias)), ends).unwrap();
+            scores.flatten_all().unwrap().to_vec1().unwrap()
+        };
+        let all = values(&ends);
         for (row, three) in all.chunks(3).enumerate() {
-            let alone = scores(&hidden, (&head, Some(&bias)), &[end(row)]).unwrap();
+            let alone = values(&[end(row)]);
             let bits = |scores: &[f32]| scores.iter().map(|s| s.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&alone), bits(three), "row {row}");
         }

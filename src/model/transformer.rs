@@ -154,10 +154,19 @@ impl Transformer {
     /// # Errors
     /// The device's.
     pub fn scores(&self, hidden: &Tensor, ends: &[End]) -> Result<Vec<f32>> {
+        Ok(self.scores_of(hidden, ends)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// The same where the model lies, `[E, L]`: `hidden` `[T, D]`, `E` ends.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn scores_of(&self, hidden: &Tensor, ends: &[End]) -> Result<Tensor> {
         heads::scores(hidden, (&self.head, self.head_bias.as_ref()), ends)
     }
 
-    /// Gradient of `Σ d_scores · scores` of the hidden states, `[T, D]`; that of the head goes to `grads`.
+    /// Gradient of `Σ d_scores · scores` of the hidden states, `[T, D]`, by `d_scores`, `[E, L]`; that of the head goes to
+    /// `grads`.
     ///
     /// # Errors
     /// The device's.
@@ -165,17 +174,16 @@ impl Transformer {
         &self,
         hidden: &Tensor,
         ends: &[End],
-        d_scores: &[f32],
+        d_scores: &Tensor,
         grads: &mut Gradients,
     ) -> Result<Tensor> {
-        let d = heads::d_scores(d_scores, (ends.len(), self.head.dim(0)?), hidden.device())?;
         if self.head.is_variable() {
-            grads.add(SCORE, heads::d_weight(hidden, ends, &d)?)?;
+            grads.add(SCORE, heads::d_weight(hidden, ends, d_scores)?)?;
         }
         if self.head_bias.as_ref().is_some_and(Tensor::is_variable) {
-            grads.add(SCORE_BIAS, d.sum(0)?)?;
+            grads.add(SCORE_BIAS, d_scores.sum(0)?)?;
         }
-        heads::d_hidden(hidden, &self.head, ends, &d)
+        heads::d_hidden(hidden, &self.head, ends, d_scores)
     }
 
     /// Where the weights lie.

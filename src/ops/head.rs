@@ -5,7 +5,7 @@
 //! where asked, what else the row's softmax says ([`RowStats`]); [`backward`] takes the gradient with respect to each
 //! log-probability and runs the head's own backward. Where that gradient is known beforehand (SFT), `backward` alone is a
 //! single pass, as it returns what `read` does too; where it follows from margins of pairs, [`backward_of_pairs`] is both
-//! passes. On a GPU the host waits for neither: readings are [`Pending`].
+//! passes, and [`backward_by`] where the host is to be asked between them. On a GPU nobody waits: readings are [`Pending`].
 
 mod chunks;
 mod pairs;
@@ -107,7 +107,20 @@ pub fn logps(hidden: &Tensor, weight: &Tensor, targets: &[Target]) -> Result<Vec
 /// # Shapes
 /// As [`logps`].
 pub fn read(hidden: &Tensor, weight: &Tensor, targets: &[Target], rows: bool) -> Result<Readings> {
-    run(hidden, weight, targets, Pass { rows, gradient: None })?.0.wait()
+    reading(hidden, weight, targets, rows)?.wait()
+}
+
+/// [`read`], which a GPU may still be at.
+///
+/// # Shapes
+/// As [`logps`].
+pub fn reading(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[Target],
+    rows: bool,
+) -> Result<Pending> {
+    Ok(run(hidden, weight, targets, Pass { rows, gradient: None })?.0)
 }
 
 /// What [`read`] reads, and the gradients of what [`Slopes`] says.
@@ -148,8 +161,41 @@ pub fn backward_of_pairs(
         let out = super::cuda::head_launch::of_pairs(&hidden, &weight, rows, (pairs, asked))?;
         return HeadGrads::new(out, &hidden);
     }
+    two_passes((hidden, weight), targets, |readings| pairs.slopes(&readings.logps), asked)
+}
+
+/// What makes the slopes of a pass's targets of what it read, on any thread, without calling the device.
+pub type Weigh = Box<dyn FnOnce(&Readings) -> Vec<f32> + Send>;
+
+/// What [`read`] reads, and the gradients by the slopes that `weigh` makes of it. On a GPU the driver calls it between the two
+/// passes, and nobody waits; slopes are NaN there where it makes another number of them.
+///
+/// # Shapes
+/// - `hidden`: `[T, D]`, `weight`: `[V, D]`, `targets` and the slopes: `N`
+pub fn backward_by(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[Target],
+    weigh: Weigh,
+    asked: Asked,
+) -> Result<HeadGrads> {
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        let (hidden, weight, rows) = prepared(hidden, weight, targets)?;
+        let out = super::cuda::head_launch::by_host(&hidden, &weight, rows, (weigh, asked))?;
+        return HeadGrads::new(out, &hidden);
+    }
+    two_passes((hidden, weight), targets, weigh, asked)
+}
+
+fn two_passes(
+    (hidden, weight): (&Tensor, &Tensor),
+    targets: &[Target],
+    weigh: impl FnOnce(&Readings) -> Vec<f32>,
+    asked: Asked,
+) -> Result<HeadGrads> {
     let readings = read(hidden, weight, targets, asked.rows)?;
-    let slopes = pairs.slopes(&readings.logps);
+    let slopes = weigh(&readings);
     let asked = Asked { rows: false, ..asked };
     let grads = backward(hidden, weight, targets, slopes.as_slice().into(), asked)?;
     Ok(HeadGrads { readings: readings.into(), ..grads })
@@ -259,7 +305,7 @@ fn prepared(
 }
 
 /// Targets grouped by hidden row.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Rows {
     /// Hidden rows with at least one target, ascending.
     pub(super) hidden: Vec<u32>,

@@ -9,6 +9,7 @@
 //! heads, `E` width of one head, `F` feed-forward width, `V` vocabulary, `N` targets, `S` sequences (leaves).
 
 pub mod attention;
+pub mod by_host;
 pub mod cached;
 pub mod cpu;
 pub mod cuda;
@@ -23,6 +24,7 @@ pub mod sample;
 pub mod swiglu;
 
 pub use attention::{AttentionPlan, attention};
+pub use by_host::by_host;
 pub use linear::linear;
 pub use norm::rms_norm;
 pub use residual::residual;

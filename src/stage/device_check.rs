@@ -256,6 +256,11 @@ fn of_the_head(
         let Some(d_weight) = &grads.d_weight else { candle_core::bail!("head: no d_weight") };
         let of_pairs =
             head::backward_of_pairs(&hidden, &weight, &targets, &pairs(targets.len()), asked)?;
+        let weigh = |read: &head::Readings| {
+            let slope = |(logp, row): (&f32, &head::RowStats)| logp.exp() - 0.1 * row.entropy;
+            read.logps.iter().zip(&read.rows).map(slope).collect()
+        };
+        let by_host = head::backward_by(&hidden, &weight, &targets, Box::new(weigh), asked)?;
         let readings = grads.readings.wait()?;
         let column = |values: Vec<f32>| {
             let count = values.len();
@@ -271,6 +276,8 @@ fn of_the_head(
             ("d_weight", home(d_weight)?),
             ("logps for pairs", column(of_pairs.readings.wait()?.logps)?),
             ("d_hidden of pairs", home(&of_pairs.d_hidden)?),
+            ("logps for the host", column(by_host.readings.wait()?.logps)?),
+            ("d_hidden by the host", home(&by_host.d_hidden)?),
         ])
     };
     let (expected, found) = (results(&Device::Cpu, DType::F32)?, results(device, dtype)?);
@@ -301,9 +308,10 @@ fn of_the_embedding(device: &Device) -> Result<Vec<Checked>> {
         .collect()
 }
 
-/// Two steps of AdamW, and the norm of its gradient. Master and moments are f32 whatever is computed in.
+/// Two steps of AdamW, the norm of its gradient, and the place of an element that is not finite. Master and moments are f32
+/// whatever is computed in.
 fn of_the_optimizer(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
-    let results = |device: &Device| -> crate::Result<[Tensor; 3]> {
+    let results = |device: &Device| -> crate::Result<[Tensor; 4]> {
         let hyper =
             Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decayed: is_decayed };
         let start = numbers(16, (67, 33))?.to_device(device)?;
@@ -317,14 +325,19 @@ fn of_the_optimizer(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
             adamw.step(&params, &grads, 0.01, 0.5)?;
         }
         let norms = Tensor::from_vec(norms, 2, &Device::Cpu)?;
-        Ok([home(&param.master)?, home(param.computed())?, norms])
+        let mut grads = Gradients::new(device);
+        let hole = Tensor::new(&[f32::INFINITY, 1.0, f32::NAN], device)?;
+        grads.add("w.weight", Tensor::cat(&[&numbers(19, 2000)?.to_device(device)?, &hole], 0)?)?;
+        let place = grads.first_not_finite()?.map_or(f32::NAN, |(_, place)| place as f32);
+        let place = Tensor::new(&[place], &Device::Cpu)?;
+        Ok([home(&param.master)?, home(param.computed())?, norms, place])
     };
     let both =
         [&Device::Cpu, device].map(|device| results(device).map_err(candle_core::Error::wrap));
     let [expected, found] = both;
     let (expected, found) = (expected?, found?);
     // The copy is within a rounding of its master.
-    [("master", DType::F32), ("copy", dtype), ("norm", DType::F32)]
+    [("master", DType::F32), ("copy", dtype), ("norm", DType::F32), ("place", DType::F32)]
         .iter()
         .zip(expected.iter().zip(&found))
         .map(|((what, dtype), pair)| checked(("adamw 67×33", what), *dtype, pair))

@@ -14,7 +14,7 @@ use crate::rng::Stream;
 pub(super) fn of_the_cache(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
     let mut all = Vec::new();
     // Key heads, query heads to each, and the width of one.
-    for shape in [(1, 2, 8), (3, 3, 64), (2, 4, 128)] {
+    for shape in [(1, 2, 8), (2, 1, 32), (3, 3, 64), (1, 2, 96), (2, 4, 128)] {
         let (expected, found) =
             (over_pages(&Device::Cpu, DType::F32, shape)?, over_pages(device, dtype, shape)?);
         let (groups, share, width) = shape;

@@ -9,9 +9,9 @@ use super::device_check::{Checked, compared, home};
 use crate::data::tree::{Role, Tree};
 use crate::error::Result;
 use crate::loss::Objective;
-use crate::loss::preference::Preference;
+use crate::loss::preference::{Preference, PreferenceLoss};
 use crate::loss::reward::Reward;
-use crate::loss::sft::Sft;
+use crate::loss::sft::{Sft, TokenLoss};
 use crate::model::lora::{self, Lora};
 use crate::model::{Config, Precision, Tensors, Weights, init};
 use crate::optim::adamw::{AdamW, Hyper, is_decayed};
@@ -31,6 +31,10 @@ enum Task {
     Sft,
     Dpo,
     Reward,
+    /// SFT whose slopes follow from what the head reads.
+    Dft,
+    /// Losses of pairs that the host weighs, one of them over the whole step.
+    Weighed,
 }
 
 /// A way to take steps.
@@ -75,6 +79,8 @@ pub(super) fn ways() -> Vec<Way> {
         Way { name: "adapters", adapters: true, ..SFT },
         Way { name: "dpo", task: dpo, change: PARTS, ..SFT },
         Way { name: "dpo bf16", task: dpo, dtype: Precision::Bf16, ..SFT },
+        Way { name: "dft", task: Task::Dft, change: PARTS, ..SFT },
+        Way { name: "dpo by the host", task: Task::Weighed, change: PARTS, ..SFT },
         Way { name: "reward", task: reward, change: PARTS, ..SFT },
         Way { name: "reward bf16", task: reward, dtype: Precision::Bf16, ..SFT },
     ]
@@ -148,14 +154,18 @@ impl Way {
     }
 
     fn objective(&self) -> Box<dyn Objective> {
+        // Not the policy's own: margins are not 0.
+        let reference = (0..3).map(|row| (row, vec![-70.0 - row as f64, -64.0]));
+        let reference: BTreeMap<_, _> = reference.collect();
         match self.task {
             Task::Sft => Box::new(Sft::default()),
+            Task::Dft => Box::new(Sft { loss: TokenLoss::Dft, ..Sft::default() }),
             Task::Reward => Box::new(Reward::default()),
-            Task::Dpo => {
-                // Not the policy's own: margins are not 0.
-                let reference = (0..3).map(|row| (row, vec![-70.0 - row as f64, -64.0]));
-                let reference: BTreeMap<_, _> = reference.collect();
-                Box::new(Preference { reference, ..Preference::default() })
+            Task::Dpo => Box::new(Preference { reference, ..Preference::default() }),
+            Task::Weighed => {
+                let losses = vec![(PreferenceLoss::NcaPair, 1.0), (PreferenceLoss::Bco, 0.5)];
+                let base = Preference::default();
+                Box::new(Preference { losses, weighting: true, reference, ..base })
             }
         }
     }
@@ -169,7 +179,7 @@ impl Way {
         let tree = |row: usize| {
             let (first, second) = (content(17 + 9 * row, 7 + row), content(12, 29 + row));
             match self.task {
-                Task::Sft => {
+                Task::Sft | Task::Dft => {
                     Tree::sequence(tokens(33 + 5 * row, 11), vec![Role::Content; 33 + 5 * row], row)
                 }
                 _ => Tree::siblings(tokens(21, 13 + row), vec![first, second], row),

@@ -17,6 +17,7 @@ pub mod settings;
 pub mod step;
 pub mod update;
 pub mod watchdog;
+mod weighing;
 
 pub use batch::Batch;
 pub use ema::Ema;

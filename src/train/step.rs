@@ -2,23 +2,22 @@
 
 use std::borrow::Borrow;
 
-use candle_core::Tensor;
-
 use super::Learner;
 use super::batch::{Batch, MicroBatch};
 use super::memory::{Adapted, Footprint, Recompute};
 use super::noise::Noise;
+use super::weighing::{self, head_step, weigh};
 use crate::data::examples::Examples;
 use crate::data::forest::{Forest, packed};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
-use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
+use crate::loss::{Mean, Objective, Readout, StepTotals, Weighed};
 use crate::model::gradients::Gradients;
 use crate::model::lora::Dropout;
 use crate::model::transformer::{Keep, Trace, Transformer};
 use crate::model::{Config, Precision};
 use crate::ops::cuda::device;
-use crate::ops::head::{self, Asked, Pending, Readings, RowStats};
+use crate::ops::head::{Pending, Readings};
 use crate::report::record::Metrics;
 
 /// How a step is computed; all but the type, the dropout and the noise changes memory and speed, never what is computed.
@@ -197,7 +196,10 @@ pub fn evaluate(
     let totals = if objective.coupled() {
         // Statistics are over all examples at once.
         let forests: Vec<Forest> = packed(examples, max_tokens).collect::<Result<_>>()?;
-        totals(objective, &forests, &|forest| read(model, objective.readout(), forest))?
+        let read = |forest: &Forest| {
+            weighing::values(model, objective.readout(), (forest, &model.hidden(forest)?))
+        };
+        totals(objective, &forests, &read)?
     } else {
         let mut counts = Counts::new(objective);
         for forest in packed(examples, max_tokens) {
@@ -209,7 +211,7 @@ pub fn evaluate(
     for forest in packed(examples, max_tokens) {
         let forest = forest?;
         let hidden = model.hidden(&forest)?;
-        let readings = readings(model, objective, (&forest, &hidden))?;
+        let readings = weighing::readings(model, objective, (&forest, &hidden))?;
         seen.extend(objective.observe(&forest, &readings.logps));
         sums.add(weigh(objective, &forest, &readings, &totals)?, &forest);
     }
@@ -220,18 +222,8 @@ pub fn evaluate(
 
 /// The values an objective reads from one forest: log-probabilities of its targets or scores of its leaves.
 pub fn read(model: &Transformer, readout: Readout, forest: &Forest) -> Result<Vec<f32>> {
-    values(model, readout, (forest, &model.hidden(forest)?))
-}
-
-fn values(
-    model: &Transformer,
-    readout: Readout,
-    (forest, hidden): (&Forest, &Tensor),
-) -> Result<Vec<f32>> {
-    match readout {
-        Readout::Logps => Ok(head::logps(hidden, model.head(), &forest.targets)?),
-        Readout::Scores => model.scores(hidden, &forest.ends),
-    }
+    let values = weighing::values(model, readout, (forest, &model.hidden(forest)?))?;
+    Ok(values.wait()?.logps)
 }
 
 /// The same values as the step's own pass has them, with its noise and its dropout: what a coupled objective compares
@@ -241,38 +233,14 @@ pub(super) fn read_as_trained(
     objective: &dyn Objective,
     part: &MicroBatch,
     options: StepOptions,
-) -> Result<Vec<f32>> {
+) -> Result<Pending> {
     let MicroBatch { forest, layout } = part;
     let readout = objective.readout();
     if options.noise.is_none() && options.dropout.is_none() {
-        return values(model, readout, (forest, &model.hidden_in(forest, layout)?));
+        return weighing::values(model, readout, (forest, &model.hidden_in(forest, layout)?));
     }
     let options = StepOptions { recompute: Recompute::Block, activation_offload: false, ..options };
-    values(model, readout, (forest, &trace(model, part, options)?.hidden))
-}
-
-/// The same of hidden states that are there, with what the objective or the log needs of each row.
-fn readings(
-    model: &Transformer,
-    objective: &dyn Objective,
-    (forest, hidden): (&Forest, &Tensor),
-) -> Result<Readings> {
-    match objective.readout() {
-        Readout::Logps => {
-            let rows = wants_rows(model, objective);
-            Ok(head::read(hidden, model.head(), &forest.targets, rows)?)
-        }
-        Readout::Scores => {
-            let logps = model.scores(hidden, &forest.ends)?;
-            Ok(Readings { logps, rows: Vec::new() })
-        }
-    }
-}
-
-/// Rows cost the CPU two or three parts in a hundred of the head, half a part of a step, and a GPU's kernel no more memory
-/// traffic; the plain form more than that.
-fn wants_rows(model: &Transformer, objective: &dyn Objective) -> bool {
-    objective.reads_rows() || !model.device().is_metal()
+    weighing::values(model, readout, (forest, &trace(model, part, options)?.hidden))
 }
 
 /// How much each term of an objective has to weigh, over any number of micro-batches.
@@ -309,11 +277,12 @@ impl<'a> Counts<'a> {
     }
 }
 
-/// Counts, and the statistics of a coupled objective, over all micro-batches, whose values `read` reads.
+/// Counts, and the statistics of a coupled objective, over all micro-batches, whose values `read` reads: on a GPU all are
+/// under way before the host waits for the first.
 pub(super) fn totals<F: Borrow<Forest>>(
     objective: &dyn Objective,
     forests: &[F],
-    read: &dyn Fn(&F) -> Result<Vec<f32>>,
+    read: &dyn Fn(&F) -> Result<Pending>,
 ) -> Result<StepTotals> {
     let mut counts = Counts::new(objective);
     for forest in forests {
@@ -321,105 +290,17 @@ pub(super) fn totals<F: Borrow<Forest>>(
     }
     let mut totals = StepTotals { counts: counts.check()?, statistics: Vec::new() };
     if objective.coupled() {
-        let values: Vec<Vec<f32>> = forests.iter().map(read).collect::<Result<_>>()?;
+        let under_way: Vec<Pending> = forests.iter().map(read).collect::<Result<_>>()?;
+        let values: Vec<Readings> =
+            under_way.into_iter().map(Pending::wait).collect::<candle_core::Result<_>>()?;
         let readings: Vec<(&Forest, &[f32])> = forests
             .iter()
             .zip(&values)
-            .map(|(forest, values)| (forest.borrow(), values.as_slice()))
+            .map(|(forest, values)| (forest.borrow(), values.logps.as_slice()))
             .collect();
         totals.statistics = objective.statistics(&readings)?;
     }
     Ok(totals)
-}
-
-/// What was read of a micro-batch: weighed, or perhaps still on its way from a GPU.
-pub(super) enum Measured {
-    Weighed(Weighed),
-    Unread(Pending),
-}
-
-impl Measured {
-    /// What the objective says of it.
-    ///
-    /// # Errors
-    /// A value that is not finite, named by its row.
-    pub(super) fn wait(
-        self,
-        objective: &dyn Objective,
-        forest: &Forest,
-        totals: &StepTotals,
-    ) -> Result<Weighed> {
-        match self {
-            Self::Weighed(weighed) => Ok(weighed),
-            Self::Unread(readings) => weigh(objective, forest, &readings.wait()?, totals),
-        }
-    }
-}
-
-/// Reads the head and returns the gradient of the hidden states, by what the objective says of the readings. Where it
-/// need not be asked first, nobody waits for them.
-pub(super) fn head_step(
-    (model, options): (&Transformer, StepOptions),
-    objective: &dyn Objective,
-    (forest, hidden): (&Forest, &Tensor),
-    totals: &StepTotals,
-    grads: &mut Gradients,
-) -> Result<(Measured, Tensor)> {
-    let (weight, targets) = (model.head(), forest.targets.as_slice());
-    if objective.readout() == Readout::Scores {
-        let readings = readings(model, objective, (forest, hidden))?;
-        let weighed = weigh(objective, forest, &readings, totals)?;
-        let d_hidden = model.scores_backward(hidden, &forest.ends, &weighed.d_values, grads)?;
-        return Ok((Measured::Weighed(weighed), d_hidden));
-    }
-    let asked = Asked { rows: wants_rows(model, objective), d_weight: weight.is_variable() };
-    let pairs = if options.gpu { objective.pairs(forest, totals)? } else { None };
-    let mut weighed = None;
-    let out = if let Some(known) = objective.fixed_gradient(forest, totals) {
-        head::backward(hidden, weight, targets, known.slopes(), asked)?
-    } else if let Some(pairs) = pairs {
-        head::backward_of_pairs(hidden, weight, targets, &pairs, asked)?
-    } else {
-        let readings = readings(model, objective, (forest, hidden))?;
-        let found = weighed.insert(weigh(objective, forest, &readings, totals)?);
-        let asked = Asked { rows: false, ..asked };
-        head::backward(hidden, weight, targets, found.d_values.as_slice().into(), asked)?
-    };
-    if let Some(d_weight) = out.d_weight {
-        grads.add(model.head_name(), d_weight)?;
-    }
-    Ok((weighed.map_or(Measured::Unread(out.readings), Measured::Weighed), out.d_hidden))
-}
-
-/// Weighs values after checking that all of them are finite.
-fn weigh(
-    objective: &dyn Objective,
-    forest: &Forest,
-    Readings { logps: values, rows }: &Readings,
-    totals: &StepTotals,
-) -> Result<Weighed> {
-    if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-        let tree = match objective.readout() {
-            Readout::Logps => forest.leaves[forest.targets[index].leaf as usize].tree,
-            Readout::Scores => forest.ends[index * forest.ends.len() / values.len()].tree,
-        };
-        let row = forest.sources[tree];
-        return Err(Error::run(format!("the model's output is {}", values[index]))
-            .at(format!("row {row}"))
-            .hint("the weights have diverged: lower learning_rate, or look for a bad row"));
-    }
-    let mut weighed = objective.weigh(forest, Reading { values, rows }, totals)?;
-    if !rows.is_empty() {
-        let mean = |name, of: &dyn Fn(&f32, &RowStats) -> f64| Mean {
-            name,
-            sum: values.iter().zip(rows).map(|(logp, row)| of(logp, row)).sum(),
-            count: rows.len() as f64,
-        };
-        weighed.metrics.push(mean("entropy", &|_, row| f64::from(row.entropy)));
-        let right = |logp: &f32, row: &RowStats| f64::from(u8::from(*logp >= row.best_logp));
-        weighed.metrics.push(mean("mean_token_accuracy", &right));
-    }
-    Ok(weighed)
 }
 
 /// Running sums of a step.

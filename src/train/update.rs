@@ -10,6 +10,7 @@ use candle_core::Tensor;
 use super::batch::MicroBatch;
 use super::norms::Norms;
 use super::step::{self, StepOptions, StepReport, Sums};
+use super::weighing::head_step;
 use super::{Batch, Learner};
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
@@ -94,8 +95,7 @@ fn in_backward(
     let mut sums = Sums::new(objective);
     let trace = step::trace(model, part, options)?;
     let place = (forest, &trace.hidden);
-    let (measured, d_hidden) =
-        step::head_step((model, options), objective, place, &totals, &mut grads)?;
+    let (measured, d_hidden) = head_step((model, options), objective, place, &totals, &mut grads)?;
     // Weights move as the backward pass goes: what was read comes first.
     sums.add(measured.wait(objective, forest, &totals)?, forest);
     let mut report = sums.report(objective, &totals);

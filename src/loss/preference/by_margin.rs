@@ -39,8 +39,8 @@ impl PreferenceLoss {
 }
 
 impl Preference {
-    /// See [`Objective::pairs`](crate::loss::Objective::pairs). Nothing where a weight depends on the policy, or a
-    /// reference that moves makes the host wait anyway.
+    /// See [`Objective::pairs`](crate::loss::Objective::pairs). Nothing where a weight depends on the policy, or the
+    /// reference moves.
     pub(super) fn by_margin(&self, forest: &Forest, totals: &StepTotals) -> Result<Option<Pairs>> {
         if self.weighting || self.live.is_some() || self.ranking == Ranking::PlackettLuce {
             return Ok(None);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::Summing;
 use crate::data::forest::Forest;
 use crate::error::Result;
+use crate::loss::of_rows;
 
 type Ask = dyn Fn(&Forest) -> Result<Vec<f32>> + Send + Sync;
 
@@ -30,6 +31,18 @@ impl LiveReference {
         match live {
             Some(Self(ask)) => Ok(Cow::Owned(summing.table(forest, &ask(forest)?))),
             None => Ok(Cow::Borrowed(kept)),
+        }
+    }
+
+    /// The same of this forest's rows alone, to keep.
+    pub(super) fn of_forest(
+        live: Option<&Self>,
+        kept: &BTreeMap<usize, Vec<f64>>,
+        (summing, forest): (Summing, &Forest),
+    ) -> Result<BTreeMap<usize, Vec<f64>>> {
+        match Self::table(live, kept, (summing, forest))? {
+            Cow::Owned(table) => Ok(table),
+            Cow::Borrowed(table) => Ok(of_rows(table, forest)),
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::data::forest::Forest;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::ranking::{Ranking, plackett_luce};
-use crate::loss::{Mean, Objective, Reading, StepTotals, Weighed};
+use crate::loss::{Mean, Objective, Reading, StepTotals, Weighed, of_rows};
 use crate::ops::head::{Pairs, RowStats};
 
 /// The preference objective: each tree's leaves are ranked responses, best first, mostly a chosen and a rejected one. With
@@ -395,6 +395,19 @@ impl Objective for Preference {
 
     fn pairs(&self, forest: &Forest, totals: &StepTotals) -> Result<Option<Pairs>> {
         self.by_margin(forest, totals)
+    }
+
+    fn of_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>> {
+        let place = (self.summing, forest);
+        let reference = LiveReference::of_forest(self.live.as_ref(), &self.reference, place)?;
+        Ok(Box::new(Self {
+            losses: self.losses.clone(),
+            reference,
+            live: None,
+            margins: of_rows(&self.margins, forest),
+            ranks: of_rows(&self.ranks, forest),
+            ..*self
+        }))
     }
 
     fn coupled(&self) -> bool {

@@ -8,7 +8,7 @@ use super::{LiveReference, LossOptions, PreferenceLoss, Response, Summing};
 use crate::data::forest::Forest;
 use crate::data::tree::Tree;
 use crate::error::{Error, Result};
-use crate::loss::{Mean, Objective, Reading, StepTotals, Weighed};
+use crate::loss::{Mean, Objective, Reading, StepTotals, Weighed, of_rows};
 
 /// The unpaired objective: each tree's first leaf is a labelled response, its further leaves are responses to other
 /// prompts, from which the KL is estimated.
@@ -165,6 +165,13 @@ impl Objective for Unpaired {
     fn counts(&self, forest: &Forest) -> Vec<f64> {
         let desirable = forest.sources.iter().filter(|row| self.labels.get(row) == Some(&true));
         vec![forest.trees() as f64, desirable.count() as f64]
+    }
+
+    fn of_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>> {
+        let place = (self.summing, forest);
+        let reference = LiveReference::of_forest(self.live.as_ref(), &self.reference, place)?;
+        let labels = of_rows(&self.labels, forest);
+        Ok(Box::new(Self { labels, reference, live: None, ..*self }))
     }
 
     fn coupled(&self) -> bool {

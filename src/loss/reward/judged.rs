@@ -40,6 +40,10 @@ impl Objective for Regression {
         vec![self.given(forest).count() as f64]
     }
 
+    fn of_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
+        Ok(Box::new(self.clone()))
+    }
+
     fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {
         let scores = reading.values;
         let (mut d_values, mut sum, mut absolute) = (vec![0.0_f32; scores.len()], 0.0, 0.0);
@@ -108,6 +112,10 @@ impl Objective for Correctness {
 
     fn counts(&self, forest: &Forest) -> Vec<f64> {
         vec![forest.ends.len() as f64]
+    }
+
+    fn of_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
+        Ok(Box::new(*self))
     }
 
     fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {

@@ -134,6 +134,10 @@ impl Objective for Reward {
         vec![if self.ranking == Ranking::PlackettLuce { lists } else { pairs }, pairs]
     }
 
+    fn of_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
+        Ok(Box::new(*self))
+    }
+
     fn weigh(&self, forest: &Forest, reading: Reading<'_>, totals: &StepTotals) -> Result<Weighed> {
         let scores = reading.values;
         let ranks = ranks(forest);

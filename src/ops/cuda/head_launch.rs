@@ -6,19 +6,19 @@
 
 #![expect(unsafe_code, reason = "kernels and cuBLAS are given addresses")]
 
-use candle_core::cuda_backend::cudarc::cublas::{result::gemm_ex, sys};
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, PushKernelArg,
-};
+mod product;
+
+use candle_core::cuda_backend::cudarc::cublas::sys;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtrMut, PushKernelArg};
 use candle_core::cuda_backend::{WrapErr, gemm_reduced_precision_f32};
 use candle_core::{CudaDevice, DType, Result, Tensor, WithDType};
 use half::bf16;
 
 use crate::ops::cuda::launch::{self, NULL, cuda, grid, pairs::Uploaded, tensor, view};
-use crate::ops::cuda::limits;
 use crate::ops::head::{
-    Asked, GPU_CHUNK_ELEMENTS, Grads, Pairs, Pass, Pending, Placed, Readings, RowStats, Rows,
+    Asked, GPU_CHUNK_ELEMENTS, Grads, Pairs, Pass, Pending, Placed, Readings, RowStats, Rows, Weigh,
 };
+use product::{Matrix, product};
 
 /// Threads of a block that reads a row.
 const READ_BLOCK: u32 = 512;
@@ -93,12 +93,27 @@ pub(crate) fn of_pairs(
     by_type(hidden, weight, (rows, asked.rows), Some((slopes, asked.d_weight)))
 }
 
+/// As `backward_by` of `ops::head`, without waiting.
+///
+/// # Shapes
+/// As [`on_cuda`].
+pub(crate) fn by_host(
+    hidden: &Tensor,
+    weight: &Tensor,
+    rows: Rows,
+    (weigh, asked): (Weigh, Asked),
+) -> Result<(Pending, Grads)> {
+    by_type(hidden, weight, (rows, asked.rows), Some((Origin::Asked(weigh), asked.d_weight)))
+}
+
 /// Where the slopes of the targets come from.
 enum Origin<'a> {
     /// The host knows them, row by row; the other two are as in `Slopes`.
     Host { d_logps: Vec<f32>, mean_logp: f32, squared_lse: f32 },
     /// They follow from what the head reads.
     Pairs(&'a Pairs, Placed),
+    /// The host makes them of what the head reads.
+    Asked(Weigh),
 }
 
 /// `wanted`: the rows, and whether their statistics are; `slopes`, with whether the weight's gradient is.
@@ -176,11 +191,11 @@ fn by_chunks<E: Number>(
         }
         Some((Origin::Pairs(pairs, placed), d_weight)) => {
             let pairs = Uploaded::new(device, pairs, &placed)?;
-            head.chunks(inputs)?;
-            head.is_read = true;
-            let slopes = (pairs.slopes(&head.readings.logps)?, 0.0, 0.0);
-            head.grads = Some(GradsOnDevice::new(&head, slopes, d_weight)?);
-            head.chunks(inputs)?;
+            head.two_passes(inputs, d_weight, |readings| pairs.slopes(&readings.logps))?;
+        }
+        Some((Origin::Asked(weigh), d_weight)) => {
+            let weigh = |readings: &OnDevice| readings.slopes(device, rows.clone(), weigh);
+            head.two_passes(inputs, d_weight, weigh)?;
         }
     }
     let unread = |rows| Unread { readings: head.readings, device: device.clone(), rows };
@@ -301,6 +316,20 @@ impl<'a, E: Number> Head<'a, E> {
         })
     }
 
+    /// Reads all rows, and takes the gradient by the slopes that follow.
+    fn two_passes(
+        &mut self,
+        inputs: (&CudaView<'_, E>, &CudaView<'_, E>),
+        d_weight: bool,
+        slopes: impl FnOnce(&OnDevice) -> Result<CudaSlice<f32>>,
+    ) -> Result<()> {
+        self.chunks(inputs)?;
+        self.is_read = true;
+        let slopes = (slopes(&self.readings)?, 0.0, 0.0);
+        self.grads = Some(GradsOnDevice::new(self, slopes, d_weight)?);
+        self.chunks(inputs)
+    }
+
     /// One pass over all rows.
     fn chunks(&mut self, inputs: (&CudaView<'_, E>, &CudaView<'_, E>)) -> Result<()> {
         for first in (0..self.rows).step_by(self.chunk) {
@@ -392,21 +421,40 @@ impl<'a, E: Number> Head<'a, E> {
     }
 }
 
+impl OnDevice {
+    /// What `weigh` makes of it, when the device gets there.
+    fn slopes(&self, device: &CudaDevice, rows: Rows, weigh: Weigh) -> Result<CudaSlice<f32>> {
+        let mut inputs = vec![self.logps.slice(..)];
+        inputs.extend(self.stats.as_ref().map(|stats| stats.slice(..)));
+        let compute = move |inputs: &[&[f32]]| {
+            let slopes = weigh(&placed(&rows, inputs[0], inputs.get(1).copied()));
+            let of = |&(target, _): &(usize, u32)| slopes.get(target).copied().unwrap_or(f32::NAN);
+            rows.order.iter().map(of).collect()
+        };
+        launch::by_host::by_host(device, &inputs, self.logps.len(), Box::new(compute))
+    }
+}
+
 impl Unread {
-    /// Waits for all work that was launched before, and puts each target where the caller has it.
+    /// Waits for all work that was launched before.
     pub(crate) fn read(&self) -> Result<Readings> {
         let Self { readings, device, rows } = self;
         let logps = device.clone_dtoh(&readings.logps)?;
         let stats = readings.stats.as_ref().map(|stats| device.clone_dtoh(stats)).transpose()?;
-        let mut readings = Readings::zeros(rows.order.len(), stats.is_some());
-        for slot in 0..rows.hidden.len() {
-            let row = stats.as_ref().map(|stats| row_stats(&stats[slot * 5..][..5]));
-            for place in rows.starts[slot]..rows.starts[slot + 1] {
-                readings.set(rows.order[place].0, logps[place], row);
-            }
-        }
-        Ok(readings)
+        Ok(placed(rows, &logps, stats.as_deref()))
     }
+}
+
+/// What rows say, row by row, with each target where the caller has it.
+fn placed(rows: &Rows, logps: &[f32], stats: Option<&[f32]>) -> Readings {
+    let mut readings = Readings::zeros(rows.order.len(), stats.is_some());
+    for slot in 0..rows.hidden.len() {
+        let row = stats.map(|stats| row_stats(&stats[slot * 5..][..5]));
+        for place in rows.starts[slot]..rows.starts[slot + 1] {
+            readings.set(rows.order[place].0, logps[place], row);
+        }
+    }
+    readings
 }
 
 /// As the kernel writes them.
@@ -418,69 +466,4 @@ fn row_stats(five: &[f32]) -> RowStats {
         log_sum_squares: five[3],
         best_logp: five[4],
     }
-}
-
-/// One factor of a product.
-struct Matrix<'a, E> {
-    of: &'a CudaView<'a, E>,
-    /// It lies in memory as its transpose.
-    turned: bool,
-}
-
-impl<'a, E> Matrix<'a, E> {
-    fn plain(of: &'a CudaView<'a, E>) -> Self {
-        Self { of, turned: false }
-    }
-
-    fn turned(of: &'a CudaView<'a, E>) -> Self {
-        Self { of, turned: true }
-    }
-}
-
-/// `out[m, n] = a[m, k] · b[k, n]`, or adds it, in f32.
-fn product<E: Number>(
-    device: &CudaDevice,
-    (a, b): (Matrix<'_, E>, Matrix<'_, E>),
-    out: &mut CudaViewMut<'_, f32>,
-    [m, n, k]: [usize; 3],
-    add: bool,
-) -> Result<()> {
-    use sys::cublasOperation_t::{CUBLAS_OP_N as PLAIN, CUBLAS_OP_T as TURNED};
-    if a.of.len() != m * k || b.of.len() != k * n || out.len() != m * n {
-        candle_core::bail!("a product of {m} x {k} and {k} x {n} does not fit its factors");
-    }
-    let [rows, columns, inner] = limits::sizes("head", [m, n, k])?;
-    let (alpha, beta) = (1.0_f32, if add { 1.0_f32 } else { 0.0 });
-    let stream = device.cuda_stream();
-    // cuBLAS counts columns first: to it, each of our matrices is its transpose, and outᵀ = bᵀ aᵀ.
-    let (b_op, b_lead) = if b.turned { (TURNED, inner) } else { (PLAIN, columns) };
-    let (a_op, a_lead) = if a.turned { (TURNED, rows) } else { (PLAIN, inner) };
-    let (a, _a) = a.of.device_ptr(&stream);
-    let (b, _b) = b.of.device_ptr(&stream);
-    let (c, _c) = out.device_ptr_mut(&stream);
-    // SAFETY: the three lie on the device with the sizes that were checked; both factors are on the host.
-    unsafe {
-        gemm_ex(
-            *device.cublas_handle().handle(),
-            b_op,
-            a_op,
-            columns,
-            rows,
-            inner,
-            (&raw const alpha).cast(),
-            b as *const _,
-            E::TYPE,
-            b_lead,
-            a as *const _,
-            E::TYPE,
-            a_lead,
-            (&raw const beta).cast(),
-            c as *mut _,
-            sys::cudaDataType_t::CUDA_R_32F,
-            columns,
-            E::compute(),
-            sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-        )
-    }
-    .w()
 }

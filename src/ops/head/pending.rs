@@ -1,6 +1,6 @@
 //! Readings that may still be on their way from a GPU.
 
-use candle_core::Result;
+use candle_core::{Result, Tensor};
 
 use super::Readings;
 #[cfg(feature = "cuda")]
@@ -14,6 +14,8 @@ pub struct Pending(Place);
 #[derive(Debug)]
 enum Place {
     Host(Readings),
+    /// Numbers that are no log-probabilities, such as scores.
+    Values(Tensor),
     #[cfg(feature = "cuda")]
     Gpu(Box<Unread>),
 }
@@ -26,6 +28,10 @@ impl Pending {
     pub fn wait(self) -> Result<Readings> {
         match self.0 {
             Place::Host(readings) => Ok(readings),
+            Place::Values(values) => {
+                let logps = values.detach().flatten_all()?.to_vec1()?;
+                Ok(Readings { logps, rows: Vec::new() })
+            }
             #[cfg(feature = "cuda")]
             Place::Gpu(unread) => unread.read(),
         }
@@ -35,6 +41,13 @@ impl Pending {
 impl From<Readings> for Pending {
     fn from(readings: Readings) -> Self {
         Self(Place::Host(readings))
+    }
+}
+
+impl From<Tensor> for Pending {
+    /// Of f32: one reading an element, in their order.
+    fn from(values: Tensor) -> Self {
+        Self(Place::Values(values))
     }
 }
 

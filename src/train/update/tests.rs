@@ -160,6 +160,10 @@ impl Objective for Diverged {
         Sft::default().counts(forest)
     }
 
+    fn of_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
+        Ok(Box::new(Self))
+    }
+
     fn fixed_gradient(&self, forest: &Forest, totals: &StepTotals) -> Option<FixedGradient> {
         let mut known = Sft::default().fixed_gradient(forest, totals)?;
         *known.d_logps.last_mut()? = f32::NAN;

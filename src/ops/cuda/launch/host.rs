@@ -36,7 +36,7 @@ fn locked<E: DeviceRepr + ValidAsZeroBits>(
 }
 
 /// The first elements of page-locked memory.
-struct Part<'a, E> {
+pub(super) struct Part<'a, E> {
     whole: &'a mut PinnedHostSlice<E>,
     len: usize,
 }
@@ -65,7 +65,7 @@ impl<E> HostSlice<E> for Part<'_, E> {
     }
 }
 
-fn part<E>(whole: &mut PinnedHostSlice<E>, len: usize) -> Result<Part<'_, E>> {
+pub(super) fn part<E>(whole: &mut PinnedHostSlice<E>, len: usize) -> Result<Part<'_, E>> {
     if len > whole.len() {
         bail!("a part of {len} elements of page-locked memory of {}", whole.len());
     }
@@ -193,11 +193,11 @@ impl Spare for u32 {
 }
 
 /// Page-locked memory that others use afterwards.
-struct Lent<E: Spare>(Option<PinnedHostSlice<E>>);
+pub(super) struct Lent<E: Spare>(Option<PinnedHostSlice<E>>);
 
 impl<E: Spare> Lent<E> {
     /// The smallest that is large enough; where none is, a new one in the place of the largest.
-    fn new(device: &CudaDevice, len: usize) -> Result<Self> {
+    pub(super) fn new(device: &CudaDevice, len: usize) -> Result<Self> {
         let mut spare = E::spare().lock().unwrap_or_else(PoisonError::into_inner);
         let stream = device.cuda_stream();
         spare.retain(|one| one.context() == stream.context());
@@ -209,7 +209,7 @@ impl<E: Spare> Lent<E> {
         Ok(Self(Some(locked(device, len)?)))
     }
 
-    fn memory(&mut self) -> Result<&mut PinnedHostSlice<E>> {
+    pub(super) fn memory(&mut self) -> Result<&mut PinnedHostSlice<E>> {
         match &mut self.0 {
             Some(memory) => Ok(memory),
             None => bail!("page-locked memory was given back"),

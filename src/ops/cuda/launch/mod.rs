@@ -4,6 +4,7 @@
 
 #![expect(unsafe_code, reason = "kernels are given addresses")]
 
+pub(crate) mod by_host;
 pub(crate) mod embed;
 pub(crate) mod host;
 pub(crate) mod linear;

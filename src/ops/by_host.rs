@@ -1,0 +1,59 @@
+//! Numbers that the host makes of a device's, in the middle of the device's work.
+
+use candle_core::{DType, Result, Tensor, bail};
+
+/// Makes numbers of a tensor's values, as many. It runs on any thread and calls no device.
+pub type Compute = Box<dyn FnOnce(&[f32]) -> Vec<f32> + Send>;
+
+/// A tensor of the shape of `x` that `compute` makes of its values, without a graph. On a GPU nobody waits for it: the
+/// driver calls the host when the values are there.
+///
+/// # Errors
+/// Where `x` is not f32, or `compute` makes another number of values; on a GPU, which has nobody to tell, values are NaN
+/// then.
+pub fn by_host(x: &Tensor, compute: Compute) -> Result<Tensor> {
+    if x.dtype() != DType::F32 {
+        bail!("numbers by the host of {:?}, expected f32", x.dtype());
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return super::cuda::launch::by_host::of_tensor(x, compute);
+    }
+    let (values, count) = (x.detach().flatten_all()?.to_vec1::<f32>()?, x.elem_count());
+    let made = compute(&values);
+    if made.len() != count {
+        bail!("{} numbers were made of {count}", made.len());
+    }
+    Tensor::from_vec(made, x.shape(), x.device())
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn numbers_are_made_in_the_order_of_the_elements() {
+        let x = Tensor::new(&[[1.0_f32, 2.0], [3.0, 4.0]], &Device::Cpu).unwrap();
+        let running = |values: &[f32]| -> Vec<f32> {
+            let mut sum = 0.0;
+            values
+                .iter()
+                .map(|value| {
+                    sum += value;
+                    sum
+                })
+                .collect()
+        };
+        let made = by_host(&x.t().unwrap(), Box::new(running)).unwrap();
+        assert_eq!(made.to_vec2::<f32>().unwrap(), [[1.0, 4.0], [6.0, 10.0]]);
+    }
+
+    #[test]
+    fn another_number_of_values_is_refused() {
+        let x = Tensor::new(&[1.0_f32, 2.0], &Device::Cpu).unwrap();
+        let error = by_host(&x, Box::new(|values| values[1..].to_vec())).unwrap_err();
+        assert!(error.to_string().contains("1 numbers were made of 2"), "{error}");
+    }
+}

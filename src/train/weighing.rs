@@ -1,0 +1,163 @@
+//! What a micro-batch's pass says, what its objective makes of it, and the gradient that goes down into the blocks.
+//!
+//! On a GPU nothing here waits: where the objective has to be asked between the head's two passes, the driver asks it when the
+//! values are there, and what is logged is read after all micro-batches of the step are under way.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::step::StepOptions;
+use crate::data::forest::Forest;
+use crate::error::{Error, Result};
+use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
+use crate::model::gradients::Gradients;
+use crate::model::transformer::Transformer;
+use crate::ops;
+use crate::ops::head::{self, Asked, Pending, Readings, RowStats};
+
+/// The values an objective reads from one forest, of hidden states that are there.
+pub(super) fn values(
+    model: &Transformer,
+    readout: Readout,
+    (forest, hidden): (&Forest, &Tensor),
+) -> Result<Pending> {
+    match readout {
+        Readout::Logps => Ok(head::reading(hidden, model.head(), &forest.targets, false)?),
+        Readout::Scores => Ok(model.scores_of(hidden, &forest.ends)?.into()),
+    }
+}
+
+/// The same with what the objective or the log needs of each row.
+pub(super) fn readings(
+    model: &Transformer,
+    objective: &dyn Objective,
+    (forest, hidden): (&Forest, &Tensor),
+) -> Result<Readings> {
+    let readings = match objective.readout() {
+        Readout::Logps => {
+            let rows = wants_rows(model, objective);
+            head::reading(hidden, model.head(), &forest.targets, rows)?
+        }
+        Readout::Scores => values(model, Readout::Scores, (forest, hidden))?,
+    };
+    Ok(readings.wait()?)
+}
+
+/// Rows cost the CPU two or three parts in a hundred of the head, half a part of a step, and a GPU's kernel no more memory
+/// traffic; the plain form more than that.
+fn wants_rows(model: &Transformer, objective: &dyn Objective) -> bool {
+    objective.reads_rows() || !model.device().is_metal()
+}
+
+/// What was read of a micro-batch, perhaps still on its way from a GPU.
+pub(super) struct Measured {
+    readings: Pending,
+    /// The objective as it was asked for slopes; nothing where it was not.
+    asked: Option<Arc<dyn Objective>>,
+}
+
+impl Measured {
+    /// What the objective says of it.
+    ///
+    /// # Errors
+    /// A value that is not finite, named by its row; what the objective finds wrong.
+    pub(super) fn wait(
+        self,
+        objective: &dyn Objective,
+        forest: &Forest,
+        totals: &StepTotals,
+    ) -> Result<Weighed> {
+        let objective = self.asked.as_deref().unwrap_or(objective);
+        weigh(objective, forest, &self.readings.wait()?, totals)
+    }
+}
+
+/// Reads the head and returns the gradient of the hidden states, by what the objective says of the readings.
+///
+/// # Errors
+/// The device's. Of a value that is not finite, and of what the objective finds wrong, whoever waits is told: the gradient
+/// is NaN.
+pub(super) fn head_step(
+    (model, options): (&Transformer, StepOptions),
+    objective: &dyn Objective,
+    (forest, hidden): (&Forest, &Tensor),
+    totals: &StepTotals,
+    grads: &mut Gradients,
+) -> Result<(Measured, Tensor)> {
+    let (weight, targets) = (model.head(), forest.targets.as_slice());
+    if objective.readout() == Readout::Scores {
+        let scores = model.scores_of(hidden, &forest.ends)?;
+        let (weigh, asked) = weigher(objective, forest, totals)?;
+        let of_scores =
+            |scores: &[f32]| weigh(&Readings { logps: scores.to_vec(), rows: Vec::new() });
+        let d_scores = ops::by_host(&scores, Box::new(of_scores))?;
+        let d_hidden = model.scores_backward(hidden, &forest.ends, &d_scores, grads)?;
+        return Ok((Measured { readings: scores.into(), asked: Some(asked) }, d_hidden));
+    }
+    let wanted = Asked { rows: wants_rows(model, objective), d_weight: weight.is_variable() };
+    let pairs = if options.gpu { objective.pairs(forest, totals)? } else { None };
+    let mut asked = None;
+    let out = if let Some(known) = objective.fixed_gradient(forest, totals) {
+        head::backward(hidden, weight, targets, known.slopes(), wanted)?
+    } else if let Some(pairs) = pairs {
+        head::backward_of_pairs(hidden, weight, targets, &pairs, wanted)?
+    } else {
+        let (weigh, of_forest) = weigher(objective, forest, totals)?;
+        asked = Some(of_forest);
+        head::backward_by(hidden, weight, targets, Box::new(weigh), wanted)?
+    };
+    if let Some(d_weight) = out.d_weight {
+        grads.add(model.head_name(), d_weight)?;
+    }
+    Ok((Measured { readings: out.readings, asked }, out.d_hidden))
+}
+
+/// What makes slopes of readings on any thread, at any time, and the objective that it asks.
+type Weigher<W> = (W, Arc<dyn Objective>);
+
+/// Slopes are NaN where the objective finds something wrong, or has nothing to say.
+fn weigher(
+    objective: &dyn Objective,
+    forest: &Forest,
+    totals: &StepTotals,
+) -> Result<Weigher<impl FnOnce(&Readings) -> Vec<f32> + Send + 'static>> {
+    let objective: Arc<dyn Objective> = objective.of_forest(forest)?.into();
+    let (own, forest, totals) = (Arc::clone(&objective), forest.clone(), totals.clone());
+    let slopes = move |readings: &Readings| match weigh(&*own, &forest, readings, &totals) {
+        Ok(weighed) => weighed.d_values,
+        Err(_) => vec![f32::NAN; readings.logps.len()],
+    };
+    Ok((slopes, objective))
+}
+
+/// Weighs values after checking that all of them are finite.
+pub(super) fn weigh(
+    objective: &dyn Objective,
+    forest: &Forest,
+    Readings { logps: values, rows }: &Readings,
+    totals: &StepTotals,
+) -> Result<Weighed> {
+    if let Some(index) = values.iter().position(|value| !value.is_finite()) {
+        let tree = match objective.readout() {
+            Readout::Logps => forest.leaves[forest.targets[index].leaf as usize].tree,
+            Readout::Scores => forest.ends[index * forest.ends.len() / values.len()].tree,
+        };
+        let row = forest.sources[tree];
+        return Err(Error::run(format!("the model's output is {}", values[index]))
+            .at(format!("row {row}"))
+            .hint("the weights have diverged: lower learning_rate, or look for a bad row"));
+    }
+    let mut weighed = objective.weigh(forest, Reading { values, rows }, totals)?;
+    if !rows.is_empty() {
+        let mean = |name, of: &dyn Fn(&f32, &RowStats) -> f64| Mean {
+            name,
+            sum: values.iter().zip(rows).map(|(logp, row)| of(logp, row)).sum(),
+            count: rows.len() as f64,
+        };
+        weighed.metrics.push(mean("entropy", &|_, row| f64::from(row.entropy)));
+        let right = |logp: &f32, row: &RowStats| f64::from(u8::from(*logp >= row.best_logp));
+        weighed.metrics.push(mean("mean_token_accuracy", &right));
+    }
+    Ok(weighed)
+}
