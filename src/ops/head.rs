@@ -403,6 +403,27 @@ mod tests {
         }
     }
 
+    #[test]
+    fn slopes_that_are_asked_for_between_the_passes_give_the_gradients_of_slopes_that_are_given() {
+        let (hidden, weight) = (random(1, (40, 16)), random(2, (257, 16)));
+        let targets = targets(40, 257);
+        let asked = Asked { rows: true, d_weight: true };
+        let slope = |(logp, row): (&f32, &RowStats)| logp.exp() - 0.1 * row.entropy;
+        let weigh = move |read: &Readings| -> Vec<f32> {
+            read.logps.iter().zip(&read.rows).map(slope).collect()
+        };
+        let slopes = weigh(&read(&hidden, &weight, &targets, true).unwrap());
+        let given = backward(&hidden, &weight, &targets, slopes.as_slice().into(), asked).unwrap();
+        let by_host = |weigh| backward_by(&hidden, &weight, &targets, weigh, asked);
+        let found = by_host(Box::new(weigh)).unwrap();
+        assert_eq!(distance(&found.d_hidden, &given.d_hidden), 0.0);
+        assert_eq!(distance(&found.d_weight.unwrap(), &given.d_weight.unwrap()), 0.0);
+        let (found, given) = (found.readings.wait().unwrap(), given.readings.wait().unwrap());
+        assert_eq!((found.logps, found.rows), (given.logps, given.rows));
+        let error = by_host(Box::new(|_| vec![1.0])).unwrap_err().to_string();
+        assert!(error.contains("1 weights for"), "{error}");
+    }
+
     fn assert_near(a: &Readings, b: &Readings, tolerance: f32) {
         let near = |a: f32, b: f32| (a - b).abs() <= tolerance * (1.0 + b.abs());
         assert!(a.logps.iter().zip(&b.logps).all(|(a, b)| near(*a, *b)));
