@@ -32,6 +32,8 @@
 #include <thread>
 #include <vector>
 
+#include "../src/ops/cuda/launch.h"
+
 namespace {
 
 long setting(const char *name, long otherwise) {
@@ -196,13 +198,7 @@ const std::map<std::string, Kernel> &of_candle() {
 
 // ---- Ours -----------------------------------------------------------------------------------------------------------
 
-// As in host.h.
-struct Launch {
-  unsigned grid[3], block[3], shared, order;
-  unsigned long long seed;
-  unsigned first;
-};
-typedef int (*Entry)(const Launch *, void *const *, const size_t *, size_t);
+typedef int (*Entry)(const shim::Launch *, void *const *, const size_t *, size_t);
 typedef const char *(*Message)();
 
 const std::vector<void *> &libraries() {
@@ -363,7 +359,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned 
     fprintf(stderr, "stand-in GPU: kernel %s is not known here\n", known.name.c_str());
     return CUDA_ERROR_NOT_SUPPORTED;
   }
-  Launch launch{{gx, gy, gz}, {x, y, z}, shared, 0, 0, 0};
+  shim::Launch launch{{gx, gy, gz}, {x, y, z}, shared, 0, 0, 0};
   if (known.entry(&launch, arguments, nullptr, 0) == 0) return CUDA_SUCCESS;
   fprintf(stderr, "stand-in GPU: %s: %s\n", known.name.c_str(), Message(dlsym(known.library, "host_message"))());
   return CUDA_ERROR_LAUNCH_FAILED;

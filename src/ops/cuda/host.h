@@ -27,6 +27,8 @@
 #include <utility>
 #include <vector>
 
+#include "launch.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -44,14 +46,6 @@ namespace shim {
 constexpr unsigned char POISON = 0xff, CANARY = 0xa5;
 constexpr size_t WARP = 32, SLOT = 48, STACK = 64 << 10, PAGE = 4096, EDGE = 16;
 constexpr size_t STATIC_LIMIT = 48 << 10, SHARED_LIMIT = 163 << 10;  // the latter is what sm_80 has
-
-// What a caller says of a launch; `host.rs` has the same struct.
-struct Launch {
-  unsigned grid[3], block[3], shared;
-  unsigned order;  // 0 forward, 1 backward, 2 random
-  unsigned long long seed;
-  unsigned first;  // blocks before it along x do not run
-};
 
 enum State { READY, AT_BARRIER, IN_WARP, DONE };
 enum Kind { SYNC, SHUFFLE, VOTE, MMA, MATRIX };

@@ -227,7 +227,7 @@ fn note(entry: &str) {
     });
 }
 
-/// What `host.h` is told of a launch; the same layout there.
+/// What `host.h` is told of a launch; the same layout as in `launch.h`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Launch {
@@ -406,8 +406,9 @@ fn save(path: &Path, text: &str) {
 )]
 fn compiled(file: &str, text: &str) -> PathBuf {
     let mut hash = Sha256::new();
-    for part in [text, &read("common.cuh"), &read("attention.cuh"), &read("host.h")] {
-        hash.update(part);
+    hash.update(text);
+    for header in ["common.cuh", "attention.cuh", "host.h", "launch.h"] {
+        hash.update(read(header));
     }
     hash.update(format!("{} {:?} {:?}", compiler().display(), CHECKED, std::env::var(FLAGS)));
     let program = std::env::current_exe().unwrap();
