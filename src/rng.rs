@@ -60,3 +60,57 @@ impl Stream {
             .collect()
     }
 }
+
+/// Philox-4x32-10 (Salmon et al., 2011): four random words of each of `N` counters under one key. `counters[w][n]` is word
+/// `w` of counter `n`, as it is in the result. The same as in `adamw.cu`: words that a kernel draws for itself, where a
+/// [`Stream`] would have to be sent.
+///
+/// ```
+/// let [[word], ..] = arriero::rng::philox([[0]; 4], [0; 2]);
+/// assert_eq!(word, 0x6627_e8d5);
+/// ```
+#[expect(clippy::inline_always, reason = "it is compiled for the instruction set of its caller")]
+#[inline(always)]
+pub fn philox<const N: usize>(counters: [[u32; N]; 4], key: [u32; 2]) -> [[u32; N]; 4] {
+    let multiply = |x: u32, by: u32| {
+        let product = u64::from(x) * u64::from(by);
+        ((product >> 32) as u32, product as u32)
+    };
+    let ([mut a, mut b, mut c, mut d], [mut left, mut right]) = (counters, key);
+    for _ in 0..10 {
+        for n in 0..N {
+            let ((high_a, low_a), (high_c, low_c)) =
+                (multiply(a[n], 0xd251_1f53), multiply(c[n], 0xcd9e_8d57));
+            (a[n], b[n]) = (high_c ^ b[n] ^ left, low_c);
+            (c[n], d[n]) = (high_a ^ d[n] ^ right, low_a);
+        }
+        left = left.wrapping_add(0x9e37_79b9);
+        right = right.wrapping_add(0xbb67_ae85);
+    }
+    [a, b, c, d]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The vectors that the authors published with the generator (Random123, `kat_vectors`), alone and side by side.
+    #[test]
+    fn the_generator_is_philox() {
+        let published = [
+            ([0; 4], [0; 2], [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]),
+            ([u32::MAX; 4], [u32::MAX; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]),
+            (
+                [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
+                [0xa409_3822, 0x299f_31d0],
+                [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1],
+            ),
+        ];
+        for (counter, key, expected) in published {
+            assert_eq!(philox(counter.map(|word| [word]), key), expected.map(|word| [word]));
+            // Other counters beside it change nothing.
+            let both = philox(counter.map(|word| [!word, word]), key);
+            assert_eq!(both.map(|[_, word]| word), expected);
+        }
+    }
+}

@@ -15,13 +15,17 @@ use arriero::train::memory::Footprint;
 use arriero::train::step::{self, StepOptions};
 use arriero::train::update::{Pace, update};
 use arriero::train::{Learner, Recompute, Settings};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 
 const PACE: Pace = Pace { lr: 1e-3, max_grad_norm: 0.0 };
 
 fn start() -> Checkpoint {
-    let dir = std::path::Path::new("tests/fixtures/goldens/model_untied");
-    Checkpoint::load_dir(dir, &Device::Cpu).unwrap()
+    checkpoint("model_untied")
+}
+
+fn checkpoint(fixture: &str) -> Checkpoint {
+    let dir = std::path::Path::new("tests/fixtures/goldens").join(fixture);
+    Checkpoint::load_dir(&dir, &Device::Cpu).unwrap()
 }
 
 fn learner(precision: Precision) -> Learner {
@@ -46,12 +50,13 @@ fn options(precision: Precision) -> StepOptions {
     StepOptions { dtype: precision, ..StepOptions::new(1 << 20) }
 }
 
+fn bits_of(tensor: &Tensor) -> Vec<u32> {
+    let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    values.into_iter().map(f32::to_bits).collect()
+}
+
 fn bits(learner: &Learner) -> BTreeMap<String, Vec<u32>> {
-    let bits = |tensor: &Tensor| -> Vec<u32> {
-        let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        values.into_iter().map(f32::to_bits).collect()
-    };
-    learner.weights().iter().map(|(name, tensor)| (name.clone(), bits(tensor))).collect()
+    learner.weights().iter().map(|(name, tensor)| (name.clone(), bits_of(tensor))).collect()
 }
 
 /// Weights after three steps.
@@ -90,6 +95,40 @@ fn weights_are_the_same_bits_however_a_step_is_computed() {
         for mode in modes {
             assert!(three_steps(mode) == expected, "{mode:?}");
         }
+    }
+}
+
+#[test]
+fn copies_are_rounded_by_the_same_chance_however_a_step_is_computed() {
+    let settings =
+        Settings { stochastic_rounding: true, dtype: Precision::Bf16, ..Settings::default() };
+    let trees = trees();
+    let trees: Vec<&Tree> = trees.iter().collect();
+    // One weight is embedding and head: in the backward pass it moves last, elsewhere in its name's turn.
+    for fixture in ["model_untied", "model_tied"] {
+        let start = checkpoint(fixture);
+        let run = |options: StepOptions, seed: u64| {
+            let weights = start.weights.clone();
+            let learner =
+                Learner::with(&start.config, weights, Precision::Bf16, |_| false).unwrap();
+            let mut adamw = settings.optimizer(seed);
+            for _ in 0..3 {
+                update(&learner, (&Sft::default(), &trees), options, &mut adamw, PACE).unwrap();
+            }
+            let copies = learner.params().values().filter_map(|param| param.copy.as_ref());
+            let wide = |copy: &Var| bits_of(&copy.to_dtype(DType::F32).unwrap());
+            (bits(&learner), copies.map(wide).collect::<Vec<_>>())
+        };
+        let plain = options(Precision::Bf16);
+        let expected = with_threads(2, || run(plain, 1));
+        assert!(with_threads(1, || run(plain, 1)) == expected, "{fixture}, one thread");
+        for mode in [
+            StepOptions { optimizer_in_backward: true, ..plain },
+            StepOptions { recompute: Recompute::Block, ..plain },
+        ] {
+            assert!(run(mode, 1) == expected, "{fixture}, {mode:?}");
+        }
+        assert!(run(plain, 2) != expected, "{fixture}: another seed rounds alike");
     }
 }
 

@@ -19,6 +19,8 @@ use arriero::model::checkpoint::Checkpoint;
 use arriero::model::save::SaveOptions;
 use arriero::model::{Config, Precision, Transformer, Weights};
 use arriero::optim::schedule::Schedule;
+use arriero::recipe::file::RecipeFile;
+use arriero::recipe::resolve::resolve;
 use arriero::report::record::{Events, Metrics, Silent};
 use arriero::rng::Stream;
 use arriero::train::follower::Pace;
@@ -399,6 +401,91 @@ fn training_that_is_stopped_and_resumed_ends_with_the_same_bits() {
         };
         assert_eq!(number(&resumed), number(&whole), "stopped after step {stop}");
     }
+}
+
+/// No file holds the copies, which the next step's gradients are of.
+#[test]
+fn training_with_copies_rounded_by_chance_that_is_stopped_and_resumed_ends_with_the_same_bits() {
+    let start = start();
+    let trees = conversations(20);
+    let (model, data) = ((&start.config, &start.weights), (&trees[..16], &trees[16..]));
+    let nearest = Settings {
+        max_steps: 6,
+        per_device_train_batch_size: 4,
+        dtype: Precision::Bf16,
+        ..settings()
+    };
+    let by_chance = Settings { stochastic_rounding: true, ..nearest.clone() };
+    let run = |settings: &Settings, dir: &Path, events: &dyn Events| {
+        fit(model, &Sft::default(), data, settings, (dir, events))
+    };
+    let whole_dir = tempfile::tempdir().unwrap();
+    let whole = run(&by_chance, whole_dir.path(), &Silent);
+    let loss = |trained: &Trained| {
+        let metrics = trained.outcome.as_ref().unwrap();
+        ["loss", "eval_loss"].map(|name| metrics[name].to_bits())
+    };
+    for stop in [1, 4] {
+        let dir = tempfile::tempdir().unwrap();
+        let events = StopAfter { steps: stop, seen: AtomicU64::new(0) };
+        assert!(run(&by_chance, dir.path(), &events).outcome.is_err(), "not stopped after {stop}");
+        let resumed = run(&by_chance, dir.path(), &Silent);
+        assert_eq!(bits(&resumed.weights), bits(&whole.weights), "stopped after step {stop}");
+        assert_eq!(loss(&resumed), loss(&whole), "stopped after step {stop}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let plain = run(&nearest, dir.path(), &Silent);
+    assert_ne!(bits(&plain.weights), bits(&whole.weights), "the copies were rounded to nearest");
+}
+
+#[test]
+fn rounding_by_chance_is_refused_where_nothing_is_rounded() {
+    let off = Settings::default();
+    assert!(!off.stochastic_rounding);
+    let error = Settings { stochastic_rounding: true, ..off }.check().unwrap_err();
+    let said = error.to_string();
+    assert!(said.starts_with("`stochastic_rounding` is true and `dtype` is f32"), "{said}");
+    assert!(error.hint_text().unwrap().contains("set dtype = \"bf16\""), "{error:?}");
+    for kind in ["sft", "reward", "dpo"] {
+        let recipe = |dtype: &str| {
+            let text = format!(
+                "[[stage]]\nkind = '{kind}'\nmodel_name_or_path = 'data/tiny/student'\ndatasets = 'src/lib.rs'\n\
+                 stochastic_rounding = true\ndtype = '{dtype}'\n"
+            );
+            RecipeFile::parse(&text, Path::new("r.toml")).and_then(|file| resolve(&file, None))
+        };
+        recipe("bf16").unwrap();
+        let error = recipe("f32").unwrap_err().to_string();
+        assert!(error.contains(&format!("stage `{kind}`: {said}")), "{error}");
+    }
+
+    // Norms alone are trained, and none of them has a copy.
+    let (start, dir) = (start(), tempfile::tempdir().unwrap());
+    let frozen = |name: &str| !name.contains("norm");
+    let learner = Learner::with(&start.config, start.weights, Precision::Bf16, frozen).unwrap();
+    let settings = Settings { stochastic_rounding: true, dtype: Precision::Bf16, ..settings() };
+    settings.check().unwrap();
+    let (objective, trees) = (Sft::default(), conversations(4));
+    let job = Job {
+        objective: &objective,
+        train: &Data::Set(Box::new(trees.clone())),
+        eval: (&objective, &trees),
+        settings: &settings,
+        seed: 11,
+        dir: dir.path(),
+        save: &|_, _| Ok(()),
+        follower: None,
+        samples: None,
+        events: &Silent,
+    };
+    let error = train::fit(&learner, &job).unwrap_err();
+    let said = error.to_string();
+    let count = learner.params().len();
+    assert!(
+        said.contains(&format!("of {count} trained parameters none has a bf16 copy")),
+        "{said}"
+    );
+    assert!(error.hint_text().unwrap().contains("leave it out"), "{error:?}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::ops::Bound;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
@@ -12,7 +13,8 @@ use rayon::prelude::*;
 use super::Param;
 use crate::error::{Error, Result};
 use crate::model::gradients::Gradients;
-use crate::ops::cpu::{self, adamw::Update};
+use crate::ops::cpu;
+use crate::ops::cpu::adamw::{Chance, Update, round_by_chance, update};
 #[cfg(feature = "cuda")]
 use crate::ops::cuda::launch::host::Pipe;
 #[cfg(feature = "cuda")]
@@ -41,6 +43,8 @@ pub struct AdamW {
     hyper: Hyper,
     steps: u64,
     moments: BTreeMap<String, Moments>,
+    /// Copies are rounded by chance, with this seed.
+    seed: Option<u64>,
     /// Between a GPU and masters in host memory.
     #[cfg(feature = "cuda")]
     pipe: Option<Pipe>,
@@ -75,9 +79,19 @@ impl AdamW {
             hyper,
             steps: 0,
             moments: BTreeMap::new(),
+            seed: None,
             #[cfg(feature = "cuda")]
             pipe: None,
         }
+    }
+
+    /// With a seed, bf16 copies of masters are rounded up or down by chance; without, to nearest.
+    ///
+    /// Nothing of it is saved: which way an element goes follows from the seed, the number of the step, the parameter's
+    /// place among the trained ones in the order of their names, and the element's place in it.
+    #[must_use]
+    pub fn rounding_by_chance(self, seed: Option<u64>) -> Self {
+        Self { seed, ..self }
     }
 
     /// Steps taken.
@@ -114,19 +128,19 @@ impl AdamW {
         grad_scale: f64,
     ) -> Result<()> {
         let param = find(params, name)?;
-        let update = self.update(name, lr * param.lr_scale, grad_scale);
+        let step = self.step_of(params, name, lr * param.lr_scale, grad_scale);
         if param.offloaded {
-            return self.apply_on_host((name, param), grad, update);
+            return self.apply_on_host((name, param), grad, step);
         }
         let moments = self.moments_of(name, param)?;
         if param.master.device().is_cpu() {
-            return update.on_cpu(param, grad, moments);
+            return step.on_cpu(param, grad, moments);
         }
         #[cfg(feature = "cuda")]
         if param.master.device().is_cuda() {
-            return update.on_cuda(param, grad, moments, None);
+            return step.on_cuda(param, grad, moments, None);
         }
-        update.plain(param, grad, moments)
+        step.plain(param, grad, moments)
     }
 
     /// As [`apply`](Self::apply) on CUDA, with a factor of the gradient that is on the device: where it is NaN, nothing
@@ -143,8 +157,8 @@ impl AdamW {
         clip: &Factor,
     ) -> Result<()> {
         let param = find(params, name)?;
-        let update = self.update(name, lr * param.lr_scale, 1.0);
-        update.on_cuda(param, grad, self.moments_of(name, param)?, Some(clip))
+        let step = self.step_of(params, name, lr * param.lr_scale, 1.0);
+        step.on_cuda(param, grad, self.moments_of(name, param)?, Some(clip))
     }
 
     /// Updates a master that is in host memory and sends its copy back to the model.
@@ -152,7 +166,7 @@ impl AdamW {
         &mut self,
         (name, param): (&str, &Param),
         grad: &Tensor,
-        update: Step,
+        step: Step,
     ) -> Result<()> {
         #[cfg(feature = "cuda")]
         if grad.device().is_cuda() {
@@ -160,11 +174,11 @@ impl AdamW {
                 Some(pipe) => pipe,
                 None => Pipe::new(grad.device())?,
             };
-            let done = update.streamed(param, grad, self.moments_of(name, param)?, &mut pipe);
+            let done = step.streamed(param, grad, self.moments_of(name, param)?, &mut pipe);
             self.pipe = Some(pipe);
             return done;
         }
-        update.on_host(param, grad, self.moments_of(name, param)?)
+        step.on_host(param, grad, self.moments_of(name, param)?)
     }
 
     fn moments_of(&mut self, name: &str, param: &Param) -> Result<&mut Moments> {
@@ -177,11 +191,44 @@ impl AdamW {
         }
     }
 
-    fn update(&self, name: &str, lr: f64, grad_scale: f64) -> Step {
+    fn step_of(
+        &self,
+        params: &BTreeMap<String, Param>,
+        name: &str,
+        lr: f64,
+        grad_scale: f64,
+    ) -> Step {
+        let chance = self.chance(params, name);
+        Step { update: self.update(name, lr, grad_scale), chance }
+    }
+
+    /// The words of a parameter's copy in this step. Their stream has the step's number in its upper half and the
+    /// parameter's place in its lower one: no two are the same, and a run that goes on draws what it would have drawn.
+    fn chance(&self, params: &BTreeMap<String, Param>, name: &str) -> Option<Chance> {
+        let before = (Bound::Unbounded, Bound::Excluded(name));
+        let place = || params.range::<str, _>(before).count() as u64;
+        self.seed.map(|seed| Chance { seed, stream: self.steps << 32 | place() })
+    }
+
+    /// Rounds the copies of masters that were read from a checkpoint as the last step did, where they are rounded by
+    /// chance: files have masters alone. A parameter that has moved does so in every step.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn round_again(&self, params: &BTreeMap<String, Param>) -> Result<()> {
+        for (name, param) in params.iter().filter(|(name, _)| self.moments.contains_key(*name)) {
+            if let Some(chance) = self.chance(params, name) {
+                send_by_chance(param, chance)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn update(&self, name: &str, lr: f64, grad_scale: f64) -> Update {
         let Hyper { beta1, beta2, eps, weight_decay, decayed } = self.hyper;
         let steps = self.steps as i32;
         let decay = if decayed(name) { weight_decay } else { 0.0 };
-        Step(Update {
+        Update {
             beta1: beta1 as f32,
             beta2: beta2 as f32,
             grad_scale: grad_scale as f32,
@@ -189,7 +236,7 @@ impl AdamW {
             step_size: (lr / (1.0 - beta1.powi(steps))) as f32,
             root_correction: (1.0 - beta2.powi(steps)).sqrt() as f32,
             eps: eps as f32,
-        })
+        }
     }
 
     /// Both moments of every parameter, named `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` as in PyTorch.
@@ -234,8 +281,29 @@ fn find<'a>(params: &'a BTreeMap<String, Param>, name: &str) -> Result<&'a Param
     params.get(name).ok_or_else(|| Error::run("a gradient without a parameter").at(name))
 }
 
-/// One parameter's update.
-struct Step(Update);
+/// Rounds a parameter's copy by chance, on the CPU, and brings it to where it belongs. Nothing where it is not bf16.
+fn send_by_chance(param: &Param, chance: Chance) -> Result<()> {
+    if param.computed().dtype() != DType::BF16 {
+        return Ok(());
+    }
+    let master = param.master.as_tensor().detach().to_device(&Device::Cpu)?;
+    let copy = Tensor::zeros(master.shape(), DType::BF16, &Device::Cpu)?;
+    cpu::with_slice_mut(&copy, |copy: &mut [bf16]| {
+        cpu::with_slice(&master, |master: &[f32]| {
+            let pieces = copy.par_chunks_mut(CHUNK).zip(master.par_chunks(CHUNK)).enumerate();
+            pieces.for_each(|(at, (copy, master))| {
+                round_by_chance(copy, master, (at * CHUNK) as u64, chance);
+            });
+        })
+    })??;
+    param.send(&copy)
+}
+
+/// One parameter's update, and how its copy is rounded where that is by chance.
+struct Step {
+    update: Update,
+    chance: Option<Chance>,
+}
 
 impl Step {
     /// One pass over the master, its moments and, where there is one, its bf16 copy.
@@ -255,20 +323,33 @@ impl Step {
         grad: &Tensor,
         moments: &Moments,
     ) -> Result<()> {
-        moments
-            .with(param, |states| Ok(cpu::with_slice(grad, |grad| self.piece(states, grad, copy))?))
+        moments.with(param, |states| {
+            Ok(cpu::with_slice(grad, |grad| self.piece(0, states, grad, copy))?)
+        })
     }
 
-    /// A piece of a master with its moments, and of its bf16 copy where that is not empty.
-    fn piece(&self, [param, first, second]: [&mut [f32]; 3], grad: &[f32], copy: &mut [bf16]) {
+    /// A piece of a master with its moments, and of its bf16 copy where that is not empty. It begins at element `begin`.
+    fn piece(
+        &self,
+        begin: usize,
+        [param, first, second]: [&mut [f32]; 3],
+        grad: &[f32],
+        copy: &mut [bf16],
+    ) {
         let mut copies: Vec<&mut [bf16]> = copy.chunks_mut(CHUNK).collect();
         copies.resize_with(param.len().div_ceil(CHUNK), Default::default);
         param
             .par_chunks_mut(CHUNK)
             .zip(first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK)))
             .zip(grad.par_chunks(CHUNK).zip(copies))
-            .for_each(|((param, (first, second)), (grad, copy))| {
-                cpu::adamw::update(param, [first, second], grad, copy, self.0);
+            .enumerate()
+            .for_each(|(at, ((param, (first, second)), (grad, copy)))| match self.chance {
+                Some(chance) if !copy.is_empty() => {
+                    update(param, [first, second], grad, &mut [], self.update);
+                    // What was just written is still in the core's cache.
+                    round_by_chance(copy, param, (begin + at * CHUNK) as u64, chance);
+                }
+                _ => update(param, [first, second], grad, copy, self.update),
             });
     }
 
@@ -298,13 +379,13 @@ impl Step {
             if copy.dtype() == DType::F32 {
                 return Ok(pipe.pass::<f32>(grad, copy, |range, grad, out| {
                     let states = [&mut *master, first, second].map(|all| &mut all[range.clone()]);
-                    self.piece(states, grad, &mut []);
+                    self.piece(range.start, states, grad, &mut []);
                     out.copy_from_slice(&master[range]);
                 })?);
             }
             Ok(pipe.pass::<bf16>(grad, copy, |range, grad, out| {
                 let states = [&mut *master, first, second].map(|all| &mut all[range.clone()]);
-                self.piece(states, grad, out);
+                self.piece(range.start, states, grad, out);
             })?)
         })
     }
@@ -323,12 +404,14 @@ impl Step {
             copy: param.copy.as_ref().map(candle_core::Var::as_tensor),
             moments: [&moments.first, &moments.second],
             grad,
+            chance: self.chance,
         };
-        Ok(optimizer::adamw(&parameter, self.0, clip)?)
+        Ok(optimizer::adamw(&parameter, self.update, clip)?)
     }
 
     fn plain(self, param: &Param, grad: &Tensor, moments: &mut Moments) -> Result<()> {
-        let Update { beta1, beta2, grad_scale, shrink, step_size, root_correction, eps } = self.0;
+        let Update { beta1, beta2, grad_scale, shrink, step_size, root_correction, eps } =
+            self.update;
         let grad = (grad * f64::from(grad_scale))?;
         moments.first = ((&moments.first * f64::from(beta1))? + (&grad * f64::from(1.0 - beta1))?)?;
         moments.second =
@@ -336,7 +419,7 @@ impl Step {
         let root = ((moments.second.sqrt()? / f64::from(root_correction))? + f64::from(eps))?;
         let kept = (param.master.as_tensor().detach() * f64::from(shrink))?;
         param.set(&(kept - ((&moments.first / root)? * f64::from(step_size))?)?)?;
-        Ok(())
+        self.chance.map_or(Ok(()), |chance| send_by_chance(param, chance))
     }
 }
 
@@ -402,9 +485,138 @@ mod tests {
             next.import(adamw.steps(), adamw.export()).unwrap();
             adamw = next;
             adamw.step(&params, &grads(step), 0.01, 1.0).unwrap();
-            let update = adamw.update("w.weight", 0.01, 1.0);
-            update.plain(&plain, grads(step).get("w.weight").unwrap(), &mut moments).unwrap();
+            let own = adamw.step_of(&params, "w.weight", 0.01, 1.0);
+            own.plain(&plain, grads(step).get("w.weight").unwrap(), &mut moments).unwrap();
         }
         assert!(distance(&ours.master, &plain.master) < 1e-6);
+    }
+
+    /// Larger than the pieces that threads share, and not a multiple of a counter's four elements.
+    const LONG: usize = 3 * CHUNK + 7;
+    const SIZES: [(&str, usize); 3] = [("a.weight", 5), ("b.weight", LONG), ("c.weight", 5)];
+
+    fn parameters(dtype: DType, offloaded: bool) -> BTreeMap<String, Param> {
+        let param = |(index, (name, count)): (usize, &(&str, usize))| {
+            let param = Param::computed_in(&random(index as u64, *count), dtype).unwrap();
+            (name.to_string(), if offloaded { param.offloaded().unwrap() } else { param })
+        };
+        SIZES.iter().enumerate().map(param).collect()
+    }
+
+    /// Gradients that take the parameters to numbers with all 24 bits.
+    fn step(adamw: &mut AdamW, params: &BTreeMap<String, Param>, seed: u64) {
+        let mut grads = Gradients::new(&Device::Cpu);
+        for (index, (name, count)) in SIZES.iter().enumerate() {
+            grads.add(name, random(10 * seed + index as u64, *count)).unwrap();
+        }
+        adamw.step(params, &grads, 0.01, 0.5).unwrap();
+    }
+
+    fn masters(params: &BTreeMap<String, Param>) -> Vec<Vec<u32>> {
+        let values = params.values().map(|param| param.master.to_vec1::<f32>().unwrap());
+        values.map(|values| values.into_iter().map(f32::to_bits).collect()).collect()
+    }
+
+    fn copies(params: &BTreeMap<String, Param>) -> Vec<Vec<u16>> {
+        let values = params.values().map(|param| param.computed().to_vec1::<bf16>().unwrap());
+        values.map(|values| values.into_iter().map(bf16::to_bits).collect()).collect()
+    }
+
+    /// What is documented: Philox of (element / 4, place, step) under the seed; one word an element, its upper half added
+    /// to the number's bits.
+    fn by_hand(params: &BTreeMap<String, Param>, seed: u64, steps: u32) -> Vec<Vec<u16>> {
+        let copy = |(place, values): (usize, Vec<u32>)| {
+            let round = |(i, bits): (usize, u32)| {
+                let counter = [(i / 4) as u32, 0, place as u32, steps].map(|word| [word]);
+                let [word] = crate::rng::philox(counter, [seed as u32, (seed >> 32) as u32])[i % 4];
+                ((bits + (word >> 16)) >> 16) as u16
+            };
+            values.into_iter().enumerate().map(round).collect()
+        };
+        masters(params).into_iter().enumerate().map(copy).collect()
+    }
+
+    const SEED: u64 = 0x0005_1234_8765_4321;
+
+    #[test]
+    fn copies_are_rounded_by_the_words_of_step_place_and_element() {
+        for offloaded in [false, true] {
+            let (params, plain) =
+                (parameters(DType::BF16, offloaded), parameters(DType::BF16, false));
+            let mut adamw = AdamW::new(HYPER).rounding_by_chance(Some(SEED));
+            let mut nearest = AdamW::new(HYPER).rounding_by_chance(None);
+            for steps in 1..=3 {
+                step(&mut adamw, &params, steps.into());
+                step(&mut nearest, &plain, steps.into());
+                assert!(
+                    copies(&params) == by_hand(&params, SEED, steps),
+                    "{offloaded}, step {steps}"
+                );
+                // The same gradients move masters alike, however copies are rounded.
+                assert!(masters(&params) == masters(&plain));
+                for param in plain.values() {
+                    let rounded = param.master.to_dtype(DType::BF16).unwrap();
+                    let rounded = rounded.to_vec1::<bf16>().unwrap();
+                    assert!(rounded == param.computed().to_vec1::<bf16>().unwrap());
+                }
+                assert!(copies(&params) != copies(&plain));
+            }
+        }
+    }
+
+    #[test]
+    fn the_plain_form_draws_the_same_words() {
+        let params = parameters(DType::BF16, false);
+        let mut adamw = AdamW::new(HYPER).rounding_by_chance(Some(SEED));
+        adamw.begin_step();
+        for (index, (name, param)) in params.iter().enumerate() {
+            let zeros = param.master.zeros_like().unwrap();
+            let mut moments = Moments { first: zeros.clone(), second: zeros };
+            let step = adamw.step_of(&params, name, 0.01, 1.0);
+            let grad = random(index as u64 + 20, param.master.shape());
+            step.plain(param, &grad, &mut moments).unwrap();
+        }
+        assert!(copies(&params) == by_hand(&params, SEED, 1));
+    }
+
+    /// Files hold masters, and what is read into a parameter is rounded to nearest.
+    #[test]
+    fn copies_of_masters_that_were_read_are_what_the_last_step_left() {
+        for offloaded in [false, true] {
+            let params = parameters(DType::BF16, false);
+            let mut adamw = AdamW::new(HYPER).rounding_by_chance(Some(SEED));
+            (1..=2).for_each(|seed| step(&mut adamw, &params, seed));
+            let read = parameters(DType::BF16, offloaded);
+            let mut next = AdamW::new(HYPER).rounding_by_chance(Some(SEED));
+            next.import(adamw.steps(), adamw.export()).unwrap();
+            for (name, param) in &read {
+                param.set(&params[name].master.copy().unwrap()).unwrap();
+            }
+            assert!(copies(&read) != copies(&params));
+            next.round_again(&read).unwrap();
+            assert!(copies(&read) == copies(&params), "{offloaded}");
+            // Without a seed nothing is touched.
+            let mut nearest = AdamW::new(HYPER);
+            nearest.import(adamw.steps(), adamw.export()).unwrap();
+            nearest.round_again(&params).unwrap();
+            assert!(copies(&read) == copies(&params));
+        }
+    }
+
+    #[test]
+    fn f32_is_not_rounded() {
+        for offloaded in [false, true] {
+            let [params, plain] = [(); 2].map(|()| parameters(DType::F32, offloaded));
+            let mut adamw = AdamW::new(HYPER).rounding_by_chance(Some(SEED));
+            step(&mut adamw, &params, 1);
+            step(&mut AdamW::new(HYPER), &plain, 1);
+            adamw.round_again(&params).unwrap();
+            for (params, plain) in params.values().zip(plain.values()) {
+                let bits = |tensor: &Tensor| -> Vec<u32> {
+                    tensor.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+                };
+                assert!(bits(params.computed()) == bits(plain.computed()));
+            }
+        }
     }
 }

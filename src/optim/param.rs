@@ -9,7 +9,8 @@ use crate::error::Result;
 pub struct Param {
     /// f32.
     pub master: Var,
-    /// Always the rounded master: in bf16, or where the master waits in host memory.
+    /// Always the rounded master: in bf16, or where the master waits in host memory. Rounded to nearest, unless the
+    /// optimizer rounds by chance.
     pub copy: Option<Var>,
     /// What the learning rate is multiplied with: 1 but for the factors of LoRA+.
     pub lr_scale: f64,

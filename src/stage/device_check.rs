@@ -88,6 +88,7 @@ pub fn run(device: &Device) -> Result<Vec<Checked>> {
         keep("cached attention", device_generation::of_the_cache(device, *dtype));
         keep("adamw", of_the_optimizer(device, *dtype));
     }
+    keep("adamw", of_chance(device).map(|one| vec![one]));
     keep("embed", of_the_embedding(device));
     keep("draws", device_generation::of_the_draws(device));
     for way in device_steps::ways() {
@@ -312,18 +313,7 @@ fn of_the_embedding(device: &Device) -> Result<Vec<Checked>> {
 /// whatever is computed in.
 fn of_the_optimizer(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
     let results = |device: &Device| -> crate::Result<[Tensor; 4]> {
-        let hyper =
-            Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decayed: is_decayed };
-        let start = numbers(16, (67, 33))?.to_device(device)?;
-        let param = Param::computed_in(&start, dtype)?;
-        let params = BTreeMap::from([("w.weight".to_owned(), param.clone())]);
-        let (mut adamw, mut norms) = (AdamW::new(hyper), Vec::new());
-        for step in 0..2 {
-            let mut grads = Gradients::new(device);
-            grads.add("w.weight", numbers(17 + step, (67, 33))?.to_device(device)?)?;
-            norms.push(grads.norm()? as f32);
-            adamw.step(&params, &grads, 0.01, 0.5)?;
-        }
+        let (param, norms) = two_steps(device, dtype, &mut AdamW::new(HYPER))?;
         let norms = Tensor::from_vec(norms, 2, &Device::Cpu)?;
         let mut grads = Gradients::new(device);
         let hole = Tensor::new(&[f32::INFINITY, 1.0, f32::NAN], device)?;
@@ -342,6 +332,38 @@ fn of_the_optimizer(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
         .zip(expected.iter().zip(&found))
         .map(|((what, dtype), pair)| checked(("adamw 67×33", what), *dtype, pair))
         .collect()
+}
+
+const HYPER: Hyper =
+    Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decayed: is_decayed };
+const PARAMETER: &str = "w.weight";
+
+/// A parameter after two steps, and the norms of its gradients.
+fn two_steps(device: &Device, dtype: DType, adamw: &mut AdamW) -> crate::Result<(Param, Vec<f32>)> {
+    let start = numbers(16, (67, 33))?.to_device(device)?;
+    let param = Param::computed_in(&start, dtype)?;
+    let params = BTreeMap::from([(PARAMETER.to_owned(), param.clone())]);
+    let mut norms = Vec::new();
+    for step in 0..2 {
+        let mut grads = Gradients::new(device);
+        grads.add(PARAMETER, numbers(17 + step, (67, 33))?.to_device(device)?)?;
+        norms.push(grads.norm()? as f32);
+        adamw.step(&params, &grads, 0.01, 0.5)?;
+    }
+    Ok((param, norms))
+}
+
+/// A copy that the device rounds by chance is, to the bit, the one that the CPU makes of the device's master.
+fn of_chance(device: &Device) -> Result<Checked> {
+    let results = || -> crate::Result<[Tensor; 2]> {
+        let mut adamw = AdamW::new(HYPER).rounding_by_chance(Some(7));
+        let (param, _) = two_steps(device, DType::BF16, &mut adamw)?;
+        let twin = Param::computed_in(&home(&param.master)?, DType::BF16)?;
+        adamw.round_again(&BTreeMap::from([(PARAMETER.to_owned(), twin.clone())]))?;
+        Ok([home(twin.computed())?, home(param.computed())?])
+    };
+    let [expected, found] = results().map_err(candle_core::Error::wrap)?;
+    compared(("adamw 67×33", "copy by chance"), ("bf16", 0.0), (&expected, &found))
 }
 
 pub(super) fn checked(
@@ -452,6 +474,7 @@ mod tests {
             .chain(device_generation::of_the_cache(&Device::Cpu, DType::F32).unwrap())
             .chain(device_generation::of_the_draws(&Device::Cpu).unwrap())
             .chain(of_the_optimizer(&Device::Cpu, DType::BF16).unwrap())
+            .chain([of_chance(&Device::Cpu).unwrap()])
             .collect();
         assert!(all.len() > 40, "{}", all.len());
         assert!(all.iter().all(|one| one.error == 0.0), "{all:?}");

@@ -112,6 +112,7 @@ impl Saved {
         let path = self.dir.join(OPTIMIZER);
         let moments = safetensors::load(&path, learner.master_device()).at(path.display())?;
         adamw.import(state.step as u64, moments.into_iter().collect())?;
+        adamw.round_again(learner.params()).at(self.dir.display())?;
         if let Some(ema) = ema {
             load_tensors(&self.dir.join(AVERAGE), ema.learner())?;
         }

@@ -30,7 +30,7 @@ pub struct Job<'a> {
     pub eval: (&'a dyn Objective, &'a dyn Examples),
     /// How to train.
     pub settings: &'a Settings,
-    /// Seed of the order of examples.
+    /// Seed of the order of examples, and of all that is drawn in training.
     pub seed: u64,
     /// The stage's directory; checkpoints go to `checkpoints/` in it.
     pub dir: &'a Path,
@@ -50,13 +50,9 @@ pub struct Job<'a> {
 /// A run that was killed and resumed ends with the same bits as one that was not.
 ///
 /// # Errors
-/// No examples; a loss or gradient that is not finite, named by step and rows; [`Error::interrupted`] after saving.
+/// Settings that do not fit the job; no examples; a loss or gradient that is not finite, named by step and rows; [`Error::interrupted`] after saving.
 pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
-    job.settings.check()?;
-    if job.settings.early_stopping_patience > 0 && job.eval.1.is_empty() {
-        return Err(Error::usage("`early_stopping_patience` without `eval_datasets`")
-            .hint("it waits for a lower evaluation loss: name held-out data"));
-    }
+    check(learner, job)?;
     // The thread that is a step ahead ends with the run.
     std::thread::scope(|scope| {
         let mut run = Run::resume(learner, job, scope)?;
@@ -66,6 +62,23 @@ pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
         }
         run.finish()
     })
+}
+
+/// Refuses settings that this model and these examples have no use for.
+fn check(learner: &Learner, job: &Job<'_>) -> Result<()> {
+    job.settings.check()?;
+    if job.settings.early_stopping_patience > 0 && job.eval.1.is_empty() {
+        return Err(Error::usage("`early_stopping_patience` without `eval_datasets`")
+            .hint("it waits for a lower evaluation loss: name held-out data"));
+    }
+    if job.settings.stochastic_rounding && !learner.rounds() {
+        let count = learner.params().len();
+        return Err(Error::usage(format!(
+            "`stochastic_rounding` is true and of {count} trained parameters none has a bf16 copy, expected 1 or more"
+        ))
+        .hint("matrices have one; norms, biases and score heads are computed with in f32: leave it out"));
+    }
+    Ok(())
 }
 
 struct Run<'a> {
@@ -89,7 +102,7 @@ impl<'a> Run<'a> {
         'a: 'scope,
     {
         let settings = job.settings;
-        let mut adamw = AdamW::new(settings.hyper());
+        let mut adamw = settings.optimizer(job.seed);
         let ema = Ema::new(learner, settings)?;
         let state = match Saved::newest(&Self::checkpoints(job))? {
             Some(saved) => {

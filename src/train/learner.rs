@@ -200,6 +200,11 @@ impl Learner {
         self.params.values().any(|param| param.offloaded)
     }
 
+    /// Whether a trained parameter is computed with in bf16.
+    pub fn rounds(&self) -> bool {
+        self.params.values().any(|param| param.computed().dtype() == DType::BF16)
+    }
+
     /// Where the masters are, and the optimizer's moments.
     pub fn master_device(&self) -> &Device {
         self.params.values().next().map_or(self.model.device(), |param| param.master.device())

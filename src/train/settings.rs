@@ -10,7 +10,7 @@ use super::watchdog::Watchdog;
 use crate::error::{Error, Result};
 use crate::model::Precision;
 use crate::ops::cuda::device::facts;
-use crate::optim::adamw::{Hyper, is_decayed};
+use crate::optim::adamw::{AdamW, Hyper, is_decayed};
 use crate::optim::schedule::Schedule;
 
 /// Training keys, resolved: every field has a value that is used.
@@ -34,6 +34,11 @@ pub struct Settings {
     pub adam_beta2: f64,
     /// AdamW's epsilon.
     pub adam_epsilon: f64,
+    /// Round the bf16 copies that products compute with up or down by chance, so that on average they are their f32 masters.
+    /// Needs `dtype = "bf16"`. Masters are f32 with it or without and lose nothing: what goes is the bias of the copies alone,
+    /// for a noise that changes with each step. Draws follow from the stage's seed, the step and the element. Evaluations in
+    /// training see these copies; whoever reads a checkpoint rounds its weights to nearest, as `ema_decay`'s average is.
+    pub stochastic_rounding: bool,
     /// Clip the global gradient norm to this; 0 turns clipping off.
     pub max_grad_norm: f64,
     /// Passes over the data. Ignored where `max_steps` is set.
@@ -106,6 +111,7 @@ impl Default for Settings {
             adam_beta1: 0.9,
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
+            stochastic_rounding: false,
             max_grad_norm: 1.0,
             num_train_epochs: 1.0,
             max_steps: 0,
@@ -215,6 +221,11 @@ impl Settings {
         }
     }
 
+    /// The optimizer of a stage with this seed, before its first step.
+    pub fn optimizer(&self, seed: u64) -> AdamW {
+        AdamW::new(self.hyper()).rounding_by_chance(self.stochastic_rounding.then_some(seed))
+    }
+
     /// Optimizer steps for `examples` training examples. The last, partial step counts.
     pub fn total_steps(&self, examples: usize) -> usize {
         if self.max_steps > 0 {
@@ -283,7 +294,15 @@ impl Settings {
             .hint("a stream does not know how long an epoch is: set max_steps"));
         }
         self.check_memory()?;
-        self.dtype.check_compute()
+        self.dtype.check_compute()?;
+        if self.stochastic_rounding && self.dtype != Precision::Bf16 {
+            return Err(Error::usage(format!(
+                "`stochastic_rounding` is true and `dtype` is {}, expected bf16",
+                self.dtype.dtype().as_str()
+            ))
+            .hint("f32 weights are computed with as they are, and nothing is rounded: set dtype = \"bf16\", or leave it out"));
+        }
+        Ok(())
     }
 
     fn check_memory(&self) -> Result<()> {

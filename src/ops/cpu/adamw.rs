@@ -1,4 +1,5 @@
-//! The inner loop of AdamW: one pass over a parameter, its moments and its bf16 copy.
+//! The inner loop of AdamW: one pass over a parameter, its moments and its bf16 copy. And the rounding by chance of such a
+//! copy, which is `adamw.cu`'s bit for bit.
 
 #![expect(
     unsafe_code,
@@ -9,6 +10,7 @@
 use half::bf16;
 
 use super::simd::{multiversion, to_bf16};
+use crate::rng::philox;
 
 /// The update's constants: `g ← g·grad_scale`, `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`,
 /// `p ← p·shrink − step_size · m / (√v / root_correction + eps)`.
@@ -55,4 +57,167 @@ multiversion! {
     /// Updates a piece of a parameter, its first and second moment, and its bf16 copy where that is not empty.
     pub fn update(param: &mut [f32], moments: [&mut [f32]; 2], grad: &[f32], copy: &mut [bf16], constants: Update) =
         update_body
+}
+
+/// The random words that round a copy: element `i` has word `i % 4` of Philox's counter `(i / 4, stream)` under the key
+/// `seed`. No two parameters and no two steps may have one stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chance {
+    /// The key.
+    pub seed: u64,
+    /// The upper half of the counter.
+    pub stream: u64,
+}
+
+/// Counters whose words are computed side by side.
+const COUNTERS: usize = 16;
+/// The elements that these are for.
+const BLOCK: usize = 4 * COUNTERS;
+
+impl Chance {
+    /// The words of a block of elements, of which the first is `4 · counter`.
+    #[inline(always)]
+    fn words(self, counter: u64) -> [u32; BLOCK] {
+        let (mut low, mut high) = ([0; COUNTERS], [0; COUNTERS]);
+        for n in 0..COUNTERS {
+            let counter = counter + n as u64;
+            (low[n], high[n]) = (counter as u32, (counter >> 32) as u32);
+        }
+        let upper = [[self.stream as u32; COUNTERS], [(self.stream >> 32) as u32; COUNTERS]];
+        let key = [self.seed as u32, (self.seed >> 32) as u32];
+        let words = philox([low, high, upper[0], upper[1]], key);
+        let mut flat = [0; BLOCK];
+        for n in 0..COUNTERS {
+            for word in 0..4 {
+                flat[4 * n + word] = words[word][n];
+            }
+        }
+        flat
+    }
+}
+
+/// Up with the probability of what is cut off: on average nothing is lost. What is not finite stays what it is.
+#[inline(always)]
+fn by_chance(x: f32, random: u32) -> bf16 {
+    let bits = x.to_bits();
+    let finite = bits & 0x7f80_0000 != 0x7f80_0000;
+    // A NaN becomes the one that GPUs make of it.
+    let other = if x.is_nan() { 0x7fff } else { bits >> 16 };
+    let rounded = bits.wrapping_add(random >> 16) >> 16;
+    bf16::from_bits(if finite { rounded } else { other } as u16)
+}
+
+#[inline(always)]
+fn round_by_chance_body(copy: &mut [bf16], values: &[f32], first: u64, chance: Chance) {
+    // A piece may begin within the elements of a counter.
+    let (mut counter, mut skip) = (first / 4, (first % 4) as usize);
+    let (mut copy, mut values) = (copy, values);
+    while !values.is_empty() {
+        let words = chance.words(counter);
+        let taken = (BLOCK - skip).min(values.len());
+        let (piece, rest) = values.split_at(taken);
+        let (out, later) = copy.split_at_mut(taken);
+        for ((out, &value), &word) in out.iter_mut().zip(piece).zip(&words[skip..]) {
+            *out = by_chance(value, word);
+        }
+        (copy, values) = (later, rest);
+        (counter, skip) = (counter + COUNTERS as u64, 0);
+    }
+}
+
+multiversion! {
+    /// Rounds a piece of a parameter up or down by chance; `first` is the place of its first element in the parameter.
+    pub fn round_by_chance(copy: &mut [bf16], values: &[f32], first: u64, chance: Chance) = round_by_chance_body
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Stream;
+
+    /// A seed and a stream whose halves all differ.
+    const CHANCE: Chance = Chance { seed: 0x0123_4567_89ab_cdef, stream: 0xfedc_ba98_7654_3210 };
+
+    /// One element after the other, as it is defined.
+    fn by_hand(values: &[f32], first: u64, Chance { seed, stream }: Chance) -> Vec<u16> {
+        let halves = |x: u64| [x as u32, (x >> 32) as u32];
+        let round = |(at, value): (usize, &f32)| {
+            let i = first + at as u64;
+            let ([a, b], [c, d]) = (halves(i / 4), halves(stream));
+            let [word] = philox([[a], [b], [c], [d]], halves(seed))[(i % 4) as usize];
+            if !value.is_finite() {
+                return if value.is_nan() { 0x7fff } else { bf16::from_f32(*value).to_bits() };
+            }
+            // Of 65536 upper halves of a word as many round up as the lower half of the number says.
+            let [kept, cut] = [value.to_bits() >> 16, value.to_bits() & 0xffff];
+            (kept + u32::from(cut + (word >> 16) > 0xffff)) as u16
+        };
+        values.iter().enumerate().map(round).collect()
+    }
+
+    fn rounded(values: &[f32], first: u64, chance: Chance) -> Vec<u16> {
+        let mut copy = vec![bf16::NAN; values.len()];
+        round_by_chance(&mut copy, values, first, chance);
+        copy.into_iter().map(bf16::to_bits).collect()
+    }
+
+    #[test]
+    fn words_are_those_of_the_place_wherever_a_piece_begins_and_ends() {
+        let mut values = Stream::new(1, "chance").normal(0, 1003, 1.0);
+        let special = [
+            f32::NAN,
+            -f32::NAN,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::MAX,
+            f32::MIN,
+            0.0,
+            -0.0,
+            1e-40,
+            -1e-40,
+            f32::from_bits(0x7f80_0001),
+            f32::from_bits(1),
+        ];
+        values[40..][..special.len()].copy_from_slice(&special);
+        for first in [0, 1, 2, 3, 64, 127, 65_536, (1 << 34) - 8, (1 << 34) + 5] {
+            let expected = by_hand(&values, first, CHANCE);
+            assert_eq!(rounded(&values, first, CHANCE), expected, "from {first}");
+            for cut in [0, 1, 5, 63, 64, 200, 1003] {
+                let (before, after) = values.split_at(cut);
+                let later = rounded(after, first + cut as u64, CHANCE);
+                assert_eq!([rounded(before, first, CHANCE), later].concat(), expected, "{cut}");
+            }
+        }
+        for other in [Chance { seed: 1, ..CHANCE }, Chance { stream: 1, ..CHANCE }] {
+            assert_ne!(rounded(&values, 0, other), rounded(&values, 0, CHANCE));
+        }
+    }
+
+    /// What bf16 holds stays, and so does zero: a factor of LoRA that begins at zero does.
+    #[test]
+    fn what_needs_no_rounding_is_not_rounded() {
+        let values: Vec<f32> =
+            (0..=u16::MAX).map(bf16::from_bits).map(bf16::to_f32).filter(|x| !x.is_nan()).collect();
+        let expected: Vec<u16> = values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect();
+        assert_eq!(rounded(&values, 0, CHANCE), expected);
+    }
+
+    /// Over 1000 streams the mean of a copy is its master. A draw is off by at most one distance of neighbours, 2^-7 of
+    /// the number, with a standard deviation of half of that at most; rounding to nearest keeps the whole error.
+    #[test]
+    fn the_mean_of_many_roundings_is_the_number() {
+        let (draws, values) = (1000, [1.001_f32, -1.003_9, 0.333_333, -12.345, 1.007_8, 3e-5]);
+        for (at, &value) in values.iter().enumerate() {
+            let sum: f64 = (0..draws)
+                .map(|stream| {
+                    let copies = rounded(&values, 0, Chance { seed: 7, stream });
+                    f64::from(bf16::from_bits(copies[at]).to_f32())
+                })
+                .sum();
+            let off = (sum / f64::from(draws as u32) / f64::from(value) - 1.0).abs();
+            assert!(off < 5.0 / 256.0 / f64::from(draws as u32).sqrt(), "{value}: {off}");
+        }
+        let nearest = f64::from(bf16::from_f32(values[0]).to_f32());
+        assert!((nearest / f64::from(values[0]) - 1.0).abs() > 9e-4);
+    }
 }

@@ -13,6 +13,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::lora::{Lora, attach};
 use crate::model::{Precision, Tensors, Weights};
 use crate::ops::linear::tests::random;
+use crate::optim::Param;
 use crate::train::checkpoint::{Saved, State};
 use crate::train::{Ema, Held, Settings};
 
@@ -80,13 +81,63 @@ fn masters_in_host_memory_move_to_the_same_bits() {
     }
 }
 
+/// Copies rounded by chance too, which the next step's gradients then see.
+#[test]
+fn copies_are_rounded_by_the_same_chance_wherever_masters_are() {
+    let settings = Settings { stochastic_rounding: true, dtype: Precision::Bf16, ..settings() };
+    for in_backward in [false, true] {
+        let [home, away] = [false, true].map(|offloaded| {
+            let learner = learner(Precision::Bf16, offloaded);
+            let mut adamw = settings.optimizer(5);
+            let measured = steps(&learner, &mut adamw, in_backward, 3);
+            let copies: Vec<_> = learner.params().values().map(|p| bits(p.computed())).collect();
+            let to_nearest = |param: &Param| bits(&param.master.to_dtype(DType::BF16).unwrap());
+            assert!(copies != learner.params().values().map(to_nearest).collect::<Vec<_>>());
+            (measured, copies, all_bits(&learner.weights()), all_bits(&adamw.export()))
+        });
+        assert!(home == away, "in the backward pass: {in_backward}");
+    }
+}
+
+/// Factors have copies in bf16 where the model computes in it, DoRA's magnitudes have not.
+#[test]
+fn factors_of_adapters_are_rounded_by_chance() {
+    let dir = Path::new("tests/fixtures/goldens/model_untied");
+    let mut start = Checkpoint::load_dir(dir, &Device::Cpu).unwrap();
+    let lora = Lora { lora_r: 4, use_dora: true, ..Lora::default() };
+    let attached = attach(&lora, &start.config, &mut start.weights, 3).unwrap();
+    let learner = Learner::adapted(
+        &start.config,
+        Tensors::dense(start.weights),
+        &attached,
+        Precision::Bf16,
+        |_| false,
+    )
+    .unwrap();
+    assert!(learner.rounds());
+    let settings = Settings { stochastic_rounding: true, dtype: Precision::Bf16, ..settings() };
+    steps(&learner, &mut settings.optimizer(5), false, 2);
+    let mut rounded = 0;
+    for (name, param) in learner.params() {
+        let Some(copy) = &param.copy else { continue };
+        let (copy, master) = (bits(copy), bits(&param.master));
+        for (copy, master) in copy.into_iter().zip(master) {
+            // One of the two neighbours.
+            assert!(copy == master & 0xffff_0000 || copy == (master & 0xffff_0000) + 0x1_0000);
+        }
+        rounded += usize::from(name.contains("lora_"));
+    }
+    assert_eq!(rounded, 2 * attached.scales.len());
+}
+
 /// The average follows, and a run goes on from a checkpoint, with masters elsewhere or not.
 #[test]
 fn averages_and_checkpoints_do_not_mind_where_masters_are() {
-    let run = |offloaded: [bool; 2]| {
+    let run = |offloaded: [bool; 2], stochastic_rounding: bool| {
         let dir = tempfile::tempdir().unwrap();
-        let (first, settings) = (learner(Precision::Bf16, offloaded[0]), settings());
-        let mut adamw = AdamW::new(settings.hyper());
+        let settings = Settings { stochastic_rounding, dtype: Precision::Bf16, ..settings() };
+        let first = learner(Precision::Bf16, offloaded[0]);
+        let mut adamw = settings.optimizer(5);
         let ema = Ema::new(&first, &settings).unwrap();
         steps(&first, &mut adamw, false, 2);
         ema.as_ref().unwrap().update(&first).unwrap();
@@ -100,7 +151,7 @@ fn averages_and_checkpoints_do_not_mind_where_masters_are() {
         Saved::write(dir.path(), (&first, ema.as_ref()), &adamw, &state, &save).unwrap();
 
         let second = learner(Precision::Bf16, offloaded[1]);
-        let mut adamw = AdamW::new(settings.hyper());
+        let mut adamw = settings.optimizer(5);
         let ema = Ema::new(&second, &settings).unwrap();
         let saved = Saved::newest(dir.path()).unwrap().unwrap();
         saved.load((&second, ema.as_ref()), &mut adamw).unwrap();
@@ -110,9 +161,11 @@ fn averages_and_checkpoints_do_not_mind_where_masters_are() {
         let computed = all_bits(&ema.learner().tensors().weights);
         (measured, all_bits(&second.weights()), all_bits(&ema.learner().weights()), computed)
     };
-    let expected = run([false, false]);
-    for offloaded in [[true, true], [false, true], [true, false]] {
-        assert!(run(offloaded) == expected, "{offloaded:?}");
+    for by_chance in [false, true] {
+        let expected = run([false, false], by_chance);
+        for offloaded in [[true, true], [false, true], [true, false]] {
+            assert!(run(offloaded, by_chance) == expected, "{offloaded:?}, by chance: {by_chance}");
+        }
     }
 }
 

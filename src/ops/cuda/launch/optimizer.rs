@@ -6,7 +6,7 @@ use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use half::bf16;
 
 use super::{NULL, Number, by_type, cuda, grid, grid_over, together, view, with_view_mut};
-use crate::ops::cpu::adamw::Update;
+use crate::ops::cpu::adamw::{Chance, Update};
 use crate::ops::cuda::ptx::kernel;
 
 /// Elements of one partial sum, as in `reduce.cu`.
@@ -135,6 +135,8 @@ pub(crate) struct Parameter<'a> {
     pub moments: [&'a Tensor; 2],
     /// The gradient.
     pub grad: &'a Tensor,
+    /// The copy is rounded by chance, with these words.
+    pub chance: Option<Chance>,
 }
 
 /// One step of a parameter. The gradient is multiplied by `clip` too, where that is given; where that is NaN nothing
@@ -144,7 +146,7 @@ pub(crate) fn adamw(
     update: Update,
     clip: Option<&Factor>,
 ) -> Result<()> {
-    let Parameter { master, copy, moments: [first, second], grad } = *parameter;
+    let Parameter { master, copy, moments: [first, second], grad, chance } = *parameter;
     let count = master.elem_count();
     together("adamw", [master, first, second, grad, copy.unwrap_or(master)])?;
     let all = [first, second, grad].into_iter().chain(copy);
@@ -157,16 +159,17 @@ pub(crate) fn adamw(
     let (device, grad) = (master.device().as_cuda_device()?, grad.contiguous()?);
     let (grad, layout) = grad.storage_and_layout();
     let grad = view::<f32>(cuda(&grad)?, layout)?;
+    let how = (update, chance);
     with_view_mut::<f32, _>(master, |master| {
         with_view_mut::<f32, _>(first, |first| {
             with_view_mut::<f32, _>(second, |second| {
                 let states = [master, first, second];
                 match copy.map(|copy| (copy, copy.dtype())) {
                     Some((copy, DType::BF16)) => with_view_mut::<bf16, _>(copy, |copy| {
-                        pass(device, (states, &grad, Some(copy)), update, clip)
+                        pass(device, (states, &grad, Some(copy)), how, clip)
                     }),
                     Some((_, other)) => bail!("a copy in {other:?}, expected bf16"),
-                    None => pass::<f32>(device, (states, &grad, None), update, clip),
+                    None => pass::<f32>(device, (states, &grad, None), how, clip),
                 }
             })
         })
@@ -179,14 +182,15 @@ type Views<'a, E> = ([CudaViewMut<'a, f32>; 3], &'a CudaView<'a, f32>, Option<Cu
 fn pass<E: Number>(
     device: &CudaDevice,
     (mut states, grad, mut copy): Views<'_, E>,
-    update: Update,
+    (update, chance): (Update, Option<Chance>),
     clip: Option<&Factor>,
 ) -> Result<()> {
     let Update { beta1, beta2, grad_scale, shrink, step_size, root_correction, eps } = update;
     // As the kernel's struct lies in memory: seven floats.
     let constants = [beta1, beta2, grad_scale, shrink, step_size, root_correction, eps];
     let count = grad.len();
-    let (long_count, stochastic, seed, stream) = (count as u64, 0_u32, 0_u64, 0_u64);
+    let (long_count, stochastic) = (count as u64, u32::from(chance.is_some()));
+    let Chance { seed, stream } = chance.unwrap_or(Chance { seed: 0, stream: 0 });
     let function = kernel(device, "adamw", &format!("adamw_{}", E::NAME))?;
     let mut launch = function.builder();
     for state in &mut states {

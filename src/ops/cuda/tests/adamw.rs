@@ -1,4 +1,4 @@
-//! `adamw.cu` against AdamW on the CPU, and its rounding by chance against what chance should be.
+//! `adamw.cu` against AdamW on the CPU, its rounding by chance too, and against what chance should be.
 
 use half::bf16;
 
@@ -6,14 +6,17 @@ use super::host::{
     Guarded, Kernels, Manner, Number, Order, Side, assert_close, assert_same, each_block,
     every_mutant_is_caught, narrow, random, wide,
 };
-use crate::ops::cpu::adamw;
+use crate::ops::cpu::adamw::{self, Chance};
+use crate::rng::philox;
 
 const FILE: &str = "adamw.cu";
 const CHECK: &str = "ops::cuda::tests::adamw::a_step_is_the_cpus";
-const CHANCE: &str = "ops::cuda::tests::adamw::rounding_by_chance_is_unbiased_and_repeats";
+const CHANCE: &str = "ops::cuda::tests::adamw::rounding_by_chance_is_the_cpus_to_the_bit";
 
 const COUNTS: [usize; 5] = [0, 1, 6, 64, 1003];
 const GRID: [u32; 3] = [2, 1, 1];
+/// Both halves of it differ from 0 and from each other.
+const STREAM: u64 = 5 << 32 | 9;
 
 /// The constants as the kernel takes them.
 #[repr(C)]
@@ -71,7 +74,15 @@ impl<T: Number> State<T> {
             None => call.null(),
         };
         let call = call.arg(count).arg(update).arg(u32::from(seed.is_some()));
-        call.arg(seed.unwrap_or(0)).arg(5_u64).run();
+        call.arg(seed.unwrap_or(0)).arg(STREAM).run();
+    }
+
+    /// What the CPU makes of the masters as they are.
+    fn rounded(&self, seed: u64) -> Vec<bf16> {
+        let masters = self.param.as_slice();
+        let mut copy = vec![bf16::ZERO; masters.len()];
+        adamw::round_by_chance(&mut copy, masters, 0, Chance { seed, stream: STREAM });
+        copy
     }
 
     fn is_clean(&self) -> bool {
@@ -128,17 +139,41 @@ const STILL: Update = Update {
     eps: 1.0,
 };
 
-/// Each copy is one of the two neighbours of its master, over 400 draws the mean is the master: a draw's standard
-/// deviation is at most half of the neighbours' distance, 2^-8 of the number at most, and the mean of 1003 × 400 has
-/// some 600 times less.
+fn bits(copy: &[bf16]) -> Vec<u16> {
+    copy.iter().map(|value| value.to_bits()).collect()
+}
+
+/// A step whose masters move: its copies are the ones that the CPU makes of these masters, whether a thread reads them
+/// alone or four at a time, and whatever it finds in them.
 #[test]
-fn rounding_by_chance_is_unbiased_and_repeats() {
+fn rounding_by_chance_is_the_cpus_to_the_bit() {
+    let seeds = [0, 7, u64::MAX, 0x0123_4567_89ab_cdef];
+    let special = [f32::NAN, -f32::NAN, f32::INFINITY, f32::MIN, f32::MAX, 1e-40, -0.0];
+    for (turn, count) in COUNTS.into_iter().enumerate() {
+        for (manner, seed) in each_block(turn).into_iter().zip(seeds.into_iter().cycle()) {
+            let mut state = State::<bf16>::new(count, manner.side);
+            if count > special.len() {
+                state.param.as_mut()[1..][..special.len()].copy_from_slice(&special);
+            }
+            state.step(UPDATE, Some(0.5), Some(seed), manner);
+            let expected = state.rounded(seed);
+            let what = "adamw, copy rounded by chance";
+            assert_same(what, "bf16", &bits(state.copy.as_slice()), &bits(&expected));
+            assert!(state.is_clean(), "{manner:?}");
+        }
+    }
+}
+
+/// Over 400 draws the mean of the copies is their master: a draw's standard deviation is at most half of the neighbours'
+/// distance, 2^-8 of the number at most, and the mean of 1003 × 400 has some 600 times less.
+#[test]
+fn rounding_by_chance_is_unbiased() {
     let (count, draws) = (1003, 400);
-    let with = |side, block| Manner { block, order: Order::Forward, side };
+    let manner = Manner { block: 256, order: Order::Forward, side: Side::Start };
     let mut state = State::<bf16>::new(count, Side::Start);
     let (mut bias, mut ups) = (0.0, 0);
     for seed in 0..draws {
-        state.step(STILL, None, Some(seed), with(Side::Start, 256));
+        state.step(STILL, None, Some(seed), manner);
         let copies = state.copy.as_slice();
         for (copy, &master) in copies.iter().zip(state.param.as_slice()) {
             let below = bf16::from_bits((master.to_bits() >> 16) as u16);
@@ -151,24 +186,23 @@ fn rounding_by_chance_is_unbiased_and_repeats() {
     let total = f64::from(count as u32) * draws as f64;
     assert!((bias / total).abs() < 5.0 / 256.0 / total.sqrt(), "{}", bias / total);
     assert!((ups as f64 / total - 0.5).abs() < 0.05, "{ups} of {total}");
-    // The same seed gives the same copies, however a thread reads them: alone or four at a time.
-    let mut other = State::<bf16>::new(count, Side::End);
-    other.step(STILL, None, Some(draws - 1), with(Side::End, 32));
-    assert!(other.copy.as_slice() == state.copy.as_slice());
 }
 
-/// The vectors that the authors published with the generator (Random123, `kat_vectors`).
+/// The same words as `rng::philox`, which is held against the ones that its authors published.
 #[test]
-fn the_generator_is_philox() {
+fn the_generator_is_the_cpus() {
+    const COUNT: usize = 37;
     let manner = Manner { block: 32, order: Order::Forward, side: Side::End };
-    let words = |seed: u64, stream: u64| {
-        let mut out = Guarded::new(&[0_u32; 4], manner.side);
-        let call = Kernels::of(FILE).call("philox_words", [1, 1, 1], manner).output(&mut out);
-        call.arg(1_u64).arg(seed).arg(stream).run();
-        out.as_slice().to_vec()
-    };
-    let published = [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8];
-    assert_same("philox", "u32", &words(0, 0), &published);
+    for (seed, stream) in [(0, 0), (u64::MAX, u64::MAX), (0x0123_4567_89ab_cdef, STREAM)] {
+        let mut out = Guarded::new(&[0_u32; 4 * COUNT], manner.side);
+        let call = Kernels::of(FILE).call("philox_words", [2, 1, 1], manner).output(&mut out);
+        call.arg(COUNT as u64).arg(seed).arg(stream).run();
+        let [[c, d], key] = [stream, seed].map(|x| [x as u32, (x >> 32) as u32]);
+        let words = (0..COUNT as u32)
+            .flat_map(|counter| philox([counter, 0, c, d].map(|word| [word]), key))
+            .flatten();
+        assert_same("philox", "u32", out.as_slice(), &words.collect::<Vec<u32>>());
+    }
 }
 
 #[test]
@@ -190,6 +224,12 @@ fn chances_that_are_wrong_are_caught() {
     let mutants = [
         ("u16((bits + (random >> 16)) >> 16)", "u16((bits + (random >> 17)) >> 16)"),
         ("u32 word = N == 4 ? j : u32(i % 4);", "u32 word = j;"),
+        (
+            "u32(i / 4), u32(i / 4 >> 32), u32(stream)",
+            "u32(i / 4), u32(i / 4 >> 32), u32(stream >> 32)",
+        ),
+        ("if ((bits & 0x7f800000) == 0x7f800000) return from_f32<bf16>(x);", ""),
+        ("left += 0x9e3779b9u,", "left += 0x9e3779b8u,"),
     ];
     every_mutant_is_caught(FILE, CHANCE, &mutants);
 }
