@@ -95,7 +95,7 @@ pub(in crate::ops::cuda) fn each_block(turn: usize) -> Vec<Manner> {
         Manner { block, order: Order::ALL[at % 3], side: Side::BOTH[at % 2] }
     };
     // Two of six where it is slow, which a shape's place moves on.
-    let wanted = |(place, _): &(usize, &u32)| !slowed() || (place + 2 * turn) % 3 == 0;
+    let wanted = |(place, _): &(usize, &u32)| !slowed() || (place + 2 * turn).is_multiple_of(3);
     BLOCKS.iter().enumerate().filter(wanted).map(manner).collect()
 }
 
