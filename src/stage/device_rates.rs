@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::device_check::best;
 use crate::model::gradients::Gradients;
+use crate::ops::cuda::device::facts;
 use crate::ops::norm::{residual_norm, rms_norm_in};
 use crate::ops::{Rotary, embed, rope, swiglu};
 use crate::optim::Param;
@@ -36,16 +37,21 @@ struct Sizes {
     dtype: DType,
 }
 
+/// Bytes of a parameter: master, gradient, two moments, and a copy in bf16.
+const PARAMETER: u64 = 18;
+
 impl Sizes {
-    fn of(device: &Device) -> Self {
+    /// On a GPU by the bytes that are `free` there: parameters fill an eighth of them, if that many are wanted.
+    fn of(device: &Device, free: u64) -> Self {
         if device.is_cpu() {
             let (tokens, width, inner, heads) = (64, 64, 96, 2);
             let (vocab, parameters, dtype) = (256, 1 << 12, DType::F32);
             return Self { tokens, width, inner, heads, vocab, parameters, dtype };
         }
-        let (tokens, width, inner, heads) = (4096, 4096, 14336, 32);
-        let (vocab, parameters, dtype) = (32768, 1 << 28, DType::BF16);
-        Self { tokens, width, inner, heads, vocab, parameters, dtype }
+        let tokens = if free >= 16 << 30 { 4096 } else { 256 };
+        let parameters = 1 << (free / 8 / PARAMETER).max(1).ilog2().min(28);
+        let (width, inner, heads, vocab) = (4096, 14336, 32, 32768);
+        Self { tokens, width, inner, heads, vocab, parameters, dtype: DType::BF16 }
     }
 }
 
@@ -54,7 +60,8 @@ impl Sizes {
 /// # Errors
 /// The device's.
 pub fn run(device: &Device) -> Result<Vec<Rate>> {
-    let sizes = Sizes::of(device);
+    let free = facts(device).map_err(candle_core::Error::wrap)?.map_or(0, |facts| facts.free);
+    let sizes = Sizes::of(device, free);
     let mut rates = of_rows(device, &sizes)?;
     rates.push(of_the_optimizer(device, &sizes)?);
     Ok(rates)
