@@ -1,4 +1,4 @@
-//! All randomness of the crate: counter-based streams keyed by (seed, stream name, epoch, index).
+//! All randomness of the crate but [`philox`]: counter-based streams keyed by (seed, stream name, epoch, index).
 //!
 //! A draw depends on its key alone, never on threads, on order, or on where a run stopped and resumed.
 //! Candle's own generators are not used: the CPU device cannot be seeded.

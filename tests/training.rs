@@ -436,6 +436,15 @@ fn training_with_copies_rounded_by_chance_that_is_stopped_and_resumed_ends_with_
     let dir = tempfile::tempdir().unwrap();
     let plain = run(&nearest, dir.path(), &Silent);
     assert_ne!(bits(&plain.weights), bits(&whole.weights), "the copies were rounded to nearest");
+
+    // Evaluations are of what is saved, and leave no trace.
+    let (often, dir) = (Settings { eval_steps: 1, ..by_chance }, tempfile::tempdir().unwrap());
+    assert_eq!(bits(&run(&often, dir.path(), &Silent).weights), bits(&whole.weights));
+    let weights = whole.weights.clone();
+    let saved = Learner::with(&start.config, weights, Precision::Bf16, |_| false).unwrap();
+    let held_out = &trees[16..];
+    let expected = evaluate(saved.model(), &Sft::default(), &held_out, 128).unwrap().loss;
+    assert_eq!(loss(&whole)[1], expected.to_bits());
 }
 
 #[test]

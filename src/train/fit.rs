@@ -226,7 +226,20 @@ impl<'a> Run<'a> {
         self.ema.as_ref().map_or(self.learner, Ema::learner)
     }
 
+    /// Evaluates what is kept, as a file of it is read: rounded to nearest.
     fn evaluate(&mut self) -> Result<()> {
+        let by_chance = self.job.settings.stochastic_rounding && self.ema.is_none();
+        if by_chance {
+            self.learner.round_to_nearest()?;
+        }
+        self.evaluate_kept()?;
+        if by_chance {
+            self.adamw.round_again(self.learner.params())?;
+        }
+        Ok(())
+    }
+
+    fn evaluate_kept(&mut self) -> Result<()> {
         let (objective, examples) = self.job.eval;
         if !examples.is_empty() {
             let budget = self.job.settings.max_tokens_per_micro_batch;

@@ -205,6 +205,14 @@ impl Learner {
         self.params.values().any(|param| param.computed().dtype() == DType::BF16)
     }
 
+    /// Rounds all copies to nearest.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn round_to_nearest(&self) -> Result<()> {
+        self.params.values().try_for_each(|param| param.send(&param.master))
+    }
+
     /// Where the masters are, and the optimizer's moments.
     pub fn master_device(&self) -> &Device {
         self.params.values().next().map_or(self.model.device(), |param| param.master.device())

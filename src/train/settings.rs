@@ -36,8 +36,8 @@ pub struct Settings {
     pub adam_epsilon: f64,
     /// Round the bf16 copies that products compute with up or down by chance, so that on average they are their f32 masters.
     /// Needs `dtype = "bf16"`. Masters are f32 with it or without and lose nothing: what goes is the bias of the copies alone,
-    /// for a noise that changes with each step. Draws follow from the stage's seed, the step and the element. Evaluations in
-    /// training see these copies; whoever reads a checkpoint rounds its weights to nearest, as `ema_decay`'s average is.
+    /// for a noise that changes with each step. Draws follow from the stage's seed, the step and the element. Evaluations
+    /// round to nearest, as whoever reads a checkpoint does.
     pub stochastic_rounding: bool,
     /// Clip the global gradient norm to this; 0 turns clipping off.
     pub max_grad_norm: f64,
