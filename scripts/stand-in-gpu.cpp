@@ -3,7 +3,9 @@
 //
 // Memory is the host's, filled with NaN when it is given out, so that what no kernel wrote shows. Our kernels run as in
 // their tests, by src/ops/cuda/host.h; those of Candle that our ops need are written out below; products are loops. A launch
-// is over when it returns, so nothing that is ordered by streams and events alone is tested.
+// is over when it returns, so the order of two streams on the device is not tested. What the host sees of a stream is late, as it
+// is on a GPU: what is copied to page-locked memory is NaN until someone waits, and page-locked memory that is written or freed
+// before someone waited for its copies ends the program.
 //
 //   STAND_IN_KERNELS      a folder with the kernel files' libraries
 //   STAND_IN_DRIVER       the CUDA release of the driver, 13000 where it is not said; older ones refuse to read the kernels
@@ -253,6 +255,65 @@ CUresult copy(void *to, const void *from, size_t bytes) {
   return CUDA_SUCCESS;
 }
 
+// ---- What the host sees late ----------------------------------------------------------------------------------------
+
+// Page-locked memory, and what is under way there: until a stream is behind a copy, the host's bytes must stay `now`; then they
+// are `then`. A stream is a thread's own.
+struct UnderWay {
+  std::thread::id stream;
+  unsigned long long number;
+  char *at;
+  std::vector<char> now, then;
+};
+std::mutex late;
+std::map<char *, size_t> locked_memory;
+std::vector<UnderWay> under_way;
+unsigned long long numbers = 0;
+
+// What a stream had done when it was recorded.
+struct Mark { std::thread::id stream; unsigned long long number = 0; };
+
+bool is_locked(const void *at) {
+  auto after = locked_memory.upper_bound(static_cast<char *>(const_cast<void *>(at)));
+  return after != locked_memory.begin() && at < std::prev(after)->first + std::prev(after)->second;
+}
+
+void check(const UnderWay &one) {
+  if (!memcmp(one.at, one.now.data(), one.now.size())) return;
+  fprintf(stderr, "stand-in GPU: %zu bytes of page-locked memory were written while a copy of them was under way\n", one.now.size());
+  abort();
+}
+
+// A stream is behind its first `number` copies, or all, and the host has waited for that.
+void behind(std::thread::id stream, unsigned long long number) {
+  auto is_done = [&](UnderWay &one) {
+    if (one.stream != stream || one.number > number) return false;
+    check(one);
+    memcpy(one.at, one.then.data(), one.then.size());
+    return true;
+  };
+  under_way.erase(std::remove_if(under_way.begin(), under_way.end(), is_done), under_way.end());
+}
+
+// Memory that this stream uses next: what itself did there before is done by then.
+void follows(char *at, size_t bytes) {
+  auto is_before = [&](UnderWay &one) {
+    if (at >= one.at + one.now.size() || one.at >= at + bytes) return false;
+    if (one.stream != std::this_thread::get_id()) {
+      fprintf(stderr, "stand-in GPU: a stream uses page-locked memory before it is behind another's copy\n");
+      abort();
+    }
+    check(one);
+    memcpy(one.at, one.then.data(), one.then.size());
+    return true;
+  };
+  under_way.erase(std::remove_if(under_way.begin(), under_way.end(), is_before), under_way.end());
+}
+
+void is_under_way(char *at, std::vector<char> now, std::vector<char> then) {
+  under_way.push_back({std::this_thread::get_id(), ++numbers, at, std::move(now), std::move(then)});
+}
+
 template <typename T> CUresult handle(T *out) {
   *out = reinterpret_cast<T>(malloc(1));
   return CUDA_SUCCESS;
@@ -281,14 +342,43 @@ CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
 static thread_local CUcontext current;
 CUresult cuCtxGetCurrent(CUcontext *context) { return *context = current, CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext context) { return current = context, CUDA_SUCCESS; }
-CUresult cuEventCreate(CUevent *event, unsigned) { return handle(event); }
-CUresult cuEventDestroy_v2(CUevent event) { return free(event), CUDA_SUCCESS; }
-CUresult cuEventRecord(CUevent, CUstream) { return CUDA_SUCCESS; }
-CUresult cuEventSynchronize(CUevent) { return CUDA_SUCCESS; }
-CUresult cuStreamSynchronize(CUstream) { return CUDA_SUCCESS; }
-CUresult cuStreamWaitEvent(CUstream, CUevent, unsigned) { return CUDA_SUCCESS; }
-// On a thread that is none of the program's, as the driver has it.
-CUresult cuLaunchHostFunc(CUstream, CUhostFn call, void *data) { return std::thread(call, data).join(), CUDA_SUCCESS; }
+static Mark *mark(CUevent event) { return reinterpret_cast<Mark *>(event); }
+CUresult cuEventCreate(CUevent *event, unsigned) { return *event = reinterpret_cast<CUevent>(new Mark), CUDA_SUCCESS; }
+CUresult cuEventDestroy_v2(CUevent event) { return delete mark(event), CUDA_SUCCESS; }
+CUresult cuEventRecord(CUevent event, CUstream) {
+  std::lock_guard<std::mutex> lock(late);
+  return *mark(event) = {std::this_thread::get_id(), numbers}, CUDA_SUCCESS;
+}
+CUresult cuEventSynchronize(CUevent event) {
+  std::lock_guard<std::mutex> lock(late);
+  return behind(mark(event)->stream, mark(event)->number), CUDA_SUCCESS;
+}
+// One that was recorded is done as soon as nothing of it is under way: nobody who asks gets there by asking.
+CUresult cuEventQuery(CUevent event) {
+  std::lock_guard<std::mutex> lock(late);
+  for (const UnderWay &one : under_way)
+    if (one.stream == mark(event)->stream && one.number <= mark(event)->number) return CUDA_ERROR_NOT_READY;
+  return CUDA_SUCCESS;
+}
+CUresult cuStreamSynchronize(CUstream) {
+  std::lock_guard<std::mutex> lock(late);
+  return behind(std::this_thread::get_id(), numbers), CUDA_SUCCESS;
+}
+CUresult cuStreamWaitEvent(CUstream, CUevent event, unsigned) {
+  std::lock_guard<std::mutex> lock(late);
+  for (UnderWay &one : under_way)
+    if (one.stream == mark(event)->stream && one.number <= mark(event)->number) one.stream = std::this_thread::get_id();
+  return CUDA_SUCCESS;
+}
+// On a thread that is none of the program's, as the driver has it. By then all copies before it are done.
+CUresult cuLaunchHostFunc(CUstream, CUhostFn call, void *data) {
+  {
+    std::lock_guard<std::mutex> lock(late);
+    for (UnderWay &one : under_way)
+      if (one.stream == std::this_thread::get_id()) check(one), memcpy(one.at, one.then.data(), one.then.size()), one.now = one.then;
+  }
+  return std::thread(call, data).join(), CUDA_SUCCESS;
+}
 CUresult cuStreamDestroy_v2(CUstream) { return CUDA_SUCCESS; }
 CUresult cuStreamIsCapturing(CUstream, CUstreamCaptureStatus *status) {
   return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
@@ -304,14 +394,42 @@ CUresult cuMemFree_v2(CUdeviceptr data) { return take(data); }
 CUresult cuMemFreeAsync(CUdeviceptr data, CUstream) { return take(data); }
 CUresult cuMemHostAlloc(void **out, size_t bytes, unsigned) {
   *out = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+  std::lock_guard<std::mutex> lock(late);
+  if (*out) locked_memory[static_cast<char *>(*out)] = bytes;
   return *out ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
 }
-CUresult cuMemFreeHost(void *data) { return free(data), CUDA_SUCCESS; }
+CUresult cuMemFreeHost(void *data) {
+  std::lock_guard<std::mutex> lock(late);
+  char *at = static_cast<char *>(data);
+  for (const UnderWay &one : under_way)
+    if (one.at >= at && one.at < at + locked_memory[at]) {
+      fprintf(stderr, "stand-in GPU: page-locked memory is freed while a copy of it is under way\n");
+      abort();
+    }
+  locked_memory.erase(at);
+  return free(data), CUDA_SUCCESS;
+}
+// What is not page-locked is read before the call returns, and written before it returns.
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CUstream) {
+  std::lock_guard<std::mutex> lock(late);
+  if (is_locked(from)) {
+    char *at = static_cast<char *>(const_cast<void *>(from));
+    follows(at, bytes);
+    is_under_way(at, {at, at + bytes}, {at, at + bytes});
+  }
   return copy(reinterpret_cast<void *>(to), from, bytes);
 }
 CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream) {
-  return copy(to, reinterpret_cast<void *>(from), bytes);
+  std::lock_guard<std::mutex> lock(late);
+  if (!is_locked(to)) {
+    behind(std::this_thread::get_id(), numbers);
+    return copy(to, reinterpret_cast<void *>(from), bytes);
+  }
+  char *at = static_cast<char *>(to), *source = reinterpret_cast<char *>(from);
+  follows(at, bytes);
+  memset(at, 0xff, bytes);
+  is_under_way(at, std::vector<char>(bytes, char(0xff)), {source, source + bytes});
+  return CUDA_SUCCESS;
 }
 CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream) {
   return copy(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes);

@@ -428,8 +428,10 @@ impl OnDevice {
         inputs.extend(self.stats.as_ref().map(|stats| stats.slice(..)));
         let compute = move |inputs: &[&[f32]]| {
             let slopes = weigh(&placed(&rows, inputs[0], inputs.get(1).copied()));
-            let of = |&(target, _): &(usize, u32)| slopes.get(target).copied().unwrap_or(f32::NAN);
-            rows.order.iter().map(of).collect()
+            if slopes.len() != rows.order.len() {
+                return Vec::new();
+            }
+            rows.order.iter().map(|&(target, _)| slopes[target]).collect()
         };
         launch::by_host::by_host(device, &inputs, self.logps.len(), Box::new(compute))
     }

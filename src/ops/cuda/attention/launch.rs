@@ -80,7 +80,7 @@ pub(in crate::ops::cuda) fn aligned(x: &Tensor) -> Result<Tensor> {
 /// The driver's.
 pub(crate) fn stage(plan: &AttentionPlan, share: usize, device: &CudaDevice) -> Result<()> {
     let lists = Prepared::new(plan, share, device)?;
-    *plan.on_device.lock() = State::Sendable(lists);
+    *plan.on_device.lock() = State::Sendable(Box::new(lists));
     Ok(())
 }
 
@@ -98,7 +98,7 @@ impl Kept {
 enum State {
     #[default]
     Not,
-    Sendable(Prepared),
+    Sendable(Box<Prepared>),
     There(Arc<Uploaded>),
 }
 

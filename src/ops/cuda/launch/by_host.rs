@@ -4,10 +4,10 @@ use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, HostSlice, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, sys};
 use candle_core::{CudaDevice, Result, Tensor};
 
-use super::host::{Lent, part};
+use super::host::Lent;
 use super::{cuda, tensor, together, view};
 
 /// Makes numbers of what came from the device: of each input its numbers.
@@ -25,7 +25,7 @@ struct Job {
 unsafe extern "C" fn run(job: *mut c_void) {
     // SAFETY: made of a box by `by_host`, and called once.
     let Job { inputs, output: (to, room), compute } = *unsafe { Box::from_raw(job.cast::<Job>()) };
-    // SAFETY: page-locked memory of so many elements, which this stream alone uses until the events behind this call.
+    // SAFETY: page-locked memory of so many elements, which this stream alone uses until it is behind this call.
     let (inputs, output) = unsafe {
         let inputs: Vec<&[f32]> =
             inputs.iter().map(|&(at, len)| std::slice::from_raw_parts(at, len)).collect();
@@ -46,38 +46,29 @@ pub(in crate::ops::cuda) fn by_host(
 ) -> Result<CudaSlice<f32>> {
     let stream = device.cuda_stream();
     let mut came = Vec::with_capacity(inputs.len());
+    let mut places = Vec::with_capacity(inputs.len());
     for input in inputs {
         let mut memory = Lent::new(device, input.len())?;
-        stream.memcpy_dtoh(input, &mut part(memory.memory()?, input.len())?).w()?;
-        came.push((memory, input.len()));
+        memory.memory()?.fetch(input, &stream)?;
+        places.push((memory.memory()?.place(&stream)?.cast_const(), input.len()));
+        came.push(memory);
     }
     let mut output = Lent::<f32>::new(device, len)?;
-    {
-        // Until these go, at the end of the block, the memory counts as used by the stream.
-        let mut used = Vec::with_capacity(came.len() + 1);
-        let mut places = Vec::with_capacity(came.len());
-        for (memory, count) in &mut came {
-            // SAFETY: read by this stream's call alone.
-            let (numbers, guard) = unsafe { memory.memory()?.stream_synced_slice(&stream) };
-            places.push((numbers.as_ptr(), *count));
-            used.push(guard);
-        }
-        // SAFETY: written by this stream's call alone.
-        let (numbers, guard) = unsafe { output.memory()?.stream_synced_mut_slice(&stream) };
-        used.push(guard);
-        let job = Job { inputs: places, output: (numbers.as_mut_ptr(), len), compute };
-        let job = Box::into_raw(Box::new(job));
-        // SAFETY: `run` takes what the pointer is of; the memory outlives it, as its events are recorded behind it.
-        let launched = unsafe { sys::cuLaunchHostFunc(stream.cu_stream(), Some(run), job.cast()) };
-        if let Err(error) = launched.result() {
-            // SAFETY: nobody else will take it.
-            drop(unsafe { Box::from_raw(job) });
-            return Err(error).w();
-        }
+    let place = output.memory()?.place(&stream)?;
+    let job = Box::into_raw(Box::new(Job { inputs: places, output: (place, len), compute }));
+    // SAFETY: `run` takes what the pointer is of; the memory is in use until the stream is behind it, as is noted below.
+    let launched = unsafe { sys::cuLaunchHostFunc(stream.cu_stream(), Some(run), job.cast()) };
+    if let Err(error) = launched.result() {
+        // SAFETY: nobody else will take it.
+        drop(unsafe { Box::from_raw(job) });
+        return Err(error).w();
+    }
+    for memory in came.iter_mut().chain([&mut output]) {
+        memory.memory()?.in_use(&stream)?;
     }
     // SAFETY: written whole by the copy.
     let mut there = unsafe { device.alloc::<f32>(len) }?;
-    stream.memcpy_htod(&part(output.memory()?, len)?, &mut there).w()?;
+    output.memory()?.send(&mut there, &stream)?;
     Ok(there)
 }
 

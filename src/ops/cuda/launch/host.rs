@@ -1,13 +1,16 @@
 //! Memory of the host that the device copies to and from while both do other work: page-locked, on Candle's stream.
 //!
-//! A copy on the stream is in the order of the launches, so nothing here waits but who reads what came. All copies have to
-//! be made by the thread that launches: Candle's stream is that thread's own. What is to be copied any thread may write.
+//! A copy on the stream is in the order of the launches, so nothing here waits but who reads what came, or writes anew what went.
+//! All copies have to be made by the thread that launches: Candle's stream is that thread's own. What is to be copied any
+//! thread may write.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaStream, DeviceRepr, HostSlice, PinnedHostSlice, SyncOnDrop, ValidAsZeroBits,
+    CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, HostSlice,
+    PinnedHostSlice, SyncOnDrop, ValidAsZeroBits,
 };
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, Device, Result, Shape, Tensor, bail};
@@ -20,23 +23,95 @@ const PIECE: usize = 8 << 20;
 /// Written and read by the host alike: no flag of the driver's.
 const PLAIN: u32 = 0;
 
-/// Page-locked memory, zeroed, so that nobody reads what was never written.
-fn locked<E: DeviceRepr + ValidAsZeroBits>(
-    device: &CudaDevice,
-    len: usize,
-) -> Result<PinnedHostSlice<E>> {
-    let stream = device.cuda_stream();
-    // SAFETY: written whole below, before anybody reads it.
-    let mut memory =
-        unsafe { stream.context().alloc_pinned_with_flags::<E>(len.max(1), PLAIN) }.w()?;
-    let start = memory.as_mut_ptr().w()?;
-    // SAFETY: the allocation holds so many elements, for which zero bits are a value.
-    unsafe { std::ptr::write_bytes(start, 0, len.max(1)) };
-    Ok(memory)
+/// Page-locked memory, and what tells when the stream that used it last is done with it.
+///
+/// That is an event of its own: the driver crate's memory has one too, but records it only where a program makes streams, and
+/// Candle's is one that is there anyway.
+pub(crate) struct Locked<E> {
+    memory: PinnedHostSlice<E>,
+    used: CudaEvent,
+}
+
+impl<E: DeviceRepr + ValidAsZeroBits> Locked<E> {
+    /// Zeroed, so that nobody reads what was never written.
+    fn new(device: &CudaDevice, len: usize) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        let used = context.new_event(Some(CU_EVENT_BLOCKING_SYNC)).w()?;
+        // SAFETY: written whole below, before anybody reads it.
+        let memory = unsafe { context.alloc_pinned_with_flags::<E>(len.max(1), PLAIN) }.w()?;
+        let mut locked = Self { memory, used };
+        let start = locked.memory.as_mut_ptr().w()?;
+        // SAFETY: the allocation holds so many elements, for which zero bits are a value.
+        unsafe { std::ptr::write_bytes(start, 0, len.max(1)) };
+        Ok(locked)
+    }
+
+    /// Its elements, once the stream is done with them.
+    fn numbers(&self) -> Result<&[E]> {
+        self.used.synchronize().w()?;
+        self.memory.as_slice().w()
+    }
+
+    /// The same to write.
+    fn numbers_mut(&mut self) -> Result<&mut [E]> {
+        self.used.synchronize().w()?;
+        self.memory.as_mut_slice().w()
+    }
+
+    /// Fills the beginning with what lies on the device, when `stream` gets there.
+    pub(super) fn fetch(
+        &mut self,
+        from: &impl DevicePtr<E>,
+        stream: &Arc<CudaStream>,
+    ) -> Result<()> {
+        stream.wait(&self.used).w()?;
+        let len = from.len();
+        let copied = stream.memcpy_dtoh(from, &mut part(&mut self.memory, len)?).w();
+        copied.and(self.in_use(stream))
+    }
+
+    /// Sends the beginning, as much as there is room for, when `stream` gets there.
+    pub(super) fn send(
+        &mut self,
+        to: &mut impl DevicePtrMut<E>,
+        stream: &Arc<CudaStream>,
+    ) -> Result<()> {
+        stream.wait(&self.used).w()?;
+        let len = to.len();
+        let copied = stream.memcpy_htod(&part(&mut self.memory, len)?, to).w();
+        copied.and(self.in_use(stream))
+    }
+
+    /// Where it lies, for what `stream` does next; [`in_use`](Self::in_use) has to follow that.
+    pub(super) fn place(&mut self, stream: &Arc<CudaStream>) -> Result<*mut E> {
+        stream.wait(&self.used).w()?;
+        // SAFETY: the address alone is taken.
+        let (numbers, _) = unsafe { self.memory.stream_synced_mut_slice(stream) };
+        Ok(numbers.as_mut_ptr())
+    }
+
+    /// Notes that all that was asked of `stream` until now may use it. Where that cannot be noted, it waits.
+    pub(super) fn in_use(&self, stream: &Arc<CudaStream>) -> Result<()> {
+        self.used.record(stream).or_else(|_| stream.synchronize()).w()
+    }
+}
+
+impl<E> Locked<E> {
+    fn len(&self) -> usize {
+        self.memory.len()
+    }
+}
+
+impl<E> Drop for Locked<E> {
+    fn drop(&mut self) {
+        // Else the device could write to what is someone else's by then. An error is one of the device, which others find too.
+        let _ = self.used.synchronize();
+    }
 }
 
 /// The first elements of page-locked memory.
-pub(super) struct Part<'a, E> {
+struct Part<'a, E> {
     whole: &'a mut PinnedHostSlice<E>,
     len: usize,
 }
@@ -65,7 +140,7 @@ impl<E> HostSlice<E> for Part<'_, E> {
     }
 }
 
-pub(super) fn part<E>(whole: &mut PinnedHostSlice<E>, len: usize) -> Result<Part<'_, E>> {
+fn part<E>(whole: &mut PinnedHostSlice<E>, len: usize) -> Result<Part<'_, E>> {
     if len > whole.len() {
         bail!("a part of {len} elements of page-locked memory of {}", whole.len());
     }
@@ -75,33 +150,33 @@ pub(super) fn part<E>(whole: &mut PinnedHostSlice<E>, len: usize) -> Result<Part
 /// Brings gradients to the host and weights back, piece by piece, two of each under way.
 pub(crate) struct Pipe {
     device: CudaDevice,
-    down: [PinnedHostSlice<f32>; 2],
+    down: [Locked<f32>; 2],
     up: Up,
 }
 
 /// Where weights wait for the device, of each type once it is needed.
 #[derive(Default)]
 struct Up {
-    f32: Option<[PinnedHostSlice<f32>; 2]>,
-    bf16: Option<[PinnedHostSlice<bf16>; 2]>,
+    f32: Option<[Locked<f32>; 2]>,
+    bf16: Option<[Locked<bf16>; 2]>,
 }
 
 /// Types of weights.
 pub(crate) trait Weight: Number + ValidAsZeroBits {
     #[expect(private_interfaces, reason = "nobody else has such memory")]
-    fn of(up: &mut Up) -> &mut Option<[PinnedHostSlice<Self>; 2]>;
+    fn of(up: &mut Up) -> &mut Option<[Locked<Self>; 2]>;
 }
 
 impl Weight for f32 {
     #[expect(private_interfaces, reason = "nobody else has such memory")]
-    fn of(up: &mut Up) -> &mut Option<[PinnedHostSlice<Self>; 2]> {
+    fn of(up: &mut Up) -> &mut Option<[Locked<Self>; 2]> {
         &mut up.f32
     }
 }
 
 impl Weight for bf16 {
     #[expect(private_interfaces, reason = "nobody else has such memory")]
-    fn of(up: &mut Up) -> &mut Option<[PinnedHostSlice<Self>; 2]> {
+    fn of(up: &mut Up) -> &mut Option<[Locked<Self>; 2]> {
         &mut up.bf16
     }
 }
@@ -116,7 +191,7 @@ impl Pipe {
     /// Page-locks its memory.
     pub(crate) fn new(device: &Device) -> Result<Self> {
         let device = device.as_cuda_device()?.clone();
-        let down = [locked(&device, PIECE)?, locked(&device, PIECE)?];
+        let down = [Locked::new(&device, PIECE)?, Locked::new(&device, PIECE)?];
         Ok(Self { down, up: Up::default(), device })
     }
 
@@ -139,15 +214,14 @@ impl Pipe {
         let Self { device, down, up } = self;
         let up = match E::of(up) {
             Some(up) => up,
-            none => none.insert([locked(device, PIECE)?, locked(device, PIECE)?]),
+            none => none.insert([Locked::new(device, PIECE)?, Locked::new(device, PIECE)?]),
         };
         let grad = grad.contiguous()?;
         let (grad, layout) = grad.storage_and_layout();
         let grad = view::<f32>(cuda(&grad)?, layout)?;
         let stream = device.cuda_stream();
-        let fetch = |down: &mut PinnedHostSlice<f32>, piece: &Range<usize>| -> Result<()> {
-            let mut down = part(down, piece.len())?;
-            stream.memcpy_dtoh(&grad.slice(piece.clone()), &mut down).w()
+        let fetch = |down: &mut Locked<f32>, piece: &Range<usize>| {
+            down.fetch(&grad.slice(piece.clone()), &stream)
         };
         let pieces: Vec<Range<usize>> =
             (0..count).step_by(PIECE).map(|at| at..(at + PIECE).min(count)).collect();
@@ -162,10 +236,9 @@ impl Pipe {
                 }
                 let (down, up) = (&down[turn % 2], &mut up[turn % 2]);
                 // Each waits for the copy that used it last.
-                let (from, to) = (down.as_slice().w()?, up.as_mut_slice().w()?);
+                let (from, to) = (down.numbers()?, up.numbers_mut()?);
                 act(piece.clone(), &from[..piece.len()], &mut to[..piece.len()]);
-                let up = part(up, piece.len())?;
-                stream.memcpy_htod(&up, &mut weight.slice_mut(piece.clone())).w()?;
+                up.send(&mut weight.slice_mut(piece.clone()), &stream)?;
             }
             Ok(())
         })
@@ -175,41 +248,48 @@ impl Pipe {
 /// Types of what waits.
 pub(crate) trait Spare: Copy + CudaDType + DeviceRepr + ValidAsZeroBits + 'static {
     /// Page-locked memory that nobody uses: to lock it takes longer than to fill it.
-    fn spare() -> &'static Mutex<Vec<PinnedHostSlice<Self>>>;
+    fn spare() -> &'static Mutex<Vec<Locked<Self>>>;
 }
 
 impl Spare for f32 {
-    fn spare() -> &'static Mutex<Vec<PinnedHostSlice<Self>>> {
-        static SPARE: Mutex<Vec<PinnedHostSlice<f32>>> = Mutex::new(Vec::new());
+    fn spare() -> &'static Mutex<Vec<Locked<Self>>> {
+        static SPARE: Mutex<Vec<Locked<f32>>> = Mutex::new(Vec::new());
         &SPARE
     }
 }
 
 impl Spare for u32 {
-    fn spare() -> &'static Mutex<Vec<PinnedHostSlice<Self>>> {
-        static SPARE: Mutex<Vec<PinnedHostSlice<u32>>> = Mutex::new(Vec::new());
+    fn spare() -> &'static Mutex<Vec<Locked<Self>>> {
+        static SPARE: Mutex<Vec<Locked<u32>>> = Mutex::new(Vec::new());
         &SPARE
     }
 }
 
 /// Page-locked memory that others use afterwards.
-pub(super) struct Lent<E: Spare>(Option<PinnedHostSlice<E>>);
+pub(super) struct Lent<E: Spare>(Option<Locked<E>>);
 
 impl<E: Spare> Lent<E> {
-    /// The smallest that is large enough; where none is, a new one in the place of the largest.
+    /// The smallest that is large enough and that no stream uses any more; where none is, a new one, in the place of the
+    /// largest that is free.
     pub(super) fn new(device: &CudaDevice, len: usize) -> Result<Self> {
-        let mut spare = E::spare().lock().unwrap_or_else(PoisonError::into_inner);
-        let stream = device.cuda_stream();
-        spare.retain(|one| one.context() == stream.context());
-        spare.sort_by_key(PinnedHostSlice::len);
-        if let Some(index) = spare.iter().position(|one| one.len() >= len) {
-            return Ok(Self(Some(spare.remove(index))));
-        }
-        drop(spare.pop());
-        Ok(Self(Some(locked(device, len)?)))
+        let too_small = {
+            let mut spare = E::spare().lock().unwrap_or_else(PoisonError::into_inner);
+            let stream = device.cuda_stream();
+            spare.retain(|one| one.memory.context() == stream.context());
+            spare.sort_by_key(Locked::len);
+            let free = |one: &Locked<E>| one.used.is_complete();
+            if let Some(index) = spare.iter().position(|one| one.len() >= len && free(one)) {
+                return Ok(Self(Some(spare.remove(index))));
+            }
+            let largest = spare.iter().rposition(|one| one.len() < len && free(one));
+            largest.map(|index| spare.remove(index))
+        };
+        // To lock memory, and to let it go, takes long: others need not wait for that.
+        drop(too_small);
+        Ok(Self(Some(Locked::new(device, len)?)))
     }
 
-    pub(super) fn memory(&mut self) -> Result<&mut PinnedHostSlice<E>> {
+    pub(super) fn memory(&mut self) -> Result<&mut Locked<E>> {
         match &mut self.0 {
             Some(memory) => Ok(memory),
             None => bail!("page-locked memory was given back"),
@@ -241,7 +321,7 @@ impl<E: Spare> Sendable<E> {
     /// Copies them into page-locked memory, once what was sent from there last has arrived.
     pub(crate) fn new(device: &CudaDevice, numbers: &[E]) -> Result<Self> {
         let (mut memory, len) = (Lent::new(device, numbers.len())?, numbers.len());
-        memory.memory()?.as_mut_slice().w()?[..len].copy_from_slice(numbers);
+        memory.memory()?.numbers_mut()?[..len].copy_from_slice(numbers);
         Ok(Self { memory, len })
     }
 
@@ -249,8 +329,7 @@ impl<E: Spare> Sendable<E> {
     pub(crate) fn send(mut self, device: &CudaDevice) -> Result<CudaSlice<E>> {
         // SAFETY: written whole by the copy.
         let mut there = unsafe { device.alloc::<E>(self.len) }?;
-        let memory = self.memory.memory()?;
-        device.cuda_stream().memcpy_htod(&part(memory, self.len)?, &mut there).w()?;
+        self.memory.memory()?.send(&mut there, &device.cuda_stream())?;
         Ok(there)
     }
 }
@@ -277,7 +356,7 @@ impl Waiting {
         let (x, layout) = x.storage_and_layout();
         let x = view::<f32>(cuda(&x)?, layout)?;
         let mut memory = Lent::new(&device, x.len())?;
-        device.cuda_stream().memcpy_dtoh(&x, &mut part(memory.memory()?, x.len())?).w()?;
+        memory.memory()?.fetch(&x, &device.cuda_stream())?;
         Ok(Self { device, shape, memory })
     }
 
@@ -286,10 +365,7 @@ impl Waiting {
         let count = self.shape.elem_count();
         // SAFETY: written whole by the copy.
         let mut back = unsafe { self.device.alloc::<f32>(count) }?;
-        self.device
-            .cuda_stream()
-            .memcpy_htod(&part(self.memory.memory()?, count)?, &mut back)
-            .w()?;
+        self.memory.memory()?.send(&mut back, &self.device.cuda_stream())?;
         Ok(tensor(&self.device, back, self.shape.clone()))
     }
 }
