@@ -163,7 +163,8 @@ impl Way {
             Task::Reward => Box::new(Reward::default()),
             Task::Dpo => Box::new(Preference { reference, ..Preference::default() }),
             Task::Weighed => {
-                let losses = vec![(PreferenceLoss::NcaPair, 1.0), (PreferenceLoss::Bco, 0.5)];
+                use PreferenceLoss::{Aot, Bco, NcaPair};
+                let losses = vec![(NcaPair, 1.0), (Bco, 0.5), (Aot, 0.5)];
                 let base = Preference::default();
                 Box::new(Preference { losses, weighting: true, reference, ..base })
             }

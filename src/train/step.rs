@@ -197,7 +197,7 @@ pub fn evaluate(
         // Statistics are over all examples at once.
         let forests: Vec<Forest> = packed(examples, max_tokens).collect::<Result<_>>()?;
         let read = |forest: &Forest| {
-            weighing::values(model, objective.readout(), (forest, &model.hidden(forest)?))
+            weighing::readings(model, objective, (forest, &model.hidden(forest)?))
         };
         totals(objective, &forests, &read)?
     } else {
@@ -211,7 +211,7 @@ pub fn evaluate(
     for forest in packed(examples, max_tokens) {
         let forest = forest?;
         let hidden = model.hidden(&forest)?;
-        let readings = weighing::readings(model, objective, (&forest, &hidden))?;
+        let readings = weighing::readings(model, objective, (&forest, &hidden))?.wait()?;
         seen.extend(objective.observe(&forest, &readings.logps));
         sums.add(weigh(objective, &forest, &readings, &totals)?, &forest);
     }
@@ -235,12 +235,11 @@ pub(super) fn read_as_trained(
     options: StepOptions,
 ) -> Result<Pending> {
     let MicroBatch { forest, layout } = part;
-    let readout = objective.readout();
     if options.noise.is_none() && options.dropout.is_none() {
-        return weighing::values(model, readout, (forest, &model.hidden_in(forest, layout)?));
+        return weighing::readings(model, objective, (forest, &model.hidden_in(forest, layout)?));
     }
     let options = StepOptions { recompute: Recompute::Block, activation_offload: false, ..options };
-    weighing::values(model, readout, (forest, &trace(model, part, options)?.hidden))
+    weighing::readings(model, objective, (forest, &trace(model, part, options)?.hidden))
 }
 
 /// How much each term of an objective has to weigh, over any number of micro-batches.

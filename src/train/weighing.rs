@@ -28,20 +28,20 @@ pub(super) fn values(
     }
 }
 
-/// The same with what the objective or the log needs of each row.
+/// The same with what the objective or the log needs of each row: by the very kernel that a step's own pass reads with, as a
+/// coupled objective looks its values up among them.
 pub(super) fn readings(
     model: &Transformer,
     objective: &dyn Objective,
     (forest, hidden): (&Forest, &Tensor),
-) -> Result<Readings> {
-    let readings = match objective.readout() {
+) -> Result<Pending> {
+    match objective.readout() {
         Readout::Logps => {
             let rows = wants_rows(model, objective);
-            head::reading(hidden, model.head(), &forest.targets, rows)?
+            Ok(head::reading(hidden, model.head(), &forest.targets, rows)?)
         }
-        Readout::Scores => values(model, Readout::Scores, (forest, hidden))?,
-    };
-    Ok(readings.wait()?)
+        Readout::Scores => values(model, Readout::Scores, (forest, hidden)),
+    }
 }
 
 /// Rows cost the CPU two or three parts in a hundred of the head, half a part of a step, and a GPU's kernel no more memory
