@@ -221,6 +221,7 @@ struct Function {
   Entry entry = nullptr;
   void *library = nullptr;
   const Kernel *candles = nullptr;
+  size_t shared = 48 << 10;  // the most that a launch may ask for, until someone asks for more
 };
 
 std::mutex one_at_a_time;
@@ -388,10 +389,17 @@ CUresult cuMemGetInfo_v2(size_t *free, size_t *total) {
   *free = *total - taken;
   return CUDA_SUCCESS;
 }
+// No pool: what is freed is the host's again.
+CUresult cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice) { return *pool = nullptr, CUDA_SUCCESS; }
+CUresult cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute, void *) { return CUDA_SUCCESS; }
+CUresult cuMemPoolGetAttribute(CUmemoryPool, CUmemPool_attribute, void *value) {
+  return *static_cast<uint64_t *>(value) = 0, CUDA_SUCCESS;
+}
 CUresult cuMemAlloc_v2(CUdeviceptr *out, size_t bytes) { return give(out, bytes); }
 CUresult cuMemAllocAsync(CUdeviceptr *out, size_t bytes, CUstream) { return give(out, bytes); }
-CUresult cuMemFree_v2(CUdeviceptr data) { return take(data); }
-CUresult cuMemFreeAsync(CUdeviceptr data, CUstream) { return take(data); }
+// The streams of threads are theirs of a context.
+CUresult cuMemFree_v2(CUdeviceptr data) { return current ? take(data) : CUDA_ERROR_INVALID_CONTEXT; }
+CUresult cuMemFreeAsync(CUdeviceptr data, CUstream) { return cuMemFree_v2(data); }
 CUresult cuMemHostAlloc(void **out, size_t bytes, unsigned) {
   *out = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
   std::lock_guard<std::mutex> lock(late);
@@ -465,13 +473,21 @@ CUresult cuModuleGetFunction(CUfunction *out, CUmodule module, const char *name)
 CUresult cuModuleLoad(CUmodule *, const char *) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuMemcpyPeerAsync(CUdeviceptr, CUcontext, CUdeviceptr, CUcontext, size_t, CUstream) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuCtxDestroy_v2(CUcontext) { return CUDA_SUCCESS; }
-CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) {
+  if (which == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) reinterpret_cast<Function *>(function)->shared = value;
+  return CUDA_SUCCESS;
+}
 CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned x, unsigned y, unsigned z,
                         unsigned shared, CUstream, void **arguments, void **) {
   std::lock_guard<std::mutex> lock(one_at_a_time);
   const Function &known = *reinterpret_cast<Function *>(function);
   if (const char *log = getenv("STAND_IN_LOG"))
     if (FILE *file = fopen(log, "a")) fprintf(file, "%s\n", known.name.c_str()), fclose(file);
+  if (shared > known.shared) {
+    fprintf(stderr, "stand-in GPU: %s: %u bytes of shared memory, and none beyond %zu were asked for\n", known.name.c_str(), shared,
+            known.shared);
+    return CUDA_ERROR_INVALID_VALUE;
+  }
   if (known.candles) return (*known.candles)(arguments), CUDA_SUCCESS;
   if (!known.entry) {
     fprintf(stderr, "stand-in GPU: kernel %s is not known here\n", known.name.c_str());

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use candle_core::Device;
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::output;
 use crate::error::{Error, Result};
@@ -42,15 +42,22 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
         output::line(&told);
     }
     let mut checked = if args.check { check::run(&device)? } else { Vec::new() };
+    // What was found is told whatever comes after it: a device that has once made a mistake fails in all that follows.
     if let Some(folder) = &args.goldens {
-        checked.extend(device_goldens::run(&device, folder)?);
+        let found = device_goldens::run(&device, folder).map_err(candle_core::Error::wrap);
+        checked.extend(found.unwrap_or_else(|error| vec![Checked::failed("models", &error)]));
     }
     if args.json {
-        let mut all = json!({"device": about, "checked": checked});
+        let mut all = json!({"device": about});
+        let mut keep = |what: &str, found: candle_core::Result<Value>| match found {
+            Ok(found) => all[what] = found,
+            Err(error) => checked.push(Checked::failed(what, &error)),
+        };
         if args.check {
-            all["peak"] = json!(check::peak(&device)?);
-            all["rates"] = json!(device_rates::run(&device)?);
+            keep("peak", check::peak(&device).map(|peak| json!(peak)));
+            keep("rates", device_rates::run(&device).map(|rates| json!(rates)));
         }
+        all["checked"] = json!(checked);
         output::line(&all.to_string());
     } else {
         for one in &checked {

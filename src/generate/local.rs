@@ -347,6 +347,13 @@ impl LocalModel {
 }
 
 impl Teacher for LocalModel {
+    fn on_gpu(&self) -> bool {
+        match &self.backend {
+            Backend::Plain(decoder) => decoder.device().is_cuda(),
+            Backend::Cpu(_) | Backend::Bf16(_) => false,
+        }
+    }
+
     fn answer(
         &self,
         asked: &[Asked],

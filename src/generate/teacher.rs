@@ -60,6 +60,11 @@ pub trait Teacher: Send + Sync {
         sampling: &Sampling,
         done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
     ) -> Result<()>;
+
+    /// Whether it computes on a GPU: nothing there orders what two threads launch, so one thread has to do all of it.
+    fn on_gpu(&self) -> bool {
+        false
+    }
 }
 
 /// A teacher as a recipe names it: text is a checkpoint that runs in this process, a table a server.

@@ -69,18 +69,24 @@ pub(super) fn read_tensors(
     names: &[&str],
     device: &Device,
 ) -> Result<Weights> {
-    let read: Result<Vec<(String, Tensor)>> = names
-        .par_iter()
-        .map(|name| {
-            let place = || format!("{}: tensor `{name}`", path.display());
-            let view = tensors.tensor(name).map_err(Error::from).at(place())?;
-            let values = to_f32(view.dtype(), view.data()).at(place())?;
-            check_finite(&values).at(place())?;
-            let tensor = Tensor::from_vec(values, view.shape(), device).at(place())?;
-            Ok(((*name).to_owned(), tensor))
-        })
-        .collect();
-    Ok(read?.into_iter().collect())
+    let read = |name: &&str| -> Result<(String, Tensor)> {
+        let place = || format!("{}: tensor `{name}`", path.display());
+        let view = tensors.tensor(name).map_err(Error::from).at(place())?;
+        let values = to_f32(view.dtype(), view.data()).at(place())?;
+        check_finite(&values).at(place())?;
+        Ok(((*name).to_owned(), Tensor::from_vec(values, view.shape(), &Device::Cpu).at(place())?))
+    };
+    // Whoever computes with them sends them: on a GPU each thread has a stream of its own. A few at a time, as the host needs
+    // room for what waits.
+    let at_once = if device.is_cpu() { names.len() } else { rayon::current_num_threads() };
+    let mut weights = Weights::default();
+    for names in names.chunks(at_once.max(1)) {
+        for (name, tensor) in names.par_iter().map(read).collect::<Result<Vec<_>>>()? {
+            let tensor = tensor.to_device(device)?;
+            weights.insert(name, tensor);
+        }
+    }
+    Ok(weights)
 }
 
 /// Reads every tensor of a safetensors file as f32, `name -> tensor`.

@@ -272,6 +272,10 @@ impl Scorer for Judge {
     fn waits(&self) -> bool {
         self.waits
     }
+
+    fn on_gpu(&self) -> bool {
+        self.teacher.on_gpu()
+    }
 }
 
 /// The question with answers, as the judge reads them.

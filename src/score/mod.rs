@@ -340,6 +340,11 @@ pub trait Scorer: Send + Sync {
     fn is_light(&self) -> bool {
         false
     }
+
+    /// As of a [`Teacher`](crate::generate::teacher::Teacher): one thread has to do all that computes on a GPU.
+    fn on_gpu(&self) -> bool {
+        false
+    }
 }
 
 /// All judges of a stage.
@@ -440,9 +445,10 @@ impl Panel {
         self.judges.iter().all(|judge| judge.scorer.is_light())
     }
 
-    /// Whether a judge mostly waits for somebody else.
+    /// Whether a judge mostly waits for somebody else, and other threads may ask all of them.
     pub fn waits(&self) -> bool {
-        self.judges.iter().any(|judge| judge.scorer.waits())
+        let any = |is: fn(&dyn Scorer) -> bool| self.judges.iter().any(|judge| is(&*judge.scorer));
+        any(|scorer| scorer.waits()) && !any(|scorer| scorer.on_gpu())
     }
 
     /// Every judge's word on every answer. `tokens` are the answers' lengths.

@@ -279,6 +279,10 @@ impl Scorer for RewardModel {
     fn verifies(&self) -> bool {
         false
     }
+
+    fn on_gpu(&self) -> bool {
+        self.model.device().is_cuda()
+    }
 }
 
 #[cfg(test)]

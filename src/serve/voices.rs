@@ -15,6 +15,7 @@ use crate::error::{Context, Error, Result};
 use crate::generate::adaptation::Adaptation;
 use crate::model::Weights;
 use crate::model::lora::peft;
+use crate::ops::cuda::device;
 use crate::store::sha256_path;
 
 /// What a request's `model` names.
@@ -41,6 +42,13 @@ pub(super) struct Base {
     pub(super) weights: Weights,
     /// What [`peft::fingerprint`] said of the weights as they were loaded.
     pub(super) fingerprint: String,
+}
+
+impl Base {
+    /// Where the weights lie, if there are any.
+    fn device(&self) -> Option<&Device> {
+        self.weights.values().next().map(Tensor::device)
+    }
 }
 
 /// The adapters that are loaded, in the order in which they came.
@@ -96,6 +104,10 @@ impl Voices {
             let known: Vec<String> = all.iter().map(|voice| voice.name.clone()).collect();
             return Err(Problem::no_model(name, &known).on("lora_name"));
         };
+        // What it holds of a GPU may be freed here.
+        if let Some(home) = self.base.as_ref().and_then(Base::device) {
+            let _ = device::bind(home);
+        }
         all.remove(place);
         Ok(())
     }
@@ -185,8 +197,9 @@ impl Served {
                 .hint("start the server with --allow-runtime-lora-updating"));
         };
         // Whatever is wrong with the directory, whoever named it can mend it.
-        let device = base.weights.values().next().map_or(&Device::Cpu, Tensor::device);
-        let saved = peft::read(path, device).map_err(Error::as_usage)?;
+        let home = base.device().unwrap_or(&Device::Cpu);
+        device::bind(home)?;
+        let saved = peft::read(path, home).map_err(Error::as_usage)?;
         saved.check_base(&base.fingerprint).map_err(Error::as_usage)?;
         let adaptation = self.model.adaptation(&saved, &base.weights).map_err(Error::as_usage)?;
         let tokenizer = ChatTokenizer::in_dir(path).map_err(Error::as_usage)?;
@@ -196,7 +209,7 @@ impl Served {
             ));
         }
         // Whoever loads is not who computes, and on a GPU each has a stream of its own.
-        device.synchronize()?;
+        home.synchronize()?;
         let path = path.display().to_string();
         Ok(Loaded { adaptation, tokenizer, path, created: now() })
     }

@@ -40,7 +40,7 @@ pub struct Checked {
 
 impl Checked {
     /// An op that the device did not finish.
-    fn failed(op: &str, error: &candle_core::Error) -> Self {
+    pub fn failed(op: &str, error: &candle_core::Error) -> Self {
         let what = format!("failed: {error}");
         Self { op: op.to_owned(), dtype: "–", what, error: f64::NAN, bound: 0.0 }
     }

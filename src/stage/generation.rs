@@ -87,6 +87,13 @@ impl Someone<'_> {
 }
 
 impl Teacher for Someone<'_> {
+    fn on_gpu(&self) -> bool {
+        match self {
+            Self::Here(model) => model.on_gpu(),
+            Self::There(_) => false,
+        }
+    }
+
     fn answer(
         &self,
         asked: &[Asked],

@@ -7,6 +7,8 @@ use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError};
 use serde::Serialize;
 
+#[cfg(feature = "cuda")]
+use super::pool;
 use crate::error::{Error, Result};
 
 /// What a driver that cannot read the kernels is told.
@@ -30,7 +32,23 @@ pub fn open(index: usize) -> Result<Device> {
     let context = CudaContext::new(index).map_err(said)?;
     let capability = context.compute_capability().map_err(said)?;
     check_capability(capability, &context.name().map_err(said)?)?;
+    // A driver that has no such pools is none the worse.
+    let _ = pool::keep(&context);
     Device::new_cuda(index).map_err(|error| explain(&error.to_string()))
+}
+
+/// Lets this thread free what lies on a GPU: only one that has a context of its own may.
+///
+/// # Errors
+/// The driver's.
+pub fn bind(device: &Device) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        let bound = device.cuda_stream().context().bind_to_thread();
+        return bound.map_err(|error| explain(&error.to_string()));
+    }
+    let _ = device;
+    Ok(())
 }
 
 /// What `doctor` and reports say of a GPU.
@@ -68,10 +86,11 @@ pub fn facts(device: &Device) -> Result<Option<Facts>> {
     let context = stream.context();
     let said = |error: DriverError| explain(&error.to_string());
     let (free, total) = context.mem_get_info().map_err(said)?;
+    let spare = pool::spare(context).unwrap_or_default();
     Ok(Some(Facts {
         name: context.name().map_err(said)?,
         capability: context.compute_capability().map_err(said)?,
-        free: free as u64,
+        free: free as u64 + spare,
         total: total as u64,
         driver: driver_version(),
     }))

@@ -469,6 +469,7 @@ inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmul_rn(float a, float b) { volatile float product = a * b; return product; }
+inline double __dmul_rn(double a, double b) { volatile double product = a * b; return product; }
 inline float __fadd_rn(float a, float b) { volatile float sum = a + b; return sum; }
 template <typename V> V __ldg(const V *from) { return *from; }
 template <typename V> constexpr const V &min(const V &a, const V &b) { return b < a ? b : a; }

@@ -19,6 +19,8 @@ mod limits;
 #[cfg(feature = "cuda")]
 mod nvrtc;
 #[cfg(feature = "cuda")]
+mod pool;
+#[cfg(feature = "cuda")]
 mod ptx;
 
 #[cfg(test)]

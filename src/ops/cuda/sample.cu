@@ -157,7 +157,7 @@ __device__ void draw_by_pieces(const Row &row, double chance, double *sums, Foun
       // Rounding must not lead past the last piece that has any weight.
       if (sums[piece] > 0.0) last = piece;
     }
-    double left = chance * total;
+    double left = __dmul_rn(chance, total);
     u32 piece = 0;
     while (piece < last && left >= sums[piece]) left -= sums[piece++];
     u32 first = piece * PIECE, end = min(first + PIECE, row.vocab), chosen = first;
@@ -202,7 +202,7 @@ __device__ bool draw_from_list(const Row &row, double chance, u32 *list, Found &
   if (threadIdx.x == 0) {
     double total = 0.0;
     for (u32 i = 0; i < listed[0]; i++) total += row.weights[list[i]];
-    double left = chance * total;
+    double left = __dmul_rn(chance, total);
     u32 chosen = 0;
     for (u32 i = 0; i < listed[0]; i++) {
       double weight = row.weights[list[i]];

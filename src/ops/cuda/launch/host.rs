@@ -39,7 +39,15 @@ impl<E: DeviceRepr + ValidAsZeroBits> Locked<E> {
         let context = stream.context();
         let used = context.new_event(Some(CU_EVENT_BLOCKING_SYNC)).w()?;
         // SAFETY: written whole below, before anybody reads it.
-        let memory = unsafe { context.alloc_pinned_with_flags::<E>(len.max(1), PLAIN) }.w()?;
+        let memory = unsafe { context.alloc_pinned_with_flags::<E>(len.max(1), PLAIN) };
+        // Not in the driver's words, which are those of a full GPU.
+        let full = |_| {
+            candle_core::Error::msg(format!(
+                "the host could not page-lock {} KiB: it is out of memory, or may not lock as much (ulimit -l)",
+                (len * size_of::<E>()).div_ceil(1024)
+            ))
+        };
+        let memory = memory.map_err(full)?;
         let mut locked = Self { memory, used };
         let start = locked.memory.as_mut_ptr().w()?;
         // SAFETY: the allocation holds so many elements, for which zero bits are a value.
