@@ -82,11 +82,6 @@ pub(in crate::ops::cuda) fn manners(blocks: &[u32]) -> Vec<Manner> {
     blocks.iter().flat_map(of_block).flatten().collect()
 }
 
-/// Whether a sanitizer makes kernels several times slower: each shape runs with fewer blocks then, as without it with all.
-fn slowed() -> bool {
-    std::env::var_os(FLAGS).is_some_and(|flags| !flags.is_empty())
-}
-
 /// Each block size once. From one to the next the order and the side change, so that every pair of them occurs; with the
 /// next `turn`, which may be a shape's place in a list, each block has another pair.
 pub(in crate::ops::cuda) fn each_block(turn: usize) -> Vec<Manner> {
@@ -94,9 +89,7 @@ pub(in crate::ops::cuda) fn each_block(turn: usize) -> Vec<Manner> {
         let at = place + turn;
         Manner { block, order: Order::ALL[at % 3], side: Side::BOTH[at % 2] }
     };
-    // Two of six where it is slow, which a shape's place moves on.
-    let wanted = |(place, _): &(usize, &u32)| !slowed() || (place + 2 * turn).is_multiple_of(3);
-    BLOCKS.iter().enumerate().filter(wanted).map(manner).collect()
+    BLOCKS.iter().enumerate().map(manner).collect()
 }
 
 /// The element types that kernels have entries for.
