@@ -505,6 +505,7 @@ CUresult cuGetErrorString(CUresult, const char **out) { return answer(out, "an e
 
 // ---- cuBLAS ---------------------------------------------------------------------------------------------------------
 
+cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasCreate_v2(cublasHandle_t *out) { return handle(out), CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasDestroy_v2(cublasHandle_t one) { return free(one), CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasSetStream_v2(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }

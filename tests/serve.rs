@@ -25,6 +25,7 @@ use arriero::model::Transformer;
 use arriero::model::checkpoint::Checkpoint;
 use arriero::model::lora::peft::{self, AdapterConfig, BaseRecord};
 use arriero::model::lora::{Lora, attach};
+use arriero::model::packed::Quantization;
 use arriero::model::save::SaveOptions;
 use arriero::score::reward_model::{Reading, RewardModel};
 use arriero::score::{Question, Scorer};
@@ -863,6 +864,17 @@ fn adapters_come_and_go_beside_one_base() {
     let embed = json!({"model": "two", "input": "a"}).to_string();
     let (_, error) = server.refused("/v1/embeddings", &embed);
     assert!(error["message"].as_str().unwrap().contains("expected its base"), "{error}");
+
+    // Trained beside NF4, it is another model here than it was there, and its loader is told.
+    let saved = peft::read(&two, &Device::Cpu).unwrap();
+    let record = BaseRecord { quantization: Quantization::Nf4, ..saved.base.clone().unwrap() };
+    let three = home.path().join("three");
+    std::fs::create_dir(&three).unwrap();
+    peft::write(&three, &saved.config, &saved.attached().factors, &record).unwrap();
+    let coarse = json!({"lora_name": "three", "lora_path": three.display().to_string()});
+    let told = server.ask("/v1/load_lora_adapter", &coarse);
+    assert!(told["note"].as_str().unwrap().contains("trained beside NF4"), "{told}");
+    server.ask("/v1/unload_lora_adapter", &json!({"lora_name": "three"}));
 
     server.ask("/v1/unload_lora_adapter", &json!({"lora_name": "two"}));
     let (status, error) = server.refused(PLAIN, &greedy("two").to_string());

@@ -81,6 +81,10 @@ pub struct SftOptions {
     pub on_bad_row: OnBadRow,
     /// Further variables for the chat template.
     pub chat_template_kwargs: Map<String, Value>,
+    /// The column with each row's weight, where rows have one: those that weigh nothing are left out. A stage's own key
+    /// (`row_weight_column`) says it.
+    #[serde(skip_deserializing, skip_serializing_if = "String::is_empty")]
+    pub weight_column: String,
 }
 
 impl Default for SftOptions {
@@ -96,6 +100,7 @@ impl Default for SftOptions {
             parse_special_in_content: false,
             on_bad_row: OnBadRow::Error,
             chat_template_kwargs: Map::new(),
+            weight_column: String::new(),
         }
     }
 }
@@ -309,6 +314,10 @@ fn sft_tree(
     tokenizer: &ChatTokenizer,
     options: &SftOptions,
 ) -> Result<Outcome> {
+    row.check_imitated()?;
+    if !options.weight_column.is_empty() && row.weight(&options.weight_column)? <= 0.0 {
+        return Ok(Outcome::Dropped(format!("its `{}` is 0", options.weight_column)));
+    }
     let mut tree = sft_tokens(row, tokenizer, options)?;
     tree.source = index;
     // The last trained token, but for `skip` at the front.

@@ -246,6 +246,8 @@ pub struct Row {
     pub extra: Map<String, Value>,
 }
 
+const SAY_SOMETHING: &str = "a response needs text; on_bad_row = \"skip\" leaves such rows out";
+
 impl Row {
     /// A row without further columns.
     pub fn new(place: impl Into<String>, record: Record) -> Self {
@@ -284,13 +286,45 @@ impl Row {
             Record::Preference { responses, .. } => responses,
             _ => return Ok(()),
         };
-        let Some(blank) = responses.iter().position(Side::is_blank) else { return Ok(()) };
+        match responses.iter().position(Side::is_blank) {
+            Some(blank) => Err(self.blank(blank)),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses what is to be imitated where it says nothing: the completion, the best of ranked responses, every turn of the
+    /// assistant.
+    ///
+    /// # Errors
+    /// Names it.
+    pub fn check_imitated(&self) -> Result<()> {
+        match &self.record {
+            Record::Completion { completion, .. } if completion.is_blank() => Err(self.blank(0)),
+            Record::Preference { responses, .. }
+                if responses.first().is_some_and(Side::is_blank) =>
+            {
+                Err(self.blank(0))
+            }
+            Record::Conversation(messages) => {
+                let turns = messages.iter().filter(|message| message.role() == "assistant");
+                let turns = Side::Messages(turns.cloned().collect());
+                if matches!(&turns, Side::Messages(turns) if turns.is_empty()) || !turns.is_blank()
+                {
+                    return Ok(());
+                }
+                Err(Error::run("every turn of the assistant is empty").hint(SAY_SOMETHING))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The error of a response that says nothing.
+    fn blank(&self, index: usize) -> Error {
         let what = match &self.record {
-            Record::Preference { .. } => format!("response {blank}"),
+            Record::Preference { .. } => format!("response {index}"),
             _ => "`completion`".to_owned(),
         };
-        Err(Error::run(format!("{what} is empty"))
-            .hint("a response needs text; on_bad_row = \"skip\" leaves such rows out"))
+        Error::run(format!("{what} is empty")).hint(SAY_SOMETHING)
     }
 
     /// The messages to answer: the prompt, or a conversation up to its last assistant turn. A text prompt is one

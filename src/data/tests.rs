@@ -409,3 +409,43 @@ proptest! {
         prop_assert_eq!(trained, expected);
     }
 }
+
+#[test]
+fn rows_that_weigh_nothing_are_left_out_and_those_without_a_weight_refused() {
+    let tokenizer = tokenizer("chatml");
+    let weighed = |weight: Value| row(json!({"prompt": "q", "completion": "a", "w": weight}));
+    let options = SftOptions { weight_column: "w".to_owned(), ..SftOptions::default() };
+    let rows = [weighed(json!(0)), weighed(json!(0.5)), weighed(json!(0.0))];
+    let prepared = sft_trees(&rows, &tokenizer, &options).unwrap();
+    let sources: Vec<usize> = prepared.trees.iter().map(|tree| tree.source).collect();
+    assert_eq!(sources, [1]);
+    let refused = |row: Row| sft_trees(&[row], &tokenizer, &options).unwrap_err().to_string();
+    assert!(refused(weighed(json!("much"))).contains("`w` is \"much\""));
+    assert!(refused(row(json!({"prompt": "q", "completion": "a"}))).contains("no column `w`"));
+    // As any row that cannot be used.
+    let skip = SftOptions { on_bad_row: OnBadRow::Skip, ..options.clone() };
+    let rows = [weighed(json!("much")), weighed(json!(1))];
+    assert_eq!(sft_trees(&rows, &tokenizer, &skip).unwrap().trees.len(), 1);
+}
+
+#[test]
+fn nothing_is_learned_from_an_answer_that_says_nothing() {
+    let tokenizer = tokenizer("chatml");
+    let talk = |first: &str, last: &str| {
+        json!({"messages": [
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": first},
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": last},
+        ]})
+    };
+    let options = SftOptions::default();
+    for (value, expected) in [
+        (json!({"prompt": "q", "completion": ""}), "`completion` is empty"),
+        (json!({"prompt": "q", "completion": " \n"}), "`completion` is empty"),
+        (json!({"prompt": "q", "chosen": "", "rejected": "no"}), "response 0 is empty"),
+        (talk("", " "), "every turn of the assistant is empty"),
+    ] {
+        let error = sft_trees(&[row(value)], &tokenizer, &options).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    assert!(sft_trees(&[row(talk("", "d"))], &tokenizer, &options).is_ok());
+}

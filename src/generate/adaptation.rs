@@ -168,7 +168,8 @@ impl<'a> Adapted<'a> {
             let Some(Beside { adapter, .. }) = adaptation.at(index, place) else { continue };
             let weight = layer.matrix(place).dense()?;
             let [own_x, own_y] = [x, &y].map(|rows| rows.narrow(0, run.start, run.len()));
-            let added = adapter.graph((&own_x?, None), &own_y?, weight)?;
+            let beside = (&Matrix::Dense(weight.clone()), weight.dtype());
+            let added = adapter.graph((&own_x?, None), &own_y?, beside)?;
             let rest = y.dim(0)? - run.end;
             let (before, after) = (y.narrow(0, 0, run.start)?, y.narrow(0, run.end, rest)?);
             let parts = [before, added, after];

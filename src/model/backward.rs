@@ -141,7 +141,7 @@ fn vector_jacobian(
         let grad = store
             .remove(tensor)
             .ok_or_else(|| Error::run("got no gradient: its path to the loss is cut").at(name))?;
-        grads.add(name, grad.to_dtype(candle_core::DType::F32)?)?;
+        grads.add(name, grad)?;
     }
     store.remove(input).ok_or_else(|| Error::run("a block's input got no gradient"))
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::error::Result;
@@ -26,22 +26,16 @@ impl Gradients {
         Self { sums: BTreeMap::new(), device: device.clone() }
     }
 
-    /// Adds to a parameter's sum. The first gradient is taken as it is, without a copy.
+    /// Adds to a parameter's sum, in f32. The first gradient is taken as it is, without a copy.
+    ///
+    /// # Errors
+    /// Another shape than before, the device's.
     pub fn add(&mut self, name: &str, grad: Tensor) -> Result<()> {
-        let Some(sum) = self.sums.remove(name) else {
-            self.sums.insert(name.to_owned(), grad.contiguous()?.detach());
-            return Ok(());
-        };
-        let sum = if self.device.is_cpu() {
-            let grad = grad.contiguous()?;
-            cpu::with_slice_mut(&sum, |sum| {
-                cpu::with_slice(&grad, |grad| residual::add(sum, grad))
-            })??;
-            sum
-        } else {
-            (sum + grad)?.detach()
-        };
-        self.sums.insert(name.to_owned(), sum);
+        if let Some(sum) = self.sums.get(name) {
+            return Ok(residual::accumulate(sum, &grad)?);
+        }
+        let grad = grad.to_dtype(DType::F32)?.contiguous()?.detach();
+        self.sums.insert(name.to_owned(), grad);
         Ok(())
     }
 

@@ -8,6 +8,8 @@ use super::packed::Packed;
 use crate::error::Result;
 use crate::ops::cpu::matmul::Mat;
 use crate::ops::cpu::{self, Element};
+use crate::ops::linear;
+use crate::ops::unpack::{self, Unpack};
 
 /// A matrix `[O, I]`. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -54,6 +56,17 @@ impl Matrix {
         let dense = self.tensor(&Device::Cpu, DType::F32)?.detach();
         let squares = dense.to_dtype(DType::F64)?.sqr()?.sum(1)?;
         Ok(squares.to_vec1::<f64>()?.into())
+    }
+
+    /// `x · Wᵀ` as an op of a graph, beside a packed matrix in `dtype`. Shapes: `[T, I] -> [T, O]`.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn linear(&self, x: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Dense(weight) => linear(x, weight, None),
+            Self::Packed(packed) => unpack::linear(x, packed.clone(), dtype),
+        }
     }
 
     /// The dense tensor: itself, or unpacked on `device` in `dtype`.

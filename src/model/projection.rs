@@ -39,10 +39,9 @@ impl Projection {
         masks: Option<&Masks>,
         dtype: DType,
     ) -> candle_core::Result<Tensor> {
-        let weight = self.weight.tensor(x.device(), dtype)?;
-        let mut y = linear(x, &weight, None)?;
+        let mut y = self.weight.linear(x, dtype)?;
         if let Some(adapter) = &self.adapter {
-            y = adapter.graph((x, masks), &y, &weight)?;
+            y = adapter.graph((x, masks), &y, (&self.weight, dtype))?;
         }
         match &self.bias {
             Some(bias) => linear::with_bias(&y, bias),

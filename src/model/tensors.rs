@@ -2,11 +2,12 @@
 
 use candle_core::{DType, Device, DeviceLocation, Tensor};
 
-use super::Weights;
 use super::lora::{self, Adapter, Adapters};
 use super::matrix::Matrix;
 use super::packed::PackedWeights;
+use super::{Precision, Weights};
 use crate::error::{Error, Result};
+use crate::ops::unpack::Unpack;
 
 /// Dense weights, packed projections, and adapters. Cheap to clone: everything is shared.
 #[derive(Clone, Debug, Default)]
@@ -78,16 +79,35 @@ impl Tensors {
     /// # Errors
     /// The device's; an adapter that does not fit.
     pub fn merged(&self) -> Result<Weights> {
+        self.merged_in(Precision::F32)
+    }
+
+    /// The same, merged in f32 and rounded tensor by tensor as a model [computes](Precision::of) with it: no more than one
+    /// tensor is f32 at a time.
+    ///
+    /// # Errors
+    /// As [`merged`](Self::merged).
+    pub fn merged_in(&self, dtype: Precision) -> Result<Weights> {
         let device = self.weights.values().next().map_or(Device::Cpu, |x| x.device().clone());
+        let dense =
+            self.weights.iter().map(|(name, tensor)| (name, tensor.detach().to_dtype(DType::F32)));
+        let packed =
+            self.packed.iter().map(|(name, packed)| (name, packed.tensor(&device, DType::F32)));
+        let mut left: Adapters = self.adapters.clone();
         let mut weights = Weights::new();
-        for (name, tensor) in &self.weights {
-            weights.insert(name.clone(), tensor.detach().to_dtype(DType::F32)?);
+        for (name, tensor) in dense.chain(packed) {
+            let mut tensor = tensor?;
+            if let Some(adapter) =
+                name.strip_suffix(".weight").and_then(|module| left.remove(module))
+            {
+                tensor = adapter.merged(&tensor)?;
+            }
+            weights.insert(name.clone(), tensor.to_dtype(dtype.of(name, &tensor))?);
         }
-        for (name, packed) in &self.packed {
-            weights.insert(name.clone(), packed.tensor(&device, DType::F32)?);
+        match left.keys().next() {
+            Some(module) => Err(lora::unknown(module)),
+            None => Ok(weights),
         }
-        lora::merge(&mut weights, &self.adapters)?;
-        Ok(weights)
     }
 
     /// Trained tensors whose names begin with `prefix`, in name order.

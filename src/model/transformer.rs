@@ -191,6 +191,11 @@ impl Transformer {
         self.embedding.device()
     }
 
+    /// The type of its matrices where they are dense.
+    pub fn dtype(&self) -> DType {
+        self.embedding.dtype()
+    }
+
     /// Rotary angles of the given positions.
     pub fn rotary(&self, positions: &[u32]) -> Rotary {
         Rotary::new(&self.frequencies, positions)

@@ -22,6 +22,7 @@ pub mod residual;
 pub mod rope;
 pub mod sample;
 pub mod swiglu;
+pub mod unpack;
 
 pub use attention::{AttentionPlan, attention};
 pub use by_host::by_host;

@@ -15,6 +15,22 @@ pub fn residual(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     x + y.to_dtype(x.dtype())?
 }
 
+/// `sum += x`, where `sum` lies: all that share its storage see the change. Shapes: equal, any; `sum` is f32.
+///
+/// # Errors
+/// Other shapes, a `sum` with gaps or of another type, the device's.
+pub fn accumulate(sum: &Tensor, x: &Tensor) -> Result<()> {
+    if sum.shape() != x.shape() {
+        candle_core::bail!("{:?} added to a sum of {:?}", x.shape(), sum.shape());
+    }
+    #[cfg(feature = "cuda")]
+    if sum.device().is_cuda() {
+        return super::cuda::launch::optimizer::accumulate(sum, x);
+    }
+    let x = x.to_dtype(DType::F32)?.contiguous()?;
+    cpu::with_slice_mut(sum, |sum| cpu::with_slice(&x, |x| add(sum, x)))?
+}
+
 /// A scalar whose gradient with respect to `output` is exactly `d_output`: the root of a vector-Jacobian product.
 /// Its own value means nothing.
 pub fn vjp_root(output: &Tensor, d_output: &Tensor) -> Result<Tensor> {
@@ -119,6 +135,18 @@ mod tests {
             |x| residual(&x[0], &x[1]),
             |x| &x[0] + &x[1],
         );
+    }
+
+    #[test]
+    fn a_sum_grows_where_it_lies() {
+        let (sum, x) = (random(1, (3, 7)), random(2, (7, 3)).t().unwrap());
+        let expected = (&sum + &x).unwrap().to_vec2::<f32>().unwrap();
+        let sum = sum.copy().unwrap();
+        let twin = sum.clone();
+        accumulate(&sum, &x).unwrap();
+        assert_eq!(twin.to_vec2::<f32>().unwrap(), expected);
+        let error = accumulate(&sum, &x.t().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("added to a sum of [3, 7]"), "{error}");
     }
 
     #[test]

@@ -239,6 +239,15 @@ impl AdamW {
         }
     }
 
+    /// Bytes of moments that lie where `device` is.
+    pub fn bytes(&self, device: &Device) -> u64 {
+        let here = |tensor: &&Tensor| tensor.device().same_device(device);
+        let all = self.moments.values().flat_map(|moments| [&moments.first, &moments.second]);
+        all.filter(here)
+            .map(|tensor| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64)
+            .sum()
+    }
+
     /// Both moments of every parameter, named `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` as in PyTorch.
     pub fn export(&self) -> BTreeMap<String, Tensor> {
         self.moments

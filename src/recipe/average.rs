@@ -13,8 +13,11 @@ use crate::train::memory::parse_bytes;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AverageMethod {
-    /// The weighted mean.
+    /// The weighted mean of what the checkpoints stand for: `linear` of models, `cat` of adapters.
     #[default]
+    Mean,
+    /// The weighted mean, tensor by tensor. Of adapters that is the mean of their factors, which do not stand for the mean
+    /// of the matrices: of runs that began with other factors little is left.
     Linear,
     /// The point at `t` on the arc between two models, tensor by tensor.
     Slerp,
@@ -46,12 +49,12 @@ pub enum SoupMetric {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Average {
-    /// The checkpoints: directories, hub ids, GGUF files, or PEFT adapters. Of these `linear` takes the mean of factors,
-    /// `task_arithmetic` and `greedy_soup` join them as `cat` does, and `slerp` has no meaning.
+    /// The checkpoints: directories, hub ids, GGUF files, or PEFT adapters. Those `task_arithmetic` and `greedy_soup` join as
+    /// `cat` does, and `slerp` has no meaning.
     pub models: Vec<String>,
     /// How they become one.
     pub method: AverageMethod,
-    /// One weight each; none is the same for all. `linear`, `cat` and `svd` scale them to sum to 1; in `task_arithmetic`
+    /// One weight each; none is the same for all. `mean`, `linear`, `cat` and `svd` scale them to sum to 1; in `task_arithmetic`
     /// none is 1 each.
     pub weights: Vec<f64>,
     /// `slerp`: from 0, the first model, to 1, the second.
@@ -82,7 +85,7 @@ impl Default for Average {
     fn default() -> Self {
         Self {
             models: Vec::new(),
-            method: AverageMethod::Linear,
+            method: AverageMethod::Mean,
             weights: Vec::new(),
             t: 0.5,
             base_model: String::new(),

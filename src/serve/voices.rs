@@ -15,6 +15,7 @@ use crate::error::{Context, Error, Result};
 use crate::generate::adaptation::Adaptation;
 use crate::model::Weights;
 use crate::model::lora::peft;
+use crate::model::packed::Quantization;
 use crate::ops::cuda::device;
 use crate::store::sha256_path;
 
@@ -34,6 +35,8 @@ pub(super) struct Loaded {
     tokenizer: Option<ChatTokenizer>,
     path: String,
     created: u64,
+    /// What else there is to know of it.
+    note: Option<String>,
 }
 
 /// The base that adapters are held against.
@@ -117,7 +120,10 @@ impl Voice {
     /// The entry of `/v1/models`.
     pub(super) fn card(&self, served: &Served) -> Value {
         let mut card = served.card(&self.name);
-        if let Some(Loaded { path, created, .. }) = &self.adapter {
+        if let Some(Loaded { path, created, note, .. }) = &self.adapter {
+            if let Some(note) = note {
+                card["note"] = json!(note);
+            }
             card["root"] = json!(path);
             card["parent"] = json!(served.name());
             card["created"] = json!(created);
@@ -210,8 +216,13 @@ impl Served {
         }
         // Whoever loads is not who computes, and on a GPU each has a stream of its own.
         home.synchronize()?;
+        let note = (saved.quantization() == Quantization::Nf4).then(|| {
+            "trained beside NF4 and standing beside the server's own weights: another model than in training, by NF4's rounding; \
+             `arriero merge` makes the one in training"
+                .to_owned()
+        });
         let path = path.display().to_string();
-        Ok(Loaded { adaptation, tokenizer, path, created: now() })
+        Ok(Loaded { adaptation, tokenizer, path, created: now(), note })
     }
 }
 
@@ -232,7 +243,11 @@ pub(super) fn load(served: &Served, body: &[u8]) -> Result<Value, Problem> {
         return Err(Problem::invalid("`lora_name` is empty").on("lora_name"));
     }
     served.load(&name, &path)?;
-    Ok(json!({"message": format!("loaded `{name}`")}))
+    let mut told = json!({"message": format!("loaded `{name}`")});
+    if let Some(note) = served.voice(&name)?.adapter.as_ref().and_then(|one| one.note.as_ref()) {
+        told["note"] = json!(note);
+    }
+    Ok(told)
 }
 
 /// `POST /v1/unload_lora_adapter`.

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::lora::peft::{self, AdapterConfig, BaseRecord};
 use crate::model::lora::{self, A, Attached, B, Init, Lora, parameter};
+use crate::model::params::EMBEDDING;
 use crate::model::save::SaveOptions;
 use crate::model::source;
 use crate::model::{Architecture, Config, Precision, Tensors, Weights, packed};
@@ -123,6 +124,7 @@ impl<'a> Adapt<'a> {
             lora_dropout: self.lora.lora_dropout,
             target_modules: self.lora.target_modules(model)?,
             modules_to_save: (!saved.is_empty()).then_some(saved),
+            ensure_weight_tying: model.tie_word_embeddings && self.lora.trains(EMBEDDING),
             use_rslora: self.lora.use_rslora,
             use_dora: self.lora.use_dora,
             ..AdapterConfig::default()
@@ -137,7 +139,7 @@ impl Trainee {
     /// The device's.
     pub fn checkpoint(&self, learner: &Learner) -> Result<Checkpoint> {
         let weights = match &self.adapter {
-            Some(_) => learner.tensors().merged()?,
+            Some(_) => learner.tensors().merged_in(learner.dtype())?,
             None => learner.weights(),
         };
         let tokenizer = self.tokenizer.clone();

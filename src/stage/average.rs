@@ -31,8 +31,19 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Average) -> Result<Metrics> 
     let mut metrics = Metrics::from([("models".to_owned(), count as f64)]);
     let weights = if spec.weights.is_empty() { vec![1.0; count] } else { spec.weights.clone() };
     let dir = context.dir.join("checkpoint");
-    match spec.method {
-        AverageMethod::Linear => {
+    let method = match spec.method {
+        AverageMethod::Mean if of_adapters => AverageMethod::Cat,
+        AverageMethod::Mean => AverageMethod::Linear,
+        written => written,
+    };
+    match method {
+        AverageMethod::Mean | AverageMethod::Linear => {
+            if of_adapters {
+                context.events.note(
+                    "method = \"linear\" takes the mean of the adapters' factors, which is not that of what they stand for: \
+                     without `method` that is what is written",
+                );
+            }
             mean(context, spec, (&dir, &spec.models), &Shares::Fixed(shares(&weights)))?;
         }
         AverageMethod::Slerp => {
@@ -453,6 +464,8 @@ mod tests {
         let (_, saved) = run("cat", of(AverageMethod::Cat, [&a, &b])).unwrap();
         assert_saved(&[&a, &b], &[0.75, 0.25], &saved);
         assert_eq!(rank("cat"), 7);
+        let (_, unwritten) = run("mean", of(AverageMethod::default(), [&a, &b])).unwrap();
+        assert_saved(&[&a, &b], &[0.75, 0.25], &unwritten);
         // At the sum of the ranks nothing is lost; at the first one's rank something is.
         let whole = Average { svd_rank: 7, ..of(AverageMethod::Svd, [&a, &b]) };
         let (_, saved) = run("whole", whole).unwrap();

@@ -15,7 +15,9 @@ use super::{device_generation, device_steps};
 use crate::data::forest::{Forest, Target};
 use crate::data::tree::{Role, Tree};
 use crate::model::gradients::Gradients;
+use crate::model::packed::{BlockType, Packed};
 use crate::ops::norm::residual_norm;
+use crate::ops::unpack::{self, Unpack};
 use crate::ops::{
     AttentionPlan, Rotary, attention, embed, head, linear, residual, rms_norm, rope, swiglu,
 };
@@ -85,6 +87,7 @@ pub fn run(device: &Device) -> Result<Vec<Checked>> {
         for shape in [(67, 96, 5003), (4101, 32, 101)] {
             keep("head", of_the_head(device, *dtype, shape));
         }
+        keep("packed", of_packed(device, *dtype));
         keep("cached attention", device_generation::of_the_cache(device, *dtype));
         keep("adamw", of_the_optimizer(device, *dtype));
     }
@@ -288,6 +291,34 @@ fn of_the_head(
         .zip(&found)
         .map(|((what, expected), (_, found))| checked((&op, what), dtype, (expected, found)))
         .collect()
+}
+
+/// Matrices of few bits: what they are when dense, to the bit, and products with them.
+fn of_packed(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
+    // No whole number of scales that share one.
+    let (t, i, o) = (5, 96, 333);
+    let (weight, x) = (numbers(21, (o, i))?, numbers(22, (t, i))?);
+    let kinds = [BlockType::Q4_0, BlockType::Q4_1, BlockType::Q8_0];
+    let blocks = kinds.map(|kind| (format!("{kind:?}"), Packed::rounded(&weight, kind)));
+    let all = [("NF4".to_owned(), Packed::nf4(&weight))].into_iter().chain(blocks);
+    let mut checks = Vec::new();
+    for (name, packed) in all {
+        let op = format!("{name} {o}×{i}");
+        let packed = Arc::new(packed.map_err(candle_core::Error::wrap)?);
+        let rounded = home(&packed.tensor(&Device::Cpu, dtype)?)?;
+        let dense = home(&packed.tensor(device, dtype)?)?;
+        let kind = if dtype == DType::F32 { "f32" } else { "bf16" };
+        checks.push(compared((&op, "dense"), (kind, 0.0), (&rounded, &dense))?);
+        let twin = packed.clone();
+        let case = Case {
+            op: format!("{t} rows by {op}"),
+            inputs: vec![("x", x.clone())],
+            run: Box::new(move |x| unpack::linear(&x[0], twin.clone(), x[0].dtype())),
+            types: if dtype == DType::F32 { F32 } else { &[DType::BF16] },
+        };
+        checks.extend(case.check(device)?);
+    }
+    Ok(checks)
 }
 
 /// Rows of the table, and its gradient from tokens that repeat.

@@ -2,6 +2,8 @@
 //! of the same: all at once, in f32, nothing recomputed, nothing elsewhere.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -13,6 +15,8 @@ use crate::loss::preference::{Preference, PreferenceLoss};
 use crate::loss::reward::Reward;
 use crate::loss::sft::{Sft, TokenLoss};
 use crate::model::lora::{self, Lora};
+use crate::model::packed::{self, BlockType, Packed, PackedWeights, Quantization};
+use crate::model::source::Source;
 use crate::model::{Config, Precision, Tensors, Weights, init};
 use crate::optim::adamw::{AdamW, Hyper, is_decayed};
 use crate::train::step::StepOptions;
@@ -41,7 +45,8 @@ enum Task {
 pub(super) struct Way {
     pub(super) name: &'static str,
     task: Task,
-    adapters: bool,
+    /// What adapters are trained beside, where they are.
+    adapters: Option<Quantization>,
     dtype: Precision,
     max_grad_norm: f64,
     /// What differs from the plainest step.
@@ -53,7 +58,7 @@ pub(super) fn ways() -> Vec<Way> {
     const SFT: Way = Way {
         name: "plain",
         task: Task::Sft,
-        adapters: false,
+        adapters: None,
         dtype: Precision::F32,
         max_grad_norm: 0.0,
         change: |options| options,
@@ -76,9 +81,17 @@ pub(super) fn ways() -> Vec<Way> {
         Way { name: "optimizer_offload", change: OFFLOAD, max_grad_norm: 0.05, ..SFT },
         Way { name: "optimizer_offload bf16", change: OFFLOAD, dtype: Precision::Bf16, ..SFT },
         Way { name: "activation_offload", change: WAITING, ..SFT },
-        Way { name: "adapters", adapters: true, ..SFT },
+        Way { name: "adapters", adapters: Some(Quantization::None), ..SFT },
+        Way { name: "adapters beside nf4", adapters: Some(Quantization::Nf4), ..SFT },
+        Way {
+            name: "adapters beside nf4 bf16",
+            adapters: Some(Quantization::Nf4),
+            dtype: Precision::Bf16,
+            ..SFT
+        },
+        Way { name: "adapters beside q4_1", adapters: Some(Quantization::Gguf), ..SFT },
         Way { name: "dpo", task: dpo, change: PARTS, ..SFT },
-        Way { name: "dpo bf16", task: dpo, dtype: Precision::Bf16, ..SFT },
+        Way { name: "dpo bf16", task: dpo, change: PARTS, dtype: Precision::Bf16, ..SFT },
         Way { name: "dft", task: Task::Dft, change: PARTS, ..SFT },
         Way { name: "dpo by the host", task: Task::Weighed, change: PARTS, ..SFT },
         Way { name: "reward", task: reward, change: PARTS, ..SFT },
@@ -131,11 +144,13 @@ impl Way {
         let start = start.map(|(name, tensor)| Ok((name, tensor.to_device(device)?)));
         let mut start: Weights = start.collect::<Result<_>>()?;
         let held = Held { dtype: self.dtype, offloaded };
-        if !self.adapters {
+        let Some(quantization) = self.adapters else {
             return Learner::with(&config, start, held, |_| false);
-        }
+        };
         let attached = lora::attach(&Lora::default(), &config, &mut start, 5)?;
-        Learner::adapted(&config, Tensors::dense(start), &attached, held, |_| false)
+        let packed = packed(&mut start, quantization)?;
+        let start = Tensors { packed, ..Tensors::dense(start) };
+        Learner::adapted(&config, start, &attached, held, |_| false)
     }
 
     /// Heads of 32, two to a key head.
@@ -188,6 +203,19 @@ impl Way {
         };
         (0..3).map(tree).collect()
     }
+}
+
+/// Takes the projections out and packs them; what would be a GGUF file's blocks are made here.
+fn packed(weights: &mut Weights, kind: Quantization) -> Result<PackedWeights> {
+    if kind != Quantization::Gguf {
+        return packed::pack(weights, kind, &Source::Directory(PathBuf::new()));
+    }
+    let names: Vec<String> =
+        weights.keys().filter(|name| lora::is_projection(name)).cloned().collect();
+    let taken = names.into_iter().filter_map(|name| weights.remove_entry(&name));
+    taken
+        .map(|(name, weight)| Ok((name, Arc::new(Packed::rounded(&weight, BlockType::Q4_1)?))))
+        .collect()
 }
 
 /// All trained parameters, one after the other.

@@ -140,7 +140,10 @@ impl Method {
     /// Refuses a row that cannot be trained on.
     fn check(&self, row: &Row, tree: &Tree) -> Result<()> {
         match self {
-            Self::Paired(objective) => objective.check_tree(tree),
+            Self::Paired(objective) => {
+                objective.check_margins(&row.margins, tree)?;
+                objective.check_tree(tree)
+            }
             Self::Unpaired(objective) => {
                 row.label()?;
                 objective.check_tree(tree)

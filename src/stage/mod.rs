@@ -71,6 +71,8 @@ pub fn run_stage(context: &StageContext<'_>, spec: &Spec) -> Result<Metrics> {
 #[cfg(test)]
 mod generation_tests;
 #[cfg(test)]
+mod methods_tests;
+#[cfg(test)]
 mod recipe_tests;
 #[cfg(test)]
 mod reward_tests;

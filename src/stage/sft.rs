@@ -6,7 +6,7 @@ use super::adapt::Adapt;
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
 use crate::data::pipeline::first_rows;
-use crate::data::prepare::Rule;
+use crate::data::prepare::{Rule, SftOptions};
 use crate::error::{Context, Error, Result};
 use crate::loss::sft::Sft;
 use crate::model::bases::Bases;
@@ -31,14 +31,15 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
         )
         .hint("add them in a stage that trains the whole model"));
     }
+    let weighed = SftOptions { weight_column: spec.row_weight_column.clone(), ..spec.data.clone() };
+    let train = training::data(context, start, (&spec.datasets, &Rule::Sft(weighed)), &spec.train)?;
     let rule = Rule::Sft(spec.data.clone());
-    let train = training::data(context, start, (&spec.datasets, &rule), &spec.train)?;
     let held_out = training::examples(context, start, &spec.eval_datasets, &rule)?;
     let sources: Vec<_> =
         spec.eval_datasets.iter().map(|dataset| dataset.source(rule.on_bad_row())).collect();
     let samples = first_rows(&sources, context.seed, spec.train.eval_samples)?;
-    let objective = objective(context, spec, &spec.datasets)?;
-    let held_out_objective = self::objective(context, spec, &spec.eval_datasets)?;
+    let objective = objective(context, spec, (&spec.datasets, true))?;
+    let held_out_objective = self::objective(context, spec, (&spec.eval_datasets, false))?;
     let work = Work {
         trainee: adapt.trainee(begin)?,
         objective: &objective,
@@ -51,17 +52,23 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
     training::fit(context, &work)
 }
 
-/// The loss that the recipe names, with the rows' weights.
+/// The loss that the recipe names, with the rows' weights. Rows to learn from that have none, or a bad one, were refused or
+/// left out when they were prepared; held-out rows need none.
 fn objective(
     context: &StageContext<'_>,
     spec: &plan::Sft,
-    datasets: &[plan::Dataset],
+    (datasets, learned): (&[plan::Dataset], bool),
 ) -> Result<Sft> {
     let mut row_weights = BTreeMap::new();
     if !spec.row_weight_column.is_empty() && !datasets.is_empty() {
         let rows = training::rows(context, datasets, spec.data.on_bad_row)?;
         for (index, row) in rows.iter().enumerate() {
-            row_weights.insert(index, row.weight(&spec.row_weight_column).at(&row.place)?);
+            let has_weight = row.extra.contains_key(&spec.row_weight_column);
+            match row.weight(&spec.row_weight_column) {
+                Ok(weight) => _ = row_weights.insert(index, weight),
+                Err(error) if has_weight && !learned => return Err(error.at(&row.place)),
+                Err(_) => {}
+            }
         }
     }
     Ok(Sft { row_weights, ..spec.loss() })

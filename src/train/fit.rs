@@ -117,7 +117,9 @@ impl<'a> Run<'a> {
         };
         job.events.resume_after(state.step as u64)?;
         let averaged = ema.as_ref().map_or(0, |ema| ema.learner().trained_bytes());
-        let held = learner.bytes() + averaged + job.follower.map_or(0, Follower::bytes);
+        // Of a run that goes on the moments are there already.
+        let moments = adamw.bytes(learner.model().device());
+        let held = learner.bytes() + averaged + moments + job.follower.map_or(0, Follower::bytes);
         let options = StepOptions {
             adapted: learner.adapted_sizes(),
             follows: job.follower.is_some(),

@@ -142,6 +142,10 @@ impl Learner {
         }
         learner.dropout = attached.dropout;
         learner.model = Transformer::of(config, &learner.tensors)?;
+        // Now, so that whoever asks how much memory is left is told what will be.
+        for packed in learner.tensors.packed.values() {
+            packed.place(learner.model.device())?;
+        }
         Ok(learner)
     }
 
@@ -218,6 +222,14 @@ impl Learner {
         self.params.values().next().map_or(self.model.device(), |param| param.master.device())
     }
 
+    /// What the model computes in.
+    pub fn dtype(&self) -> Precision {
+        match self.model.dtype() {
+            DType::BF16 => Precision::Bf16,
+            _ => Precision::F32,
+        }
+    }
+
     /// Bytes on the model's device of trained masters, their copies, and of what is frozen.
     pub fn bytes(&self) -> u64 {
         self.trained_bytes() + self.frozen_bytes()
@@ -243,7 +255,13 @@ impl Learner {
     pub fn adapted_sizes(&self) -> Option<Adapted> {
         let trained = self.params.values().map(|param| param.master.elem_count() as u64).sum();
         let head = self.model.head().is_variable();
-        let sizes = Adapted { trained, frozen: self.frozen_bytes(), head };
+        let element = self.model.dtype().size_in_bytes();
+        let dense = self.tensors.packed.values().map(|packed| {
+            let (outer, inner) = packed.shape();
+            (outer * inner * element) as u64
+        });
+        let frozen = self.frozen_bytes() + dense.max().unwrap_or(0);
+        let sizes = Adapted { trained, frozen, head };
         (!self.tensors.adapters.is_empty()).then_some(sizes)
     }
 

@@ -64,7 +64,7 @@ impl<'de> Deserialize<'de> for Recompute {
 pub struct Adapted {
     /// Trained parameters.
     pub trained: u64,
-    /// Bytes of everything frozen.
+    /// Bytes of everything frozen, and of the one packed matrix that is dense for the moment of its product.
     pub frozen: u64,
     /// Whether the head's weight is trained.
     pub head: bool,
@@ -79,13 +79,18 @@ impl Adapted {
         let element = dtype.dtype().size_in_bytes() as u64;
         let shapes = shapes(config);
         let (mut trained, mut frozen, mut head) = (0, 0.0, false);
+        let mut dense = 0;
         for (name, shape) in &shapes {
             let count: usize = shape.iter().product();
             if lora.trains(name) {
                 trained += count as u64;
                 head |= name == EMBEDDING || name == HEAD;
             } else if lora::is_projection(name) {
-                frozen += count as f64 * lora.quantization.bytes().unwrap_or(element as f64);
+                let packed = lora.quantization.bytes();
+                frozen += count as f64 * packed.unwrap_or(element as f64);
+                if packed.is_some() {
+                    dense = dense.max(count as u64 * element);
+                }
             } else {
                 frozen += (count as u64 * if shape.len() == 2 { element } else { F32 }) as f64;
             }
@@ -95,7 +100,7 @@ impl Adapted {
             let magnitudes = if lora.use_dora { shape[0] } else { 0 };
             trained += (lora.lora_r * (shape[0] + shape[1]) + magnitudes) as u64;
         }
-        Ok(Self { trained, frozen: frozen as u64, head })
+        Ok(Self { trained, frozen: frozen as u64 + dense, head })
     }
 }
 

@@ -196,10 +196,18 @@ impl Preference {
             return Ok(vec![0.0; responses - 1]);
         }
         let margins = self.margins.get(&source).filter(|margins| margins.len() + 1 == responses);
-        margins.cloned().ok_or_else(|| {
-            Error::run("the row has no `margin`")
-                .hint("rpo needs it: by how much the chosen response's reward is higher")
-        })
+        margins.cloned().ok_or_else(without_margin)
+    }
+
+    /// Refuses a row without the margins that a loss asks for.
+    ///
+    /// # Errors
+    /// Where there is not one fewer than responses.
+    pub fn check_margins(&self, margins: &[f64], tree: &Tree) -> Result<()> {
+        if self.has(PreferenceLoss::needs_margin) && margins.len() + 1 != tree.leaves().len() {
+            return Err(without_margin());
+        }
+        Ok(())
     }
 
     /// Of each leaf, the length-normalised alignment whose sum over a pair is the logarithm of the pair's weight; nothing
@@ -328,6 +336,11 @@ fn pair(
         lengths: Sides { chosen: chosen.length, rejected: rejected.length },
         margin,
     }
+}
+
+fn without_margin() -> Error {
+    Error::run("the row has no `margin`")
+        .hint("rpo needs it: by how much the chosen response's reward is higher")
 }
 
 /// A response without a token to sum.

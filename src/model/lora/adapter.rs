@@ -288,7 +288,7 @@ impl Adapter {
         &self,
         (x, masks): (&Tensor, Option<&Masks>),
         product: &Tensor,
-        weight: &Tensor,
+        (weight, dtype): (&Matrix, DType),
     ) -> candle_core::Result<Tensor> {
         let read = match masks {
             Some(masks) => {
@@ -300,6 +300,7 @@ impl Adapter {
         let low_rank = linear(&linear(&read, &self.a, None)?, &self.b, None)?;
         let y = (product + (low_rank * self.scale)?)?;
         let Some(Dora { magnitude, .. }) = &self.dora else { return Ok(y) };
+        let weight = weight.tensor(x.device(), dtype)?;
         let sum = (weight.detach().to_dtype(DType::F32)? + self.delta()?)?;
         let norms = sum.sqr()?.sum(1)?.sqrt()?;
         y.broadcast_mul(&(magnitude / norms)?.to_dtype(y.dtype())?)

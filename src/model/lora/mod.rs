@@ -153,6 +153,7 @@ impl Lora {
     /// # Errors
     /// A name or a pattern that matches none.
     pub fn modules(&self, config: &Config) -> Result<Vec<String>> {
+        self.check_saved(config)?;
         let all: Vec<String> = params::shapes(config)
             .into_keys()
             .filter(|name| is_projection(name))
@@ -171,6 +172,31 @@ impl Lora {
             wanted.extend(all.iter().filter(|module| means(module)).cloned());
         }
         Ok(wanted.into_iter().collect())
+    }
+
+    /// Refuses names of modules to train in full that a model does not have.
+    fn check_saved(&self, config: &Config) -> Result<()> {
+        let shapes = params::shapes(config);
+        let modules = || shapes.keys().map(|name| name.strip_suffix(".weight").unwrap_or(name));
+        for saved in &self.lora_modules_to_save {
+            if modules().any(|module| names(saved, module)) {
+                continue;
+            }
+            let error = Error::usage(format!(
+                "`lora_modules_to_save` has `{saved}`, which the model does not have"
+            ));
+            let last = |module: &str| module.rsplit('.').next().unwrap_or(module).to_owned();
+            let known: BTreeSet<String> = modules().map(last).collect();
+            return Err(error.hint(if params::HEAD.starts_with(saved) {
+                "its head is the embedding: name embed_tokens".to_owned()
+            } else {
+                match did_you_mean(saved, known.iter().map(String::as_str)) {
+                    Some(near) => format!("did you mean `{near}`?"),
+                    None => format!("there is: {}", Vec::from_iter(known).join(", ")),
+                }
+            }));
+        }
+        Ok(())
     }
 
     /// The same for `adapter_config.json`: the pattern, where there is one alone, or the modules' names.
@@ -267,7 +293,7 @@ pub fn merge(weights: &mut Weights, adapters: &Adapters) -> Result<()> {
     Ok(())
 }
 
-fn unknown(module: &str) -> Error {
+pub(super) fn unknown(module: &str) -> Error {
     Error::run("the adapter has factors for it, the base model has no such projection")
         .at(format!("`{module}`"))
         .hint("the adapter was trained beside another model")

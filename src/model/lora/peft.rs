@@ -5,7 +5,8 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use regex::Regex;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -57,8 +58,28 @@ pub struct AdapterConfig {
     pub fan_in_fan_out: bool,
     /// Told to peft, which then loads without training.
     pub inference_mode: bool,
-    /// Told to peft: the files hold all that it would have to initialise.
+    /// Told to peft: the files hold all that it would have to initialise. Another program may
+    /// name the method by which they began.
+    #[serde(deserialize_with = "beginning")]
     pub init_lora_weights: bool,
+    /// Told to peft: the head follows the embedding that it shares its weight with, where that is trained in full.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub ensure_weight_tying: bool,
+}
+
+/// Ways to begin in peft that leave the base as it is.
+const HARMLESS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
+
+fn beginning<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    match Value::deserialize(deserializer)? {
+        Value::Bool(flag) => Ok(flag),
+        Value::Null => Ok(true),
+        Value::String(name) if HARMLESS.contains(&name.as_str()) => Ok(true),
+        other => Err(D::Error::custom(format!(
+            "`init_lora_weights` is {other}: the adapter belongs to a base that this method has changed; \
+             save it with peft's `path_initial_model_for_weight_conversion`, or merge it there"
+        ))),
+    }
 }
 
 impl Default for AdapterConfig {
@@ -80,6 +101,7 @@ impl Default for AdapterConfig {
             fan_in_fan_out: false,
             inference_mode: true,
             init_lora_weights: true,
+            ensure_weight_tying: false,
         }
     }
 }

@@ -105,6 +105,47 @@ fn targets_are_all_projections_names_or_patterns_of_whole_names() {
     assert_eq!(modules(&[pattern, "layers.3.mlp.up_proj"]), (both.clone(), both.into()));
 }
 
+/// The tiny student's head is its embedding.
+#[test]
+fn modules_to_train_in_full_are_ones_that_the_model_has() {
+    let Checkpoint { config, .. } = base();
+    let check = |saved: &str| {
+        let lora = Lora { lora_modules_to_save: vec![saved.to_owned()], ..Lora::default() };
+        lora.modules(&config).map(|_| ())
+    };
+    for saved in ["embed_tokens", "norm", "model.norm", "layers.1.input_layernorm"] {
+        check(saved).unwrap();
+    }
+    let refused = |saved: &str| {
+        let error = check(saved).unwrap_err();
+        (error.to_string(), error.hint_text().unwrap_or_default().to_owned())
+    };
+    let (error, hint) = refused("norms");
+    assert_eq!(error, "`lora_modules_to_save` has `norms`, which the model does not have");
+    assert_eq!(hint, "did you mean `norm`?");
+    if config.tie_word_embeddings {
+        assert_eq!(refused("lm_head").1, "its head is the embedding: name embed_tokens");
+    }
+}
+
+/// Where the method changed the base, the factors alone say another thing than was trained.
+#[test]
+fn ways_to_begin_that_leave_the_base_alone_are_read_and_others_refused() {
+    let home = tempfile::tempdir().unwrap();
+    let read = |value: &str| {
+        let config = format!(r#"{{"peft_type": "LORA", "r": 8, "init_lora_weights": {value}}}"#);
+        std::fs::write(home.path().join(peft::CONFIG), config).unwrap();
+        peft::AdapterConfig::read(home.path())
+    };
+    for value in ["true", "false", "null", "\"gaussian\"", "\"eva\"", "\"orthogonal\""] {
+        read(value).unwrap();
+    }
+    for value in ["\"pissa\"", "\"olora\"", "\"loftq\"", "\"corda\"", "\"pissa_niter_4\"", "3"] {
+        let error = read(value).unwrap_err().to_string();
+        assert!(error.contains("`init_lora_weights` is "), "{error}");
+    }
+}
+
 /// The first is six along one direction, the second two along another: the sum's nearest at rank 1 is the first alone.
 #[test]
 fn sums_of_adapters_are_exact_side_by_side_and_nearest_at_a_rank() {

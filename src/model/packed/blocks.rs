@@ -47,6 +47,11 @@ impl BlockType {
         }
     }
 
+    /// Whether a block has a minimum.
+    pub(super) fn has_minimum(self) -> bool {
+        self == Self::Q4_1
+    }
+
     /// One block as integers with scale and minimum. Q4_0's −8 becomes a minimum, which is exact.
     pub(super) fn block(self, bytes: &[u8]) -> Block {
         let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]);

@@ -24,6 +24,7 @@ use super::{Weights, gguf, lora};
 use crate::error::{Error, Result};
 use crate::ops::cpu::blocks::BlockMatrix;
 use crate::ops::cpu::{self, Element};
+use crate::ops::unpack::{OnGpu, Parts, Unpack};
 
 /// Blocks a task: fixed, so that no sum or rounding depends on the number of threads.
 const TASK: usize = 256;
@@ -105,20 +106,9 @@ pub(super) fn of_file(source: &Source) -> Result<PackedWeights> {
 /// Rounds a matrix to blocks as llama.cpp does, for products of integers.
 ///
 /// # Errors
-/// A tensor that is no matrix, rows that are no whole blocks, the device's.
+/// As [`Packed::rounded`].
 pub fn block_matrix(weight: &Tensor, kind: BlockType) -> Result<BlockMatrix> {
-    let shape = weight.dims2()?;
-    if !shape.1.is_multiple_of(blocks::LEN) {
-        return Err(Error::usage(format!(
-            "rows of {} weights, {kind:?} has blocks of {}",
-            shape.1,
-            blocks::LEN
-        ))
-        .hint("quantization = \"none\""));
-    }
-    let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-    let rounded = QTensor::quantize(&weight, kind.dtype())?;
-    Packed::blocks(kind, shape, rounded.data()?.into_owned())?.block_matrix()
+    Packed::rounded(weight, kind)?.block_matrix()
 }
 
 /// A matrix `[O, I]` in blocks, row after row.
@@ -127,6 +117,7 @@ pub struct Packed {
     rows: usize,
     cols: usize,
     form: Form,
+    on_gpu: OnGpu,
 }
 
 #[derive(Debug)]
@@ -144,7 +135,26 @@ impl Packed {
         let (rows, cols) = weight.dims2()?;
         let weight = weight.to_device(&Device::Cpu)?.contiguous()?;
         let form = Form::Nf4(cpu::with_slice(&weight, Nf4::pack)?);
-        Ok(Self { rows, cols, form })
+        Ok(Self { rows, cols, form, on_gpu: OnGpu::default() })
+    }
+
+    /// Rounds a matrix to blocks as llama.cpp does.
+    ///
+    /// # Errors
+    /// A tensor that is no matrix, rows that are no whole blocks, the device's.
+    pub fn rounded(weight: &Tensor, kind: BlockType) -> Result<Self> {
+        let shape = weight.dims2()?;
+        if !shape.1.is_multiple_of(blocks::LEN) {
+            return Err(Error::usage(format!(
+                "rows of {} weights, {kind:?} has blocks of {}",
+                shape.1,
+                blocks::LEN
+            ))
+            .hint("quantization = \"none\""));
+        }
+        let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+        let rounded = QTensor::quantize(&weight, kind.dtype())?;
+        Self::blocks(kind, shape, rounded.data()?.into_owned())
     }
 
     /// Takes the blocks of a GGUF file, whose rows are made of whole blocks.
@@ -160,10 +170,10 @@ impl Packed {
                 bytes.len()
             )));
         }
-        Ok(Self { rows, cols, form: Form::Blocks(kind, bytes) })
+        Ok(Self { rows, cols, form: Form::Blocks(kind, bytes), on_gpu: OnGpu::default() })
     }
 
-    /// `[O, I]`.
+    /// `(O, I)`.
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.cols)
     }
@@ -218,11 +228,34 @@ impl Packed {
         }))
     }
 
-    /// The dense matrix on `device`, in `dtype`.
+    /// Sends the blocks to where the matrix will be multiplied, if that is a GPU.
     ///
     /// # Errors
-    /// The device's.
-    pub fn tensor(&self, device: &Device, dtype: DType) -> candle_core::Result<Tensor> {
+    /// The device's; another GPU than before.
+    pub fn place(&self, device: &Device) -> Result<()> {
+        Ok(self.on_gpu.place((self.shape(), self.parts()), device)?)
+    }
+
+    fn parts(&self) -> Parts<'_> {
+        match &self.form {
+            Form::Nf4(nf4) => nf4.parts(),
+            Form::Blocks(kind, bytes) => {
+                Parts::Blocks { bytes, bits: kind.bits(), minimum: kind.has_minimum() }
+            }
+        }
+    }
+}
+
+impl Unpack for Packed {
+    fn shape(&self) -> (usize, usize) {
+        self.shape()
+    }
+
+    fn tensor(&self, device: &Device, dtype: DType) -> candle_core::Result<Tensor> {
+        let whole = (self.shape(), self.parts());
+        if let Some(dense) = self.on_gpu.dense(whole, device, dtype)? {
+            return Ok(dense);
+        }
         let dense = Tensor::from_vec(self.unpack::<f32>(), self.shape(), &Device::Cpu)?;
         dense.to_dtype(dtype)?.to_device(device)
     }

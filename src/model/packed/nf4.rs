@@ -4,13 +4,15 @@ use std::sync::LazyLock;
 
 use rayon::prelude::*;
 
+use crate::ops::unpack::Parts;
+
 /// Weights that share a scale.
 pub(super) const LEN: usize = 64;
 /// Scales that share a scale.
 const SCALES: usize = 256;
 
 /// Quantiles of a normal distribution, scaled to −1 … 1, with an exact zero (appendix E of the paper).
-const LEVELS: [f32; 16] = [
+static LEVELS: [f32; 16] = [
     -1.0,
     -0.696_192_8,
     -0.525_073_05,
@@ -71,6 +73,16 @@ impl Nf4 {
 
     pub(super) fn bytes(&self) -> usize {
         self.levels.len() + self.scales.len() + size_of_val(self.scale_of_scales.as_slice())
+    }
+
+    pub(super) fn parts(&self) -> Parts<'_> {
+        Parts::Nf4 {
+            levels: &self.levels,
+            scales: &self.scales,
+            scale_of_scales: &self.scale_of_scales,
+            offset: self.offset,
+            tables: (&BYTES, &LEVELS),
+        }
     }
 
     /// Block `index`, or as much of it as there is.

@@ -34,7 +34,29 @@ pub fn open(index: usize) -> Result<Device> {
     check_capability(capability, &context.name().map_err(said)?)?;
     // A driver that has no such pools is none the worse.
     let _ = pool::keep(&context);
-    Device::new_cuda(index).map_err(|error| explain(&error.to_string()))
+    let device = Device::new_cuda(index).map_err(|error| explain(&error.to_string()))?;
+    if let Device::Cuda(device) = &device {
+        settle(device).map_err(|error| explain(&error.to_string()))?;
+    }
+    Ok(device)
+}
+
+/// What Candle leaves open: products of bf16 are summed in f32 throughout, also where cuBLAS splits a sum; and an allocation
+/// makes no events, which nobody would record, as no stream is made here beside each thread's own.
+#[cfg(feature = "cuda")]
+#[expect(
+    unsafe_code,
+    reason = "a setting that cudarc has no safe form of, and one that it leaves to its callers"
+)]
+fn settle(device: &candle_core::CudaDevice) -> candle_core::Result<()> {
+    use candle_core::cuda_backend::WrapErr;
+    use candle_core::cuda_backend::cudarc::cublas::sys;
+    let mode = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+    // SAFETY: the handle is open.
+    unsafe { sys::cublasSetMathMode(*device.cublas_handle().handle(), mode) }.result().w()?;
+    // SAFETY: whoever hands memory to another thread waits for the stream first; page-locked memory has events of its own.
+    unsafe { device.disable_event_tracking() };
+    Ok(())
 }
 
 /// Lets this thread free what lies on a GPU: only one that has a context of its own may.
@@ -206,6 +228,21 @@ pub fn out_of_memory<const N: usize>(
     Error::run(format!("the GPU is out of memory {what}: {parts}")).hint(ways).because(error)
 }
 
+/// Whether a text says that a kernel failed, after which every call of the process fails.
+pub fn is_lost(said: &str) -> bool {
+    const FATAL: [&str; 8] = [
+        "ILLEGAL_ADDRESS",
+        "MISALIGNED_ADDRESS",
+        "LAUNCH_FAILED",
+        "LAUNCH_TIMEOUT",
+        "ILLEGAL_INSTRUCTION",
+        "INVALID_PC",
+        "HARDWARE_STACK_ERROR",
+        "ECC_UNCORRECTABLE",
+    ];
+    FATAL.iter().any(|name| said.contains(&format!("CUDA_ERROR_{name}")))
+}
+
 /// Whether a text says that a GPU had no memory left.
 pub fn is_out_of_memory(said: &str) -> bool {
     said.contains("CUDA_ERROR_OUT_OF_MEMORY") || said.contains("CUBLAS_STATUS_ALLOC_FAILED")
@@ -230,6 +267,13 @@ mod tests {
             assert!(error.hint_text().is_some(), "{said}");
         }
         assert_eq!(explain("something else").to_string(), "something else");
+    }
+
+    #[test]
+    fn a_kernel_that_failed_ends_all_and_a_full_gpu_does_not() {
+        assert!(is_lost("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\")"));
+        assert!(!is_lost("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")"));
+        assert!(!is_lost("a bad row"));
     }
 
     #[test]

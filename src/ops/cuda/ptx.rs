@@ -12,7 +12,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaStream};
 use candle_core::{Result, bail};
 
 use super::arguments::{self, Entries, Launch, Parameter};
-use super::device::OLD_DRIVER;
+use super::device::{OLD_DRIVER, is_lost};
 use super::nvrtc;
 
 /// A kernel file as the build found it.
@@ -89,6 +89,14 @@ impl Deref for CudaFunc {
 /// A GPU that is too old; a driver that is; no PTX in the program and no run-time compiler; no such entry.
 pub(super) fn kernel(device: &CudaDevice, module: &str, function: &str) -> Result<CudaFunc> {
     let stream = device.cuda_stream();
+    // An address says whose a function is: whoever is kept here keeps its context.
+    let key = (Arc::as_ptr(stream.context()) as usize, function.to_owned());
+    static FOUND: Mutex<BTreeMap<(usize, String), (CudaFunction, Arc<[Parameter]>)>> =
+        Mutex::new(BTreeMap::new());
+    let mut known = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((function, parameters)) = known.get(&key).cloned() {
+        return Ok(CudaFunc { function, stream, name: key.1, parameters });
+    }
     let capability = stream.context().compute_capability().map_err(candle_core::Error::wrap)?;
     let Some(architecture) = Architecture::of(capability) else {
         let (major, minor) = capability;
@@ -103,7 +111,8 @@ pub(super) fn kernel(device: &CudaDevice, module: &str, function: &str) -> Resul
     };
     let loaded = device.get_or_load_custom_func(function, found.name, &text);
     let loaded = loaded.map_err(|error| refused(module, function, &error.to_string()))?;
-    let (name, function) = (function.to_owned(), loaded.into_cuda_function());
+    let (name, function) = (key.1.clone(), loaded.into_cuda_function());
+    known.insert(key, (function.clone(), parameters.clone()));
     Ok(CudaFunc { function, stream, name, parameters })
 }
 
@@ -111,6 +120,11 @@ pub(super) fn kernel(device: &CudaDevice, module: &str, function: &str) -> Resul
 fn refused(module: &str, function: &str, error: &str) -> candle_core::Error {
     let reason = if error.contains("UNSUPPORTED_PTX_VERSION") {
         format!("{OLD_DRIVER} ({error})")
+    } else if is_lost(error) {
+        return candle_core::Error::msg(format!(
+            "an earlier kernel failed, as was seen when `{function}` of {module}.cu was asked for: {error}; with \
+             CUDA_LAUNCH_BLOCKING=1 in the environment the error is that kernel's own"
+        ));
     } else {
         error.to_owned()
     };
@@ -173,6 +187,8 @@ mod tests {
     fn the_drivers_words_are_explained() {
         let said = |text: &str| refused("norm", "f", text).to_string();
         assert!(said("CUDA_ERROR_UNSUPPORTED_PTX_VERSION").contains(OLD_DRIVER));
+        let late = said("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"…\")");
+        assert!(late.starts_with("an earlier kernel failed"), "{late}");
         // Behind it may stand where the error came from.
         assert!(said("another").contains("kernel `f` of norm.cu: another"));
     }

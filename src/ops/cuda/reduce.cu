@@ -79,3 +79,16 @@ KERNEL_ONE(minimum, (const u64 *partials, u64 *out, u64 count), (partials, out, 
   found = block_reduce(found, NONE, Min());
   if (threadIdx.x == 0) *out = found;
 }
+
+// A gradient more. Elementwise, over all threads of the grid.
+//   sum, grad -> sum: [count]
+KERNEL(accumulate, (float *sum, const T *grad, u64 count), (sum, grad, count)) {
+  bool packed = packs<4>(sum, 0) && packs<4>(grad, 0);
+  each_pack<4>(count, packed, global_thread(), global_threads(), [&](u64 i, auto number) {
+    constexpr u32 N = decltype(number)::SIZE;
+    auto sums = load_pack<N>(sum + i);
+    auto more = load_pack<N>(grad + i);
+    for (u32 j = 0; j < N; j++) sums.at[j] += to_f32(more.at[j]);
+    store_pack(sum + i, sums);
+  });
+}

@@ -14,6 +14,7 @@ pub(in crate::ops::cuda) mod pairs;
 pub(crate) mod rope;
 pub(crate) mod sample;
 pub(crate) mod swiglu;
+pub(crate) mod unpack;
 
 use std::cell::Cell;
 use std::marker::PhantomData;

@@ -14,6 +14,32 @@ const CHUNK: usize = 1 << 16;
 /// Threads that sum.
 const SUM: u32 = 512;
 
+/// Adds a gradient to a sum in f32, where that lies.
+///
+/// # Shapes
+/// - `sum`, `grad`: equal, any; `sum` contiguous.
+pub(crate) fn accumulate(sum: &Tensor, grad: &Tensor) -> Result<()> {
+    if grad.elem_count() == 0 {
+        return Ok(());
+    }
+    together("a sum of gradients", [sum, grad])?;
+    let grad = grad.contiguous()?;
+    by_type!(grad.dtype(), "a sum of gradients", E => {
+        let device = grad.device().as_cuda_device()?;
+        let (storage, layout) = grad.storage_and_layout();
+        let more = view::<E>(cuda(&storage)?, layout)?;
+        let function = kernel(device, "reduce", &format!("accumulate_{}", E::NAME))?;
+        with_view_mut::<f32, _>(sum, |mut sum| {
+            let count = sum.len() as u64;
+            let mut launch = function.builder();
+            launch.arg(&mut sum).arg(&more).arg(&count);
+            // SAFETY: the kernel's arguments, as many elements each: the shapes are equal.
+            unsafe { launch.launch(grid_over("a sum of gradients", more.len())?) }.w()?;
+            Ok(())
+        })
+    })
+}
+
 /// Sums of squares of gradients, on the device until somebody reads them.
 pub(crate) struct Squares {
     device: CudaDevice,

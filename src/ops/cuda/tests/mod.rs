@@ -12,3 +12,4 @@ mod reduce;
 mod rope;
 mod sample;
 mod swiglu;
+mod unpack;

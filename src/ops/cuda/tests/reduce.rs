@@ -74,6 +74,18 @@ mod tests {
         }
     }
 
+    fn accumulated<T: Number>(count: usize, manner: Manner) {
+        let (start, more) = (random::<f32>(5, count), random::<T>(6, count));
+        let expected: Vec<f32> = start.iter().zip(wide(&more)).map(|(a, b)| a + b).collect();
+        let mut sum = Guarded::new(&start, manner.side);
+        let more = Guarded::new(&more, manner.side);
+        let entry = format!("accumulate_{}", T::NAME);
+        let call = Kernels::of(FILE).call(&entry, [2, 1, 1], manner).output(&mut sum);
+        call.input(&more).arg(count as u64).run();
+        assert_same("accumulate", T::NAME, sum.as_slice(), &expected);
+        assert!(sum.is_clean(), "{manner:?}");
+    }
+
     #[test]
     fn norms_and_factors_are_the_cpus() {
         for (turn, count) in COUNTS.into_iter().enumerate() {
@@ -81,6 +93,8 @@ mod tests {
                 if !takes_long(count, manner) {
                     check::<f32>(count, manner);
                     check::<bf16>(count, manner);
+                    accumulated::<f32>(count, manner);
+                    accumulated::<bf16>(count, manner);
                 }
             }
         }
@@ -155,6 +169,11 @@ mod tests {
             ("*out = add ? *out + sum : sum;", "*out = sum;"),
             ("max_norm > 0.0 && max_norm < length + 1e-6", "max_norm < length + 1e-6"),
             ("scale = max_norm / (length + 1e-6);", "scale = max_norm / sum;"),
+            ("sums.at[j] += to_f32(more.at[j]);", "sums.at[j] = to_f32(more.at[j]);"),
+            (
+                "packs<4>(sum, 0) && packs<4>(grad, 0);",
+                "packs<4>(sum, 0) && (count = count / 4 * 4);",
+            ),
         ];
         every_mutant_is_caught(FILE, CHECK, &mutants);
         let mutants = [
