@@ -297,6 +297,40 @@ fn plain_completions_take_several_prompts_and_stream_what_they_say() {
 }
 
 #[test]
+fn a_stop_token_ends_an_answer_and_is_no_part_of_it() {
+    let server = Server::start(&[]);
+    let model = LocalModel::new(&checkpoint()).unwrap();
+    let asked = [Message::new("user", SUM)];
+    for (path, key, prompt) in [
+        (PLAIN, "prompt", model.tokenizer().encode_special("Tom has").unwrap()),
+        (CHAT, "messages", model.tokenizer().prompt_ids(&asked, None).unwrap()),
+    ] {
+        let ids = engine(&prompt, &Sampling::greedy(12)).remove(0).ids;
+        // A token that the answer has not had before.
+        let new = |place: &usize| !ids[..*place].contains(&ids[*place]);
+        let place = (0..ids.len().min(8)).rfind(new).unwrap();
+        let text = model.text(&ids[..place]);
+        let mut body =
+            json!({"max_tokens": 12, "temperature": 0, "stop_token_ids": [383, ids[place]]});
+        body[key] = if path == PLAIN { json!("Tom has") } else { question() };
+        let answer = server.ask(path, &body);
+        let choice = &answer["choices"][0];
+        let said = choice["message"].get("content").unwrap_or(&choice["text"]);
+        assert_eq!((said, &choice["finish_reason"]), (&json!(text), &json!("stop")), "{path}");
+        assert_eq!(answer["usage"]["completion_tokens"], place + 1);
+        body["stream"] = json!(true);
+        let chunks = server.chunks(path, &body);
+        let choices = || chunks.iter().map(|chunk| &chunk["choices"][0]);
+        let piece = |choice: &Value| {
+            let said = choice["delta"].get("content").unwrap_or(&choice["text"]);
+            said.as_str().unwrap_or_default().to_owned()
+        };
+        assert_eq!(choices().map(piece).collect::<String>(), text, "{path}");
+        assert_eq!(choices().last().unwrap()["finish_reason"], "stop");
+    }
+}
+
+#[test]
 fn a_stop_string_that_never_comes_ends_nothing() {
     let server = Server::start(&[]);
     let body = json!({"prompt": "Tom", "max_tokens": 12, "stop": "zzzzzz", "logit_bias": endless(), "seed": 2});
@@ -517,6 +551,7 @@ fn what_cannot_be_honoured_is_refused_with_words() {
             "no place for them",
         ),
         (CHAT, json!({"messages": messages, "logit_bias": {"9999": 1}}), 400, "9999"),
+        (CHAT, json!({"messages": messages, "stop_token_ids": [384]}), 400, "has 384, expected"),
         (PLAIN, json!({"prompt": long}), 400, "positions must hold an answer too"),
         (PLAIN, json!({"prompt": []}), 400, "no text"),
         (PLAIN, json!({"prompt": [1, 99999]}), 400, "token 99999, expected one below 384"),
@@ -561,6 +596,9 @@ fn mistyped() -> Vec<String> {
         json!({"top_k": -7}),
         json!({"seed": 1.5}),
         json!({"stop": [1]}),
+        json!({"stop_token_ids": 2}),
+        json!({"stop_token_ids": [-1]}),
+        json!({"stop_token_ids": [big]}),
         json!({"stream": "yes"}),
         json!({"logit_bias": {"-1": 5}}),
         json!({"logit_bias": {"99999999999999999999": 5}}),

@@ -61,6 +61,7 @@ impl Manner {
             logit_bias: logit_bias(fields)?,
             presence_penalty: penalty(fields, "presence_penalty")?,
             frequency_penalty: penalty(fields, "frequency_penalty")?,
+            stop_token_ids: stop_token_ids(fields)?,
             // Pieces are how tokens are counted as they come, whether or not the client wants them.
             stream: true,
             ..Extras::default()
@@ -188,6 +189,14 @@ fn repetition_penalty(fields: &mut Fields) -> Result<Option<f64>, Problem> {
 #[serde(transparent)]
 struct Stop(#[serde(deserialize_with = "one_or_many")] Vec<String>);
 
+/// vLLM's. Each once: every token that is drawn is looked up among them.
+fn stop_token_ids(fields: &mut Fields) -> Result<Vec<u32>, Problem> {
+    let mut ids: Vec<u32> = fields.take("stop_token_ids")?.unwrap_or_default();
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
 fn penalty(fields: &mut Fields, name: &'static str) -> Result<f32, Problem> {
     let value: f32 = fields.take(name)?.unwrap_or(0.0);
     if (-2.0..=2.0).contains(&value) {
@@ -298,6 +307,7 @@ mod tests {
     fn fields_become_settings() {
         let manner = take(&json!({
             "n": 3, "seed": -1, "temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "stop": "x",
+            "stop_token_ids": [9, 7, 9],
             "logit_bias": {"7": -100}, "presence_penalty": 1.5, "stream": true, "stream_options": {"include_usage": true},
         }))
         .unwrap();
@@ -305,6 +315,7 @@ mod tests {
         assert_eq!((sampling.num_samples, sampling.seed, sampling.top_k), (3, u64::MAX, 0));
         assert_eq!(sampling.stop, ["x"]);
         assert_eq!(manner.extras.logit_bias, [(7, -100.0)]);
+        assert_eq!(manner.extras.stop_token_ids, [7, 9]);
         assert!(manner.stream && manner.include_usage);
         let plain = take(&json!({})).unwrap();
         assert_eq!((plain.sampling.seed, plain.form, plain.stream), (99, None, false));
