@@ -74,7 +74,7 @@ impl Manner {
     /// The request for answers of at most `max_tokens` to a prompt.
     ///
     /// # Errors
-    /// A prompt without room for them, in the model's positions or in the caches.
+    /// A prompt without room for one of them, in the model's positions or in the caches.
     pub(super) fn requests(
         self,
         served: &Served,
@@ -119,7 +119,7 @@ fn room(served: &Served, len: usize, wanted: Option<usize>, n: usize) -> Result<
         )));
     }
     let room = positions - len;
-    // The engine counts the same pages: answers of a request that fits need not take turns.
+    // Without a number, answers have what lets them all be written at once, in the engine's pages.
     let (page, prompt) = (served.model.in_pages(1), served.model.in_pages(len));
     let each = wanted.unwrap_or_else(|| {
         let fitting = cache.saturating_sub(prompt) / n.max(1) / page * page;
@@ -132,12 +132,13 @@ fn room(served: &Served, len: usize, wanted: Option<usize>, n: usize) -> Result<
         ))
         .on("max_tokens"));
     }
-    let taken = prompt + n * served.model.in_pages(each);
+    // More answers than fit beside each other take turns.
+    let taken = prompt + served.model.in_pages(each);
     if taken > cache {
         return Err(Problem::invalid(format!(
-            "{len} tokens of the prompt and {n} answers of {each} take {taken} in pages of {page}, more than the {cache} tokens that the caches hold"
+            "{len} tokens of the prompt and an answer of {each} take {taken} in pages of {page}, more than the {cache} tokens that the caches hold; `--cache-tokens` lets a server hold more"
         ))
-        .on("n"));
+        .on("max_tokens"));
     }
     Ok(each)
 }
