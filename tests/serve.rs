@@ -11,6 +11,7 @@
 mod served;
 
 use std::io::{BufRead, BufReader, Read};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -486,6 +487,53 @@ fn the_reward_model_scores_completions() {
         status == 400 && error["message"].as_str().unwrap().contains("256 positions"),
         "{error}"
     );
+}
+
+#[test]
+fn messages_that_a_chat_template_refuses_are_the_clients_mistake_everywhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let (template, judge) = (dir.path().join("strict.jinja"), dir.path().join("reward"));
+    std::fs::write(
+        &template,
+        "{% for message in messages %}{% if message.role == 'oracle' %}{{ raise_exception('no oracles') }}{% endif %}\
+         {% if message.role == 'assistant' and loop.index0 % 2 == 0 %}{{ raise_exception('out of turn') }}{% endif %}\
+         <|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}\
+         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    .unwrap();
+    let template = template.to_str().unwrap();
+    let mut model = checkpoint();
+    model.tokenizer = Some(model.tokenizer().unwrap().with_template(template).unwrap());
+    model.into_reward_model(7).unwrap().save(&judge, &SaveOptions::new(DType::F32)).unwrap();
+    let judge = judge.to_str().unwrap();
+    let server = Server::start(&["--reward-model", judge, "--chat-template", template]);
+    let messages = json!([{"role": "oracle", "content": "x"}]);
+    for (path, body) in [
+        (CHAT, json!({"messages": messages, "max_tokens": 1})),
+        ("/tokenize", json!({"messages": messages})),
+        ("/score", json!({"messages": messages, "completions": ["a", "b"]})),
+    ] {
+        let (status, error) = server.refused(path, &body.to_string());
+        let message = error["message"].as_str().unwrap();
+        assert_eq!((status, &error["type"]), (400, &json!("invalid_request_error")), "{path}");
+        assert!(message.contains("`messages`") && message.contains("no oracles"), "{message}");
+    }
+    // A prompt that the template takes, and refuses once an answer follows.
+    let twice = json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]);
+    server.ask("/tokenize", &json!({"messages": twice}));
+    let body = json!({"messages": twice, "completions": ["a"]});
+    let (status, error) = server.refused("/score", &body.to_string());
+    assert!(status == 400 && error["message"].as_str().unwrap().contains("out of turn"), "{error}");
+    server.ask("/score", &json!({"messages": question(), "completions": ["a"]}));
+}
+
+#[test]
+fn without_a_host_it_listens_to_its_own_machine_alone() {
+    let server = Server::start(&[]);
+    let address: SocketAddr = server.url.strip_prefix("http://").unwrap().parse().unwrap();
+    assert_eq!(address.ip(), Ipv4Addr::LOCALHOST);
+    // One that listened to all addresses would answer at this one too.
+    assert!(TcpStream::connect((Ipv4Addr::new(127, 0, 0, 2), address.port())).is_err());
 }
 
 #[test]
