@@ -356,6 +356,19 @@ fn answers_have_the_form_that_was_asked_for_and_characters_are_never_cut() {
     let value: Value = serde_json::from_str(&content(json!({"response_format": format}))).unwrap();
     assert!((0..100).contains(&value["sum"].as_i64().unwrap()), "{value}");
     assert!(["coins", "€"].contains(&value["unit"].as_str().unwrap()), "{value}");
+    // What it says is its own affair, but for a bias towards what ends strings and objects.
+    let quick: Value = ["\"", ":", "}"]
+        .iter()
+        .map(|text| {
+            let ids = server.ask("/tokenize", &json!({"prompt": text}))["tokens"].clone();
+            assert_eq!(ids.as_array().unwrap().len(), 1);
+            (ids[0].to_string(), json!(if *text == "}" { 50 } else { 100 }))
+        })
+        .collect();
+    let format = json!({"type": "json_object"});
+    let asked = json!({"response_format": format, "logit_bias": quick, "temperature": 0});
+    let value: Value = serde_json::from_str(&content(asked)).unwrap();
+    assert_eq!(value.as_object().map(serde_json::Map::len), Some(1), "{value}");
     let number = content(json!({"guided_regex": "[0-9]{2} coins"}));
     assert!(number.len() == 8 && number.ends_with(" coins"), "{number}");
     let choice = content(json!({"structured_outputs": {"choice": ["yes", "no"]}}));

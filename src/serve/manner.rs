@@ -335,6 +335,8 @@ mod tests {
         assert_eq!(form(json!({"guided_json": schema})), of_schema);
         assert_eq!(form(json!({"structured_outputs": {"json": schema}})), of_schema);
         assert_eq!(form(json!({"response_format": {"type": "text"}})), None);
+        let object = Some(Form::Schema(json!({"type": "object"})));
+        assert_eq!(form(json!({"response_format": {"type": "json_object"}})), object);
         let regex = Some(Form::Regex("a+".to_owned()));
         assert_eq!(form(json!({"guided_regex": "a+"})), regex);
         assert_eq!(form(json!({"structured_outputs": {"regex": "a+", "json": null}})), regex);
