@@ -198,6 +198,14 @@ impl LocalModel {
         }
     }
 
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        match &self.backend {
+            Backend::Cpu(_) | Backend::Bf16(_) => &Device::Cpu,
+            Backend::Plain(decoder) => decoder.device(),
+        }
+    }
+
     /// The model's vocabulary size, `V`.
     pub fn vocab_size(&self) -> usize {
         match &self.backend {
@@ -348,10 +356,7 @@ impl LocalModel {
 
 impl Teacher for LocalModel {
     fn on_gpu(&self) -> bool {
-        match &self.backend {
-            Backend::Plain(decoder) => decoder.device().is_cuda(),
-            Backend::Cpu(_) | Backend::Bf16(_) => false,
-        }
+        self.device().is_cuda()
     }
 
     fn answer(
