@@ -11,6 +11,7 @@
 mod served;
 
 use std::io::{BufRead, BufReader, Read};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -298,6 +299,40 @@ fn plain_completions_take_several_prompts_and_stream_what_they_say() {
 }
 
 #[test]
+fn a_stop_token_ends_an_answer_and_is_no_part_of_it() {
+    let server = Server::start(&[]);
+    let model = LocalModel::new(&checkpoint()).unwrap();
+    let asked = [Message::new("user", SUM)];
+    for (path, key, prompt) in [
+        (PLAIN, "prompt", model.tokenizer().encode_special("Tom has").unwrap()),
+        (CHAT, "messages", model.tokenizer().prompt_ids(&asked, None).unwrap()),
+    ] {
+        let ids = engine(&prompt, &Sampling::greedy(12)).remove(0).ids;
+        // A token that the answer has not had before.
+        let new = |place: &usize| !ids[..*place].contains(&ids[*place]);
+        let place = (0..ids.len().min(8)).rfind(new).unwrap();
+        let text = model.text(&ids[..place]);
+        let mut body =
+            json!({"max_tokens": 12, "temperature": 0, "stop_token_ids": [383, ids[place]]});
+        body[key] = if path == PLAIN { json!("Tom has") } else { question() };
+        let answer = server.ask(path, &body);
+        let choice = &answer["choices"][0];
+        let said = choice["message"].get("content").unwrap_or(&choice["text"]);
+        assert_eq!((said, &choice["finish_reason"]), (&json!(text), &json!("stop")), "{path}");
+        assert_eq!(answer["usage"]["completion_tokens"], place + 1);
+        body["stream"] = json!(true);
+        let chunks = server.chunks(path, &body);
+        let choices = || chunks.iter().map(|chunk| &chunk["choices"][0]);
+        let piece = |choice: &Value| {
+            let said = choice["delta"].get("content").unwrap_or(&choice["text"]);
+            said.as_str().unwrap_or_default().to_owned()
+        };
+        assert_eq!(choices().map(piece).collect::<String>(), text, "{path}");
+        assert_eq!(choices().last().unwrap()["finish_reason"], "stop");
+    }
+}
+
+#[test]
 fn a_stop_string_that_never_comes_ends_nothing() {
     let server = Server::start(&[]);
     let body = json!({"prompt": "Tom", "max_tokens": 12, "stop": "zzzzzz", "logit_bias": endless(), "seed": 2});
@@ -322,6 +357,19 @@ fn answers_have_the_form_that_was_asked_for_and_characters_are_never_cut() {
     let value: Value = serde_json::from_str(&content(json!({"response_format": format}))).unwrap();
     assert!((0..100).contains(&value["sum"].as_i64().unwrap()), "{value}");
     assert!(["coins", "€"].contains(&value["unit"].as_str().unwrap()), "{value}");
+    // What it says is its own affair, but for a bias towards what ends strings and objects.
+    let quick: Value = ["\"", ":", "}"]
+        .iter()
+        .map(|text| {
+            let ids = server.ask("/tokenize", &json!({"prompt": text}))["tokens"].clone();
+            assert_eq!(ids.as_array().unwrap().len(), 1);
+            (ids[0].to_string(), json!(if *text == "}" { 50 } else { 100 }))
+        })
+        .collect();
+    let format = json!({"type": "json_object"});
+    let asked = json!({"response_format": format, "logit_bias": quick, "temperature": 0});
+    let value: Value = serde_json::from_str(&content(asked)).unwrap();
+    assert_eq!(value.as_object().map(serde_json::Map::len), Some(1), "{value}");
     let number = content(json!({"guided_regex": "[0-9]{2} coins"}));
     assert!(number.len() == 8 && number.ends_with(" coins"), "{number}");
     let choice = content(json!({"structured_outputs": {"choice": ["yes", "no"]}}));
@@ -456,6 +504,53 @@ fn the_reward_model_scores_completions() {
 }
 
 #[test]
+fn messages_that_a_chat_template_refuses_are_the_clients_mistake_everywhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let (template, judge) = (dir.path().join("strict.jinja"), dir.path().join("reward"));
+    std::fs::write(
+        &template,
+        "{% for message in messages %}{% if message.role == 'oracle' %}{{ raise_exception('no oracles') }}{% endif %}\
+         {% if message.role == 'assistant' and loop.index0 % 2 == 0 %}{{ raise_exception('out of turn') }}{% endif %}\
+         <|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}\
+         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    .unwrap();
+    let template = template.to_str().unwrap();
+    let mut model = checkpoint();
+    model.tokenizer = Some(model.tokenizer().unwrap().with_template(template).unwrap());
+    model.into_reward_model(7).unwrap().save(&judge, &SaveOptions::new(DType::F32)).unwrap();
+    let judge = judge.to_str().unwrap();
+    let server = Server::start(&["--reward-model", judge, "--chat-template", template]);
+    let messages = json!([{"role": "oracle", "content": "x"}]);
+    for (path, body) in [
+        (CHAT, json!({"messages": messages, "max_tokens": 1})),
+        ("/tokenize", json!({"messages": messages})),
+        ("/score", json!({"messages": messages, "completions": ["a", "b"]})),
+    ] {
+        let (status, error) = server.refused(path, &body.to_string());
+        let message = error["message"].as_str().unwrap();
+        assert_eq!((status, &error["type"]), (400, &json!("invalid_request_error")), "{path}");
+        assert!(message.contains("`messages`") && message.contains("no oracles"), "{message}");
+    }
+    // A prompt that the template takes, and refuses once an answer follows.
+    let twice = json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]);
+    server.ask("/tokenize", &json!({"messages": twice}));
+    let body = json!({"messages": twice, "completions": ["a"]});
+    let (status, error) = server.refused("/score", &body.to_string());
+    assert!(status == 400 && error["message"].as_str().unwrap().contains("out of turn"), "{error}");
+    server.ask("/score", &json!({"messages": question(), "completions": ["a"]}));
+}
+
+#[test]
+fn without_a_host_it_listens_to_its_own_machine_alone() {
+    let server = Server::start(&[]);
+    let address: SocketAddr = server.url.strip_prefix("http://").unwrap().parse().unwrap();
+    assert_eq!(address.ip(), Ipv4Addr::LOCALHOST);
+    // One that listened to all addresses would answer at this one too.
+    assert!(TcpStream::connect((Ipv4Addr::new(127, 0, 0, 2), address.port())).is_err());
+}
+
+#[test]
 fn models_health_and_metrics_are_shown() {
     let server = Server::start(&["--served-model-name", "other/name"]);
     let models: Value = serde_json::from_str(&server.get("/v1/models").1).unwrap();
@@ -484,7 +579,7 @@ fn models_health_and_metrics_are_shown() {
 
 #[test]
 fn what_cannot_be_honoured_is_refused_with_words() {
-    let server = Server::start(&["--cache-tokens", "1000", "--max-body", "20000"]);
+    let server = Server::start(&["--max-body", "20000"]);
     let messages = question();
     let long = "coins ".repeat(400);
     for (path, body, status, part) in [
@@ -504,12 +599,6 @@ fn what_cannot_be_honoured_is_refused_with_words() {
             400,
             "`max_tokens` is 250, together more than the model's 256 positions",
         ),
-        (
-            CHAT,
-            json!({"messages": messages, "max_tokens": 100, "n": 10}),
-            400,
-            "the 1000 tokens that the caches hold",
-        ),
         (CHAT, json!({"messages": messages, "guided_regex": "("}), 400, "cannot be enforced"),
         (
             CHAT,
@@ -518,6 +607,7 @@ fn what_cannot_be_honoured_is_refused_with_words() {
             "no place for them",
         ),
         (CHAT, json!({"messages": messages, "logit_bias": {"9999": 1}}), 400, "9999"),
+        (CHAT, json!({"messages": messages, "stop_token_ids": [384]}), 400, "has 384, expected"),
         (PLAIN, json!({"prompt": long}), 400, "positions must hold an answer too"),
         (PLAIN, json!({"prompt": []}), 400, "no text"),
         (PLAIN, json!({"prompt": [1, 99999]}), 400, "token 99999, expected one below 384"),
@@ -562,6 +652,9 @@ fn mistyped() -> Vec<String> {
         json!({"top_k": -7}),
         json!({"seed": 1.5}),
         json!({"stop": [1]}),
+        json!({"stop_token_ids": 2}),
+        json!({"stop_token_ids": [-1]}),
+        json!({"stop_token_ids": [big]}),
         json!({"stream": "yes"}),
         json!({"logit_bias": {"-1": 5}}),
         json!({"logit_bias": {"99999999999999999999": 5}}),
@@ -668,16 +761,25 @@ fn what_fits_into_the_caches_is_counted_in_whole_pages() {
     };
     let answer = server.ask(PLAIN, &ask(3, json!({"max_tokens": 64})));
     assert_eq!(answer["usage"]["completion_tokens"], 3 * 64);
-    // A token more takes a page more for each answer.
-    let (status, error) = server.refused(PLAIN, &ask(3, json!({"max_tokens": 65})).to_string());
+    // A token more takes a page more for each answer: they take turns, and are the same.
+    let seeded = |n: usize| ask(n, json!({"max_tokens": 65, "seed": 4}));
+    let answer = server.ask(PLAIN, &seeded(3));
+    assert_eq!(answer["usage"]["completion_tokens"], 3 * 65);
+    let texts = |answer: &Value| {
+        let choices = answer["choices"].as_array().unwrap().iter();
+        choices.map(|choice| choice["text"].clone()).collect::<Vec<Value>>()
+    };
+    assert_eq!(texts(&answer), texts(&Server::start(&[]).ask(PLAIN, &seeded(3))));
+    // One that is too long by itself is refused.
+    let (status, error) = server.refused(PLAIN, &ask(1, json!({"max_tokens": 193})).to_string());
     let message = error["message"].as_str().unwrap();
-    assert!(status == 400 && message.contains("3 answers of 65 take 448"), "{message}");
-    // Without a number each answer has what fits.
+    assert!(status == 400 && message.contains("an answer of 193 take 320"), "{message}");
+    assert!(error["param"] == "max_tokens" && message.contains("`--cache-tokens`"), "{error}");
+    // Without a number each answer has what fits, at least a page.
     let messages = json!([{"role": "user", "content": "Go on."}]);
     let chat = |n: usize| json!({"messages": messages, "n": n, "logit_bias": endless()});
     assert_eq!(server.ask(CHAT, &chat(2))["usage"]["completion_tokens"], 2 * 64);
-    let (_, error) = server.refused(CHAT, &chat(4).to_string());
-    assert!(error["message"].as_str().unwrap().contains("4 answers of 64 take 320"), "{error}");
+    assert_eq!(server.ask(CHAT, &chat(4))["usage"]["completion_tokens"], 4 * 64);
 }
 
 #[test]

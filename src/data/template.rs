@@ -151,8 +151,16 @@ impl Template {
         );
         let context: Value = context.into_iter().collect();
         let template = self.environment.get_template("chat_template")?;
-        template.render(context).map_err(|error| refusal("refuses these messages", &error))
+        template.render(context).map_err(|error| refusal(REFUSES, &error))
     }
+}
+
+/// What is said of messages that a template does not take.
+const REFUSES: &str = "refuses these messages";
+
+/// Whether an error is a template's that does not take the messages: a mistake of whoever wrote them.
+pub(crate) fn is_refusal(error: &Error) -> bool {
+    error.to_string().contains(&format!("the chat template {REFUSES}"))
 }
 
 fn refusal(what: &str, error: &minijinja::Error) -> Error {

@@ -198,6 +198,14 @@ impl LocalModel {
         }
     }
 
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        match &self.backend {
+            Backend::Cpu(_) | Backend::Bf16(_) => &Device::Cpu,
+            Backend::Plain(decoder) => decoder.device(),
+        }
+    }
+
     /// The model's vocabulary size, `V`.
     pub fn vocab_size(&self) -> usize {
         match &self.backend {
@@ -348,10 +356,7 @@ impl LocalModel {
 
 impl Teacher for LocalModel {
     fn on_gpu(&self) -> bool {
-        match &self.backend {
-            Backend::Plain(decoder) => decoder.device().is_cuda(),
-            Backend::Cpu(_) | Backend::Bf16(_) => false,
-        }
+        self.device().is_cuda()
     }
 
     fn answer(
@@ -418,4 +423,87 @@ pub fn answer_logprobs(
         }
     }
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::generate::engine::Event;
+
+    /// One of the two tiny models, which share their tokenizer.
+    fn tiny(name: &str) -> Checkpoint {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny").join(name);
+        Checkpoint::load_dir(&dir, &Device::Cpu).unwrap()
+    }
+
+    fn student() -> LocalModel {
+        LocalModel::new(&tiny("student").computed_in(Sampling::default().dtype).unwrap()).unwrap()
+    }
+
+    /// The answers to a prompt that repeats itself, and how many forward passes they took.
+    fn answers(model: &LocalModel, sampling: &Sampling) -> (Vec<Answer>, usize) {
+        let text = "Tom has 3 coins. Dora has 3 coins. Tom has 3 coins. Dora has";
+        let prompt = Prompt { index: 0, tokens: model.tokenizer().encode(text) };
+        let mut scheduler = model.scheduler(model.limits());
+        scheduler.submit(Request::new(prompt, Arc::new(sampling.clone()))).unwrap();
+        let (mut all, mut passes) = (Vec::new(), 0);
+        let mut on = |event| {
+            match event {
+                Event::Done(_, answers, _) => all = answers,
+                Event::Failed(_, error) => return Err(error),
+                Event::Piece(..) => {}
+            }
+            Ok(())
+        };
+        while scheduler.step(&mut on).unwrap() {
+            passes += 1;
+        }
+        (all, passes)
+    }
+
+    #[test]
+    fn guessing_as_the_settings_say_changes_no_answer() {
+        let by_chance = Sampling { num_samples: 2, temperature: 0.7, ..Sampling::default() };
+        for plain in [Sampling::greedy(40), Sampling { max_new_tokens: 40, ..by_chance }] {
+            let nothing = |name: &str| -> Result<Checkpoint> { panic!("{name} is not wanted") };
+            let alone = student().guessing_as(&plain, nothing).unwrap();
+            assert!(matches!(alone.guessing, Guessing::None));
+            let (expected, passes) = answers(&alone, &plain);
+
+            let looks_up = Sampling { prompt_lookup_num_tokens: 3, ..plain.clone() };
+            let model = student().guessing_as(&looks_up, nothing).unwrap();
+            assert!(matches!(model.guessing, Guessing::Lookup { tokens: 3 }));
+            let (found, fewer) = answers(&model, &looks_up);
+            assert!(found == expected && fewer <= passes, "{fewer} passes of {passes}");
+
+            for name in ["student", "teacher"] {
+                let assistant_model = name.to_owned();
+                let drafts = Sampling { assistant_model, num_assistant_tokens: 3, ..plain.clone() };
+                let model = student().guessing_as(&drafts, |name| Ok(tiny(name))).unwrap();
+                assert!(matches!(model.guessing, Guessing::Draft { tokens: 3, .. }));
+                let (found, fewer) = answers(&model, &drafts);
+                assert!(found == expected && fewer <= passes, "{name}: {fewer} of {passes}");
+                // A model guesses itself without a mistake.
+                assert!(name == "teacher" || fewer < passes, "{name}: {fewer} of {passes}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_draft_model_of_another_vocabulary_is_refused() {
+        let sampling = Sampling { assistant_model: "other".to_owned(), ..Sampling::default() };
+        let other = |_: &str| -> Result<Checkpoint> {
+            let mut other = tiny("student");
+            let (tokenizer, added) =
+                other.tokenizer()?.with_special_tokens(&["<|more|>".to_owned()])?;
+            assert_eq!(added, 1);
+            other.tokenizer = Some(tokenizer);
+            Ok(other)
+        };
+        let error = student().guessing_as(&sampling, other).err().unwrap();
+        assert_eq!(error.to_string(), "other: the draft model has another vocabulary");
+        assert!(error.hint_text().unwrap().contains("must be the same"));
+    }
 }

@@ -286,3 +286,101 @@ fn a_prompt_goes_on_being_read_while_no_sample_finds_room() {
     {}
     assert!(done.into_values().eq([alone(&short, 2), alone(&long, 1)]));
 }
+
+/// The answers to requests that come together, and the most tokens that were in caches after a step.
+fn watched(
+    scheduler: &mut Scheduler<'_, CpuDecoder>,
+    requests: &[&Request],
+) -> (Vec<Vec<Answer>>, usize) {
+    for &request in requests {
+        scheduler.submit(request.clone()).unwrap();
+    }
+    let (mut done, mut most) = (BTreeMap::new(), 0);
+    while scheduler
+        .step(&mut |event| match event {
+            Event::Done(ticket, answers, _) => {
+                done.insert(ticket, answers);
+                Ok(())
+            }
+            other => panic!("{other:?}"),
+        })
+        .unwrap()
+    {
+        most = most.max(scheduler.cached_tokens());
+    }
+    (done.into_values().collect(), most)
+}
+
+/// Asks for answers of exactly `most` tokens to a prompt of `len`; prompts begin alike.
+fn sized(index: u64, len: u32, most: usize) -> Request {
+    let tokens = (0..len - 1).chain([300 + index as u32]).map(|i| 3 + (i * 29) % 400).collect();
+    let sampling = Sampling { max_new_tokens: most, ..Sampling::default() };
+    Request::new(Prompt { index, tokens }, Arc::new(sampling))
+}
+
+#[test]
+fn answers_of_unequal_lengths_never_pass_the_budget_of_the_caches() {
+    let checkpoint = golden("model_tied");
+    let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let vocabulary = Bytes::default();
+    let scheduler = |limits| Scheduler::new(&decoder, &vocabulary, limits);
+    let alone = |request: &Request| watched(&mut scheduler(WIDE), &[request]).0.remove(0);
+    // In pages: one and an answer of three, two and an answer of one. Each fits alone, and both prompts with the small
+    // answer; both prompts with the large one do not.
+    let (large, small) = (sized(0, 5, 150), sized(1, 100, 5));
+    let limits = Limits { cache_tokens: 4 * 64, ..WIDE };
+    for order in [[&large, &small], [&small, &large]] {
+        let (answers, most) = watched(&mut scheduler(limits), &order);
+        assert_eq!(most, 4 * 64);
+        assert!(answers == order.map(alone), "whoever comes first changes no answer");
+    }
+    // One that is too large for the caches is let in by itself.
+    let limits = Limits { cache_tokens: 2 * 64, ..WIDE };
+    for order in [[&large, &small], [&small, &large]] {
+        let (answers, most) = watched(&mut scheduler(limits), &order);
+        assert_eq!(most, 4 * 64);
+        assert!(answers == order.map(alone));
+    }
+}
+
+#[test]
+fn a_prompt_without_room_beside_what_it_would_continue_is_read_anew() {
+    let checkpoint = golden("model_tied");
+    let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let vocabulary = Bytes::default();
+    // Each fills the caches: a page and an answer of three. The second begins with twenty tokens of the first.
+    let (first, second) = (sized(0, 21, 150), sized(1, 21, 150));
+    let limits = Limits { cache_tokens: 4 * 64, keep_prefixes: true, ..WIDE };
+    let mut scheduler = Scheduler::new(&decoder, &vocabulary, limits);
+    watched(&mut scheduler, &[&first]);
+    assert_eq!(scheduler.cached_tokens(), 4 * 64, "kept for who comes next");
+    let (answers, most) = watched(&mut scheduler, &[&second]);
+    assert_eq!(most, 4 * 64);
+    let alone = watched(&mut Scheduler::new(&decoder, &vocabulary, WIDE), &[&second]).0;
+    assert!(answers == alone);
+}
+
+#[test]
+fn a_stop_token_ends_the_answer_and_is_no_text() {
+    let said = ids("hi!there");
+    let sampling = Arc::new(Sampling::greedy(40));
+    let request = |stop_token_ids| Request {
+        extras: Arc::new(Extras { stop_token_ids, stream: true, ..Extras::default() }),
+        ..Request::new(Prompt { index: 0, tokens: vec![7] }, Arc::clone(&sampling))
+    };
+    let decoder = Parrot { says: said };
+    let stop_at = |tokens: &str| stream(&decoder, &Bytes::default(), request(ids(tokens)));
+    // The first that comes counts, wherever it stands in the list.
+    for (tokens, text) in [("!", "hi"), ("t!", "hi"), ("h", ""), ("r", "hi!the")] {
+        let (pieces, answers, _) = stop_at(tokens);
+        let answer = &answers[0];
+        assert_eq!((answer.text.as_str(), answer.finish), (text, Finish::Stop), "{tokens}");
+        // Every token that was drawn is there with its log-probability.
+        assert_eq!((answer.ids.len(), answer.logprobs.len()), (text.len() + 1, text.len() + 1));
+        let texts: String = pieces.iter().map(|piece| piece.text.as_str()).collect();
+        assert_eq!(texts, text, "{tokens}");
+    }
+    assert_eq!(stop_at("z").1[0].finish, Finish::Length);
+    let error = request(vec![33, 300]).check(WIDE.max_positions, 300).unwrap_err().to_string();
+    assert_eq!(error, "`stop_token_ids` has 300, expected tokens below 300");
+}

@@ -17,6 +17,7 @@ use crate::data::record::Message;
 use crate::error::{Error, Result};
 use crate::generate::engine::{Event, Limits, Request, Schedule, Ticket};
 use crate::generate::local::LocalModel;
+use crate::ops::cuda::device::still_works;
 
 /// What is asked of the engine.
 pub(super) enum Command {
@@ -244,16 +245,23 @@ impl<'a> Engine<'a> {
 
     /// Works until it is told to stop; commands that came before and still wait are not obeyed any more. Computes on the
     /// calling thread, which should be one of rayon's.
-    pub(super) fn run(mut self, commands: &Receiver<Command>, told_to_stop: &AtomicBool) {
+    ///
+    /// # Errors
+    /// A GPU that has failed for good. Whoever was answered has been told; whoever waits is told by the engine's end.
+    pub(super) fn run(
+        mut self,
+        commands: &Receiver<Command>,
+        told_to_stop: &AtomicBool,
+    ) -> Result<()> {
         while let Ok(command) = commands.recv() {
             let mut next = Some(command);
             loop {
                 while let Some(command) = next.take() {
                     if matches!(command, Command::Stop) || told_to_stop.load(Ordering::Relaxed) {
-                        return;
+                        return Ok(());
                     }
                     let computes = matches!(command, Command::Embed(..) | Command::Score(..));
-                    self.take(command);
+                    self.take(command)?;
                     // One of those at a time, so that answers go on between them.
                     next = if computes { None } else { commands.try_recv().ok() };
                 }
@@ -261,21 +269,21 @@ impl<'a> Engine<'a> {
                 if self.open.is_empty() {
                     break;
                 }
-                self.step();
+                self.step()?;
                 next = commands.try_recv().ok();
             }
         }
+        Ok(())
     }
 
-    fn take(&mut self, command: Command) {
+    fn take(&mut self, command: Command) -> Result<()> {
         match command {
             Command::Generate(job) => self.submit(job),
-            // Nobody hears an answer whose receiver is gone.
             Command::Embed(embed, answer) if !answer.is_closed() => {
-                let _ = answer.send(self.others.embed(&embed));
+                return self.tell(answer, self.others.embed(&embed));
             }
             Command::Score(judged, answer) if !answer.is_closed() => {
-                let _ = answer.send(self.others.score(&judged));
+                return self.tell(answer, self.others.score(&judged));
             }
             Command::Cancel(id) => {
                 let found = self.open.iter().find(|(_, under)| under.id == id);
@@ -287,6 +295,18 @@ impl<'a> Engine<'a> {
             }
             Command::Embed(..) | Command::Score(..) | Command::Stop => {}
         }
+        Ok(())
+    }
+
+    /// Gives what was computed to whoever asked.
+    fn tell<T>(&self, answer: oneshot::Sender<Result<T>>, computed: Result<T>) -> Result<()> {
+        let works = match &computed {
+            Ok(_) => Ok(()),
+            Err(error) => still_works(self.model.device(), error),
+        };
+        // Nobody hears an answer whose receiver is gone.
+        let _ = answer.send(computed);
+        works
     }
 
     fn submit(&mut self, job: Job) {
@@ -304,7 +324,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn step(&mut self) {
+    fn step(&mut self) -> Result<()> {
         let (open, metrics) = (&mut self.open, self.metrics);
         let worked = self.schedule.step(&mut |event| {
             pass_on(open, metrics, event);
@@ -315,8 +335,12 @@ impl<'a> Engine<'a> {
             // A scheduler with nothing to do while requests are open has lost them.
             Ok(false) if self.open.is_empty() => {}
             Ok(false) => self.fail("the engine lost a request"),
-            Err(error) => self.fail(&error.to_string()),
+            Err(error) => {
+                self.fail(&error.to_string());
+                return still_works(self.model.device(), &error);
+            }
         }
+        Ok(())
     }
 
     /// Tells all who wait what went wrong, and begins anew: nobody knows what the caches hold now.
@@ -372,6 +396,8 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::generate::engine::Prompt;
+    use crate::generate::sampling::Sampling;
     use crate::model::checkpoint::Checkpoint;
 
     /// Nobody may ask it.
@@ -387,10 +413,14 @@ mod tests {
         }
     }
 
+    fn student() -> LocalModel {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
+        LocalModel::new(&Checkpoint::load_dir(&dir, &Device::Cpu).unwrap()).unwrap()
+    }
+
     #[test]
     fn what_still_waits_when_it_stops_is_not_computed() {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
-        let model = LocalModel::new(&Checkpoint::load_dir(&dir, &Device::Cpu).unwrap()).unwrap();
+        let model = student();
         let (sender, commands) = std::sync::mpsc::channel();
         let client = Client::new(sender.clone(), 4);
         let (answer, mut embedded) = oneshot::channel();
@@ -402,10 +432,87 @@ mod tests {
         client.stop();
         let metrics = Metrics::default();
         let engine = Engine::new(&model, model.limits(), &Never, &metrics);
-        engine.run(&commands, &client.told_to_stop());
+        engine.run(&commands, &client.told_to_stop()).unwrap();
         drop(commands);
         // Their senders are gone, which is how those who wait hear of it.
         assert_eq!(embedded.try_recv().err(), Some(oneshot::error::TryRecvError::Closed));
         assert_eq!(scored.try_recv().err(), Some(oneshot::error::TryRecvError::Closed));
+    }
+
+    /// Fails as a GPU does, at whatever it is asked.
+    struct Fails(&'static str);
+
+    impl Others for Fails {
+        fn embed(&self, _: &Embed) -> Result<Vec<Vec<f32>>> {
+            Err(Error::run(self.0))
+        }
+
+        fn score(&self, _: &Judged) -> Result<Vec<f64>> {
+            Err(Error::run(self.0))
+        }
+    }
+
+    impl Schedule for Fails {
+        fn submit(&mut self, _: Request) -> Result<Ticket> {
+            Ok(Ticket(0))
+        }
+
+        fn cancel(&mut self, _: Ticket) {}
+
+        fn step(&mut self, _: &mut dyn FnMut(Event) -> Result<()>) -> Result<bool> {
+            Err(Error::run(self.0))
+        }
+
+        fn load(&self) -> (usize, usize) {
+            (0, 1)
+        }
+
+        fn cached_tokens(&self) -> usize {
+            0
+        }
+    }
+
+    const LOST: &str = "DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\")";
+    const FULL: &str = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+
+    /// Runs an engine that fails with these words at an embedding and then at an answer, until nobody can ask it any more;
+    /// says how it ended, and which of the two heard the words.
+    fn failing(said: &'static str, embeds: bool) -> (Result<()>, [bool; 2]) {
+        let (model, metrics, others) = (student(), Metrics::default(), Fails(said));
+        let (sender, commands) = std::sync::mpsc::channel();
+        let client = Client::new(sender.clone(), 4);
+        let (answer, mut embedded) = oneshot::channel();
+        if embeds {
+            let embed = Embed { texts: vec![vec![1]], pooling: Pooling::Mean };
+            sender.send(Command::Embed(embed, answer)).unwrap();
+        }
+        let prompt = Prompt { index: 0, tokens: vec![1] };
+        let request = Request::new(prompt, Arc::new(Sampling::greedy(1)));
+        let mut open = client.generate(vec![request], false).unwrap();
+        drop((sender, std::mem::replace(&mut open.commands, std::sync::mpsc::channel().0)));
+        let told_to_stop = client.told_to_stop();
+        drop(client);
+        let mut engine = Engine::new(&model, model.limits(), &others, &metrics);
+        engine.schedule = Box::new(Fails(said));
+        let ended = engine.run(&commands, &told_to_stop);
+        drop(commands);
+        let answered = match open.events.try_recv() {
+            Ok((0, Event::Failed(_, error))) => error.to_string() == said,
+            _ => false,
+        };
+        let embedded = matches!(embedded.try_recv(), Ok(Err(error)) if error.to_string() == said);
+        (ended, [embedded, answered])
+    }
+
+    #[test]
+    fn a_gpu_that_is_lost_ends_the_engine_and_one_that_is_full_does_not() {
+        let (ended, heard) = failing(FULL, true);
+        assert!(ended.is_ok() && heard == [true, true], "{ended:?}");
+        for (embeds, expected) in [(true, [true, false]), (false, [false, true])] {
+            let (ended, heard) = failing(LOST, embeds);
+            let error = ended.unwrap_err().to_string();
+            assert_eq!(error, format!("the GPU has failed for good: {LOST}"));
+            assert_eq!(heard, expected);
+        }
     }
 }

@@ -15,6 +15,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use rand::RngCore;
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 use super::answering::{Format, respond};
 use super::completions::Asked;
@@ -55,6 +56,8 @@ pub(super) struct Shared {
     /// The [`digest`] of the key. The server does not keep the key itself.
     pub(super) key: Option<[u8; 32]>,
     pub(super) stopping: AtomicBool,
+    /// Told when the engine has ended, whether or not it was asked to.
+    pub(super) engine_gone: Notify,
     pub(super) entropy: Entropy,
 }
 

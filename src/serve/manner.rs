@@ -61,6 +61,7 @@ impl Manner {
             logit_bias: logit_bias(fields)?,
             presence_penalty: penalty(fields, "presence_penalty")?,
             frequency_penalty: penalty(fields, "frequency_penalty")?,
+            stop_token_ids: stop_token_ids(fields)?,
             // Pieces are how tokens are counted as they come, whether or not the client wants them.
             stream: true,
             ..Extras::default()
@@ -73,7 +74,7 @@ impl Manner {
     /// The request for answers of at most `max_tokens` to a prompt.
     ///
     /// # Errors
-    /// A prompt without room for them, in the model's positions or in the caches.
+    /// A prompt without room for one of them, in the model's positions or in the caches.
     pub(super) fn requests(
         self,
         served: &Served,
@@ -118,7 +119,7 @@ fn room(served: &Served, len: usize, wanted: Option<usize>, n: usize) -> Result<
         )));
     }
     let room = positions - len;
-    // The engine counts the same pages: answers of a request that fits need not take turns.
+    // Without a number, answers have what lets them all be written at once, in the engine's pages.
     let (page, prompt) = (served.model.in_pages(1), served.model.in_pages(len));
     let each = wanted.unwrap_or_else(|| {
         let fitting = cache.saturating_sub(prompt) / n.max(1) / page * page;
@@ -131,12 +132,13 @@ fn room(served: &Served, len: usize, wanted: Option<usize>, n: usize) -> Result<
         ))
         .on("max_tokens"));
     }
-    let taken = prompt + n * served.model.in_pages(each);
+    // More answers than fit beside each other take turns.
+    let taken = prompt + served.model.in_pages(each);
     if taken > cache {
         return Err(Problem::invalid(format!(
-            "{len} tokens of the prompt and {n} answers of {each} take {taken} in pages of {page}, more than the {cache} tokens that the caches hold"
+            "{len} tokens of the prompt and an answer of {each} take {taken} in pages of {page}, more than the {cache} tokens that the caches hold; `--cache-tokens` lets a server hold more"
         ))
-        .on("n"));
+        .on("max_tokens"));
     }
     Ok(each)
 }
@@ -187,6 +189,14 @@ fn repetition_penalty(fields: &mut Fields) -> Result<Option<f64>, Problem> {
 #[derive(Deserialize)]
 #[serde(transparent)]
 struct Stop(#[serde(deserialize_with = "one_or_many")] Vec<String>);
+
+/// vLLM's. Each once: every token that is drawn is looked up among them.
+fn stop_token_ids(fields: &mut Fields) -> Result<Vec<u32>, Problem> {
+    let mut ids: Vec<u32> = fields.take("stop_token_ids")?.unwrap_or_default();
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
 
 fn penalty(fields: &mut Fields, name: &'static str) -> Result<f32, Problem> {
     let value: f32 = fields.take(name)?.unwrap_or(0.0);
@@ -298,6 +308,7 @@ mod tests {
     fn fields_become_settings() {
         let manner = take(&json!({
             "n": 3, "seed": -1, "temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "stop": "x",
+            "stop_token_ids": [9, 7, 9],
             "logit_bias": {"7": -100}, "presence_penalty": 1.5, "stream": true, "stream_options": {"include_usage": true},
         }))
         .unwrap();
@@ -305,6 +316,7 @@ mod tests {
         assert_eq!((sampling.num_samples, sampling.seed, sampling.top_k), (3, u64::MAX, 0));
         assert_eq!(sampling.stop, ["x"]);
         assert_eq!(manner.extras.logit_bias, [(7, -100.0)]);
+        assert_eq!(manner.extras.stop_token_ids, [7, 9]);
         assert!(manner.stream && manner.include_usage);
         let plain = take(&json!({})).unwrap();
         assert_eq!((plain.sampling.seed, plain.form, plain.stream), (99, None, false));
@@ -323,6 +335,8 @@ mod tests {
         assert_eq!(form(json!({"guided_json": schema})), of_schema);
         assert_eq!(form(json!({"structured_outputs": {"json": schema}})), of_schema);
         assert_eq!(form(json!({"response_format": {"type": "text"}})), None);
+        let object = Some(Form::Schema(json!({"type": "object"})));
+        assert_eq!(form(json!({"response_format": {"type": "json_object"}})), object);
         let regex = Some(Form::Regex("a+".to_owned()));
         assert_eq!(form(json!({"guided_regex": "a+"})), regex);
         assert_eq!(form(json!({"structured_outputs": {"regex": "a+", "json": null}})), regex);

@@ -29,12 +29,13 @@ use std::time::Duration;
 use rand::TryRngCore;
 use sha2::{Digest, Sha256};
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::Notify;
 
 use crate::error::{Context, Error, Result};
 use crate::generate::sampling::WeightFormat;
 use crate::model::checkpoint::Checkpoint;
 use crate::score::reward_model::RewardModel;
-use engine::{Client, Engine};
+use engine::{Client, Command, Engine};
 use http::{Entropy, Shared};
 use metrics::Metrics;
 use served::{Companions, Served};
@@ -101,7 +102,7 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
 /// with the address once requests are answered.
 ///
 /// # Errors
-/// Models that cannot be served, and the operating system's refusals.
+/// Models that cannot be served, the operating system's refusals, and a GPU that has failed for good.
 pub fn serve(
     listener: TcpListener,
     models: Models,
@@ -112,35 +113,49 @@ pub fn serve(
     let served = Arc::new(served(policy, fingerprint, settings)?);
     let (judge_name, judge) = judge.unzip();
     let companions = Companions { served: Arc::clone(&served), judge };
-    let metrics = Arc::new(Metrics::default());
     let (sender, commands) = mpsc::channel();
-    let start = rand::rngs::OsRng.try_next_u64().map_err(Error::run)?;
-    let client = Client::new(sender, settings.max_requests);
-    let told_to_stop = client.told_to_stop();
-    let shared = Arc::new(Shared {
-        served: Arc::clone(&served),
-        judge: judge_name,
-        client,
-        metrics: Arc::clone(&metrics),
-        key: settings.key,
-        stopping: AtomicBool::new(false),
-        entropy: Entropy::new(start),
-    });
+    let shared = Arc::new(shared(Arc::clone(&served), judge_name, sender, settings)?);
     let address = listener.local_addr()?;
     let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let ended = start_http(&runtime, listener, shared, settings)?;
+    let ended = start_http(&runtime, listener, Arc::clone(&shared), settings)?;
     ready(address);
-    let engine = Engine::new(&served.model, served.limits, &companions, &metrics);
-    engine.run(&commands, &told_to_stop);
+    let engine = Engine::new(&served.model, served.limits, &companions, &shared.metrics);
+    let worked = engine.run(&commands, &shared.client.told_to_stop());
     // Whoever still waits hears now that the engine is gone.
     drop(commands);
+    shared.engine_gone.notify_one();
     let ended = runtime.block_on(async { tokio::time::timeout(2 * FAREWELL, ended).await });
     runtime.shutdown_timeout(Duration::from_secs(1));
+    if worked.is_err() {
+        // What lies on a GPU that has failed cannot be freed, and closing cuBLAS there panics.
+        std::mem::forget(companions);
+    }
+    worked?;
     match ended {
         Ok(Ok(result)) => result,
         // Connections that did not end in time are cut; there is nothing to lose.
         Ok(Err(_)) | Err(_) => Ok(()),
     }
+}
+
+/// What handlers share. They ask the engine by `sender`.
+fn shared(
+    served: Arc<Served>,
+    judge: Option<String>,
+    sender: mpsc::Sender<Command>,
+    settings: &Settings,
+) -> Result<Shared> {
+    let start = rand::rngs::OsRng.try_next_u64().map_err(Error::run)?;
+    Ok(Shared {
+        served,
+        judge,
+        client: Client::new(sender, settings.max_requests),
+        metrics: Arc::new(Metrics::default()),
+        key: settings.key,
+        stopping: AtomicBool::new(false),
+        engine_gone: Notify::new(),
+        entropy: Entropy::new(start),
+    })
 }
 
 fn served(policy: Checkpoint, fingerprint: String, settings: &Settings) -> Result<Served> {
@@ -192,9 +207,13 @@ fn start_http(
             let _ = is_drained.await;
         });
         let stopping = async {
-            signals.next().await;
+            tokio::select! {
+                () = signals.next() => {}
+                // By itself it ends where it can compute no more.
+                () = shared.engine_gone.notified() => {}
+            }
             shared.stopping.store(true, Ordering::Relaxed);
-            // Asked twice, it waits no longer.
+            // Asked twice, it waits no longer. Without an engine nothing stays under way.
             tokio::select! {
                 () = idle(&shared) => {}
                 () = signals.next() => {}
@@ -255,5 +274,45 @@ impl Signals {
     /// Ends with the next one.
     async fn next(&mut self) {
         let _ = tokio::signal::ctrl_c().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_server_stops_by_itself_once_its_engine_is_gone() {
+        let settings = Settings {
+            names: vec!["tiny".to_owned()],
+            quantization: WeightFormat::None,
+            adapters: Vec::new(),
+            allow_runtime_lora_updating: false,
+            key: None,
+            max_batch: None,
+            cache_tokens: None,
+            max_requests: 4,
+            max_body: 1 << 20,
+            drain: Duration::from_mins(5),
+        };
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
+        let policy = Checkpoint::load_dir(&dir, &Device::Cpu).unwrap();
+        let served = Arc::new(served(policy, String::new(), &settings).unwrap());
+        let (sender, commands) = mpsc::channel();
+        let shared = Arc::new(shared(served, None, sender, &settings).unwrap());
+        let listener = bind("127.0.0.1", 0).unwrap();
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let ended = start_http(&runtime, listener, Arc::clone(&shared), &settings).unwrap();
+        assert!(!shared.stopping.load(Ordering::Relaxed));
+        drop(commands);
+        shared.engine_gone.notify_one();
+        let limit = Duration::from_mins(1);
+        let ended = runtime.block_on(async { tokio::time::timeout(limit, ended).await });
+        ended.unwrap().unwrap().unwrap();
+        assert!(shared.stopping.load(Ordering::Relaxed));
     }
 }

@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 use super::engine::{Embed, Judged, Others, Pooling};
 use super::problem::Problem;
 use super::voices::{Voice, Voices};
+use crate::data::template::is_refusal;
 use crate::data::tokenizer::ChatTokenizer;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::generate::engine::Limits;
 use crate::generate::local::LocalModel;
 use crate::generate::sampling::WeightFormat;
@@ -181,8 +182,9 @@ impl Others for Companions {
 
     fn score(&self, judged: &Judged) -> Result<Vec<f64>> {
         let Some(judge) = &self.judge else { return Err(Error::usage("no reward model")) };
-        let prompt = judge.tokenizer().prompt_ids(&judged.prompt, judged.tools.as_ref())?.len();
         let (limit, tokenizer) = (judge.positions(), judge.tokenizer());
+        let prompt = tokenizer.prompt_ids(&judged.prompt, judged.tools.as_ref());
+        let prompt = prompt.map_err(Error::as_usage).at("`messages`")?.len();
         for (place, answer) in judged.answers.iter().enumerate() {
             // And the end of the turn.
             let len = prompt + tokenizer.encode(answer).len() + 1;
@@ -200,8 +202,11 @@ impl Others for Companions {
             extra: None,
         };
         let answers: Vec<&str> = judged.answers.iter().map(String::as_str).collect();
-        let scores: Vec<f64> =
-            judge.score(&question, &answers)?.into_iter().map(|score| score.value).collect();
+        let scores = judge.score(&question, &answers).map_err(|error| {
+            // A template may take the prompt and refuse it with its answer.
+            if is_refusal(&error) { error.as_usage() } else { error }
+        })?;
+        let scores: Vec<f64> = scores.into_iter().map(|score| score.value).collect();
         if scores.len() == answers.len() {
             return Ok(scores);
         }

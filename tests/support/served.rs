@@ -31,6 +31,8 @@ impl Served {
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let url = line.trim().strip_prefix("listening on ").unwrap().to_owned();
+        let own = url.starts_with("http://127.0.0.1:");
+        assert!(own || arguments.contains(&"--host"), "{url}: others can reach it, unasked");
         Self { child, url }
     }
 }

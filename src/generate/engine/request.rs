@@ -23,7 +23,7 @@ pub struct Prompt {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Finish {
-    /// An end-of-turn token or a stop string.
+    /// An end-of-turn token, a stop string, or a token of `stop_token_ids`.
     Stop,
     /// `max_new_tokens`, or the model's last position.
     Length,
@@ -37,7 +37,7 @@ pub type Likely = (u32, f32);
 /// One answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
-    /// The text, without end-of-turn token and stop string.
+    /// The text, without the token or the string that ended it.
     pub text: String,
     /// Every token drawn, the end-of-turn token included; empty where a server did not say them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -77,6 +77,8 @@ pub struct Extras {
     pub presence_penalty: f32,
     /// Taken from the logits of tokens as often as the answer has them already (OpenAI's interface).
     pub frequency_penalty: f32,
+    /// Tokens that end the answer, besides the model's own.
+    pub stop_token_ids: Vec<u32>,
     /// How many of the likeliest tokens to name at each place.
     pub top_logprobs: usize,
     /// Whether to say how likely the prompt's own tokens are.
@@ -140,7 +142,13 @@ impl Request {
             return Err(Error::usage(format!("token {id}, the model has {vocab_size}"))
                 .hint("this tokenizer does not belong to this model"));
         }
-        let Extras { logit_bias, presence_penalty, frequency_penalty, .. } = &*self.extras;
+        let Extras { logit_bias, presence_penalty, frequency_penalty, stop_token_ids, .. } =
+            &*self.extras;
+        if let Some(id) = stop_token_ids.iter().find(|&&id| id as usize >= vocab_size) {
+            return Err(Error::usage(format!(
+                "`stop_token_ids` has {id}, expected tokens below {vocab_size}"
+            )));
+        }
         if let Some((id, bias)) = logit_bias.iter().find(|(id, bias)| {
             *id as usize >= vocab_size || bias.is_nan() || *bias == f32::INFINITY
         }) {

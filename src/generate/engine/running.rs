@@ -184,7 +184,8 @@ impl<C> Running<C> {
     /// Whether the answer ends after its newest token, and its text if so.
     fn end(&self, vocabulary: &dyn Vocabulary) -> Option<(Finish, String)> {
         let (last, before) = self.ids.split_last()?;
-        if vocabulary.ends().contains(last) {
+        let own = &self.task.request.extras.stop_token_ids;
+        if vocabulary.ends().contains(last) || own.contains(last) {
             return Some((Finish::Stop, vocabulary.text(before)));
         }
         if let Some(text) = self.task.stops.cut(vocabulary, &self.ids) {

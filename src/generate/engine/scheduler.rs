@@ -102,21 +102,26 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         Ok(())
     }
 
-    /// Takes prompts from the queue while their samples find places.
+    /// Takes prompts from the queue while their samples find places. A prompt keeps its place in the caches until its
+    /// answers are there, so the largest answer that has yet to begin must fit beside all prompts: two that each fit
+    /// alone would else wait for each other.
     fn take_prompts(&mut self) {
         let samples = |request: &Request| request.sampling.num_samples;
         let coming: usize = self.reading.iter().map(|one| samples(&one.request)).sum();
         let mut places = self.limits.max_batch.saturating_sub(self.running.len() + coming);
         let mut left = self.limits.max_prefill.max(1);
         left = left.saturating_sub(self.reading.iter().map(Reading::left).sum());
+        // Nobody waits when this is called: what has yet to begin is asked by those that are read.
+        let coming = self.reading.iter().map(|one| self.answer_pages(&one.request));
+        let mut largest = coming.max().unwrap_or(0);
         while let Some((ticket, request)) = self.queue.front() {
-            let idle = self.running.is_empty() && self.reading.is_empty();
-            if !idle && (places == 0 || left == 0) {
+            if !self.is_idle() && (places == 0 || left == 0) {
                 break;
             }
             let (ticket, request) = (*ticket, Arc::clone(request));
             let tokens = &request.prompt.tokens;
-            let prefix = self.usable_prefix(&request);
+            let answer = largest.max(self.answer_pages(&request));
+            let prefix = self.usable_prefix(&request, answer);
             let shared = prefix.as_ref().map_or(0, |(_, len)| *len);
             let begins_like = |one: &Reading<D::Cache>| {
                 one.request.extras.same_adaptation(&request.extras)
@@ -128,9 +133,10 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             }
             let own = tokens.len() - shared;
             let pages = self.decoder.in_pages(own);
-            if !self.has_room(pages + self.decoder.in_pages(self.answer_room(&request))) {
+            if !self.has_room(pages + answer) {
                 break;
             }
+            largest = answer;
             self.queue.pop_front();
             places = places.saturating_sub(samples(&request));
             left = left.saturating_sub(own);
@@ -149,30 +155,49 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         }
     }
 
-    /// The kept cache that a prompt may continue. One whose own tokens are to be scored must be read anew.
-    fn usable_prefix(&mut self, request: &Request) -> Option<(Arc<Held<D::Cache>>, usize)> {
-        if request.extras.prompt_logprobs {
+    /// The kept cache that a prompt may continue, with room for an answer of so many tokens in whole pages. One whose own
+    /// tokens are to be scored must be read anew.
+    fn usable_prefix(
+        &mut self,
+        request: &Request,
+        answer: usize,
+    ) -> Option<(Arc<Held<D::Cache>>, usize)> {
+        let Request { prompt, extras, .. } = request;
+        if extras.prompt_logprobs {
             return None;
         }
-        self.prefixes.find(&request.prompt.tokens, request.extras.adaptation.as_ref())
+        let found = self.prefixes.find(&prompt.tokens, extras.adaptation.as_ref())?;
+        let own = self.decoder.in_pages(prompt.tokens.len() - found.1);
+        // One that is alone is let in whatever it takes; read anew, it lets go of what it would continue.
+        (!self.is_idle() || self.fits(own + answer)).then_some(found)
     }
 
-    /// Whether so many more tokens, in whole pages, fit, letting kept caches go where needed. One request is always let in.
+    /// Whether something with so many more tokens, in whole pages, may begin. One request is always let in.
     fn has_room(&mut self, tokens: usize) -> bool {
-        if self.running.len() >= self.limits.max_batch.max(1) {
-            return false;
-        }
+        self.running.len() < self.limits.max_batch.max(1) && (self.fits(tokens) || self.is_idle())
+    }
+
+    /// Whether so many more tokens, in whole pages, fit, letting kept caches go where needed.
+    fn fits(&mut self, tokens: usize) -> bool {
         while self.cached_tokens() + tokens > self.limits.cache_tokens {
             if !self.prefixes.free_oldest() {
-                return self.running.is_empty() && self.reading.is_empty();
+                return false;
             }
         }
         true
     }
 
+    fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.reading.is_empty()
+    }
+
     fn answer_room(&self, request: &Request) -> usize {
         let left = self.limits.max_positions - request.prompt.tokens.len();
         request.sampling.max_new_tokens.min(left)
+    }
+
+    fn answer_pages(&self, request: &Request) -> usize {
+        self.decoder.in_pages(self.answer_room(request))
     }
 
     /// Starts the next sample of a prompt that was read.
@@ -426,7 +451,7 @@ impl<D: Decoder> Schedule for Scheduler<'_, D> {
 
     fn step(&mut self, on: &mut On<'_>) -> Result<bool> {
         self.admit(on)?;
-        if self.running.is_empty() && self.reading.is_empty() {
+        if self.is_idle() {
             return Ok(false);
         }
         self.guess()?;

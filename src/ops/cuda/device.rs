@@ -248,9 +248,71 @@ pub fn is_out_of_memory(said: &str) -> bool {
     said.contains("CUDA_ERROR_OUT_OF_MEMORY") || said.contains("CUBLAS_STATUS_ALLOC_FAILED")
 }
 
+/// Names of errors after which every call to the driver fails as the first did, until the process ends.
+const LOST: [&str; 17] = [
+    "ASSERT",
+    "CONTAINED",
+    "CONTEXT_IS_DESTROYED",
+    "DEINITIALIZED",
+    "ECC_UNCORRECTABLE",
+    "EXTERNAL_DEVICE",
+    "HARDWARE_STACK_ERROR",
+    "ILLEGAL_ADDRESS",
+    "ILLEGAL_INSTRUCTION",
+    "INVALID_ADDRESS_SPACE",
+    "INVALID_PC",
+    "LAUNCH_FAILED",
+    "LAUNCH_TIMEOUT",
+    "MISALIGNED_ADDRESS",
+    "MPS_CLIENT_TERMINATED",
+    "NVLINK_UNCORRECTABLE",
+    "TENSOR_MEMORY_LEAK",
+];
+
+/// Whether a text says that what this process had of a GPU is gone for good. One that is full is not.
+fn is_lost(said: &str) -> bool {
+    LOST.iter().any(|name| said.contains(&format!("CUDA_ERROR_{name}")))
+}
+
+/// Refuses to go on after an error that has cost the process its GPU.
+///
+/// # Errors
+/// Says so, with the driver's words.
+pub fn still_works(device: &Device, error: &Error) -> Result<()> {
+    let said = error.to_string();
+    // cuBLAS has words of its own, for lesser failures too; whoever waits for the GPU is told the driver's.
+    let waited = device.synchronize().err().map(|error| error.to_string()).unwrap_or_default();
+    let Some(why) = [said, waited].into_iter().find(|said| is_lost(said)) else { return Ok(()) };
+    Err(Error::run(format!("the GPU has failed for good: {why}")).hint(
+        "only a new process can use it again; where that fails too, `dmesg` (NVRM: Xid) and `nvidia-smi -q` say what it has",
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_gpu_that_is_lost_is_told_from_one_that_is_full() {
+        for said in [
+            "DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access was encountered\")",
+            "layer 3: DriverError(CUDA_ERROR_ECC_UNCORRECTABLE, \"…\")",
+            "DriverError(CUDA_ERROR_LAUNCH_FAILED, \"unspecified launch failure\")",
+        ] {
+            let error = still_works(&Device::Cpu, &Error::run(said)).unwrap_err();
+            assert_eq!(error.to_string(), format!("the GPU has failed for good: {said}"));
+            assert!(error.hint_text().is_some() && error.kind() == crate::error::Kind::Run);
+        }
+        for said in [
+            "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")",
+            "DriverError(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, \"too many resources requested\")",
+            "DriverError(CUDA_ERROR_INVALID_VALUE, \"invalid argument\")",
+            "CublasError(CUBLAS_STATUS_EXECUTION_FAILED)",
+            "the engine lost a request",
+        ] {
+            assert!(still_works(&Device::Cpu, &Error::run(said)).is_ok(), "{said}");
+        }
+    }
 
     #[test]
     fn the_drivers_errors_become_sentences() {
