@@ -228,21 +228,6 @@ pub fn out_of_memory<const N: usize>(
     Error::run(format!("the GPU is out of memory {what}: {parts}")).hint(ways).because(error)
 }
 
-/// Whether a text says that a kernel failed, after which every call of the process fails.
-pub fn is_lost(said: &str) -> bool {
-    const FATAL: [&str; 8] = [
-        "ILLEGAL_ADDRESS",
-        "MISALIGNED_ADDRESS",
-        "LAUNCH_FAILED",
-        "LAUNCH_TIMEOUT",
-        "ILLEGAL_INSTRUCTION",
-        "INVALID_PC",
-        "HARDWARE_STACK_ERROR",
-        "ECC_UNCORRECTABLE",
-    ];
-    FATAL.iter().any(|name| said.contains(&format!("CUDA_ERROR_{name}")))
-}
-
 /// Whether a text says that a GPU had no memory left.
 pub fn is_out_of_memory(said: &str) -> bool {
     said.contains("CUDA_ERROR_OUT_OF_MEMORY") || said.contains("CUBLAS_STATUS_ALLOC_FAILED")
@@ -270,7 +255,7 @@ const LOST: [&str; 17] = [
 ];
 
 /// Whether a text says that what this process had of a GPU is gone for good. One that is full is not.
-fn is_lost(said: &str) -> bool {
+pub(super) fn is_lost(said: &str) -> bool {
     LOST.iter().any(|name| said.contains(&format!("CUDA_ERROR_{name}")))
 }
 
@@ -329,13 +314,6 @@ mod tests {
             assert!(error.hint_text().is_some(), "{said}");
         }
         assert_eq!(explain("something else").to_string(), "something else");
-    }
-
-    #[test]
-    fn a_kernel_that_failed_ends_all_and_a_full_gpu_does_not() {
-        assert!(is_lost("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\")"));
-        assert!(!is_lost("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")"));
-        assert!(!is_lost("a bad row"));
     }
 
     #[test]
