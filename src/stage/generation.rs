@@ -15,6 +15,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::generate::engine::Answer;
 use crate::generate::local::LocalModel;
 use crate::generate::openai::Server;
+use crate::generate::openai::ledger::seen_beside;
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::{Asked, Teacher, TeacherSpec};
 use crate::model::Precision;
@@ -241,7 +242,9 @@ pub fn write_rows<T: Serialize>(context: &StageContext<'_>, name: &str, rows: &[
 
 /// Removes the ledgers once its content stands in the outputs.
 pub fn close_ledger(context: &StageContext<'_>) -> Result<()> {
-    store::remove(&context.dir.join(REQUESTS))?;
+    let requests = context.dir.join(REQUESTS);
+    store::remove(&requests)?;
+    store::remove(&seen_beside(&requests))?;
     store::remove(&context.dir.join("ledger.jsonl"))
 }
 
