@@ -29,6 +29,7 @@ use arriero::generate::openai::probe::Needs;
 use arriero::generate::openai::spec::ServerSpec;
 use arriero::generate::sampling::Sampling;
 use arriero::generate::teacher::{Asked, Teacher};
+use arriero::model::bases::Bases;
 use arriero::report::record::{Events, Silent};
 use arriero::score::{Panel, Question};
 use candle_core::Device;
@@ -862,6 +863,52 @@ fn a_server_judges_many_prompts_at_once() {
     assert_eq!(rows.len(), 39);
     assert!(rows.iter().all(|row| row["meta"]["score"] == json!(9.0)));
     assert!(most.load(Ordering::Relaxed) > 4, "{most:?} at once");
+    let judges: Value = serde_json::from_str(&home.read("judges.json")).unwrap();
+    let judge = &judges["judge"];
+    // Each verdict: five tokens of prompt and two of answer.
+    assert_eq!((&judge["requests"], &judge["tokens"]), (&json!(40), &json!(280)), "{judges}");
+    assert_eq!(
+        (&judge["model"], &judge["probe"]["server"], &judge["probe"]["json_schema"]),
+        (&json!("big"), &json!("fake"), &json!(false)),
+        "{judges}"
+    );
+}
+
+/// What a judge has cost is the sum over the processes, also of those that it made fail.
+#[test]
+fn what_judges_cost_is_counted_over_all_processes() {
+    let (is_well, count) = <(Arc<AtomicBool>, Arc<AtomicUsize>)>::default();
+    let (well, counter) = (is_well.clone(), count.clone());
+    let judge = FakeServer::start(move |request| {
+        if is_probe(request) {
+            return well_behaved(request);
+        }
+        counter.fetch_add(1, Ordering::Relaxed);
+        if !well.load(Ordering::Relaxed) && request.body.to_string().contains("q7") {
+            return raw(400, "", "{\"error\": \"not that one\"}");
+        }
+        let mut body = chat(request);
+        body["choices"][0]["message"]["content"] = json!("{\"score\": 9}");
+        Response::Json(body)
+    });
+    let server = FakeServer::start(well_behaved);
+    let home = Home::new(&server.url(), 20, "timeout = 60");
+    let recipe = home.dir.path().join("r.toml");
+    let text = std::fs::read_to_string(&recipe).unwrap()
+        + &format!("scorers = [{{judge = {{base_url = '{}', model = 'big'}}}}]\n", judge.url());
+    arriero::store::write_atomic(&recipe, text.as_bytes()).unwrap();
+    let failed = home.command("run").output().unwrap();
+    let said = String::from_utf8_lossy(&failed.stdout) + String::from_utf8_lossy(&failed.stderr);
+    assert!(!failed.status.success() && said.contains("not that one"), "{said}");
+    // One knows of the judge what it knows of the teacher.
+    assert!(said.contains("does not hold answers to a JSON schema"), "{said}");
+    let first = count.load(Ordering::Relaxed);
+    is_well.store(true, Ordering::Relaxed);
+    home.run("run");
+    let judges: Value = serde_json::from_str(&home.read("judges.json")).unwrap();
+    let all = count.load(Ordering::Relaxed);
+    assert!(first > 0 && all > first);
+    assert_eq!(judges["judge"]["requests"], json!(all), "{first} of them in the first process");
 }
 
 #[test]
@@ -877,14 +924,17 @@ fn a_file_is_judged_by_a_server_many_rows_at_once() {
     let rows: Vec<String> = (0..40).map(|i| row(i).to_string()).collect();
     arriero::store::write_atomic(&data, rows.join("\n").as_bytes()).unwrap();
     let server = json!({"base_url": judge.url(), "model": "big"}).to_string();
-    let status = Command::new(env!("CARGO_BIN_EXE_arriero"))
+    let output = Command::new(env!("CARGO_BIN_EXE_arriero"))
         .args(["score", "--judge", &server, "--rubric", "Is it true?", "--votes", "2", "--data"])
         .arg(&data)
         .arg("--out")
         .arg(&out)
-        .status()
+        .arg("--json")
+        .output()
         .unwrap();
-    assert!(status.success());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(said["judges"]["judge"]["requests"], json!(40), "{said}");
     let text = std::fs::read_to_string(&out).unwrap();
     let scores: Vec<f64> = text
         .lines()
@@ -987,6 +1037,41 @@ fn a_judge_that_cannot_be_held_to_a_schema_is_read_as_it_speaks() {
     // Asked again as before, it would say the same again.
     assert_eq!(warmth, [0.0, 0.7, 0.7]);
     assert!(seen[0]["seed"] != seen[1]["seed"] && seen[1]["seed"] != seen[2]["seed"]);
+}
+
+/// As a teacher's server is, with what it leaves out in silence and with Ctrl-C while it thinks.
+#[test]
+fn a_judges_server_is_heard_of_and_can_be_interrupted() {
+    let judged = |server: &FakeServer, heard: &Heard| {
+        // One try: a judge that nobody can interrupt fails after five seconds.
+        let judge =
+            json!({"base_url": server.url(), "model": "big", "timeout": 5, "max_retries": 0});
+        let scorers = [json!({"judge": judge})];
+        let panel = Panel::among(&scorers, &Device::Cpu, &Bases::default(), heard)?;
+        let prompt = [Message::new("user", "How high is the tower?")];
+        let place = "rows:1";
+        let question = Question { place, prompt: &prompt, tools: None, answer: None, extra: None };
+        let verdicts = panel.judge(&question, &["high"], &[]);
+        let account = panel.served_by().remove("judge").expect("an account");
+        verdicts.map(|_| (account.requests, account.tokens))
+    };
+    let (server, _) = judging(false, |_, _| "{\"score\": 8}".to_owned());
+    let heard = Heard::default();
+    assert_eq!(judged(&server, &heard).unwrap(), (1, 7));
+    let notes = heard.all();
+    assert!(notes.contains("big: the server does not hold answers to a JSON schema"), "{notes}");
+
+    let heard = Heard::default();
+    let stop = heard.stop.clone();
+    let server = FakeServer::start(move |request| {
+        if is_probe(request) {
+            return well_behaved(request);
+        }
+        stop.store(true, Ordering::Relaxed);
+        Response::Silence
+    });
+    let error = judged(&server, &heard).unwrap_err();
+    assert_eq!(error.kind(), Kind::Interrupted, "{error:?}");
 }
 
 #[test]
