@@ -17,19 +17,20 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arriero::data::record::Message;
-use arriero::error::{Error, Result};
+use arriero::error::{Error, Kind, Result};
 use arriero::generate::engine::{Answer, Finish};
 use arriero::generate::openai::Server;
 use arriero::generate::openai::probe::Needs;
 use arriero::generate::openai::spec::ServerSpec;
 use arriero::generate::sampling::Sampling;
 use arriero::generate::teacher::{Asked, Teacher};
-use arriero::report::record::Silent;
+use arriero::model::bases::Bases;
+use arriero::report::record::{Events, Silent};
 use arriero::score::{Panel, Question};
 use candle_core::Device;
 use fake_server::{FakeServer, Request, Response, chat, is_probe, well_behaved};
@@ -109,6 +110,29 @@ fn raw(status: u16, headers: &str, body: &str) -> Response {
     Response::Raw(status, headers.to_owned(), body.to_owned())
 }
 
+/// Remembers what was said, and asks to stop once `stop` is set.
+#[derive(Default)]
+struct Heard {
+    notes: Mutex<Vec<String>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Heard {
+    fn all(&self) -> String {
+        self.notes.lock().unwrap().join("; ")
+    }
+}
+
+impl Events for Heard {
+    fn note(&self, text: &str) {
+        self.notes.lock().unwrap().push(text.to_owned());
+    }
+
+    fn interrupted(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
 #[test]
 fn answers_come_back_whole_with_what_the_server_said() {
     let server = FakeServer::start(well_behaved);
@@ -155,6 +179,8 @@ fn what_passes_is_tried_again() {
         raw(200, "content-type: text/html\r\n", "<html>busy</html>"),
         raw(200, "", "{\"choices\": [{\"mess"),
         Response::Json(json!({"choices": []})),
+        // It does not say how it ended, which this server's others do.
+        Response::Json(json!({"choices": [{"message": {"content": "cut o"}}]})),
         Response::Json(json!({"error": {"message": "overloaded"}})),
         Response::Reset,
     ] {
@@ -237,28 +263,227 @@ fn a_url_with_another_model_is_found_out() {
 
 #[test]
 fn what_is_ignored_in_silence_is_said_and_kept() {
-    #[derive(Default)]
-    struct Heard(Mutex<Vec<String>>);
-    impl arriero::report::record::Events for Heard {
-        fn note(&self, text: &str) {
-            self.0.lock().unwrap().push(text.to_owned());
-        }
-    }
     let count = AtomicUsize::new(0);
     let server = FakeServer::start(move |request| {
         let mut body = chat(request);
         let text = format!("never twice: {}", count.fetch_add(1, Ordering::Relaxed));
-        body["choices"][0]["message"]["content"] = json!(text);
+        let mut choice = body["choices"][0].take();
+        choice["message"]["content"] = json!(text);
+        choice.as_object_mut().unwrap().remove("finish_reason");
+        // One, whatever `n` says.
+        body["choices"] = json!([choice]);
         if request.path == "/v1/models" { well_behaved(request) } else { Response::Json(body) }
     });
     let heard = Heard::default();
     let client = Server::new(&spec(&[&server]), None, &heard).unwrap();
     let one = vec![Asked { schema: Some(json!({"type": "object"})), ..asked(1).remove(0) }];
-    client.answer(&one, &samples(1), &mut |_, _| Ok(())).unwrap();
+    let mut answers = Vec::new();
+    client
+        .answer(&one, &samples(2), &mut |_, given| {
+            answers.extend(given);
+            Ok(())
+        })
+        .unwrap();
+    // Nothing else is to be had of it.
+    assert!(answers.len() == 2 && answers.iter().all(|answer| answer.finish == Finish::Stop));
     let probe = client.account().probe.unwrap();
-    assert_eq!((probe.seed, probe.json_schema), (Some(false), Some(false)));
-    let notes = heard.0.lock().unwrap().join("; ");
-    assert!(notes.contains("equal seed") && notes.contains("JSON schema"), "{notes}");
+    let seen = [probe.n, probe.seed, probe.json_schema, probe.finish_reason];
+    assert_eq!(seen, [Some(false); 4]);
+    let notes = heard.all();
+    for part in ["big: the server", "equal seed", "JSON schema", "request of its own", "cut off"] {
+        assert!(notes.contains(part), "`{part}` is not in: {notes}");
+    }
+}
+
+/// A server that knows everything and does `trouble` for the first `times` small requests for `key`, and the bodies of
+/// the real requests.
+fn troubled_at(
+    key: &'static str,
+    times: usize,
+    trouble: Response,
+) -> (FakeServer, Arc<Mutex<Vec<Value>>>) {
+    let (count, seen) = <(AtomicUsize, Arc<Mutex<Vec<Value>>>)>::default();
+    let record = seen.clone();
+    let server = FakeServer::start(move |request| {
+        let asks = |key: &str| request.body.get(key).is_some();
+        if !is_probe(request) {
+            record.lock().unwrap().push(request.body.clone());
+        } else if asks(key) && count.fetch_add(1, Ordering::Relaxed) < times {
+            return trouble.clone();
+        } else if asks("response_format") {
+            let mut body = chat(request);
+            body["choices"][0]["message"]["content"] = json!("{\"good\": true}");
+            return Response::Json(body);
+        }
+        well_behaved(request)
+    });
+    (server, seen)
+}
+
+/// Asks one prompt for two answers held to a schema, with log-probabilities, and returns what the server was seen to do.
+fn ask_everything(server: &FakeServer) -> Result<[Option<bool>; 4]> {
+    let spec = ServerSpec { logprobs: true, ..spec(&[server]) };
+    let client = Server::new(&spec, None, &Silent)?;
+    let one = vec![Asked { schema: Some(json!({"type": "object"})), ..asked(1).remove(0) }];
+    client.answer(&one, &samples(2), &mut |_, answers| {
+        assert_eq!(answers.len(), 2);
+        Ok(())
+    })?;
+    let probe = client.account().probe.expect("a probe");
+    Ok([probe.n, probe.logprobs, probe.json_schema, probe.seed])
+}
+
+#[test]
+fn a_failure_that_passes_is_no_word_on_what_a_server_can_do() {
+    for key in ["n", "logprobs", "response_format", "seed"] {
+        for trouble in [
+            raw(500, "", "oops"),
+            raw(503, "", "loading"),
+            raw(408, "", "slow"),
+            Response::Json(json!({"error": {"message": "overloaded"}})),
+            Response::Reset,
+        ] {
+            let shown = format!("{key}: {trouble:?}");
+            let (server, seen) = troubled_at(key, 2, trouble);
+            let found = ask_everything(&server);
+            let found = found.unwrap_or_else(|error| panic!("{shown}: {error:?}"));
+            assert_eq!(found, [Some(true); 4], "{shown}");
+            let seen = seen.lock().unwrap();
+            assert_eq!((seen.len(), &seen[0]["n"]), (1, &json!(2)), "{shown}");
+            assert!(seen[0].get("response_format").is_some(), "{shown}");
+        }
+    }
+}
+
+#[test]
+fn a_failure_that_stays_at_what_is_needed_names_it_and_a_way_around() {
+    let found = |key, trouble| {
+        let (server, seen) = troubled_at(key, usize::MAX, trouble);
+        (ask_everything(&server), seen)
+    };
+    for (key, way) in [("n", "`samples_per_request = 1`"), ("logprobs", "leave `logprobs` out")] {
+        let (error, seen) = found(key, raw(500, "", "boom"));
+        let error = format!("{:?}", error.unwrap_err());
+        for part in ["500", "boom", &format!("asked for `{key}`"), "(tried 5 times)", way] {
+            assert!(error.contains(part), "`{part}` is not in: {error}");
+        }
+        assert!(seen.lock().unwrap().is_empty());
+    }
+    // A quota that ends just then does not mean that the server gives one answer a request.
+    let (error, _) = found(
+        "n",
+        raw(429, "", "{\"error\": {\"code\": \"insufficient_quota\", \"message\": \"no\"}}"),
+    );
+    assert!(format!("{:?}", error.unwrap_err()).contains("insufficient_quota"));
+    // What it says that it does not know is gone around.
+    for status in [400, 404, 422, 501] {
+        let (found, seen) = found("response_format", raw(status, "", "unknown key"));
+        assert_eq!(found.unwrap(), [Some(true), Some(true), Some(false), Some(true)], "{status}");
+        assert!(seen.lock().unwrap()[0].get("response_format").is_none(), "{status}");
+    }
+    // So is a schema at which alone it goes on failing: no setting would lead around it.
+    let (found, seen) = found("response_format", raw(500, "", "boom"));
+    assert_eq!(found.unwrap(), [Some(true), Some(true), Some(false), Some(true)]);
+    assert!(seen.lock().unwrap()[0].get("response_format").is_none());
+}
+
+#[test]
+fn what_was_seen_of_a_server_holds_for_a_resumed_run() {
+    // With the second process it is seen to give one choice to the small request, and gives several to real ones.
+    let (is_odd, seen) = <(Arc<AtomicBool>, Arc<Mutex<Vec<Value>>>)>::default();
+    let (odd, record) = (is_odd.clone(), seen.clone());
+    let server = FakeServer::start(move |request| {
+        if !is_probe(request) {
+            record.lock().unwrap().push(request.body.clone());
+            return well_behaved(request);
+        }
+        let mut alone = request.clone();
+        if odd.load(Ordering::Relaxed) {
+            alone.body["n"] = json!(1);
+        }
+        well_behaved(&alone)
+    });
+    let spec = ServerSpec { max_concurrency: 2, ..spec(&[&server]) };
+    let home = tempfile::tempdir().unwrap();
+    let ledger = home.path().join("requests.jsonl");
+    let (whole, ended) = ask(&spec, None, 12, &samples(3));
+    ended.unwrap();
+    seen.lock().unwrap().clear();
+    let cut = ServerSpec { max_requests: 7, ..spec.clone() };
+    ask(&cut, Some(&ledger), 12, &samples(3)).1.unwrap_err();
+    assert_eq!(std::mem::take(&mut *seen.lock().unwrap()).len(), 7);
+
+    is_odd.store(true, Ordering::Relaxed);
+    let (again, ended) = ask(&spec, Some(&ledger), 12, &samples(3));
+    ended.unwrap();
+    assert_eq!(again, whole);
+    let second = seen.lock().unwrap();
+    assert_eq!(second.len(), 5, "none that was recorded");
+    assert!(second.iter().all(|body| body["n"] == 3));
+}
+
+/// A server that takes `pause` for an answer and sets `stop` at the fourth, and what it was asked.
+fn slow(pause: Duration, stop: Arc<AtomicBool>) -> (FakeServer, Arc<Mutex<Vec<Value>>>) {
+    let seen: Arc<Mutex<Vec<Value>>> = Arc::default();
+    let record = seen.clone();
+    let server = FakeServer::start(move |request| {
+        if is_probe(request) {
+            return well_behaved(request);
+        }
+        let mut seen = record.lock().unwrap();
+        seen.push(request.body.clone());
+        stop.fetch_or(seen.len() == 4, Ordering::Relaxed);
+        Response::After(pause, Box::new(well_behaved(request)))
+    });
+    (server, seen)
+}
+
+fn lines(path: &Path) -> usize {
+    std::fs::read_to_string(path).unwrap().lines().count()
+}
+
+#[test]
+fn an_error_of_whoever_takes_answers_lets_those_under_way_come_in() {
+    let (server, seen) = slow(Duration::from_millis(300), Arc::default());
+    let spec = ServerSpec { max_concurrency: 6, ..spec(&[&server]) };
+    let home = tempfile::tempdir().unwrap();
+    let ledger = home.path().join("requests.jsonl");
+    let mut taken = 0;
+    let heard = Heard::default();
+    let client = Server::new(&spec, Some(&ledger), &heard).unwrap();
+    let ended = client.answer(&asked(40), &samples(1), &mut |_, _| {
+        taken += 1;
+        Err(Error::run("the judge is out of ideas"))
+    });
+    assert_eq!(ended.unwrap_err().to_string(), "the judge is out of ideas");
+    assert_eq!(taken, 1, "what comes in afterwards is for the ledger alone");
+    let sent = seen.lock().unwrap().len();
+    assert!((2..=6).contains(&sent), "{sent} were sent");
+    assert_eq!(lines(&ledger), sent);
+    assert!(heard.all().contains("are under way"), "{}", heard.all());
+    // Where nothing is recorded, nobody would have anything of it.
+    let (mute, _) = troubled(usize::MAX, Response::Silence);
+    let judge = FakeServer::start(well_behaved);
+    let spec = ServerSpec { max_concurrency: 1, timeout: 20.0, ..self::spec(&[&judge, &mute]) };
+    let (begun, client) = (Instant::now(), Server::new(&spec, None, &Silent).unwrap());
+    client.answer(&asked(9), &samples(1), &mut |_, _| Err(Error::run("no"))).unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn an_interrupt_lets_those_under_way_come_in() {
+    let heard = Heard::default();
+    let (server, seen) = slow(Duration::from_millis(900), heard.stop.clone());
+    let spec = ServerSpec { max_concurrency: 4, ..spec(&[&server]) };
+    let home = tempfile::tempdir().unwrap();
+    let ledger = home.path().join("requests.jsonl");
+    let client = Server::new(&spec, Some(&ledger), &heard).unwrap();
+    let ended = client.answer(&asked(40), &samples(1), &mut |_, _| Ok(()));
+    assert_eq!(ended.unwrap_err().kind(), Kind::Interrupted);
+    assert_eq!((seen.lock().unwrap().len(), lines(&ledger)), (4, 4));
+    drop(client);
+    ask(&spec, Some(&ledger), 6, &samples(1)).1.unwrap();
+    assert_eq!(seen.lock().unwrap().len(), 6, "none that was recorded");
 }
 
 #[test]
@@ -589,6 +814,10 @@ fn a_process_that_is_killed_asks_again_only_what_was_under_way() {
     assert_eq!(times.len(), 120);
     assert!(times.values().all(|&count| count <= 2) && repeated <= 5, "{repeated} were repeated");
     assert_eq!(homes[0].read("data.jsonl"), homes[1].read("data.jsonl"));
+    for name in ["requests.jsonl", "requests.seen.json", "ledger.jsonl"] {
+        let left = homes[1].dir.path().join("runs/r/stages/01-synth").join(name);
+        assert!(!left.exists(), "{name} is left");
+    }
 }
 
 /// A judge that thinks for 50 ms and gives 3 points where `bad` says so, else 9; and the most questions that it had at once.
@@ -634,6 +863,52 @@ fn a_server_judges_many_prompts_at_once() {
     assert_eq!(rows.len(), 39);
     assert!(rows.iter().all(|row| row["meta"]["score"] == json!(9.0)));
     assert!(most.load(Ordering::Relaxed) > 4, "{most:?} at once");
+    let judges: Value = serde_json::from_str(&home.read("judges.json")).unwrap();
+    let judge = &judges["judge"];
+    // Each verdict: five tokens of prompt and two of answer.
+    assert_eq!((&judge["requests"], &judge["tokens"]), (&json!(40), &json!(280)), "{judges}");
+    assert_eq!(
+        (&judge["model"], &judge["probe"]["server"], &judge["probe"]["json_schema"]),
+        (&json!("big"), &json!("fake"), &json!(false)),
+        "{judges}"
+    );
+}
+
+/// What a judge has cost is the sum over the processes, also of those that it made fail.
+#[test]
+fn what_judges_cost_is_counted_over_all_processes() {
+    let (is_well, count) = <(Arc<AtomicBool>, Arc<AtomicUsize>)>::default();
+    let (well, counter) = (is_well.clone(), count.clone());
+    let judge = FakeServer::start(move |request| {
+        if is_probe(request) {
+            return well_behaved(request);
+        }
+        counter.fetch_add(1, Ordering::Relaxed);
+        if !well.load(Ordering::Relaxed) && request.body.to_string().contains("q7") {
+            return raw(400, "", "{\"error\": \"not that one\"}");
+        }
+        let mut body = chat(request);
+        body["choices"][0]["message"]["content"] = json!("{\"score\": 9}");
+        Response::Json(body)
+    });
+    let server = FakeServer::start(well_behaved);
+    let home = Home::new(&server.url(), 20, "timeout = 60");
+    let recipe = home.dir.path().join("r.toml");
+    let text = std::fs::read_to_string(&recipe).unwrap()
+        + &format!("scorers = [{{judge = {{base_url = '{}', model = 'big'}}}}]\n", judge.url());
+    arriero::store::write_atomic(&recipe, text.as_bytes()).unwrap();
+    let failed = home.command("run").output().unwrap();
+    let said = String::from_utf8_lossy(&failed.stdout) + String::from_utf8_lossy(&failed.stderr);
+    assert!(!failed.status.success() && said.contains("not that one"), "{said}");
+    // One knows of the judge what it knows of the teacher.
+    assert!(said.contains("does not hold answers to a JSON schema"), "{said}");
+    let first = count.load(Ordering::Relaxed);
+    is_well.store(true, Ordering::Relaxed);
+    home.run("run");
+    let judges: Value = serde_json::from_str(&home.read("judges.json")).unwrap();
+    let all = count.load(Ordering::Relaxed);
+    assert!(first > 0 && all > first);
+    assert_eq!(judges["judge"]["requests"], json!(all), "{first} of them in the first process");
 }
 
 #[test]
@@ -649,14 +924,17 @@ fn a_file_is_judged_by_a_server_many_rows_at_once() {
     let rows: Vec<String> = (0..40).map(|i| row(i).to_string()).collect();
     arriero::store::write_atomic(&data, rows.join("\n").as_bytes()).unwrap();
     let server = json!({"base_url": judge.url(), "model": "big"}).to_string();
-    let status = Command::new(env!("CARGO_BIN_EXE_arriero"))
+    let output = Command::new(env!("CARGO_BIN_EXE_arriero"))
         .args(["score", "--judge", &server, "--rubric", "Is it true?", "--votes", "2", "--data"])
         .arg(&data)
         .arg("--out")
         .arg(&out)
-        .status()
+        .arg("--json")
+        .output()
         .unwrap();
-    assert!(status.success());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(said["judges"]["judge"]["requests"], json!(40), "{said}");
     let text = std::fs::read_to_string(&out).unwrap();
     let scores: Vec<f64> = text
         .lines()
@@ -761,6 +1039,41 @@ fn a_judge_that_cannot_be_held_to_a_schema_is_read_as_it_speaks() {
     assert!(seen[0]["seed"] != seen[1]["seed"] && seen[1]["seed"] != seen[2]["seed"]);
 }
 
+/// As a teacher's server is, with what it leaves out in silence and with Ctrl-C while it thinks.
+#[test]
+fn a_judges_server_is_heard_of_and_can_be_interrupted() {
+    let judged = |server: &FakeServer, heard: &Heard| {
+        // One try: a judge that nobody can interrupt fails after five seconds.
+        let judge =
+            json!({"base_url": server.url(), "model": "big", "timeout": 5, "max_retries": 0});
+        let scorers = [json!({"judge": judge})];
+        let panel = Panel::among(&scorers, &Device::Cpu, &Bases::default(), heard)?;
+        let prompt = [Message::new("user", "How high is the tower?")];
+        let place = "rows:1";
+        let question = Question { place, prompt: &prompt, tools: None, answer: None, extra: None };
+        let verdicts = panel.judge(&question, &["high"], &[]);
+        let account = panel.served_by().remove("judge").expect("an account");
+        verdicts.map(|_| (account.requests, account.tokens))
+    };
+    let (server, _) = judging(false, |_, _| "{\"score\": 8}".to_owned());
+    let heard = Heard::default();
+    assert_eq!(judged(&server, &heard).unwrap(), (1, 7));
+    let notes = heard.all();
+    assert!(notes.contains("big: the server does not hold answers to a JSON schema"), "{notes}");
+
+    let heard = Heard::default();
+    let stop = heard.stop.clone();
+    let server = FakeServer::start(move |request| {
+        if is_probe(request) {
+            return well_behaved(request);
+        }
+        stop.store(true, Ordering::Relaxed);
+        Response::Silence
+    });
+    let error = judged(&server, &heard).unwrap_err();
+    assert_eq!(error.kind(), Kind::Interrupted, "{error:?}");
+}
+
 #[test]
 fn a_judge_compares_in_both_orders_and_one_that_likes_the_first_gives_ties() {
     let fair = |body: &Value, _: usize| {
@@ -828,6 +1141,7 @@ fn our_own_server_is_found_out_and_teaches() {
     let probe = client.probe(Needs { all: true, ..Needs::default() }).unwrap();
     let seen = [probe.n, probe.logprobs, probe.seed, probe.json_schema, probe.echo];
     assert_eq!(seen.map(Option::unwrap), [true; 5], "{probe:?}");
+    assert_eq!(probe.finish_reason, Some(true));
     let sampling = Sampling {
         top_k: 40,
         top_p: 0.95,
@@ -900,6 +1214,7 @@ fn llama_cpp_is_found_out_and_teaches() {
         [probe.n, probe.logprobs, probe.seed, probe.json_schema].map(Option::unwrap),
         [true; 4]
     );
+    assert_eq!(probe.finish_reason, Some(true));
     // Known of llama.cpp: `echo` is ignored without a word.
     assert_eq!((probe.echo, probe.prompt_logprobs), (Some(false), Some(false)));
 

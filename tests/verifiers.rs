@@ -57,7 +57,7 @@ fn sets(name: &str, public: Public) -> Vec<(PathBuf, Vec<Map<String, Value>>)> {
     found
 }
 
-fn judge(panel: &Panel, answer: &str, texts: &[String]) -> Vec<bool> {
+fn judge(panel: &Panel<'_>, answer: &str, texts: &[String]) -> Vec<bool> {
     let question =
         Question { place: "row", prompt: &[], tools: None, answer: Some(answer), extra: None };
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();

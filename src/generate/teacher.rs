@@ -5,6 +5,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 use super::engine::Answer;
+use super::openai::Account;
 use super::openai::spec::ServerSpec;
 use super::sampling::Sampling;
 use crate::data::record::{Message, Row};
@@ -64,6 +65,11 @@ pub trait Teacher: Send + Sync {
     /// Whether it computes on a GPU: nothing there orders what two threads launch, so one thread has to do all of it.
     fn on_gpu(&self) -> bool {
         false
+    }
+
+    /// Who answered and what it cost, where that is a server.
+    fn served_by(&self) -> Option<Account> {
+        None
     }
 }
 

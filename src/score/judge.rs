@@ -13,11 +13,11 @@ use super::{Question, Score, Scorer, ScorerSpec};
 use crate::data::record::Message;
 use crate::error::{Context, Error, Result, start_of};
 use crate::generate::local::LocalModel;
-use crate::generate::openai::Server;
+use crate::generate::openai::{Account, Server};
 use crate::generate::sampling::{Sampling, WeightFormat};
 use crate::generate::teacher::{Asked, Teacher, TeacherSpec};
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
-use crate::report::record::Silent;
+use crate::report::record::Events;
 use crate::store;
 
 /// How often a judge is asked before it is given up.
@@ -41,8 +41,8 @@ pub enum Form {
 }
 
 /// A judge with what it is asked.
-pub struct Judge {
-    teacher: Box<dyn Teacher>,
+pub struct Judge<'a> {
+    teacher: Box<dyn Teacher + 'a>,
     /// Whether the teacher is somewhere else.
     waits: bool,
     form: Form,
@@ -55,24 +55,30 @@ const PAIRWISE: &str =
     "Which answer is more helpful, correct, relevant and clear? Length alone is no merit.";
 const CODE: &str = "Correctness: does the code do what was asked, without errors? Style: is it readable, idiomatic and documented where that helps?";
 
-impl Judge {
-    /// A judge of a recipe's scorer. A model of one's own is loaded onto `device`; a server is not spoken to yet.
+impl<'a> Judge<'a> {
+    /// A judge of a recipe's scorer. A model of one's own is loaded onto `device`; a server is not spoken to yet, and what
+    /// there is to say of it goes to `events`.
     ///
     /// # Errors
     /// What loading a checkpoint can fail with; a key that is not there.
-    pub fn load(spec: &ScorerSpec, judge: &TeacherSpec, device: &Device) -> Result<Self> {
-        let teacher: Box<dyn Teacher> = match judge {
+    pub fn load(
+        spec: &ScorerSpec,
+        judge: &TeacherSpec,
+        device: &Device,
+        events: &'a dyn Events,
+    ) -> Result<Self> {
+        let teacher: Box<dyn Teacher + 'a> = match judge {
             TeacherSpec::Local(path) => {
                 let checkpoint = Checkpoint::load(path, device, &LoadOptions::default())?;
                 Box::new(LocalModel::held(checkpoint, WeightFormat::None).at(path)?)
             }
-            TeacherSpec::Server(server) => Box::new(Server::new(server, None, &Silent)?),
+            TeacherSpec::Server(server) => Box::new(Server::new(server, None, events)?),
         };
         Ok(Self::new(teacher, spec))
     }
 
     /// A judge that asks `teacher` with the settings of `spec`.
-    pub fn new(teacher: Box<dyn Teacher>, spec: &ScorerSpec) -> Self {
+    pub fn new(teacher: Box<dyn Teacher + 'a>, spec: &ScorerSpec) -> Self {
         let preset = match spec.form {
             Form::Rubric => RUBRIC,
             Form::Pairwise => PAIRWISE,
@@ -256,7 +262,7 @@ impl Form {
     }
 }
 
-impl Scorer for Judge {
+impl Scorer for Judge<'_> {
     fn score(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
         match self.form {
             Form::Rubric => self.alone(question, answers, points),
@@ -275,6 +281,10 @@ impl Scorer for Judge {
 
     fn on_gpu(&self) -> bool {
         self.teacher.on_gpu()
+    }
+
+    fn served_by(&self) -> Option<Account> {
+        self.teacher.served_by()
     }
 }
 

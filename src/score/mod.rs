@@ -20,8 +20,10 @@ use serde_json::{Map, Value};
 
 use crate::data::record::Message;
 use crate::error::{Context, Error, Result};
+use crate::generate::openai::Account;
 use crate::generate::teacher::TeacherSpec;
 use crate::model::bases::Bases;
+use crate::report::record::{Events, Silent};
 use judge::{Form, Judge};
 use reward_model::{Reading, RewardModel, StepAggregation};
 use sandbox::Streams;
@@ -270,14 +272,20 @@ impl ScorerSpec {
         judge.check().at("`judge`")
     }
 
-    /// Builds the judge. Models are loaded onto `device`; reward models that are adapters share what `bases` has.
+    /// Builds the judge. Models are loaded onto `device`; reward models that are adapters share what `bases` has. What
+    /// there is to say of a server goes to `events`.
     ///
     /// # Errors
     /// As [`check`](Self::check), and what loading a checkpoint can fail with.
-    pub fn build(&self, device: &Device, bases: &Bases) -> Result<Box<dyn Scorer>> {
+    pub fn build<'a>(
+        &self,
+        device: &Device,
+        bases: &Bases,
+        events: &'a dyn Events,
+    ) -> Result<Box<dyn Scorer + 'a>> {
         self.check()?;
         if let Some(judge) = &self.judge {
-            return Ok(Box::new(Judge::load(self, judge, device)?));
+            return Ok(Box::new(Judge::load(self, judge, device, events)?));
         }
         Ok(match (self.verifier, &self.reward_model) {
             (Some(check), _) => Box::new(Verifier::new(check, self)?),
@@ -345,21 +353,26 @@ pub trait Scorer: Send + Sync {
     fn on_gpu(&self) -> bool {
         false
     }
+
+    /// As of a [`Teacher`](crate::generate::teacher::Teacher): who judged and what it cost, where that is a server.
+    fn served_by(&self) -> Option<Account> {
+        None
+    }
 }
 
 /// All judges of a stage.
-pub struct Panel {
-    judges: Vec<Seat>,
+pub struct Panel<'a> {
+    judges: Vec<Seat<'a>>,
     /// Held by a judge that computes: one alone has all the memory and all cores, whoever else waits for servers.
     computing: Mutex<()>,
 }
 
-struct Seat {
+struct Seat<'a> {
     label: String,
     weight: f64,
     length_penalty: f64,
     length_unit: LengthUnit,
-    scorer: Box<dyn Scorer>,
+    scorer: Box<dyn Scorer + 'a>,
 }
 
 /// What the judges say of one answer.
@@ -393,21 +406,28 @@ impl Verdict {
     }
 }
 
-impl Panel {
-    /// Builds the judges of a recipe's `scorers`.
+impl<'a> Panel<'a> {
+    /// Builds the judges of a recipe's `scorers`. Nobody hears what servers among them do, and nobody can interrupt them:
+    /// for tests and tools.
     ///
     /// # Errors
     /// A judge that cannot be built, by its place in the list; two of one name.
     pub fn new(specs: &[Value], device: &Device) -> Result<Self> {
-        Self::among(specs, device, &Bases::default())
+        Self::among(specs, device, &Bases::default(), &Silent)
     }
 
-    /// The same, sharing the bases of adapters with the other models of `bases`.
+    /// The same, sharing the bases of adapters with the other models of `bases`; what there is to say of servers goes to
+    /// `events`, and whether the user asked to stop comes from there.
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn among(specs: &[Value], device: &Device, bases: &Bases) -> Result<Self> {
-        let mut judges: Vec<Seat> = Vec::new();
+    pub fn among(
+        specs: &[Value],
+        device: &Device,
+        bases: &Bases,
+        events: &'a dyn Events,
+    ) -> Result<Self> {
+        let mut judges: Vec<Seat<'a>> = Vec::new();
         for (index, spec) in specs.iter().enumerate() {
             let place = || format!("scorers[{index}]");
             let spec: ScorerSpec = serde_path_to_error::deserialize(spec)
@@ -418,7 +438,7 @@ impl Panel {
                     .at(place())
                     .hint("give one of them another `name`"));
             }
-            let scorer = spec.build(device, bases).at(place())?;
+            let scorer = spec.build(device, bases, events).at(place())?;
             judges.push(Seat {
                 label,
                 weight: spec.weight,
@@ -428,6 +448,12 @@ impl Panel {
             });
         }
         Ok(Self { judges, computing: Mutex::new(()) })
+    }
+
+    /// Who judged and what it cost, of the judges that are servers, by their names.
+    pub fn served_by(&self) -> BTreeMap<String, Account> {
+        let served = |judge: &Seat<'_>| Some((judge.label.clone(), judge.scorer.served_by()?));
+        self.judges.iter().filter_map(served).collect()
     }
 
     /// Whether nobody judges.
@@ -487,7 +513,7 @@ impl Panel {
     }
 }
 
-impl Seat {
+impl Seat<'_> {
     /// Enters one score into the verdict on an answer of that length.
     fn enter(&self, verdict: &mut Verdict, score: Score, length: usize) {
         let weighted = self.weight * (score.value - self.length_penalty * length as f64);
@@ -510,7 +536,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn panel(specs: &[Value]) -> Result<Panel> {
+    fn panel(specs: &[Value]) -> Result<Panel<'static>> {
         Panel::new(specs, &Device::Cpu)
     }
 

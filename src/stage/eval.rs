@@ -38,7 +38,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
     let bases = Bases::default();
     let form = Form::dense(&context.device, Precision::F32);
     let read = bases.model(&spec.model_name_or_path, &form)?;
-    let panel = Panel::among(&spec.scorers, &context.device, &bases)?;
+    let panel = Panel::among(&spec.scorers, &context.device, &bases, context.events)?;
     let reference = reference(spec, (&bases, &form), &read)?;
     let rescored = match (&reference, spec.sampling.quantization) {
         (Some(_), format) if format != WeightFormat::None => Some(read.transformer()?),
@@ -65,7 +65,8 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
             })?;
             keep(left[place], Measured { row, rewards, kl_sum })
         })
-    })?;
+    });
+    let measured = generation::accounted(&context.dir, &panel, measured)?;
 
     generation::write_rows(context, "data.jsonl", &measured)?;
     page::write(&context.dir, measured.iter().map(|one| &one.row))?;
@@ -189,6 +190,7 @@ mod tests {
 
     use super::*;
     use crate::model::lora::Lora;
+    use crate::report::record::Silent;
     use crate::score::reward_model::{Reading, RewardModel};
     use crate::stage::merge::tests::adapter;
 
@@ -208,7 +210,8 @@ mod tests {
         let bases = Bases::default();
         let form = Form::dense(&Device::Cpu, Precision::F32);
         let read = bases.model(&policy, &form).unwrap();
-        let panel = Panel::among(&[json!({"reward_model": judge})], &Device::Cpu, &bases).unwrap();
+        let scorers = [json!({"reward_model": judge})];
+        let panel = Panel::among(&scorers, &Device::Cpu, &bases, &Silent).unwrap();
         let spec = plan::Eval { reference: other, ..plan::Eval::default() };
         let spec = plan::Eval { model_name_or_path: policy, ..spec };
         let other = reference(&spec, (&bases, &form), &read).unwrap().unwrap();

@@ -1,5 +1,7 @@
 //! What the stages that generate share: the policy, the questions, the ledger that survives a kill, the judging.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
@@ -14,7 +16,8 @@ use crate::data::record::Row;
 use crate::error::{Context, Error, Kind, Result};
 use crate::generate::engine::Answer;
 use crate::generate::local::LocalModel;
-use crate::generate::openai::Server;
+use crate::generate::openai::ledger::seen_beside;
+use crate::generate::openai::{Account, Server};
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::{Asked, Teacher, TeacherSpec};
 use crate::model::Precision;
@@ -28,6 +31,8 @@ use crate::store::{self, JsonlWriter};
 
 /// What a server has answered, request by request; beside the ledger of finished prompts.
 const REQUESTS: &str = "requests.jsonl";
+/// Which servers have judged and what that cost, by the scorers' names.
+const JUDGES: &str = "judges.json";
 
 /// Loads a model that writes text, held as the sampling settings say.
 pub fn load(context: &StageContext<'_>, model: &str, sampling: &Sampling) -> Result<LocalModel> {
@@ -77,16 +82,21 @@ pub enum Someone<'a> {
 impl Someone<'_> {
     /// Writes who answered and what it cost, where that was a server.
     pub fn write_account(&self, context: &StageContext<'_>) -> Result<()> {
-        match self {
-            Self::Here(_) => Ok(()),
-            Self::There(server) => {
-                store::write_json(&context.dir.join("teacher.json"), &server.account())
-            }
+        match self.served_by() {
+            None => Ok(()),
+            Some(account) => store::write_json(&context.dir.join("teacher.json"), &account),
         }
     }
 }
 
 impl Teacher for Someone<'_> {
+    fn served_by(&self) -> Option<Account> {
+        match self {
+            Self::Here(_) => None,
+            Self::There(server) => server.served_by(),
+        }
+    }
+
     fn on_gpu(&self) -> bool {
         match self {
             Self::Here(model) => model.on_gpu(),
@@ -179,7 +189,7 @@ const JUDGED_AT_ONCE: usize = 64;
 /// The first one; what was judged by then is kept.
 pub fn answer_and_judge<T: Send>(
     (teacher, asked, sampling): (&dyn Teacher, &[Asked], &Sampling),
-    panel: &Panel,
+    panel: &Panel<'_>,
     judge: &(dyn Fn(usize, &[Answer]) -> Result<T> + Sync),
     keep: &mut Keep<'_, T>,
 ) -> Result<()> {
@@ -226,6 +236,50 @@ pub fn answer_and_judge<T: Send>(
     })
 }
 
+/// The result of judging, once it stands in `dir` which servers judged and what that cost: of work that failed as well,
+/// whose requests were made all the same. To be called once a process, which adds its own to what earlier ones wrote.
+///
+/// # Errors
+/// The work's; a full disk.
+pub fn accounted<T>(dir: &Path, panel: &Panel<'_>, judged: Result<T>) -> Result<T> {
+    let written = add_judges(dir, panel);
+    let judged = judged?;
+    written.map(|()| judged)
+}
+
+fn add_judges(dir: &Path, panel: &Panel<'_>) -> Result<()> {
+    let served = panel.served_by();
+    if served.is_empty() {
+        return Ok(());
+    }
+    let mut all = judges(dir)?;
+    for (label, account) in served {
+        let account = match all.remove(&label) {
+            Some(earlier) => account.after(earlier),
+            None => account,
+        };
+        all.insert(label, account);
+    }
+    store::write_json(&dir.join(JUDGES), &all)
+}
+
+/// The servers that have judged for the work in `dir`, by the scorers' names.
+///
+/// # Errors
+/// A file that is none of these.
+pub fn judges(dir: &Path) -> Result<BTreeMap<String, Account>> {
+    let path = dir.join(JUDGES);
+    if path.exists() { store::read_json(&path) } else { Ok(BTreeMap::new()) }
+}
+
+/// Forgets them: other work begins in `dir`.
+///
+/// # Errors
+/// A directory that cannot be written to.
+pub fn forget_judges(dir: &Path) -> Result<()> {
+    store::remove(&dir.join(JUDGES))
+}
+
 /// Writes one of the stage's files of rows, whole.
 ///
 /// # Errors
@@ -241,13 +295,15 @@ pub fn write_rows<T: Serialize>(context: &StageContext<'_>, name: &str, rows: &[
 
 /// Removes the ledgers once its content stands in the outputs.
 pub fn close_ledger(context: &StageContext<'_>) -> Result<()> {
-    store::remove(&context.dir.join(REQUESTS))?;
+    let requests = context.dir.join(REQUESTS);
+    store::remove(&requests)?;
+    store::remove(&seen_beside(&requests))?;
     store::remove(&context.dir.join("ledger.jsonl"))
 }
 
 /// Judges answers to one row; `tokens` are their lengths.
 pub fn judge(
-    panel: &Panel,
+    panel: &Panel<'_>,
     asked: &Asked,
     row: &Row,
     (texts, tokens): (&[&str], &[usize]),
@@ -265,7 +321,7 @@ pub fn judge(
 
 /// One row's answers with what the judges say; `others`, from elsewhere, are judged beside them.
 pub fn candidates(
-    panel: &Panel,
+    panel: &Panel<'_>,
     asked: &Asked,
     row: &Row,
     (answers, origin): (&[Answer], &str),

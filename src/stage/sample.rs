@@ -36,7 +36,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
     }
     // Policies that are adapters are read beside the base of the reward models, which stay.
     let bases = Bases::default();
-    let panel = Panel::among(&spec.scorers, &context.device, &bases)?;
+    let panel = Panel::among(&spec.scorers, &context.device, &bases, context.events)?;
     let form = Form::dense(&context.device, Precision::F32);
     let earlier = earlier_best(&spec.earlier)?;
     let mut pace = Pace::start();
@@ -57,7 +57,8 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
             loaded = Some((turn, model));
         }
         Ok(())
-    })?;
+    });
+    let sampled = generation::accounted(&context.dir, &panel, sampled)?;
 
     generation::write_rows(context, "data.jsonl", &sampled)?;
     page::write(&context.dir, sampled.iter())?;
@@ -139,7 +140,7 @@ struct Draw<'a> {
     spec: &'a plan::Sample,
     rows: &'a [Row],
     earlier: &'a BTreeMap<String, Vec<Candidate>>,
-    panel: &'a Panel,
+    panel: &'a Panel<'a>,
 }
 
 impl Draw<'_> {

@@ -15,11 +15,14 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::generation;
 use super::inputs::Hashes;
 use crate::data::paths;
 use crate::data::read::{self, objects};
 use crate::data::record::{self, Message, Side, kind};
 use crate::error::{Context, Error, Result};
+use crate::generate::openai::Account;
+use crate::model::bases::Bases;
 use crate::recipe::plan::check_scorers;
 use crate::report::record::Events;
 use crate::score::{Panel, Question, Verdict};
@@ -50,7 +53,7 @@ pub struct Scoring {
 }
 
 /// What came of it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Scored {
     /// Rows.
     pub rows: usize,
@@ -61,6 +64,9 @@ pub struct Scored {
     /// Completions that every verifier accepts; absent where none judged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub passed: Option<usize>,
+    /// The servers that judged and what that cost, by the scorers' names.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub judges: BTreeMap<String, Account>,
 }
 
 /// Reads a list of judges, or one, written as JSON; a text names a verifier.
@@ -104,34 +110,45 @@ pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
     }
     let folder = Folder::open(work)?;
     let path = folder.rows();
-    let mut done = judged(&path)?;
+    let done = judged(&path)?;
     if done < total {
-        events.progress("rows", done, total);
-        let panel = Panel::new(&work.scorers, &work.device)?;
-        let mut ledger = JsonlWriter::open(&path)?;
-        let mut groups = Groups { rows: rows(work)?.skip(done as usize).peekable(), panel: &panel };
-        let at_once = match (panel.is_light(), panel.waits()) {
-            (true, _) => AT_ONCE * rayon::current_num_threads(),
-            (false, true) => WAITING,
-            (false, false) => 1,
-        };
-        loop {
-            events.check_interrupt()?;
-            let batch = groups.by_ref().take(at_once).collect::<Result<Vec<_>>>()?;
-            if batch.is_empty() {
-                break;
-            }
-            for group in judge_all(&panel, batch)? {
-                ledger.write(&group)?;
-                done += group.len() as u64;
-            }
-            events.progress("rows", done, total);
-        }
-        ledger.sync()?;
+        let panel = Panel::among(&work.scorers, &work.device, &Bases::default(), events)?;
+        let judged = judge_rest(work, (&path, &panel), (done, total), events);
+        generation::accounted(&folder.path, &panel, judged)?;
     }
-    let scored = finish(&path, &work.out, total)?;
+    let mut scored = finish(&path, &work.out, total)?;
+    scored.judges = generation::judges(&folder.path)?;
     folder.remove()?;
     Ok(scored)
+}
+
+/// Judges the rows after the first `done`, and writes them behind those.
+fn judge_rest(
+    work: &Scoring,
+    (path, panel): (&Path, &Panel<'_>),
+    (mut done, total): (u64, u64),
+    events: &dyn Events,
+) -> Result<()> {
+    events.progress("rows", done, total);
+    let mut ledger = JsonlWriter::open(path)?;
+    let mut groups = Groups { rows: rows(work)?.skip(done as usize).peekable(), panel };
+    let at_once = match (panel.is_light(), panel.waits()) {
+        (true, _) => AT_ONCE * rayon::current_num_threads(),
+        (false, true) => WAITING,
+        (false, false) => 1,
+    };
+    loop {
+        events.check_interrupt()?;
+        let batch = groups.by_ref().take(at_once).collect::<Result<Vec<_>>>()?;
+        if batch.is_empty() {
+            return ledger.sync();
+        }
+        for group in judge_all(panel, batch)? {
+            ledger.write(&group)?;
+            done += group.len() as u64;
+        }
+        events.progress("rows", done, total);
+    }
 }
 
 /// Refuses a penalty for tokens: rows are text, which no tokenizer has written.
@@ -258,7 +275,7 @@ fn text(value: Value) -> Result<String> {
 /// Consecutive rows that one call can judge.
 struct Groups<'a, I: Iterator<Item = Result<Asked>>> {
     rows: std::iter::Peekable<I>,
-    panel: &'a Panel,
+    panel: &'a Panel<'a>,
 }
 
 impl<I: Iterator<Item = Result<Asked>>> Iterator for Groups<'_, I> {
@@ -290,7 +307,7 @@ impl<I: Iterator<Item = Result<Asked>>> Iterator for Groups<'_, I> {
     }
 }
 
-fn judge_all(panel: &Panel, batch: Vec<Vec<Asked>>) -> Result<Vec<Vec<Map<String, Value>>>> {
+fn judge_all(panel: &Panel<'_>, batch: Vec<Vec<Asked>>) -> Result<Vec<Vec<Map<String, Value>>>> {
     if panel.waits() {
         // As many threads as questions: they wait for the server. What computes here, computes one at a time.
         return thread::scope(|scope| {
@@ -309,7 +326,7 @@ fn judge_all(panel: &Panel, batch: Vec<Vec<Asked>>) -> Result<Vec<Vec<Map<String
     }
 }
 
-fn judge(panel: &Panel, group: Vec<Asked>) -> Result<Vec<Map<String, Value>>> {
+fn judge(panel: &Panel<'_>, group: Vec<Asked>) -> Result<Vec<Map<String, Value>>> {
     let texts: Vec<&str> =
         group.iter().flat_map(|row| row.completions.iter().map(String::as_str)).collect();
     let first = &group[0];
@@ -378,6 +395,7 @@ impl Folder {
         let here = Work { version: VERSION, sha256: hash(work)? };
         if store::read_json::<Work>(&manifest).ok().as_ref() != Some(&here) {
             store::remove(&folder.rows())?;
+            generation::forget_judges(&folder.path)?;
             store::write_json(&manifest, &here)?;
         }
         Ok(folder)

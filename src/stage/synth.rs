@@ -9,6 +9,7 @@ use crate::data::record::{Message, Row};
 use crate::error::{Error, Result};
 use crate::generate::engine::{Answer, Finish};
 use crate::generate::teacher::Asked;
+use crate::model::bases::Bases;
 use crate::recipe::plan;
 use crate::score::Panel;
 
@@ -46,7 +47,7 @@ pub struct Meta {
 /// `data.jsonl`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
     let teacher = generation::teacher(context, &spec.teacher, &spec.sampling)?;
-    let panel = Panel::new(&spec.scorers, &context.device)?;
+    let panel = Panel::among(&spec.scorers, &context.device, &Bases::default(), context.events)?;
     let rows = generation::rows(context, &spec.datasets)?;
 
     let taught = generation::once_each(context, rows.len(), |left, keep| {
@@ -59,7 +60,8 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
             },
             &mut |place, taught| keep(left[place], taught),
         )
-    })?;
+    });
+    let taught = generation::accounted(&context.dir, &panel, taught)?;
 
     let taught: Vec<Taught> = taught.into_iter().flatten().collect();
     if taught.is_empty() {
@@ -83,7 +85,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
 
 /// The whole, different, accepted answers to one prompt.
 fn accepted(
-    panel: &Panel,
+    panel: &Panel<'_>,
     asked: &Asked,
     row: &Row,
     answers: &[Answer],

@@ -60,6 +60,14 @@ impl Failure {
         self.hint = Some(hint.into());
         self
     }
+
+    /// Says how often it was tried, where that was more than once.
+    pub(super) fn tried(mut self, times: u64) -> Self {
+        if times > 1 {
+            self.message = format!("{} (tried {times} times)", self.message);
+        }
+        self
+    }
 }
 
 impl From<Failure> for Error {

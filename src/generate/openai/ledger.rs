@@ -2,7 +2,8 @@
 //!
 //! A stage's own ledger has one line a prompt, written when all its answers are there and judged. Here every request
 //! has its line as soon as it is answered: of a prompt with thirty requests under way none is lost that came back. A
-//! request is known by the SHA-256 of its body (model, messages, how to sample, how many answers) and its seed.
+//! request is known by the SHA-256 of its body (model, messages, how to sample, how many answers) and its seed. What the
+//! server can do decides what bodies look like, so what the first process saw of it is kept beside the file ([`Seen`]).
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -46,6 +47,31 @@ pub struct Spent {
     pub tokens: u64,
 }
 
+/// What a server was seen to do that decides what requests look like, or what was said of it to people: a later process
+/// goes by it, as by another day's word it would recognise no request that was recorded.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// Of which model.
+    pub model: String,
+    /// As in [`Probe`](super::probe::Probe): several answers to one request.
+    pub n: Option<bool>,
+    /// Answers held to a JSON schema.
+    pub json_schema: Option<bool>,
+    /// Equal answers for equal seeds.
+    pub seed: Option<bool>,
+}
+
+/// Where [`Seen`] lies beside a ledger.
+///
+/// ```
+/// use arriero::generate::openai::ledger::seen_beside;
+/// use std::path::Path;
+/// assert_eq!(seen_beside(Path::new("a/requests.jsonl")), Path::new("a/requests.seen.json"));
+/// ```
+pub fn seen_beside(ledger: &Path) -> PathBuf {
+    ledger.with_extension("seen.json")
+}
+
 /// A file of answered requests.
 #[derive(Debug)]
 pub struct Ledger {
@@ -71,6 +97,29 @@ impl Ledger {
         })?;
         ledger.known = known;
         Ok((ledger, spent))
+    }
+
+    /// What earlier processes have seen `model` do; nothing of another model.
+    ///
+    /// # Errors
+    /// A file that is none of these.
+    pub fn seen(&self, model: &str) -> Result<Seen> {
+        let path = seen_beside(&self.path);
+        let nothing = Seen { model: model.to_owned(), ..Seen::default() };
+        if !path.exists() {
+            return Ok(nothing);
+        }
+        let seen: Seen =
+            store::read_json(&path).hint("remove it to find out again what the server can do")?;
+        Ok(if seen.model == model { seen } else { nothing })
+    }
+
+    /// Keeps what the server was seen to do.
+    ///
+    /// # Errors
+    /// A full disk.
+    pub fn see(&self, seen: &Seen) -> Result<()> {
+        store::write_json(&seen_beside(&self.path), seen)
     }
 
     /// The answers of an earlier process to a request.
@@ -176,5 +225,21 @@ mod tests {
         assert_eq!(ledger.take("a", 2).unwrap().unwrap(), [answer("three")]);
         assert_eq!(ledger.take("a", 2).unwrap(), None);
         assert_eq!(ledger.take("b", 1).unwrap(), None);
+    }
+
+    #[test]
+    fn what_a_model_was_seen_to_do_is_found_again_for_it_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("requests.jsonl");
+        let (ledger, _) = Ledger::open(&path).unwrap();
+        let nothing = |model: &str| Seen { model: model.to_owned(), ..Seen::default() };
+        assert_eq!(ledger.seen("m").unwrap(), nothing("m"));
+        let seen = Seen { n: Some(false), seed: Some(true), ..nothing("m") };
+        ledger.see(&seen).unwrap();
+        assert_eq!(Ledger::open(&path).unwrap().0.seen("m").unwrap(), seen);
+        assert_eq!(ledger.seen("other").unwrap(), nothing("other"));
+        store::write_atomic(&seen_beside(&path), b"{").unwrap();
+        let error = format!("{:?}", ledger.seen("m").unwrap_err());
+        assert!(error.contains("requests.seen.json") && error.contains("hint: remove"), "{error}");
     }
 }

@@ -23,11 +23,13 @@ pub mod spec;
 mod wire;
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use self::ledger::{Ledger, Spent};
+use self::http::Failure;
+use self::ledger::{Ledger, Seen, Spent};
 use self::probe::{Needs, Probe};
 use self::request::Sender;
 use self::run::Run;
@@ -38,6 +40,9 @@ use super::teacher::{Asked, Teacher};
 use crate::error::{Error, Result};
 use crate::report::record::Events;
 
+/// After this long without any answer the user is told what the trouble is.
+const SILENCE: Duration = Duration::from_secs(30);
+
 /// A server's client.
 pub struct Server<'a> {
     spec: ServerSpec,
@@ -45,14 +50,15 @@ pub struct Server<'a> {
     runtime: tokio::runtime::Runtime,
     sender: Arc<Sender>,
     ledger: Mutex<Option<Ledger>>,
-    probed: OnceLock<Probe>,
+    /// What was found out, or what was in the way: it holds for all who ask, each of whom would wait as long for it.
+    probed: OnceLock<Result<Probe, Failure>>,
     /// Held while the server is being probed.
     probing: Mutex<()>,
     events: &'a dyn Events,
 }
 
 /// Who answered and what it cost, for people.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Account {
     /// Where.
     pub base_url: Vec<String>,
@@ -66,6 +72,20 @@ pub struct Account {
     pub tokens: u64,
     /// Requests that failed and were tried again, in this process.
     pub retries: u64,
+}
+
+impl Account {
+    /// This process's account of a server without a ledger, with what `earlier` ones have come to.
+    #[must_use]
+    pub fn after(self, earlier: Self) -> Self {
+        Self {
+            probe: self.probe.or(earlier.probe),
+            requests: self.requests + earlier.requests,
+            tokens: self.tokens + earlier.tokens,
+            retries: self.retries + earlier.retries,
+            ..self
+        }
+    }
 }
 
 impl<'a> Server<'a> {
@@ -101,13 +121,22 @@ impl<'a> Server<'a> {
     /// # Errors
     /// No URL answers, no such model, a key that is not accepted, or something missing that is needed.
     pub fn probe(&self, needs: Needs) -> Result<Probe> {
+        self.visited(needs)?.map_err(Error::from)
+    }
+
+    /// What the server can do, or what kept it from showing it; an error where the user asked to stop.
+    fn visited(&self, needs: Needs) -> Result<Result<Probe, Failure>> {
+        // Of many who wait for one another here each would begin before it looks.
+        self.events.check_interrupt()?;
+        let mut heard = Instant::now();
         self.runtime.block_on(async {
             let mut probe = std::pin::pin!(self.sender.probe(&self.spec, needs));
             loop {
                 match tokio::time::timeout(run::TICK, &mut probe).await {
-                    Ok(found) => return found.map_err(Error::from),
+                    Ok(found) => return Ok(found),
                     Err(_) => self.events.check_interrupt()?,
                 }
+                self.say_trouble(&mut heard);
             }
         })
     }
@@ -115,19 +144,57 @@ impl<'a> Server<'a> {
     /// What the server can do, found out once, whoever asks first.
     fn probed(&self, needs: Needs) -> Result<&Probe> {
         let _one = self.probing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(probe) = self.probed.get() {
-            return Ok(probe);
+        let found = if let Some(found) = self.probed.get() {
+            found
+        } else {
+            let found = self.find_out(needs)?;
+            self.probed.get_or_init(|| found)
+        };
+        found.as_ref().map_err(|failure| failure.clone().into())
+    }
+
+    /// The same, of what no earlier process has seen; keeps it for later ones, and says what is missing.
+    fn find_out(&self, needs: Needs) -> Result<Result<Probe, Failure>> {
+        let model = &self.spec.model;
+        let seen = self.ledger().as_ref().map(|ledger| ledger.seen(model)).transpose()?;
+        let seen = seen.unwrap_or_default();
+        let mut probe = match self.visited(needs.beyond(&seen))? {
+            Ok(probe) => probe,
+            failed @ Err(_) => return Ok(failed),
+        };
+        probe.n = seen.n.or(probe.n);
+        probe.json_schema = seen.json_schema.or(probe.json_schema);
+        probe.seed = seen.seed.or(probe.seed);
+        if let Some(ledger) = self.ledger().as_ref() {
+            let Probe { n, json_schema, seed, .. } = probe;
+            let now = Seen { model: model.clone(), n, json_schema, seed };
+            if now != seen {
+                ledger.see(&now)?;
+            }
         }
-        let probe = self.probe(needs)?;
-        if probe.seed == Some(false) {
-            self.events.note("the server does not repeat an answer for an equal seed");
+        for lack in probe.lacks() {
+            self.note(&format!("the server {lack}"));
         }
-        if probe.json_schema == Some(false) {
-            self.events.note(
-                "the server does not hold answers to a JSON schema: they are read as they come",
-            );
+        Ok(Ok(probe))
+    }
+
+    /// Tells the user something of this server: there may be several.
+    fn note(&self, text: &str) {
+        self.events.note(&format!("{}: {text}", self.spec.model));
+    }
+
+    /// Tells the user what the trouble is, where nothing has been `heard` for long.
+    fn say_trouble(&self, heard: &mut Instant) {
+        if heard.elapsed() > SILENCE
+            && let Some(trouble) = self.sender.take_trouble()
+        {
+            self.note(&format!("still trying: {trouble}"));
+            *heard = Instant::now();
         }
-        Ok(self.probed.get_or_init(|| probe))
+    }
+
+    fn ledger(&self) -> MutexGuard<'_, Option<Ledger>> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Who answered and what it cost.
@@ -136,7 +203,7 @@ impl<'a> Server<'a> {
         Account {
             base_url: self.spec.base_url.clone(),
             model: self.spec.model.clone(),
-            probe: self.probed.get().cloned(),
+            probe: self.probed.get().and_then(|found| found.as_ref().ok()).cloned(),
             requests: spent.requests,
             tokens: spent.tokens,
             retries: self.sender.retries(),
@@ -145,6 +212,10 @@ impl<'a> Server<'a> {
 }
 
 impl Teacher for Server<'_> {
+    fn served_by(&self) -> Option<Account> {
+        Some(self.account())
+    }
+
     fn answer(
         &self,
         asked: &[Asked],

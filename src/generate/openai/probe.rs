@@ -1,10 +1,13 @@
 //! What a server can do, found out with a few requests of a few tokens: servers ignore in silence what they do not
 //! know, and that must come to light before a long run, not after it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::http::{Failure, Http, Trouble};
+use super::ledger::Seen;
 use super::spec::ServerSpec;
 use super::wire::{self, ChatReply};
 use crate::data::record::Message;
@@ -28,6 +31,18 @@ pub struct Needs {
     pub all: bool,
 }
 
+impl Needs {
+    /// What is left to find out where something was seen before.
+    pub(super) fn beyond(self, seen: &Seen) -> Self {
+        Self {
+            n: self.n && seen.n.is_none(),
+            json_schema: self.json_schema && seen.json_schema.is_none(),
+            seed: self.seed && seen.seed.is_none(),
+            ..self
+        }
+    }
+}
+
 /// What a server says of itself and what it was seen to do. `None` was not tried.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
@@ -39,6 +54,8 @@ pub struct Probe {
     pub version: Option<String>,
     /// `system_fingerprint` of its first answer.
     pub fingerprint: Option<String>,
+    /// Says how an answer ended (`finish_reason`).
+    pub finish_reason: Option<bool>,
     /// Gives `n` choices to a request with `n`.
     pub n: Option<bool>,
     /// Gives a log-probability for every token of an answer.
@@ -51,6 +68,28 @@ pub struct Probe {
     pub prompt_logprobs: Option<bool>,
     /// Holds an answer to a JSON schema.
     pub json_schema: Option<bool>,
+}
+
+impl Probe {
+    /// What a run has to do without, in words for people.
+    pub(super) fn lacks(&self) -> impl Iterator<Item = &'static str> {
+        let all = [
+            (
+                self.n,
+                "gives one answer to a request, whatever `n` says: each sample is a request of its own, prompt included",
+            ),
+            (self.seed, "does not repeat an answer for an equal seed"),
+            (
+                self.json_schema,
+                "does not hold answers to a JSON schema: they are read as they come",
+            ),
+            (
+                self.finish_reason,
+                "does not say how its answers end (`finish_reason`): those that were cut off count as whole",
+            ),
+        ];
+        all.into_iter().filter_map(|(found, text)| (found == Some(false)).then_some(text))
+    }
 }
 
 #[derive(Deserialize)]
@@ -66,7 +105,7 @@ struct Model {
     owned_by: Option<String>,
 }
 
-/// Finds out what the server at `url` can do of what is needed.
+/// Finds out what the server at `url` can do of what is needed. `is_last`: nobody will try again.
 ///
 /// # Errors
 /// A failure that more patience may cure, or that nothing will.
@@ -75,13 +114,14 @@ pub(super) async fn probe(
     url: &str,
     spec: &ServerSpec,
     needs: Needs,
+    is_last: bool,
 ) -> Result<Probe, Failure> {
     let mut found = Probe::default();
     models(http, url, spec, &mut found).await?;
-    let visitor = Visitor { http, url, spec };
+    let visitor = Visitor { http, url, spec, is_last, says_end: AtomicBool::new(false) };
     let first = visitor.chat(&[("max_tokens", json!(1))]).await?;
     found.fingerprint.clone_from(&first.body.system_fingerprint);
-    first.body.answers(url, 1, false).map_err(|failure| http.without_key(failure))?;
+    first.body.answers(url, 1, false, false).map_err(|failure| http.without_key(failure))?;
     found.server = found.server.or(first.server);
     found.version = visitor.version().await;
     if needs.n || needs.all {
@@ -107,6 +147,7 @@ pub(super) async fn probe(
         found.echo = Some(visitor.echo().await?);
         found.prompt_logprobs = Some(visitor.prompt_logprobs().await?);
     }
+    found.finish_reason = Some(visitor.says_end.into_inner());
     Ok(found)
 }
 
@@ -143,11 +184,33 @@ pub(super) async fn models(
     Ok(())
 }
 
+/// The failure of a server at what it was asked for, with what leads around it.
+fn way_out(failure: Failure, hint: &str) -> Failure {
+    match failure.trouble {
+        Trouble::Server => Failure { hint: Some(hint.to_owned()), ..failure },
+        _ => failure,
+    }
+}
+
 /// Asks one server small things.
 struct Visitor<'a> {
     http: &'a Http,
     url: &'a str,
     spec: &'a ServerSpec,
+    is_last: bool,
+    /// Whether an answer said how it ended.
+    says_end: AtomicBool,
+}
+
+/// Whether a server says that it does not know what it was asked for. Any other failure, of a key or a quota say, is
+/// no word on what it can do.
+fn is_unknown(failure: &Failure) -> bool {
+    let says = |status: &&str| failure.message.contains(*status);
+    match failure.trouble {
+        Trouble::Refused => true,
+        Trouble::Denied => [": 404 ", ": 405 ", ": 501 "].iter().any(says),
+        _ => false,
+    }
 }
 
 impl Visitor<'_> {
@@ -170,35 +233,41 @@ impl Visitor<'_> {
         changes: &[(&str, Value)],
     ) -> Result<super::http::Reply<ChatReply>, Failure> {
         let body = Value::Object(self.body(changes)).to_string().into_bytes();
-        self.http.post(&format!("{}/chat/completions", self.url), body).await
+        let url = format!("{}/chat/completions", self.url);
+        let reply = self.http.post::<ChatReply>(&url, body).await?;
+        reply.body.check(self.url).map_err(|failure| self.http.without_key(failure))?;
+        self.says_end.fetch_or(reply.body.says_end(), Ordering::Relaxed);
+        Ok(reply)
     }
 
-    /// An answer, or none where the server refuses what was changed.
+    /// An answer, or none where the server says that it does not know what was changed. A failure that may pass has to
+    /// be tried again: taken for an answer it would decide the whole run, and a resumed one otherwise.
     async fn tried(&self, changes: &[(&str, Value)]) -> Result<Option<ChatReply>, Failure> {
         match self.chat(changes).await {
             Ok(reply) => Ok(Some(reply.body)),
-            // Some servers fail with 500 at what they do not know.
-            Err(failure)
-                if matches!(
-                    failure.trouble,
-                    Trouble::Refused | Trouble::Denied | Trouble::Server
-                ) =>
-            {
-                Ok(None)
+            Err(failure) if is_unknown(&failure) => Ok(None),
+            Err(failure) => {
+                let asked = changes.first().map_or("nothing more", |(key, _)| key);
+                let message = format!("{} (asked for `{asked}`)", failure.message);
+                Err(Failure { message, ..failure })
             }
-            Err(failure) => Err(failure),
         }
     }
 
     async fn n(&self) -> Result<bool, Failure> {
-        let reply = self.tried(&[("n", json!(2))]).await?;
+        let reply = self.tried(&[("n", json!(2))]).await.map_err(|failure| {
+            way_out(failure, "set `samples_per_request = 1` to ask for each answer alone")
+        })?;
         Ok(reply.is_some_and(|reply| reply.choices.len() == 2))
     }
 
     /// What is missing, where something is.
     async fn logprobs(&self) -> Result<Result<(), String>, Failure> {
         let url = self.url;
-        let Some(reply) = self.tried(&[("logprobs", json!(true))]).await? else {
+        let reply = self.tried(&[("logprobs", json!(true))]).await.map_err(|failure| {
+            way_out(failure, "leave `logprobs` out, or use a server that gives them")
+        })?;
+        let Some(reply) = reply else {
             return Ok(Err(format!("{url}: refuses `logprobs`")));
         };
         let entries = reply.logprob_count();
@@ -231,7 +300,16 @@ impl Visitor<'_> {
         });
         let format = wire::response_format(&schema);
         let changes = [("response_format", format), ("max_tokens", json!(64))];
-        let Some(reply) = self.tried(&changes).await? else { return Ok(false) };
+        let reply = match self.tried(&changes).await {
+            // Some servers fail with 500 at what they do not know. One that goes on failing at this alone is read as it
+            // speaks: no setting would lead around it, and nobody pays for it.
+            Err(failure) if self.is_last && failure.trouble == Trouble::Server => {
+                self.chat(&[("max_tokens", json!(1))]).await?;
+                None
+            }
+            tried => tried?,
+        };
+        let Some(reply) = reply else { return Ok(false) };
         let said: Result<Value, _> = serde_json::from_str(reply.text().trim());
         Ok(said.is_ok_and(|said| said.get("good").is_some_and(Value::is_boolean)))
     }
@@ -249,8 +327,14 @@ impl Visitor<'_> {
             "echo": true, "logprobs": 1,
         });
         let url = format!("{}/completions", self.url);
-        let reply = self.http.post::<Value>(&url, body.to_string().into_bytes()).await;
-        let Ok(reply) = reply else { return Ok(false) };
+        let reply = match self.http.post::<Value>(&url, body.to_string().into_bytes()).await {
+            Ok(reply) => reply,
+            // Not everybody has this interface beside the other.
+            Err(failure) if !failure.trouble.passes() || failure.trouble == Trouble::Malformed => {
+                return Ok(false);
+            }
+            Err(failure) => return Err(failure),
+        };
         let logprobs = &reply.body["choices"][0]["logprobs"];
         let entries = ["token_logprobs", "content"].iter().find_map(|key| logprobs[key].as_array());
         Ok(entries.is_some_and(|entries| entries.len() > 2))

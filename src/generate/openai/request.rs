@@ -28,6 +28,8 @@ pub(super) struct Sender {
     max_retries: u32,
     retry_delay: f64,
     logprobs: bool,
+    /// An answer has said how it ended: all others have to.
+    says_end: AtomicBool,
     max_requests: u64,
     max_tokens: u64,
     requests: AtomicU64,
@@ -82,6 +84,7 @@ impl Sender {
             max_retries: spec.max_retries,
             retry_delay: spec.retry_delay,
             logprobs: spec.logprobs,
+            says_end: AtomicBool::new(false),
             max_requests: spec.max_requests,
             max_tokens: spec.max_tokens_total,
             requests: AtomicU64::new(spent.requests),
@@ -134,7 +137,10 @@ impl Sender {
                     used.tokens += tokens;
                     self.tokens.fetch_add(tokens, Ordering::Relaxed);
                     let same = self.same_model(&url, reply.body.model.as_deref());
-                    match same.and_then(|()| reply.body.answers(&url, job.count, self.logprobs)) {
+                    let says = reply.body.says_end();
+                    let says = self.says_end.fetch_or(says, Ordering::Relaxed) || says;
+                    let read = |()| reply.body.answers(&url, job.count, self.logprobs, says);
+                    match same.and_then(read) {
                         Ok(answers) => {
                             self.endpoints.answered(&lease, usage.completion_tokens, tokens);
                             return Ended::Answered(answers);
@@ -225,9 +231,12 @@ impl Sender {
         let mut tried = 0;
         loop {
             let mut last = None;
+            let is_last = tried >= self.max_retries;
             for url in &spec.base_url {
-                match probe::probe(&self.http, url, spec, needs).await {
+                match probe::probe(&self.http, url, spec, needs, is_last).await {
                     Ok(probe) => {
+                        let says = probe.finish_reason == Some(true);
+                        self.says_end.fetch_or(says, Ordering::Relaxed);
                         self.check_others(url, spec).await?;
                         return Ok(probe);
                     }
@@ -244,8 +253,9 @@ impl Sender {
                 _ => self.max_retries,
             };
             if tried > most {
-                return Err(failure);
+                return Err(failure.tried(u64::from(tried)));
             }
+            self.note(&failure);
             if let Some(asked) = failure.retry_after {
                 tokio::time::sleep(asked).await;
             }

@@ -1,9 +1,9 @@
 //! One call of [`Server`]: makes requests as places free up, records what comes back, hands out whole prompts.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -11,8 +11,8 @@ use serde_json::{Map, Value};
 use tokio::task::JoinSet;
 
 use super::Server;
-use super::http::{Failure, Trouble};
-use super::ledger::{self, Spent};
+use super::http::Trouble;
+use super::ledger;
 use super::probe::Probe;
 use super::request::{Ended, Job, Outcome};
 use super::wire;
@@ -24,8 +24,6 @@ use crate::rng::Stream;
 
 /// How often a run that waits looks whether it is still wanted.
 pub(super) const TICK: Duration = Duration::from_millis(200);
-/// After this long without any answer the user is told what the trouble is.
-const SILENCE: Duration = Duration::from_secs(30);
 
 /// Takes a prompt's place and its answers.
 type Done<'d> = dyn FnMut(usize, Vec<Answer>) -> Result<()> + 'd;
@@ -59,6 +57,10 @@ pub(super) struct Run<'r, 'a> {
     failed: Option<Error>,
     /// Nothing new is to be sent.
     stopping: Arc<AtomicBool>,
+    /// Nobody takes answers any more; those under way are only recorded.
+    deaf: bool,
+    /// Whether answers are recorded.
+    records: bool,
     heard: Instant,
 }
 
@@ -91,16 +93,18 @@ impl<'r, 'a> Run<'r, 'a> {
             refused: 0,
             failed: None,
             stopping: Arc::default(),
+            deaf: false,
+            records: server.ledger().is_some(),
             heard: Instant::now(),
         }
     }
 
-    /// Answers everything. On an error of a request nothing more is sent, but what is under way is waited for and
-    /// kept.
+    /// Answers everything. On an error, of a request or of `done`, and on an interrupt nothing more is sent, but what is
+    /// under way is waited for and recorded: it is paid for. Without a ledger nobody would have anything of it.
     pub(super) fn go(mut self, done: &mut Done<'_>) -> Result<()> {
         loop {
             self.fill(done)?;
-            if self.in_flight == 0 {
+            if self.in_flight == 0 || self.deaf && !self.records {
                 break;
             }
             if let Some(outcome) = self.receive()? {
@@ -109,7 +113,7 @@ impl<'r, 'a> Run<'r, 'a> {
         }
         if self.refused > 0 {
             let text = format!("{} prompts were refused by the server and skipped", self.refused);
-            self.server.events.note(&text);
+            self.server.note(&text);
         }
         self.failed.map_or(Ok(()), Err)
     }
@@ -155,7 +159,7 @@ impl<'r, 'a> Run<'r, 'a> {
                 refused: false,
             });
             if let Some(answers) = self.recorded(&job)? {
-                self.take(&job, Some(answers), done)?;
+                self.take(&job, Some(answers), done);
                 continue;
             }
             let (sender, outcomes) = (self.server.sender.clone(), self.outcomes.0.clone());
@@ -172,8 +176,7 @@ impl<'r, 'a> Run<'r, 'a> {
     }
 
     fn recorded(&self, job: &Job) -> Result<Option<Vec<Answer>>> {
-        let mut ledger = self.server.ledger.lock().unwrap_or_else(PoisonError::into_inner);
-        match ledger.as_mut() {
+        match self.server.ledger().as_mut() {
             Some(ledger) => ledger.take(&job.key, job.seed),
             None => Ok(None),
         }
@@ -192,13 +195,12 @@ impl<'r, 'a> Run<'r, 'a> {
             }
             Err(RecvTimeoutError::Disconnected) => Err(Error::run("the requests have ended")),
             Err(RecvTimeoutError::Timeout) => {
-                self.server.events.check_interrupt()?;
-                if self.heard.elapsed() > SILENCE
-                    && let Some(trouble) = self.server.sender.take_trouble()
+                if !self.deaf
+                    && let Err(interrupted) = self.server.events.check_interrupt()
                 {
-                    self.server.events.note(&format!("still trying: {trouble}"));
-                    self.heard = Instant::now();
+                    self.leave(interrupted);
                 }
+                self.server.say_trouble(&mut self.heard);
                 Ok(None)
             }
         }
@@ -209,22 +211,19 @@ impl<'r, 'a> Run<'r, 'a> {
         let Outcome { job, used, ended } = outcome;
         match ended {
             Ended::Answered(answers) => {
-                let mut ledger = self.server.ledger.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(ledger) = ledger.as_mut() {
+                if let Some(ledger) = self.server.ledger().as_mut() {
                     ledger.record((&job.key, job.seed), used, &answers)?;
                 }
-                drop(ledger);
-                self.take(&job, Some(answers), done)
+                self.take(&job, Some(answers), done);
             }
             Ended::Failed(failure)
                 if failure.trouble == Trouble::Refused && self.server.spec.skip_refused =>
             {
-                self.take(&job, None, done)
+                self.take(&job, None, done);
             }
             Ended::Failed(failure) => {
                 let place = &self.asked[job.place].place;
-                self.fail(|| given_up(failure, used).at(place));
-                Ok(())
+                self.fail(|| Error::from(failure.tried(used.requests)).at(place));
             }
             Ended::OutOfBudget(budget) => {
                 let (answered, all) = (self.answered, self.asked.len());
@@ -234,10 +233,10 @@ impl<'r, 'a> Run<'r, 'a> {
                     ))
                     .hint("what was received is kept: raise it and run the same command again")
                 });
-                Ok(())
             }
-            Ended::Stopped => Ok(()),
+            Ended::Stopped => {}
         }
+        Ok(())
     }
 
     /// Keeps the first error and sends nothing more.
@@ -246,9 +245,22 @@ impl<'r, 'a> Run<'r, 'a> {
         self.stopping.store(true, Ordering::Relaxed);
     }
 
+    /// The same for an error of whoever takes the answers, or an interrupt: they take no more.
+    fn leave(&mut self, error: Error) {
+        self.deaf = true;
+        self.fail(|| error);
+        if self.records && self.in_flight > 0 {
+            let text = format!("{} requests are under way: waiting, to keep them", self.in_flight);
+            self.server.note(&text);
+        }
+    }
+
     /// Takes a request's answers, or none where the server refused the prompt, and hands out the prompt once whole.
-    fn take(&mut self, job: &Job, answers: Option<Vec<Answer>>, done: &mut Done<'_>) -> Result<()> {
-        let Some(open) = self.open.get_mut(&job.place) else { return Ok(()) };
+    fn take(&mut self, job: &Job, answers: Option<Vec<Answer>>, done: &mut Done<'_>) {
+        if self.deaf {
+            return;
+        }
+        let Some(open) = self.open.get_mut(&job.place) else { return };
         open.missing -= job.count;
         match answers {
             None => open.refused = true,
@@ -259,24 +271,18 @@ impl<'r, 'a> Run<'r, 'a> {
             }
         }
         if open.missing > 0 {
-            return Ok(());
+            return;
         }
-        let Some(open) = self.open.remove(&job.place) else { return Ok(()) };
-        if open.refused {
+        let Some(open) = self.open.remove(&job.place) else { return };
+        let answers = if open.refused {
             self.refused += 1;
-            return done(job.place, Vec::new());
+            Vec::new()
+        } else {
+            self.answered += 1;
+            open.answers.into_iter().flatten().collect()
+        };
+        if let Err(error) = done(job.place, answers) {
+            self.leave(error);
         }
-        self.answered += 1;
-        done(job.place, open.answers.into_iter().flatten().collect())
     }
-}
-
-/// The error of a request that was given up.
-fn given_up(failure: Failure, used: Spent) -> Error {
-    let tried = used.requests;
-    let failure = match tried {
-        0 | 1 => failure,
-        _ => Failure { message: format!("{} (tried {tried} times)", failure.message), ..failure },
-    };
-    failure.into()
 }

@@ -151,24 +151,35 @@ impl ChatReply {
         self.choices.first().map_or(0, |choice| choice.entries().len())
     }
 
-    /// The answers, which must be `count` and have what was asked for. `url` names the server in errors.
+    /// Whether it says how an answer ended.
+    pub(super) fn says_end(&self) -> bool {
+        self.choices.iter().any(|choice| choice.finish_reason.is_some())
+    }
+
+    /// Refuses an error in place of answers, or nothing: some servers send either with status 200.
+    pub(super) fn check(&self, url: &str) -> Result<(), Failure> {
+        if let Some(error) = self.error.as_ref().filter(|error| !error.is_null()) {
+            // Shortened once the key was looked for in it.
+            return Err(Failure::new(Trouble::Server, format!("{url}: {error}")));
+        }
+        if self.choices.is_empty() {
+            let message = format!("{url}: an answer without choices");
+            return Err(Failure::new(Trouble::Malformed, message));
+        }
+        Ok(())
+    }
+
+    /// The answers, which must be `count` and have what was asked for. `url` names the server in errors; `says_end`
+    /// tells that it says of its answers how they ended.
     pub(super) fn answers(
         self,
         url: &str,
         count: usize,
         logprobs: bool,
+        says_end: bool,
     ) -> Result<Vec<Answer>, Failure> {
-        if let Some(error) = self.error.filter(|error| !error.is_null()) {
-            // Shortened once the key was looked for in it.
-            return Err(Failure::new(Trouble::Server, format!("{url}: {error}")));
-        }
+        self.check(url)?;
         let mut choices = self.choices;
-        if choices.is_empty() {
-            return Err(Failure::new(
-                Trouble::Malformed,
-                format!("{url}: an answer without choices"),
-            ));
-        }
         if choices.len() < count {
             let found = choices.len();
             let message = format!("{url}: {found} choices, asked for {count}");
@@ -185,7 +196,8 @@ impl ChatReply {
         choices.sort_by_key(|choice| choice.index);
         choices.truncate(count);
         let share = |at: usize| total / count + usize::from(at < total % count);
-        choices.into_iter().enumerate().map(|(at, choice)| choice.answer(url, share(at))).collect()
+        let each = choices.into_iter().enumerate();
+        each.map(|(at, choice)| choice.answer(url, share(at), says_end)).collect()
     }
 }
 
@@ -203,8 +215,13 @@ impl Choice {
     }
 
     /// `share` is how many tokens it has if all choices are alike.
-    fn answer(self, url: &str, share: usize) -> Result<Answer, Failure> {
+    fn answer(self, url: &str, share: usize, says_end: bool) -> Result<Answer, Failure> {
         let finish = match self.finish_reason.as_deref() {
+            // It may have been cut off anywhere, and a student would learn to stop there.
+            None if says_end => {
+                let message = format!("{url}: an answer without `finish_reason`, which others had");
+                return Err(Failure::new(Trouble::Malformed, message));
+            }
             None | Some("stop" | "eos" | "tool_calls" | "function_call") => Finish::Stop,
             Some("length") => Finish::Length,
             Some("content_filter") => Finish::Filtered,
@@ -314,6 +331,83 @@ mod tests {
     }
 
     #[test]
+    fn a_request_has_tools_arguments_as_text_and_what_templates_and_the_recipe_add() {
+        let mut call = Message::new("assistant", "");
+        let calls = json!([{"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2]}}}]);
+        call.fields_mut().insert("tool_calls".to_owned(), calls);
+        // What only training looks at.
+        call.fields_mut().insert("weight".to_owned(), json!(0.5));
+        let tools = json!([{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]);
+        let asked = Asked {
+            messages: vec![Message::new("user", "1 + [2]?"), call],
+            tools: Some(tools.clone()),
+            template_kwargs: json!({"enable_thinking": false}).as_object().unwrap().clone(),
+            schema: Some(json!({"type": "object"})),
+            ..Asked::default()
+        };
+        let extra_body = json!({"priority": 3}).as_object().unwrap().clone();
+        let spec = ServerSpec { model: "m".to_owned(), extra_body, ..ServerSpec::default() };
+        let sampling = Sampling {
+            repetition_penalty: 1.5,
+            stop: vec!["END".to_owned()],
+            temperature: 0.0,
+            max_new_tokens: 9,
+            ..Sampling::default()
+        };
+        let mut expected = json!({
+            "model": "m",
+            "messages": [
+                {"role": "user", "content": "1 + [2]?"},
+                {"role": "assistant", "content": "", "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{\"a\":1,\"b\":[2]}"}},
+                ]},
+            ],
+            "tools": tools,
+            "temperature": 0.0,
+            "max_tokens": 9,
+            "repetition_penalty": 1.5,
+            "repeat_penalty": 1.5,
+            "stop": ["END"],
+            "n": 2,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "strict": true, "schema": {"type": "object"}},
+            },
+            "chat_template_kwargs": {"enable_thinking": false},
+            "priority": 3,
+        });
+        let written = |schema: bool, spec: &ServerSpec| {
+            Value::Object(body(spec, &asked, &sampling, 2, schema))
+        };
+        assert_eq!(written(true, &spec), expected);
+        // A server that cannot be held to a schema is not sent one; the recipe's keys have the last word.
+        expected.as_object_mut().unwrap().remove("response_format");
+        expected["chat_template_kwargs"] = json!({"enable_thinking": true});
+        let extra_body = json!({"priority": 3, "chat_template_kwargs": {"enable_thinking": true}});
+        let extra_body = extra_body.as_object().unwrap().clone();
+        assert_eq!(written(false, &ServerSpec { extra_body, ..spec }), expected);
+    }
+
+    #[test]
+    fn an_answer_that_does_not_say_how_it_ended_is_refused_where_others_do() {
+        let read = |reasons: [Option<&str>; 2], says_end: bool| {
+            let choices =
+                reasons.map(|reason| json!({"message": {"content": "x"}, "finish_reason": reason}));
+            let reply = reply(json!({"choices": choices}));
+            (reply.says_end(), reply.answers("http://u", 2, false, says_end))
+        };
+        let (says, refused) = read([Some("stop"), None], true);
+        assert!(says);
+        let refused = refused.unwrap_err();
+        assert_eq!(
+            (refused.trouble, refused.message.as_str()),
+            (Trouble::Malformed, "http://u: an answer without `finish_reason`, which others had")
+        );
+        let (says, whole) = read([None, None], false);
+        assert!(!says && whole.unwrap().iter().all(|answer| answer.finish == Finish::Stop));
+    }
+
+    #[test]
     fn answers_keep_what_the_server_said_and_nothing_else() {
         let answers = reply(json!({
             "choices": [
@@ -322,7 +416,7 @@ mod tests {
             ],
             "usage": {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10},
         }))
-        .answers("u", 2, false)
+        .answers("u", 2, false, true)
         .unwrap();
         assert_eq!((answers[0].tokens, answers[1].tokens), (4, 3));
         assert_eq!((answers[1].text.as_str(), answers[1].finish), ("b", Finish::Length));
@@ -341,7 +435,7 @@ mod tests {
             reply(json!({"choices": choices, "usage": {"completion_tokens": tokens}}))
         };
         let refused = |reply: ChatReply, count: usize| {
-            reply.answers("http://u", count, true).unwrap_err().message
+            reply.answers("http://u", count, true, true).unwrap_err().message
         };
         assert_eq!(
             refused(with(json!([choice(2, "length")]), 3), 1),
@@ -362,19 +456,19 @@ mod tests {
             "http://u: 3 log-probabilities for 5 tokens of 2 answers"
         );
         let both = with(json!([choice(2, "stop"), choice(3, "length")]), 6);
-        assert_eq!(both.answers("u", 2, true).unwrap().len(), 2);
-        let whole = with(json!([choice(2, "stop")]), 3).answers("u", 1, true).unwrap();
+        assert_eq!(both.answers("u", 2, true, true).unwrap().len(), 2);
+        let whole = with(json!([choice(2, "stop")]), 3).answers("u", 1, true, true).unwrap();
         assert_eq!((whole[0].ids.as_slice(), whole[0].tokens), (&[0, 1][..], 2));
         // Not every server says how many tokens there are.
         let uncounted = |entries: usize| reply(json!({"choices": [choice(entries, "stop")]}));
-        assert_eq!(uncounted(2).answers("u", 1, true).unwrap()[0].tokens, 2);
+        assert_eq!(uncounted(2).answers("u", 1, true, true).unwrap()[0].tokens, 2);
         assert_eq!(
             refused(uncounted(0), 1),
             "http://u: no log-probabilities for an answer with text"
         );
-        assert_eq!(uncounted(0).answers("u", 1, false).unwrap()[0].text, "hey");
+        assert_eq!(uncounted(0).answers("u", 1, false, true).unwrap()[0].text, "hey");
         // What a filter withheld has none.
         let filtered = with(json!([choice(0, "content_filter"), choice(2, "length")]), 9);
-        assert_eq!(filtered.answers("u", 2, true).unwrap()[0].finish, Finish::Filtered);
+        assert_eq!(filtered.answers("u", 2, true, true).unwrap()[0].finish, Finish::Filtered);
     }
 }
