@@ -12,12 +12,14 @@
 //   STAND_IN_CAPABILITY   of the GPU, 80
 //   STAND_IN_MEMORY       bytes, 8 GiB
 //   STAND_IN_LOG          a file to which the names of launched kernels are added
+//   STAND_IN_WAITS        a file to which is added, when the program ends, how often a thread that had launched kernels waited for them
 #define CUBLASAPI
 #include <cublas_api.h>
 #include <cuda.h>
 #include <curand.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -343,6 +345,19 @@ CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
 static thread_local CUcontext current;
 CUresult cuCtxGetCurrent(CUcontext *context) { return *context = current, CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext context) { return current = context, CUDA_SUCCESS; }
+// How often a thread stood still behind kernels of its own; of waits that follow each other without a launch the first counts.
+static thread_local bool has_launched;
+static struct Waits {
+  std::atomic<unsigned long> all;
+  void count() {
+    if (has_launched) all++;
+    has_launched = false;
+  }
+  ~Waits() {
+    if (const char *log = getenv("STAND_IN_WAITS"))
+      if (FILE *file = fopen(log, "a")) fprintf(file, "%lu\n", all.load()), fclose(file);
+  }
+} waits;
 static Mark *mark(CUevent event) { return reinterpret_cast<Mark *>(event); }
 CUresult cuEventCreate(CUevent *event, unsigned) { return *event = reinterpret_cast<CUevent>(new Mark), CUDA_SUCCESS; }
 CUresult cuEventDestroy_v2(CUevent event) { return delete mark(event), CUDA_SUCCESS; }
@@ -352,6 +367,7 @@ CUresult cuEventRecord(CUevent event, CUstream) {
 }
 CUresult cuEventSynchronize(CUevent event) {
   std::lock_guard<std::mutex> lock(late);
+  waits.count();
   return behind(mark(event)->stream, mark(event)->number), CUDA_SUCCESS;
 }
 // One that was recorded is done as soon as nothing of it is under way: nobody who asks gets there by asking.
@@ -363,6 +379,7 @@ CUresult cuEventQuery(CUevent event) {
 }
 CUresult cuStreamSynchronize(CUstream) {
   std::lock_guard<std::mutex> lock(late);
+  waits.count();
   return behind(std::this_thread::get_id(), numbers), CUDA_SUCCESS;
 }
 CUresult cuStreamWaitEvent(CUstream, CUevent event, unsigned) {
@@ -430,6 +447,7 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CU
 CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream) {
   std::lock_guard<std::mutex> lock(late);
   if (!is_locked(to)) {
+    waits.count();
     behind(std::this_thread::get_id(), numbers);
     return copy(to, reinterpret_cast<void *>(from), bytes);
   }
@@ -480,6 +498,7 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int
 CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned x, unsigned y, unsigned z,
                         unsigned shared, CUstream, void **arguments, void **) {
   std::lock_guard<std::mutex> lock(one_at_a_time);
+  has_launched = true;
   const Function &known = *reinterpret_cast<Function *>(function);
   if (const char *log = getenv("STAND_IN_LOG"))
     if (FILE *file = fopen(log, "a")) fprintf(file, "%s\n", known.name.c_str()), fclose(file);

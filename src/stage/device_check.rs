@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use candle_core::{DType, Device, Result, Shape, Tensor};
 use serde::Serialize;
 
+use super::device_case::{Case, Op};
 use super::{device_generation, device_steps};
 use crate::data::forest::{Forest, Target};
 use crate::data::tree::{Role, Tree};
@@ -51,17 +52,6 @@ impl Checked {
     pub fn agrees(&self) -> bool {
         self.error <= self.bound
     }
-}
-
-type Op = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
-
-/// An op with its inputs. Tensors that follow the device and the type are given; the rest is in the function.
-struct Case {
-    op: String,
-    inputs: Vec<(&'static str, Tensor)>,
-    run: Op,
-    /// Types that the device computes in.
-    types: &'static [DType],
 }
 
 const BOTH: &[DType] = &[DType::F32, DType::BF16];
@@ -178,41 +168,6 @@ fn of_heads(h: usize, g: usize, e: usize) -> Result<Vec<Case>> {
             types: BOTH,
         },
     ])
-}
-
-impl Case {
-    /// Every result in every type against the CPU's.
-    fn check(&self, device: &Device) -> Result<Vec<Checked>> {
-        let expected = self.results(&Device::Cpu, DType::F32)?;
-        let mut all = Vec::new();
-        for &dtype in self.types {
-            let found = self.results(device, dtype)?;
-            for ((what, expected), (_, found)) in expected.iter().zip(&found) {
-                all.push(checked((&self.op, what), dtype, (expected, found))?);
-            }
-        }
-        Ok(all)
-    }
-
-    /// The output and the gradient of each input, as f32 on the CPU.
-    fn results(&self, device: &Device, dtype: DType) -> Result<Vec<(String, Tensor)>> {
-        let moved = |x: &Tensor| x.to_device(device)?.to_dtype(dtype);
-        let vars = self.inputs.iter().map(|(_, x)| Var::from_tensor(&moved(x)?));
-        let vars: Vec<Var> = vars.collect::<Result<_>>()?;
-        let given: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
-        let out = (self.run)(&given)?;
-        let d_out = moved(&numbers(11, out.shape())?)?;
-        // The root's value means nothing: its gradient is `d_out`.
-        let grads = residual::vjp_root(&out, &d_out)?.backward()?;
-        let mut results = vec![("forward".to_owned(), home(&out)?)];
-        for ((name, _), var) in self.inputs.iter().zip(&vars) {
-            let Some(grad) = grads.get(var.as_tensor()) else {
-                candle_core::bail!("{}: no gradient of {name}", self.op);
-            };
-            results.push((format!("d_{name}"), home(grad)?));
-        }
-        Ok(results)
-    }
 }
 
 /// Two trees' pairs of five sequences, whose targets lie scattered, and a loss of each kind.
@@ -482,6 +437,7 @@ pub(super) fn best<T>(device: &Device, mut work: impl FnMut() -> Result<T>) -> R
 
 #[cfg(test)]
 mod tests {
+    use super::super::device_case::Lie;
     use super::*;
 
     /// The CPU agrees with itself to the last bit, in f32: what is left is the check's own business.
@@ -491,8 +447,8 @@ mod tests {
             .unwrap()
             .iter()
             .flat_map(|case| {
-                let once = case.results(&Device::Cpu, DType::F32).unwrap();
-                let twice = case.results(&Device::Cpu, DType::F32).unwrap();
+                let once = case.results((&Device::Cpu, DType::F32), Lie::Whole).unwrap();
+                let twice = case.results((&Device::Cpu, DType::F32), Lie::Whole).unwrap();
                 let pairs = once.into_iter().zip(twice);
                 pairs
                     .map(|((what, a), (_, b))| {

@@ -8,8 +8,10 @@ use serde::Serialize;
 
 use super::device_check::best;
 use crate::model::gradients::Gradients;
+use crate::model::packed::{BlockType, Packed};
 use crate::ops::cuda::device::facts;
 use crate::ops::norm::{residual_norm, rms_norm_in};
+use crate::ops::unpack::Unpack;
 use crate::ops::{Rotary, embed, rope, swiglu};
 use crate::optim::Param;
 use crate::optim::adamw::{AdamW, Hyper, is_decayed};
@@ -64,7 +66,22 @@ pub fn run(device: &Device) -> Result<Vec<Rate>> {
     let sizes = Sizes::of(device, free);
     let mut rates = of_rows(device, &sizes)?;
     rates.push(of_the_optimizer(device, &sizes)?);
+    rates.extend(of_packed(device, &sizes)?);
     Ok(rates)
+}
+
+/// Matrices of few bits made dense: what they take is read, the dense matrix written.
+fn of_packed(device: &Device, sizes: &Sizes) -> Result<[Rate; 2]> {
+    let (i, o) = (sizes.width, sizes.inner);
+    let weight = Tensor::zeros((o, i), DType::F32, &Device::Cpu)?;
+    let wrap = candle_core::Error::wrap;
+    let nf4 = Packed::nf4(&weight).map_err(wrap)?;
+    let blocks = Packed::rounded(&weight, BlockType::Q4_1).map_err(wrap)?;
+    let rate = |kernel, packed: &Packed| -> Result<Rate> {
+        let bytes = (packed.bytes() + i * o * sizes.dtype.size_in_bytes()) as f64;
+        Ok(Rate { kernel, bytes, seconds: best(device, || packed.tensor(device, sizes.dtype))? })
+    };
+    Ok([rate("nf4 made dense", &nf4)?, rate("q4_1 made dense", &blocks)?])
 }
 
 fn of_rows(device: &Device, sizes: &Sizes) -> Result<Vec<Rate>> {
@@ -136,6 +153,9 @@ mod tests {
             ("swiglu", 4.5 * rows),
             ("embedding", 2.0 * rows),
             ("adamw", 28.0 * 4096.0),
+            // 96 rows of a block of 64: half a byte a number, a byte a block, and a number for up to 256 of these.
+            ("nf4 made dense", 1.5 * rows + 3072.0 + 96.0 + 4.0),
+            ("q4_1 made dense", 1.5 * rows + 192.0 * 20.0),
         ];
         assert_eq!(bytes, expected);
     }

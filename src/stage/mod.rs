@@ -10,6 +10,7 @@ pub mod average;
 pub mod bench;
 pub mod bench_prepare;
 pub mod device;
+mod device_case;
 pub mod device_check;
 mod device_generation;
 pub mod device_goldens;

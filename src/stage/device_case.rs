@@ -1,0 +1,98 @@
+//! An op with inputs, held against the CPU's own on a device, however the inputs lie in memory.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+
+use super::device_check::{Checked, checked, home, numbers};
+use crate::ops::residual;
+
+pub(super) type Op = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
+
+/// An op with its inputs. Tensors that follow the device and the type are given; the rest is in the function.
+pub(super) struct Case {
+    pub(super) op: String,
+    pub(super) inputs: Vec<(&'static str, Tensor)>,
+    pub(super) run: Op,
+    /// Types that the device computes in.
+    pub(super) types: &'static [DType],
+}
+
+/// Elements of an input up to which it is laid out in every way.
+const SMALL: usize = 1 << 13;
+
+/// How an op's inputs lie in memory.
+#[derive(Clone, Copy)]
+pub(super) enum Lie {
+    Whole,
+    /// The first and the last dimension have changed places: there are gaps.
+    Turned,
+    /// Within a larger tensor, from an odd place on.
+    Within,
+}
+
+impl Lie {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Whole => "",
+            Self::Turned => ", turned",
+            Self::Within => ", within",
+        }
+    }
+
+    fn of(self, x: &Tensor) -> Result<Tensor> {
+        let last = x.rank() - 1;
+        match self {
+            Self::Whole => Ok(x.clone()),
+            Self::Turned => x.transpose(0, last)?.contiguous()?.transpose(0, last),
+            Self::Within => {
+                let flat = x.flatten_all()?;
+                let more = Tensor::cat(&[&flat.narrow(0, 0, 1)?.detach(), &flat], 0)?;
+                more.narrow(0, 1, flat.elem_count())?.reshape(x.shape())
+            }
+        }
+    }
+}
+
+impl Case {
+    /// Every result in every type against the CPU's; of small inputs also where they lie otherwise in memory.
+    pub(super) fn check(&self, device: &Device) -> Result<Vec<Checked>> {
+        let expected = self.results((&Device::Cpu, DType::F32), Lie::Whole)?;
+        let small = self.inputs.iter().all(|(_, x)| x.elem_count() <= SMALL);
+        let lies: &[Lie] =
+            if small { &[Lie::Whole, Lie::Turned, Lie::Within] } else { &[Lie::Whole] };
+        let mut all = Vec::new();
+        for (&dtype, &lie) in
+            self.types.iter().flat_map(|dtype| lies.iter().map(move |lie| (dtype, lie)))
+        {
+            let found = self.results((device, dtype), lie)?;
+            for ((what, expected), (_, found)) in expected.iter().zip(&found) {
+                let op = format!("{}{}", self.op, lie.name());
+                all.push(checked((&op, what), dtype, (expected, found))?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// The output and the gradient of each input, as f32 on the CPU.
+    pub(super) fn results(
+        &self,
+        (device, dtype): (&Device, DType),
+        lie: Lie,
+    ) -> Result<Vec<(String, Tensor)>> {
+        let moved = |x: &Tensor| x.to_device(device)?.to_dtype(dtype);
+        let vars = self.inputs.iter().map(|(_, x)| Var::from_tensor(&moved(x)?));
+        let vars: Vec<Var> = vars.collect::<Result<_>>()?;
+        let given = vars.iter().map(|var| lie.of(var.as_tensor()));
+        let out = (self.run)(&given.collect::<Result<Vec<_>>>()?)?;
+        let d_out = moved(&numbers(11, out.shape())?)?;
+        // The root's value means nothing: its gradient is `d_out`.
+        let grads = residual::vjp_root(&out, &d_out)?.backward()?;
+        let mut results = vec![("forward".to_owned(), home(&out)?)];
+        for ((name, _), var) in self.inputs.iter().zip(&vars) {
+            let Some(grad) = grads.get(var.as_tensor()) else {
+                candle_core::bail!("{}: no gradient of {name}", self.op);
+            };
+            results.push((format!("d_{name}"), home(grad)?));
+        }
+        Ok(results)
+    }
+}
