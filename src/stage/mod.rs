@@ -73,4 +73,6 @@ mod generation_tests;
 #[cfg(test)]
 mod recipe_tests;
 #[cfg(test)]
+mod refused_tests;
+#[cfg(test)]
 mod reward_tests;
