@@ -444,6 +444,7 @@ fn candidates(row: usize) -> Candidates {
         passed: Some(score > 0.5),
         origin: format!("r1/{number}"),
         why: indexmap::IndexMap::default(),
+        streams: None,
     };
     let answers = [
         ((row + 2).to_string(), 1.0),
@@ -455,6 +456,7 @@ fn candidates(row: usize) -> Candidates {
         answer: (row + 2).to_string(),
         tools: None,
         candidates: answers.into_iter().enumerate().map(drawn).collect(),
+        unanswered: false,
     }
 }
 

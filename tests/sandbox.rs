@@ -283,7 +283,7 @@ fn judge_row(text: &str, row: &Value) -> arriero::Result<Score> {
         Question { place: "row", prompt: &[], tools: None, answer: None, extra: Some(&row) };
     let verdict = panel.judge(&question, &[text], &[])?.remove(0);
     let why = verdict.explanation();
-    Ok(Score { value: verdict.score, why, streams: verdict.streams })
+    Ok(Score { value: verdict.score, why, streams: verdict.streams, ..Score::default() })
 }
 
 #[test]

@@ -1075,6 +1075,35 @@ fn a_judges_server_is_heard_of_and_can_be_interrupted() {
 }
 
 #[test]
+fn an_answer_that_a_judge_refuses_or_never_judges_can_fail_alone() {
+    let server = FakeServer::start(|request| {
+        if is_probe(request) {
+            return well_behaved(request);
+        }
+        let asked = request.body["messages"].to_string();
+        if asked.contains("[Answer]\\nlong") {
+            return raw(400, "", "{\"error\": \"too long\"}");
+        }
+        let said = if asked.contains("[Answer]\\nodd") { "Well." } else { "{\"score\": 8}" };
+        let mut body = chat(request);
+        body["choices"][0]["message"]["content"] = json!(said);
+        Response::Json(body)
+    });
+    for (answer, said) in [("long", "400"), ("odd", "no verdict that can be read in 3 tries")] {
+        let shown = format!("{:?}", verdicts(&server, json!({}), &["x", answer]).unwrap_err());
+        assert!(shown.contains(said) && shown.contains("on_error = \"fail\""), "{shown}");
+    }
+    let found = verdicts(&server, json!({"on_error": "fail"}), &["x", "long", "odd"]).unwrap();
+    assert_eq!(found[0], (8.0, "8.00 of 1 votes: ".to_owned()));
+    let refused = "not judged: too long for the judge, or refused by its server";
+    assert_eq!(found[1], (0.0, refused.to_owned()));
+    assert!(found[2].1.starts_with("not judged: the judge gave no verdict"), "{found:?}");
+    // What is no answer's fault ends the work all the same.
+    let denied = FakeServer::start(|_| raw(401, "", "{}"));
+    verdicts(&denied, json!({"on_error": "fail"}), &["x"]).unwrap_err();
+}
+
+#[test]
 fn a_judge_compares_in_both_orders_and_one_that_likes_the_first_gives_ties() {
     let fair = |body: &Value, _: usize| {
         let asked = body["messages"][1]["content"].as_str().unwrap();

@@ -1,6 +1,6 @@
 //! Verifiers over whole sets of rows: worked sums as GSM8K has them and functions as HumanEval has them. Small sets of our
 //! own lie in tests/fixtures/verifiers; of the public ones, those that `scripts/fetch-verifier-data` brought are read, or
-//! those in the folder that `ARRIERO_DATA` names.
+//! those that are there of the folder that `ARRIERO_DATA` names.
 
 #![expect(
     clippy::unwrap_used,
@@ -33,28 +33,73 @@ const GSM8K: Public =
 const HUMANEVAL: Public =
     &[("humaneval/HumanEval.jsonl", 164), ("humaneval/HumanEval.jsonl.gz", 164)];
 
-/// The rows of the fixture and of the public set, each with its file. A public set that is not there is a mistake where
-/// its folder was named or `scripts/test` runs the tests.
+/// Who says where the public sets are.
+#[derive(Clone, Copy)]
+enum Folder {
+    /// `ARRIERO_DATA`: whichever sets there are, but one at least.
+    Named,
+    /// `scripts/test`, which fetched all of them.
+    Fetched,
+    /// Nobody: they may be absent.
+    Usual,
+}
+
+/// The file of a public set in a folder with its number of rows; `None` where it is not there and need not be.
+fn look(folder: &Path, kind: Folder, public: Public) -> Result<Option<(PathBuf, usize)>, String> {
+    let file = |set: Public| {
+        let mut paths = set.iter().map(|(path, count)| (folder.join(path), *count));
+        paths.find(|(path, _)| path.exists())
+    };
+    let needed = match kind {
+        Folder::Named => [GSM8K, HUMANEVAL].into_iter().all(|set| file(set).is_none()),
+        Folder::Fetched => true,
+        Folder::Usual => false,
+    };
+    let found = file(public);
+    if found.is_some() {
+        return Ok(found);
+    }
+    let names: Vec<&str> = public.iter().map(|(path, _)| *path).collect();
+    let said =
+        format!("none of {names:?} in {}: run scripts/fetch-verifier-data", folder.display());
+    if needed {
+        return Err(said);
+    }
+    println!("not run: {said}");
+    Ok(None)
+}
+
+/// The rows of the fixture and of the public set, each with its file.
 fn sets(name: &str, public: Public) -> Vec<(PathBuf, Vec<Map<String, Value>>)> {
     let own = fixture(name);
     let mut found = vec![(own.clone(), rows(&own))];
-    let named = std::env::var_os("ARRIERO_DATA").map(PathBuf::from);
-    let needed = named.is_some() || std::env::var_os("ARRIERO_PEERS").is_some_and(|on| on == "1");
-    let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/verifiers");
-    let folder = named.unwrap_or(fetched);
-    let mut there = public.iter().map(|(path, count)| (folder.join(path), *count));
-    if let Some((path, count)) = there.find(|(path, _)| path.exists()) {
+    let fetched = || Path::new(env!("CARGO_MANIFEST_DIR")).join("data/verifiers");
+    let peers = std::env::var_os("ARRIERO_PEERS").is_some_and(|on| on == "1");
+    let (folder, kind) = match std::env::var_os("ARRIERO_DATA") {
+        Some(named) => (PathBuf::from(named), Folder::Named),
+        None => (fetched(), if peers { Folder::Fetched } else { Folder::Usual }),
+    };
+    if let Some((path, count)) = look(&folder, kind, public).unwrap() {
         let rows = rows(&path);
         assert_eq!(rows.len(), count, "{}", path.display());
         found.push((path, rows));
-    } else {
-        let names: Vec<&str> = public.iter().map(|(path, _)| *path).collect();
-        let folder = folder.display();
-        let said = format!("none of {names:?} in {folder}: run scripts/fetch-verifier-data");
-        assert!(!needed, "{said}");
-        println!("not run: {said}");
     }
     found
+}
+
+#[test]
+fn a_named_folder_has_the_sets_that_it_has_and_one_at_least() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    assert!(look(path, Folder::Named, GSM8K).unwrap_err().contains("gsm8k/train.jsonl"));
+    assert!(look(path, Folder::Fetched, HUMANEVAL).is_err());
+    assert_eq!(look(path, Folder::Usual, GSM8K), Ok(None));
+    let train = path.join(GSM8K[0].0);
+    arriero::store::create_dir(train.parent().unwrap()).unwrap();
+    arriero::store::write_atomic(&train, b"").unwrap();
+    assert_eq!(look(path, Folder::Named, GSM8K), Ok(Some((train, GSM8K[0].1))));
+    assert_eq!(look(path, Folder::Named, HUMANEVAL), Ok(None));
+    assert!(look(path, Folder::Fetched, HUMANEVAL).is_err());
 }
 
 fn judge(panel: &Panel<'_>, answer: &str, texts: &[String]) -> Vec<bool> {

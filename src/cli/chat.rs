@@ -91,7 +91,8 @@ fn setup(settings: &[String]) -> Result<Setup> {
         return Err(Error::run("sampling settings are no table"));
     };
     let mut known: Vec<String> = keys.keys().cloned().collect();
-    known.retain(|key| key != "num_samples");
+    // One answer, or the reason why there is none.
+    known.retain(|key| !["num_samples", "skip_refused"].contains(&key.as_str()));
     let mut extra = [("system", None), ("chat_template", None), ("device", None)];
     for setting in settings {
         let Some((key, value)) = setting.split_once('=') else {

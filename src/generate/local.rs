@@ -369,10 +369,14 @@ impl Teacher for LocalModel {
         let sampling = Arc::new(sampling.clone());
         // Rows of one judge share their schema.
         let mut form: Option<(&Value, Arc<Extras>)> = None;
-        let mut requests = Vec::with_capacity(asked.len());
-        for asked in asked {
+        let (mut requests, mut places) = (Vec::with_capacity(asked.len()), Vec::new());
+        for (place, asked) in asked.iter().enumerate() {
             let prompt = Prompt { index: asked.index, tokens: self.prompt_ids(asked)? };
             let mut request = Request::new(prompt, Arc::clone(&sampling));
+            if sampling.skip_refused && !request.leaves_room(self.limits.max_positions) {
+                done(place, Vec::new())?;
+                continue;
+            }
             request.check(self.limits.max_positions, self.vocab_size()).at(&asked.place)?;
             if let Some(schema) = &asked.schema {
                 let known = form.take().filter(|(known, _)| *known == schema);
@@ -387,8 +391,10 @@ impl Teacher for LocalModel {
                 request.extras = Arc::clone(extras);
             }
             requests.push(request);
+            places.push(place);
         }
-        answer_requests(&mut *self.scheduler(self.limits), requests.into_iter(), done)
+        let mut done = |at: usize, answers| done(places[at], answers);
+        answer_requests(&mut *self.scheduler(self.limits), requests.into_iter(), &mut done)
     }
 }
 

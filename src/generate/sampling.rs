@@ -53,6 +53,9 @@ pub struct Sampling {
     /// How many tokens it guesses.
     #[serde(alias = "num_speculative_tokens")]
     pub num_assistant_tokens: usize,
+    /// A prompt that leaves no position for an answer, or that a server refuses, goes unanswered instead of ending the
+    /// stage.
+    pub skip_refused: bool,
 }
 
 /// How matrices are held while a model writes. Blocks of few bits are read faster and multiplied as integers; an answer's
@@ -104,6 +107,7 @@ impl Default for Sampling {
             prompt_lookup_num_tokens: 0,
             assistant_model: String::new(),
             num_assistant_tokens: 4,
+            skip_refused: false,
         }
     }
 }

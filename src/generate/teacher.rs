@@ -51,7 +51,8 @@ impl Asked {
 /// Several threads may ask at once.
 pub trait Teacher: Send + Sync {
     /// Draws `sampling.num_samples` answers to each. `done` is called with a question's place in the list and its
-    /// answers as soon as they are all there, in any order; an error from it ends the call.
+    /// answers as soon as they are all there, in any order; an error from it ends the call. With `sampling.skip_refused`
+    /// a question that the model cannot be asked has no answers.
     ///
     /// # Errors
     /// A question that the model cannot be asked, by its place.

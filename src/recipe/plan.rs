@@ -157,10 +157,14 @@ impl Kind {
     pub fn version(self) -> u32 {
         match self {
             // 2: products with an order of summation of their own.
-            Self::Synth | Self::Sft => 2,
+            Self::Sft => 2,
+            // 3: `math` reads an answer with a remark behind it.
+            Self::Synth => 3,
+            // 4: the same, and rows have what programs wrote.
+            Self::Sample | Self::Eval => 4,
             // 3: sampled rows say what scores rest on, and the best of an earlier round is one that may win; responses
             // without text are not selected, and are bad rows.
-            Self::Sample | Self::Eval | Self::Reward | Self::Select | Self::Dpo => 3,
+            Self::Reward | Self::Select | Self::Dpo => 3,
             Self::Average => 1,
         }
     }

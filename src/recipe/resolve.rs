@@ -497,6 +497,14 @@ mod tests {
             "r.toml:5: stage `sample`: `scorers`[0]: unknown variant `nummber`, expected one of `exact`, `exact_answer`, `exact_match`, `gsm8k`, `number`, `math`, `choice`, `multiple_choice`, `regex`, `format`, `length`, `contains`, `repetition`, `language`, `json_schema`, `ifeval`, `instruction_following`, `code`, `humaneval`, `python` (hint: did you mean `number`?)",
         );
         refuses(
+            &format!("{sample}scorers = [{{reward_model = 'src', on_error = 'fial'}}]\n"),
+            "r.toml:5: stage `sample`: `scorers`[0]: unknown variant `fial`, expected `error` or `fail` (hint: did you mean `fail`?)",
+        );
+        refuses(
+            &format!("{sample}skip_refuse = true\n"),
+            "r.toml:5: stage `sample`: unknown key `skip_refuse` (hint: did you mean `skip_refused`?)",
+        );
+        refuses(
             &format!("{sample}scorers = [{{weight = 1.0}}]\n"),
             "r.toml:5: stage `sample`: `scorers`[0]: a scorer names neither `verifier` nor `reward_model` nor `judge` (hint: write {verifier = \"exact\"} or {reward_model = \"@reward\"})",
         );

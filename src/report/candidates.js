@@ -90,8 +90,15 @@ function candidate(one, rank) {
     const why = (one.why || {})[judge];
     details.push(`${judge} ${number(score)}${why ? ` (${why})` : ""}`);
   }
+  // Judges that could not judge give a reason and no score.
+  for (const [judge, why] of Object.entries(one.why || {})) if (!(judge in (one.scores || {}))) details.push(`${judge}: ${why}`);
   line.append(element("span", details.join(" · ")));
   box.append(line, element("pre", one.text));
+  for (const stream of ["stdout", "stderr"]) if (one[stream]) {
+    const written = element("details");
+    written.append(element("summary", stream, "facts"), element("pre", one[stream], "asked"));
+    box.append(written);
+  }
   return box;
 }
 
@@ -101,6 +108,7 @@ function article(at) {
   box.append(element("h3", `Prompt ${at + 1}`));
   for (const message of row.prompt) box.append(element("pre", `${message.role}: ${textOf(message.content)}`, "asked"));
   if (row.answer) box.append(element("div", `right answer: ${row.answer}`, "facts"));
+  if (row.unanswered) box.append(element("div", "too long for the model or refused: nothing was drawn", "facts"));
   if (byId("diff").checked && ranked.length > 1) {
     const text = element("pre", undefined, "one");
     for (const [kind, part] of differences(ranked[ranked.length - 1].text, ranked[0].text)) text.append(element(kind, part));

@@ -68,6 +68,7 @@ mod tests {
     use crate::data::record::Message;
     use crate::generate::engine::Finish;
     use crate::score::candidates::Candidate;
+    use crate::score::sandbox::Streams;
 
     fn row(text: &str) -> Candidates {
         let candidate = Candidate {
@@ -80,12 +81,14 @@ mod tests {
             passed: Some(true),
             origin: "round 1/0".to_owned(),
             why: IndexMap::new(),
+            streams: None,
         };
         Candidates {
             prompt: vec![Message::new("user", "say <i>")],
             answer: String::new(),
             tools: None,
             candidates: vec![candidate],
+            unanswered: false,
         }
     }
 
@@ -107,5 +110,24 @@ mod tests {
         let rows: Vec<Candidates> =
             data.trim().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(rows, [row(hostile), row("plain")]);
+    }
+
+    #[test]
+    fn what_programs_wrote_and_who_could_not_judge_is_on_the_page() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut row = row("print('<hello>')");
+        let one = &mut row.candidates[0];
+        one.streams = Some(Streams { stdout: "<hello>\n".to_owned(), stderr: "oops".to_owned() });
+        one.why.insert("judge".to_owned(), "not judged: too long".to_owned());
+        assert!(one.is_unjudged());
+        write(dir.path(), std::iter::once(&row)).unwrap();
+        let page = std::fs::read_to_string(dir.path().join(PAGE)).unwrap();
+        for part in [r#""stdout":"\u003chello>\n","stderr":"oops""#, "not judged: too long"] {
+            assert!(page.contains(part), "{page}");
+        }
+        // The script reads what rows have under these names.
+        for part in [r#"["stdout", "stderr"]"#, "one[stream]", "one.why", "row.unanswered"] {
+            assert!(SCRIPT.contains(part), "{part}");
+        }
     }
 }

@@ -4,6 +4,7 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::sandbox::Streams;
 use crate::data::record::Message;
 use crate::generate::engine::Finish;
 
@@ -20,6 +21,9 @@ pub struct Candidates {
     pub tools: Option<Value>,
     /// In the order in which they were drawn, earlier rounds' best last.
     pub candidates: Vec<Candidate>,
+    /// Whether nothing was drawn: the prompt is too long for the model, and the recipe skips such prompts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unanswered: bool,
 }
 
 /// One candidate.
@@ -44,6 +48,9 @@ pub struct Candidate {
     /// What the scores rest on, by judge; those that say something.
     #[serde(default, skip_serializing_if = "IndexMap::is_empty")]
     pub why: IndexMap<String, String>,
+    /// What its program wrote, where one was run: `stdout` and `stderr`.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub streams: Option<Streams>,
 }
 
 /// The origin of an answer that came with its row.
@@ -53,6 +60,11 @@ impl Candidate {
     /// Whether it may be preferred to another: it is finished, and no verifier refused it.
     pub fn may_win(&self) -> bool {
         self.finish == Finish::Stop && self.passed != Some(false)
+    }
+
+    /// Whether some judge could not judge it: that one says why, and gives no score.
+    pub fn is_unjudged(&self) -> bool {
+        self.why.keys().any(|judge| !self.scores.contains_key(judge))
     }
 }
 
@@ -103,6 +115,8 @@ mod tests {
         assert_eq!(best(&cut).as_deref(), Some("b"));
         assert_eq!(best(&cut[..1]).as_deref(), Some("cut"));
         assert_eq!(best(&[]), None);
-        assert!(!serde_json::to_string(&row(&cut)).unwrap().contains("why"));
+        let text = serde_json::to_string(&row(&cut)).unwrap();
+        assert!(["why", "stdout", "unanswered"].iter().all(|key| !text.contains(key)), "{text}");
+        assert_eq!(serde_json::from_str::<Candidates>(&text).unwrap(), row(&cut));
     }
 }

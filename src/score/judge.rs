@@ -9,10 +9,11 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Question, Score, Scorer, ScorerSpec};
+use super::{OnError, Question, Score, Scorer, ScorerSpec};
 use crate::data::record::Message;
 use crate::error::{Context, Error, Result, start_of};
 use crate::generate::local::LocalModel;
+use crate::generate::openai::spec::ServerSpec;
 use crate::generate::openai::{Account, Server};
 use crate::generate::sampling::{Sampling, WeightFormat};
 use crate::generate::teacher::{Asked, Teacher, TeacherSpec};
@@ -48,6 +49,34 @@ pub struct Judge<'a> {
     form: Form,
     rubric: String,
     sampling: Sampling,
+    on_error: OnError,
+}
+
+/// What a judge said of one text.
+#[derive(Clone, Debug, Default)]
+struct Votes {
+    /// The verdicts with their reasons.
+    cast: Vec<(f64, String)>,
+    /// The first answer that held no verdict.
+    unread: Option<String>,
+    /// Whether it would not be asked.
+    refused: bool,
+}
+
+impl Votes {
+    /// Why there is no verdict, where there is none.
+    fn missing(&self) -> Option<String> {
+        if !self.cast.is_empty() {
+            return None;
+        }
+        if self.refused {
+            return Some("too long for the judge, or refused by its server".to_owned());
+        }
+        let said = start_of(self.unread.as_deref().unwrap_or_default(), 160);
+        Some(format!(
+            "the judge gave no verdict that can be read in {TRIES} tries; it said `{said}`"
+        ))
+    }
 }
 
 const RUBRIC: &str = "How helpful, correct, relevant and clear is the answer?";
@@ -72,7 +101,11 @@ impl<'a> Judge<'a> {
                 let checkpoint = Checkpoint::load(path, device, &LoadOptions::default())?;
                 Box::new(LocalModel::held(checkpoint, WeightFormat::None).at(path)?)
             }
-            TeacherSpec::Server(server) => Box::new(Server::new(server, None, events)?),
+            TeacherSpec::Server(server) => {
+                let skip_refused = spec.on_error == OnError::Fail;
+                let server = ServerSpec { skip_refused, ..(**server).clone() };
+                Box::new(Server::new(&server, None, events)?)
+            }
         };
         Ok(Self::new(teacher, spec))
     }
@@ -89,11 +122,12 @@ impl<'a> Judge<'a> {
             temperature: spec.temperature.unwrap_or(usual),
             max_new_tokens: spec.max_tokens,
             num_samples: spec.votes,
+            skip_refused: spec.on_error == OnError::Fail,
             ..Sampling::default()
         };
         let rubric = spec.rubric.clone().unwrap_or_else(|| preset.to_owned());
         let waits = matches!(spec.judge, Some(TeacherSpec::Server(_)));
-        Self { teacher, waits, form: spec.form, rubric, sampling }
+        Self { teacher, waits, form: spec.form, rubric, sampling, on_error: spec.on_error }
     }
 
     /// One score an answer by `read`, which makes a number of a verdict.
@@ -110,15 +144,19 @@ impl<'a> Judge<'a> {
     }
 
     /// What the votes on one answer come to.
-    fn summed(&self, votes: &[(f64, String)]) -> Score {
+    fn summed(&self, votes: &Votes) -> Score {
+        if let Some(why) = votes.missing() {
+            return Score::unjudged(why);
+        }
+        let votes = &votes.cast;
         let mean = votes.iter().map(|(vote, _)| vote).sum::<f64>() / votes.len() as f64;
         let value = if self.form == Form::Code { f64::from(u8::from(mean > 0.5)) } else { mean };
         let reason = votes.first().map_or("", |(_, reason)| reason);
         let why = format!("{mean:.2} of {} votes: {reason}", votes.len());
-        Score { value, why, streams: None }
+        Score { value, why, ..Score::default() }
     }
 
-    /// The share of comparisons that each answer wins.
+    /// The share of comparisons that each answer wins. One that could not be judged counts for neither side.
     fn compared(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
         let pairs = pairs(answers.len());
         let asked: Vec<String> = pairs
@@ -129,9 +167,14 @@ impl<'a> Judge<'a> {
         let votes = self.votes(question.place, &asked, winner)?;
         let mut points = vec![0.0; answers.len()];
         let mut games = vec![0.0; answers.len()];
+        let mut missing = vec![None; answers.len()];
         for (&(one, other), orders) in pairs.iter().zip(votes.chunks(2)) {
             let [straight, swapped] = orders else { continue };
-            for ((first, _), (second, _)) in straight.iter().zip(swapped) {
+            if let Some(why) = straight.missing().or_else(|| swapped.missing()) {
+                missing[one] = Some(why.clone());
+                missing[other] = Some(why);
+            }
+            for ((first, _), (second, _)) in straight.cast.iter().zip(&swapped.cast) {
                 let point = agreed(*first, 1.0 - second);
                 points[one] += point;
                 points[other] += 1.0 - point;
@@ -139,28 +182,31 @@ impl<'a> Judge<'a> {
                 games[other] += 1.0;
             }
         }
-        let score = |(points, games): (&f64, &f64)| Score {
-            // Alone, an answer neither wins nor loses.
-            value: if *games > 0.0 { points / games } else { 0.5 },
-            why: format!("{points} of {games} comparisons"),
-            streams: None,
+        let score = |((points, games), missing): ((f64, f64), Option<String>)| match missing {
+            Some(why) if games <= 0.0 => Score::unjudged(why),
+            _ => Score {
+                // Alone, an answer neither wins nor loses.
+                value: if games > 0.0 { points / games } else { 0.5 },
+                why: format!("{points} of {games} comparisons"),
+                ..Score::default()
+            },
         };
-        Ok(points.iter().zip(&games).map(score).collect())
+        Ok(points.into_iter().zip(games).zip(missing).map(score).collect())
     }
 
-    /// Asks for as many verdicts as votes on each text. What cannot be read is asked again.
+    /// Asks for as many verdicts as votes on each text. What cannot be read is asked again; what is never read is an error,
+    /// or has no votes where the recipe lets it fail.
     fn votes(
         &self,
         place: &str,
         texts: &[String],
         read: fn(&Value) -> Option<f64>,
-    ) -> Result<Vec<Vec<(f64, String)>>> {
+    ) -> Result<Vec<Votes>> {
         let wanted = self.sampling.num_samples;
-        let mut votes: Vec<Vec<(f64, String)>> = vec![Vec::new(); texts.len()];
-        let mut unread = None;
+        let mut votes = vec![Votes::default(); texts.len()];
         for tried in 0..TRIES {
-            let open: Vec<usize> =
-                (0..texts.len()).filter(|&at| votes[at].len() < wanted).collect();
+            let is_open = |votes: &Votes| votes.cast.len() < wanted && !votes.refused;
+            let open: Vec<usize> = (0..texts.len()).filter(|&at| is_open(&votes[at])).collect();
             if open.is_empty() {
                 break;
             }
@@ -170,31 +216,29 @@ impl<'a> Judge<'a> {
             if tried > 0 {
                 sampling.temperature = sampling.temperature.max(WARM);
             }
-            self.teacher.answer(&asked, &sampling, &mut |at, answers| {
+            let heard = self.teacher.answer(&asked, &sampling, &mut |at, answers| {
                 let votes = &mut votes[open[at]];
+                votes.refused = answers.is_empty();
                 for answer in answers {
                     let verdict = first_object(&answer.text);
                     match verdict.as_ref().and_then(|said| Some((read(said)?, reason(said)))) {
-                        Some(vote) if votes.len() < wanted => votes.push(vote),
+                        Some(vote) if votes.cast.len() < wanted => votes.cast.push(vote),
                         Some(_) => {}
                         None => {
-                            unread.get_or_insert(answer.text);
+                            votes.unread.get_or_insert(answer.text);
                         }
                     }
                 }
                 Ok(())
-            })?;
+            });
+            self.on_error.hinted(heard)?;
         }
-        if votes.iter().any(Vec::is_empty) {
-            let said = start_of(&unread.unwrap_or_default(), 160);
-            return Err(Error::run(format!(
-                "the judge gave no verdict that can be read in {TRIES} tries; it said `{said}`"
-            ))
-            .hint(
-                "raise `max_tokens` if it was cut off, or name a model that can answer in JSON",
-            ));
+        match votes.iter().find_map(Votes::missing) {
+            Some(why) if self.on_error == OnError::Error => Err(Error::run(why).hint(
+                "raise `max_tokens` if it was cut off, name a model that can answer in JSON, or let such answers fail with on_error = \"fail\" in the scorer",
+            )),
+            _ => Ok(votes),
         }
-        Ok(votes)
     }
 
     fn asked(&self, place: &str, text: &str, tried: u64) -> Asked {

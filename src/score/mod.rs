@@ -4,6 +4,7 @@
 pub mod candidates;
 pub mod curve;
 pub mod judge;
+mod panel;
 pub mod reward_model;
 pub mod sandbox;
 pub mod select;
@@ -11,10 +12,9 @@ pub mod statistics;
 pub mod verifiers;
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::fmt;
 
 use candle_core::Device;
-use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -23,8 +23,9 @@ use crate::error::{Context, Error, Result};
 use crate::generate::openai::Account;
 use crate::generate::teacher::TeacherSpec;
 use crate::model::bases::Bases;
-use crate::report::record::{Events, Silent};
+use crate::report::record::Events;
 use judge::{Form, Judge};
+pub use panel::{Panel, Verdict};
 use reward_model::{Reading, RewardModel, StepAggregation};
 use sandbox::Streams;
 use verifiers::{Check, Unit, Verifier};
@@ -64,6 +65,9 @@ pub struct ScorerSpec {
     /// `judge`: most tokens of a verdict with its reason.
     #[serde(default = "verdict_tokens")]
     pub max_tokens: usize,
+    /// `judge` and `reward_model`: what becomes of an answer that cannot be judged.
+    #[serde(default)]
+    pub on_error: OnError,
     /// What each attribute of a rating model counts, by name: `{helpfulness = 1, verbosity = -0.2}`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub attribute_weights: BTreeMap<String, f64>,
@@ -137,6 +141,32 @@ pub enum LengthUnit {
     Characters,
 }
 
+/// What becomes of an answer that cannot be judged: too long for the judge, refused by its server, or never given a verdict
+/// that can be read. A judge that is not there at all is an error in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnError {
+    /// It ends the work.
+    #[default]
+    Error,
+    /// It does not pass, and says why.
+    Fail,
+}
+
+impl OnError {
+    /// Adds the way out to an error, where nobody has taken it.
+    fn hinted<T>(self, result: Result<T>) -> Result<T> {
+        match self {
+            Self::Error => result.hint(LET_FAIL),
+            Self::Fail => result,
+        }
+    }
+}
+
+/// The hint of errors that may be one answer's alone.
+const LET_FAIL: &str =
+    "on_error = \"fail\" in the scorer lets an answer that cannot be judged fail, and goes on";
+
 fn one() -> f64 {
     1.0
 }
@@ -168,6 +198,7 @@ impl ScorerSpec {
             votes: once(),
             temperature: None,
             max_tokens: verdict_tokens(),
+            on_error: OnError::default(),
             attribute_weights: BTreeMap::new(),
             step_aggregation: StepAggregation::default(),
             name: None,
@@ -267,7 +298,7 @@ impl ScorerSpec {
         }
         if matches!(judge, TeacherSpec::Server(server) if server.skip_refused) {
             return Err(Error::usage("`skip_refused` of a judge")
-                .hint("an answer that is not judged has no score: leave it out"));
+                .hint("beside `judge`, on_error = \"fail\" lets an answer that is refused fail"));
         }
         judge.check().at("`judge`")
     }
@@ -293,6 +324,7 @@ impl ScorerSpec {
                 let reading = Reading {
                     attribute_weights: self.attribute_weights.clone(),
                     step_aggregation: self.step_aggregation,
+                    on_error: self.on_error,
                 };
                 Box::new(RewardModel::load_among(bases, path, device, &reading)?)
             }
@@ -325,6 +357,16 @@ pub struct Score {
     pub why: String,
     /// What the answer's program wrote, where one was run.
     pub streams: Option<Streams>,
+    /// Whether nobody could judge it, and `why` says the reason. It does not pass then.
+    #[serde(default)]
+    pub unjudged: bool,
+}
+
+impl Score {
+    /// Of an answer that could not be judged, where that is no error.
+    pub fn unjudged(why: impl fmt::Display) -> Self {
+        Self { why: format!("not judged: {why}"), unjudged: true, ..Self::default() }
+    }
 }
 
 /// Judges answers; several threads may ask it at once.
@@ -344,6 +386,12 @@ pub trait Scorer: Send + Sync {
         false
     }
 
+    /// Whether it runs programs, and waits for them: then whoever writes answers need not wait too. As many programs run
+    /// at once as there are cores, however many prompts are judged.
+    fn runs_programs(&self) -> bool {
+        false
+    }
+
     /// Whether it takes little time and memory, so that many may work side by side.
     fn is_light(&self) -> bool {
         false
@@ -360,256 +408,5 @@ pub trait Scorer: Send + Sync {
     }
 }
 
-/// All judges of a stage.
-pub struct Panel<'a> {
-    judges: Vec<Seat<'a>>,
-    /// Held by a judge that computes: one alone has all the memory and all cores, whoever else waits for servers.
-    computing: Mutex<()>,
-}
-
-struct Seat<'a> {
-    label: String,
-    weight: f64,
-    length_penalty: f64,
-    length_unit: LengthUnit,
-    scorer: Box<dyn Scorer + 'a>,
-}
-
-/// What the judges say of one answer.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Verdict {
-    /// Every judge's score by its name, before any `length_penalty`.
-    pub scores: IndexMap<String, f64>,
-    /// What each score rests on, where the judge says so.
-    pub why: IndexMap<String, String>,
-    /// What the answer's program wrote, the first time that one was run.
-    pub streams: Option<Streams>,
-    /// The weighted sum of the scores less their length penalties.
-    pub score: f64,
-    /// Whether every verifier accepts it; `None` where no judge verifies.
-    pub passed: Option<bool>,
-    /// What the judges that do not verify say together, weighted, less their length penalties; `None` where there are
-    /// none.
-    pub reward: Option<f64>,
-}
-
-impl Verdict {
-    /// What the scores rest on, as one text: each judge by its name where there are several.
-    pub fn explanation(&self) -> String {
-        match self.why.values().next() {
-            Some(why) if self.scores.len() == 1 => why.clone(),
-            _ => {
-                let parts = self.why.iter().map(|(label, why)| format!("{label}: {why}"));
-                parts.collect::<Vec<_>>().join("; ")
-            }
-        }
-    }
-}
-
-impl<'a> Panel<'a> {
-    /// Builds the judges of a recipe's `scorers`. Nobody hears what servers among them do, and nobody can interrupt them:
-    /// for tests and tools.
-    ///
-    /// # Errors
-    /// A judge that cannot be built, by its place in the list; two of one name.
-    pub fn new(specs: &[Value], device: &Device) -> Result<Self> {
-        Self::among(specs, device, &Bases::default(), &Silent)
-    }
-
-    /// The same, sharing the bases of adapters with the other models of `bases`; what there is to say of servers goes to
-    /// `events`, and whether the user asked to stop comes from there.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn among(
-        specs: &[Value],
-        device: &Device,
-        bases: &Bases,
-        events: &'a dyn Events,
-    ) -> Result<Self> {
-        let mut judges: Vec<Seat<'a>> = Vec::new();
-        for (index, spec) in specs.iter().enumerate() {
-            let place = || format!("scorers[{index}]");
-            let spec: ScorerSpec = serde_path_to_error::deserialize(spec)
-                .map_err(|error| Error::usage(error.inner()).at(place()))?;
-            let label = spec.label().to_owned();
-            if judges.iter().any(|judge| judge.label == label) {
-                return Err(Error::usage(format!("two scorers are called `{label}`"))
-                    .at(place())
-                    .hint("give one of them another `name`"));
-            }
-            let scorer = spec.build(device, bases, events).at(place())?;
-            judges.push(Seat {
-                label,
-                weight: spec.weight,
-                length_penalty: spec.length_penalty,
-                length_unit: spec.length_unit,
-                scorer,
-            });
-        }
-        Ok(Self { judges, computing: Mutex::new(()) })
-    }
-
-    /// Who judged and what it cost, of the judges that are servers, by their names.
-    pub fn served_by(&self) -> BTreeMap<String, Account> {
-        let served = |judge: &Seat<'_>| Some((judge.label.clone(), judge.scorer.served_by()?));
-        self.judges.iter().filter_map(served).collect()
-    }
-
-    /// Whether nobody judges.
-    pub fn is_empty(&self) -> bool {
-        self.judges.is_empty()
-    }
-
-    /// Whether a judge is a verifier, which may look at all columns of a row.
-    pub fn verifies(&self) -> bool {
-        self.judges.iter().any(|judge| judge.scorer.verifies())
-    }
-
-    /// Whether no judge takes much time or memory, so that many questions may be judged side by side.
-    pub fn is_light(&self) -> bool {
-        self.judges.iter().all(|judge| judge.scorer.is_light())
-    }
-
-    /// Whether a judge mostly waits for somebody else, and other threads may ask all of them.
-    pub fn waits(&self) -> bool {
-        let any = |is: fn(&dyn Scorer) -> bool| self.judges.iter().any(|judge| is(&*judge.scorer));
-        any(|scorer| scorer.waits()) && !any(|scorer| scorer.on_gpu())
-    }
-
-    /// Every judge's word on every answer. `tokens` are the answers' lengths.
-    ///
-    /// # Errors
-    /// A judge's error, by its name.
-    pub fn judge(
-        &self,
-        question: &Question<'_>,
-        answers: &[&str],
-        tokens: &[usize],
-    ) -> Result<Vec<Verdict>> {
-        let mut verdicts = vec![Verdict::default(); answers.len()];
-        for judge in &self.judges {
-            let place = || format!("{}: scorer `{}`", question.place, judge.label);
-            let computes = !judge.scorer.waits() && !judge.scorer.is_light();
-            let alone =
-                computes.then(|| self.computing.lock().unwrap_or_else(PoisonError::into_inner));
-            let scores = judge.scorer.score(question, answers).at(place())?;
-            drop(alone);
-            for (index, (verdict, score)) in verdicts.iter_mut().zip(scores).enumerate() {
-                if !score.value.is_finite() {
-                    let value = score.value;
-                    return Err(Error::run(format!("a score of {value}"))
-                        .at(place())
-                        .hint("the reward model has diverged; lower its learning rate"));
-                }
-                let length = match judge.length_unit {
-                    LengthUnit::Tokens => tokens.get(index).copied().unwrap_or_default(),
-                    LengthUnit::Characters => answers[index].chars().count(),
-                };
-                judge.enter(verdict, score, length);
-            }
-        }
-        Ok(verdicts)
-    }
-}
-
-impl Seat<'_> {
-    /// Enters one score into the verdict on an answer of that length.
-    fn enter(&self, verdict: &mut Verdict, score: Score, length: usize) {
-        let weighted = self.weight * (score.value - self.length_penalty * length as f64);
-        verdict.score += weighted;
-        if self.scorer.verifies() {
-            verdict.passed = Some(verdict.passed.unwrap_or(true) && score.value >= 1.0);
-        } else {
-            verdict.reward = Some(verdict.reward.unwrap_or(0.0) + weighted);
-        }
-        verdict.scores.insert(self.label.clone(), score.value);
-        verdict.streams = verdict.streams.take().or(score.streams);
-        if !score.why.is_empty() {
-            verdict.why.insert(self.label.clone(), score.why);
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn panel(specs: &[Value]) -> Result<Panel<'static>> {
-        Panel::new(specs, &Device::Cpu)
-    }
-
-    #[test]
-    fn scores_are_weighed_and_every_verifier_must_agree() {
-        let panel = panel(&[
-            json!({"verifier": "exact"}),
-            json!({"verifier": "length", "max": 3, "weight": 0.5}),
-        ])
-        .unwrap();
-        let question =
-            Question { place: "p:1", prompt: &[], tools: None, answer: Some("paris"), extra: None };
-        let verdicts = panel.judge(&question, &["Paris", "no", "Paris."], &[]).unwrap();
-        let brief: Vec<_> = verdicts.iter().map(|v| (v.score, v.passed)).collect();
-        assert_eq!(brief, [(1.0, Some(false)), (0.5, Some(false)), (1.0, Some(false))]);
-        assert_eq!(verdicts[0].scores.keys().collect::<Vec<_>>(), ["exact", "length"]);
-    }
-
-    #[test]
-    fn length_takes_off_the_weighted_score_and_never_decides_what_is_right() {
-        let panel = panel(&[
-            json!({"verifier": "exact", "length_penalty": 0.25, "weight": 2.0}),
-            json!({"verifier": "contains", "length_penalty": 0.01, "length_unit": "characters"}),
-        ])
-        .unwrap();
-        let question =
-            Question { place: "p:1", prompt: &[], tools: None, answer: Some("no"), extra: None };
-        let verdict = panel.judge(&question, &["no"], &[3]).unwrap().remove(0);
-        // 2 · (1 − 0.25 · 3) + (1 − 0.01 · 2).
-        assert!((verdict.score - 1.48).abs() < 1e-12, "{verdict:?}");
-        assert_eq!(
-            (verdict.passed, verdict.scores["exact"].to_bits()),
-            (Some(true), 1.0_f64.to_bits())
-        );
-        assert_eq!(verdict.why["exact"], "no");
-    }
-
-    #[test]
-    fn a_spec_that_cannot_judge_is_refused_with_its_place() {
-        for (spec, part) in [
-            (json!({}), "neither"),
-            (json!({"verifier": "exact", "reward_model": "x"}), "both"),
-            (json!({"verifier": "regex"}), "pattern"),
-            (json!({"verifier": "regex", "pattern": "("}), "("),
-            (json!({"verifier": "exakt"}), "exakt"),
-            (json!({"verifier": "exact", "wieght": 2}), "wieght"),
-            (json!({"verifier": "exact", "max": 2}), "no key `max`"),
-            (json!({"verifier": "code", "timeout_s": 0}), "timeout_s"),
-            (json!({"verifier": "length", "min": 5, "max": 4}), "min"),
-            (json!({"verifier": "exact", "step_aggregation": "last"}), "without a model"),
-            (json!({"reward_model": "x", "step_aggregation": "mean"}), "mean"),
-            (json!({"judge": "x", "verifier": "exact"}), "another one"),
-            (json!({"judge": {"base_url": "http://a", "modle": "m"}}), "modle"),
-            (json!({"judge": {"base_url": "http://a"}}), "`model` is missing"),
-            (json!({"judge": "x", "votes": 0}), "`votes` is 0"),
-            (json!({"judge": "x", "votes": u64::MAX}), "expected 1 to 1000"),
-            (json!({"judge": "x", "max_tokens": u64::MAX}), "expected 1 to 1048576"),
-            (json!({"judge": "x", "form": "rubrik"}), "rubrik"),
-            (json!({"verifier": "exact", "rubric": "x"}), "without `judge`"),
-        ] {
-            let error = panel(&[spec]).err().unwrap().to_string();
-            assert!(error.starts_with("scorers[0]: ") && error.contains(part), "{error}");
-        }
-        let twice = [json!({"verifier": "exact"}), json!({"verifier": "exact"})];
-        assert!(panel(&twice).err().unwrap().to_string().contains("two scorers"));
-    }
-
-    #[test]
-    fn a_row_without_an_answer_is_named() {
-        let panel = panel(&[json!({"verifier": "number"})]).unwrap();
-        let question =
-            Question { place: "p:7", prompt: &[], tools: None, answer: None, extra: None };
-        let error = panel.judge(&question, &["4"], &[]).unwrap_err().to_string();
-        assert!(error.starts_with("p:7: scorer `number`: "), "{error}");
-    }
-}
+mod judge_tests;

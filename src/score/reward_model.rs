@@ -7,12 +7,13 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Question, Score, Scorer};
+use super::{LET_FAIL, OnError, Question, Score, Scorer};
 use crate::data::forest::{Forest, micro_batches};
 use crate::data::lessons::Lesson;
 use crate::data::prepare::{PairOptions, Rule, Truncation};
 use crate::data::record::{Message, Record, Row, Side};
 use crate::data::tokenizer::ChatTokenizer;
+use crate::data::tree::Tree;
 use crate::error::{Context, Error, Result};
 use crate::loss::reward::Correctness;
 use crate::loss::sigmoid;
@@ -66,6 +67,8 @@ pub struct Reading {
     pub attribute_weights: BTreeMap<String, f64>,
     /// For models that judge steps.
     pub step_aggregation: StepAggregation,
+    /// What becomes of an answer that the model cannot read.
+    pub on_error: OnError,
 }
 
 /// What the outputs are.
@@ -126,6 +129,7 @@ pub struct RewardModel {
     held: Model,
     tokenizer: ChatTokenizer,
     outputs: Outputs,
+    on_error: OnError,
 }
 
 impl RewardModel {
@@ -152,7 +156,8 @@ impl RewardModel {
         let held = bases.model(path, &Form::dense(device, Precision::F32))?;
         let tokenizer = held.tokenizer().at(path)?.clone();
         let outputs = Outputs::of(&held.config, reading).at(path)?;
-        Ok(Self { model: held.transformer()?, held, tokenizer, outputs })
+        let on_error = reading.on_error;
+        Ok(Self { model: held.transformer()?, held, tokenizer, outputs, on_error })
     }
 
     /// Its tokenizer.
@@ -176,17 +181,21 @@ impl RewardModel {
     /// # Errors
     /// A row that the chat template refuses, or that is longer than the model's positions.
     pub fn score_rows(&self, rows: &[Row]) -> Result<Vec<Vec<f64>>> {
+        self.score_trees(&self.trees(rows)?)
+    }
+
+    fn score_trees(&self, trees: &[Tree]) -> Result<Vec<Vec<f64>>> {
         let of_row = |scores: Vec<f64>| match &self.outputs {
             Outputs::Steps { aggregation, .. } => {
                 vec![aggregation.of(&scores.into_iter().map(sigmoid).collect::<Vec<_>>())]
             }
             Outputs::Weighted(_) => scores,
         };
-        Ok(self.ends(rows)?.into_iter().map(of_row).collect())
+        Ok(self.ends(trees)?.into_iter().map(of_row).collect())
     }
 
-    /// One number at each end of each row.
-    fn ends(&self, rows: &[Row]) -> Result<Vec<Vec<f64>>> {
+    /// What the model reads of each row.
+    fn trees(&self, rows: &[Row]) -> Result<Vec<Tree>> {
         let options = PairOptions {
             max_length: Some(self.model.config().max_position_embeddings),
             truncation: Truncation::KeepStart,
@@ -203,9 +212,13 @@ impl RewardModel {
             }
             Outputs::Weighted(_) => Rule::Pairs(options),
         };
-        let trees = rule.trees(rows, &self.tokenizer)?.trees;
-        let mut scores = Vec::with_capacity(rows.len());
-        for range in micro_batches(&trees, BUDGET) {
+        Ok(rule.trees(rows, &self.tokenizer)?.trees)
+    }
+
+    /// One number at each end of each tree.
+    fn ends(&self, trees: &[Tree]) -> Result<Vec<Vec<f64>>> {
+        let mut scores = Vec::with_capacity(trees.len());
+        for range in micro_batches(trees, BUDGET) {
             let forest = Forest::pack(&trees[range])?;
             let hidden = self.model.hidden(&forest)?;
             let outputs = self.model.scores(&hidden, &forest.ends)?;
@@ -228,6 +241,35 @@ impl RewardModel {
                 outputs.chunks(weights.len()).map(sum).collect()
             }
         }
+    }
+
+    /// The scores of answers that stand in one tree. What cannot be read is tried alone where it may fail: of several
+    /// answers the others need not.
+    fn judged(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
+        match (self.trees(&self.rows(question, answers)), self.on_error) {
+            (Ok(trees), _) => {
+                let values = self.score_trees(&trees)?.into_iter().flatten();
+                Ok(values.map(|value| Score { value, ..Score::default() }).collect())
+            }
+            (Err(error), OnError::Error) => Err(self.unreadable(question, &error).because(error)),
+            (Err(error), OnError::Fail) => match answers {
+                [_] => Ok(vec![Score::unjudged(self.unreadable(question, &error))]),
+                _ => {
+                    let each = answers.iter().map(|answer| self.judged(question, &[*answer]));
+                    Ok(each.collect::<Result<Vec<_>>>()?.concat())
+                }
+            },
+        }
+    }
+
+    /// The error without the row's place, which whoever asks knows, and with the way out of a scorer: its own hint speaks of
+    /// keys that training has.
+    fn unreadable(&self, question: &Question<'_>, error: &Error) -> Error {
+        let error = error.to_string();
+        let place = format!("{}: ", question.place);
+        let said = error.strip_prefix(&place).unwrap_or(&error);
+        let positions = self.positions();
+        Error::run(format!("{said} (the model has {positions} positions)")).hint(LET_FAIL)
     }
 
     /// The rows that ask for a score of each answer.
@@ -270,8 +312,7 @@ impl Scorer for RewardModel {
     fn score(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
         let mut scores = Vec::with_capacity(answers.len());
         for answers in answers.chunks(ANSWERS) {
-            let judged = self.score_rows(&self.rows(question, answers))?.into_iter().flatten();
-            scores.extend(judged.map(|value| Score { value, ..Score::default() }));
+            scores.append(&mut self.judged(question, answers)?);
         }
         Ok(scores)
     }

@@ -15,7 +15,7 @@ use crate::model::{Precision, Transformer};
 use crate::recipe::plan;
 use crate::report::candidates as page;
 use crate::score::Panel;
-use crate::score::candidates::Candidates;
+use crate::score::candidates::{Candidate, Candidates};
 use crate::score::curve::{Curve, Drawn};
 use crate::score::statistics::Estimate;
 
@@ -70,8 +70,10 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
 
     generation::write_rows(context, "data.jsonl", &measured)?;
     page::write(&context.dir, measured.iter().map(|one| &one.row))?;
-    let curve = if panel.is_empty() { None } else { curve(&measured) };
-    let mut metrics = measures(&measured, reference.is_some());
+    let curve = if panel.is_empty() { None } else { curve(&measured, panel.verifies()) };
+    let mut metrics = measures(&measured, reference.is_some(), panel.verifies());
+    let skipped = rows.iter().zip(&measured).filter(|(_, one)| one.row.unanswered);
+    generation::name_skipped(context, &mut metrics, skipped.map(|(row, _)| row));
     metrics.extend(generation::write_curve(context, curve.as_ref())?);
     metrics.extend(curve.as_ref().map(best_of_k).unwrap_or_default());
     metrics.extend(pace.metrics());
@@ -111,6 +113,10 @@ fn kl(
     asked: &Asked,
     answers: &[Answer],
 ) -> Result<f64> {
+    // The prompt may be one that was skipped because no model could read it.
+    if answers.is_empty() {
+        return Ok(0.0);
+    }
     let ids: Vec<&[u32]> = answers.iter().map(|answer| answer.ids.as_slice()).collect();
     let prompt = policy.prompt_ids(asked)?;
     let expected = answer_logprobs(reference, &prompt, &ids)?;
@@ -122,25 +128,28 @@ fn kl(
     Ok(pairs.map(|(policy, reference)| f64::from(*policy) - f64::from(*reference)).sum())
 }
 
-/// The numbers of a whole evaluation.
-fn measures(measured: &[Measured], has_reference: bool) -> Metrics {
+/// The numbers of a whole evaluation. `verified`: by verifiers.
+fn measures(measured: &[Measured], has_reference: bool, verified: bool) -> Metrics {
     let all = || measured.iter().flat_map(|one| &one.row.candidates);
     let tokens: f64 = all().map(|candidate| candidate.tokens as f64).sum();
     let kl_sum: f64 = measured.iter().map(|one| one.kl_sum).sum();
-    let of_prompt =
-        |one: &Measured| mean(one.row.candidates.iter().filter_map(|c| c.passed).map(as_number));
-    let accuracy = mean(measured.iter().filter_map(of_prompt));
+    let unjudged = all().filter(|candidate| candidate.is_unjudged()).count();
+    let passed = |candidate: &Candidate| candidate.passed.filter(|_| verified).map(as_number);
+    let of_prompt = |one: &Measured| mean(one.row.candidates.iter().filter_map(passed));
+    let shares: Vec<f64> = measured.iter().filter_map(of_prompt).collect();
+    let accuracy = mean(shares.iter().copied());
     let mut numbers = vec![
         ("prompts", Some(measured.len() as f64)),
         ("mean_length", mean(all().map(|candidate| candidate.tokens as f64))),
         ("cut_off", mean(all().map(|candidate| as_number(candidate.finish == Finish::Length)))),
         ("accuracy", accuracy),
+        ("unjudged", (unjudged > 0).then_some(unjudged as f64)),
         ("reward", mean(measured.iter().flat_map(|one| one.rewards.iter().copied()))),
         ("kl", has_reference.then(|| kl_sum / tokens.max(1.0))),
     ];
     if let Some(accuracy) = accuracy {
         // Answers to one prompt count as one trial.
-        let Estimate { low, high, .. } = Estimate::share(accuracy, measured.len());
+        let Estimate { low, high, .. } = Estimate::share(accuracy, shares.len());
         numbers.extend([("accuracy_low", Some(low)), ("accuracy_high", Some(high))]);
     }
     numbers.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
@@ -151,17 +160,18 @@ fn as_number(yes: bool) -> f64 {
 }
 
 /// Best of k by the reward model, or by the weighted score where nothing but verifiers judges.
-fn curve(measured: &[Measured]) -> Option<Curve> {
+fn curve(measured: &[Measured], verified: bool) -> Option<Curve> {
     let rewarded = measured.iter().all(|one| one.rewards.len() == one.row.candidates.len());
     let drawn = |one: &Measured| {
         let candidates = one.row.candidates.iter().enumerate();
         let drawn = candidates.map(|(at, candidate)| Drawn {
             score: if rewarded { one.rewards[at] } else { candidate.score },
-            passed: candidate.passed,
+            passed: candidate.passed.filter(|_| verified),
         });
         drawn.collect::<Vec<_>>()
     };
-    let prompts: Vec<_> = measured.iter().map(drawn).collect();
+    let answered = measured.iter().filter(|one| !one.row.unanswered);
+    let prompts: Vec<_> = answered.map(drawn).collect();
     Curve::of(&prompts, if rewarded { "reward" } else { "score" })
 }
 

@@ -17,6 +17,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::generate::engine::Answer;
 use crate::generate::local::LocalModel;
 use crate::generate::openai::ledger::seen_beside;
+use crate::generate::openai::spec::ServerSpec;
 use crate::generate::openai::{Account, Server};
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::{Asked, Teacher, TeacherSpec};
@@ -66,7 +67,9 @@ pub fn teacher<'a>(
         TeacherSpec::Local(model) => Someone::Here(Box::new(load(context, model, sampling)?)),
         TeacherSpec::Server(spec) => {
             let ledger = context.dir.join(REQUESTS);
-            Someone::There(Box::new(Server::new(spec, Some(&ledger), context.events)?))
+            let skip_refused = spec.skip_refused || sampling.skip_refused;
+            let spec = ServerSpec { skip_refused, ..(**spec).clone() };
+            Someone::There(Box::new(Server::new(&spec, Some(&ledger), context.events)?))
         }
     })
 }
@@ -179,11 +182,14 @@ pub fn once_each<T: Serialize + DeserializeOwned>(
     Ok(entries.into_iter().map(|entry| entry.result).collect())
 }
 
-/// Prompts that are judged at once where a judge is a server.
-const JUDGED_AT_ONCE: usize = 64;
+/// Answered prompts that may wait for a judge before the answering waits too.
+const UNJUDGED: usize = 64;
+/// Prompts that are named where they are skipped.
+const NAMED: usize = 20;
 
 /// Has every question answered, every answer judged by `judge`, and every result kept, in any order. Where a judge is
-/// a server, many prompts are judged at once, beside the answering: one after the other they would each wait for it.
+/// a server or runs programs, many prompts are judged at once, beside the answering: one after the other they would each
+/// wait for it, and the model for all of them.
 ///
 /// # Errors
 /// The first one; what was judged by then is kept.
@@ -194,14 +200,14 @@ pub fn answer_and_judge<T: Send>(
     keep: &mut Keep<'_, T>,
 ) -> Result<()> {
     if !panel.waits() {
-        return teacher
-            .answer(asked, sampling, &mut |place, answers| keep(place, judge(place, &answers)?));
+        let asks = (teacher, asked, sampling);
+        return answers(asks, &mut |place, answers| keep(place, judge(place, &answers)?));
     }
-    let (work, waiting) = mpsc::sync_channel::<(usize, Vec<Answer>)>(JUDGED_AT_ONCE);
+    let (work, waiting) = mpsc::sync_channel::<(usize, Vec<Answer>)>(UNJUDGED);
     let (waiting, ending) = (Mutex::new(waiting), AtomicBool::new(false));
     thread::scope(|scope| {
         let (judged, results) = mpsc::channel();
-        for _ in 0..JUDGED_AT_ONCE.min(asked.len()) {
+        for _ in 0..panel.at_once().min(asked.len()) {
             let (judged, waiting, ending) = (judged.clone(), &waiting, &ending);
             scope.spawn(move || {
                 loop {
@@ -221,7 +227,7 @@ pub fn answer_and_judge<T: Send>(
             ending.fetch_or(done.is_err(), Ordering::Relaxed);
             done
         };
-        let mut kept = teacher.answer(asked, sampling, &mut |place, answers| {
+        let mut kept = answers((teacher, asked, sampling), &mut |place, answers| {
             results.try_iter().try_for_each(&mut settle)?;
             work.send((place, answers)).map_err(|_| Error::run("the judges have ended"))
         });
@@ -280,6 +286,44 @@ pub fn forget_judges(dir: &Path) -> Result<()> {
     store::remove(&dir.join(JUDGES))
 }
 
+/// Asks the teacher. Its own errors name the way out for a prompt that is too long for it.
+fn answers(
+    (teacher, asked, sampling): (&dyn Teacher, &[Asked], &Sampling),
+    done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
+) -> Result<()> {
+    let mut is_ours = false;
+    let answered = teacher.answer(asked, sampling, &mut |place, answers| {
+        let done = done(place, answers);
+        is_ours |= done.is_err();
+        done
+    });
+    match answered {
+        Err(error) if !is_ours && !sampling.skip_refused => {
+            Err(error.hint("skip_refused = true leaves a prompt unanswered that is too long or refused, and goes on"))
+        }
+        other => other,
+    }
+}
+
+/// Says which prompts went unanswered, and enters how many.
+pub fn name_skipped<'a>(
+    context: &StageContext<'_>,
+    metrics: &mut Metrics,
+    skipped: impl Iterator<Item = &'a Row>,
+) {
+    let places: Vec<&str> = skipped.map(|row| row.place.as_str()).collect();
+    if places.is_empty() {
+        return;
+    }
+    let named = places[..places.len().min(NAMED)].join(", ");
+    let more = if places.len() > NAMED { ", …" } else { "" };
+    let count = places.len();
+    context.events.note(&format!(
+        "{count} prompts are too long for the model or were refused, and were skipped: {named}{more}"
+    ));
+    metrics.insert("skipped".to_owned(), count as f64);
+}
+
 /// Writes one of the stage's files of rows, whole.
 ///
 /// # Errors
@@ -308,6 +352,10 @@ pub fn judge(
     row: &Row,
     (texts, tokens): (&[&str], &[usize]),
 ) -> Result<Vec<Verdict>> {
+    // Of a prompt that was skipped.
+    if texts.is_empty() {
+        return Ok(Vec::new());
+    }
     let answer = row.answer();
     let question = Question {
         place: &asked.place,
@@ -337,6 +385,7 @@ pub fn candidates(
         passed: None,
         origin: format!("{origin}/{sample}"),
         why: indexmap::IndexMap::new(),
+        streams: None,
     });
     let mut candidates: Vec<Candidate> = drawn.chain(others.iter().cloned()).collect();
     let texts: Vec<&str> = candidates.iter().map(|candidate| candidate.text.as_str()).collect();
@@ -345,6 +394,7 @@ pub fn candidates(
     for (candidate, verdict) in candidates.iter_mut().zip(&verdicts) {
         candidate.scores.clone_from(&verdict.scores);
         candidate.why.clone_from(&verdict.why);
+        candidate.streams.clone_from(&verdict.streams);
         candidate.score = verdict.score;
         candidate.passed = verdict.passed;
     }
@@ -353,6 +403,7 @@ pub fn candidates(
         answer: row.answer().unwrap_or_default(),
         tools: asked.tools.clone(),
         candidates,
+        unanswered: answers.is_empty(),
     };
     Ok((row, verdicts))
 }

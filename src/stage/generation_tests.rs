@@ -56,7 +56,7 @@ mod ahash_map {
     pub(super) type Vocab = tokenizers::models::bpe::Vocab;
 }
 
-fn save_model(dir: &Path, seed: u64, reward: bool) -> String {
+pub(super) fn save_model(dir: &Path, seed: u64, reward: bool) -> String {
     let text = json!({
         "model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -82,7 +82,7 @@ fn prompts(dir: &Path, count: usize) -> Vec<Dataset> {
     vec![Dataset { path: path.display().to_string(), ..Dataset::default() }]
 }
 
-fn run(dir: PathBuf, spec: &Spec, events: &dyn Events) -> crate::Result<Metrics> {
+pub(super) fn run(dir: PathBuf, spec: &Spec, events: &dyn Events) -> crate::Result<Metrics> {
     store::create_dir(&dir)?;
     let context = StageContext { dir, round: 1, seed: 3, device: Device::Cpu, events };
     run_stage(&context, spec)
@@ -107,11 +107,11 @@ impl Events for StopAfter {
     }
 }
 
-fn sampling(samples: usize) -> Sampling {
+pub(super) fn sampling(samples: usize) -> Sampling {
     Sampling { num_samples: samples, max_new_tokens: 12, seed: 9, ..Sampling::default() }
 }
 
-fn lines(path: &Path) -> Vec<Value> {
+pub(super) fn lines(path: &Path) -> Vec<Value> {
     store::read_ledger(path).unwrap()
 }
 

@@ -16,6 +16,9 @@ use crate::store;
 
 /// Keys that name a model, as text, or a server, as a table.
 const SERVER_KEYS: [&str; 2] = ["teacher", "judge"];
+/// Keys that say what becomes of a row that cannot be answered or judged, each with the table that has it. As of a server's
+/// keys, finished work does not depend on them: who meets such a row adds the key and goes on where the run ended.
+const PATIENCE: [(&str, &str); 2] = [("sampling", "skip_refused"), ("scorers", "on_error")];
 
 /// Content hashes of paths, each computed once a process.
 #[derive(Debug, Default)]
@@ -85,6 +88,7 @@ impl Hashes {
                 if SERVER_KEYS.contains(&key) {
                     ServerSpec::deciding(&mut table);
                 }
+                table.retain(|inner, _| !PATIENCE.contains(&(key, inner.as_str())));
                 let mut replaced = serde_json::Map::new();
                 for (key, value) in table {
                     let value = self.replace(&key, value, contents)?;
@@ -126,5 +130,30 @@ impl Hashes {
         };
         self.known.insert(text.to_owned(), hash.clone());
         Ok(hash)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_becomes_of_rows_that_cannot_be_used_decides_nothing_that_is_finished() {
+        let settings = |patience: Value| {
+            let mut scorer = json!({"reward_model": "", "weight": 2.0});
+            let mut sampling = json!({"seed": 1});
+            if patience != Value::Null {
+                scorer["on_error"] = patience;
+                sampling["skip_refused"] = json!(true);
+            }
+            let policies = json!([{"name": "code", "sampling": sampling}]);
+            json!({"sampling": sampling, "scorers": [scorer], "policies": policies})
+        };
+        let replaced = |value| Hashes::default().replace("", value, &mut BTreeMap::new()).unwrap();
+        assert_eq!(replaced(settings(Value::Null)), settings(Value::Null));
+        assert_eq!(replaced(settings(json!("fail"))), settings(Value::Null));
+        // Elsewhere the names mean what they say.
+        let columns = json!({"columns": {"on_error": "x", "skip_refused": "y"}});
+        assert_eq!(replaced(columns.clone()), columns);
     }
 }

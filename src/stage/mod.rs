@@ -76,4 +76,6 @@ mod methods_tests;
 #[cfg(test)]
 mod recipe_tests;
 #[cfg(test)]
+mod refused_tests;
+#[cfg(test)]
 mod reward_tests;

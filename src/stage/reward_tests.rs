@@ -15,7 +15,7 @@ use crate::optim::schedule::Schedule;
 use crate::recipe::plan::{self, Dataset, Head};
 use crate::report::record::Silent;
 use crate::score::reward_model::{Reading, RewardModel, StepAggregation};
-use crate::score::{Question, Scorer};
+use crate::score::{OnError, Question, Scorer};
 
 const STUDENT: &str = "data/tiny/student";
 
@@ -138,6 +138,24 @@ fn steps_are_judged_one_by_one_and_an_answer_by_its_worst() {
     let (min, last) = (by(StepAggregation::Min), by(StepAggregation::Last));
     assert!(min[0] < 0.5 && last[0] > 0.5 && min[1] > 0.5, "{min:?} {last:?}");
     assert!(by(StepAggregation::Product)[0] < min[0]);
+
+    // Longer than the model's 256 positions from its first step on.
+    let long = "9 apples ".repeat(200);
+    let judge = |on_error, answers: &[&str]| {
+        let reading = Reading { on_error, ..Reading::default() };
+        let checkpoint = dir.path().join("checkpoint");
+        let model = RewardModel::load(checkpoint.to_str().unwrap(), &Device::Cpu, &reading);
+        let prompt = [Message::new("user", "How many?")];
+        let question =
+            Question { place: "q:1", prompt: &prompt, tools: None, answer: None, extra: None };
+        model.unwrap().score(&question, answers)
+    };
+    let error = format!("{:?}", judge(OnError::Error, &["9 apples", &long]).unwrap_err());
+    assert!(error.contains("(the model has 256 positions) (hint: on_error = "), "{error}");
+    let found = judge(OnError::Fail, &["9 apples", &long]).unwrap();
+    assert_eq!(found[0], judge(OnError::Error, &["9 apples"]).unwrap()[0]);
+    assert!(found[1].unjudged && found[1].why.starts_with("not judged: "), "{:?}", found[1]);
+    assert!(!found[1].why.contains("q:1"), "{:?}", found[1]);
 }
 
 #[test]

@@ -398,7 +398,7 @@ mod tests {
             .collect();
         insta::assert_snapshot!(
             versions.join(", "),
-            @"synth 2, sft 2, reward 3, sample 3, select 3, dpo 3, average 1, eval 3"
+            @"synth 3, sft 2, reward 3, sample 4, select 3, dpo 3, average 1, eval 4"
         );
     }
 }

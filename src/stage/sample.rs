@@ -62,10 +62,13 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
 
     generation::write_rows(context, "data.jsonl", &sampled)?;
     page::write(&context.dir, sampled.iter())?;
-    let drawn: Vec<usize> = rows.iter().map(|row| way(spec, row).sampling.num_samples).collect();
-    let mut metrics = measures(&sampled, &drawn);
+    let drawn: Vec<usize> =
+        rows.iter().zip(&sampled).map(|(row, sampled)| drawn(spec, row, sampled)).collect();
+    let mut metrics = measures(&sampled, &drawn, panel.verifies());
+    let skipped = rows.iter().zip(&sampled).filter(|(_, sampled)| sampled.unanswered);
+    generation::name_skipped(context, &mut metrics, skipped.map(|(row, _)| row));
     if !panel.is_empty() {
-        let curve = Curve::of(&choices(&sampled, &drawn), "score");
+        let curve = Curve::of(&choices(&sampled, &drawn, panel.verifies()), "score");
         metrics.extend(generation::write_curve(context, curve.as_ref())?);
     }
     metrics.extend(pace.metrics());
@@ -114,6 +117,11 @@ fn way<'a>(spec: &'a plan::Sample, row: &Row) -> Turn<'a> {
             rows: Vec::new(),
         },
     }
+}
+
+/// How many of a row's candidates were drawn here.
+fn drawn(spec: &plan::Sample, row: &Row, sampled: &Candidates) -> usize {
+    if sampled.unanswered { 0 } else { way(spec, row).sampling.num_samples }
 }
 
 /// The policies that have something to do among the rows that are left, those of one model in a row: each model is
@@ -222,6 +230,7 @@ fn reference(text: String, model: &LocalModel) -> Candidate {
         passed: None,
         origin: REFERENCE.to_owned(),
         why: indexmap::IndexMap::new(),
+        streams: None,
     }
 }
 
@@ -240,22 +249,26 @@ fn earlier_best(files: &[String]) -> Result<BTreeMap<String, Vec<Candidate>>> {
     Ok(best)
 }
 
-/// What the policies drew, without what came from elsewhere.
-fn choices(sampled: &[Candidates], drawn: &[usize]) -> Vec<Vec<Drawn>> {
+/// What the policies drew, without what came from elsewhere and prompts that were skipped.
+fn choices(sampled: &[Candidates], drawn: &[usize], verified: bool) -> Vec<Vec<Drawn>> {
     let of_row = |(row, drawn): (&Candidates, &usize)| {
         let drawn = row.candidates.iter().take(*drawn);
-        drawn.map(|one| Drawn { score: one.score, passed: one.passed }).collect()
+        drawn
+            .map(|one| Drawn { score: one.score, passed: one.passed.filter(|_| verified) })
+            .collect()
     };
-    sampled.iter().zip(drawn).map(of_row).collect()
+    sampled.iter().zip(drawn).filter(|(_, drawn)| **drawn > 0).map(of_row).collect()
 }
 
 /// What this round's draws are like; earlier rounds' candidates and references are left out, but for `best_score`.
-fn measures(sampled: &[Candidates], drawn: &[usize]) -> Metrics {
+/// `verified`: by verifiers; otherwise no answer is right, though one that could not be judged did not pass.
+fn measures(sampled: &[Candidates], drawn: &[usize], verified: bool) -> Metrics {
     let all =
         || sampled.iter().zip(drawn).flat_map(|(row, drawn)| row.candidates.iter().take(*drawn));
     let best = sampled.iter().filter_map(Candidates::best).map(|candidate| candidate.score);
     let cut_off = |candidate: &Candidate| f64::from(u8::from(candidate.finish == Finish::Length));
-    let passed = all().filter_map(|candidate| candidate.passed);
+    let passed = all().filter_map(|candidate| candidate.passed.filter(|_| verified));
+    let unjudged = all().filter(|candidate| candidate.is_unjudged()).count();
     let references: Vec<&Candidate> = sampled
         .iter()
         .flat_map(|row| row.candidates.iter().filter(|one| one.origin == REFERENCE))
@@ -268,6 +281,7 @@ fn measures(sampled: &[Candidates], drawn: &[usize]) -> Metrics {
         ("accuracy", mean(passed.map(|passed| f64::from(u8::from(passed))))),
         ("mean_length", mean(all().map(|candidate| candidate.tokens as f64))),
         ("cut_off", mean(all().map(cut_off))),
+        ("unjudged", (unjudged > 0).then_some(unjudged as f64)),
         ("reference_score", mean(references.iter().map(|candidate| candidate.score))),
     ]
     .into_iter()

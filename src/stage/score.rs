@@ -32,10 +32,8 @@ use crate::store::{self, JsonlWriter, RunLock};
 const GROUP: usize = 64;
 /// Groups of verifiers' work between two writes, for each core.
 const AT_ONCE: usize = 16;
-/// Groups that are judged at once, and written together, where a judge is a server.
-const WAITING: usize = 64;
 /// Raised when the same work would write other rows.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 /// What to judge, and by whom.
 #[derive(Clone, Debug)]
@@ -117,6 +115,8 @@ pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
         generation::accounted(&folder.path, &panel, judged)?;
     }
     let mut scored = finish(&path, &work.out, total)?;
+    // What a judge could not judge does not pass either, but where nobody verifies there is nothing to count.
+    scored.passed = scored.passed.filter(|_| work.scorers.iter().any(verifies));
     scored.judges = generation::judges(&folder.path)?;
     folder.remove()?;
     Ok(scored)
@@ -134,7 +134,7 @@ fn judge_rest(
     let mut groups = Groups { rows: rows(work)?.skip(done as usize).peekable(), panel };
     let at_once = match (panel.is_light(), panel.waits()) {
         (true, _) => AT_ONCE * rayon::current_num_threads(),
-        (false, true) => WAITING,
+        (false, true) => panel.at_once(),
         (false, false) => 1,
     };
     loop {
@@ -149,6 +149,11 @@ fn judge_rest(
         }
         events.progress("rows", done, total);
     }
+}
+
+/// Whether a scorer says that answers are wrong.
+fn verifies(scorer: &Value) -> bool {
+    scorer.get("verifier").is_some() || scorer["form"] == "code"
 }
 
 /// Refuses a penalty for tokens: rows are text, which no tokenizer has written.
@@ -308,7 +313,8 @@ impl<I: Iterator<Item = Result<Asked>>> Iterator for Groups<'_, I> {
 }
 
 fn judge_all(panel: &Panel<'_>, batch: Vec<Vec<Asked>>) -> Result<Vec<Vec<Map<String, Value>>>> {
-    if panel.waits() {
+    // Verifiers alone, programs among them, have the cores to themselves: a thread for each of those is enough.
+    if panel.waits() && !panel.is_light() {
         // As many threads as questions: they wait for the server. What computes here, computes one at a time.
         return thread::scope(|scope| {
             let asked: Vec<_> =

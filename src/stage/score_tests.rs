@@ -57,6 +57,24 @@ fn several_judges_are_added_up_and_named() {
 }
 
 #[test]
+fn what_a_judge_cannot_read_fails_alone_where_that_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = [json!({"prompt": "2+2?", "completions": ["4", "5"]})];
+    // The instructions alone have more tokens than this judge has positions.
+    let judge = |more: &str| format!(r#"{{"judge": "data/tiny/student"{more}}}"#);
+    let error = score(&work(dir.path(), &rows, &judge("")), &Silent).unwrap_err();
+    assert!(format!("{error:?}").contains("on_error = \"fail\" in the scorer"), "{error:?}");
+    let work = work(dir.path(), &rows, &judge(r#", "on_error": "fail""#));
+    let scored = score(&work, &Silent).unwrap();
+    // Nobody verifies, so nothing is said of how many are right.
+    assert_eq!((scored.completions, scored.passed), (2, None));
+    let row = written(&work).remove(0);
+    assert_eq!((&row["score"], &row["passed"]), (&json!([0.0, 0.0]), &json!([false, false])));
+    let why = "not judged: too long for the judge, or refused by its server";
+    assert_eq!((&row["why"], row.get("scores")), (&json!([why, why]), None));
+}
+
+#[test]
 fn lines_that_are_no_rows_are_named_before_anything_is_judged() {
     let dir = tempfile::tempdir().unwrap();
     let good = r#"{"prompt": "q", "completion": "4", "answer": "4"}"#;

@@ -43,6 +43,16 @@ pub struct Meta {
     pub logprob_sum: Option<f64>,
 }
 
+/// What came of one prompt.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Kept {
+    taught: Vec<Taught>,
+    /// Answers that a judge could not judge.
+    unjudged: usize,
+    /// Whether the teacher could not be asked, and the recipe skips such prompts.
+    skipped: bool,
+}
+
 /// Lets the teacher answer every prompt and keeps what the judges accept. Input: a checkpoint and prompts. Output:
 /// `data.jsonl`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
@@ -50,7 +60,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
     let panel = Panel::among(&spec.scorers, &context.device, &Bases::default(), context.events)?;
     let rows = generation::rows(context, &spec.datasets)?;
 
-    let taught = generation::once_each(context, rows.len(), |left, keep| {
+    let kept = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;
         generation::answer_and_judge(
             (&teacher, &asked, &spec.sampling),
@@ -58,12 +68,17 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
             &|place, answers| {
                 accepted(&panel, &asked[place], &rows[left[place]], answers, spec.min_score)
             },
-            &mut |place, taught| keep(left[place], taught),
+            &mut |place, kept| keep(left[place], kept),
         )
     });
-    let taught = generation::accounted(&context.dir, &panel, taught)?;
+    let kept: Vec<Kept> = generation::accounted(&context.dir, &panel, kept)?;
 
-    let taught: Vec<Taught> = taught.into_iter().flatten().collect();
+    let mut metrics = Metrics::from([("prompts".to_owned(), rows.len() as f64)]);
+    let skipped = rows.iter().zip(&kept).filter(|(_, kept)| kept.skipped);
+    generation::name_skipped(context, &mut metrics, skipped.map(|(row, _)| row));
+    let asked = kept.iter().filter(|kept| !kept.skipped).count();
+    let unjudged: usize = kept.iter().map(|kept| kept.unjudged).sum();
+    let taught: Vec<Taught> = kept.into_iter().flat_map(|kept| kept.taught).collect();
     if taught.is_empty() {
         return Err(Error::run(format!("none of the answers to {} prompts was kept", rows.len()))
             .hint("raise max_new_tokens if answers are cut off, lower min_score, or check the verifier"));
@@ -71,16 +86,16 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
     generation::write_rows(context, "data.jsonl", &taught)?;
     teacher.write_account(context)?;
     generation::close_ledger(context)?;
-    let drawn = rows.len() * spec.sampling.num_samples;
-    Ok(Metrics::from([
-        ("prompts".to_owned(), rows.len() as f64),
-        ("rows".to_owned(), taught.len() as f64),
-        ("kept".to_owned(), taught.len() as f64 / drawn as f64),
-        (
-            "mean_length".to_owned(),
-            mean(taught.iter().map(|row| row.meta.tokens as f64)).unwrap_or(0.0),
-        ),
-    ]))
+    let drawn = asked * spec.sampling.num_samples;
+    let length = mean(taught.iter().map(|row| row.meta.tokens as f64));
+    let numbers = [
+        ("rows", Some(taught.len() as f64)),
+        ("kept", Some(taught.len() as f64 / drawn as f64)),
+        ("mean_length", length),
+        ("unjudged", (unjudged > 0).then_some(unjudged as f64)),
+    ];
+    metrics.extend(numbers.into_iter().filter_map(|(name, n)| Some((name.to_owned(), n?))));
+    Ok(metrics)
 }
 
 /// The whole, different, accepted answers to one prompt.
@@ -90,14 +105,14 @@ fn accepted(
     row: &Row,
     answers: &[Answer],
     min_score: f64,
-) -> Result<Vec<Taught>> {
-    // A prompt that a server refused and the recipe skips.
+) -> Result<Kept> {
     if answers.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Kept { skipped: true, ..Kept::default() });
     }
     let texts: Vec<&str> = answers.iter().map(|answer| answer.text.as_str()).collect();
     let tokens: Vec<usize> = answers.iter().map(|answer| answer.tokens).collect();
     let verdicts = generation::judge(panel, asked, row, (&texts, &tokens))?;
+    let unjudged = verdicts.iter().filter(|verdict| verdict.is_unjudged()).count();
     let mut kept: Vec<Taught> = Vec::new();
     for (sample, (answer, verdict)) in answers.iter().zip(verdicts).enumerate() {
         let right =
@@ -122,7 +137,7 @@ fn accepted(
             });
         }
     }
-    Ok(kept)
+    Ok(Kept { taught: kept, unjudged, skipped: false })
 }
 
 /// What a server said of its answer's probability. A model in this process can be asked again at any time, so its rows

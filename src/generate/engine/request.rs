@@ -125,6 +125,11 @@ impl Request {
         self.extras.adaptation.as_deref()
     }
 
+    /// Whether a model with `limit` positions has one left for an answer.
+    pub fn leaves_room(&self, limit: usize) -> bool {
+        self.prompt.tokens.len() < limit
+    }
+
     /// Refuses what no model with `limit` positions and `vocab_size` tokens can answer.
     ///
     /// # Errors
@@ -132,7 +137,7 @@ impl Request {
     pub fn check(&self, limit: usize, vocab_size: usize) -> Result<()> {
         self.sampling.check()?;
         let len = self.prompt.tokens.len();
-        if len == 0 || len >= limit {
+        if len == 0 || !self.leaves_room(limit) {
             return Err(Error::usage(format!(
                 "{len} tokens, expected 1 to {} so that the model's {limit} positions hold an answer",
                 limit - 1

@@ -15,6 +15,7 @@ fn candidate(index: usize, text: &str, score: f64, passed: Option<bool>) -> Cand
         passed,
         origin: format!("r1/{index}"),
         why: IndexMap::new(),
+        streams: None,
     }
 }
 
@@ -33,6 +34,7 @@ fn group(parts: &[(&str, f64, Option<bool>)]) -> Candidates {
         answer: "4".to_owned(),
         tools: None,
         candidates: candidates.collect(),
+        unanswered: false,
     }
 }
 

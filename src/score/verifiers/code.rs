@@ -4,10 +4,13 @@
 //! status, does not pass: after the tests a word must be printed that it has not seen. One that was written against
 //! this very harness could still cheat.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde_json::Value;
 
 use super::{Rule, after_thoughts, column, judged, pattern};
@@ -104,7 +107,27 @@ impl Rule for Code {
     }
 
     fn verify_all(&self, question: &Question<'_>, texts: &[&str]) -> Result<Vec<Score>> {
-        texts.par_iter().map(|text| self.verify(question, text)).collect()
+        side_by_side(texts, |text| self.verify(question, text))
+    }
+
+    fn runs_programs(&self) -> bool {
+        true
+    }
+}
+
+/// Does `work` for all texts in threads that may wait: those of the global pool compute, and while they waited for programs
+/// the model that writes the next answers would stand still.
+fn side_by_side(texts: &[&str], work: impl Fn(&str) -> Result<Score> + Sync) -> Result<Vec<Score>> {
+    // One for each program that may run at once. Where the system refuses threads, programs run one after the other.
+    static WAITING: OnceLock<Option<ThreadPool>> = OnceLock::new();
+    let pool = WAITING.get_or_init(|| {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let named = ThreadPoolBuilder::new().thread_name(|at| format!("programs-{at}"));
+        named.num_threads(cores).build().ok()
+    });
+    match pool {
+        Some(pool) => pool.install(|| texts.par_iter().map(|text| work(text)).collect()),
+        None => texts.iter().map(|text| work(text)).collect(),
     }
 }
 
@@ -123,7 +146,8 @@ fn secret() -> String {
 fn verdict(execution: &Execution, passed: &str, errors: &str) -> Score {
     let written = execution.stdout.text();
     let own = written.strip_suffix(passed);
-    let streams = Some(Streams::of(own.unwrap_or(&written), errors));
+    // A thread that goes on behind the tests may write after the word, which is another one in every run.
+    let streams = Some(Streams::of(&written.replace(passed, ""), errors));
     Score { streams, ..judgement(execution, own.is_some(), errors) }
 }
 
@@ -224,4 +248,21 @@ fn code_of(text: &str) -> String {
     let python =
         blocks.iter().rfind(|(tag, _)| ["python", "python3", "py"].contains(&tag.as_str()));
     python.or(blocks.last()).map_or(text, |(_, code)| code).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_waited_for_in_threads_that_compute_nothing() {
+        let name = |text: &str| {
+            let thread = thread::current().name().unwrap_or_default().to_owned();
+            Ok(judged(true, format!("{text} {thread}")))
+        };
+        for (at, score) in side_by_side(&["0", "1", "2"], name).unwrap().iter().enumerate() {
+            assert!(score.why.starts_with(&format!("{at} programs-")), "{}", score.why);
+        }
+        assert!(side_by_side(&["0"], |_| Err(Error::run("no tests"))).is_err());
+    }
 }

@@ -119,6 +119,11 @@ trait Rule: Send + Sync {
     fn verify_all(&self, question: &Question<'_>, texts: &[&str]) -> Result<Vec<Score>> {
         texts.iter().map(|text| self.verify(question, text)).collect()
     }
+
+    /// As of a [`Scorer`].
+    fn runs_programs(&self) -> bool {
+        false
+    }
 }
 
 /// One check with its settings.
@@ -178,10 +183,14 @@ impl Scorer for Verifier {
     fn is_light(&self) -> bool {
         true
     }
+
+    fn runs_programs(&self) -> bool {
+        self.rule.runs_programs()
+    }
 }
 
 fn judged(right: bool, why: impl Into<String>) -> Score {
-    Score { value: f64::from(u8::from(right)), why: why.into(), streams: None }
+    Score { value: f64::from(u8::from(right)), why: why.into(), ..Score::default() }
 }
 
 fn needed<'a>(question: &Question<'a>) -> Result<&'a str> {

@@ -1,7 +1,37 @@
 //! Finds the final answer in a text.
 
 use super::super::pattern;
+use super::compare::Answer;
 use super::latex::group;
+use super::remark;
+
+/// A number as it is written, with its sign, fraction or percent.
+pub(super) const NUMBER: &str = r"(?x:
+    (?: [-−+]\s?)? [$£€¥]? [-−]?
+    (?: \\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)
+      | (?: \d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+ | \d+ ) (?: \.\d+ )? | \.\d+ )
+    (?: [eE][-+]?\d+ | \s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*\{?[-−]?\d+\}? )?
+    (?: \s\d+/\d+ | \s*/\s*\d+(?:\.\d+)? | \\[dt]?frac\s*(?:\{\d+\}|\d)\s*(?:\{\d+\}|\d) )?
+    (?: \s*\\?% )?
+)";
+
+/// What a text may mean as its answer.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) text: String,
+    /// Whether, where it is not the right answer, what follows in the list may still be.
+    pub(super) is_tentative: bool,
+}
+
+impl Found {
+    pub(super) fn certain(text: &str) -> Self {
+        Self { text: text.to_owned(), is_tentative: false }
+    }
+
+    fn tentative(text: &str) -> Self {
+        Self { text: text.to_owned(), is_tentative: true }
+    }
+}
 
 /// The answer of a row: what stands behind `####` or in the last box, or else all of it.
 pub(super) fn of_reference(answer: &str) -> String {
@@ -12,24 +42,25 @@ pub(super) fn of_reference(answer: &str) -> String {
 }
 
 /// What a text may mean as its answer: the last box; else what follows the last `####`; else what follows the last "the
-/// answer is"; else the last formula or number. Of a sentence the whole comes first, for where it can be read.
-pub(super) fn of_text(text: &str) -> Vec<String> {
+/// answer is"; else the last formula or number. Of a sentence the whole comes first, for where it can be read; of one that says
+/// what the answer is, then the number that it begins with, where a remark follows.
+pub(super) fn of_text(text: &str) -> Vec<Found> {
     if let Some(boxed) = boxed(text) {
-        return vec![boxed];
+        return vec![Found::certain(&boxed)];
     }
     if let Some((_, last)) = text.rsplit_once("####") {
         let line = last.trim_start().lines().next().unwrap_or_default();
-        return vec![line.trim().to_owned()];
+        return vec![Found::certain(line.trim())];
     }
     if let Some(said) = said(text) {
-        return within(said);
+        return told(said);
     }
     let text = text.trim();
     // A short text is an answer as it stands, even one that holds no number.
     if text.lines().count() == 1 && text.chars().count() <= 200 && !text.contains(". ") {
         return within(text);
     }
-    last_formula(text).into_iter().collect()
+    last_formula(text).map(|formula| Found::certain(&formula)).into_iter().collect()
 }
 
 /// The content of the last `\boxed{…}` or `\fbox{…}`, braces within it matched; of `\boxed 5`, the word.
@@ -59,13 +90,36 @@ fn said(text: &str) -> Option<&str> {
     (!said.is_empty()).then_some(said)
 }
 
-/// The answers that one sentence may mean: the whole of it, or the formula or number that it ends in.
-fn within(sentence: &str) -> Vec<String> {
-    let plain =
-        sentence.trim().trim_matches('*').trim_end_matches(['.', '!', ',', ';', ':']).trim();
-    let mut found = vec![plain.to_owned()];
-    found.extend(last_formula(plain).filter(|formula| formula != plain));
+/// The answers that a sentence may mean which says what the answer is.
+fn told(sentence: &str) -> Vec<Found> {
+    let plain = bare(sentence);
+    let mut found = within(sentence);
+    let Some(leading) = remark::leading(plain) else { return found };
+    let is_read = Answer::read(plain).is_readable();
+    if leading.is_alone || is_read && leading.is_worded {
+        let tentative = [plain, leading.text.as_str()].map(Found::tentative);
+        return tentative.into_iter().chain([Found::certain(&leading.number)]).collect();
+    }
+    // What was said in two units, `2 hours, which is 120 minutes`, may mean either.
+    if !is_read {
+        let texts = [leading.text.as_str(), leading.number.as_str()];
+        found.splice(1..1, texts.map(Found::tentative));
+    }
     found
+}
+
+/// The answers that one sentence may mean: the whole of it, or the formula or number that it ends in.
+fn within(sentence: &str) -> Vec<Found> {
+    let plain = bare(sentence);
+    let mut found = vec![Found::certain(plain)];
+    let last = last_formula(plain).filter(|formula| formula != plain);
+    found.extend(last.map(|formula| Found::certain(&formula)));
+    found
+}
+
+/// Without the marks around it.
+fn bare(sentence: &str) -> &str {
+    sentence.trim().trim_matches('*').trim_end_matches(['.', '!', ',', ';', ':']).trim()
 }
 
 /// Whether a text has words that are no names of functions or units behind a number.
@@ -95,17 +149,9 @@ fn last_formula(text: &str) -> Option<String> {
     }
 }
 
-/// The last number as it is written, with its sign, fraction or percent, and where it begins.
+/// The last number and where it begins.
 fn last_number(text: &str) -> Option<(usize, String)> {
-    let number = pattern!(
-        r"(?x)
-        (?: [-−+]\s?)? [$£€¥]? [-−]?
-        (?: \\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)
-          | (?: \d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+ | \d+ ) (?: \.\d+ )? | \.\d+ )
-        (?: [eE][-+]?\d+ | \s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*\{?[-−]?\d+\}? )?
-        (?: \s\d+/\d+ | \s*/\s*\d+(?:\.\d+)? | \\[dt]?frac\s*(?:\{\d+\}|\d)\s*(?:\{\d+\}|\d) )?
-        (?: \s*\\?% )?"
-    )?;
+    let number = pattern!(NUMBER)?;
     let found = number.find_iter(text).last()?;
     let (mut start, mut written) = (found.start(), found.as_str());
     // A sign between two terms is no sign of the number: `7-5`, `10 - 5`.
@@ -161,7 +207,7 @@ mod tests {
             ("We get 3. Then $y=4$. So 5 of them.", "5"),
             ("It is 3. Then $\\frac{3}{4}$ follows.", "\\frac{3}{4}"),
         ] {
-            assert_eq!(of_text(text)[0], answer, "{text}");
+            assert_eq!(of_text(text)[0].text, answer, "{text}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `math`: the final number or expression of the answer has the value of the row's.
 //!
-//! Three steps, one file each: `extract` finds the final answer in the text, `latex` writes it plainly, `parse` makes an
+//! Three steps, one file each: `extract` finds the final answer in the text, and `remark` what may stand behind it; `latex` writes it plainly, `parse` makes an
 //! expression of it; `value` computes. Expressions are compared by their values at fixed points, not by algebra: two
 //! that agree at all of them are taken for equal.
 
@@ -8,12 +8,14 @@ mod compare;
 mod extract;
 mod latex;
 mod parse;
+mod remark;
 mod value;
 
 use super::{Part, Rule, after_thoughts, judged, needed};
 use crate::error::{Error, Result};
 use crate::score::{Question, Score, ScorerSpec};
 use compare::Answer;
+use extract::Found;
 
 /// The final answers have equal values.
 pub(super) struct Math(Part);
@@ -36,19 +38,19 @@ impl Rule for Math {
         let candidates = if self.0.is_all() {
             extract::of_text(text)
         } else {
-            self.0.of(text).map(str::to_owned).into_iter().collect()
+            self.0.of(text).map(Found::certain).into_iter().collect()
         };
-        for found in &candidates {
-            let answer = Answer::read(found);
+        for Found { text, is_tentative } in &candidates {
+            let answer = Answer::read(text);
             if answer.equals(&expected) {
-                return Ok(judged(true, found.trim()));
+                return Ok(judged(true, text.trim()));
             }
             // What can be read as a whole means that; its last number alone would be someone else's reading.
-            if answer.is_readable() {
-                return Ok(judged(false, found.trim()));
+            if answer.is_readable() && !is_tentative {
+                return Ok(judged(false, text.trim()));
             }
         }
-        Ok(judged(false, candidates.last().map_or("no answer", |found| found.trim())))
+        Ok(judged(false, candidates.last().map_or("no answer", |found| found.text.trim())))
     }
 }
 

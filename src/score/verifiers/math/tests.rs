@@ -149,6 +149,43 @@ fn the_answer_is_found_in_a_text() {
     check(spec, Some("1/2"), &[("7 <answer>0.5</answer> 8", true), ("0.5", false)]);
 }
 
+#[test]
+fn a_remark_behind_the_answer_is_not_the_answer() {
+    let spec = r#"{"verifier": "math"}"#;
+    let clips = "The answer is 72 clips (48 + 24).";
+    check(
+        spec,
+        Some("72"),
+        &[
+            (clips, true),
+            ("The answer is 72 (48 + 24).", true),
+            ("The answer is **72** clips (48 in April and 24 in May).", true),
+            ("Answer: 72 clips, because 48 + 24 = 72", true),
+            ("The answer is 72 clips; in May there were 24.", true),
+            ("The answer is 72, not 24.", true),
+            ("The answer is 72 clips, because 12 are lost and 84 - 12 = 72", true),
+            ("The answer is 72 clips, since 40 + 24 = 64.", true),
+            ("The answer is 72 (x + 1).", false),
+            ("The answer is 72; 24.", false),
+            ("The answer is not 24 but 72.", true),
+            ("The answer is 24 clips (72 / 3).", false),
+            ("The answer is 24, not 72.", false),
+            ("The answer is not 72 but 24.", false),
+            ("The answer is 72 more than 24, so 96.", false),
+            ("The answer is 64 clips, since 40 + 32 = 72.", false),
+        ],
+    );
+    check(spec, Some("24"), &[(clips, false), ("The answer is 2 dozen, which is 24.", true)]);
+    let daily = "The answer is 18 dollars per day, which is 9 * 2.";
+    check(spec, Some("18"), &[(daily, true)]);
+    check(spec, Some("2"), &[(daily, false)]);
+    // What is said in two units is right in both.
+    let minutes = "The answer is 150 minutes, which is 2.5 hours.";
+    check(spec, Some("150"), &[(minutes, true)]);
+    check(spec, Some("2.5"), &[(minutes, true)]);
+    check(spec, Some("2"), &[(minutes, false)]);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
     #[test]

@@ -1,0 +1,359 @@
+//! All judges of a stage as one: whom to wait for, and what their scores come to.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+use candle_core::Device;
+use indexmap::IndexMap;
+use serde_json::Value;
+
+use super::sandbox::Streams;
+use super::{LengthUnit, Question, Score, Scorer, ScorerSpec};
+use crate::error::{Context, Error, Result};
+use crate::generate::openai::Account;
+use crate::model::bases::Bases;
+use crate::report::record::{Events, Silent};
+
+/// Questions that are asked at once where a judge is a server.
+const ASKED_AT_ONCE: usize = 64;
+
+/// All judges of a stage.
+pub struct Panel<'a> {
+    judges: Vec<Seat<'a>>,
+    /// Held by a judge that computes: one alone has all the memory and all cores, whoever else waits for servers.
+    computing: Mutex<()>,
+}
+
+struct Seat<'a> {
+    label: String,
+    weight: f64,
+    length_penalty: f64,
+    length_unit: LengthUnit,
+    scorer: Box<dyn Scorer + 'a>,
+}
+
+/// What the judges say of one answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Verdict {
+    /// Every judge's score by its name, before any `length_penalty`. One that could not judge gives none.
+    pub scores: IndexMap<String, f64>,
+    /// What each score rests on, where the judge says so.
+    pub why: IndexMap<String, String>,
+    /// What the answer's program wrote, the first time that one was run.
+    pub streams: Option<Streams>,
+    /// The weighted sum of the scores less their length penalties.
+    pub score: f64,
+    /// Whether every verifier accepts it; `None` where no judge verifies. What some judge could not judge does not pass.
+    pub passed: Option<bool>,
+    /// What the judges that do not verify say together, weighted, less their length penalties; `None` where there are
+    /// none.
+    pub reward: Option<f64>,
+}
+
+impl Verdict {
+    /// Whether some judge could not judge the answer: that one says why, and gives no score.
+    pub fn is_unjudged(&self) -> bool {
+        self.why.keys().any(|judge| !self.scores.contains_key(judge))
+    }
+
+    /// What the scores rest on, as one text: each judge by its name where there are several.
+    pub fn explanation(&self) -> String {
+        match self.why.values().next() {
+            Some(why) if self.why.len() == 1 && self.scores.len() <= 1 => why.clone(),
+            _ => {
+                let parts = self.why.iter().map(|(label, why)| format!("{label}: {why}"));
+                parts.collect::<Vec<_>>().join("; ")
+            }
+        }
+    }
+}
+
+impl<'a> Panel<'a> {
+    /// Builds the judges of a recipe's `scorers`. Nobody hears what servers among them do, and nobody can interrupt them:
+    /// for tests and tools.
+    ///
+    /// # Errors
+    /// A judge that cannot be built, by its place in the list; two of one name.
+    pub fn new(specs: &[Value], device: &Device) -> Result<Self> {
+        Self::among(specs, device, &Bases::default(), &Silent)
+    }
+
+    /// The same, sharing the bases of adapters with the other models of `bases`; what there is to say of servers goes to
+    /// `events`, and whether the user asked to stop comes from there.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn among(
+        specs: &[Value],
+        device: &Device,
+        bases: &Bases,
+        events: &'a dyn Events,
+    ) -> Result<Self> {
+        let mut judges: Vec<Seat<'a>> = Vec::new();
+        for (index, spec) in specs.iter().enumerate() {
+            let place = || format!("scorers[{index}]");
+            let spec: ScorerSpec = serde_path_to_error::deserialize(spec)
+                .map_err(|error| Error::usage(error.inner()).at(place()))?;
+            let label = spec.label().to_owned();
+            if judges.iter().any(|judge| judge.label == label) {
+                return Err(Error::usage(format!("two scorers are called `{label}`"))
+                    .at(place())
+                    .hint("give one of them another `name`"));
+            }
+            let scorer = spec.build(device, bases, events).at(place())?;
+            judges.push(Seat {
+                label,
+                weight: spec.weight,
+                length_penalty: spec.length_penalty,
+                length_unit: spec.length_unit,
+                scorer,
+            });
+        }
+        Ok(Self { judges, computing: Mutex::new(()) })
+    }
+
+    /// Who judged and what it cost, of the judges that are servers, by their names.
+    pub fn served_by(&self) -> BTreeMap<String, Account> {
+        let served = |judge: &Seat<'_>| Some((judge.label.clone(), judge.scorer.served_by()?));
+        self.judges.iter().filter_map(served).collect()
+    }
+
+    /// Whether nobody judges.
+    pub fn is_empty(&self) -> bool {
+        self.judges.is_empty()
+    }
+
+    /// Whether a judge is a verifier, which may look at all columns of a row.
+    pub fn verifies(&self) -> bool {
+        self.judges.iter().any(|judge| judge.scorer.verifies())
+    }
+
+    /// Whether no judge takes much time or memory, so that many questions may be judged side by side.
+    pub fn is_light(&self) -> bool {
+        self.judges.iter().all(|judge| judge.scorer.is_light())
+    }
+
+    /// Whether a judge mostly waits, for somebody else or for programs, and other threads may ask all of them.
+    pub fn waits(&self) -> bool {
+        self.any(|scorer| scorer.waits() || scorer.runs_programs())
+            && !self.any(|scorer| scorer.on_gpu())
+    }
+
+    /// How many questions are worth asking at once where the panel [waits](Self::waits): one a core for programs, of which
+    /// no more run at once, so that a user who stops the work waits for few of them.
+    pub fn at_once(&self) -> usize {
+        if self.any(|scorer| scorer.waits()) {
+            return ASKED_AT_ONCE;
+        }
+        thread::available_parallelism().map_or(1, usize::from)
+    }
+
+    fn any(&self, is: fn(&dyn Scorer) -> bool) -> bool {
+        self.judges.iter().any(|judge| is(&*judge.scorer))
+    }
+
+    /// Every judge's word on every answer. `tokens` are the answers' lengths.
+    ///
+    /// # Errors
+    /// A judge's error, by its name.
+    pub fn judge(
+        &self,
+        question: &Question<'_>,
+        answers: &[&str],
+        tokens: &[usize],
+    ) -> Result<Vec<Verdict>> {
+        let mut verdicts = vec![Verdict::default(); answers.len()];
+        for judge in &self.judges {
+            let place = || format!("{}: scorer `{}`", question.place, judge.label);
+            let computes = !judge.scorer.waits() && !judge.scorer.is_light();
+            let alone =
+                computes.then(|| self.computing.lock().unwrap_or_else(PoisonError::into_inner));
+            let scores = judge.scorer.score(question, answers).at(place())?;
+            drop(alone);
+            for (index, (verdict, score)) in verdicts.iter_mut().zip(scores).enumerate() {
+                if !score.value.is_finite() {
+                    let value = score.value;
+                    return Err(Error::run(format!("a score of {value}"))
+                        .at(place())
+                        .hint("the reward model has diverged; lower its learning rate"));
+                }
+                let length = match judge.length_unit {
+                    LengthUnit::Tokens => tokens.get(index).copied().unwrap_or_default(),
+                    LengthUnit::Characters => answers[index].chars().count(),
+                };
+                judge.enter(verdict, score, length);
+            }
+        }
+        Ok(verdicts)
+    }
+}
+
+impl Seat<'_> {
+    /// Enters one score into the verdict on an answer of that length.
+    fn enter(&self, verdict: &mut Verdict, score: Score, length: usize) {
+        if score.unjudged {
+            // It adds nothing to the sums, and no number that nobody gave stands in the row.
+            verdict.passed = Some(false);
+            if !self.scorer.verifies() {
+                verdict.reward.get_or_insert(0.0);
+            }
+            verdict.why.insert(self.label.clone(), score.why);
+            return;
+        }
+        let weighted = self.weight * (score.value - self.length_penalty * length as f64);
+        verdict.score += weighted;
+        if self.scorer.verifies() {
+            verdict.passed = Some(verdict.passed.unwrap_or(true) && score.value >= 1.0);
+        } else {
+            verdict.reward = Some(verdict.reward.unwrap_or(0.0) + weighted);
+        }
+        verdict.scores.insert(self.label.clone(), score.value);
+        verdict.streams = verdict.streams.take().or(score.streams);
+        if !score.why.is_empty() {
+            verdict.why.insert(self.label.clone(), score.why);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn panel(specs: &[Value]) -> Result<Panel<'static>> {
+        Panel::new(specs, &Device::Cpu)
+    }
+
+    #[test]
+    fn scores_are_weighed_and_every_verifier_must_agree() {
+        let panel = panel(&[
+            json!({"verifier": "exact"}),
+            json!({"verifier": "length", "max": 3, "weight": 0.5}),
+        ])
+        .unwrap();
+        let question =
+            Question { place: "p:1", prompt: &[], tools: None, answer: Some("paris"), extra: None };
+        let verdicts = panel.judge(&question, &["Paris", "no", "Paris."], &[]).unwrap();
+        let brief: Vec<_> = verdicts.iter().map(|v| (v.score, v.passed)).collect();
+        assert_eq!(brief, [(1.0, Some(false)), (0.5, Some(false)), (1.0, Some(false))]);
+        assert_eq!(verdicts[0].scores.keys().collect::<Vec<_>>(), ["exact", "length"]);
+    }
+
+    #[test]
+    fn length_takes_off_the_weighted_score_and_never_decides_what_is_right() {
+        let panel = panel(&[
+            json!({"verifier": "exact", "length_penalty": 0.25, "weight": 2.0}),
+            json!({"verifier": "contains", "length_penalty": 0.01, "length_unit": "characters"}),
+        ])
+        .unwrap();
+        let question =
+            Question { place: "p:1", prompt: &[], tools: None, answer: Some("no"), extra: None };
+        let verdict = panel.judge(&question, &["no"], &[3]).unwrap().remove(0);
+        // 2 · (1 − 0.25 · 3) + (1 − 0.01 · 2).
+        assert!((verdict.score - 1.48).abs() < 1e-12, "{verdict:?}");
+        assert_eq!(
+            (verdict.passed, verdict.scores["exact"].to_bits()),
+            (Some(true), 1.0_f64.to_bits())
+        );
+        assert_eq!(verdict.why["exact"], "no");
+    }
+
+    #[test]
+    fn a_spec_that_cannot_judge_is_refused_with_its_place() {
+        for (spec, part) in [
+            (json!({}), "neither"),
+            (json!({"verifier": "exact", "reward_model": "x"}), "both"),
+            (json!({"verifier": "regex"}), "pattern"),
+            (json!({"verifier": "regex", "pattern": "("}), "("),
+            (json!({"verifier": "exakt"}), "exakt"),
+            (json!({"verifier": "exact", "wieght": 2}), "wieght"),
+            (json!({"verifier": "exact", "max": 2}), "no key `max`"),
+            (json!({"verifier": "code", "timeout_s": 0}), "timeout_s"),
+            (json!({"verifier": "length", "min": 5, "max": 4}), "min"),
+            (json!({"verifier": "exact", "step_aggregation": "last"}), "without a model"),
+            (json!({"reward_model": "x", "step_aggregation": "mean"}), "mean"),
+            (json!({"judge": "x", "verifier": "exact"}), "another one"),
+            (json!({"judge": {"base_url": "http://a", "modle": "m"}}), "modle"),
+            (json!({"judge": {"base_url": "http://a"}}), "`model` is missing"),
+            (json!({"judge": "x", "votes": 0}), "`votes` is 0"),
+            (json!({"judge": "x", "votes": u64::MAX}), "expected 1 to 1000"),
+            (json!({"judge": "x", "max_tokens": u64::MAX}), "expected 1 to 1048576"),
+            (json!({"judge": "x", "form": "rubrik"}), "rubrik"),
+            (json!({"verifier": "exact", "rubric": "x"}), "without `judge`"),
+            (json!({"verifier": "exact", "on_error": "fail"}), "no key `on_error`"),
+            (json!({"judge": "x", "on_error": "fial"}), "expected `error` or `fail`"),
+            (
+                json!({"judge": {"base_url": "http://a", "model": "m", "skip_refused": true}}),
+                "`skip_refused` of a judge",
+            ),
+        ] {
+            let error = panel(&[spec]).err().unwrap().to_string();
+            assert!(error.starts_with("scorers[0]: ") && error.contains(part), "{error}");
+        }
+        let twice = [json!({"verifier": "exact"}), json!({"verifier": "exact"})];
+        assert!(panel(&twice).err().unwrap().to_string().contains("two scorers"));
+    }
+
+    #[test]
+    fn programs_are_waited_for_and_nothing_else_that_verifies() {
+        let code = json!({"verifier": "code", "allow_unsandboxed": true});
+        let waits = |specs: &[Value]| {
+            let panel = panel(specs).unwrap();
+            (panel.waits(), panel.is_light(), panel.verifies())
+        };
+        assert_eq!(waits(&[json!({"verifier": "exact"}), code]), (true, true, true));
+        assert_eq!(waits(&[json!({"verifier": "exact"})]), (false, true, true));
+    }
+
+    /// Says that it can judge short answers alone.
+    struct Shortsighted(bool);
+
+    impl Scorer for Shortsighted {
+        fn score(&self, _: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
+            let score = |text: &&str| match text.len() {
+                ..4 => Score { value: 1.0, why: "short".to_owned(), ..Score::default() },
+                _ => Score::unjudged("too long"),
+            };
+            Ok(answers.iter().map(score).collect())
+        }
+
+        fn verifies(&self) -> bool {
+            self.0
+        }
+    }
+
+    #[test]
+    fn what_nobody_could_judge_does_not_pass_and_has_no_score_of_that_judge() {
+        for verifies in [false, true] {
+            let seat = Seat {
+                label: "judge".to_owned(),
+                weight: 2.0,
+                length_penalty: 0.5,
+                length_unit: LengthUnit::Characters,
+                scorer: Box::new(Shortsighted(verifies)),
+            };
+            let mut panel = panel(&[json!({"verifier": "contains", "values": ["o"]})]).unwrap();
+            panel.judges.push(seat);
+            let question =
+                Question { place: "p:1", prompt: &[], tools: None, answer: None, extra: None };
+            let verdicts = panel.judge(&question, &["no", "all or nothing"], &[]).unwrap();
+            let brief: Vec<_> = verdicts.iter().map(|v| (v.score, v.passed, v.reward)).collect();
+            // 1 + 2 · (1 − 0.5 · 2), and 1 alone.
+            let reward = (!verifies).then_some(0.0);
+            assert_eq!(brief, [(1.0, Some(true), reward), (1.0, Some(false), reward)]);
+            assert_eq!(verdicts[0].scores.len(), 2);
+            assert_eq!(verdicts[1].scores.keys().collect::<Vec<_>>(), ["contains"]);
+            assert_eq!(verdicts[1].why["judge"], "not judged: too long");
+        }
+    }
+
+    #[test]
+    fn a_row_without_an_answer_is_named() {
+        let panel = panel(&[json!({"verifier": "number"})]).unwrap();
+        let question =
+            Question { place: "p:7", prompt: &[], tools: None, answer: None, extra: None };
+        let error = panel.judge(&question, &["4"], &[]).unwrap_err().to_string();
+        assert!(error.starts_with("p:7: scorer `number`: "), "{error}");
+    }
+}
