@@ -164,6 +164,23 @@ pub fn backward_of_pairs(
     two_passes((hidden, weight), targets, |readings| pairs.slopes(&readings.logps), asked)
 }
 
+/// The slope of each of a tensor's values by losses of pairs, in their order and without a graph. On a GPU nobody waits.
+///
+/// # Shapes
+/// - `values` and the slopes: `N` in all, f32
+pub fn slopes_of_pairs(values: &Tensor, pairs: &Pairs) -> Result<Tensor> {
+    if pairs.sequences.len() != values.elem_count() || values.dtype() != DType::F32 {
+        let (count, shape) = (pairs.sequences.len(), values.shape());
+        candle_core::bail!("pairs of {count} values, not of {shape:?} in {:?}", values.dtype());
+    }
+    #[cfg(feature = "cuda")]
+    if values.device().is_cuda() {
+        return super::cuda::launch::pairs::of_values(&values.contiguous()?, pairs);
+    }
+    let slopes = pairs.slopes(&values.detach().flatten_all()?.to_vec1()?);
+    Tensor::from_vec(slopes, values.shape(), values.device())
+}
+
 /// What makes the slopes of a pass's targets of what it read, on any thread, without calling the device.
 pub type Weigh = Box<dyn FnOnce(&Readings) -> Vec<f32> + Send>;
 

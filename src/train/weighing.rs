@@ -88,6 +88,12 @@ pub(super) fn head_step(
     let (weight, targets) = (model.head(), forest.targets.as_slice());
     if objective.readout() == Readout::Scores {
         let scores = model.scores_of(hidden, &forest.ends)?;
+        let pairs = if options.gpu { objective.pairs(forest, totals)? } else { None };
+        if let Some(pairs) = pairs {
+            let d_scores = head::slopes_of_pairs(&scores, &pairs)?;
+            let d_hidden = model.scores_backward(hidden, &forest.ends, &d_scores, grads)?;
+            return Ok((Measured { readings: scores.into(), asked: None }, d_hidden));
+        }
         let (weigh, asked) = weigher(objective, forest, totals)?;
         let of_scores =
             |scores: &[f32]| weigh(&Readings { logps: scores.to_vec(), rows: Vec::new() });

@@ -7,6 +7,7 @@ use crate::data::forest::{End, Forest};
 use crate::error::{Error, Result};
 use crate::loss::ranking::{Ranking, plackett_luce};
 use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
+use crate::ops::head::{MarginLoss, PairTerm, Pairs};
 
 /// The objective over ranked responses, which are a tree's ends: best first, or in the order of the ranks that their
 /// labels give (see [`Lesson::Ranked`](crate::data::lessons::Lesson)).
@@ -60,7 +61,7 @@ impl Reward {
     ///
     /// # Errors
     /// Equal ranks where a list must have one order.
-    fn pairs<'a>(&self, forest: &'a Forest, ranks: &[Vec<usize>]) -> Result<Vec<Pair<'a>>> {
+    fn compared<'a>(&self, forest: &'a Forest, ranks: &[Vec<usize>]) -> Result<Vec<Pair<'a>>> {
         let mut pairs = Vec::new();
         for (ends, &row) in ranks.iter().zip(&forest.sources) {
             let given: Option<Vec<f64>> = ends.iter().map(|&end| rank(&forest.ends[end])).collect();
@@ -129,9 +130,52 @@ impl Objective for Reward {
 
     fn counts(&self, forest: &Forest) -> Vec<f64> {
         // Where a list is refused, it is when it is weighed.
-        let pairs = self.pairs(forest, &ranks(forest)).map_or(0, |pairs| pairs.len()) as f64;
+        let pairs = self.compared(forest, &ranks(forest)).map_or(0, |pairs| pairs.len()) as f64;
         let lists = forest.trees() as f64;
         vec![if self.ranking == Ranking::PlackettLuce { lists } else { pairs }, pairs]
+    }
+
+    /// Nothing where a pair's loss is no function of its margin, or where [`weigh`](Objective::weigh) has something to refuse.
+    /// A score is a sequence of one target here, and what its level says is its reference.
+    fn pairs(&self, forest: &Forest, totals: &StepTotals) -> Result<Option<Pairs>> {
+        let ranks = ranks(forest);
+        if self.ranking == Ranking::PlackettLuce
+            || self.center_coefficient > 0.0
+            || ranks.iter().any(|ends| ends.len() < 2)
+        {
+            return Ok(None);
+        }
+        let level = |end: &End| end.label.get(1).copied().flatten();
+        let levels: Option<Vec<f64>> = forest.ends.iter().map(level).collect();
+        let (references, count) = match levels {
+            Some(levels) if self.use_margin => (levels, forest.ends.len()),
+            None if self.use_margin => return Ok(None),
+            _ => (vec![0.0; forest.ends.len()], forest.ends.len()),
+        };
+        let compared = self.compared(forest, &ranks)?;
+        let mut starts = vec![0; forest.trees() + 1];
+        compared.iter().for_each(|pair| starts[pair.ends.0.tree + 1] += 1);
+        for tree in 0..forest.trees() {
+            starts[tree + 1] += starts[tree];
+        }
+        let term = PairTerm {
+            loss: MarginLoss::Sigmoid(0.0),
+            beta: 1.0,
+            offset: 0.0,
+            referenced: self.use_margin,
+            by_length: false,
+            scale: 1.0 / totals.counts[0],
+        };
+        Ok(Some(Pairs {
+            sequences: (0..count as u32).collect(),
+            weights: vec![1.0; count],
+            addends: vec![0.0; count],
+            references,
+            lengths: vec![1.0; count],
+            pairs: compared.iter().map(|pair| [pair.better as u32, pair.worse as u32]).collect(),
+            starts,
+            terms: vec![term],
+        }))
     }
 
     fn of_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
@@ -145,7 +189,7 @@ impl Objective for Reward {
             return Err(Error::run("expected two or more ranked responses")
                 .at(format!("row {}", forest.sources[tree])));
         }
-        let pairs = self.pairs(forest, &ranks)?;
+        let pairs = self.compared(forest, &ranks)?;
         let mut d_values = vec![0.0_f64; scores.len()];
         let main = self.main((&ranks, &pairs), scores, totals.counts[0], &mut d_values)?;
         let (mut center, mut right, mut best, mut worst) = (0.0, 0.0, 0.0, 0.0);
@@ -177,7 +221,7 @@ impl Objective for Reward {
         let responses = forest.ends.iter().enumerate();
         let responses = responses
             .map(|(at, end)| Observation::Score { score: score(at), length: end.length as f64 });
-        let pairs = self.pairs(forest, &ranks(forest)).unwrap_or_default();
+        let pairs = self.compared(forest, &ranks(forest)).unwrap_or_default();
         let pairs = pairs.into_iter().map(|pair| {
             let gap = score(pair.better) - score(pair.worse);
             Observation::Pair { gap, margin: pair.margin() }
@@ -219,6 +263,37 @@ mod tests {
         let labels = vec![label(2.0, 1.0), label(0.0, 3.0), label(1.0, 1.0)];
         let chain = Tree::chain(vec![1], vec![response(), response(), response()], 0);
         Forest::pack(&[chain.labelled(labels)]).unwrap()
+    }
+
+    /// What a GPU computes without the host is what the host says.
+    #[test]
+    fn slopes_by_margins_are_those_of_the_loss() {
+        let scores = [0.5_f32, -1.0, 0.25, 2.0, 1.5, -0.75];
+        for (forest, use_margin) in
+            [(shuffled(), false), (shuffled(), true), (forest(&[2, 4]), false)]
+        {
+            for ranking in [Ranking::AllPairs, Ranking::Adjacent] {
+                let reward = Reward { use_margin, ranking, ..Reward::default() };
+                let (totals, scores) = (totals(reward, &forest), &scores[..forest.ends.len()]);
+                let pairs = Objective::pairs(&reward, &forest, &totals).unwrap().unwrap();
+                let reading = Reading { values: scores, rows: &[] };
+                let expected = reward.weigh(&forest, reading, &totals).unwrap().d_values;
+                for (found, expected) in pairs.slopes(scores).iter().zip(&expected) {
+                    assert!((found - expected).abs() <= 1e-7, "{found} {expected}");
+                }
+            }
+        }
+        // The host is asked where it has more to say.
+        let none = |reward: Reward, forest: &Forest| {
+            let totals = StepTotals { counts: vec![1.0, 1.0], statistics: Vec::new() };
+            Objective::pairs(&reward, forest, &totals).unwrap().is_none()
+        };
+        let plain = Reward::default();
+        assert!(none(Reward { center_coefficient: 0.1, ..plain }, &forest(&[2])));
+        assert!(none(Reward { ranking: Ranking::PlackettLuce, ..plain }, &forest(&[2])));
+        assert!(
+            none(Reward { use_margin: true, ..plain }, &forest(&[2])) && none(plain, &forest(&[1]))
+        );
     }
 
     #[test]

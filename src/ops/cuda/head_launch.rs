@@ -191,7 +191,7 @@ fn by_chunks<E: Number>(
         }
         Some((Origin::Pairs(pairs, placed), d_weight)) => {
             let pairs = Uploaded::new(device, pairs, &placed)?;
-            head.two_passes(inputs, d_weight, |readings| pairs.slopes(&readings.logps))?;
+            head.two_passes(inputs, d_weight, |readings| pairs.slopes(&readings.logps.slice(..)))?;
         }
         Some((Origin::Asked(weigh), d_weight)) => {
             let weigh = |readings: &OnDevice| readings.slopes(device, rows.clone(), weigh);

@@ -10,7 +10,7 @@ pub(crate) mod host;
 pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod optimizer;
-pub(in crate::ops::cuda) mod pairs;
+pub(in crate::ops) mod pairs;
 pub(crate) mod rope;
 pub(crate) mod sample;
 pub(crate) mod swiglu;

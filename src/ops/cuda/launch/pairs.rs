@@ -1,15 +1,30 @@
 //! Slopes of losses of pairs by `head.cu`: from the log-probabilities of a head's first pass to what its second is given.
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, PushKernelArg};
-use candle_core::{CudaDevice, Result};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, PushKernelArg};
+use candle_core::{CudaDevice, Result, Tensor};
 
-use super::{BLOCK, NULL, grid};
+use super::{BLOCK, NULL, cuda, grid, tensor, view};
 use crate::ops::cuda::ptx::kernel;
 use crate::ops::head::{PairTerm, Pairs, Placed};
 
 /// Threads of a warp, which sums a sequence.
 const WARP: usize = 32;
+
+/// The slope of each of a tensor's values, which lie without gaps.
+///
+/// # Shapes
+/// `[N] -> [N]`, or any others of as many elements
+pub(in crate::ops) fn of_values(values: &Tensor, pairs: &Pairs) -> Result<Tensor> {
+    if values.elem_count() == 0 {
+        return Ok(values.detach());
+    }
+    let device = values.device().as_cuda_device()?;
+    let (storage, layout) = values.storage_and_layout();
+    let read = view::<f32>(cuda(&storage)?, layout)?;
+    let slopes = Uploaded::new(device, pairs, &Placed::in_order(pairs))?.slopes(&read)?;
+    Ok(tensor(device, slopes, values.shape()))
+}
 
 /// Losses of pairs, uploaded.
 pub(in crate::ops::cuda) struct Uploaded<'a> {
@@ -62,7 +77,7 @@ impl<'a> Uploaded<'a> {
     ///
     /// # Shapes
     /// `[N] -> [N]`
-    pub(in crate::ops::cuda) fn slopes(&self, logps: &CudaSlice<f32>) -> Result<CudaSlice<f32>> {
+    pub(in crate::ops::cuda) fn slopes(&self, logps: &CudaView<'_, f32>) -> Result<CudaSlice<f32>> {
         let sums = self.sums(logps)?;
         let mut d_sums = self.device.alloc_zeros::<f64>(self.sequences)?;
         for term in self.terms {
@@ -81,7 +96,7 @@ impl<'a> Uploaded<'a> {
         Ok(d_logps)
     }
 
-    fn sums(&self, logps: &CudaSlice<f32>) -> Result<CudaSlice<f64>> {
+    fn sums(&self, logps: &CudaView<'_, f32>) -> Result<CudaSlice<f64>> {
         // SAFETY: the kernel writes it whole.
         let mut sums = unsafe { self.device.alloc::<f64>(self.sequences) }?;
         let function = kernel(self.device, "head", "sequence_sums")?;
