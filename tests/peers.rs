@@ -535,7 +535,7 @@ fn adapters_give_peft_the_same_logits_as_our_merged_model() {
     }
     let summed = ["lora", "other"].map(|name| dir.path().join(name).display().to_string());
     for (name, rank) in [("cat", None), ("svd", Some(5))] {
-        average::write_sum(&dir.path().join(name), &summed, &[0.75, 0.25], rank).unwrap();
+        average::write_sum(&dir.path().join(name), &summed, (&[0.75, 0.25], rank), None).unwrap();
     }
     for name in ["lora", "dora", "pissa", "pattern", "cat", "svd"] {
         let adapter = dir.path().join(name);

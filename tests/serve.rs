@@ -328,7 +328,7 @@ fn a_stop_token_ends_an_answer_and_is_no_part_of_it() {
             said.as_str().unwrap_or_default().to_owned()
         };
         assert_eq!(choices().map(piece).collect::<String>(), text, "{path}");
-        assert_eq!(choices().last().unwrap()["finish_reason"], "stop");
+        assert_eq!(choices().next_back().unwrap()["finish_reason"], "stop");
     }
 }
 
@@ -363,7 +363,7 @@ fn answers_have_the_form_that_was_asked_for_and_characters_are_never_cut() {
         .map(|text| {
             let ids = server.ask("/tokenize", &json!({"prompt": text}))["tokens"].clone();
             assert_eq!(ids.as_array().unwrap().len(), 1);
-            (ids[0].to_string(), json!(if *text == "}" { 50 } else { 100 }))
+            (ids[0].to_string(), json!(if *text == "\"" { 100 } else { 50 }))
         })
         .collect();
     let format = json!({"type": "json_object"});

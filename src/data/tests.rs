@@ -390,6 +390,8 @@ proptest! {
     fn the_mask_is_the_assistants_words(
         texts in proptest::collection::vec("[ \\na-c<|>é🙂]{0,6}(<\\|im_end\\|>)?[ a]{0,2}", 1..5)
     ) {
+        // Where nothing is said, nothing is to be learned: such rows are refused.
+        prop_assume!(texts.iter().any(|text| !text.trim().is_empty()));
         let tokenizer = tokenizer("chatml");
         let mut messages = Vec::new();
         for text in &texts {
@@ -441,7 +443,6 @@ fn nothing_is_learned_from_an_answer_that_says_nothing() {
     for (value, expected) in [
         (json!({"prompt": "q", "completion": ""}), "`completion` is empty"),
         (json!({"prompt": "q", "completion": " \n"}), "`completion` is empty"),
-        (json!({"prompt": "q", "chosen": "", "rejected": "no"}), "response 0 is empty"),
         (talk("", " "), "every turn of the assistant is empty"),
     ] {
         let error = sft_trees(&[row(value)], &tokenizer, &options).unwrap_err().to_string();

@@ -112,22 +112,31 @@ pub fn write(
 }
 
 /// Writes the weighted sum of what adapters stand for as the new adapter directory `dir`, with the first one's tokenizer,
-/// see [`lora::sum`]. Adapters are small: they are read whole.
+/// see [`lora::sum`], in `dtype`, or in the first one's type. Adapters are small: they are read whole.
 ///
 /// # Errors
 /// A name that is no adapter; all of [`lora::sum`]; I/O errors.
-pub fn write_sum(dir: &Path, names: &[String], weights: &[f64], rank: Option<usize>) -> Result<()> {
+pub fn write_sum(
+    dir: &Path,
+    names: &[String],
+    (weights, rank): (&[f64], Option<usize>),
+    dtype: Option<DType>,
+) -> Result<()> {
     let mut adapters = Vec::new();
     for name in names {
         let adapter = lora::load::directory(name)?.ok_or_else(|| not_an_adapter(name))?;
         adapters.push((name.as_str(), peft::read(&adapter, &Device::Cpu)?));
     }
     let sum = lora::sum(&adapters, weights, rank)?;
+    let first = OnDisk::open(&names[0])?;
+    let dtype = dtype.unwrap_or_else(|| first.dtype());
     let building = AtomicDir::create(dir)?;
     let (config, base) = (sum.config.clone(), sum.base.clone());
-    peft::write(building.path(), &config, &sum.into_trained(), base.as_ref())?;
-    if let Kind::Adapter(files) = &OnDisk::open(&names[0])?.kind {
-        write_beside_adapter(building.path(), files, DType::F32)?;
+    let trained = sum.into_trained().into_iter();
+    let trained = trained.map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?)));
+    peft::write(building.path(), &config, &trained.collect::<Result<_>>()?, base.as_ref())?;
+    if let Kind::Adapter(files) = &first.kind {
+        write_beside_adapter(building.path(), files, dtype)?;
     }
     store::move_into_place(building.path(), dir)
 }

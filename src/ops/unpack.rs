@@ -56,7 +56,7 @@ pub struct OnGpu {
 }
 
 impl OnGpu {
-    /// Sends the parts of a matrix `[O, I]` to a GPU, if they are not there; nothing where `device` is none.
+    /// Sends the parts of a matrix `[O, I]` to a GPU, if they are on none yet; nothing where `device` is none.
     ///
     /// # Errors
     /// The device's.

@@ -156,16 +156,15 @@ impl Kind {
     /// of the older version is then not reused.
     pub fn version(self) -> u32 {
         match self {
-            // 2: products with an order of summation of their own.
-            Self::Sft => 2,
-            // 3: `math` reads an answer with a remark behind it.
-            Self::Synth => 3,
+            // 3: rows that weigh nothing are left out, answers that say nothing refused; `math` reads an answer with a remark behind it.
+            Self::Sft | Self::Synth => 3,
             // 4: the same, and rows have what programs wrote.
             Self::Sample | Self::Eval => 4,
             // 3: sampled rows say what scores rest on, and the best of an earlier round is one that may win; responses
             // without text are not selected, and are bad rows.
             Self::Reward | Self::Select | Self::Dpo => 3,
-            Self::Average => 1,
+            // 2: without a method adapters are joined by what they stand for.
+            Self::Average => 2,
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::data::forest::{Forest, micro_batches};
 use crate::data::lessons::Lesson;
 use crate::data::prepare::{PairOptions, Rule, Truncation};
 use crate::data::record::{Message, Record, Row, Side};
+use crate::data::template;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::data::tree::Tree;
 use crate::error::{Context, Error, Result};
@@ -251,6 +252,8 @@ impl RewardModel {
                 let values = self.score_trees(&trees)?.into_iter().flatten();
                 Ok(values.map(|value| Score { value, ..Score::default() }).collect())
             }
+            // Of the prompt's messages no answer is to blame.
+            (Err(error), _) if template::is_refusal(&error) => Err(error),
             (Err(error), OnError::Error) => Err(self.unreadable(question, &error).because(error)),
             (Err(error), OnError::Fail) => match answers {
                 [_] => Ok(vec![Score::unjudged(self.unreadable(question, &error))]),

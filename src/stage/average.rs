@@ -137,7 +137,8 @@ fn join(spec: &plan::Average, (dir, names): (&Path, &[String]), weights: &[f64])
         _ => None,
     };
     store::remove(dir)?;
-    average::write_sum(dir, names, weights, rank)
+    let dtype = spec.save_dtype.map(crate::model::Precision::dtype);
+    average::write_sum(dir, names, (weights, rank), dtype)
 }
 
 /// Writes the average of models, or of adapters' factors.
@@ -466,6 +467,13 @@ mod tests {
         assert_eq!(rank("cat"), 7);
         let (_, unwritten) = run("mean", of(AverageMethod::default(), [&a, &b])).unwrap();
         assert_saved(&[&a, &b], &[0.75, 0.25], &unwritten);
+        let short = Average {
+            save_dtype: Some(crate::model::Precision::Bf16),
+            ..of(AverageMethod::default(), [&a, &b])
+        };
+        run("short", short).unwrap();
+        let saved = OnDisk::open(&home.path().join("short/checkpoint").display().to_string());
+        assert_eq!(saved.unwrap().dtype(), candle_core::DType::BF16);
         // At the sum of the ranks nothing is lost; at the first one's rank something is.
         let whole = Average { svd_rank: 7, ..of(AverageMethod::Svd, [&a, &b]) };
         let (_, saved) = run("whole", whole).unwrap();

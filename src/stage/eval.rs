@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::generation::{self, Pace, mean};
+use super::generation::{self, Pace, lowest, mean};
 use super::{Metrics, StageContext};
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::{Answer, Finish};
@@ -14,10 +14,10 @@ use crate::model::bases::{Bases, Form, Model};
 use crate::model::{Precision, Transformer};
 use crate::recipe::plan;
 use crate::report::candidates as page;
-use crate::score::Panel;
 use crate::score::candidates::{Candidate, Candidates};
 use crate::score::curve::{Curve, Drawn};
 use crate::score::statistics::Estimate;
+use crate::score::{Panel, Verdict};
 
 /// One prompt's answers and measures.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,8 +25,8 @@ pub struct Measured {
     /// The prompt with its judged answers.
     #[serde(flatten)]
     pub row: Candidates,
-    /// The reward model's score of each answer; empty where there is none.
-    pub rewards: Vec<f64>,
+    /// The reward model's score of each answer, nothing for one that could not be judged; empty where there is none.
+    pub rewards: Vec<Option<f64>>,
     /// Σ log p(policy) − log p(reference) over all tokens of all answers; 0 where there is no reference.
     pub kl_sum: f64,
 }
@@ -59,7 +59,9 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
         generation::answer_and_judge(asks, &panel, &judge, &mut |place, (judged, answers)| {
             pace.add(answers.len(), answers.iter().map(|answer| answer.tokens).sum());
             let (row, verdicts) = judged;
-            let rewards = verdicts.iter().filter_map(|verdict| verdict.reward).collect();
+            let judged =
+                |one: &Verdict| one.reward.map(|reward| (!one.is_unjudged()).then_some(reward));
+            let rewards = verdicts.iter().filter_map(judged).collect();
             let kl_sum = reference.as_ref().map_or(Ok(0.0), |reference| {
                 kl((&policy, rescored.as_ref()), reference, &asked[place], &answers)
             })?;
@@ -144,7 +146,7 @@ fn measures(measured: &[Measured], has_reference: bool, verified: bool) -> Metri
         ("cut_off", mean(all().map(|candidate| as_number(candidate.finish == Finish::Length)))),
         ("accuracy", accuracy),
         ("unjudged", (unjudged > 0).then_some(unjudged as f64)),
-        ("reward", mean(measured.iter().flat_map(|one| one.rewards.iter().copied()))),
+        ("reward", mean(measured.iter().flat_map(|one| one.rewards.iter().copied().flatten()))),
         ("kl", has_reference.then(|| kl_sum / tokens.max(1.0))),
     ];
     if let Some(accuracy) = accuracy {
@@ -162,10 +164,12 @@ fn as_number(yes: bool) -> f64 {
 /// Best of k by the reward model, or by the weighted score where nothing but verifiers judges.
 fn curve(measured: &[Measured], verified: bool) -> Option<Curve> {
     let rewarded = measured.iter().all(|one| one.rewards.len() == one.row.candidates.len());
+    // Nobody chooses what could not be judged.
+    let lowest = lowest(measured.iter().flat_map(|one| one.rewards.iter().copied().flatten()));
     let drawn = |one: &Measured| {
         let candidates = one.row.candidates.iter().enumerate();
         let drawn = candidates.map(|(at, candidate)| Drawn {
-            score: if rewarded { one.rewards[at] } else { candidate.score },
+            score: if rewarded { one.rewards[at].unwrap_or(lowest) } else { candidate.score },
             passed: candidate.passed.filter(|_| verified),
         });
         drawn.collect::<Vec<_>>()
@@ -205,6 +209,42 @@ mod tests {
     use crate::stage::merge::tests::adapter;
 
     const BASE: &str = "data/tiny/student";
+
+    /// Rewards may be negative all: an answer without one is not the best of them.
+    #[test]
+    fn what_could_not_be_judged_has_no_reward_and_is_never_chosen() {
+        let candidate = |at: usize, reward: Option<f64>| Candidate {
+            text: at.to_string(),
+            tokens: 1,
+            finish: Finish::Stop,
+            logprob_sum: -1.0,
+            scores: reward.map(|reward| ("reward".to_owned(), reward)).into_iter().collect(),
+            score: reward.unwrap_or(0.0),
+            passed: reward.is_none().then_some(false),
+            origin: String::new(),
+            why: [("reward".to_owned(), "too long".to_owned())]
+                .into_iter()
+                .take(usize::from(reward.is_none()))
+                .collect(),
+            streams: None,
+        };
+        let rewards = vec![Some(-1.0), None, Some(-3.0)];
+        let row = Candidates {
+            prompt: Vec::new(),
+            answer: String::new(),
+            tools: None,
+            candidates: rewards.iter().enumerate().map(|(at, one)| candidate(at, *one)).collect(),
+            unanswered: false,
+        };
+        let measured = [Measured { row, rewards, kl_sum: 0.0 }];
+        let metrics = measures(&measured, false, false);
+        assert!(
+            (metrics["reward"] + 2.0).abs() < 1e-12 && (metrics["unjudged"] - 1.0).abs() < 1e-12
+        );
+        let curve = curve(&measured, false).unwrap();
+        let best = curve.points.last().unwrap();
+        assert!(best.k == 3 && (best.score.mean + 1.0).abs() < 1e-12, "{best:?}");
+    }
 
     /// Read as [`run`] reads them, and `sample` its policies and judges.
     #[test]

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError, mpsc};
+use std::sync::mpsc::{self, TrySendError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -182,8 +183,8 @@ pub fn once_each<T: Serialize + DeserializeOwned>(
     Ok(entries.into_iter().map(|entry| entry.result).collect())
 }
 
-/// Answered prompts that may wait for a judge before the answering waits too.
-const UNJUDGED: usize = 64;
+/// How often somebody who waits for a judge to be free looks at what was judged.
+const TICK: Duration = Duration::from_millis(20);
 /// Prompts that are named where they are skipped.
 const NAMED: usize = 20;
 
@@ -203,33 +204,52 @@ pub fn answer_and_judge<T: Send>(
         let asks = (teacher, asked, sampling);
         return answers(asks, &mut |place, answers| keep(place, judge(place, &answers)?));
     }
-    let (work, waiting) = mpsc::sync_channel::<(usize, Vec<Answer>)>(UNJUDGED);
-    let (waiting, ending) = (Mutex::new(waiting), AtomicBool::new(false));
+    // What waits here is drawn again after a kill: no more of it than keeps those who judge busy.
+    let (work, waiting) = mpsc::sync_channel::<(usize, Vec<Answer>)>(panel.at_once());
+    // It ends with the last of those who take from it.
+    let (waiting, ending) = (Arc::new(Mutex::new(waiting)), AtomicBool::new(false));
     thread::scope(|scope| {
         let (judged, results) = mpsc::channel();
         for _ in 0..panel.at_once().min(asked.len()) {
-            let (judged, waiting, ending) = (judged.clone(), &waiting, &ending);
+            let (judged, waiting, ending) = (judged.clone(), Arc::clone(&waiting), &ending);
             scope.spawn(move || {
                 loop {
                     let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok((place, answers)) = next else { return };
                     if !ending.load(Ordering::Relaxed) {
+                        let result = judge(place, &answers);
+                        if result.as_ref().is_err_and(|error| error.kind() == Kind::Interrupted) {
+                            ending.store(true, Ordering::Relaxed);
+                        }
                         // Nobody listens any more after an error.
-                        let _ = judged.send((place, judge(place, &answers)));
+                        let _ = judged.send((place, result));
                     }
                 }
             });
         }
         // The results end with the last thread.
-        drop(judged);
+        drop((judged, waiting));
         let mut settle = |(place, result): (usize, Result<T>)| {
             let done = result.and_then(|result| keep(place, result));
             ending.fetch_or(done.is_err(), Ordering::Relaxed);
             done
         };
         let mut kept = answers((teacher, asked, sampling), &mut |place, answers| {
-            results.try_iter().try_for_each(&mut settle)?;
-            work.send((place, answers)).map_err(|_| Error::run("the judges have ended"))
+            let mut next = (place, answers);
+            loop {
+                // What is judged is kept at once, also while those who judge have all that they can do.
+                results.try_iter().try_for_each(&mut settle)?;
+                match work.try_send(next) {
+                    Ok(()) => return Ok(()),
+                    Err(TrySendError::Disconnected(_)) => {
+                        return Err(Error::run("the judges have ended"));
+                    }
+                    Err(TrySendError::Full(back)) => next = back,
+                }
+                if let Ok(one) = results.recv_timeout(TICK) {
+                    settle(one)?;
+                }
+            }
         });
         if kept.as_ref().is_err_and(|error| error.kind() == Kind::Interrupted) {
             ending.store(true, Ordering::Relaxed);
@@ -464,6 +484,11 @@ pub fn enter(metrics: &mut Metrics, name: &str, estimate: Option<Estimate>) {
     metrics.insert(name.to_owned(), mean);
     metrics.insert(format!("{name}_low"), low);
     metrics.insert(format!("{name}_high"), high);
+}
+
+/// The lowest of some numbers; 0 of none.
+pub fn lowest(values: impl IntoIterator<Item = f64>) -> f64 {
+    values.into_iter().reduce(f64::min).unwrap_or(0.0)
 }
 
 /// The mean of some numbers; `None` of none.

@@ -251,10 +251,18 @@ fn earlier_best(files: &[String]) -> Result<BTreeMap<String, Vec<Candidate>>> {
 
 /// What the policies drew, without what came from elsewhere and prompts that were skipped.
 fn choices(sampled: &[Candidates], drawn: &[usize], verified: bool) -> Vec<Vec<Drawn>> {
+    let judged = |one: &&Candidate| !one.is_unjudged();
+    // Nobody chooses what could not be judged.
+    let lowest = generation::lowest(
+        sampled.iter().flat_map(|row| row.candidates.iter().filter(judged).map(|one| one.score)),
+    );
     let of_row = |(row, drawn): (&Candidates, &usize)| {
         let drawn = row.candidates.iter().take(*drawn);
         drawn
-            .map(|one| Drawn { score: one.score, passed: one.passed.filter(|_| verified) })
+            .map(|one| Drawn {
+                score: if one.is_unjudged() { one.score.min(lowest) } else { one.score },
+                passed: one.passed.filter(|_| verified),
+            })
             .collect()
     };
     sampled.iter().zip(drawn).filter(|(_, drawn)| **drawn > 0).map(of_row).collect()
@@ -276,7 +284,7 @@ fn measures(sampled: &[Candidates], drawn: &[usize], verified: bool) -> Metrics 
     [
         ("prompts", Some(sampled.len() as f64)),
         ("candidates", Some(all().count() as f64)),
-        ("score", mean(all().map(|candidate| candidate.score))),
+        ("score", mean(all().filter(|one| !one.is_unjudged()).map(|one| one.score))),
         ("best_score", mean(best)),
         ("accuracy", mean(passed.map(|passed| f64::from(u8::from(passed))))),
         ("mean_length", mean(all().map(|candidate| candidate.tokens as f64))),

@@ -53,7 +53,6 @@ pub(super) struct Run<'r, 'a> {
     in_flight: usize,
     capacity: usize,
     answered: usize,
-    refused: usize,
     failed: Option<Error>,
     /// Nothing new is to be sent.
     stopping: Arc<AtomicBool>,
@@ -90,7 +89,6 @@ impl<'r, 'a> Run<'r, 'a> {
             in_flight: 0,
             capacity: spec.max_concurrency.saturating_mul(spec.base_url.len()),
             answered: 0,
-            refused: 0,
             failed: None,
             stopping: Arc::default(),
             deaf: false,
@@ -110,10 +108,6 @@ impl<'r, 'a> Run<'r, 'a> {
             if let Some(outcome) = self.receive()? {
                 self.settle(outcome, done)?;
             }
-        }
-        if self.refused > 0 {
-            let text = format!("{} prompts were refused by the server and skipped", self.refused);
-            self.server.note(&text);
         }
         self.failed.map_or(Ok(()), Err)
     }
@@ -275,7 +269,6 @@ impl<'r, 'a> Run<'r, 'a> {
         }
         let Some(open) = self.open.remove(&job.place) else { return };
         let answers = if open.refused {
-            self.refused += 1;
             Vec::new()
         } else {
             self.answered += 1;

@@ -27,7 +27,7 @@ use regex::Regex;
 
 use super::packed::Quantization;
 use super::params;
-use super::{Config, Tensors, Weights};
+use super::{Architecture, Config, Tensors, Weights};
 use crate::error::{Error, Result, did_you_mean};
 
 /// Adapters by the names of their modules.
@@ -187,7 +187,8 @@ impl Lora {
             ));
             let last = |module: &str| module.rsplit('.').next().unwrap_or(module).to_owned();
             let known: BTreeSet<String> = modules().map(last).collect();
-            return Err(error.hint(if params::HEAD.starts_with(saved) {
+            let is_head = saved == "lm_head" && config.architecture == Architecture::CausalLm;
+            return Err(error.hint(if is_head {
                 "its head is the embedding: name embed_tokens".to_owned()
             } else {
                 match did_you_mean(saved, known.iter().map(String::as_str)) {

@@ -231,7 +231,7 @@ impl Packed {
     /// Sends the blocks to where the matrix will be multiplied, if that is a GPU.
     ///
     /// # Errors
-    /// The device's; another GPU than before.
+    /// The device's.
     pub fn place(&self, device: &Device) -> Result<()> {
         Ok(self.on_gpu.place((self.shape(), self.parts()), device)?)
     }

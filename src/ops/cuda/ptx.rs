@@ -88,11 +88,11 @@ impl Deref for CudaFunc {
 /// # Errors
 /// A GPU that is too old; a driver that is; no PTX in the program and no run-time compiler; no such entry.
 pub(super) fn kernel(device: &CudaDevice, module: &str, function: &str) -> Result<CudaFunc> {
+    type Found = BTreeMap<(usize, String), (CudaFunction, Arc<[Parameter]>)>;
+    static FOUND: Mutex<Found> = Mutex::new(BTreeMap::new());
     let stream = device.cuda_stream();
     // An address says whose a function is: whoever is kept here keeps its context.
     let key = (Arc::as_ptr(stream.context()) as usize, function.to_owned());
-    static FOUND: Mutex<BTreeMap<(usize, String), (CudaFunction, Arc<[Parameter]>)>> =
-        Mutex::new(BTreeMap::new());
     let mut known = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((function, parameters)) = known.get(&key).cloned() {
         return Ok(CudaFunc { function, stream, name: key.1, parameters });

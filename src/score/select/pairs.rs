@@ -11,6 +11,10 @@ pub(super) fn choose<'a>(
     rules: &Rules,
     rng: &mut ChaCha8Rng,
 ) -> Vec<(&'a Candidate, &'a Candidate)> {
+    // That nobody could judge an answer does not make it the worse one.
+    let judged: Vec<&Candidate> =
+        ranked.iter().copied().filter(|candidate| !candidate.is_unjudged()).collect();
+    let ranked = judged.as_slice();
     let far_enough = |&(better, worse): &(&Candidate, &Candidate)| {
         let margin = better.score - worse.score;
         margin > 0.0 && margin >= rules.min_margin

@@ -61,6 +61,30 @@ fn best_and_worst_become_a_pair_with_scores_and_origins() {
     assert_eq!(chosen.sft[0].candidate_scores, [0.5, 0.9, 0.1]);
 }
 
+/// Its score is what the judge left, 0, and says nothing of it.
+#[test]
+fn an_answer_that_nobody_could_judge_is_no_pairs_worse_side() {
+    let mut row = group(&[("b", 0.5, None), ("a", 0.9, None), ("c", 0.0, Some(false))]);
+    row.candidates[2].scores.clear();
+    row.candidates[2].why.insert("judge".to_owned(), "too long".to_owned());
+    let strategies = [
+        PairStrategy::BestWorst,
+        PairStrategy::BestSecond,
+        PairStrategy::BestRandom,
+        PairStrategy::MaxMinMargin,
+        PairStrategy::AllAboveMargin,
+    ];
+    for pairs in strategies {
+        let chosen = select(&row, &Rules { pairs, ..Rules::default() });
+        let all: Vec<_> = chosen
+            .pairs
+            .iter()
+            .map(|pair| serde_json::to_value(pair).unwrap()["rejected"][0]["content"].clone())
+            .collect();
+        assert_eq!(all, ["b"], "{pairs:?}");
+    }
+}
+
 #[test]
 fn groups_that_teach_nothing_give_no_pair() {
     let rules = Rules { min_margin: 0.3, ..Rules::default() };

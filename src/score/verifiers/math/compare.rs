@@ -246,6 +246,13 @@ fn is_formula(word: &str) -> bool {
     known.contains(&word) || Function::named(word).is_some() || LETTERS.contains(&word)
 }
 
+/// Whether a word behind a number is a factor or a function, and no unit.
+pub(super) fn multiplies(word: &str) -> bool {
+    ["pi", "root", "inf"].contains(&word)
+        || Function::named(word).is_some()
+        || LETTERS.contains(&word)
+}
+
 fn without_words_before(tokens: &[Token]) -> &[Token] {
     let mut tokens = tokens;
     loop {

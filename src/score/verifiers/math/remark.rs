@@ -4,7 +4,7 @@
 //! read as before.
 
 use super::super::pattern;
-use super::compare::Answer;
+use super::compare::{Answer, multiplies};
 use super::extract::NUMBER;
 
 /// Most words of a unit: `dollars per day`, `square feet of carpet`.
@@ -96,7 +96,10 @@ pub(super) fn leading(sentence: &str) -> Option<Leading> {
         let lower = unit[1].to_lowercase();
         // `2 of 3` and `2y` are no numbers with a unit; `2 cups of flour` is one.
         let is_factor = rest.starts_with(&unit[1]) && lower.len() == 1;
-        if NO_UNITS.contains(&lower.as_str()) || at == 0 && (is_factor || lower == "of") {
+        if NO_UNITS.contains(&lower.as_str())
+            || multiplies(&lower)
+            || at == 0 && (is_factor || lower == "of")
+        {
             return None;
         }
         text = format!("{text} {}", &unit[1]);
@@ -155,6 +158,11 @@ mod tests {
             "5 more than 7 (12)",
             "2 dozen, which is 24",
             "2 of 3 (0.67)",
+            "2 sqrt(2)",
+            "2sqrt(2)",
+            "3 sin(3)",
+            "5 ln(5)",
+            "2 pi, which is about 6.28",
             "3 hours and 20 minutes (200 minutes)",
             "2/3 + 1 (5/3)",
             "(1, 2)",
