@@ -244,7 +244,7 @@ mod adamw {
         let param = Param::new(&random(1, PARAMETERS)).unwrap();
         let params = std::collections::BTreeMap::from([("w".to_owned(), param)]);
         let mut grads = Gradients::new(&Device::Cpu);
-        grads.add("w", random(2, PARAMETERS)).unwrap();
+        grads.add("w", &random(2, PARAMETERS)).unwrap();
         let hyper =
             Hyper { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, decayed: is_decayed };
         let mut adamw = AdamW::new(hyper);

@@ -52,7 +52,7 @@ impl<'a> Backward<'a> {
                 })??;
                 if weight.is_variable() {
                     let d_norm = Tensor::from_vec(d_norm, weight.shape(), model.device())?;
-                    grads.add(FINAL_NORM, d_norm)?;
+                    grads.add(FINAL_NORM, &d_norm)?;
                 }
                 Under::Cpu { inputs, kept, d_x }
             }
@@ -141,7 +141,7 @@ fn vector_jacobian(
         let grad = store
             .remove(tensor)
             .ok_or_else(|| Error::run("got no gradient: its path to the loss is cut").at(name))?;
-        grads.add(name, grad)?;
+        grads.add(name, &grad)?;
     }
     store.remove(input).ok_or_else(|| Error::run("a block's input got no gradient"))
 }

@@ -162,7 +162,7 @@ impl Block {
         residual::add(&mut past, &d_x);
         if weight.is_variable() {
             let d_weight = Tensor::from_vec(d_weight, weight.shape(), weight.device())?;
-            grads.add(&format!("{}{name}.weight", self.prefix), d_weight)?;
+            grads.add(&format!("{}{name}.weight", self.prefix), &d_weight)?;
         }
         Ok(past)
     }

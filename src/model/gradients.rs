@@ -30,9 +30,9 @@ impl Gradients {
     ///
     /// # Errors
     /// Another shape than before, the device's.
-    pub fn add(&mut self, name: &str, grad: Tensor) -> Result<()> {
+    pub fn add(&mut self, name: &str, grad: &Tensor) -> Result<()> {
         if let Some(sum) = self.sums.get(name) {
-            return Ok(residual::accumulate(sum, &grad)?);
+            return Ok(residual::accumulate(sum, grad)?);
         }
         let grad = grad.to_dtype(DType::F32)?.contiguous()?.detach();
         self.sums.insert(name.to_owned(), grad);

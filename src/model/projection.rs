@@ -108,6 +108,6 @@ impl Projection {
         for d_y in d_y.chunks_exact(sum.len()) {
             cpu::simd::axpy(&mut sum, 1.0, E::widen(d_y, &mut scratch));
         }
-        grads.add(&self.bias_name(), Tensor::from_vec(sum, bias.shape(), bias.device())?)
+        grads.add(&self.bias_name(), &Tensor::from_vec(sum, bias.shape(), bias.device())?)
     }
 }

@@ -178,10 +178,10 @@ impl Transformer {
         grads: &mut Gradients,
     ) -> Result<Tensor> {
         if self.head.is_variable() {
-            grads.add(SCORE, heads::d_weight(hidden, ends, d_scores)?)?;
+            grads.add(SCORE, &heads::d_weight(hidden, ends, d_scores)?)?;
         }
         if self.head_bias.as_ref().is_some_and(Tensor::is_variable) {
-            grads.add(SCORE_BIAS, d_scores.sum(0)?)?;
+            grads.add(SCORE_BIAS, &d_scores.sum(0)?)?;
         }
         heads::d_hidden(hidden, &self.head, ends, d_scores)
     }

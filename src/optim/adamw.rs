@@ -442,7 +442,7 @@ mod tests {
 
     fn grads(index: u64) -> Gradients {
         let mut grads = Gradients::new(&candle_core::Device::Cpu);
-        grads.add("w.weight", random(index, (3, 5))).unwrap();
+        grads.add("w.weight", &random(index, (3, 5))).unwrap();
         grads
     }
 
@@ -516,7 +516,7 @@ mod tests {
     fn step(adamw: &mut AdamW, params: &BTreeMap<String, Param>, seed: u64) {
         let mut grads = Gradients::new(&Device::Cpu);
         for (index, (name, count)) in SIZES.iter().enumerate() {
-            grads.add(name, random(10 * seed + index as u64, *count)).unwrap();
+            grads.add(name, &random(10 * seed + index as u64, *count)).unwrap();
         }
         adamw.step(params, &grads, 0.01, 0.5).unwrap();
     }

@@ -156,13 +156,12 @@ impl Kind {
     /// of the older version is then not reused.
     pub fn version(self) -> u32 {
         match self {
-            // 3: rows that weigh nothing are left out, answers that say nothing refused; `math` reads an answer with a remark behind it.
-            Self::Sft | Self::Synth => 3,
-            // 4: the same, and rows have what programs wrote.
+            // 3: of `sft` rows that weigh nothing are left out and answers that say nothing refused; of `synth` `math` reads
+            // an answer with a remark behind it; of the others sampled rows say what scores rest on, the best of an earlier
+            // round is one that may win, and responses without text are not selected, and are bad rows.
+            Self::Sft | Self::Synth | Self::Reward | Self::Select | Self::Dpo => 3,
+            // 4: as `synth`, and rows have what programs wrote.
             Self::Sample | Self::Eval => 4,
-            // 3: sampled rows say what scores rest on, and the best of an earlier round is one that may win; responses
-            // without text are not selected, and are bad rows.
-            Self::Reward | Self::Select | Self::Dpo => 3,
             // 2: without a method adapters are joined by what they stand for.
             Self::Average => 2,
         }

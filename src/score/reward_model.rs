@@ -255,13 +255,13 @@ impl RewardModel {
             // Of the prompt's messages no answer is to blame.
             (Err(error), _) if template::is_refusal(&error) => Err(error),
             (Err(error), OnError::Error) => Err(self.unreadable(question, &error).because(error)),
-            (Err(error), OnError::Fail) => match answers {
-                [_] => Ok(vec![Score::unjudged(self.unreadable(question, &error))]),
-                _ => {
-                    let each = answers.iter().map(|answer| self.judged(question, &[*answer]));
-                    Ok(each.collect::<Result<Vec<_>>>()?.concat())
-                }
-            },
+            (Err(error), OnError::Fail) if answers.len() == 1 => {
+                Ok(vec![Score::unjudged(self.unreadable(question, &error))])
+            }
+            (Err(_), OnError::Fail) => {
+                let each = answers.iter().map(|answer| self.judged(question, &[*answer]));
+                Ok(each.collect::<Result<Vec<_>>>()?.concat())
+            }
         }
     }
 

@@ -467,13 +467,6 @@ mod tests {
         assert_eq!(rank("cat"), 7);
         let (_, unwritten) = run("mean", of(AverageMethod::default(), [&a, &b])).unwrap();
         assert_saved(&[&a, &b], &[0.75, 0.25], &unwritten);
-        let short = Average {
-            save_dtype: Some(crate::model::Precision::Bf16),
-            ..of(AverageMethod::default(), [&a, &b])
-        };
-        run("short", short).unwrap();
-        let saved = OnDisk::open(&home.path().join("short/checkpoint").display().to_string());
-        assert_eq!(saved.unwrap().dtype(), candle_core::DType::BF16);
         // At the sum of the ranks nothing is lost; at the first one's rank something is.
         let whole = Average { svd_rank: 7, ..of(AverageMethod::Svd, [&a, &b]) };
         let (_, saved) = run("whole", whole).unwrap();
@@ -505,6 +498,22 @@ mod tests {
         let models = [TEACHER.to_owned(), TEACHER.to_owned()];
         refused(of(AverageMethod::Cat, [&models[0], &models[1]]), "these are whole models");
         refused(of(AverageMethod::Linear, [&a, &b]), "in the first adapter");
+    }
+
+    #[test]
+    fn a_mean_of_adapters_has_the_type_that_is_asked_for() {
+        let home = tempfile::tempdir().unwrap();
+        let lora = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
+        let models = [1, 2].map(|seed| {
+            let dir = home.path().join(seed.to_string());
+            adapter(&dir, ("data/tiny/student", &lora), seed, Ok);
+            dir.display().to_string()
+        });
+        let dtype = Some(crate::model::Precision::Bf16);
+        let spec = Average { models: models.to_vec(), save_dtype: dtype, ..Average::default() };
+        average(&home.path().join("mean"), &spec).unwrap();
+        let saved = OnDisk::open(&home.path().join("mean/checkpoint").display().to_string());
+        assert_eq!(saved.unwrap().dtype(), candle_core::DType::BF16);
     }
 
     /// Their heads are averaged with them, and what the outputs are called stays with them.

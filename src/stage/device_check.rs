@@ -303,7 +303,8 @@ fn of_the_optimizer(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
         let norms = Tensor::from_vec(norms, 2, &Device::Cpu)?;
         let mut grads = Gradients::new(device);
         let hole = Tensor::new(&[f32::INFINITY, 1.0, f32::NAN], device)?;
-        grads.add("w.weight", Tensor::cat(&[&numbers(19, 2000)?.to_device(device)?, &hole], 0)?)?;
+        grads
+            .add("w.weight", &Tensor::cat(&[&numbers(19, 2000)?.to_device(device)?, &hole], 0)?)?;
         let place = grads.first_not_finite()?.map_or(f32::NAN, |(_, place)| place as f32);
         let place = Tensor::new(&[place], &Device::Cpu)?;
         Ok([home(&param.master)?, home(param.computed())?, norms, place])
@@ -332,7 +333,7 @@ fn two_steps(device: &Device, dtype: DType, adamw: &mut AdamW) -> crate::Result<
     let mut norms = Vec::new();
     for step in 0..2 {
         let mut grads = Gradients::new(device);
-        grads.add(PARAMETER, numbers(17 + step, (67, 33))?.to_device(device)?)?;
+        grads.add(PARAMETER, &numbers(17 + step, (67, 33))?.to_device(device)?)?;
         norms.push(grads.norm()? as f32);
         adamw.step(&params, &grads, 0.01, 0.5)?;
     }

@@ -124,7 +124,7 @@ fn of_the_optimizer(device: &Device, sizes: &Sizes) -> Result<Rate> {
     let copy = if sizes.dtype == DType::F32 { 0.0 } else { 2.0 };
     let params = BTreeMap::from([("w.weight".to_owned(), param)]);
     let mut grads = Gradients::new(device);
-    grads.add("w.weight", zeros).map_err(candle_core::Error::wrap)?;
+    grads.add("w.weight", &zeros).map_err(candle_core::Error::wrap)?;
     let hyper =
         Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decayed: is_decayed };
     let mut adamw = AdamW::new(hyper);

@@ -54,7 +54,7 @@ fn stages(home: &Path, skip_refused: bool) -> [(&'static str, Spec); 3] {
     };
     let datasets = prompts(home);
     let stop = vec!["\u{fffd}".to_owned()];
-    let sampling = Sampling { skip_refused, stop, ..sampling(4) };
+    let sampling = Sampling { stop, skip_refused, ..sampling(4) };
     let scorers = vec![json!({"verifier": "length", "max": 20})];
     let sample = plan::Sample {
         model_name_or_path: model.clone(),

@@ -114,7 +114,7 @@ pub(super) fn head_step(
         head::backward_by(hidden, weight, targets, Box::new(weigh), wanted)?
     };
     if let Some(d_weight) = out.d_weight {
-        grads.add(model.head_name(), d_weight)?;
+        grads.add(model.head_name(), &d_weight)?;
     }
     Ok((Measured { readings: out.readings, asked }, out.d_hidden))
 }

@@ -154,7 +154,9 @@ impl Objective for Reward {
         };
         let compared = self.compared(forest, &ranks)?;
         let mut starts = vec![0; forest.trees() + 1];
-        compared.iter().for_each(|pair| starts[pair.ends.0.tree + 1] += 1);
+        for pair in &compared {
+            starts[pair.ends.0.tree + 1] += 1;
+        }
         for tree in 0..forest.trees() {
             starts[tree + 1] += starts[tree];
         }
@@ -273,7 +275,7 @@ mod tests {
             [(shuffled(), false), (shuffled(), true), (forest(&[2, 4]), false)]
         {
             for ranking in [Ranking::AllPairs, Ranking::Adjacent] {
-                let reward = Reward { use_margin, ranking, ..Reward::default() };
+                let reward = Reward { ranking, use_margin, ..Reward::default() };
                 let (totals, scores) = (totals(reward, &forest), &scores[..forest.ends.len()]);
                 let pairs = Objective::pairs(&reward, &forest, &totals).unwrap().unwrap();
                 let reading = Reading { values: scores, rows: &[] };

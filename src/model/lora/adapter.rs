@@ -247,7 +247,7 @@ impl Adapter {
         });
         let shape = norms.len();
         let d_magnitude = Tensor::from_vec(d_magnitude, shape, self.a.device())?;
-        grads.add(&self.name(MAGNITUDE), d_magnitude)?;
+        grads.add(&self.name(MAGNITUDE), &d_magnitude)?;
         Ok(Some(d_product))
     }
 

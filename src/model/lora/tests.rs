@@ -134,7 +134,7 @@ fn ways_to_begin_that_leave_the_base_alone_are_read_and_others_refused() {
     let home = tempfile::tempdir().unwrap();
     let read = |value: &str| {
         let config = format!(r#"{{"peft_type": "LORA", "r": 8, "init_lora_weights": {value}}}"#);
-        std::fs::write(home.path().join(peft::CONFIG), config).unwrap();
+        crate::store::write_atomic(&home.path().join(peft::CONFIG), config.as_bytes()).unwrap();
         peft::AdapterConfig::read(home.path())
     };
     for value in ["true", "false", "null", "\"gaussian\"", "\"eva\"", "\"orthogonal\""] {
