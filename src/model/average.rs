@@ -132,9 +132,7 @@ pub fn write_sum(
     let dtype = dtype.unwrap_or_else(|| first.dtype());
     let building = AtomicDir::create(dir)?;
     let (config, base) = (sum.config.clone(), sum.base.clone());
-    let trained = sum.into_trained().into_iter();
-    let trained = trained.map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?)));
-    peft::write(building.path(), &config, &trained.collect::<Result<_>>()?, base.as_ref())?;
+    peft::write_in(dtype, building.path(), &config, (&sum.into_trained(), base.as_ref()))?;
     if let Kind::Adapter(files) = &first.kind {
         write_beside_adapter(building.path(), files, dtype)?;
     }

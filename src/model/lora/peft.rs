@@ -343,15 +343,26 @@ pub fn write<'a>(
     trained: &Weights,
     base: impl Into<Option<&'a BaseRecord>>,
 ) -> Result<()> {
+    write_in(DType::F32, dir, config, (trained, base.into()))
+}
+
+/// The same with tensors of another type.
+///
+/// # Errors
+/// As [`write`].
+pub(in crate::model) fn write_in(
+    dtype: DType,
+    dir: &Path,
+    config: &AdapterConfig,
+    (trained, base): (&Weights, Option<&BaseRecord>),
+) -> Result<()> {
     let named: BTreeMap<String, &Tensor> =
         trained.iter().map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor)).collect();
     let tensors = named.iter().map(|(name, tensor)| (name.as_str(), *tensor)).collect();
     let path = dir.join(WEIGHTS);
-    let texts = base.into().map_or_else(Vec::new, BaseRecord::texts);
-    store::write_atomic_with(&path, |out| {
-        tensor_file::write_with(out, &tensors, DType::F32, &texts)
-    })
-    .at(path.display())?;
+    let texts = base.map_or_else(Vec::new, BaseRecord::texts);
+    store::write_atomic_with(&path, |out| tensor_file::write_with(out, &tensors, dtype, &texts))
+        .at(path.display())?;
     store::write_json(&dir.join(CONFIG), config)
 }
 
