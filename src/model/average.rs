@@ -319,12 +319,7 @@ fn check_adapters(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
         return Err(Error::run("trained beside another base than the first adapter")
             .hint("adapters of one base can be averaged"));
     }
-    if [first, other].iter().any(|one| one.base.as_ref().is_some_and(|base| base.taken > 0)) {
-        return Err(Error::usage(
-            "PiSSA beside packed weights leaves each adapter a base of its own",
-        )
-        .hint("`arriero merge` them and average the models"));
-    }
+    BaseRecord::check_whole([&first.base, &other.base])?;
     for key in ADAPTER_KEYS {
         let (one, two) = (adapter_value(&first.config, key), adapter_value(&other.config, key));
         if one != two {

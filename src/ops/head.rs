@@ -20,6 +20,7 @@ use crate::data::forest::Target;
 use chunks::on_cpu;
 #[cfg(any(feature = "cuda", all(test, unix)))]
 pub(super) use pairs::Placed;
+pub(crate) use pairs::starts;
 pub use pairs::{MarginLoss, PairTerm, Pairs};
 pub use pending::Pending;
 use plain::plain;

@@ -1,5 +1,6 @@
 //! The linear layer: `y = x · Wᵀ (+ b)`.
 
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
 use super::cpu::{
@@ -47,6 +48,18 @@ fn elsewhere(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         return super::cuda::launch::linear::on_cuda(x, weight);
     }
     plain(x, weight)
+}
+
+/// `x · Wᵀ` of what lies on one device, as Candle multiplies there.
+pub(in crate::ops) fn product<S: BackendStorage>(
+    (x, layout): (&S, &Layout),
+    (weight, of_weight): (&S, &Layout),
+) -> Result<(S, Shape)> {
+    let (rows, inner) = layout.shape().dims2()?;
+    let turned = of_weight.transpose(0, 1)?;
+    let outer = turned.dims()[1];
+    let y = x.matmul(weight, (1, rows, outer, inner), layout, &turned)?;
+    Ok((y, (rows, outer).into()))
 }
 
 /// The plain form.

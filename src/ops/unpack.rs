@@ -8,6 +8,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Storage, Tensor};
 
 use super::cpu::blocks::Bits;
+use super::linear::product;
 
 /// A matrix `[O, I]` that becomes dense where it is asked to.
 pub trait Unpack: Debug + Send + Sync {
@@ -121,19 +122,6 @@ struct Linear {
     weight: Arc<dyn Unpack>,
 }
 
-impl Linear {
-    /// `x · Wᵀ` with a dense matrix.
-    fn product<S: BackendStorage>((x, layout): (&S, &Layout), weight: (&S, &Layout)) -> Result<S> {
-        let (rows, inner) = layout.shape().dims2()?;
-        let turned = weight.1.transpose(0, 1)?;
-        x.matmul(weight.0, (1, rows, turned.dims()[1], inner), layout, &turned)
-    }
-
-    fn shape(&self, layout: &Layout) -> Result<Shape> {
-        Ok((layout.shape().dims2()?.0, self.weight.shape().0).into())
-    }
-}
-
 impl CustomOp1 for Linear {
     fn name(&self) -> &'static str {
         "linear-packed"
@@ -142,10 +130,7 @@ impl CustomOp1 for Linear {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let weight = self.weight.tensor(&Device::Cpu, x.dtype())?;
         match &*weight.storage_and_layout().0 {
-            Storage::Cpu(dense) => {
-                let y = Self::product((x, layout), (dense, weight.layout()))?;
-                Ok((y, self.shape(layout)?))
-            }
+            Storage::Cpu(dense) => product((x, layout), (dense, weight.layout())),
             _ => candle_core::bail!("a matrix for the CPU was unpacked elsewhere"),
         }
     }
@@ -159,10 +144,7 @@ impl CustomOp1 for Linear {
         let device = Device::Cuda(x.device().clone());
         let weight = self.weight.tensor(&device, x.dtype())?;
         match &*weight.storage_and_layout().0 {
-            Storage::Cuda(dense) => {
-                let y = Self::product((x, layout), (dense, weight.layout()))?;
-                Ok((y, self.shape(layout)?))
-            }
+            Storage::Cuda(dense) => product((x, layout), (dense, weight.layout())),
             _ => candle_core::bail!("a matrix for a GPU was unpacked elsewhere"),
         }
     }

@@ -4,6 +4,7 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::is_unjudged;
 use super::sandbox::Streams;
 use crate::data::record::Message;
 use crate::generate::engine::Finish;
@@ -64,7 +65,7 @@ impl Candidate {
 
     /// Whether some judge could not judge it: that one says why, and gives no score.
     pub fn is_unjudged(&self) -> bool {
-        self.why.keys().any(|judge| !self.scores.contains_key(judge))
+        is_unjudged(&self.scores, &self.why)
     }
 }
 

@@ -402,7 +402,7 @@ fn first_object(text: &str) -> Option<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::generate::engine::{Answer, Finish};
+    use crate::generate::engine::Answer;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -422,16 +422,7 @@ mod tests {
             for (place, asked) in asked.iter().enumerate() {
                 let answers = (0..sampling.num_samples).map(|_| {
                     let call = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
-                    Answer {
-                        top_logprobs: Vec::new(),
-                        text: (self.says)(&asked.messages[1].text(), call),
-                        ids: Vec::new(),
-                        logprobs: Vec::new(),
-                        sample_logprobs: Vec::new(),
-                        tokens: 1,
-                        finish: Finish::Stop,
-                        fields: serde_json::Map::new(),
-                    }
+                    Answer::said(&(self.says)(&asked.messages[1].text(), call))
                 });
                 done(place, answers.collect())?;
             }

@@ -6,7 +6,7 @@ use super::judge::Judge;
 use super::{Question, Score, Scorer, ScorerSpec};
 use crate::data::record::Message;
 use crate::error::Result;
-use crate::generate::engine::{Answer, Finish};
+use crate::generate::engine::Answer;
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::{Asked, Teacher};
 
@@ -29,17 +29,7 @@ impl Teacher for Fussy {
             }
             let verdict = json!({"score": 7, "winner": "A"}).to_string();
             let text = if text.contains("odd") { "Who knows?".to_owned() } else { verdict };
-            let answer = Answer {
-                text,
-                ids: Vec::new(),
-                logprobs: Vec::new(),
-                sample_logprobs: Vec::new(),
-                top_logprobs: Vec::new(),
-                tokens: 1,
-                finish: Finish::Stop,
-                fields: serde_json::Map::new(),
-            };
-            done(place, vec![answer])?;
+            done(place, vec![Answer::said(&text)])?;
         }
         Ok(())
     }

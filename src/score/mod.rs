@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use candle_core::Device;
+use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -360,6 +361,11 @@ pub struct Score {
     /// Whether nobody could judge it, and `why` says the reason. It does not pass then.
     #[serde(default)]
     pub unjudged: bool,
+}
+
+/// Whether some judge says why and gives no score: it could not judge.
+fn is_unjudged(scores: &IndexMap<String, f64>, why: &IndexMap<String, String>) -> bool {
+    why.keys().any(|judge| !scores.contains_key(judge))
 }
 
 impl Score {

@@ -9,7 +9,7 @@ use indexmap::IndexMap;
 use serde_json::Value;
 
 use super::sandbox::Streams;
-use super::{LengthUnit, Question, Score, Scorer, ScorerSpec};
+use super::{LengthUnit, Question, Score, Scorer, ScorerSpec, is_unjudged};
 use crate::error::{Context, Error, Result};
 use crate::generate::openai::Account;
 use crate::model::bases::Bases;
@@ -54,7 +54,7 @@ pub struct Verdict {
 impl Verdict {
     /// Whether some judge could not judge the answer: that one says why, and gives no score.
     pub fn is_unjudged(&self) -> bool {
-        self.why.keys().any(|judge| !self.scores.contains_key(judge))
+        is_unjudged(&self.scores, &self.why)
     }
 
     /// What the scores rest on, as one text: each judge by its name where there are several.

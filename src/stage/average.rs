@@ -41,7 +41,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Average) -> Result<Metrics> 
             if of_adapters {
                 context.events.note(
                     "method = \"linear\" takes the mean of the adapters' factors, which is not that of what they stand for: \
-                     without `method` that is what is written",
+                     leave `method` out for that",
                 );
             }
             mean(context, spec, (&dir, &spec.models), &Shares::Fixed(shares(&weights)))?;

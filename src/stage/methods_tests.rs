@@ -8,15 +8,13 @@ use std::path::Path;
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use super::{Metrics, StageContext, run_stage};
+use super::{Metrics, recipe_tests};
 use crate::data::forest::{Forest, Target};
 use crate::data::prepare::{PairOptions, Rule, SftOptions};
 use crate::data::read::{ReadOptions, from_value};
 use crate::data::tree::{Role, Tree};
 use crate::model::Transformer;
 use crate::model::checkpoint::Checkpoint;
-use crate::recipe::{RecipeFile, resolve};
-use crate::report::record::Silent;
 
 const STUDENT: &str = "data/tiny/student";
 const TEACHER: &str = "data/tiny/teacher";
@@ -30,34 +28,9 @@ const MARGINS: [f64; 3] = [2.0, 0.5, 1.0];
 /// Runs a recipe's one stage, a single step of all rows.
 fn run(rows: &[Value], kind: &str, keys: &[(&str, Value)]) -> Metrics {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("rows.jsonl");
-    let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
-    crate::store::write_atomic(&path, lines.join("\n").as_bytes()).unwrap();
-    let mut stage = toml::Table::new();
-    for (key, value) in [
-        ("kind", json!(kind)),
-        ("model_name_or_path", json!(STUDENT)),
-        ("chat_template", json!("chatml")),
-        ("datasets", json!([path])),
-        ("per_device_train_batch_size", json!(rows.len())),
-        ("max_steps", json!(1)),
-    ]
-    .iter()
-    .chain(keys)
-    {
-        stage.insert((*key).to_owned(), toml::Value::try_from(value).unwrap());
-    }
-    let text = format!("[[stage]]\n{stage}");
-    let file = RecipeFile::parse(&text, Path::new("recipe.toml")).unwrap();
-    let step = resolve(&file, Some(dir.path())).unwrap().plan.steps.remove(0);
-    let context = StageContext {
-        dir: dir.path().join("stage"),
-        round: 1,
-        seed: step.seed,
-        device: Device::Cpu,
-        events: &Silent,
-    };
-    run_stage(&context, &step.spec).unwrap()
+    recipe_tests::written(dir.path(), rows);
+    let all = ("per_device_train_batch_size", json!(rows.len()));
+    recipe_tests::run(dir.path(), kind, &[&[all], keys].concat())
 }
 
 /// Sums of f32 numbers: the tolerance is a share of the number, which may be small.

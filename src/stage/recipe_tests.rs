@@ -23,15 +23,15 @@ const STUDENT: &str = "data/tiny/student";
 const TEACHER: &str = "data/tiny/teacher";
 
 /// Writes rows into a file.
-fn written(dir: &Path, rows: &[Value]) -> PathBuf {
+pub(super) fn written(dir: &Path, rows: &[Value]) -> PathBuf {
     let path = dir.join("rows.jsonl");
     let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
     crate::store::write_atomic(&path, lines.join("\n").as_bytes()).unwrap();
     path
 }
 
-/// Runs a recipe's one stage, a single step of two rows, in `dir`.
-fn run(dir: &Path, kind: &str, keys: &[(&str, Value)]) -> Metrics {
+/// Runs a recipe's one stage, a single step of two rows unless `keys` say otherwise, in `dir`.
+pub(super) fn run(dir: &Path, kind: &str, keys: &[(&str, Value)]) -> Metrics {
     attempt(dir, kind, keys).unwrap()
 }
 

@@ -11,7 +11,7 @@ use super::generation;
 use super::generation_tests::{lines, run, sampling, save_model};
 use crate::data::record::{Message, Record, Row, Side};
 use crate::error::Result;
-use crate::generate::engine::{Answer, Finish};
+use crate::generate::engine::Answer;
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::{Asked, Teacher, TeacherSpec};
 use crate::recipe::Spec;
@@ -154,19 +154,6 @@ fn what_a_judge_of_ones_own_cannot_read_does_not_pass_and_says_why() {
     assert_eq!(error.to_string(), "nothing was chosen from 2 prompts");
 }
 
-fn said(text: &str) -> Answer {
-    Answer {
-        text: text.to_owned(),
-        ids: Vec::new(),
-        logprobs: Vec::new(),
-        sample_logprobs: Vec::new(),
-        top_logprobs: Vec::new(),
-        tokens: 1,
-        finish: Finish::Stop,
-        fields: serde_json::Map::new(),
-    }
-}
-
 fn code_panel() -> Panel<'static> {
     let code = json!({"verifier": "code", "allow_unsandboxed": true});
     Panel::new(&[code], &Device::Cpu).unwrap()
@@ -184,7 +171,7 @@ fn task() -> (Asked, Row) {
 fn sampled_rows_have_what_their_programs_wrote() {
     let (asked, row) = task();
     let program = "import sys\nprint('hello', file=sys.stderr)\nprint('x' * 9000)\nhello = True";
-    let answers = [said(program), said("hello = 0")];
+    let answers = [Answer::said(program), Answer::said("hello = 0")];
     let judged = generation::candidates(&code_panel(), &asked, &row, (&answers, "round 1"), &[]);
     let row = serde_json::to_value(judged.unwrap().0).unwrap();
     let [right, wrong] = [0, 1].map(|at| &row["candidates"][at]);
@@ -208,9 +195,9 @@ impl Teacher for Quick<'_> {
         _: &Sampling,
         done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
     ) -> Result<()> {
-        done(1, vec![said("import time\ntime.sleep(1)\nhello = True")])?;
+        done(1, vec![Answer::said("import time\ntime.sleep(1)\nhello = True")])?;
         self.waited.store(self.judged.load(Ordering::SeqCst), Ordering::SeqCst);
-        done(0, vec![said("hello = False")])
+        done(0, vec![Answer::said("hello = False")])
     }
 }
 

@@ -61,6 +61,23 @@ pub struct Answer {
     pub fields: Map<String, Value>,
 }
 
+#[cfg(test)]
+impl Answer {
+    /// A whole answer of one token, of which nothing but its text is known.
+    pub(crate) fn said(text: &str) -> Self {
+        Self {
+            text: text.to_owned(),
+            ids: Vec::new(),
+            logprobs: Vec::new(),
+            sample_logprobs: Vec::new(),
+            top_logprobs: Vec::new(),
+            tokens: 1,
+            finish: Finish::Stop,
+            fields: Map::new(),
+        }
+    }
+}
+
 impl Answer {
     /// Log-probability of the whole answer under the model alone, in nats; 0 where it is not known.
     pub fn logprob_sum(&self) -> f64 {

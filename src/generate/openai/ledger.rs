@@ -189,19 +189,9 @@ pub(super) fn key(body: &Map<String, Value>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::generate::engine::Finish;
 
     fn answer(text: &str) -> Answer {
-        Answer {
-            top_logprobs: Vec::new(),
-            text: text.to_owned(),
-            ids: Vec::new(),
-            logprobs: vec![-0.5],
-            sample_logprobs: Vec::new(),
-            tokens: 1,
-            finish: Finish::Stop,
-            fields: Map::new(),
-        }
+        Answer { logprobs: vec![-0.5], ..Answer::said(text) }
     }
 
     #[test]

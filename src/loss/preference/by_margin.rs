@@ -7,7 +7,7 @@ use crate::data::forest::Forest;
 use crate::error::Result;
 use crate::loss::StepTotals;
 use crate::loss::ranking::Ranking;
-use crate::ops::head::{MarginLoss, PairTerm, Pairs};
+use crate::ops::head::{self, MarginLoss, PairTerm, Pairs};
 
 impl PreferenceLoss {
     /// The loss of a pair by its margin; nothing where it is another function.
@@ -60,7 +60,10 @@ impl Preference {
             references: vec![0.0; leaves],
             lengths: vec![1.0; leaves],
             pairs: Vec::with_capacity(read.pairs.len()),
-            starts: vec![0; forest.trees() + 1],
+            starts: head::starts(
+                read.leaves.iter().map(|&(better, _)| forest.leaves[better].tree),
+                forest.trees(),
+            ),
             terms,
         };
         for (pair, &(better, worse)) in read.pairs.iter().zip(&read.leaves) {
@@ -69,10 +72,6 @@ impl Preference {
                 (reference.chosen, reference.rejected);
             (pairs.lengths[better], pairs.lengths[worse]) = (length.chosen, length.rejected);
             pairs.pairs.push([better as u32, worse as u32]);
-            pairs.starts[forest.leaves[better].tree + 1] += 1;
-        }
-        for tree in 0..forest.trees() {
-            pairs.starts[tree + 1] += pairs.starts[tree];
         }
         Ok(Some(pairs))
     }

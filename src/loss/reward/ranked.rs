@@ -7,7 +7,7 @@ use crate::data::forest::{End, Forest};
 use crate::error::{Error, Result};
 use crate::loss::ranking::{Ranking, plackett_luce};
 use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
-use crate::ops::head::{MarginLoss, PairTerm, Pairs};
+use crate::ops::head::{self, MarginLoss, PairTerm, Pairs};
 
 /// The objective over ranked responses, which are a tree's ends: best first, or in the order of the ranks that their
 /// labels give (see [`Lesson::Ranked`](crate::data::lessons::Lesson)).
@@ -32,7 +32,6 @@ struct Pair<'a> {
 impl Pair<'_> {
     /// The margin that the row gives.
     fn margin(&self) -> Option<f64> {
-        let level = |end: &End| end.label.get(1).copied().flatten();
         Some(level(self.ends.0)? - level(self.ends.1)?)
     }
 }
@@ -54,6 +53,11 @@ fn ranks(forest: &Forest) -> Vec<Vec<usize>> {
 /// The rank that an end's label gives.
 fn rank(end: &End) -> Option<f64> {
     end.label.first().copied().flatten()
+}
+
+/// The level that an end's label gives, where the row has margins.
+fn level(end: &End) -> Option<f64> {
+    end.label.get(1).copied().flatten()
 }
 
 impl Reward {
@@ -145,21 +149,14 @@ impl Objective for Reward {
         {
             return Ok(None);
         }
-        let level = |end: &End| end.label.get(1).copied().flatten();
-        let levels: Option<Vec<f64>> = forest.ends.iter().map(level).collect();
-        let (references, count) = match levels {
-            Some(levels) if self.use_margin => (levels, forest.ends.len()),
-            None if self.use_margin => return Ok(None),
-            _ => (vec![0.0; forest.ends.len()], forest.ends.len()),
+        let count = forest.ends.len();
+        let references = if self.use_margin {
+            forest.ends.iter().map(level).collect()
+        } else {
+            Some(vec![0.0; count])
         };
+        let Some(references) = references else { return Ok(None) };
         let compared = self.compared(forest, &ranks)?;
-        let mut starts = vec![0; forest.trees() + 1];
-        for pair in &compared {
-            starts[pair.ends.0.tree + 1] += 1;
-        }
-        for tree in 0..forest.trees() {
-            starts[tree + 1] += starts[tree];
-        }
         let term = PairTerm {
             loss: MarginLoss::Sigmoid(0.0),
             beta: 1.0,
@@ -175,7 +172,7 @@ impl Objective for Reward {
             references,
             lengths: vec![1.0; count],
             pairs: compared.iter().map(|pair| [pair.better as u32, pair.worse as u32]).collect(),
-            starts,
+            starts: head::starts(compared.iter().map(|pair| pair.ends.0.tree), forest.trees()),
             terms: vec![term],
         }))
     }

@@ -192,6 +192,20 @@ impl BaseRecord {
         Self { fingerprint, quantization: Quantization::None, taken: 0 }
     }
 
+    /// Refuses to add adapters up of which some was trained beside what PiSSA left of weights before they were packed.
+    ///
+    /// # Errors
+    /// Such an adapter.
+    pub(in crate::model) fn check_whole<'a>(
+        bases: impl IntoIterator<Item = &'a Option<Self>>,
+    ) -> Result<()> {
+        if bases.into_iter().flatten().all(|base| base.taken == 0) {
+            return Ok(());
+        }
+        Err(Error::usage("PiSSA beside packed weights leaves each adapter a base of its own")
+            .hint("`arriero merge` them and average the models"))
+    }
+
     /// As the safetensors file's own metadata. What is not packed is not mentioned.
     pub(crate) fn texts(&self) -> Vec<(&'static str, String)> {
         let mut texts = vec![(BASE, self.fingerprint.clone())];

@@ -4,7 +4,7 @@
 use candle_core::{DType, Tensor};
 
 use super::init::{matrix, tensor};
-use super::peft::{AdapterConfig, Saved};
+use super::peft::{AdapterConfig, BaseRecord, Saved};
 use super::{Adapter, Adapters};
 use crate::error::{Context, Error, Result};
 use crate::model::Weights;
@@ -50,12 +50,7 @@ fn check(first: &Saved, other: &Saved) -> Result<()> {
             "`arriero merge` them and average the models",
         );
     }
-    if [first, other].iter().any(|one| one.base.as_ref().is_some_and(|base| base.taken > 0)) {
-        return refuse(
-            "PiSSA beside packed weights leaves each adapter a base of its own",
-            "`arriero merge` them and average the models",
-        );
-    }
+    BaseRecord::check_whole([&first.base, &other.base])?;
     if let (Some(one), Some(two)) = (&first.base, &other.base)
         && one != two
     {

@@ -55,6 +55,17 @@ pub struct Pairs {
     pub terms: Vec<PairTerm>,
 }
 
+/// Where each of `groups` groups starts among things that stand group by group, and where the last one's end. `of`: the group
+/// of each thing, in any order.
+pub(crate) fn starts(of: impl Iterator<Item = usize>, groups: usize) -> Vec<u32> {
+    let mut starts = vec![0; groups + 1];
+    of.for_each(|group| starts[group + 1] += 1);
+    for group in 0..groups {
+        starts[group + 1] += starts[group];
+    }
+    starts
+}
+
 impl Pairs {
     /// The slope of each log-probability, `[N] -> [N]`, by the kernels' formulas.
     pub(crate) fn slopes(&self, logps: &[f32]) -> Vec<f32> {
@@ -134,13 +145,8 @@ impl Placed {
         let sequences: Vec<u32> = targets().map(|target| pairs.sequences[target]).collect();
         let mut order: Vec<u32> = (0..sequences.len() as u32).collect();
         order.sort_by_key(|&place| (sequences[place as usize], rows.order[place as usize].0));
-        let mut starts = vec![0; pairs.references.len() + 1];
-        for &sequence in &sequences {
-            starts[sequence as usize + 1] += 1;
-        }
-        for sequence in 1..starts.len() {
-            starts[sequence] += starts[sequence - 1];
-        }
+        let of = sequences.iter().map(|&sequence| sequence as usize);
+        let starts = starts(of, pairs.references.len());
         Self {
             weights: targets().map(|target| pairs.weights[target]).collect(),
             addends: targets().map(|target| pairs.addends[target]).collect(),

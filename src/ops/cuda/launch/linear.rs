@@ -1,11 +1,11 @@
 //! The linear layer by cuBLAS, with a backward of its own: Candle's would multiply for weights that are not trained, too,
 //! and hand out the gradient of the others transposed.
 
-use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
 use super::on_cpu;
+use crate::ops::linear::product;
 
 /// `x · Wᵀ`, both of one type. Sums are f32, and rounded to that type.
 ///
@@ -42,11 +42,7 @@ impl CustomOp2 for Linear {
         weight: &CudaStorage,
         weight_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let (rows, inner) = x_layout.shape().dims2()?;
-        let turned = weight_layout.transpose(0, 1)?;
-        let outer = turned.dims()[1];
-        let y = x.matmul(weight, (1, rows, outer, inner), x_layout, &turned)?;
-        Ok((y, (rows, outer).into()))
+        product((x, x_layout), (weight, weight_layout))
     }
 
     fn bwd(
