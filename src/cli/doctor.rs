@@ -54,7 +54,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
             Err(error) => checked.push(Checked::failed(what, &error)),
         };
         if args.check {
-            keep("peak", check::peak(&device).map(|peak| json!(peak)));
+            keep("peak", device_rates::peak(&device).map(|peak| json!(peak)));
             keep("rates", device_rates::run(&device).map(|rates| json!(rates)));
         }
         all["checked"] = json!(checked);

@@ -15,7 +15,7 @@ use crate::model::params::count;
 use crate::model::{Config, Weights};
 use crate::ops::cached::{CachePlan, PAGE, Page, Sequence, Span};
 use crate::ops::cuda::device::out_of_memory;
-use crate::ops::{self, Rotary, embed, head, norm};
+use crate::ops::{self, Rotary, embed, head, norm, rope};
 
 /// Keys and values of one segment, in pages.
 #[derive(Debug)]
@@ -120,8 +120,8 @@ impl PlainDecoder {
         let heads = |place: Place, heads: usize| -> Result<Tensor> {
             Ok(project(place, &normed)?.reshape((rows, heads, config.head_dim))?)
         };
-        let q = ops::rope(&heads(Place::Q, config.num_attention_heads)?, rotary)?;
-        let k = ops::rope(&heads(Place::K, config.num_key_value_heads)?, rotary)?;
+        let q = rope::rope_in_place(&heads(Place::Q, config.num_attention_heads)?, rotary)?;
+        let k = rope::rope_in_place(&heads(Place::K, config.num_key_value_heads)?, rotary)?;
         plan.store(index, &k, &heads(Place::V, config.num_key_value_heads)?)?;
         let seen = project(Place::O, &plan.attend(index, &q)?.flatten_from(1)?)?;
         let [x, normed] = norm::residual_norm((x, &seen), &layer.post_norm, eps, self.inner)?;

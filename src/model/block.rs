@@ -105,8 +105,9 @@ impl Block {
             let (t, width) = y.dims2()?;
             y.reshape((t, width / self.head_dim, self.head_dim))
         };
-        let q = ops::rope(&heads(self.q.forward(&normed, masks, self.dtype)?)?, &layout.rotary)?;
-        let k = ops::rope(&heads(self.k.forward(&normed, masks, self.dtype)?)?, &layout.rotary)?;
+        let turned = |y: Tensor| ops::rope::rope_in_place(&heads(y)?, &layout.rotary);
+        let q = turned(self.q.forward(&normed, masks, self.dtype)?)?;
+        let k = turned(self.k.forward(&normed, masks, self.dtype)?)?;
         let v = heads(self.v.forward(&normed, masks, self.dtype)?)?;
         let seen = ops::attention(&q, &k, &v, &layout.attention)?;
         let seen = self.o.forward(&seen.flatten_from(1)?, masks, self.dtype)?;

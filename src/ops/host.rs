@@ -1,9 +1,28 @@
 //! Tensors that wait in the host's memory until they are needed again.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Result, Shape, Tensor};
 
 #[cfg(feature = "cuda")]
-use super::cuda::launch::host::Waiting;
+use super::cuda::launch::{
+    host::{self, Waiting},
+    tensor,
+};
+
+/// Numbers that the host made as a tensor of a device. A GPU is not waited for.
+///
+/// # Errors
+/// Another number of them than the shape has; the device's.
+pub fn sent(values: Vec<f32>, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+    let shape = shape.into();
+    #[cfg(feature = "cuda")]
+    if let Ok(cuda) = device.as_cuda_device()
+        && !values.is_empty()
+        && values.len() == shape.elem_count()
+    {
+        return Ok(tensor(cuda, host::sent(cuda, &values)?, shape));
+    }
+    Tensor::from_vec(values, shape, device)
+}
 
 /// A tensor whose place on its device is free in the meantime. It comes back with the same bits.
 #[derive(Debug)]

@@ -106,6 +106,31 @@ impl Rotary {
 /// # Shapes
 /// - `x`: `[T, H, E]`  →  `[T, H, E]`
 pub fn rope(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
+    check(x, rotary)?;
+    if x.device().is_cpu() && x.dtype() == DType::F32 {
+        return x.contiguous()?.apply_op1(Rope { rotary: rotary.clone(), sign: 1.0 });
+    }
+    #[cfg(feature = "cuda")]
+    if has_kernel(x) {
+        return super::cuda::launch::rope::on_cuda(x, rotary.on(x.device())?);
+    }
+    plain(x, rotary)
+}
+
+/// [`rope`] where `x` lies, whose memory a graph would keep though nobody reads it again. On the CPU it is a copy.
+///
+/// On CUDA whoever else has the storage of `x` must not read it afterwards: it is for what a product gave and `reshape`
+/// shaped, as neither's backward pass asks for it.
+pub(crate) fn rope_in_place(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if has_kernel(x) {
+        check(x, rotary)?;
+        return super::cuda::launch::rope::in_place(x, rotary.on(x.device())?);
+    }
+    rope(x, rotary)
+}
+
+fn check(x: &Tensor, rotary: &Rotary) -> Result<()> {
     let (t, _, e) = x.dims3()?;
     if t != rotary.tokens() || e != 2 * rotary.half {
         candle_core::bail!(
@@ -115,14 +140,12 @@ pub fn rope(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
             x.shape()
         );
     }
-    if x.device().is_cpu() && x.dtype() == DType::F32 {
-        return x.contiguous()?.apply_op1(Rope { rotary: rotary.clone(), sign: 1.0 });
-    }
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::BF16) && t > 0 {
-        return super::cuda::launch::rope::on_cuda(x, rotary.on(x.device())?);
-    }
-    plain(x, rotary)
+    Ok(())
+}
+
+#[cfg(feature = "cuda")]
+fn has_kernel(x: &Tensor) -> bool {
+    x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::BF16) && x.elem_count() > 0
 }
 
 /// The plain form.

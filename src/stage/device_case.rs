@@ -69,7 +69,22 @@ impl Case {
                 all.push(checked((&op, what), dtype, (expected, found))?);
             }
         }
+        all.extend(self.mixed(device)?);
         Ok(all)
+    }
+
+    /// With its last input left on the CPU, which every op has to refuse.
+    fn mixed(&self, device: &Device) -> Result<Option<Checked>> {
+        let Some(((_, last), rest)) = self.inputs.split_last() else { return Ok(None) };
+        if rest.is_empty() || device.is_cpu() {
+            return Ok(None);
+        }
+        let moved = rest.iter().map(|(_, x)| x.to_device(device));
+        let mut given = moved.collect::<Result<Vec<Tensor>>>()?;
+        given.push(last.clone());
+        let error = if (self.run)(&given).is_err() { 0.0 } else { f64::NAN };
+        let (op, what) = (self.op.clone(), "refuses a mix of devices".to_owned());
+        Ok(Some(Checked { op, dtype: "f32", what, error, bound: 0.0 }))
     }
 
     /// The output and the gradient of each input, as f32 on the CPU.

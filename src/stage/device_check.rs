@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use serde::Serialize;
@@ -155,12 +154,7 @@ fn of_heads(h: usize, g: usize, e: usize) -> Result<Vec<Case>> {
     let x = vec![("x", numbers(10, (t, h, e))?)];
     let shape = format!("{t}×{h}/{g}×{e}");
     Ok(vec![
-        Case {
-            op: format!("rope {shape}"),
-            inputs: x,
-            run: Box::new(move |x| rope(&x[0], &rotary)),
-            types: BOTH,
-        },
+        of_a_rotation(format!("rope {shape}"), x, rotary),
         Case {
             op: format!("attention {shape}"),
             inputs: qkv,
@@ -168,6 +162,19 @@ fn of_heads(h: usize, g: usize, e: usize) -> Result<Vec<Case>> {
             types: BOTH,
         },
     ])
+}
+
+/// A copy that is turned, one in its own memory, and one where that is a part of something which stays as it was.
+fn of_a_rotation(op: String, inputs: Vec<(&'static str, Tensor)>, rotary: Rotary) -> Case {
+    let run: Op = Box::new(move |x| {
+        let both = Tensor::cat(&[&x[0], &x[0]], 0)?;
+        let parts = both.chunk(2, 0)?;
+        let own = rope::rope_in_place(&x[0].affine(2.0, 0.0)?, &rotary)?;
+        let of_a_part = rope::rope_in_place(&parts[1], &rotary)?;
+        let turned = ((rope(&x[0], &rotary)? + own)? + of_a_part)?;
+        (turned + &parts[0])? + &parts[1]
+    });
+    Case { op, inputs, run, types: BOTH }
 }
 
 /// Two trees' pairs of five sequences, whose targets lie scattered, and a loss of each kind.
@@ -394,48 +401,6 @@ pub(super) fn numbers(index: u64, shape: impl Into<Shape>) -> Result<Tensor> {
     Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::BF16)?.to_dtype(DType::F32)
 }
 
-/// What a device does at its best, measured.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Peak {
-    /// Operations a second of a large product: in bf16, on the CPU in f32.
-    pub flops_per_s: f64,
-    /// Bytes read and written a second by a kernel that does little else.
-    pub bytes_per_s: f64,
-}
-
-/// Measures [`Peak`]: the best of ten.
-///
-/// # Errors
-/// The device's.
-pub fn peak(device: &Device) -> Result<Peak> {
-    // A product of 8192 keeps an H100 busy for a millisecond and a half.
-    let (size, dtype, elements) =
-        if device.is_cpu() { (256, DType::F32, 1 << 20) } else { (8192, DType::BF16, 1 << 27) };
-    let a = Tensor::ones((size, size), dtype, device)?;
-    let product = best(device, || a.matmul(&a))?;
-    let x = Tensor::zeros(elements, DType::F32, device)?;
-    let copy = best(device, || x.affine(1.0, 1.0))?;
-    Ok(Peak {
-        flops_per_s: 2.0 * (size as f64).powi(3) / product,
-        bytes_per_s: 8.0 * elements as f64 / copy,
-    })
-}
-
-/// Seconds of the fastest of ten calls, after one that is not counted.
-pub(super) fn best<T>(device: &Device, mut work: impl FnMut() -> Result<T>) -> Result<f64> {
-    let mut seconds = f64::INFINITY;
-    for call in 0..11 {
-        device.synchronize()?;
-        let began = Instant::now();
-        drop(work()?);
-        device.synchronize()?;
-        if call > 0 {
-            seconds = seconds.min(began.elapsed().as_secs_f64());
-        }
-    }
-    Ok(seconds)
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::device_case::Lie;
@@ -476,12 +441,6 @@ mod tests {
         // The CPU's plain forms in bf16 are no twin of anything; in f32 all agree.
         assert!(all.iter().filter(|one| one.dtype == "f32").all(Checked::agrees), "{all:?}");
         assert!(all.iter().any(|one| one.op.starts_with("draws")), "the last is there");
-    }
-
-    #[test]
-    fn a_peak_is_measured() {
-        let Peak { flops_per_s, bytes_per_s } = peak(&Device::Cpu).unwrap();
-        assert!(flops_per_s > 1e6 && bytes_per_s > 1e6, "{flops_per_s}, {bytes_per_s}");
     }
 
     #[test]

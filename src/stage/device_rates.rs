@@ -1,12 +1,11 @@
-//! How fast a device's kernels move memory, those that do little else: beside [`peak`](super::device_check::peak), how far
-//! each is from what the device can do.
+//! How fast a device's kernels move memory, those that do little else, and what the device does at its best.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use serde::Serialize;
 
-use super::device_check::best;
 use crate::model::gradients::Gradients;
 use crate::model::packed::{BlockType, Packed};
 use crate::ops::cuda::device::facts;
@@ -135,9 +134,57 @@ fn of_the_optimizer(device: &Device, sizes: &Sizes) -> Result<Rate> {
     Ok(Rate { kernel: "adamw", bytes, seconds })
 }
 
+/// What a device does at its best, measured.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Peak {
+    /// Operations a second of a large product: in bf16, on the CPU in f32.
+    pub flops_per_s: f64,
+    /// Bytes read and written a second by a kernel that does little else.
+    pub bytes_per_s: f64,
+}
+
+/// Measures [`Peak`]: the best of ten.
+///
+/// # Errors
+/// The device's.
+pub fn peak(device: &Device) -> Result<Peak> {
+    // A product of 8192 keeps an H100 busy for a millisecond and a half.
+    let (size, dtype, elements) =
+        if device.is_cpu() { (256, DType::F32, 1 << 20) } else { (8192, DType::BF16, 1 << 27) };
+    let a = Tensor::ones((size, size), dtype, device)?;
+    let product = best(device, || a.matmul(&a))?;
+    let x = Tensor::zeros(elements, DType::F32, device)?;
+    let copy = best(device, || x.affine(1.0, 1.0))?;
+    Ok(Peak {
+        flops_per_s: 2.0 * (size as f64).powi(3) / product,
+        bytes_per_s: 8.0 * elements as f64 / copy,
+    })
+}
+
+/// Seconds of the fastest of ten calls, after one that is not counted.
+fn best<T>(device: &Device, mut work: impl FnMut() -> Result<T>) -> Result<f64> {
+    let mut seconds = f64::INFINITY;
+    for call in 0..11 {
+        device.synchronize()?;
+        let began = Instant::now();
+        drop(work()?);
+        device.synchronize()?;
+        if call > 0 {
+            seconds = seconds.min(began.elapsed().as_secs_f64());
+        }
+    }
+    Ok(seconds)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_peak_is_measured() {
+        let Peak { flops_per_s, bytes_per_s } = peak(&Device::Cpu).unwrap();
+        assert!(flops_per_s > 1e6 && bytes_per_s > 1e6, "{flops_per_s}, {bytes_per_s}");
+    }
 
     #[test]
     fn every_kernel_is_timed_over_the_bytes_of_its_floor() {

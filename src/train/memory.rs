@@ -240,9 +240,9 @@ fn of_block(config: &Config, options: &StepOptions) -> (u64, u64) {
     let (heads, element) = (config.num_attention_heads as u64, element(options));
     // `model::block_cpu`: queries and what they saw, keys and values, gate and up; log-sum-exps and the sum between.
     let kept = (2 * q + 2 * kv + 2 * f) * element + (h + heads) * F32;
-    // A graph keeps what every op gave: normed rows and products before and after their rotation, the activation, and
-    // both products that are added to the residual stream as they were and in f32.
-    let graph = (4 * h + q + kv + f) * element + 3 * h * F32;
+    // A graph keeps what every op gave: normed rows, the activation, and both products that are added to the residual stream
+    // as they were and in f32. Queries and keys are turned where they are.
+    let graph = (4 * h + f) * element + 3 * h * F32;
     // Norms, the activation and gradients.
     let back = (6 * h + f) * F32 + 3 * f * element;
     (if options.gpu { kept + graph } else { kept }, back)
@@ -366,9 +366,9 @@ mod tests {
         let config = llama([4096, 32, 14336, 32], false);
         let gpu = StepOptions { gpu: true, dtype: Precision::Bf16, ..StepOptions::new(4096) };
         let footprint = |options: &StepOptions| Footprint::new(&config, options, 4096);
-        // Kept of a token: 77 824 of queries, keys, values, gate and up, 16 512 of sums; 120 832 that only a graph keeps.
-        let block = 4096 * (77_824 + 16_512 + 120_832);
-        assert_eq!((footprint(&gpu).block, block), (881_328_128, 881_328_128));
+        // Kept of a token: 77 824 of queries, keys, values, gate and up, 16 512 of sums; 110 592 that only a graph keeps.
+        let block = 4096 * (77_824 + 16_512 + 110_592);
+        assert_eq!((footprint(&gpu).block, block), (839_385_088, 839_385_088));
         // 14 P, 33 inputs of 67 108 864, gradients of 4 P which outweigh the 32 blocks, and a block on its way back: 241 664
         // a token, and its gradients in bf16.
         let back = 4096 * 241_664 + 2 * 218_112_000;

@@ -5,6 +5,7 @@ use rand::Rng;
 
 use crate::data::forest::Forest;
 use crate::error::Result;
+use crate::ops::host::sent;
 use crate::rng::Stream;
 
 /// The noise of one optimizer step. A row's noise depends on the seed, the step and the row alone, never on how the step is
@@ -34,7 +35,7 @@ impl Noise {
             let mut rng = stream.at(self.step as u64, row as u64);
             noise.extend((0..tokens * width).map(|_| reach * (2.0 * rng.random::<f32>() - 1.0)));
         }
-        let noise = Tensor::from_vec(noise, x.shape(), x.device())?;
+        let noise = sent(noise, x.shape(), x.device())?;
         Ok((x.to_dtype(DType::F32)? + noise)?.to_dtype(x.dtype())?)
     }
 }

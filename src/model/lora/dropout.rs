@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use crate::data::forest::Forest;
 use crate::ops::cpu::Element;
+use crate::ops::host::sent;
 use crate::rng::Stream;
 
 /// The dropout of one optimizer step.
@@ -80,7 +81,7 @@ impl Masks {
         device: &Device,
     ) -> candle_core::Result<Tensor> {
         let ones = vec![1.0_f32; self.keys.len() * width];
-        Tensor::from_vec(self.apply(module, &ones), (self.keys.len(), width), device)
+        sent(self.apply(module, &ones), (self.keys.len(), width), device)
     }
 }
 

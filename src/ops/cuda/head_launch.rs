@@ -14,7 +14,7 @@ use candle_core::cuda_backend::{WrapErr, gemm_reduced_precision_f32};
 use candle_core::{CudaDevice, DType, Result, Tensor, WithDType};
 use half::bf16;
 
-use crate::ops::cuda::launch::{self, NULL, cuda, grid, pairs::Uploaded, tensor, view};
+use crate::ops::cuda::launch::{self, NULL, cuda, grid, host::sent, pairs::Uploaded, tensor, view};
 use crate::ops::head::{
     Asked, GPU_CHUNK_ELEMENTS, Grads, Pairs, Pass, Pending, Placed, Readings, RowStats, Rows, Weigh,
 };
@@ -173,7 +173,8 @@ fn by_chunks<E: Number>(
         return Ok((Readings::zeros(0, stats).into(), grads.transpose()?));
     }
     // The rows of the head, where they are not all rows.
-    let ids = (count < t).then(|| Tensor::from_slice(&rows.hidden, count, all)).transpose()?;
+    let some = (count < t).then(|| sent(device, &rows.hidden)).transpose()?;
+    let ids = some.map(|ids| tensor(device, ids, count));
     let x = match &ids {
         Some(ids) => hidden.index_select(ids, 0)?,
         None => hidden.clone(),
@@ -185,7 +186,7 @@ fn by_chunks<E: Number>(
     match slopes {
         None => head.chunks(inputs)?,
         Some((Origin::Host { d_logps, mean_logp, squared_lse }, d_weight)) => {
-            let slopes = (device.clone_htod(&d_logps)?, mean_logp, squared_lse);
+            let slopes = (sent(device, &d_logps)?, mean_logp, squared_lse);
             head.grads = Some(GradsOnDevice::new(&head, slopes, d_weight)?);
             head.chunks(inputs)?;
         }
@@ -307,8 +308,8 @@ impl<'a, E: Number> Head<'a, E> {
             width,
             vocab,
             chunk,
-            starts: device.clone_htod(&starts)?,
-            ids: device.clone_htod(&ids)?,
+            starts: sent(device, &starts)?,
+            ids: sent(device, &ids)?,
             logits,
             readings,
             is_read: false,

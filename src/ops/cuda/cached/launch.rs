@@ -10,6 +10,7 @@ use candle_core::{Result, Tensor, bail};
 use super::{Lists, Run, Slice};
 use crate::ops::cached::{CachePlan, PAGE, Sequence};
 use crate::ops::cuda::attention::{Kernel, aligned, prepared};
+use crate::ops::cuda::launch::host::sent;
 use crate::ops::cuda::launch::{Number, by_type, cuda, grid, tensor, together, view};
 use crate::ops::cuda::ptx::kernel;
 
@@ -58,10 +59,10 @@ impl Uploaded {
         let row = groups * (width + 2) * size_of::<f32>();
         let lists = Lists::new(all.into_iter(), plan.share, SCRATCH / row.max(1));
         Ok(Self {
-            parts: device.clone_htod(lists.parts.as_flattened())?,
-            spans: device.clone_htod(lists.spans.as_flattened())?,
-            wholes: device.clone_htod(lists.wholes.as_flattened())?,
-            places: device.clone_htod(&places)?,
+            parts: sent(device, lists.parts.as_flattened())?,
+            spans: sent(device, lists.spans.as_flattened())?,
+            wholes: sent(device, lists.wholes.as_flattened())?,
+            places: sent(device, &places)?,
             slices: lists.slices,
             page,
         })

@@ -4,6 +4,7 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, PushKernelArg};
 use candle_core::{CudaDevice, Result, Tensor, bail};
 
+use super::host::sent;
 use super::{Number, by_type, cuda, grid, tensor, threads_of, together, view, with_view_mut};
 use crate::ops::cuda::ptx::kernel;
 
@@ -22,7 +23,7 @@ fn rows<E: Number>(table: &Tensor, tokens: &[u32]) -> Result<Tensor> {
     let (device, (vocab, width)) = (table.device().as_cuda_device()?, table.dims2()?);
     let (table, layout) = table.storage_and_layout();
     let table = view::<E>(cuda(&table)?, layout)?;
-    let ids = device.clone_htod(tokens)?;
+    let ids = sent(device, tokens)?;
     // SAFETY: the kernel writes it whole.
     let mut out = unsafe { device.alloc::<f32>(tokens.len() * width) }?;
     let (long_width, vocab) = (width as u64, vocab as u32);
@@ -81,9 +82,9 @@ impl<'a> Segments<'a> {
         Ok(Self {
             device,
             count: rows.len(),
-            order: device.clone_htod(&order)?,
-            starts: device.clone_htod(&starts)?,
-            rows: device.clone_htod(&rows)?,
+            order: sent(device, &order)?,
+            starts: sent(device, &starts)?,
+            rows: sent(device, &rows)?,
         })
     }
 

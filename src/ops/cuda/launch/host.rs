@@ -7,12 +7,12 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, HostSlice,
     PinnedHostSlice, SyncOnDrop, ValidAsZeroBits,
 };
-use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, Device, Result, Shape, Tensor, bail};
 use half::bf16;
 
@@ -254,24 +254,22 @@ impl Pipe {
 }
 
 /// Types of what waits.
-pub(crate) trait Spare: Copy + CudaDType + DeviceRepr + ValidAsZeroBits + 'static {
+pub(crate) trait Spare: Copy + DeviceRepr + ValidAsZeroBits + 'static {
     /// Page-locked memory that nobody uses: to lock it takes longer than to fill it.
     fn spare() -> &'static Mutex<Vec<Locked<Self>>>;
 }
 
-impl Spare for f32 {
-    fn spare() -> &'static Mutex<Vec<Locked<Self>>> {
-        static SPARE: Mutex<Vec<Locked<f32>>> = Mutex::new(Vec::new());
-        &SPARE
-    }
+macro_rules! spare {
+    ($($E:ty),*) => {$(
+        impl Spare for $E {
+            fn spare() -> &'static Mutex<Vec<Locked<Self>>> {
+                static SPARE: Mutex<Vec<Locked<$E>>> = Mutex::new(Vec::new());
+                &SPARE
+            }
+        }
+    )*};
 }
-
-impl Spare for u32 {
-    fn spare() -> &'static Mutex<Vec<Locked<Self>>> {
-        static SPARE: Mutex<Vec<Locked<u32>>> = Mutex::new(Vec::new());
-        &SPARE
-    }
-}
+spare!(f32, f64, u32, u64);
 
 /// Page-locked memory that others use afterwards.
 pub(super) struct Lent<E: Spare>(Option<Locked<E>>);
@@ -340,6 +338,18 @@ impl<E: Spare> Sendable<E> {
         self.memory.memory()?.send(&mut there, &device.cuda_stream())?;
         Ok(there)
     }
+}
+
+/// Bytes that CUDA takes from anywhere without waiting for what the stream has to do before ("memory copies from host to device of
+/// a memory block of 64 KB or less", CUDA C++ Programming Guide, section on asynchronous concurrent execution).
+const TAKEN_AT_ONCE: usize = 64 << 10;
+
+/// Sends a list without waiting: a long one by way of page-locked memory. Only the thread that launches may.
+pub(in crate::ops) fn sent<E: Spare>(device: &CudaDevice, numbers: &[E]) -> Result<CudaSlice<E>> {
+    if size_of_val(numbers) <= TAKEN_AT_ONCE {
+        return device.clone_htod(numbers);
+    }
+    Sendable::new(device, numbers)?.send(device)
 }
 
 /// A tensor of f32 that waits in page-locked memory.

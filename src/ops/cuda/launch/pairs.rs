@@ -4,6 +4,7 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, PushKernelArg};
 use candle_core::{CudaDevice, Result, Tensor};
 
+use super::host::sent;
 use super::{BLOCK, NULL, cuda, grid, tensor, view};
 use crate::ops::cuda::ptx::kernel;
 use crate::ops::head::{PairTerm, Pairs, Placed};
@@ -61,15 +62,15 @@ impl<'a> Uploaded<'a> {
             targets: placed.sequences.len(),
             sequences: pairs.references.len(),
             trees: pairs.starts.len() - 1,
-            of_targets: device.clone_htod(&placed.sequences)?,
-            weights: device.clone_htod(&placed.weights)?,
-            addends: device.clone_htod(&placed.addends)?,
-            order: device.clone_htod(&placed.order)?,
-            starts: device.clone_htod(&placed.starts)?,
-            references: device.clone_htod(&pairs.references)?,
-            lengths: device.clone_htod(&pairs.lengths)?,
-            tree_starts: device.clone_htod(&pairs.starts)?,
-            pairs: (!both.is_empty()).then(|| device.clone_htod(both)).transpose()?,
+            of_targets: sent(device, &placed.sequences)?,
+            weights: sent(device, &placed.weights)?,
+            addends: sent(device, &placed.addends)?,
+            order: sent(device, &placed.order)?,
+            starts: sent(device, &placed.starts)?,
+            references: sent(device, &pairs.references)?,
+            lengths: sent(device, &pairs.lengths)?,
+            tree_starts: sent(device, &pairs.starts)?,
+            pairs: (!both.is_empty()).then(|| sent(device, both)).transpose()?,
         })
     }
 

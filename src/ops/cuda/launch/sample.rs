@@ -4,6 +4,7 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, PushKernelArg};
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 
+use super::host::sent;
 use super::{NULL, cuda, grid, view};
 use crate::ops::cuda::ptx::kernel;
 use crate::ops::sample::{Chance, Drawn, Likeliest, NoDraw, shared};
@@ -36,7 +37,7 @@ pub(crate) fn on_cuda(
     let logits = view::<f32>(cuda(&storage)?, layout)?;
     let words: Vec<[u64; 8]> = chances.iter().map(|(chance, _)| chance.words()).collect();
     let settings = device.clone_htod(words.as_flattened())?;
-    let allowed = masks(chances, vocab).map(|words| device.clone_htod(&words)).transpose()?;
+    let allowed = masks(chances, vocab).map(|words| sent(device, &words)).transpose()?;
     // SAFETY: scratch, which the kernel writes before it reads; and a row of the others is written by each block.
     let (mut weights, mut draws, mut log_sums) = unsafe {
         (device.alloc::<f32>(rows * vocab)?, device.alloc::<u32>(rows * 4)?, device.alloc(rows)?)
