@@ -35,6 +35,14 @@ pub(super) enum Texts {
 }
 
 impl Texts {
+    pub(super) fn count(&self) -> usize {
+        match self {
+            Self::One(_) | Self::Ids(_) => 1,
+            Self::Many(many) => many.len(),
+            Self::ManyIds(many) => many.len(),
+        }
+    }
+
     /// The ids of each, with the text where it was given as text.
     ///
     /// # Errors

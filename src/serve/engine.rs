@@ -61,7 +61,31 @@ pub(super) struct Embed {
 pub(super) struct Judged {
     pub(super) prompt: Vec<Message>,
     pub(super) tools: Option<serde_json::Value>,
+    /// Answers of the same request before these.
+    pub(super) first: usize,
     pub(super) answers: Vec<String>,
+}
+
+/// Tokens of texts or answers that the engine is given at once, and what is reckoned for one.
+const PART_TOKENS: usize = 2048;
+const BYTES_A_TOKEN: usize = 3;
+
+/// Parts of `most` in all at most, or of a single item that is larger. An item counts as at least 16: of a thousand empty ones
+/// each takes its time too.
+fn parts<T>(items: Vec<T>, most: usize, size: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
+    let (mut parts, mut room) = (Vec::<Vec<T>>::new(), 0);
+    for item in items {
+        let size = size(&item).max(16);
+        match parts.last_mut() {
+            Some(part) if size <= room => part.push(item),
+            _ => {
+                room = most.max(size);
+                parts.push(vec![item]);
+            }
+        }
+        room -= size;
+    }
+    parts
 }
 
 /// What the engine computes besides answers.
@@ -148,27 +172,42 @@ impl Client {
         Ok(open)
     }
 
-    /// See [`Others::embed`].
+    /// See [`Others::embed`]. The engine is given some texts at a time: it goes on with answers between them, and is given no more
+    /// once nobody waits.
     ///
     /// # Errors
     /// As [`generate`](Self::generate), and the model's.
     pub(super) async fn embed(&self, embed: Embed) -> Result<Vec<Vec<f32>>, Problem> {
-        self.ask(|answer| Command::Embed(embed, answer)).await
+        let _place = self.places(1)?;
+        let Embed { texts, pooling } = embed;
+        let mut all = Vec::with_capacity(texts.len());
+        for texts in parts(texts, PART_TOKENS, Vec::len) {
+            let embed = Embed { texts, pooling };
+            all.extend(self.ask(|answer| Command::Embed(embed, answer)).await?);
+        }
+        Ok(all)
     }
 
-    /// See [`Others::score`].
+    /// See [`Others::score`]. The engine is given some answers at a time, as with [`embed`](Self::embed).
     ///
     /// # Errors
     /// As [`generate`](Self::generate), and the model's.
     pub(super) async fn score(&self, judged: Judged) -> Result<Vec<f64>, Problem> {
-        self.ask(|answer| Command::Score(judged, answer)).await
+        let _place = self.places(1)?;
+        let Judged { prompt, tools, answers, .. } = judged;
+        let mut all = Vec::with_capacity(answers.len());
+        for answers in parts(answers, PART_TOKENS, |answer| answer.len() / BYTES_A_TOKEN) {
+            let (prompt, tools) = (prompt.clone(), tools.clone());
+            let judged = Judged { prompt, tools, first: all.len(), answers };
+            all.extend(self.ask(|answer| Command::Score(judged, answer)).await?);
+        }
+        Ok(all)
     }
 
     async fn ask<T>(
         &self,
         command: impl FnOnce(oneshot::Sender<Result<T>>) -> Command,
     ) -> Result<T, Problem> {
-        let _place = self.places(1)?;
         let (sender, receiver) = oneshot::channel();
         self.send(command(sender))?;
         Ok(receiver.await.map_err(|_| Problem::stopping())??)
@@ -427,7 +466,7 @@ mod tests {
         let embed = Embed { texts: vec![vec![1]], pooling: Pooling::Mean };
         sender.send(Command::Embed(embed, answer)).unwrap();
         let (answer, mut scored) = oneshot::channel();
-        let judged = Judged { prompt: Vec::new(), tools: None, answers: Vec::new() };
+        let judged = Judged { prompt: Vec::new(), tools: None, first: 0, answers: Vec::new() };
         sender.send(Command::Score(judged, answer)).unwrap();
         client.stop();
         let metrics = Metrics::default();
@@ -437,6 +476,74 @@ mod tests {
         // Their senders are gone, which is how those who wait hear of it.
         assert_eq!(embedded.try_recv().err(), Some(oneshot::error::TryRecvError::Closed));
         assert_eq!(scored.try_recv().err(), Some(oneshot::error::TryRecvError::Closed));
+    }
+
+    #[test]
+    fn parts_are_of_a_bounded_size_and_together_all_there_is() {
+        let sizes = vec![100, 20, 1, 300, 40, 0, 0];
+        let parts = parts(sizes.clone(), 130, |size| *size);
+        assert_eq!(parts, [vec![100, 20], vec![1], vec![300], vec![40, 0, 0]]);
+        assert_eq!(parts.concat(), sizes);
+    }
+
+    /// Keeps how many texts it was asked for at once, and lets nobody wait for a second part.
+    struct Counts(std::sync::Mutex<Vec<usize>>);
+
+    impl Others for Counts {
+        fn embed(&self, embed: &Embed) -> Result<Vec<Vec<f32>>> {
+            self.0.lock().unwrap().push(embed.texts.len());
+            Ok(vec![vec![1.0]; embed.texts.len()])
+        }
+
+        fn score(&self, judged: &Judged) -> Result<Vec<f64>> {
+            self.0.lock().unwrap().push(judged.answers.len());
+            Ok((0..judged.answers.len()).map(|at| (judged.first + at) as f64).collect())
+        }
+    }
+
+    /// What a client that runs on a thread of its own gets, and the parts that the engine was asked for.
+    fn asked<T: Send + 'static>(
+        ask: impl FnOnce(tokio::runtime::Runtime, Client) -> T + Send + 'static,
+    ) -> (T, Vec<usize>) {
+        let (model, metrics) = (student(), Metrics::default());
+        let (sender, commands) = std::sync::mpsc::channel();
+        let client = Client::new(sender, 4);
+        let told_to_stop = client.told_to_stop();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let asking = std::thread::spawn(move || ask(runtime, client));
+        let others = Counts(std::sync::Mutex::default());
+        Engine::new(&model, model.limits(), &others, &metrics)
+            .run(&commands, &told_to_stop)
+            .unwrap();
+        (asking.join().unwrap(), others.0.into_inner().unwrap())
+    }
+
+    #[test]
+    fn many_texts_are_computed_part_by_part_and_only_while_somebody_waits() {
+        let judged = |count| Judged {
+            prompt: Vec::new(),
+            tools: None,
+            first: 0,
+            answers: vec!["yes".to_owned(); count],
+        };
+        let (scores, parts) =
+            asked(move |runtime, client| runtime.block_on(client.score(judged(200))).unwrap());
+        assert_eq!(scores, (0..200).map(f64::from).collect::<Vec<_>>());
+        assert_eq!(parts, [128, 72]);
+        let embed = Embed { texts: vec![vec![1; 2048]; 3], pooling: Pooling::Last };
+        let (vectors, parts) =
+            asked(move |runtime, client| runtime.block_on(client.embed(embed)).unwrap());
+        assert_eq!((vectors.len(), parts), (3, vec![1, 1, 1]));
+        // A client that goes away after the first look: one part was asked for at most.
+        let ((), parts) = asked(move |runtime, client| {
+            runtime.block_on(async {
+                let waits = client.score(judged(1000));
+                let gone = std::future::ready(());
+                tokio::select! { biased; _ = waits => panic!("all was computed"), () = gone => {} }
+            });
+            assert!(client.is_idle());
+        });
+        assert!(parts.len() <= 1, "{parts:?}");
     }
 
     /// Fails as a GPU does, at whatever it is asked.

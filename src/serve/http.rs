@@ -193,13 +193,17 @@ fn converse(State(shared): State<Arc<Shared>>, body: Body) -> impl Future<Output
 }
 
 async fn embed(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
-    let body = read(body)?;
-    others::embeddings(&shared.served, &shared.client, &body).await.map(Json)
+    let (body, served) = (read(body)?, Arc::clone(&shared.served));
+    let (embed, wanted) = aside(move || others::Embeddings::parse(&served, &body)).await?;
+    let vectors = shared.client.embed(embed).await?;
+    aside(move || wanted.answer(shared.served.name(), &vectors)).await.map(Json)
 }
 
 async fn score(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
-    let body = read(body)?;
-    others::score(shared.judge.as_deref(), &shared.client, &body).await.map(Json)
+    let (body, reader) = (read(body)?, Arc::clone(&shared));
+    let judged = aside(move || others::judged(reader.judge.as_deref(), &body)).await?;
+    let scores = shared.client.score(judged).await?;
+    Ok(Json(others::scores(shared.judge.as_deref(), &scores)))
 }
 
 async fn tokenize(State(shared): State<Arc<Shared>>, body: Body) -> Answered {

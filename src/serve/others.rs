@@ -4,61 +4,85 @@ use serde_json::{Map, Value, json};
 
 use super::chat::Conversation;
 use super::completions::Texts;
-use super::engine::{Client, Embed, Judged, Pooling};
+use super::engine::{Embed, Judged, Pooling};
 use super::fields::Fields;
 use super::problem::Problem;
 use super::served::{Served, check_ids, in_base64};
 use super::tools::Tools;
 use crate::data::record::Message;
 
-/// `POST /v1/embeddings`.
-///
-/// # Errors
-/// What cannot be honoured.
-pub(super) async fn embeddings(
-    served: &Served,
-    client: &Client,
-    body: &[u8],
-) -> Result<Value, Problem> {
-    let mut fields = Fields::parse(body)?;
-    served.take_name(&mut fields)?;
-    let input: Texts = fields.need("input")?;
-    let encoding: Option<String> = fields.take("encoding_format")?;
-    let pooling = fields.take("pooling")?.unwrap_or(Pooling::Mean);
-    let add_special = fields.take("add_special_tokens")?.unwrap_or(true);
-    let dimensions: Option<usize> = fields.take("dimensions")?;
-    fields.finish()?;
-    let base64 = match encoding.as_deref() {
-        None | Some("float") => false,
-        Some("base64") => true,
-        Some(other) => {
-            let message = format!("`encoding_format` is \"{other}\", expected float or base64");
-            return Err(Problem::invalid(message).on("encoding_format"));
+/// Most texts or answers of a request: OpenAI's number for embeddings.
+const MOST: usize = 2048;
+
+fn at_most(count: usize, what: &str) -> Result<(), Problem> {
+    if count <= MOST {
+        return Ok(());
+    }
+    Err(Problem::invalid(format!("{count} items in `{what}`, expected {MOST} at most")).on(what))
+}
+
+/// `POST /v1/embeddings`: how the vectors are wanted.
+pub(super) struct Embeddings {
+    tokens: usize,
+    base64: bool,
+    dimensions: Option<usize>,
+}
+
+impl Embeddings {
+    /// Reads a request.
+    ///
+    /// # Errors
+    /// What cannot be honoured.
+    pub(super) fn parse(served: &Served, body: &[u8]) -> Result<(Embed, Self), Problem> {
+        let mut fields = Fields::parse(body)?;
+        served.take_name(&mut fields)?;
+        let input: Texts = fields.need("input")?;
+        let encoding: Option<String> = fields.take("encoding_format")?;
+        let pooling = fields.take("pooling")?.unwrap_or(Pooling::Mean);
+        let add_special = fields.take("add_special_tokens")?.unwrap_or(true);
+        let dimensions: Option<usize> = fields.take("dimensions")?;
+        fields.finish()?;
+        let base64 = match encoding.as_deref() {
+            None | Some("float") => false,
+            Some("base64") => true,
+            Some(other) => {
+                let message = format!("`encoding_format` is \"{other}\", expected float or base64");
+                return Err(Problem::invalid(message).on("encoding_format"));
+            }
+        };
+        at_most(input.count(), "input")?;
+        let texts: Vec<Vec<u32>> =
+            input.encode(served, add_special)?.into_iter().map(|(_, ids)| ids).collect();
+        let positions = served.limits.max_positions;
+        if let Some((place, ids)) = texts.iter().enumerate().find(|(_, ids)| ids.len() > positions)
+        {
+            let len = ids.len();
+            let message =
+                format!("input {place} has {len} tokens, and the model {positions} positions");
+            return Err(Problem::invalid(message).on("input").code("context_length_exceeded"));
         }
-    };
-    let texts: Vec<Vec<u32>> =
-        input.encode(served, add_special)?.into_iter().map(|(_, ids)| ids).collect();
-    let positions = served.limits.max_positions;
-    if let Some((place, ids)) = texts.iter().enumerate().find(|(_, ids)| ids.len() > positions) {
-        let len = ids.len();
-        let message =
-            format!("input {place} has {len} tokens, and the model {positions} positions");
-        return Err(Problem::invalid(message).on("input").code("context_length_exceeded"));
+        let tokens = texts.iter().map(Vec::len).sum();
+        Ok((Embed { texts, pooling }, Self { tokens, base64, dimensions }))
     }
-    let tokens: usize = texts.iter().map(Vec::len).sum();
-    let vectors = client.embed(Embed { texts, pooling }).await?;
-    let width = vectors.first().map_or(0, Vec::len);
-    if let Some(dimensions) = dimensions.filter(|dimensions| *dimensions != width) {
-        let message = format!("`dimensions` is {dimensions}, expected the model's {width}");
-        return Err(Problem::invalid(message).on("dimensions"));
+
+    /// The answer.
+    ///
+    /// # Errors
+    /// Another length than was asked for.
+    pub(super) fn answer(&self, name: &str, vectors: &[Vec<f32>]) -> Result<Value, Problem> {
+        let width = vectors.first().map_or(0, Vec::len);
+        if let Some(dimensions) = self.dimensions.filter(|dimensions| *dimensions != width) {
+            let message = format!("`dimensions` is {dimensions}, expected the model's {width}");
+            return Err(Problem::invalid(message).on("dimensions"));
+        }
+        let object = |(index, vector): (usize, &Vec<f32>)| {
+            let embedding = if self.base64 { json!(in_base64(vector)) } else { json!(vector) };
+            json!({"object": "embedding", "index": index, "embedding": embedding})
+        };
+        let data: Vec<Value> = vectors.iter().enumerate().map(object).collect();
+        let usage = json!({"prompt_tokens": self.tokens, "total_tokens": self.tokens});
+        Ok(json!({"object": "list", "data": data, "model": name, "usage": usage}))
     }
-    let object = |(index, vector): (usize, &Vec<f32>)| {
-        let embedding = if base64 { json!(in_base64(vector)) } else { json!(vector) };
-        json!({"object": "embedding", "index": index, "embedding": embedding})
-    };
-    let data: Vec<Value> = vectors.iter().enumerate().map(object).collect();
-    let usage = json!({"prompt_tokens": tokens, "total_tokens": tokens});
-    Ok(json!({"object": "list", "data": data, "model": served.name(), "usage": usage}))
 }
 
 /// `POST /tokenize`: of a text or of a conversation.
@@ -100,15 +124,11 @@ pub(super) fn detokenize(served: &Served, body: &[u8]) -> Result<Value, Problem>
     Ok(json!({"prompt": served.tokenizer().decode(&ids, false)}))
 }
 
-/// `POST /score`: what the reward model thinks of answers.
+/// `POST /score`: reads which answers the reward model is to judge.
 ///
 /// # Errors
 /// What cannot be honoured; a server without a reward model.
-pub(super) async fn score(
-    judge: Option<&str>,
-    client: &Client,
-    body: &[u8],
-) -> Result<Value, Problem> {
+pub(super) fn judged(judge: Option<&str>, body: &[u8]) -> Result<Judged, Problem> {
     let Some(judge) = judge else {
         let message = "no reward model is served; start the server with --reward-model";
         return Err(Problem::invalid(message).code("no_reward_model"));
@@ -136,9 +156,14 @@ pub(super) async fn score(
     if answers.is_empty() {
         return Err(Problem::invalid("`completions` is empty").on("completions"));
     }
-    let scores = client.score(Judged { prompt, tools, answers }).await?;
+    at_most(answers.len(), "completions")?;
+    Ok(Judged { prompt, tools, first: 0, answers })
+}
+
+/// What the reward model, of this name, thinks of them.
+pub(super) fn scores(judge: Option<&str>, scores: &[f64]) -> Value {
     let object =
         |(index, score): (usize, &f64)| json!({"object": "score", "index": index, "score": score});
     let data: Vec<Value> = scores.iter().enumerate().map(object).collect();
-    Ok(json!({"object": "list", "data": data, "model": judge}))
+    json!({"object": "list", "data": data, "model": judge})
 }

@@ -105,7 +105,12 @@ impl From<Error> for Problem {
             None => error.to_string(),
         };
         match error.kind() {
-            Kind::Usage => Self::invalid(message),
+            Kind::Usage => {
+                // Such messages begin with the field that is wrong, where it is one.
+                let param = message.strip_prefix('`').and_then(|rest| rest.split_once('`'));
+                let param = param.map(|(name, _)| name.to_owned());
+                Self { param, ..Self::invalid(message) }
+            }
             Kind::Run | Kind::Interrupted => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
             }

@@ -190,7 +190,8 @@ impl Others for Companions {
             let len = prompt + tokenizer.encode(answer).len() + 1;
             if len > limit {
                 return Err(Error::usage(format!(
-                    "completion {place} has {len} tokens with its prompt, and the reward model {limit} positions"
+                    "completion {} has {len} tokens with its prompt, and the reward model {limit} positions",
+                    judged.first + place
                 )));
             }
         }
