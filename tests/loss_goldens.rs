@@ -147,6 +147,7 @@ fn losses_of_labelled_responses_are_those_of_trl_token_by_token() {
         let reference = numbers(&labelled["ref_own"]).into_iter().zip(numbers(others));
         let objective = Unpaired {
             loss: loss_of(case),
+            weight: 1.0,
             options: options(&golden, case),
             summing: Summing::default(),
             labels: labels.clone(),

@@ -786,6 +786,7 @@ fn unpaired_kto_is_the_mean_over_labelled_responses() {
         vec![-0.5, -0.5, -0.5, -1.0, -2.0, -1.0, -1.0, -0.75, -1.0, -1.5, -0.5, -0.5];
     let objective = |loss| Unpaired {
         loss,
+        weight: 1.0,
         options: LossOptions {
             desirable_weight: 1.5,
             undesirable_weight: 0.5,
@@ -813,6 +814,17 @@ fn unpaired_kto_is_the_mean_over_labelled_responses() {
         for (actual, expected) in weighed.d_values.iter().zip(expected) {
             assert_near(f64::from(*actual), expected, 1e-7, loss.name());
         }
+        // Twice the weight is twice the slope; what is summed is the loss without it.
+        let twice = Unpaired { weight: 2.0, ..objective.clone() };
+        assert_eq!(twice.terms(), [(loss.name(), 2.0)]);
+        let doubled = weigh(&twice, std::slice::from_ref(&forest), &[&logps]).remove(0);
+        assert_eq!(doubled.sums, weighed.sums);
+        for (double, single) in doubled.d_values.iter().zip(&weighed.d_values) {
+            assert_near(f64::from(*double), 2.0 * f64::from(*single), 1e-7, loss.name());
+        }
+        // Of each tree the second response answers another prompt.
+        let answers = (loss == Kto).then(|| [true, false].repeat(3));
+        assert_eq!(objective.answers(&forest), answers);
         let reported =
             weighed.metrics.iter().find(|mean| mean.name == "kto/kl").map(|mean| mean.sum / 3.0);
         assert_eq!(reported.is_some(), loss == Kto);
@@ -976,6 +988,7 @@ fn the_log_of_labelled_responses_says_what_was_worked_out_by_hand() {
     let logps = [-0.5_f32, -0.5, -1.0, -2.0, -1.0, -0.75, -1.75];
     let objective = |labels: [bool; 3]| Unpaired {
         loss: ApoZeroUnpaired,
+        weight: 1.0,
         options: options(0.5, 0.0),
         summing: Summing::default(),
         labels: labels.into_iter().enumerate().collect(),

@@ -313,6 +313,7 @@ fn kto_raises_wanted_responses_and_lowers_the_others() {
     let settings = Settings { learning_rate: 3e-4, ..settings() };
     let mut objective = Unpaired {
         loss: PreferenceLoss::Kto,
+        weight: 1.0,
         options: LossOptions::default(),
         summing: Summing::default(),
         labels: (0..8).map(|row| (row, row % 2 == 0)).collect(),

@@ -248,6 +248,16 @@ impl ChatTokenizer {
         self.inner.full.decode(ids, skip_special).unwrap_or_default()
     }
 
+    /// The first id that means something else to another tokenizer, and what it is to this one and to that.
+    pub fn first_difference(&self, other: &Self) -> Option<(u32, [String; 2])> {
+        let ids = self.vocab_size().max(other.vocab_size()) as u32;
+        let id = (0..ids).find(|id| self.token(*id) != other.token(*id))?;
+        let named = |tokenizer: &Self| {
+            tokenizer.token(id).map_or("absent".to_owned(), |token| format!("`{token}`"))
+        };
+        Some((id, [named(self), named(other)]))
+    }
+
     /// The token of `id` as the vocabulary spells it.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.full.id_to_token(id)

@@ -136,6 +136,11 @@ pub trait Objective: Send + Sync {
         false
     }
 
+    /// Whether each leaf answers its own prompt, where some do not (KTO's): what is logged of all tokens is of those that do.
+    fn answers(&self, _forest: &Forest) -> Option<Vec<bool>> {
+        None
+    }
+
     /// The step's statistics, from every micro-batch and its values.
     fn statistics(&self, _readings: &[(&Forest, &[f32])]) -> Result<Vec<f64>> {
         Ok(Vec::new())

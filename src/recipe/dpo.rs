@@ -271,6 +271,16 @@ impl Dpo {
         if self.ref_model_sync_steps == 0 {
             return Err(Error::usage("`ref_model_sync_steps` is 0, expected 1 or more"));
         }
+        let plain = Self::default();
+        for (key, is_written) in [
+            ("ref_model_mixup_alpha", alpha.to_bits() != plain.ref_model_mixup_alpha.to_bits()),
+            ("ref_model_sync_steps", self.ref_model_sync_steps != plain.ref_model_sync_steps),
+        ] {
+            if is_written && !self.sync_ref_model {
+                return Err(Error::usage(format!("`{key}` without `sync_ref_model`"))
+                    .hint("`sync_ref_model = true` lets the reference follow; else leave it out"));
+            }
+        }
         Ok(())
     }
 
@@ -502,6 +512,10 @@ mod tests {
             "ref_model_mixup_alpha = 1.5",
             "r.toml:5: stage `dpo`: `ref_model_mixup_alpha` is 1.5, expected more than 0 and at most 1",
         );
+        refuses(
+            "ref_model_sync_steps = 8",
+            "r.toml:5: stage `dpo`: `ref_model_sync_steps` without `sync_ref_model` (hint: `sync_ref_model = true` lets the reference              follow; else leave it out)",
+        );
     }
 
     #[test]
@@ -518,6 +532,34 @@ mod tests {
             refuses(&keys, &format!("r.toml:5: stage `dpo`: {lists}"));
         }
         assert_eq!(dpo("ranking = 'plackett_luce'").ranking, Ranking::PlackettLuce);
+    }
+
+    #[test]
+    fn constants_that_nothing_reads_are_refused() {
+        for (keys, key, value, other) in [
+            ("simpo_gamma = 1.0", "simpo_gamma", "1", "loss_type"),
+            (
+                "loss_type = 'simpo'
+desirable_weight = 1.5",
+                "desirable_weight",
+                "1.5",
+                "loss_type",
+            ),
+            (
+                "f_alpha_divergence_coef = 0.8",
+                "f_alpha_divergence_coef",
+                "0.8",
+                "f_divergence_type",
+            ),
+        ] {
+            let line = 4 + keys.lines().count();
+            refuses(
+                keys,
+                &format!(
+                    "r.toml:{line}: stage `dpo`: `{key}` is {value}, and nothing reads it (hint: leave it out, or see `{other}`)"
+                ),
+            );
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::loss::preference::{Preference, Unpaired};
 use crate::model::Transformer;
 use crate::model::bases::{self, Bases};
 use crate::model::checkpoint::Checkpoint;
+use crate::model::params::shapes;
 use crate::recipe::plan;
 use crate::train::reference::{Logps, Request, reference_logps};
 use crate::train::{Data, Follower, Order};
@@ -33,6 +34,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     if let Some(other) = other {
         // Held and computed with as the policy's base is: where it is that base, or an adapter of it, it shares its tensors.
         let model = bases.model(other, &adapt.form(&context.device))?;
+        check_reference(&start.checkpoint, &model, spec.sync_ref_model).at(other)?;
         if spec.sync_ref_model {
             let weights = model.checkpoint()?.weights;
             drop(model.base);
@@ -72,6 +74,29 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
         settings: &spec.train,
     };
     training::fit(context, &work)
+}
+
+/// Refuses a reference to which the policy's tokens mean something else, and one that cannot follow the policy's weights.
+fn check_reference(policy: &Checkpoint, reference: &bases::Model, follows: bool) -> Result<()> {
+    if let (Some(own), Some(other)) = (&policy.tokenizer, &reference.tokenizer)
+        && let Some((id, [own, other])) = own.first_difference(other)
+    {
+        return Err(Error::run(format!(
+            "token {id} is {other} to the reference, {own} to the policy"
+        ))
+        .hint("a reference has the policy's vocabulary"));
+    }
+    let (own, other) = (shapes(&policy.config), shapes(&reference.config));
+    match own.iter().find(|(name, shape)| other.get(*name) != Some(shape)) {
+        Some((name, shape)) if follows => {
+            let other = other.get(name).map_or("absent".to_owned(), |shape| format!("{shape:?}"));
+            Err(Error::run(format!(
+                "`{name}` is {other} in the reference, {shape:?} in the policy"
+            ))
+            .hint("with sync_ref_model the reference has the policy's shape"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Reads the log-probabilities of a reference that stays as it is.
@@ -117,6 +142,7 @@ impl Method {
                 let labels = labels.filter_map(|(at, row)| Some((at, row.label().ok()?))).collect();
                 Ok(Self::Unpaired(Unpaired {
                     loss,
+                    weight,
                     options,
                     summing,
                     labels,
@@ -311,6 +337,45 @@ mod tests {
         spec.ranking = Ranking::PlackettLuce;
         let error = run(&within(dir.path().join("list")), &spec).unwrap_err().to_string();
         assert!(error.contains("equal `ranks` with ranking = \"plackett_luce\""), "{error}");
+    }
+
+    #[test]
+    fn a_reference_has_the_policys_vocabulary_and_where_it_follows_its_shape() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let row = json!({"prompt": "How many?", "chosen": "two apples", "rejected": "no pears"});
+        crate::store::write_atomic(&path, row.to_string().as_bytes()).unwrap();
+        let mut spec =
+            plan::Dpo { ref_model_name_or_path: "data/tiny/teacher".to_owned(), ..tiny(&path) };
+        spec.train.max_steps = 1;
+        run(&within(dir.path().join("other")), &spec).unwrap();
+        spec.sync_ref_model = true;
+        let error = run(&within(dir.path().join("follows")), &spec).unwrap_err().to_string();
+        assert!(
+            error.starts_with("data/tiny/teacher: `") && error.contains(" in the reference, ["),
+            "{error}"
+        );
+
+        let turned = dir.path().join("turned");
+        std::fs::create_dir(&turned).unwrap();
+        for file in std::fs::read_dir("data/tiny/student").unwrap().map(std::result::Result::unwrap)
+        {
+            let bytes = std::fs::read(file.path()).unwrap();
+            crate::store::write_atomic(&turned.join(file.file_name()), &bytes).unwrap();
+        }
+        let file = turned.join("tokenizer.json");
+        let mut tokenizer: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+        let (a, b) = (vocab["a"].clone(), vocab["b"].clone());
+        vocab["a"] = b;
+        vocab["b"] = a.clone();
+        crate::store::write_atomic(&file, tokenizer.to_string().as_bytes()).unwrap();
+        spec.sync_ref_model = false;
+        spec.ref_model_name_or_path = turned.display().to_string();
+        let error = run(&within(dir.path().join("turned")), &spec).unwrap_err().to_string();
+        let expected = format!("token {a} is `b` to the reference, `a` to the policy");
+        assert!(error.contains(&expected), "{error}");
     }
 
     /// A rate that ruins the model makes desirable responses unlikely too.

@@ -156,10 +156,17 @@ pub(super) fn weigh(
     }
     let mut weighed = objective.weigh(forest, Reading { values, rows }, totals)?;
     if !rows.is_empty() {
+        let answers = objective.answers(forest);
+        let counted = |leaf: u32| answers.as_ref().is_none_or(|all| all[leaf as usize]);
+        let own = || {
+            let all = forest.targets.iter().zip(values.iter().zip(rows));
+            all.filter(|(target, _)| counted(target.leaf)).map(|(_, read)| read)
+        };
+        let count = own().count() as f64;
         let mean = |name, of: &dyn Fn(&f32, &RowStats) -> f64| Mean {
             name,
-            sum: values.iter().zip(rows).map(|(logp, row)| of(logp, row)).sum(),
-            count: rows.len() as f64,
+            sum: own().map(|(logp, row)| of(logp, row)).sum(),
+            count,
         };
         weighed.metrics.push(mean("entropy", &|_, row| f64::from(row.entropy)));
         let right = |logp: &f32, row: &RowStats| f64::from(u8::from(*logp >= row.best_logp));

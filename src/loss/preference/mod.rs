@@ -108,7 +108,7 @@ impl Default for LossOptions {
             beta: 0.1,
             label_smoothing: 0.0,
             divergence: FDivergence::ReverseKl,
-            alpha: 1.0,
+            alpha: 0.5,
             simpo_gamma: 0.5,
             discopop_tau: 0.05,
             gt_reward_scale: 1.0,
@@ -341,6 +341,34 @@ impl LossOptions {
         }
         if !self.alpha.is_finite() {
             return refuse("f_alpha_divergence_coef", self.alpha, "a finite number");
+        }
+        self.check_read(losses)
+    }
+
+    /// Refuses constants that were written and that nothing reads.
+    fn check_read(&self, losses: &[PreferenceLoss]) -> Result<()> {
+        use PreferenceLoss::{ApoZeroUnpaired, Discopop, Kto, RpoBwdKl, RpoFwdKl, Simpo};
+        let plain = Self::default();
+        let by = |readers: &[PreferenceLoss]| losses.iter().any(|loss| readers.contains(loss));
+        let (labels, rpo) = (by(&[Kto, ApoZeroUnpaired]), by(&[RpoBwdKl, RpoFwdKl]));
+        let alpha = self.divergence == FDivergence::AlphaDivergence;
+        for (key, value, plain, is_read) in [
+            ("simpo_gamma", self.simpo_gamma, plain.simpo_gamma, by(&[Simpo])),
+            ("discopop_tau", self.discopop_tau, plain.discopop_tau, by(&[Discopop])),
+            ("gt_reward_scale", self.gt_reward_scale, plain.gt_reward_scale, rpo),
+            ("desirable_weight", self.desirable_weight, plain.desirable_weight, labels),
+            ("undesirable_weight", self.undesirable_weight, plain.undesirable_weight, labels),
+            ("f_alpha_divergence_coef", self.alpha, plain.alpha, alpha),
+        ] {
+            if value.to_bits() != plain.to_bits() && !is_read {
+                let what = if key == "f_alpha_divergence_coef" {
+                    "f_divergence_type"
+                } else {
+                    "loss_type"
+                };
+                return Err(Error::usage(format!("`{key}` is {value}, and nothing reads it"))
+                    .hint(format!("leave it out, or see `{what}`")));
+            }
         }
         Ok(())
     }

@@ -355,14 +355,18 @@ pub(super) fn empty(leaf: usize) -> Error {
     )
 }
 
-/// Which of its tree's leaves each leaf is: 0 chosen, 1 rejected, further ones carry no gradient.
-fn places(forest: &Forest) -> Vec<usize> {
-    let chosen = is_first(forest);
-    let mut place = vec![0; chosen.len()];
-    for leaf in 1..place.len() {
-        place[leaf] = if chosen[leaf] { 0 } else { place[leaf - 1] + 1 };
+/// Of each leaf: 0 where it is better than another and worse than none, 1 the other way, 2 for the rest.
+fn sides(leaves: usize, pairs: &[(usize, usize)]) -> Vec<usize> {
+    let (mut better, mut worse) = (vec![false; leaves], vec![false; leaves]);
+    for &(chosen, rejected) in pairs {
+        (better[chosen], worse[rejected]) = (true, true);
     }
-    place
+    let side = |(better, worse)| match (better, worse) {
+        (true, false) => 0,
+        (false, true) => 1,
+        _ => 2,
+    };
+    better.into_iter().zip(worse).map(side).collect()
 }
 
 /// Mean logit over the vocabulary and each side's trained tokens, where rows were read. `sides` says of each leaf: 0 chosen, 1
@@ -427,6 +431,15 @@ impl Objective for Preference {
         self.has(PreferenceLoss::coupled)
     }
 
+    fn answers(&self, forest: &Forest) -> Option<Vec<bool>> {
+        // Two are the pair's.
+        let second = |leaf: usize, first: &[bool]| first[leaf] || leaf > 0 && first[leaf - 1];
+        self.has(PreferenceLoss::needs_mismatched).then(|| {
+            let first = is_first(forest);
+            (0..first.len()).map(|leaf| second(leaf, &first)).collect()
+        })
+    }
+
     fn statistics(&self, readings: &[(&Forest, &[f32])]) -> Result<Vec<f64>> {
         let mut all = Read::default();
         for (forest, logps) in readings {
@@ -462,7 +475,8 @@ impl Objective for Preference {
         let d_values = d_values.collect();
         sums.push(nll);
         let mut metrics = self.metrics(&read, totals);
-        metrics.extend(mean_logits(forest, &places(forest), reading.rows));
+        let sides = sides(forest.leaves.len(), &read.leaves);
+        metrics.extend(mean_logits(forest, &sides, reading.rows));
         Ok(Weighed { d_values, sums, metrics })
     }
 }

@@ -16,6 +16,8 @@ use crate::loss::{Mean, Objective, Reading, StepTotals, Weighed, of_rows};
 pub struct Unpaired {
     /// [`PreferenceLoss::Kto`] or [`PreferenceLoss::ApoZeroUnpaired`].
     pub loss: PreferenceLoss,
+    /// Its weight in `loss`.
+    pub weight: f64,
     /// Its constants.
     pub options: LossOptions,
     /// Which tokens enter.
@@ -158,7 +160,7 @@ impl Unpaired {
 
 impl Objective for Unpaired {
     fn terms(&self) -> Vec<(&'static str, f64)> {
-        vec![(self.loss.name(), 1.0)]
+        vec![(self.loss.name(), self.weight)]
     }
 
     /// Responses, and how many of them are desirable.
@@ -176,6 +178,10 @@ impl Objective for Unpaired {
 
     fn coupled(&self) -> bool {
         self.loss.coupled()
+    }
+
+    fn answers(&self, forest: &Forest) -> Option<Vec<bool>> {
+        self.loss.needs_mismatched().then(|| is_first(forest))
     }
 
     fn statistics(&self, readings: &[(&Forest, &[f32])]) -> Result<Vec<f64>> {
@@ -197,10 +203,11 @@ impl Objective for Unpaired {
             .collect();
         let first = is_first(forest);
         let weights = self.summing.weights(forest);
+        let of_loss = self.weight / totals.counts[0];
         let d_values = forest.targets.iter().zip(weights).map(|(target, weight)| {
             let leaf = target.leaf as usize;
             let (_, slope) = losses[forest.leaves[leaf].tree];
-            if first[leaf] { (weight * slope / totals.counts[0]) as f32 } else { 0.0 }
+            if first[leaf] { (weight * slope * of_loss) as f32 } else { 0.0 }
         });
         let mut metrics = self.metrics(&read, kl, &totals.counts);
         metrics.extend(mean_logits(forest, &read.sides(forest), reading.rows));
