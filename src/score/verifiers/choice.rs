@@ -26,25 +26,36 @@ impl Rule for Choice {
     }
 }
 
-/// The letter, A to Z. In this order: what is boxed; what is said to be the answer; an option that is named; the text
-/// where it is a letter or begins with one and a mark; the last letter in brackets or bold; the last letter that stands
-/// alone and is no English word.
+/// The letter, A to Z. In this order: what is boxed; what is said to be the answer, or to be right; what is chosen; an option that
+/// is named; the text where it is a letter or begins with one and a mark; the last letter in brackets or bold; the last letter
+/// that stands alone, and at the end of a sentence where it is an English word.
 fn letter(text: &str) -> Option<char> {
     let text = text.trim();
     let last = |pattern: Option<&'static regex::Regex>| {
         let found = pattern?.captures_iter(text).last()?;
         found.get(1)?.as_str().chars().next()
     };
-    let boxed = || last(pattern!(r"\\boxed\{\s*(?:\\text\w*\{)?\s*\(?([A-Za-z])\)?\s*\}"));
+    let boxed = || last(pattern!(r"\\boxed\{\s*(?:\\\w+\{)?\s*\(?([A-Za-z])(?:\s*\}|\)|[.:]\s)"));
     // Upper case where another word may follow, so that `the answer is a matter of …` names none.
     let called = || {
         last(pattern!(
-            r"(?i:\b(?:answer|choice|option)\b[\s*_]*(?:is|would be|=|:)[*_]*[\s:]*(?:(?:the\s+)?(?:option|choice)\s+)?)(?:[*_($\[]|\\\()*([A-Z])(?:[*_)$\].,:;]|\\\)|\s|$)"
+            r"(?i:\b(?:answer|choice|option)\b[\s*_]*(?:is|(?:would|must|should|has to|will|can only) be|=|:)[*_]*[\s:]*(?:(?:the\s+)?(?:option|choice)\s+)?)(?:[*_($\[]|\\\()*([A-Z])(?:[*_)$\].,:;]|\\\)|\s|$)"
         ))
     };
     let called_small = || {
         last(pattern!(
             r"(?i:\banswer\b(?:\s+is)?[\s:]*)[*_($\[]*([a-z])(?:[*_)$\]]*[.,]?\s*$|[)\]])"
+        ))
+    };
+    let stated = || {
+        last(pattern!(
+            r"(?:^|[\s*_(])([A-Z])[*_)]* (?i:is|would be|must be|has to be) (?i:the )?(?i:correct|right|best|answer)\b"
+        ))
+    };
+    // A letter that is a word too has to end its sentence.
+    let picked = || {
+        last(pattern!(
+            r"(?i:\b(?:choose|chose|pick|picked|select|selected|go with|going with)\b\s+(?:the\s+)?(?:(?:option|choice|answer)\s+)?)[*_($\[]*([B-HJ-Z]\b|[AI](?:[*_)$\].,:;]|\s*$))"
         ))
     };
     // After what is said to be the answer: explanations go through the other options by their names.
@@ -59,8 +70,14 @@ fn letter(text: &str) -> Option<char> {
         found.get(1)?.as_str().chars().next()
     };
     let marked = || last(pattern!(r"(?:\(|\[|\*\*)([A-Z])(?:\)|\]|\*\*|[.):]\s)"));
-    let alone = || last(pattern!(r"(?:^|[\s:])([B-HJ-Z])(?:[.,:)]?(?:\s|$))"));
-    let found = boxed().or_else(called).or_else(called_small).or_else(named);
+    let alone =
+        || last(pattern!(r"(?:^|[\s:])([B-HJ-Z](?:[.,:)]?(?:\s|$))|[AI](?:[.,:)]?\s*$|[.)]\s))"));
+    let found = boxed()
+        .or_else(called)
+        .or_else(called_small)
+        .or_else(stated)
+        .or_else(picked)
+        .or_else(named);
     found.or_else(first).or_else(marked).or_else(alone).map(|letter| letter.to_ascii_uppercase())
 }
 
@@ -122,6 +139,32 @@ mod tests {
         check(r#"{"verifier": "choice"}"#, Some("B"), &of_b);
         let of_c = [("The correct answer is (C). Option D: wrong.", true), ("Option D", false)];
         check(r#"{"verifier": "choice"}"#, Some("C"), &of_c);
+    }
+
+    /// Where a letter is a word too, answers are found as those of the others are: else right ones would count less there.
+    #[test]
+    fn every_letter_is_found_in_the_same_sentences() {
+        for letter in ["A", "B", "I"] {
+            let sentences = [
+                "X is the correct answer.",
+                "I think X is right, since it rains.",
+                "I choose X.",
+                "I would go with option X.",
+                "It is X",
+                "It is X.",
+                "It must be X. The others are far off.",
+                "The answer must be X.",
+                "\\boxed{\\mathrm{X}}",
+                "\\boxed{X. Paris}",
+                "\\boxed{\\text{X) Paris}}",
+                "\\boxed{(X) Paris}",
+            ];
+            let cases = sentences.map(|sentence| sentence.replace('X', letter));
+            let cases: Vec<(&str, bool)> = cases.iter().map(|text| (text.as_str(), true)).collect();
+            check(r#"{"verifier": "choice"}"#, Some(letter), &cases);
+        }
+        let words = ["I choose a dog", "A cat is the best answer there is", "\\boxed{a dog}"];
+        check(r#"{"verifier": "choice"}"#, Some("A"), &words.map(|text| (text, false)));
     }
 
     proptest::proptest! {

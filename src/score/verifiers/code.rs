@@ -215,7 +215,8 @@ fn tests(question: &Question<'_>) -> Result<String> {
 
 /// What to run: the prompt where it is the beginning of the program, then the answer's code.
 fn program(question: &Question<'_>, text: &str) -> String {
-    let code = code_of(after_thoughts(text));
+    let entry = column(question, "entry_point").and_then(Value::as_str);
+    let code = code_of(after_thoughts(text), entry);
     match beginning(question) {
         Some(beginning) => format!("{beginning}\n{code}\n"),
         None => format!("{code}\n"),
@@ -227,7 +228,7 @@ fn program(question: &Question<'_>, text: &str) -> String {
 fn beginning(question: &Question<'_>) -> Option<String> {
     let entry = column(question, "entry_point")?.as_str()?;
     let prompt = question.prompt.iter().rev().find(|message| message.role() == "user")?.text();
-    let code = code_of(&prompt);
+    let code = code_of(&prompt, Some(entry));
     let starts = ["from ", "import ", "def ", "class ", "@", "#", "\"\"\""];
     let code_start = code.trim_start();
     let is_code = starts.iter().any(|start| code_start.starts_with(start))
@@ -235,9 +236,16 @@ fn beginning(question: &Question<'_>) -> Option<String> {
     (is_code && code.contains(&format!("def {entry}"))).then(|| code.trim_end().to_owned())
 }
 
-/// The last fenced block of Python, else the last of any kind, else all of the text. A block that was never closed ends
-/// with the text.
-fn code_of(text: &str) -> String {
+/// The last fenced block of Python that defines the function, of those the last that defines anything, else the last block at all,
+/// else all of the text: behind a solution often stands how to call it. A block that was never closed ends with the text. A text
+/// that begins as code does is one up to its first fence, which then closes it.
+fn code_of(text: &str, entry: Option<&str>) -> String {
+    if let Some((before, after)) = text.split_once("```")
+        && after.lines().next().is_none_or(|tag| tag.trim().is_empty())
+        && continues(before)
+    {
+        return before.to_owned();
+    }
     let Some(fence) = pattern!(r"(?s)```([^\n`]*)\n(.*?)(?:\n[ \t]*```|\z)") else {
         return text.to_owned();
     };
@@ -245,14 +253,67 @@ fn code_of(text: &str) -> String {
         .captures_iter(text)
         .filter_map(|block| Some((block[1].trim().to_lowercase(), block.get(2)?.as_str())))
         .collect();
-    let python =
-        blocks.iter().rfind(|(tag, _)| ["python", "python3", "py"].contains(&tag.as_str()));
-    python.or(blocks.last()).map_or(text, |(_, code)| code).to_owned()
+    let is_python = |tag: &str| ["python", "python3", "py"].contains(&tag);
+    let any_python = blocks.iter().any(|(tag, _)| is_python(tag));
+    let blocks = blocks.iter().filter(|(tag, _)| !any_python || is_python(tag));
+    let blocks: Vec<&str> = blocks.map(|(_, code)| *code).collect();
+    let last = |is: &dyn Fn(&str) -> bool| blocks.iter().rfind(|code| is(code)).copied();
+    let solution = entry.and_then(|entry| last(&|code| defines(code, entry)));
+    let solution =
+        solution.or_else(|| last(&|code| STARTS.iter().any(|start| has_line(code, start))));
+    solution.or(blocks.last().copied()).unwrap_or(text).to_owned()
+}
+
+/// What a line begins with that defines something.
+const STARTS: [&str; 3] = ["def ", "class ", "async def "];
+
+fn has_line(code: &str, start: &str) -> bool {
+    code.lines().any(|line| line.trim_start().starts_with(start))
+}
+
+fn defines(code: &str, name: &str) -> bool {
+    let rest = |line: &str| line.trim_start().strip_prefix("def ").map(str::to_owned);
+    let named = |rest: String| {
+        rest.trim_start().strip_prefix(name).map(|rest| rest.trim_start().starts_with('('))
+    };
+    code.lines().any(|line| rest(line).and_then(named) == Some(true))
+}
+
+/// Whether a text is the rest of a program, or one, rather than what is said before a block.
+fn continues(text: &str) -> bool {
+    let Some(first) = text.lines().find(|line| !line.trim().is_empty()) else { return false };
+    let code = ["from ", "import ", "@", "#!"].iter().chain(&STARTS);
+    first.starts_with([' ', '\t']) || code.into_iter().any(|start| first.starts_with(start))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_program_is_the_block_that_defines_what_is_asked_for() {
+        let of = |text: &str| code_of(text, Some("square"));
+        let solution = "def square(x):\n    return x * x";
+        let usage = "print(square(2))";
+        for text in [
+            format!("Here:\n```python\n{solution}\n```\nCall it:\n```python\n{usage}\n```"),
+            format!("```python\n{usage}\n```\n```python\n{solution}\n```\n```\n4\n```"),
+            format!("```py\n{solution}\n```\n```python\ndef other():\n    pass\n```"),
+            format!("It is this:\n```\n{solution}"),
+        ] {
+            assert_eq!(of(&text), solution, "{text}");
+        }
+        // Without a name, what defines something; a longer name is another function.
+        let text = format!("```python\n{solution}\n```\n```python\n{usage}\n```");
+        assert_eq!(code_of(&text, None), solution);
+        assert_eq!(code_of(&text, Some("squa")), solution);
+        // The rest of a function ends at a fence that opens nothing.
+        let body = "    return x * x\n";
+        for end in ["```", "```\nThis squares it.", "```\n\n```python\nprint(square(2))\n```"] {
+            assert_eq!(of(&format!("{body}{end}")), body);
+        }
+        assert_eq!(of(body), body);
+    }
 
     #[test]
     fn programs_are_waited_for_in_threads_that_compute_nothing() {

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Question, Score, Scorer, ScorerSpec};
+use crate::data::record::kind;
 use crate::error::{Error, Result};
 
 pub use length::Unit;
@@ -194,6 +195,13 @@ fn judged(right: bool, why: impl Into<String>) -> Score {
 }
 
 fn needed<'a>(question: &Question<'a>) -> Result<&'a str> {
+    if let Some(other @ (Value::Array(_) | Value::Object(_))) = column(question, "answer") {
+        return Err(Error::run(format!(
+            "`answer` is {}, expected a text or a number",
+            kind(other)
+        ))
+        .hint("one right answer a row; several as one pattern of the verifier `regex`"));
+    }
     question.answer.ok_or_else(|| {
         Error::run("the row has no `answer` to check against")
             .hint("map its column, e.g. columns = {answer = \"solution\"}, or use another scorer")

@@ -29,6 +29,8 @@ impl Rule for Number {
 /// The last number of a text: signs, thousands' commas, decimals and exponents understood; `3/4` counts as a
 /// quotient. A full stop at the end of a sentence is none of its digits.
 pub fn last_number(text: &str) -> Option<f64> {
+    // A minus as typesetters write it, and the dash that stands for one.
+    let text = &text.replace(['−', '–'], "-");
     let bytes = text.as_bytes();
     let mut end = bytes.iter().rposition(u8::is_ascii_digit)? + 1;
     let mut start = number_start(bytes, end);
@@ -127,6 +129,9 @@ mod tests {
             ("12,345,678", Some(12_345_678.0)),
             ("on 1/2/2024", Some(2024.0)),
             ("1e-3", Some(0.001)),
+            ("the result is −5", Some(-5.0)),
+            ("–0.5", Some(-0.5)),
+            ("pages 3–7", Some(7.0)),
             ("x2", Some(2.0)),
             ("é5é", Some(5.0)),
             ("…", None),
