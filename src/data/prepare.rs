@@ -464,7 +464,7 @@ fn merged(base: &Map<String, Value>, row: &Map<String, Value>) -> Map<String, Va
 }
 
 /// Ids of plain text: `bos` before it where the tokenizer asks for one (never two).
-pub(super) fn prompt_text_ids(
+pub(crate) fn prompt_text_ids(
     tokenizer: &ChatTokenizer,
     text: &str,
     parse: bool,

@@ -213,6 +213,20 @@ pub enum Record {
 }
 
 impl Record {
+    /// Whether prompt and responses are text, which is learned from as it is, without the chat template.
+    pub fn is_plain_text(&self) -> bool {
+        let is_text = |side: &Side| matches!(side, Side::Text(_));
+        match self {
+            Self::Completion { prompt, completion } => is_text(prompt) && is_text(completion),
+            Self::Preference { prompt, responses } => {
+                is_text(prompt) && responses.iter().all(is_text)
+            }
+            Self::Steps { prompt, .. } => is_text(prompt),
+            Self::Text(_) => true,
+            Self::Conversation(_) | Self::Prompt(_) => false,
+        }
+    }
+
     /// What the format is called in messages to the user.
     pub fn name(&self) -> &'static str {
         match self {

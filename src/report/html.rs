@@ -63,10 +63,10 @@ pub fn render(summary: &Summary) -> String {
 
 fn measures(summary: &Summary, page: &mut String) {
     let mut rows = String::new();
-    for (stage, metrics) in summary.measured() {
+    for (stage, numbers) in summary.measured() {
         let _ = write!(rows, "<tr><td>{}</td><td>{}</td>", stage.round, escape(&stage.name));
-        for (key, _) in HEADLINE {
-            let number = metrics.get(key).map_or_else(|| "–".to_owned(), |value| short(*value));
+        for number in numbers {
+            let number = number.map_or_else(|| "–".to_owned(), short);
             let _ = write!(rows, "<td>{number}</td>");
         }
         rows.push_str("</tr>\n");
@@ -194,6 +194,7 @@ mod tests {
     fn sample() -> Summary {
         let metrics = Metrics::from([
             ("accuracy".to_owned(), 0.512_345),
+            ("best_of_k_accuracy".to_owned(), 0.6),
             ("kl".to_owned(), 0.0),
             ("rows".to_owned(), 8.0),
         ]);
@@ -243,9 +244,9 @@ mod tests {
 
 ## Measures
 
-| round | stage | accuracy | reward | KL to base | mean length |
-| ----- | ----- | -------: | -----: | ---------: | ----------: |
-| 2     | eval  |   0.5123 |      – |          0 |           – |
+| round | stage | accuracy | best of k | reward | KL to base | mean length |
+| ----- | ----- | -------: | --------: | -----: | ---------: | ----------: |
+| 2     | eval  |   0.5123 |       0.6 |      – |          0 |           – |
 
 ## Stages
 
@@ -256,7 +257,7 @@ mod tests {
 
 ## Numbers
 
-- **01-eval**: accuracy 0.5123, kl 0, rows 8
+- **01-eval**: accuracy 0.5123, best_of_k_accuracy 0.6, kl 0, rows 8
 
 ## What made it
 

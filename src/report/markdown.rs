@@ -7,7 +7,7 @@ use super::progress::short;
 use super::quality;
 use super::summary::{HEADLINE, Summary};
 
-/// The table round × stage × (accuracy, reward, KL to base, mean length), aligned for reading as plain text. Empty
+/// The table round × stage × (accuracy, best of k, reward, KL to base, mean length), aligned for reading as plain text. Empty
 /// where nothing was measured.
 pub fn headline(summary: &Summary) -> String {
     let mut rows = vec![
@@ -17,10 +17,10 @@ pub fn headline(summary: &Summary) -> String {
             .map(str::to_owned)
             .collect::<Vec<_>>(),
     ];
-    for (stage, metrics) in summary.measured() {
-        let number = |key: &str| metrics.get(key).map_or_else(|| "–".to_owned(), |v| short(*v));
+    for (stage, numbers) in summary.measured() {
+        let numbers = numbers.map(|number| number.map_or_else(|| "–".to_owned(), short));
         let head = [stage.round.to_string(), stage.name.clone()];
-        rows.push(head.into_iter().chain(HEADLINE.iter().map(|(key, _)| number(key))).collect());
+        rows.push(head.into_iter().chain(numbers).collect());
     }
     if rows.len() == 1 { String::new() } else { table(&rows) }
 }

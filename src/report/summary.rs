@@ -11,12 +11,20 @@ use crate::score::curve::{CURVE, Curve};
 use crate::store::{self, MANIFEST};
 
 /// The numbers that every report leads with: (key of the metrics, heading).
-pub const HEADLINE: [(&str, &str); 4] = [
+pub const HEADLINE: [(&str, &str); 5] = [
     ("accuracy", "accuracy"),
+    ("best_of_k_accuracy", "best of k"),
     ("reward", "reward"),
     ("kl", "KL to base"),
     ("mean_length", "mean length"),
 ];
+
+/// A headline number. A stage that trained has accuracies of its last batch too: what it is worth is said by rows that it did not
+/// learn from.
+fn headline(metrics: &Metrics, key: &str) -> Option<f64> {
+    let key = if key == "accuracy" && metrics.contains_key("loss") { "eval_accuracy" } else { key };
+    metrics.get(key).copied()
+}
 
 /// A stage of the plan and what there is of it.
 #[derive(Clone, Debug)]
@@ -91,11 +99,35 @@ impl Summary {
         Ok(Self { name: text(&plan, "name"), plan, recipe, stages })
     }
 
-    /// Stages with at least one headline number.
-    pub fn measured(&self) -> impl Iterator<Item = (&Finished, &Metrics)> {
+    /// Stages with at least one headline number, each with all of those.
+    pub fn measured(&self) -> impl Iterator<Item = (&Finished, [Option<f64>; HEADLINE.len()])> {
         self.stages
             .iter()
-            .filter_map(|stage| Some((stage, &stage.manifest.as_ref()?.record.metrics)))
-            .filter(|(_, metrics)| HEADLINE.iter().any(|(key, _)| metrics.contains_key(*key)))
+            .filter_map(|stage| {
+                let metrics = &stage.manifest.as_ref()?.record.metrics;
+                Some((stage, HEADLINE.map(|(key, _)| headline(metrics, key))))
+            })
+            .filter(|(_, numbers)| numbers.iter().any(Option::is_some))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_that_trained_is_told_by_what_was_held_out() {
+        let metrics = |all: &[(&str, f64)]| -> Metrics {
+            all.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
+        };
+        let of_eval = metrics(&[("accuracy", 0.5)]);
+        assert_eq!(headline(&of_eval, "accuracy"), Some(0.5));
+        let trained = metrics(&[("accuracy", 0.9), ("loss", 0.1), ("eval_accuracy", 0.7)]);
+        assert_eq!(headline(&trained, "accuracy"), Some(0.7));
+        let unseen = metrics(&[("accuracy", 0.9), ("loss", 0.1), ("mean_length", 3.0)]);
+        assert_eq!(
+            HEADLINE.map(|(key, _)| headline(&unseen, key)),
+            [None, None, None, None, Some(3.0)]
+        );
     }
 }

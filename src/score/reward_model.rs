@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::{LET_FAIL, OnError, Question, Score, Scorer};
 use crate::data::forest::{Forest, micro_batches};
 use crate::data::lessons::Lesson;
-use crate::data::prepare::{PairOptions, Rule, Truncation};
+use crate::data::prepare::{PairOptions, Rule, Truncation, prompt_text_ids};
 use crate::data::record::{Message, Record, Row, Side};
 use crate::data::template;
 use crate::data::tokenizer::ChatTokenizer;
@@ -29,6 +29,11 @@ const ANSWERS: usize = 64;
 
 /// The key of `config.json` that holds the text which ends a step.
 pub const STEP_SEPARATOR: &str = "step_separator";
+
+/// The key of `config.json` that says which form the rows had that a model learned from, where that was [`PLAIN_TEXT`].
+pub const PROMPT_FORMAT: &str = "prompt_format";
+/// Prompts and responses as text, one after the other, without the chat template.
+pub const PLAIN_TEXT: &str = "text";
 
 /// One number for an answer from the probabilities that its steps are right.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -131,6 +136,8 @@ pub struct RewardModel {
     tokenizer: ChatTokenizer,
     outputs: Outputs,
     on_error: OnError,
+    /// Whether it learned from plain text, and so is asked about plain text.
+    plain: bool,
 }
 
 impl RewardModel {
@@ -158,7 +165,8 @@ impl RewardModel {
         let tokenizer = held.tokenizer().at(path)?.clone();
         let outputs = Outputs::of(&held.config, reading).at(path)?;
         let on_error = reading.on_error;
-        Ok(Self { model: held.transformer()?, held, tokenizer, outputs, on_error })
+        let plain = held.config.other.get(PROMPT_FORMAT).is_some_and(|form| form == PLAIN_TEXT);
+        Ok(Self { model: held.transformer()?, held, tokenizer, outputs, on_error, plain })
     }
 
     /// Its tokenizer.
@@ -169,6 +177,30 @@ impl RewardModel {
     /// What it is made of.
     pub fn made_of(&self) -> &Model {
         &self.held
+    }
+
+    /// How many tokens a prompt has to the model.
+    ///
+    /// # Errors
+    /// A conversation that it cannot be asked about, or that the chat template refuses.
+    pub fn prompt_len(&self, prompt: &[Message], tools: Option<&Value>) -> Result<usize> {
+        match self.prompt(prompt, tools)? {
+            Side::Text(text) => Ok(prompt_text_ids(&self.tokenizer, &text, false)?.len()),
+            Side::Messages(messages) => Ok(self.tokenizer.prompt_ids(&messages, tools)?.len()),
+        }
+    }
+
+    /// A prompt in the form that the model learned from.
+    fn prompt(&self, prompt: &[Message], tools: Option<&Value>) -> Result<Side> {
+        if !self.plain {
+            return Ok(Side::Messages(prompt.to_vec()));
+        }
+        match (prompt, tools) {
+            ([], None) => Ok(Side::Text(String::new())),
+            ([only], None) if only.role() == "user" => Ok(Side::Text(only.text())),
+            _ => Err(Error::run("a conversation for a reward model that learned from plain text")
+                .hint("it takes prompts of one user's message, without tools; train it on messages for others")),
+        }
     }
 
     /// Most tokens of a conversation with its answer; what is longer is cut before it is scored.
@@ -247,7 +279,7 @@ impl RewardModel {
     /// The scores of answers that stand in one tree. What cannot be read is tried alone where it may fail: of several
     /// answers the others need not.
     fn judged(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
-        match (self.trees(&self.rows(question, answers)), self.on_error) {
+        match (self.trees(&self.rows(question, answers)?), self.on_error) {
             (Ok(trees), _) => {
                 let values = self.score_trees(&trees)?.into_iter().flatten();
                 Ok(values.map(|value| Score { value, ..Score::default() }).collect())
@@ -276,15 +308,21 @@ impl RewardModel {
     }
 
     /// The rows that ask for a score of each answer.
-    fn rows(&self, question: &Question<'_>, answers: &[&str]) -> Vec<Row> {
-        let prompt = || Side::Messages(question.prompt.to_vec());
+    fn rows(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Row>> {
+        let side_of_prompt = self.prompt(question.prompt, question.tools)?;
+        let prompt = || side_of_prompt.clone();
         let row = |record| {
             let mut row = Row::new(question.place, record);
             row.tools = question.tools.cloned();
             row
         };
-        let side = |text: &&str| Side::Messages(vec![Message::new("assistant", *text)]);
-        match (&self.outputs, answers) {
+        let side = |text: &&str| {
+            if self.plain {
+                return Side::Text((*text).to_owned());
+            }
+            Side::Messages(vec![Message::new("assistant", *text)])
+        };
+        Ok(match (&self.outputs, answers) {
             (Outputs::Steps { separator, .. }, _) => {
                 let steps = |answer: &&str| {
                     let steps: Vec<String> = steps_of(answer, separator);
@@ -300,7 +338,7 @@ impl RewardModel {
                 let responses = answers.iter().map(side).collect();
                 vec![row(Record::Preference { prompt: prompt(), responses })]
             }
-        }
+        })
     }
 }
 

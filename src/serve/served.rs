@@ -183,8 +183,8 @@ impl Others for Companions {
     fn score(&self, judged: &Judged) -> Result<Vec<f64>> {
         let Some(judge) = &self.judge else { return Err(Error::usage("no reward model")) };
         let (limit, tokenizer) = (judge.positions(), judge.tokenizer());
-        let prompt = tokenizer.prompt_ids(&judged.prompt, judged.tools.as_ref());
-        let prompt = prompt.map_err(Error::as_usage).at("`messages`")?.len();
+        let prompt = judge.prompt_len(&judged.prompt, judged.tools.as_ref());
+        let prompt = prompt.map_err(Error::as_usage).at("`messages`")?;
         for (place, answer) in judged.answers.iter().enumerate() {
             // And the end of the turn.
             let len = prompt + tokenizer.encode(answer).len() + 1;

@@ -7,6 +7,8 @@ use super::adapt::Adapt;
 use super::start::Start;
 use super::training::{self, Work};
 use super::{Metrics, StageContext};
+use crate::data::pipeline::{Source, first_rows};
+use crate::data::prepare::Rule;
 use crate::error::Result;
 use crate::loss::Objective;
 use crate::loss::reward::{Correctness, Regression, Reward};
@@ -15,17 +17,22 @@ use crate::model::bases::Bases;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::labels;
 use crate::recipe::plan::{self, Head};
-use crate::score::reward_model::STEP_SEPARATOR;
+use crate::score::reward_model::{PLAIN_TEXT, PROMPT_FORMAT, STEP_SEPARATOR};
 
 /// Trains a score head and the model under it. Input: a checkpoint (the paper takes the pre-trained one) and rows that fit
 /// the head. Output: `checkpoint/`, a `LlamaForSequenceClassification`, or for steps a `LlamaForTokenClassification`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
     let begin = training::start(context, (&adapt, &Bases::default()), &spec.chat_template)?;
-    let checkpoint = with_head(begin.checkpoint, spec, context.seed)?;
+    let mut checkpoint = with_head(begin.checkpoint, spec, context.seed)?;
+    let rule = spec.rule(context.seed);
+    if of_plain_text(context, &spec.datasets, &rule)? {
+        // Who scores with the model must ask as it was taught.
+        let form = Value::String(PLAIN_TEXT.to_owned());
+        checkpoint.config.other.insert(PROMPT_FORMAT.to_owned(), form);
+    }
     let begin = Start { checkpoint, ..begin };
     let start = &begin.checkpoint;
-    let rule = spec.rule(context.seed);
     let train = training::data(context, start, (&spec.datasets, &rule), &spec.train)?;
     let held_out = training::examples(context, start, &spec.eval_datasets, &rule)?;
     let objective = objective(spec);
@@ -39,6 +46,19 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
         settings: &spec.train,
     };
     training::fit(context, &work)
+}
+
+/// Whether the first rows are texts, which are learned from without the chat template.
+fn of_plain_text(
+    context: &StageContext<'_>,
+    datasets: &[plan::Dataset],
+    rule: &Rule,
+) -> Result<bool> {
+    const LOOKED_AT: usize = 16;
+    let sources: Vec<Source> =
+        datasets.iter().map(|dataset| dataset.source(rule.on_bad_row())).collect();
+    let rows = first_rows(&sources, context.seed, LOOKED_AT)?;
+    Ok(!rows.is_empty() && rows.iter().all(|row| row.record.is_plain_text()))
 }
 
 fn with_head(start: Checkpoint, spec: &plan::Reward, seed: u64) -> Result<Checkpoint> {

@@ -14,7 +14,9 @@ use crate::model::checkpoint::load_config;
 use crate::optim::schedule::Schedule;
 use crate::recipe::plan::{self, Dataset, Head};
 use crate::report::record::Silent;
-use crate::score::reward_model::{Reading, RewardModel, StepAggregation};
+use crate::score::reward_model::{
+    PLAIN_TEXT, PROMPT_FORMAT, Reading, RewardModel, StepAggregation,
+};
 use crate::score::{OnError, Question, Scorer};
 
 const STUDENT: &str = "data/tiny/student";
@@ -186,4 +188,45 @@ fn right_and_wrong_responses_are_told_apart() {
     };
     let after = (loss("apples", 1.0) + loss("pears", -1.0)) / 16.0;
     assert!((after - metrics["eval_loss"]).abs() < 1e-12, "{after} {metrics:?}");
+}
+
+/// Text is learned from without the chat template, and so it is judged.
+#[test]
+fn a_model_that_learned_from_text_is_asked_in_text() {
+    let sides = |text: &dyn Fn(String) -> Value| {
+        COUNTS.map(|n| {
+            let [chosen, rejected] = ["apples", "pears"].map(|fruit| text(format!("{n} {fruit}")));
+            json!({"prompt": "How many?", "chosen": chosen, "rejected": rejected})
+        })
+    };
+    let form = |dir: &Path| {
+        let config = load_config(&dir.join("checkpoint")).unwrap();
+        config.other.get(PROMPT_FORMAT).cloned()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let metrics = train(dir.path(), &sides(&|text| json!(text)), plan::Reward::default());
+    assert_eq!(form(dir.path()), Some(json!(PLAIN_TEXT)));
+    // What was measured before saving is what the saved model says.
+    let gap = |n: &str| {
+        let answers = [format!("{n} apples"), format!("{n} pears")];
+        let found = scores(dir.path(), &Reading::default(), &[&answers[0], &answers[1]]);
+        found[0] - found[1]
+    };
+    let after = COUNTS.iter().map(|n| -log_sigmoid(gap(n))).sum::<f64>() / 8.0;
+    assert!((after - metrics["eval_loss"]).abs() < 1e-12, "{after} {metrics:?}");
+
+    let checkpoint = dir.path().join("checkpoint");
+    let model = RewardModel::load(checkpoint.to_str().unwrap(), &Device::Cpu, &Reading::default());
+    let prompt = [Message::new("system", "Be brief."), Message::new("user", "How many?")];
+    let question =
+        Question { place: "q:1", prompt: &prompt, tools: None, answer: None, extra: None };
+    let error = model.unwrap().score(&question, &["9 apples"]).unwrap_err().to_string();
+    assert!(
+        error.contains("a conversation for a reward model that learned from plain text"),
+        "{error}"
+    );
+
+    let dir = tempfile::tempdir().unwrap();
+    train(dir.path(), &sides(&|text| says(&text)), plan::Reward::default());
+    assert_eq!(form(dir.path()), None);
 }
