@@ -1,19 +1,16 @@
 //! What an answer says, and whether two say the same.
 
-use super::latex;
-use super::parse::{Expr, Function, LETTERS, Token, expression, tokens};
+use super::latex::{self, TEXT_BEGINS, TEXT_ENDS};
+use super::parse::{Expr, Token, expression, tokens};
+use super::units::{self, is_formula};
 use super::value::Number;
 
 /// Values of the first variable at the points of comparison, as fractions.
 const POINTS: [(i128, i128); 6] = [(7, 5), (9, 4), (1, 3), (11, 7), (-3, 4), (5, 2)];
 /// Digits behind the point from which a decimal may stand for the number that it rounds.
 const ROUNDED: usize = 4;
-/// Units that may stand directly behind a number, and those of one letter that may follow a space.
-const UNITS: [&str; 24] = [
-    "cm", "mm", "km", "kg", "mg", "ml", "mL", "ft", "in", "lb", "lbs", "oz", "hr", "hrs", "min",
-    "mins", "sec", "mph", "kmh", "yd", "mi", "th", "nd", "rd",
-];
-const UNIT_LETTERS: [&str; 8] = ["m", "g", "s", "h", "L", "l", "V", "W"];
+/// The least that such a decimal is without its point: it has three significant digits.
+const SIGNIFICANT: f64 = 100.0;
 /// Words that may stand before an answer.
 const BEFORE: [&str; 12] = [
     "is",
@@ -40,6 +37,8 @@ pub(super) struct Answer {
 #[derive(Clone, Debug)]
 enum Form {
     Value(Value),
+    /// `x = …`.
+    Named(Box<str>, Box<Self>),
     /// `left = right`, with variables on both sides or in a sum.
     Equation(Expr, Expr),
     List {
@@ -57,6 +56,8 @@ struct Value {
     percent: bool,
     /// Digits behind the point of one that is a decimal and nothing else.
     places: Option<usize>,
+    /// What it is where the letters that were taken for its unit are variables.
+    with_unit: Option<Expr>,
 }
 
 /// In lists without brackets.
@@ -66,7 +67,7 @@ impl Answer {
     /// Reads what a person or a model wrote. Every text is an answer, if only in words.
     pub(super) fn read(text: &str) -> Self {
         let trimmed = text.trim().trim_matches('*').trim();
-        let trimmed = trimmed.trim_end_matches(['.', ',', ';', '!']).trim();
+        let trimmed = trimmed.trim_end_matches(['.', ',', ';']).trim();
         let plain = latex::plain(trimmed);
         let form = plain.as_deref().and_then(tokens).and_then(|tokens| form(&tokens, 0));
         let text = plain.unwrap_or_else(|| trimmed.to_owned());
@@ -85,8 +86,9 @@ impl Answer {
     }
 }
 
-/// Spaces are left out but between two digits: `4 2` is not `42`.
+/// Spaces are left out but between two digits: `4 2` is not `42`. So are the marks around text.
 fn without_spaces(text: &str) -> String {
+    let text = text.replace([TEXT_BEGINS, TEXT_ENDS], "");
     let mut out = String::with_capacity(text.len());
     let mut words = text.split_whitespace();
     out.push_str(words.next().unwrap_or_default());
@@ -106,13 +108,14 @@ fn form(tokens: &[Token], depth: usize) -> Option<Form> {
         return None;
     }
     let tokens = without_words_before(tokens);
-    if let Some(parts) = split(tokens, |token| matches!(token, Token::Word(word, _) if word == "U"))
+    if let Some(parts) =
+        split(tokens, |token| matches!(token, Token::Word(word) if word.name == "U"))
     {
         return list('U', 'U', &parts, depth);
     }
     let separates = |token: &Token| match token {
         Token::Mark(mark) => ",;".contains(*mark),
-        Token::Word(word, _) => word == "and" || word == "or",
+        Token::Word(word) => word.name == "and" || word.name == "or",
         Token::Number(..) => false,
     };
     if let Some(parts) = split(tokens, separates) {
@@ -150,43 +153,67 @@ fn statement(tokens: &[Token], depth: usize) -> Option<Form> {
     let Some(parts) = split(tokens, |token| *token == Token::Mark('=')) else {
         return value(tokens).map(Form::Value);
     };
-    let right = parts.last()?;
-    let left = parts[parts.len() - 2];
-    if let (Some(left), Some(right)) = (expression(left), expression(right)) {
-        let mut names = Vec::new();
-        left.variables(&mut names);
+    let (right, before) = parts.split_last()?;
+    let left = before.last()?;
+    let is_constant = |expr: &Expr| names(&[expr]).is_empty();
+    if let (Some(left), Some(right), 1) = (expression(left), expression(right), before.len()) {
         // `x`, `f(x)` and `3 + 4` only introduce the value; `x + y` states something.
         let states = matches!(
             left,
             Expr::Sum(..) | Expr::Quotient(..) | Expr::Power(..) | Expr::Negative(..)
         );
         let scaled = matches!(&left, Expr::Product(a, _) if matches!(**a, Expr::Number(_)));
-        if parts.len() == 2 && !names.is_empty() && (states || scaled) {
+        if !is_constant(&left) && (states || scaled) {
             return Some(Form::Equation(left, right));
         }
     }
-    form(right, depth + 1)
+    let named = |name, value| Some(Form::Named(name, Box::new(form(value, depth + 1)?)));
+    // In `x = y = 3` neither is the name.
+    let mut left_names = before.iter().filter_map(|part| name(part));
+    match (left_names.next(), left_names.next(), name(right)) {
+        (Some(name), None, _) => named(name, right),
+        (None, _, Some(name)) if expression(left).is_some_and(|left| is_constant(&left)) => {
+            named(name, left)
+        }
+        _ => form(right, depth + 1),
+    }
+}
+
+/// The variable that the tokens are.
+fn name(tokens: &[Token]) -> Option<Box<str>> {
+    match expression(tokens)? {
+        Expr::Variable(name) if &*name != "inf" => Some(name),
+        _ => None,
+    }
 }
 
 /// An expression with what may stand behind it.
 fn value(tokens: &[Token]) -> Option<Value> {
-    let mut tokens = without_unit(tokens);
+    let (mut rest, unit) = units::split(tokens);
+    let is_text = |token: &Token| matches!(token, Token::Word(word) if word.is_text);
+    let is_lettered = !unit.is_empty() && !unit.iter().any(is_text);
+    let with_unit = is_lettered.then(|| expression(tokens)).flatten();
     let is_percent = |token: &Token| match token {
         Token::Mark(mark) => *mark == '%',
-        Token::Word(word, _) => word.eq_ignore_ascii_case("percent"),
+        Token::Word(word) => word.name.eq_ignore_ascii_case("percent"),
         Token::Number(..) => false,
     };
-    let percent = tokens.last().is_some_and(is_percent);
+    let percent = rest.last().is_some_and(is_percent);
     if percent {
-        tokens = &tokens[..tokens.len() - 1];
+        rest = &rest[..rest.len() - 1];
     }
-    let places = match tokens {
+    let places = match rest {
         [Token::Number(_, places)] | [Token::Mark('-' | '+'), Token::Number(_, places)] => {
             Some(*places)
         }
         _ => None,
     };
-    Some(Value { expr: expression(tokens)?, percent, places })
+    let (number, scale) = units::unscaled(rest)?;
+    let mut expr = expression(number)?;
+    if number.len() < rest.len() {
+        expr = Expr::Product(Box::new(expr), Box::new(Expr::Number(scale)));
+    }
+    Some(Value { expr, percent, places, with_unit })
 }
 
 fn list(open: char, close: char, parts: &[&[Token]], depth: usize) -> Option<Form> {
@@ -240,28 +267,15 @@ fn enclosed(tokens: &[Token]) -> Option<(char, &[Token], char)> {
     Some((*open, inner, *close))
 }
 
-/// Whether a word is part of a formula.
-fn is_formula(word: &str) -> bool {
-    let known = ["pi", "inf", "root", "U", "and", "or", "percent", "AM", "PM", "am", "pm"];
-    known.contains(&word) || Function::named(word).is_some() || LETTERS.contains(&word)
-}
-
-/// Whether a word behind a number is a factor or a function, and no unit.
-pub(super) fn multiplies(word: &str) -> bool {
-    ["pi", "root", "inf"].contains(&word)
-        || Function::named(word).is_some()
-        || LETTERS.contains(&word)
-}
-
 fn without_words_before(tokens: &[Token]) -> &[Token] {
     let mut tokens = tokens;
     loop {
         match tokens {
             [Token::Mark('='), rest @ ..] => tokens = rest,
-            [Token::Word(word, _), rest @ ..]
+            [Token::Word(word), rest @ ..]
                 if !rest.is_empty()
-                    && !is_formula(word)
-                    && BEFORE.contains(&word.as_str())
+                    && !is_formula(&word.name)
+                    && BEFORE.contains(&word.name.as_str())
                     && !matches!(rest[0], Token::Mark(_)) =>
             {
                 tokens = rest;
@@ -271,47 +285,56 @@ fn without_words_before(tokens: &[Token]) -> &[Token] {
     }
 }
 
-/// What stands before the unit: `5 square feet`, `5 km/h`, `5cm^2`, `5 m`.
-fn without_unit(tokens: &[Token]) -> &[Token] {
-    let is_unit = |(at, token): (usize, &Token)| {
-        let Token::Word(word, spaced) = token else { return false };
-        let after_value = at > 0 && matches!(tokens[at - 1], Token::Number(..) | Token::Mark(')'));
-        if !after_value || is_formula(word) {
-            return false;
-        }
-        let long = word.chars().count() > 1;
-        let last = at + 1 == tokens.len();
-        (*spaced && long)
-            || UNITS.contains(&word.as_str())
-            || (*spaced && last && UNIT_LETTERS.contains(&word.as_str()))
-    };
-    let Some(at) = tokens.iter().enumerate().position(is_unit) else { return tokens };
-    let of_unit = |token: &Token| match token {
-        Token::Word(word, _) => !is_formula(word),
-        Token::Mark(mark) => "^/-.".contains(*mark),
-        Token::Number(number, _) => [2.0, 3.0].contains(&number.real()),
-    };
-    if tokens[at..].iter().all(of_unit) { &tokens[..at] } else { tokens }
-}
-
 impl Form {
     fn is_readable(&self) -> bool {
         match self {
             Self::Words => false,
+            Self::Named(_, value) => value.is_readable(),
             Self::List { items, .. } => items.iter().all(Self::is_readable),
             Self::Value(_) | Self::Equation(..) => true,
         }
     }
 
+    fn name(&self) -> Option<&str> {
+        match self {
+            Self::Named(name, _) => Some(name),
+            _ => None,
+        }
+    }
+
+    /// Both sides of an equation in variables. `x = 5` is none: `2x = 10` is not solved.
+    fn equation(&self) -> Option<(Expr, Expr)> {
+        match self {
+            Self::Equation(left, right) => Some((left.clone(), right.clone())),
+            Self::Named(name, value) => match &**value {
+                Self::Value(value) if !names(&[&value.expr]).is_empty() => {
+                    Some((Expr::Variable(name.clone()), value.expr.clone()))
+                }
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     fn equals(&self, expected: &Self) -> bool {
         match (self, expected) {
+            (Self::Named(a, x), Self::Named(b, y)) if a == b && x.equals(y) => true,
+            (Self::Named(..) | Self::Equation(..), Self::Named(..) | Self::Equation(..)) => {
+                let equations = self.equation().zip(expected.equation());
+                equations.is_some_and(|(a, b)| same_equation(&a, &b))
+            }
+            // What has no name may be that of any name.
+            (Self::Named(_, value), other) => value.equals(other),
+            (other, Self::Named(_, value)) => other.equals(value),
             (Self::Value(found), Self::Value(expected)) => found.equals(expected),
-            (Self::Equation(a, b), Self::Equation(c, d)) => same_equation((a, b), (c, d)),
             (
                 Self::List { open, close, items },
                 Self::List { open: expected_open, close: expected_close, items: expected },
             ) => {
-                let ordered = || items.iter().zip(expected).all(|(a, b)| a.equals(b));
+                let ordered = || {
+                    let (items, expected) = (by_name(items), by_name(expected));
+                    items.iter().zip(expected).all(|(a, b)| a.equals(b))
+                };
                 let kinds = [*open, *expected_open];
                 let unordered = kinds.iter().all(|kind| [BARE, '{', 'U'].contains(kind));
                 let same_kind = (open, close) == (expected_open, expected_close) || unordered;
@@ -326,6 +349,15 @@ impl Form {
     }
 }
 
+/// The items of a point: where all have names, in the order of these, so that `y = 2, x = 1` is `(1, 2)`.
+fn by_name(items: &[Form]) -> Vec<&Form> {
+    let mut items: Vec<&Form> = items.iter().collect();
+    if items.iter().all(|item| item.name().is_some()) {
+        items.sort_by_key(|item| item.name());
+    }
+    items
+}
+
 /// Each of one list has its own equal in the other.
 fn same_items(items: &[Form], expected: &[Form]) -> bool {
     let mut left: Vec<&Form> = expected.iter().collect();
@@ -333,6 +365,17 @@ fn same_items(items: &[Form], expected: &[Form]) -> bool {
         let found = left.iter().position(|other| item.equals(other));
         found.map(|at| left.swap_remove(at)).is_some()
     })
+}
+
+/// The names of the variables, each once and in order.
+fn names<'a>(exprs: &[&'a Expr]) -> Vec<&'a str> {
+    let mut names = Vec::new();
+    for expr in exprs {
+        expr.variables(&mut names);
+    }
+    names.sort_unstable();
+    names.dedup();
+    names
 }
 
 /// The variable of this name at a point.
@@ -349,11 +392,7 @@ fn at(names: &[&str], name: &str, point: usize) -> Number {
 
 /// Both values at the points where either has one; `None` where only one of them has.
 fn values(a: &Expr, b: &Expr) -> Option<Vec<(Number, Number)>> {
-    let mut names = Vec::new();
-    a.variables(&mut names);
-    b.variables(&mut names);
-    names.sort_unstable();
-    names.dedup();
+    let names = names(&[a, b]);
     let points = if names.is_empty() { 1 } else { POINTS.len() };
     let mut found = Vec::new();
     for point in 0..points {
@@ -368,7 +407,7 @@ fn values(a: &Expr, b: &Expr) -> Option<Vec<(Number, Number)>> {
     (found.len() >= points.min(2)).then_some(found)
 }
 
-fn same_equation((a, b): (&Expr, &Expr), (c, d): (&Expr, &Expr)) -> bool {
+fn same_equation((a, b): &(Expr, Expr), (c, d): &(Expr, Expr)) -> bool {
     let difference = |x: &Expr, y: &Expr| {
         Expr::Sum(Box::new(x.clone()), Box::new(Expr::Negative(Box::new(y.clone()))))
     };
@@ -382,32 +421,55 @@ fn same_equation((a, b): (&Expr, &Expr), (c, d): (&Expr, &Expr)) -> bool {
 
 impl Value {
     fn equals(&self, expected: &Self) -> bool {
-        let Some(values) = values(&self.expr, &expected.expr) else { return false };
-        let hundredth = |x: Number| x.div(Number::whole(100));
-        let all = |same: &dyn Fn(Number, Number) -> bool| values.iter().all(|(x, y)| same(*x, *y));
-        let equal = |x: Number, y: Number| x.same(y) || self.rounds(expected, x, y);
+        let (found, expected) = (self.readings(), expected.readings());
+        found.iter().any(|found| expected.iter().any(|expected| found.means(expected)))
+    }
+
+    /// Without its unit, and with it where the other may have its letters as variables.
+    fn readings(&self) -> Vec<Self> {
+        let with_unit = self.with_unit.clone().map(|expr| Self {
+            expr,
+            percent: false,
+            places: None,
+            with_unit: None,
+        });
+        [self.clone()].into_iter().chain(with_unit).collect()
+    }
+
+    fn means(&self, expected: &Self) -> bool {
         match (self.percent, expected.percent) {
-            (true, true) | (false, false) => all(&equal),
+            (true, true) | (false, false) => self.agrees(expected, 0.0),
             // The answer 50 %: 50 and 0.5 mean it.
-            (false, true) => all(&equal) || all(&|x, y| hundredth(y).is_some_and(|y| equal(x, y))),
+            (false, true) => self.agrees(expected, 0.0) || self.agrees(&expected.hundredth(), 0.0),
             // "How many percent?" has the answer 50; 0.5 % is not 0.5.
-            (true, false) => {
-                all(&|x, y| hundredth(x).is_some_and(|x| equal(x, y)))
-                    || all(&|x, y| equal(x, y) && y.real().abs() >= 1.0)
-            }
+            (true, false) => self.hundredth().agrees(expected, 0.0) || self.agrees(expected, 1.0),
         }
     }
 
-    /// Whether one is a decimal of enough digits that rounds the other.
-    fn rounds(&self, other: &Self, x: Number, y: Number) -> bool {
-        let rounds = |short: &Self, long: &Self| {
-            let places = short.places.filter(|places| *places >= ROUNDED);
-            places.is_some_and(|places| {
-                let more = long.places.is_none_or(|long| long > places);
-                let most = 0.5 * 10_f64.powi(-(places.min(300) as i32)) * (1.0 + 1e-9);
-                more && (x.real() - y.real()).abs() <= most
-            })
-        };
-        rounds(self, other) || rounds(other, self)
+    fn hundredth(&self) -> Self {
+        let hundred = Box::new(Expr::Number(Number::whole(100)));
+        Self {
+            expr: Expr::Quotient(Box::new(self.expr.clone()), hundred),
+            places: self.places.filter(|places| *places >= ROUNDED).map(|places| places + 2),
+            ..self.clone()
+        }
+    }
+
+    /// Whether the values agree everywhere and are of this size there.
+    fn agrees(&self, expected: &Self, least: f64) -> bool {
+        let Some(values) = values(&self.expr, &expected.expr) else { return false };
+        values.iter().all(|(x, y)| {
+            y.real().abs() >= least
+                && (x.same(*y) || self.rounds(*x, expected, *y) || expected.rounds(*y, self, *x))
+        })
+    }
+
+    /// Whether this, `x`, is a decimal of enough digits that rounds the other.
+    fn rounds(&self, x: Number, long: &Self, y: Number) -> bool {
+        let Some(places) = self.places.filter(|places| *places >= ROUNDED) else { return false };
+        let last = 10_f64.powi(-(places.min(300) as i32));
+        let is_precise = x.real().abs() >= SIGNIFICANT * last * (1.0 - 1e-9);
+        let is_longer = long.places.is_none_or(|long| long > places);
+        is_precise && is_longer && (x.real() - y.real()).abs() <= 0.5 * last * (1.0 + 1e-9)
     }
 }

@@ -1,19 +1,31 @@
 //! Finds the final answer in a text.
 
+use regex::Match;
+
 use super::super::pattern;
 use super::compare::Answer;
 use super::latex::group;
-use super::remark;
+use super::{remark, units};
 
-/// A number as it is written, with its sign, fraction or percent.
+/// A number as it is written, with its sign, power, roots, fraction, word such as `million`, or percent.
 pub(super) const NUMBER: &str = r"(?x:
-    (?: [-−+]\s?)? [$£€¥]? [-−]?
-    (?: \\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)
-      | (?: \d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+ | \d+ ) (?: \.\d+ )? | \.\d+ )
-    (?: [eE][-+]?\d+ | \s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*\{?[-−]?\d+\}? )?
-    (?: \s\d+/\d+ | \s*/\s*\d+(?:\.\d+)? | \\[dt]?frac\s*(?:\{\d+\}|\d)\s*(?:\{\d+\}|\d) )?
+    (?: \b(?i:negative|minus)\s+ | [-−+]\s? )? [$£€¥]? [-−]?
+    (?: (?: \\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)
+          | (?: \d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+ | \d+ ) (?: \.\d+ )? | \.\d+ )
+        (?: [eE][-+]?\d+
+          | \s*(?:\\times|\\cdot|×|·|\*|x)\s*10\s*(?:\^\s*\{?[-−]?\d+\}?|[⁻⁰¹²³⁴-⁹]+)
+          | \^\s*(?:\{[-−]?\d+\}|\([-−]?\d+\)|[-−]?\d+) | [⁻⁰¹²³⁴-⁹]+ )?
+        (?: \s?(?: π | \\pi\b | √\s?(?:\d+|\(\d+\)) | \\sqrt\s*(?:\{\d+\}|\d) | sqrt\(\d+\) ) )*
+      | (?: √\s?(?:\d+|\(\d+\)) | \\sqrt\s*(?:\{\d+\}|\d) | sqrt\(\d+\) )
+      | (?: π | \\pi ) \s*/\s*\d+
+      | [½⅓⅔¼¾⅕-⅞] )
+    (?: \s\d+/\d+ | \s?[½⅓⅔¼¾⅕-⅞] | \s*/\s*\d+(?:\.\d+)? | \\[dt]?frac\s*(?:\{\d+\}|\d)\s*(?:\{\d+\}|\d) )?
+    (?: \s*(?i:hundred|thousand|million|billion|trillion)\b )*
     (?: \s*\\?% )?
 )";
+
+/// How many denials are looked behind: `not 5, not 6`.
+const DENIALS: usize = 4;
 
 /// What a text may mean as its answer.
 #[derive(Debug)]
@@ -50,7 +62,7 @@ pub(super) fn of_text(text: &str) -> Vec<Found> {
     }
     if let Some((_, last)) = text.rsplit_once("####") {
         let line = last.trim_start().lines().next().unwrap_or_default();
-        return vec![Found::certain(line.trim())];
+        return with_and_without_mark(line.trim());
     }
     if let Some(said) = said(text) {
         return told(said);
@@ -60,7 +72,7 @@ pub(super) fn of_text(text: &str) -> Vec<Found> {
     if text.lines().count() == 1 && text.chars().count() <= 200 && !text.contains(". ") {
         return within(text);
     }
-    last_formula(text).map(|formula| Found::certain(&formula)).into_iter().collect()
+    ending(text)
 }
 
 /// The content of the last `\boxed{…}` or `\fbox{…}`, braces within it matched; of `\boxed 5`, the word.
@@ -78,48 +90,65 @@ fn boxed(text: &str) -> Option<String> {
     (!content.trim().is_empty()).then(|| content.to_owned())
 }
 
-/// The rest of the line, or of the sentence, behind the last "answer is", "answer:" or the like.
+/// The rest of the line, or of the sentence, behind the last "answer is", "answer:" or the like that says more than what
+/// the answer is not.
 fn said(text: &str) -> Option<&str> {
     let mark =
         pattern!(r"(?i)\banswer\b[*_]*\s*(?:is|are|=|:|would be|should be|will be)+[*_:\s]*")?;
-    let found = mark.find_iter(text).last()?;
-    let rest = text[found.end()..].lines().next().unwrap_or_default();
-    let end =
-        pattern!(r"[.!?][*_$)\]]*(?:\s|$)")?.find(rest).map_or(rest.len(), |end| end.start() + 1);
-    let said = rest[..end].trim();
-    (!said.is_empty()).then_some(said)
+    // An exclamation mark before more of a formula is a factorial.
+    let end = pattern!(r"[.?][*_$)\]]*(?:\s|$)|![*_]*(?:\s+\p{Lu}|\s*$)")?;
+    let ends: Vec<usize> = mark.find_iter(text).map(|found| found.end()).collect();
+    let sentence = |from: usize| {
+        let rest = text[from..].lines().next().unwrap_or_default();
+        rest[..end.find(rest).map_or(rest.len(), |end| end.start() + 1)].trim()
+    };
+    let denies = |said: &str| {
+        ["not ", "n't ", "n’t "].iter().any(|no| said.starts_with(no)) && ending(said).is_empty()
+    };
+    // A model that is stuck may deny the same forever.
+    let mut last = ends.into_iter().rev().take(DENIALS + 1).map(sentence);
+    last.find(|said| !denies(said)).filter(|said| !said.is_empty())
 }
 
 /// The answers that a sentence may mean which says what the answer is.
 fn told(sentence: &str) -> Vec<Found> {
-    let plain = bare(sentence);
-    let mut found = within(sentence);
-    let Some(leading) = remark::leading(plain) else { return found };
+    let plain = without_mark(bare(sentence));
+    let Some(leading) = remark::leading(plain) else { return within(sentence) };
     let is_read = Answer::read(plain).is_readable();
     if leading.is_alone || is_read && leading.is_worded {
         let tentative = [plain, leading.text.as_str()].map(Found::tentative);
         return tentative.into_iter().chain([Found::certain(&leading.number)]).collect();
     }
+    let mut found = with_and_without_mark(bare(sentence));
     // What was said in two units, `2 hours, which is 120 minutes`, may mean either.
     if !is_read {
-        let texts = [leading.text.as_str(), leading.number.as_str()];
-        found.splice(1..1, texts.map(Found::tentative));
+        found.extend([leading.text.as_str(), leading.number.as_str()].map(Found::tentative));
     }
+    found.extend(ending(bare(sentence)));
     found
 }
 
 /// The answers that one sentence may mean: the whole of it, or the formula or number that it ends in.
 fn within(sentence: &str) -> Vec<Found> {
-    let plain = bare(sentence);
-    let mut found = vec![Found::certain(plain)];
-    let last = last_formula(plain).filter(|formula| formula != plain);
-    found.extend(last.map(|formula| Found::certain(&formula)));
+    let mut found = with_and_without_mark(bare(sentence));
+    found.extend(ending(bare(sentence)));
     found
 }
 
 /// Without the marks around it.
 fn bare(sentence: &str) -> &str {
-    sentence.trim().trim_matches('*').trim_end_matches(['.', '!', ',', ';', ':']).trim()
+    sentence.trim().trim_matches('*').trim_end_matches(['.', ',', ';', ':']).trim()
+}
+
+fn without_mark(text: &str) -> &str {
+    text.trim_end_matches(['.', '!', ',', ';', ':']).trim()
+}
+
+/// In prose a final `!` may be a factorial or the end of the sentence.
+fn with_and_without_mark(text: &str) -> Vec<Found> {
+    let plain = without_mark(text);
+    let marked = text.ends_with('!').then(|| Found::tentative(text));
+    marked.into_iter().chain([Found::certain(plain)]).collect()
 }
 
 /// Whether a text has words that are no names of functions or units behind a number.
@@ -132,41 +161,83 @@ fn has_words(text: &str) -> bool {
 }
 
 /// The last formula between dollars or brackets, unless a number follows it; else the last number.
-fn last_formula(text: &str) -> Option<String> {
-    let number = last_number(text);
+fn ending(text: &str) -> Vec<Found> {
     let formula = pattern!(r"(?s)\$\$(.+?)\$\$|\$([^$\n]+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]")
         .and_then(|formula| formula.captures_iter(text).last())
         .and_then(|found| (1..5).find_map(|index| found.get(index)));
-    match (formula, number) {
+    let begin = last_match(text).map(|number| number.start());
+    if let Some(formula) = formula
+        && begin.is_none_or(|begin| begin < formula.end())
         // Two prices are no formula: `$5 and $6` has letters between its dollars.
-        (Some(formula), Some((at, _))) if at < formula.end() && !has_words(formula.as_str()) => {
-            Some(formula.as_str().trim().to_owned())
-        }
-        (Some(formula), None) if !has_words(formula.as_str()) => {
-            Some(formula.as_str().trim().to_owned())
-        }
-        (_, number) => number.map(|(_, number)| number),
+        && !has_words(formula.as_str())
+    {
+        return vec![Found::certain(formula.as_str().trim())];
     }
+    let Some((begin, number)) = last_number(text) else { return Vec::new() };
+    let after = text[begin + number.len()..].trim_start_matches("**").trim_start();
+    // `5! ways` is a factorial, `42! That is it` is none.
+    if after.starts_with(|letter: char| letter.is_lowercase() || "+-*/=^".contains(letter)) {
+        return vec![Found::certain(&number)];
+    }
+    with_and_without_mark(&number)
 }
 
-/// The last number and where it begins.
+/// The last number as it is written, with a dozen or an exclamation mark behind it.
+fn last_match(text: &str) -> Option<Match<'_>> {
+    pattern!(&format!(r"{NUMBER}(?:\s*(?i:dozens?)\b)?!*"))?.find_iter(text).last()
+}
+
+/// The last number and where it begins. `None` where it is only part of something that is not understood.
 fn last_number(text: &str) -> Option<(usize, String)> {
-    let number = pattern!(NUMBER)?;
-    let found = number.find_iter(text).last()?;
-    let (mut start, mut written) = (found.start(), found.as_str());
-    // A sign between two terms is no sign of the number: `7-5`, `10 - 5`.
-    let before = text[..start].trim_end();
-    let signed = written.starts_with(['-', '−', '+']);
-    let is_binary = before.ends_with(|c: char| c.is_alphanumeric() || ")]}%".contains(c));
-    // A sign with space before and none behind belongs to the number, as in `is -5`; not behind another number.
-    let apart = text[..start].len() > before.len() && written.chars().nth(1) != Some(' ');
-    let own = apart && !before.ends_with(|c: char| c.is_ascii_digit());
-    if signed && is_binary && !own {
-        let sign = written.chars().next().map_or(0, char::len_utf8);
-        start += sign;
-        written = &written[sign..];
+    let mut text = text;
+    for _ in 0..=DENIALS {
+        let found = last_match(text)?;
+        let (before, after) = (&text[..found.start()], &text[found.end()..]);
+        let denial = pattern!(r"(?i)(?:\bnot|n['’]t|\bnever)\s*[*_$]*$")?.find(before);
+        if let Some(denial) = denial {
+            // `42, not 16`
+            text = before[..denial.start()].trim_end().strip_suffix(',')?;
+        } else if is_part(before, after)? {
+            return None;
+        } else {
+            return Some(own_sign(before, found.as_str()));
+        }
     }
-    Some((start, written.trim().to_owned()))
+    None
+}
+
+/// Whether a number is part of a term: `x^2`, `f(2)`, `5y`. A word directly behind it changes nothing: `5apples`.
+fn is_part(before: &str, after: &str) -> Option<bool> {
+    let opens = pattern!(r"(?:[√^]|[\p{L}\d)]_|[\^_}][({]|(?:frac|sqrt)\{|[A-Za-z]\(|[^\s\d]/)$")?;
+    let continues =
+        pattern!(r"\A(?:[⁻⁰¹²³⁴-⁹√½⅓⅔¼¾⅕-⅞^]|_[\p{L}\d{]|\\(?:pi|sqrt|[dt]?frac|cdot|times)\b)")?;
+    // Of the scripts of formulas: others write `42` and a word without a space between.
+    let word = pattern!(r"\A(\s?)([\p{Latin}\p{Greek}]+)")?;
+    let grows = word.captures(after).is_some_and(|word| match &word[2] {
+        word if units::changes(word) => true,
+        _ if !word[1].is_empty() => false,
+        word => !units::is_unit(word) && (word.chars().count() < 4 || units::multiplies(word)),
+    });
+    Some(opens.is_match(before) || continues.is_match(after) || grows)
+}
+
+/// A number without the sign that stands between it and another term: `7-5`, `10 - 5`, `10 minus 5`.
+fn own_sign(before: &str, number: &str) -> (usize, String) {
+    let terms = before.trim_end();
+    let follows_number = terms.ends_with(|c: char| c.is_ascii_digit() || ")]}%".contains(c));
+    let mut written = number;
+    if follows_number && number.get(..5).is_some_and(|sign| sign.eq_ignore_ascii_case("minus")) {
+        written = number[5..].trim_start();
+    }
+    if let Some(unsigned) = number.strip_prefix(['-', '−', '+']) {
+        let is_binary = follows_number || terms.ends_with(char::is_alphanumeric);
+        // A sign with space before and none behind belongs to the number, as in `is -5`; not behind another number.
+        let apart = before.len() > terms.len() && !unsigned.starts_with(' ');
+        if is_binary && (!apart || terms.ends_with(|c: char| c.is_ascii_digit())) {
+            written = unsigned.trim_start();
+        }
+    }
+    (before.len() + number.len() - written.len(), written.trim_end().to_owned())
 }
 
 #[cfg(test)]

@@ -4,6 +4,28 @@
 /// How deep groups may lie in each other, and how long a text may be; beyond it is no answer.
 const DEPTH: usize = 40;
 const LENGTH: usize = 2000;
+/// Around words that are set as text. No input has them: control characters are left out.
+pub(super) const TEXT_BEGINS: char = '\u{2}';
+pub(super) const TEXT_ENDS: char = '\u{3}';
+/// The digit of each is its place.
+const SUPERSCRIPTS: [char; 10] = ['⁰', '¹', '²', '³', '⁴', '⁵', '⁶', '⁷', '⁸', '⁹'];
+const FRACTIONS: [(char, &str); 15] = [
+    ('½', "(1/2)"),
+    ('⅓', "(1/3)"),
+    ('⅔', "(2/3)"),
+    ('¼', "(1/4)"),
+    ('¾', "(3/4)"),
+    ('⅕', "(1/5)"),
+    ('⅖', "(2/5)"),
+    ('⅗', "(3/5)"),
+    ('⅘', "(4/5)"),
+    ('⅙', "(1/6)"),
+    ('⅚', "(5/6)"),
+    ('⅛', "(1/8)"),
+    ('⅜', "(3/8)"),
+    ('⅝', "(5/8)"),
+    ('⅞', "(7/8)"),
+];
 
 /// The content of the group in braces that a text begins with, and what follows.
 pub(super) fn group(text: &str) -> Option<(&str, &str)> {
@@ -47,13 +69,18 @@ fn write(text: &str, out: &mut String, depth: usize) -> Option<()> {
         rest = match letter {
             '^' if after.trim_start().starts_with('{') => {
                 let (inner, after) = group(after.trim_start())?;
-                if !is_degree(inner) {
+                if is_degree(inner) {
+                    without_scale(after)
+                } else {
                     out.push('^');
                     bracketed(inner, out, depth)?;
+                    after
                 }
-                after
             }
-            '^' if after.starts_with("\\circ") => &after[5..],
+            '^' if after.starts_with("\\circ") => without_scale(&after[5..]),
+            '°' => without_scale(after),
+            '_' if after.starts_with('{') => subscript(after, out, depth)?,
+            letter if letter == '⁻' || SUPERSCRIPTS.contains(&letter) => superscript(rest, out),
             '{' if rest.starts_with("{,}") => {
                 out.push(',');
                 &rest[3..]
@@ -76,26 +103,63 @@ fn is_degree(text: &str) -> bool {
     ["\\circ", "°", "\\degree"].contains(&text.trim())
 }
 
+/// What follows the letter behind a degree's sign: `20°C`.
+fn without_scale(text: &str) -> &str {
+    let Some(rest) = text.trim_start().strip_prefix(['C', 'F']) else { return text };
+    if rest.starts_with(char::is_alphanumeric) { text } else { rest }
+}
+
+/// A subscript in braces. One of a single word or number needs none: `x_{1}` is `x_1`.
+fn subscript<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str> {
+    let (inner, after) = group(text)?;
+    out.push('_');
+    if !inner.is_empty() && inner.chars().all(|letter| letter.is_ascii_alphanumeric()) {
+        out.push_str(inner);
+        out.push(' ');
+    } else {
+        bracketed(inner, out, depth)?;
+    }
+    Some(after)
+}
+
+/// Raised digits. Returns what follows them.
+fn superscript<'a>(text: &'a str, out: &mut String) -> &'a str {
+    let digit = |letter: char| SUPERSCRIPTS.iter().position(|other| *other == letter);
+    let end = text.find(|c| c != '⁻' && digit(c).is_none()).unwrap_or(text.len());
+    let written = text[..end].chars().map(|c| digit(c).map_or("-".to_owned(), |n| n.to_string()));
+    let written: String = written.collect();
+    out.push('^');
+    if written.len() == 1 {
+        out.push_str(&written);
+        out.push(' ');
+    } else {
+        out.push('(');
+        out.push_str(&written);
+        out.push(')');
+    }
+    &text[end..]
+}
+
 /// One letter that is no command.
 fn symbol(letter: char, out: &mut String) {
     match letter {
         '−' | '–' => out.push('-'),
         '×' | '·' | '⋅' | '∗' => out.push('*'),
-        '÷' => out.push('/'),
+        '÷' | '\u{2044}' => out.push('/'),
         'π' => out.push_str(" pi "),
         '√' => out.push_str(" sqrt "),
         '∞' => out.push_str(" inf "),
         '∪' => out.push_str(" U "),
         '≈' => out.push('='),
-        '²' => out.push_str("^2"),
-        '³' => out.push_str("^3"),
-        '½' => out.push_str("(1/2)"),
-        '¼' => out.push_str("(1/4)"),
-        '¾' => out.push_str("(3/4)"),
+        'Ω' | '\u{2126}' => out.push_str(" Omega "),
         // Money, degrees, and the dollars around a formula say nothing about the value.
         '$' | '£' | '€' | '¥' | '°' => {}
         '~' | '\u{a0}' | '\u{202f}' | '\u{2009}' => out.push(' '),
-        other => out.push(other),
+        other if other.is_control() && !other.is_whitespace() => {}
+        other => match FRACTIONS.iter().find(|(letter, _)| *letter == other) {
+            Some((_, fraction)) => add_fraction(fraction, out),
+            None => out.push(other),
+        },
     }
 }
 
@@ -116,15 +180,10 @@ fn command<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str>
     match name {
         "frac" | "dfrac" | "tfrac" | "cfrac" => fraction(rest, out, depth),
         "sqrt" => root(rest, out, depth),
-        "text" | "textbf" | "textit" | "mathrm" | "mathbf" | "mbox" | "operatorname" | "textrm"
-        | "mathit" => {
-            let Some((inner, after)) = group(rest.trim_start()) else { return Some(rest) };
-            // Plain words: commands in them do not matter.
-            out.push(' ');
-            out.push_str(&inner.replace(['\\', '$', '{', '}'], " "));
-            out.push(' ');
-            Some(after)
+        "text" | "textbf" | "textit" | "textrm" | "mathrm" | "mbox" => {
+            Some(words(rest, [TEXT_BEGINS, TEXT_ENDS], out))
         }
+        "mathbf" | "operatorname" | "mathit" => Some(words(rest, [' ', ' '], out)),
         _ => {
             word(name, out);
             // `\left.` and `\right.` are brackets that are not there.
@@ -133,6 +192,29 @@ fn command<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str>
             Some(invisible.unwrap_or(rest))
         }
     }
+}
+
+/// A group of plain words: commands in them do not matter. Returns what follows it.
+fn words<'a>(text: &'a str, around: [char; 2], out: &mut String) -> &'a str {
+    let Some((inner, after)) = group(text.trim_start()) else { return text };
+    out.extend([' ', around[0]]);
+    let mut rest = inner;
+    while let Some(letter) = rest.chars().next() {
+        let after = &rest[letter.len_utf8()..];
+        rest = match letter {
+            '\\' | '{' | '}' => {
+                out.push(' ');
+                after
+            }
+            letter if letter == '⁻' || SUPERSCRIPTS.contains(&letter) => superscript(rest, out),
+            _ => {
+                symbol(letter, out);
+                after
+            }
+        };
+    }
+    out.extend([around[1], ' ']);
+    after
 }
 
 /// A command without arguments.
@@ -168,9 +250,16 @@ fn word(name: &str, out: &mut String) {
 fn mark<'a>(text: &'a str, out: &mut String) -> &'a str {
     let Some(letter) = text.chars().next() else { return text };
     match letter {
-        '!' | '(' | ')' | '[' | ']' | '$' | ',' => {}
+        '!' | '(' | ')' | '[' | ']' | '$' => {}
+        // Between two digits it groups them: `1\,234`.
+        ',' => {
+            let is_digit = |c: char| c.is_ascii_digit();
+            if !(out.ends_with(is_digit) && text[1..].starts_with(is_digit)) {
+                out.push(' ');
+            }
+        }
         ';' | ':' | ' ' | '\\' => out.push(' '),
-        other => out.push(other),
+        other => symbol(other, out),
     }
     &text[letter.len_utf8()..]
 }
@@ -207,22 +296,25 @@ fn fraction<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str
     written.push('/');
     let rest = argument(rest, &mut written, depth)?;
     written.push(')');
-    let whole =
-        out.trim_end().len() - out.trim_end().trim_end_matches(|c: char| c.is_ascii_digit()).len();
-    let start = out.trim_end().len() - whole;
-    let is_mixed = whole > 0
+    add_fraction(&written, out);
+    Some(rest)
+}
+
+fn add_fraction(written: &str, out: &mut String) {
+    let before = out.trim_end();
+    let start = before.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+    let is_mixed = before.len() > start
         && !out[..start].ends_with(['.', ',', '^', '_'])
         && !out[..start].ends_with(|c: char| c.is_alphabetic())
         && written.chars().all(|c| c.is_ascii_digit() || "()/".contains(c));
     if is_mixed {
         let number = out.split_off(start);
-        for part in ["(", number.trim(), "+", &written, ")"] {
+        for part in ["(", number.trim(), "+", written, ")"] {
             out.push_str(part);
         }
     } else {
-        out.push_str(&written);
+        out.push_str(written);
     }
-    Some(rest)
 }
 
 /// `\sqrt{a}` and `\sqrt[n]{a}`.

@@ -1,7 +1,8 @@
 //! `math`: the final number or expression of the answer has the value of the row's.
 //!
-//! Three steps, one file each: `extract` finds the final answer in the text, and `remark` what may stand behind it; `latex` writes it plainly, `parse` makes an
-//! expression of it; `value` computes. Expressions are compared by their values at fixed points, not by algebra: two
+//! Three steps: `extract` finds the final answer in the text, and `remark` what may stand behind it; `latex` writes it
+//! plainly, `units` tells a number from its unit, and `parse` makes an expression of it; `compare` and `value` compare what
+//! comes of it. Expressions are compared by their values at fixed points, not by algebra: two
 //! that agree at all of them are taken for equal.
 
 mod compare;
@@ -9,6 +10,7 @@ mod extract;
 mod latex;
 mod parse;
 mod remark;
+mod units;
 mod value;
 
 use super::{Part, Rule, after_thoughts, judged, needed};

@@ -1,5 +1,6 @@
 //! Reads plain formulas: numbers, single letters, functions, `+ - * / ^ !`, brackets, and products without a sign.
 
+use super::latex::{TEXT_BEGINS, TEXT_ENDS};
 use super::value::Number;
 
 /// How deep brackets and signs may lie in each other.
@@ -103,21 +104,32 @@ fn is_product(word: &str) -> bool {
 pub(super) enum Token {
     /// A number and its digits behind the point.
     Number(Number, usize),
-    /// A word or a letter, and whether a space stands before it.
-    Word(String, bool),
+    Word(Word),
     Mark(char),
+}
+
+/// A word, a letter, or a letter with its index as in `x_1`.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Word {
+    pub(super) name: String,
+    /// Whether a space stands before it.
+    pub(super) spaced: bool,
+    /// Whether it is set as text, as in `\text{cm}`.
+    pub(super) is_text: bool,
 }
 
 /// Cuts a plain formula into tokens; `None` where it has a mark that no formula has.
 pub(super) fn tokens(text: &str) -> Option<Vec<Token>> {
     let letters: Vec<char> = text.chars().collect();
-    let (mut found, mut at) = (Vec::new(), 0);
+    let (mut found, mut at, mut is_text) = (Vec::new(), 0, false);
     while let Some(&letter) = letters.get(at) {
         if found.len() > TOKENS {
             return None;
         }
-        let spaced = at == 0 || letters[at - 1].is_whitespace();
         if letter.is_whitespace() {
+            at += 1;
+        } else if letter == TEXT_BEGINS || letter == TEXT_ENDS {
+            is_text = letter == TEXT_BEGINS;
             at += 1;
         } else if letter.is_ascii_digit()
             || (letter == '.' && letters.get(at + 1).is_some_and(char::is_ascii_digit))
@@ -127,11 +139,10 @@ pub(super) fn tokens(text: &str) -> Option<Vec<Token>> {
             found.push(Token::Number(number, point.map_or(0, |point| end - at - point - 1)));
             at = end;
         } else if letter.is_alphabetic() {
-            let end = letters[at..]
-                .iter()
-                .position(|c| !c.is_alphabetic())
-                .map_or(letters.len(), |n| at + n);
-            found.push(Token::Word(letters[at..end].iter().collect(), spaced));
+            let end = word_end(&letters, at);
+            let spaced = at == 0 || letters[at - 1].is_whitespace();
+            let name = letters[at..end].iter().collect();
+            found.push(Token::Word(Word { name, spaced, is_text }));
             at = end;
         } else if "+-*/^!()[]{},;=<>|%±:≤≥≠∈".contains(letter) {
             // `**` is Python's power.
@@ -142,7 +153,42 @@ pub(super) fn tokens(text: &str) -> Option<Vec<Token>> {
             return None;
         }
     }
+    put_signs(&mut found);
     Some(found)
+}
+
+/// Where the word ends that begins here. A letter has its index with it.
+fn word_end(letters: &[char], start: usize) -> usize {
+    let run = |from: usize, is: fn(&char) -> bool| {
+        from + letters[from..].iter().take_while(|letter| is(letter)).count()
+    };
+    let end = run(start, |letter| letter.is_alphabetic());
+    if end > start + 1 || letters.get(end) != Some(&'_') {
+        return end;
+    }
+    match letters.get(end + 1) {
+        Some(index) if index.is_ascii_digit() => run(end + 1, char::is_ascii_digit),
+        Some(index) if index.is_alphabetic() => end + 2,
+        _ => end,
+    }
+}
+
+/// Words that are signs become signs: `negative 3`, `5 minus 2`, `3.2 x 10^4`.
+fn put_signs(tokens: &mut [Token]) {
+    for at in 0..tokens.len() {
+        let Token::Word(word) = &tokens[at] else { continue };
+        let before = at.checked_sub(1).map(|before| &tokens[before]);
+        let sign = match (word.name.to_lowercase().as_str(), &tokens[at + 1..]) {
+            ("negative" | "minus", [Token::Number(..) | Token::Mark('('), ..]) => '-',
+            ("x", [Token::Number(ten, 0), Token::Mark('^'), ..])
+                if *ten == Number::whole(10) && matches!(before, Some(Token::Number(..))) =>
+            {
+                '*'
+            }
+            _ => continue,
+        };
+        tokens[at] = Token::Mark(sign);
+    }
 }
 
 /// A number with thousands' commas, a decimal point and an exponent.
@@ -240,8 +286,8 @@ impl Parser<'_> {
                 product = Expr::Product(boxed(product), boxed(self.signed()?));
             } else if self.takes('/') {
                 product = Expr::Quotient(boxed(product), boxed(self.signed()?));
-            } else if let Some(fraction) = self.mixed(&product) {
-                product = Expr::Sum(boxed(product), boxed(fraction));
+            } else if let Some(mixed) = self.mixed(&product) {
+                product = mixed;
             } else if self.begins_factor() {
                 product = Expr::Product(boxed(product), boxed(self.power()?));
             } else {
@@ -250,7 +296,7 @@ impl Parser<'_> {
         }
     }
 
-    /// `1/2` directly behind a whole number.
+    /// A whole number with the `1/2` directly behind it. A sign before it is that of both.
     fn mixed(&mut self, before: &Expr) -> Option<Expr> {
         let whole = |token: &Token| match token {
             Token::Number(number @ Number::Exact(_, 1), 0) => Some(Expr::Number(*number)),
@@ -263,18 +309,25 @@ impl Parser<'_> {
             self.tokens.get(self.at.checked_sub(1)?)?,
             Token::Number(Number::Exact(_, 1), 0)
         );
-        if !is_number || !matches!(before, Expr::Number(_)) {
+        if !is_number {
             return None;
         }
         let fraction = Expr::Quotient(boxed(whole(above)?), boxed(whole(below)?));
+        let mixed = match before {
+            Expr::Number(_) => Expr::Sum(boxed(before.clone()), boxed(fraction)),
+            Expr::Negative(inner) if matches!(**inner, Expr::Number(_)) => {
+                Expr::Negative(boxed(Expr::Sum(inner.clone(), boxed(fraction))))
+            }
+            _ => return None,
+        };
         self.at += 3;
-        Some(fraction)
+        Some(mixed)
     }
 
     /// Whether a factor without a sign follows. Two numbers side by side are no product.
     fn begins_factor(&self) -> bool {
         match self.tokens.get(self.at) {
-            Some(Token::Word(..) | Token::Mark('(' | '[')) => true,
+            Some(Token::Word(_) | Token::Mark('(' | '[')) => true,
             Some(Token::Number(..)) => {
                 !matches!(self.tokens.get(self.at - 1), Some(Token::Number(..)))
             }
@@ -337,7 +390,7 @@ impl Parser<'_> {
                 Some(if open == '|' { Expr::Call(Function::Abs, boxed(inner)) } else { inner })
             }
             Token::Mark(_) => None,
-            Token::Word(word, _) => self.word(&word),
+            Token::Word(word) => self.word(&word.name),
         }
     }
 
@@ -363,7 +416,7 @@ impl Parser<'_> {
                 None => call,
             });
         }
-        if LETTERS.contains(&word) || word.chars().count() == 1 {
+        if LETTERS.contains(&word) || word.chars().count() == 1 || word.contains('_') {
             return Some(Expr::Variable(word.into()));
         }
         if !is_product(word) {
@@ -381,7 +434,9 @@ impl Parser<'_> {
         let first = self.power()?;
         let is_number = matches!(first, Expr::Number(_));
         match self.tokens.get(self.at) {
-            Some(Token::Word(word, false)) if is_number && Function::named(word).is_none() => {
+            Some(Token::Word(word))
+                if !word.spaced && is_number && Function::named(&word.name).is_none() =>
+            {
                 Some(Expr::Product(boxed(first), boxed(self.power()?)))
             }
             _ => Some(first),
@@ -401,7 +456,10 @@ impl Expr {
             Self::Power(a, b) => a.value(at)?.pow(b.value(at)?),
             Self::Negative(a) => a.value(at)?.neg(),
             Self::Factorial(a) => match a.value(at)? {
-                Number::Exact(n @ 0..=30, 1) => Some(Number::whole((1..=n).product())),
+                // Exact up to 33!, and beyond 170! no number of this program's.
+                Number::Exact(n @ 0..=170, 1) => {
+                    (1..=n).try_fold(Number::whole(1), |product, k| product.mul(Number::whole(k)))
+                }
                 _ => None,
             },
             Self::Call(function, a) => a.value(at)?.map(|x| function.apply(x)),

@@ -4,8 +4,9 @@
 //! read as before.
 
 use super::super::pattern;
-use super::compare::{Answer, multiplies};
+use super::compare::Answer;
 use super::extract::NUMBER;
+use super::units::multiplies;
 
 /// Most words of a unit: `dollars per day`, `square feet of carpet`.
 const UNIT: usize = 6;

@@ -186,10 +186,180 @@ fn a_remark_behind_the_answer_is_not_the_answer() {
     check(spec, Some("2"), &[(minutes, false)]);
 }
 
+/// Fails unless each text is right for the first answer and, where there is one, wrong for the second.
+#[track_caller]
+fn read_as(cases: &[(&str, &str, Option<&str>)]) {
+    for (text, right, wrong) in cases {
+        check(r#"{"verifier": "math"}"#, Some(right), &[(text, true)]);
+        if let Some(wrong) = wrong {
+            check(r#"{"verifier": "math"}"#, Some(wrong), &[(text, false)]);
+        }
+    }
+}
+
+#[test]
+fn solutions_are_paired_by_their_names() {
+    same("x=1,y=2", &["y=2, x=1", "(x, y) = (1, 2)", "1, 2", "x = 1 \\text{ and } y = 2"]);
+    same("(1,2)", &["y=2, x=1", "x=1, y=2", "(y=2, x=1)"]);
+    same("y=2, x=1", &["(1,2)"]);
+    same("x = 1, x = 2", &["x = 2, x = 1", "x = 1, 2", "\\{1, 2\\}"]);
+    same("x_1 = 1, x_2 = 3", &["x_{2} = 3, x_{1} = 1"]);
+    same("x=1", &["1", "1 = x", "x = 2 - 1 = 1", "f(x) = 1", "\\text{Area} = 1", "x = y = 1"]);
+    same("25\\pi", &["A = \\pi r^2 = 25\\pi"]);
+    different("x=1,y=2", &["x=2, y=1", "(2, 1)", "(x, y) = (2, 1)", "x=1, z=2", "x=1"]);
+    different("a = 3, b = 5", &["a = 5, b = 3"]);
+    different("(1,2)", &["y=1, x=2", "x=2, y=1"]);
+    different("x=1", &["y=1", "x=2"]);
+    different("\\alpha = 1", &["\\beta = 1"]);
+}
+
+#[test]
+fn what_has_variables_on_both_sides_is_an_equation() {
+    same("y = x", &["x = y", "x", "x - y = 0"]);
+    same("y = 2x + 3", &["x = \\frac{y-3}{2}", "2x + 3", "y = 3 + 2x", "f(x) = 2x + 3"]);
+    same("2x + y = 3", &["y = 3 - 2x"]);
+    different("y = 2x", &["x = 2y", "y = x", "z = 2x"]);
+    // Not solved.
+    different("x = 5", &["2x = 10", "x + 3 = 8"]);
+}
+
+#[test]
+fn subscripts_need_no_braces() {
+    same("1024_5", &["1024_{5}"]);
+    same("x_1", &["x_{1}", "\\frac{2x_1}{2}"]);
+    same("a_{12} > 3", &["a_12>3"]);
+    different("1024_5", &["1024_{6}", "1024", "10245"]);
+    different("x_1", &["x_2", "x"]);
+    check(r#"{"verifier": "math"}"#, Some("5"), &[("So it is 1024_5 in all.", false)]);
+}
+
+#[test]
+fn an_exclamation_mark_is_a_factorial_or_the_end_of_a_sentence() {
+    same("120", &["5!", "\\frac{6!}{3!}", "(2 + 3)!"]);
+    same("n!", &["n!"]);
+    same("2652", &["\\frac{52!}{50!}"]);
+    different("5", &["5!"]);
+    different("5!", &["5"]);
+    different("n!", &["n"]);
+    read_as(&[
+        ("\\boxed{5!}", "120", Some("5")),
+        ("\\boxed{5}", "5", Some("5!")),
+        ("So the answer is $5!$.", "5!", Some("5")),
+        ("The answer is $5!$ ways", "120", Some("5")),
+        ("There are 5! ways to do it.", "120", Some("5")),
+        ("The answer is 3! + 1.", "7", Some("3")),
+    ]);
+    for text in
+        ["The answer is 5!", "#### 5!", "It is 5!", "We count. Then it is **5!**", "5! Good."]
+    {
+        read_as(&[(text, "120", Some("121")), (text, "5", None)]);
+    }
+}
+
+#[test]
+fn no_part_of_a_number_is_taken_for_it() {
+    read_as(&[
+        ("The answer is 12π square inches.", "12\\pi", Some("12")),
+        ("Its area is 12π square inches, as said.", "12\\pi", Some("12")),
+        ("The answer is 3.2 × 10⁴", "32000", Some("10")),
+        ("It holds 3.2 × 10⁻² things in all.", "0.032", Some("10")),
+        ("The answer is 2½", "2.5", Some("1")),
+        ("It took 2½ hours in all, as said.", "5/2", Some("2")),
+        ("\\boxed{-2⅔}", "-8/3", Some("-4/3")),
+        ("The answer is negative 3.", "-3", Some("3")),
+        ("In the end it falls to minus 3 of them.", "-3", Some("3")),
+        ("It is 10 minus 2 of them.", "2", Some("-2")),
+        ("The answer is 5 million", "5000000", Some("5")),
+        ("It has 2.5 million people in it.", "2500000", Some("2.5")),
+        ("The answer is 5 dozen.", "60", Some("5")),
+        ("He has 5 dozen eggs, which is a lot.", "60", Some("5")),
+        ("\\boxed{5\\text{ hundred}}", "500", Some("5")),
+        ("\\boxed{5 \\text{ billion dollars}}", "5e9", Some("5")),
+        ("The length is 5√3.", "5\\sqrt3", Some("3")),
+        ("The angle is π/4.", "\\frac{\\pi}{4}", Some("4")),
+        ("So it is 2^10.", "1024", Some("10")),
+        ("It took 24hours in all, as said.", "24", None),
+        ("Pierre eats 100g of cake.", "100", None),
+        ("一共42个,谢谢", "42", None),
+        ("Rather _42_ of them, as said.", "42", None),
+        ("You paint 180 / 20 = 9 houses in 3 hours.", "9", Some("3")),
+        ("It is 2 times 3, as said.", "3", Some("2")),
+    ]);
+    let none = [
+        "So it is f(5) then.",
+        "So it is 5x then.",
+        "It costs $5K now.",
+        "It costs $5million now.",
+        "It is 5^n then.",
+        "The answer is 5 squared.",
+    ];
+    for text in none {
+        check(r#"{"verifier": "math"}"#, Some("5"), &[(text, false)]);
+    }
+}
+
+#[test]
+fn what_the_answer_is_not_is_no_answer() {
+    read_as(&[
+        ("The answer is not 16. It is 17.", "17", Some("16")),
+        ("The answer is 17. So the answer is not 16.", "17", Some("16")),
+        ("The answer isn't 16. It is 17.", "17", Some("16")),
+        ("It is 42, not 16", "42", Some("16")),
+    ]);
+    for text in ["The answer is not 16.", "The answer isn't 16.", "It is not **16**"] {
+        check(r#"{"verifier": "math"}"#, Some("16"), &[(text, false)]);
+    }
+}
+
+#[test]
+fn units_are_dropped_and_variables_are_not() {
+    same("5", &["5 \\text{ m/s}", "5\\text{ g/cm}^3", "5 N", "5\\text{ m}^{2}", "5 \\mathrm{~cm}"]);
+    same("5", &["5\\text{ kg}\\cdot\\text{m}/\\text{s}^{-2}", "5\\,\\mathrm{k\\Omega}", "5 m2"]);
+    same("9.8", &["9.8 m/s^2", "9.8m/s^2", "9.8\\,\\text{m/s²}"]);
+    same("20", &["20^\\circ\\mathrm{C}", "20°C", "20^{\\circ} F", "20 °C"]);
+    same("10", &["10\\,J", "10 K", "10\\ \\Omega", "10 Ω", "-(-10) \\text{ J}"]);
+    same("300000000", &["3 * 10^8 m/s", "3 \\times 10^{8}\\,\\text{m/s}"]);
+    same("2\\pi", &["2\\pi\\text{ cm}", "2π cm"]);
+    same("25\\pi", &["25\\pi\\text{ square units}"]);
+    same("x + 1", &["x + 1 \\text{ dollars}"]);
+    same("\\frac{m}{2}", &["\\frac{1}{2} m", "\\frac12m"]);
+    same("\\frac12", &["\\frac12\\text{ m}", "\\frac{1}{2} inches", "0.5 m"]);
+    // Where the other has the variable.
+    same("5m", &["5 m", "\\frac{10 m}{2}"]);
+    same("5 m", &["5m", "m \\cdot 5", "5"]);
+    same("6ab", &["6 ab"]);
+    same("\\frac{st}{2}", &["\\frac12 st"]);
+    different("\\frac12", &["\\frac{1}{2} m", "\\frac12m"]);
+    different("5", &["5m", "5x", "5 x", "5 ft 3 in", "5 \\text{ if } x > 0", "5e", "5\\mathrm{i}"]);
+    different("6", &["6 ab", "6 xy"]);
+    different("x", &["x \\text{ is odd}"]);
+}
+
+#[test]
+fn a_sign_is_that_of_all_of_a_mixed_number() {
+    same("-2.5", &["-2 1/2", "-2\\frac12", "− 2½", "negative 2 1/2"]);
+    same("-1 1/2", &["-1.5", "-\\frac32"]);
+    same("1", &["3 1/2 - 2 1/2"]);
+    same("32000", &["3.2 x 10^4", "3.2x10^4", "3.2 × 10⁴"]);
+    different("-1.5", &["-2 1/2", "-1 -1/2 -1/2"]);
+    read_as(&[("The answer is -2 1/2.", "-2.5", Some("-1.5"))]);
+}
+
+#[test]
+fn what_rounds_has_three_significant_digits() {
+    same("0.0123456", &["0.01235", "0.0123"]);
+    same("12.3456%", &["0.12345649"]);
+    different("0.00012345", &["0.0001", "0.00012"]);
+    different("1/15000", &["0.0001"]);
+    different("1/30000", &["0.0000", "0"]);
+    different("0.00049", &["0.0005"]);
+    different("12.3456%", &["0.12349"]);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
     #[test]
-    fn no_text_makes_it_panic(text in r"[-+*/^!()\[\]{}|=,.;:%$ \\0-9a-eUxyπ√²½é±∈−£€°]{0,40}", other in r"(\\frac|\\sqrt|\\boxed|\\text|\\left|\\pm|[{}()1-9x^+-]){0,24}") {
+    fn no_text_makes_it_panic(text in r"[-+*/^!()\[\]{}|=,.;:%$ \\0-9a-eUxyπ√²½é±∈−£€°_⁻⁴⅔\u{2}]{0,40}", other in r"(\\frac|\\sqrt|\\boxed|\\text|\\left|\\pm|\\,| million| minus |not |, | m|[{}()1-9x^+_!-]){0,24}") {
         let (a, b) = (Answer::read(&text), Answer::read(&other));
         let _ = (a.equals(&b), b.equals(&a));
         let _ = super::extract::of_text(&(text + &other));
@@ -234,6 +404,14 @@ fn endless_answers_are_judged_in_no_time() {
         "= ",
         "|x",
         "é",
+        "é",
+        "not 5, ",
+        "answer is not 5\n",
+        "5 million ",
+        "\\text{m}^2/",
+        "x_1=",
+        "x=1,",
+        "½√2",
     ] {
         let started = std::time::Instant::now();
         let text = part.repeat(100_000 / part.len());
