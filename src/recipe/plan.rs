@@ -192,6 +192,43 @@ impl Spec {
         }
     }
 
+    /// What is unusual in these settings, and what of them changes nothing: it may stand in `[defaults]` for another stage.
+    pub(super) fn notes(&self) -> Vec<String> {
+        let (train, held_out, mut notes) = match self {
+            Self::Sft(spec) => (&spec.train, &spec.eval_datasets, Vec::new()),
+            Self::Reward(spec) => (&spec.train, &spec.eval_datasets, Vec::new()),
+            Self::Dpo(spec) => (&spec.train, &spec.eval_datasets, spec.notes()),
+            _ => return Vec::new(),
+        };
+        let (samples, best) = (train.eval_samples > 0, train.load_best_model_at_end);
+        let (writes, evaluates) = (matches!(self, Self::Sft(_)), !held_out.is_empty());
+        let without_effect = [
+            (
+                samples && !writes,
+                "`eval_samples` has no effect: only `sft` stages write answers while they train",
+            ),
+            (
+                samples && writes && !evaluates,
+                "`eval_samples` has no effect: without `eval_datasets` there are no prompts",
+            ),
+            (
+                train.eval_steps > 0 && !evaluates,
+                "`eval_steps` has no effect: without `eval_datasets` nothing is evaluated",
+            ),
+            (
+                best && !evaluates,
+                "`load_best_model_at_end` has no effect: without `eval_datasets` no weights are the best",
+            ),
+            (
+                best && evaluates && train.eval_steps == 0,
+                "`load_best_model_at_end` has no effect: without `eval_steps` the end is all that is evaluated",
+            ),
+        ];
+        let written = without_effect.iter().filter(|(is_so, _)| *is_so);
+        notes.extend(written.map(|(_, note)| (*note).to_owned()));
+        notes
+    }
+
     /// Refuses settings that cannot be acted on.
     ///
     /// # Errors
