@@ -158,12 +158,11 @@ impl Kind {
         match self {
             // 3: of `sft` rows that weigh nothing are left out and answers that say nothing refused; of `synth` `math` reads
             // an answer with a remark behind it; of the others sampled rows say what scores rest on, the best of an earlier
-            // round is one that may win, and responses without text are not selected, and are bad rows.
-            Self::Sft | Self::Synth | Self::Reward | Self::Select | Self::Dpo => 3,
+            // round is one that may win, and responses without text are not selected, and are bad rows; of `average` heads and
+            // bases that do not belong together are refused, and an adapter that stays alone in a soup is copied.
+            Self::Sft | Self::Synth | Self::Reward | Self::Select | Self::Dpo | Self::Average => 3,
             // 4: as `synth`, and rows have what programs wrote.
             Self::Sample | Self::Eval => 4,
-            // 2: without a method adapters are joined by what they stand for.
-            Self::Average => 2,
         }
     }
 }

@@ -15,7 +15,6 @@ use crate::model::bases::Bases;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::labels;
 use crate::recipe::plan::{self, Head};
-use crate::score::reward_model::STEP_SEPARATOR;
 
 /// Trains a score head and the model under it. Input: a checkpoint (the paper takes the pre-trained one) and rows that fit
 /// the head. Output: `checkpoint/`, a `LlamaForSequenceClassification`, or for steps a `LlamaForTokenClassification`.
@@ -52,7 +51,7 @@ fn with_head(start: Checkpoint, spec: &plan::Reward, seed: u64) -> Result<Checkp
             let mut model = start.into_scorer(architecture, &labels::STEP, seed)?;
             // Who scores with the model must cut answers as it was taught.
             let separator = Value::String(spec.step_separator.clone());
-            model.config.other.insert(STEP_SEPARATOR.to_owned(), separator);
+            model.config.other.insert(labels::STEP_SEPARATOR.to_owned(), separator);
             Ok(model)
         }
     }
