@@ -20,7 +20,7 @@ use crate::recipe::plan::{self, Head};
 /// the head. Output: `checkpoint/`, a `LlamaForSequenceClassification`, or for steps a `LlamaForTokenClassification`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
-    let begin = training::start(context, (&adapt, &Bases::default()), &spec.chat_template)?;
+    let begin = training::base(context, (&adapt, &Bases::default()), &spec.chat_template)?;
     let checkpoint = with_head(begin.checkpoint, spec, context.seed)?;
     let begin = Start { checkpoint, ..begin };
     let start = &begin.checkpoint;
