@@ -12,10 +12,10 @@ use serde_json::{Map, Value};
 
 use super::checkpoint::Checkpoint;
 use super::lora;
-use super::lora::peft::{self, BaseRecord};
+use super::lora::peft::{self, BaseRecord, Saved};
 use super::on_disk::{AdapterFiles, Kind, OnDisk};
 use super::save::{Files, shards, write_index};
-use super::{Config, Weights, tensor_file};
+use super::{Config, Weights, labels, tensor_file};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::store::{self, AtomicDir};
@@ -115,19 +115,14 @@ pub fn write(
 /// see [`lora::sum`], in `dtype`, or in the first one's type. Adapters are small: they are read whole.
 ///
 /// # Errors
-/// A name that is no adapter; all of [`lora::sum`]; I/O errors.
+/// All of [`check_sum`] and [`lora::sum`]; I/O errors.
 pub fn write_sum(
     dir: &Path,
     names: &[String],
     (weights, rank): (&[f64], Option<usize>),
     dtype: Option<DType>,
 ) -> Result<()> {
-    let mut adapters = Vec::new();
-    for name in names {
-        let adapter = lora::load::directory(name)?.ok_or_else(|| not_an_adapter(name))?;
-        adapters.push((name.as_str(), peft::read(&adapter, &Device::Cpu)?));
-    }
-    let sum = lora::sum(&adapters, weights, rank)?;
+    let sum = lora::sum(&read_adapters(names)?, weights, rank)?;
     let first = OnDisk::open(&names[0])?;
     let dtype = dtype.unwrap_or_else(|| first.dtype());
     let building = AtomicDir::create(dir)?;
@@ -139,8 +134,31 @@ pub fn write_sum(
     store::move_into_place(building.path(), dir)
 }
 
-fn not_an_adapter(name: &str) -> Error {
-    Error::usage("a whole model, expected an adapter").at(name)
+/// Refuses adapters that [`write_sum`] cannot sum, before work that would be lost.
+///
+/// # Errors
+/// A name that is no adapter; adapters of several bases, of other modules, with heads that mean other things, or whose
+/// sum no adapter is.
+pub fn check_sum(names: &[String]) -> Result<()> {
+    let adapters = read_adapters(names)?;
+    adapters.iter().try_for_each(|(name, other)| adapters[0].1.check_sum(other).at(name))
+}
+
+/// Reads adapters whole, and refuses those whose other files say that they do not belong together.
+fn read_adapters(names: &[String]) -> Result<Vec<(&str, Saved)>> {
+    let mut first: Option<Box<AdapterFiles>> = None;
+    let mut adapters = Vec::new();
+    for name in names {
+        let Kind::Adapter(files) = OnDisk::open(name)?.kind else {
+            return Err(Error::usage("a whole model, expected an adapter").at(name));
+        };
+        adapters.push((name.as_str(), peft::read(&files.dir, &Device::Cpu)?));
+        match &first {
+            Some(first) => check_origins(first, &files).at(name)?,
+            None => first = Some(files),
+        }
+    }
+    Ok(adapters)
 }
 
 /// `Σ share · tensor` in pieces, in order.
@@ -267,7 +285,7 @@ fn check_configs(first: &Config, other: &Config) -> Result<()> {
     };
     let both = facts(first).into_iter().zip(facts(other));
     match both.into_iter().find(|(first, other)| first != other) {
-        None => Ok(()),
+        None => labels::check_same(first, other),
         Some(((key, first), (_, other))) => {
             Err(Error::run(format!("`{key}` is {other}, in the first model {first}"))
                 .hint("only models of one shape can be averaged"))
@@ -313,13 +331,8 @@ const ADAPTER_KEYS: [&str; 12] = [
 ];
 
 fn check_adapters(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
-    if let (Some(one), Some(two)) = (&first.base, &other.base)
-        && one != two
-    {
-        return Err(Error::run("trained beside another base than the first adapter")
-            .hint("adapters of one base can be averaged"));
-    }
-    BaseRecord::check_whole([&first.base, &other.base])?;
+    BaseRecord::check_same([&first.base, &other.base])?;
+    check_origins(first, other)?;
     for key in ADAPTER_KEYS {
         let (one, two) = (adapter_value(&first.config, key), adapter_value(&other.config, key));
         if one != two {
@@ -328,6 +341,45 @@ fn check_adapters(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Refuses adapters that name several bases, and heads whose outputs mean different things.
+fn check_origins(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
+    if first.base.is_none() || other.base.is_none() {
+        check_named_bases(first, other)?;
+    }
+    match (&first.scorer, &other.scorer) {
+        (Some(first), Some(other)) => labels::check_same(first, other),
+        _ => Ok(()),
+    }
+}
+
+/// Without a fingerprint, which only we write, the base's name is all that there is to go by. Two names may lead to one
+/// model, as a hub id and a copy of it do. They are refused all the same: what a wrong base makes of a sum runs and means
+/// nothing, and who knows better writes one name.
+fn check_named_bases(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
+    let key = "base_model_name_or_path";
+    let base = |files: &AdapterFiles| {
+        let name = files.config.get(key)?.as_str().filter(|name| !name.is_empty())?;
+        Some(place(name, &files.dir))
+    };
+    match (base(first), base(other)) {
+        (Some(one), Some(two)) if one != two => {
+            Err(Error::run(format!("`{key}` is {two}, in the first adapter {one}")).hint(
+                "adapters of one base can be averaged; where these are one model, write one name into both \
+                 adapter_config.json",
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Where a model lies whose path is seen from here or from `beside`: one place, however it is written and whatever links
+/// lead there. A name that is no path here stays as it is.
+pub fn place(name: &str, beside: &Path) -> String {
+    let paths = [Path::new(name).to_owned(), beside.join(name)];
+    let found = paths.iter().find_map(|path| path.canonicalize().ok());
+    found.map_or_else(|| name.to_owned(), |path| path.display().to_string())
 }
 
 /// The value with its lists sorted: PEFT writes sets.
@@ -513,9 +565,14 @@ mod tests {
     }
 
     fn adapter(dir: &Path, (alpha, width): (u32, usize), value: f32) -> OnDisk {
+        adapter_of("org/base", dir, (alpha, width), value)
+    }
+
+    /// As peft writes it: without a fingerprint.
+    fn adapter_of(base: &str, dir: &Path, (alpha, width): (u32, usize), value: f32) -> OnDisk {
         let config = serde_json::json!({
             "peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": ["v_proj", "q_proj"],
-            "base_model_name_or_path": dir.display().to_string(),
+            "base_model_name_or_path": base,
         });
         store::write_json(&dir.join(peft::CONFIG), &config).unwrap();
         let a = Tensor::full(value, (2, width), &Device::Cpu).unwrap();
@@ -551,6 +608,28 @@ mod tests {
         );
         let whole = save(&home.path().join("m"), [1.0, 0.0], 2.0, &SaveOptions::new(DType::F32));
         refuse(whole, "m: an adapter beside a whole model");
+        let elsewhere = adapter_of("org/other", &home.path().join("e"), (8, 3), 1.0);
+        refuse(
+            elsewhere,
+            "e: `base_model_name_or_path` is org/other, in the first adapter org/base",
+        );
+    }
+
+    #[test]
+    fn a_base_has_one_place_however_its_path_is_written() {
+        let home = tempfile::tempdir().unwrap();
+        let base = home.path().join("base");
+        store::create_dir(&base).unwrap();
+        let link = home.path().join("link");
+        std::os::unix::fs::symlink(&base, &link).unwrap();
+        let place = |name: &str| place(name, home.path());
+        let one = place(base.to_str().unwrap());
+        assert_eq!(one, base.canonicalize().unwrap().display().to_string());
+        for name in [format!("{}/", base.display()), link.display().to_string(), "base".to_owned()]
+        {
+            assert_eq!(place(&name), one, "{name}");
+        }
+        assert_eq!(place("org/base"), "org/base");
     }
 
     /// `model-00001-of-00001.safetensors` is found through its index alone, and one file is written without an index.

@@ -1,14 +1,54 @@
-//! The names of a score head's outputs: `id2label` of `config.json`, or as many as `num_labels` says.
+//! The names of a score head's outputs: `id2label` of `config.json`, or as many as `num_labels` says. And where a model
+//! that judges steps reads them.
 
 use serde_json::{Map, Value, json};
 
-use super::config::{Architecture, Keys};
+use super::config::{Architecture, Config, Keys};
 use crate::error::{Error, Result};
 
 /// What the one output of a reward model is called.
 pub const REWARD: &str = "reward";
 /// What the two outputs of a process reward model are called, in order.
 pub const STEP: [&str; 2] = ["wrong", "right"];
+/// The key of `config.json` that holds the text which ends a step.
+pub const STEP_SEPARATOR: &str = "step_separator";
+
+/// The text that ends a step, for a model that judges steps.
+pub fn step_separator(config: &Config) -> &str {
+    let written = config.other.get(STEP_SEPARATOR).and_then(Value::as_str);
+    written.filter(|text| !text.is_empty()).unwrap_or("\n")
+}
+
+/// Refuses heads whose outputs mean different things: the mean of help and verbosity is neither.
+///
+/// # Errors
+/// Another kind of head, other outputs or another order of them, another end of steps: both values.
+pub(super) fn check_same(first: &Config, other: &Config) -> Result<()> {
+    let differ = |key: &str, [first, other]: [String; 2]| {
+        Err(Error::run(format!("`{key}` is {other}, in the first one {first}"))
+            .hint("only heads whose outputs mean the same can be averaged"))
+    };
+    if first.architecture != other.architecture {
+        let both = [first, other].map(|config| format!("{:?}", config.architecture));
+        return differ("architectures", both);
+    }
+    if !agree(&first.labels, &other.labels) {
+        return differ("id2label", [first, other].map(|config| format!("{:?}", config.labels)));
+    }
+    let ends = [first, other].map(step_separator);
+    if first.architecture == Architecture::TokenClassification && ends[0] != ends[1] {
+        return differ(STEP_SEPARATOR, ends.map(|text| format!("{text:?}")));
+    }
+    Ok(())
+}
+
+/// Whether outputs may mean the same. `LABEL_0` is what transformers calls one that nobody has named.
+fn agree(first: &[String], other: &[String]) -> bool {
+    let unnamed = |at: usize, name: &str| name == format!("LABEL_{at}");
+    let mut pairs = first.iter().zip(other).enumerate();
+    first.len() == other.len()
+        && pairs.all(|(at, (one, two))| one == two || unnamed(at, one) || unnamed(at, two))
+}
 
 /// Takes the names from `config.json`; none for a language model. Where nothing is said a reward model has one.
 pub(super) fn read(architecture: Architecture, keys: &mut Keys) -> Result<Vec<String>> {
@@ -58,4 +98,26 @@ pub(super) fn write(labels: &[String], mut put: impl FnMut(&str, Value)) {
     let label2id: Map<String, Value> = ids.map(|(id, name)| (name.clone(), json!(id))).collect();
     put("id2label", Value::Object(id2label));
     put("label2id", Value::Object(label2id));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outputs_without_a_name_of_their_own_may_mean_anything() {
+        let check = |first: &[&str], other: &[&str], expected: bool| {
+            let [first, other] =
+                [first, other].map(|names| names.iter().map(|&name| name.to_owned()).collect());
+            let (first, other): (Vec<String>, Vec<String>) = (first, other);
+            assert_eq!(agree(&first, &other), expected, "{first:?} {other:?}");
+            assert_eq!(agree(&other, &first), expected, "{other:?} {first:?}");
+        };
+        check(&["help", "verb"], &["help", "verb"], true);
+        check(&["help", "verb"], &["verb", "help"], false);
+        check(&["help"], &["help", "verb"], false);
+        check(&[REWARD], &["LABEL_0"], true);
+        check(&["help", "verb"], &["LABEL_0", "LABEL_1"], true);
+        check(&["help", "verb"], &["LABEL_1", "LABEL_0"], false);
+    }
 }

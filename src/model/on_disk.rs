@@ -47,6 +47,8 @@ pub enum Kind {
 
 /// What a PEFT adapter has beside its factors.
 pub struct AdapterFiles {
+    /// Where they are.
+    pub dir: PathBuf,
     /// `adapter_config.json`.
     pub config: Map<String, Value>,
     /// Which base it was trained beside.
@@ -106,6 +108,7 @@ impl OnDisk {
 
     fn adapter(name: &str, dir: &Path) -> Result<Self> {
         let files = AdapterFiles {
+            dir: dir.to_owned(),
             config: store::read_json(&dir.join(peft::CONFIG))?,
             base: peft::base(dir)?,
             tokenizer: ChatTokenizer::in_dir(dir)?,

@@ -158,12 +158,11 @@ impl Kind {
         match self {
             // 3: of `sft` rows that weigh nothing are left out and answers that say nothing refused; of `synth` `math` reads
             // an answer with a remark behind it; of the others sampled rows say what scores rest on, the best of an earlier
-            // round is one that may win, and responses without text are not selected, and are bad rows.
-            Self::Sft | Self::Synth | Self::Reward | Self::Select | Self::Dpo => 3,
+            // round is one that may win, and responses without text are not selected, and are bad rows; of `average` heads and
+            // bases that do not belong together are refused, and an adapter that stays alone in a soup is copied.
+            Self::Sft | Self::Synth | Self::Reward | Self::Select | Self::Dpo | Self::Average => 3,
             // 4: as `synth`, and rows have what programs wrote.
             Self::Sample | Self::Eval => 4,
-            // 2: without a method adapters are joined by what they stand for.
-            Self::Average => 2,
         }
     }
 }
@@ -190,6 +189,43 @@ impl Spec {
             Self::Dpo(spec) => Some(&spec.model_name_or_path),
             _ => None,
         }
+    }
+
+    /// What is unusual in these settings, and what of them changes nothing: it may stand in `[defaults]` for another stage.
+    pub(super) fn notes(&self) -> Vec<String> {
+        let (train, held_out, mut notes) = match self {
+            Self::Sft(spec) => (&spec.train, &spec.eval_datasets, Vec::new()),
+            Self::Reward(spec) => (&spec.train, &spec.eval_datasets, Vec::new()),
+            Self::Dpo(spec) => (&spec.train, &spec.eval_datasets, spec.notes()),
+            _ => return Vec::new(),
+        };
+        let (samples, best) = (train.eval_samples > 0, train.load_best_model_at_end);
+        let (writes, evaluates) = (matches!(self, Self::Sft(_)), !held_out.is_empty());
+        let without_effect = [
+            (
+                samples && !writes,
+                "`eval_samples` has no effect: only `sft` stages write answers while they train",
+            ),
+            (
+                samples && writes && !evaluates,
+                "`eval_samples` has no effect: without `eval_datasets` there are no prompts",
+            ),
+            (
+                train.eval_steps > 0 && !evaluates,
+                "`eval_steps` has no effect: without `eval_datasets` nothing is evaluated",
+            ),
+            (
+                best && !evaluates,
+                "`load_best_model_at_end` has no effect: without `eval_datasets` no weights are the best",
+            ),
+            (
+                best && evaluates && train.eval_steps == 0,
+                "`load_best_model_at_end` has no effect: without `eval_steps` the end is all that is evaluated",
+            ),
+        ];
+        let written = without_effect.iter().filter(|(is_so, _)| *is_so);
+        notes.extend(written.map(|(_, note)| (*note).to_owned()));
+        notes
     }
 
     /// Refuses settings that cannot be acted on.

@@ -59,10 +59,8 @@ pub fn resolve(file: &RecipeFile, output_dir: Option<&Path>) -> Result<Resolved>
             if base.is_none() {
                 base = spec.policy().map(str::to_owned);
             }
-            if let Spec::Dpo(dpo) = &spec {
-                let at = &stage.name;
-                notes.extend(dpo.notes().into_iter().map(|note| format!("stage `{at}`: {note}")));
-            }
+            let at = &stage.name;
+            notes.extend(spec.notes().into_iter().map(|note| format!("stage `{at}`: {note}")));
             let suffix = if round > 1 { format!("-r{round}") } else { String::new() };
             let id = format!("{:02}-{}{suffix}", steps.len() + 1, stage.name);
             done.push(Done {
@@ -381,6 +379,43 @@ mod tests {
             resolved.notes,
             ["`sample_packing` has no effect: rows are always packed, without padding"]
         );
+    }
+
+    #[test]
+    fn keys_of_evaluations_that_change_nothing_are_named() {
+        let check = |stage: &str, expected: &[&str]| {
+            let start = "model_name_or_path = 'src'\ndatasets = 'src/lib.rs'\n";
+            let text = format!("[[stage]]\n{start}{stage}");
+            assert_eq!(plan(&text).unwrap().notes, expected, "{stage}");
+        };
+        let held_out = "eval_datasets = 'src/lib.rs'\neval_steps = 5\n";
+        let keys = "eval_samples = 2\nload_best_model_at_end = true\n";
+        check(&format!("kind = 'sft'\n{keys}{held_out}"), &[]);
+        let no_samples =
+            "`eval_samples` has no effect: only `sft` stages write answers while they train";
+        for kind in ["reward", "dpo"] {
+            let note = format!("stage `{kind}`: {no_samples}");
+            check(&format!("kind = '{kind}'\n{keys}{held_out}"), &[note.as_str()]);
+        }
+        check(
+            &format!("kind = 'sft'\n{keys}eval_steps = 5\n"),
+            &[
+                "stage `sft`: `eval_samples` has no effect: without `eval_datasets` there are no prompts",
+                "stage `sft`: `eval_steps` has no effect: without `eval_datasets` nothing is evaluated",
+                "stage `sft`: `load_best_model_at_end` has no effect: without `eval_datasets` no weights are the best",
+            ],
+        );
+        check(
+            "kind = 'sft'\neval_datasets = 'src/lib.rs'\nload_best_model_at_end = true\n",
+            &[
+                "stage `sft`: `load_best_model_at_end` has no effect: without `eval_steps` the end is all that is evaluated",
+            ],
+        );
+        // They may stand in [defaults] for the sake of another stage.
+        let both = format!(
+            "[defaults]\neval_samples = 2\n{SFT}eval_datasets = 'src/lib.rs'\n[[stage]]\nkind = 'dpo'\nmodel_name_or_path = 'src'\ndatasets = 'src/lib.rs'\n"
+        );
+        assert_eq!(plan(&both).unwrap().notes, [format!("stage `dpo`: {no_samples}")]);
     }
 
     #[test]

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::{LET_FAIL, OnError, Question, Score, Scorer};
 use crate::data::forest::{Forest, micro_batches};
@@ -26,9 +25,6 @@ use crate::model::{Architecture, Config, Precision, labels};
 const BUDGET: usize = 4096;
 /// Most answers of one tree.
 const ANSWERS: usize = 64;
-
-/// The key of `config.json` that holds the text which ends a step.
-pub const STEP_SEPARATOR: &str = "step_separator";
 
 /// The key of `config.json` that says which form the rows had that a model learned from, where that was [`PLAIN_TEXT`].
 pub const PROMPT_FORMAT: &str = "prompt_format";
@@ -101,12 +97,8 @@ impl Outputs {
                     .hint(format!("wrong and right, in this order; {}", known())))
             }
             Architecture::TokenClassification => {
-                let separator = config.other.get(STEP_SEPARATOR).and_then(Value::as_str);
-                let separator = separator.filter(|text| !text.is_empty()).unwrap_or("\n");
-                Ok(Self::Steps {
-                    separator: separator.to_owned(),
-                    aggregation: reading.step_aggregation,
-                })
+                let separator = labels::step_separator(config).to_owned();
+                Ok(Self::Steps { separator, aggregation: reading.step_aggregation })
             }
             Architecture::SequenceClassification if weights.is_empty() => match labels.len() {
                 1 => Ok(Self::Weighted(vec![1.0])),

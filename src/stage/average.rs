@@ -3,8 +3,6 @@
 
 use std::path::Path;
 
-use serde_json::Value;
-
 use super::training::{self, load};
 use super::{Metrics, StageContext, reward};
 use crate::data::examples::Examples;
@@ -15,9 +13,8 @@ use crate::loss::sft::Sft;
 use crate::model::average::{self, Output, Shares};
 use crate::model::lora::{self, peft::AdapterConfig};
 use crate::model::on_disk::OnDisk;
-use crate::model::{Architecture, Config, Transformer};
+use crate::model::{Architecture, Config, Transformer, labels};
 use crate::recipe::plan::{self, AverageMethod, Head, SoupMetric};
-use crate::score::reward_model::STEP_SEPARATOR;
 use crate::store;
 use crate::train::step;
 
@@ -85,7 +82,7 @@ fn check_kinds(spec: &plan::Average) -> Result<bool> {
         adapters.extend(lora::load::directory(name)?);
     }
     let of_adapters = adapters.len() == spec.models.len();
-    let first = &spec.models[0];
+    let (first, here) = (&spec.models[0], Path::new("."));
     match spec.method {
         AverageMethod::Cat | AverageMethod::Svd if !of_adapters => {
             Err(Error::usage("`method` is for adapters, these are whole models")
@@ -99,8 +96,7 @@ fn check_kinds(spec: &plan::Average) -> Result<bool> {
         .hint("merge the adapters into their model first, or take `cat`")),
         AverageMethod::TaskArithmetic if of_adapters => {
             let (_, base) = lora::load::peek(&adapters[0])?;
-            let base = lora::load::lasting_name(&base)?;
-            let named = lora::load::lasting_name(&spec.base_model)?;
+            let [base, named] = [&base, &spec.base_model].map(|name| average::place(name, here));
             if base == named {
                 return Ok(true);
             }
@@ -194,9 +190,11 @@ impl<'a> Soup<'a> {
         spec: &'a plan::Average,
         of_adapters: bool,
     ) -> Result<Self> {
-        if !of_adapters {
-            // All are looked at before the first is measured.
-            note_types(context, &average::open(&spec.models)?);
+        // All are looked at before the first is measured. One alone stays what it is.
+        match (of_adapters, spec.models.len()) {
+            (false, _) => note_types(context, &average::open(&spec.models)?),
+            (true, 1) => {}
+            (true, _) => average::check_sum(&spec.models)?,
         }
         let start = load(context, &spec.models[0], &spec.chat_template)?;
         let (rule, objective) = measure(spec, &start.config, context.seed)?;
@@ -255,7 +253,8 @@ impl<'a> Soup<'a> {
 
     fn write_mean(&self, dir: &Path, names: &[String]) -> Result<()> {
         let equal = shares(&vec![1.0; names.len()]);
-        if self.of_adapters {
+        // An adapter alone keeps its factors, rank and scale, of whatever kind it is.
+        if self.of_adapters && names.len() > 1 {
             return join(self.spec, (dir, names), &equal);
         }
         let models = average::open(names)?;
@@ -295,7 +294,7 @@ fn measure(spec: &plan::Average, model: &Config, seed: u64) -> Result<(Rule, Box
         },
     };
     let data = spec.data.clone();
-    let mut reward = plan::Reward {
+    let reward = plan::Reward {
         head,
         data: PairOptions {
             max_length: data.max_length,
@@ -305,11 +304,9 @@ fn measure(spec: &plan::Average, model: &Config, seed: u64) -> Result<(Rule, Box
             chat_template_kwargs: data.chat_template_kwargs,
         },
         attributes: model.labels.clone(),
+        step_separator: labels::step_separator(model).to_owned(),
         ..plan::Reward::default()
     };
-    if let Some(separator) = model.other.get(STEP_SEPARATOR).and_then(Value::as_str) {
-        separator.clone_into(&mut reward.step_separator);
-    }
     Ok((reward.rule(seed), reward::objective(&reward)))
 }
 
@@ -326,7 +323,7 @@ mod tests {
     use super::*;
     use crate::data::record::Message;
     use crate::model::checkpoint::Checkpoint;
-    use crate::model::lora::Lora;
+    use crate::model::lora::{Lora, peft};
     use crate::model::params::SCORE;
     use crate::model::save::SaveOptions;
     use crate::model::{Precision, Weights};
@@ -498,6 +495,155 @@ mod tests {
         let models = [TEACHER.to_owned(), TEACHER.to_owned()];
         refused(of(AverageMethod::Cat, [&models[0], &models[1]]), "these are whole models");
         refused(of(AverageMethod::Linear, [&a, &b]), "in the first adapter");
+    }
+
+    /// A base has many paths, and adapters that peft wrote know nothing else of it.
+    #[test]
+    fn adapters_of_one_base_are_told_by_where_it_lies() {
+        const BASE: &str = "data/tiny/student";
+        let home = tempfile::tempdir().unwrap();
+        let lora = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
+        let [a, b] = [("a", 1), ("b", 2)].map(|(name, seed)| {
+            let dir = home.path().join(name);
+            adapter(&dir, (BASE, &lora), seed, Ok);
+            dir.display().to_string()
+        });
+        let link = home.path().join("link");
+        std::os::unix::fs::symlink(std::path::absolute(BASE).unwrap(), &link).unwrap();
+        let paths = [format!("{BASE}/"), link.display().to_string()];
+        let run = |method, base_model: &str| {
+            let models = vec![a.clone(), b.clone()];
+            let base_model = base_model.to_owned();
+            let spec = Average { models, method, base_model, ..Average::default() };
+            average(&home.path().join("out"), &spec)
+        };
+        for base_model in &paths {
+            // base + (a − base) + (b − base)
+            let (_, saved) = run(AverageMethod::TaskArithmetic, base_model).unwrap();
+            assert_saved(&[&a, &b, BASE], &[1.0, 1.0, -1.0], &saved);
+        }
+        let of_peft = |dir: &str, base: &str| {
+            let saved = peft::read(dir.as_ref(), &Device::Cpu).unwrap();
+            let base_model_name_or_path = Some(base.to_owned());
+            let config = AdapterConfig { base_model_name_or_path, ..saved.config.clone() };
+            peft::write(dir.as_ref(), &config, &saved.into_trained(), None).unwrap();
+        };
+        of_peft(&a, &paths[0]);
+        of_peft(&b, &paths[1]);
+        let (_, saved) = run(AverageMethod::Cat, "").unwrap();
+        assert_saved(&[&a, &b], &[0.5, 0.5], &saved);
+        of_peft(&b, "org/other");
+        for method in [AverageMethod::Cat, AverageMethod::Linear] {
+            let error = run(method, "").unwrap_err().to_string();
+            let expected = "b: `base_model_name_or_path` is org/other, in the first adapter /";
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    /// A model that rates by these labels, or with those of steps judges them.
+    fn headed(base: Checkpoint, (labels, separator): (&[&str], &str)) -> Result<Checkpoint> {
+        if *labels != labels::STEP {
+            return base.into_scorer(Architecture::SequenceClassification, labels, 1);
+        }
+        let mut model = base.into_scorer(Architecture::TokenClassification, labels, 1)?;
+        model.config.other.insert(labels::STEP_SEPARATOR.to_owned(), json!(separator));
+        Ok(model)
+    }
+
+    /// The mean of help and verbosity is neither, and who judges lines knows nothing of other steps.
+    #[test]
+    fn heads_whose_outputs_mean_other_things_are_refused() {
+        const BASE: &str = "data/tiny/student";
+        let lora = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
+        let (rates, turned): ([&str; 2], [&str; 2]) = (["help", "verb"], ["verb", "help"]);
+        for (heads, expected) in [
+            (
+                [(rates, ""), (turned, "")],
+                r#"1: `id2label` is ["verb", "help"], in the first one ["help", "verb"]"#,
+            ),
+            (
+                [(labels::STEP, "\n"), (labels::STEP, " ки")],
+                r#"1: `step_separator` is " ки", in the first one "\n""#,
+            ),
+        ] {
+            let home = tempfile::tempdir().unwrap();
+            let named = |kind: &str| [0, 1].map(|at| home.path().join(kind).join(at.to_string()));
+            let (models, adapters) = (named("models"), named("adapters"));
+            for (at, (names, separator)) in heads.iter().enumerate() {
+                let head = |base| headed(base, (names.as_slice(), separator));
+                let base = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
+                head(base).unwrap().save(&models[at], &SaveOptions::new(DType::F32)).unwrap();
+                adapter(&adapters[at], (BASE, &lora), at as u64, head);
+            }
+            for (method, pair) in [
+                (AverageMethod::Linear, &models),
+                (AverageMethod::Linear, &adapters),
+                (AverageMethod::Cat, &adapters),
+            ] {
+                let models = pair.each_ref().map(|dir| dir.display().to_string()).to_vec();
+                let spec = Average { models, method, ..Average::default() };
+                let error = average(&home.path().join("out"), &spec).unwrap_err().to_string();
+                assert!(error.contains(expected), "{method:?}: {error}");
+            }
+        }
+    }
+
+    /// Two adapters that cancel each other out leave the teacher, which is right, and one that ruins it is left out.
+    #[test]
+    fn a_greedy_soup_of_adapters_sums_what_helps_and_copies_what_stays_alone() {
+        let home = tempfile::tempdir().unwrap();
+        let rows = "{\"prompt\": \"Rosa has 9 eggs. Tom has twice as many. How many eggs does Tom have?\", \"completion\": \"9 + 9 = 18. Tom has 18 eggs.\"}\n";
+        let held_out = home.path().join("rows.jsonl");
+        store::write_atomic(&held_out, rows.as_bytes()).unwrap();
+        let plain = Lora { use_peft: true, lora_r: 4, lora_alpha: 8.0, ..Lora::default() };
+        let ruinous = Lora { lora_alpha: 3200.0, ..plain.clone() };
+        let dora = Lora { use_dora: true, ..plain.clone() };
+        let made = |name: &str, lora: &Lora, seed: u64| {
+            let dir = home.path().join(name);
+            adapter(&dir, (TEACHER, lora), seed, Ok);
+            dir.display().to_string()
+        };
+        let [a, b] = ["a", "b"].map(|name| made(name, &plain, 1));
+        let (ruined, dora) = (made("ruined", &ruinous, 2), made("dora", &dora, 3));
+        let saved = peft::read(b.as_ref(), &Device::Cpu).unwrap();
+        let (config, base) = (saved.config.clone(), saved.base.clone());
+        let turn = |(name, tensor): (String, Tensor)| {
+            let sign = if name.contains(lora::B) { -1.0 } else { 1.0 };
+            (name, (tensor * sign).unwrap())
+        };
+        let turned: Weights = saved.into_trained().into_iter().map(turn).collect();
+        peft::write(b.as_ref(), &config, &turned, base.as_ref()).unwrap();
+
+        let soup = |name: &str, models: &[&String], path: &Path| {
+            let spec = Average {
+                method: AverageMethod::GreedySoup,
+                models: models.iter().map(|model| (*model).clone()).collect(),
+                eval_datasets: vec![Dataset {
+                    path: path.display().to_string(),
+                    ..Dataset::default()
+                }],
+                ..Average::default()
+            };
+            average(&home.path().join(name), &spec)
+        };
+        let kept =
+            |name: &str| AdapterConfig::read(&home.path().join(name).join("checkpoint")).unwrap();
+        let (metrics, saved) = soup("soup", &[&a, &ruined, &b], &held_out).unwrap();
+        assert_eq!(metrics["ingredients"].to_bits(), 2.0_f64.to_bits(), "{metrics:?}");
+        assert!(metrics["eval_loss"] < metrics["best_single_eval_loss"], "{metrics:?}");
+        assert_saved(&[&a, &b], &[0.5, 0.5], &saved);
+        assert_eq!(kept("soup").r, 8);
+
+        let (metrics, saved) = soup("alone", &[&ruined, &a], &held_out).unwrap();
+        assert_eq!(metrics["ingredients"].to_bits(), 1.0_f64.to_bits(), "{metrics:?}");
+        assert_saved(&[&a], &[1.0], &saved);
+        assert_eq!(kept("alone").lora_alpha.to_bits(), 8.0_f64.to_bits());
+        let (_, saved) = soup("dora", &[&dora], &held_out).unwrap();
+        assert_saved(&[&dora], &[1.0], &saved);
+        assert!(kept("dora").use_dora);
+        // Nothing is measured before: there are no rows.
+        let error = soup("both", &[&a, &dora], &home.path().join("nowhere.jsonl")).unwrap_err();
+        assert!(error.to_string().contains("dora: the sum of DoRA adapters"), "{error}");
     }
 
     #[test]

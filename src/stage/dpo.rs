@@ -34,6 +34,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     if let Some(other) = other {
         // Held and computed with as the policy's base is: where it is that base, or an adapter of it, it shares its tensors.
         let model = bases.model(other, &adapt.form(&context.device))?;
+        training::check_writes(other, &model.config)?;
         check_reference(&start.checkpoint, &model, spec.sync_ref_model).at(other)?;
         if spec.sync_ref_model {
             let weights = model.checkpoint()?.weights;

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::generation::{self, Pace, lowest, mean};
-use super::{Metrics, StageContext};
+use super::{Metrics, StageContext, training};
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::{Answer, Finish};
 use crate::generate::local::{LocalModel, answer_logprobs};
@@ -94,6 +94,7 @@ fn reference(
         return Ok(None);
     }
     let read = bases.model(name, form)?;
+    training::check_writes(name, &read.config)?;
     let own = policy.tokenizer().at(&spec.model_name_or_path)?;
     if read.tokenizer().at(name)?.vocab_size() != own.vocab_size() {
         return Err(Error::run("the reference has another vocabulary than the policy").at(name));
@@ -277,5 +278,8 @@ mod tests {
             assert_eq!(scorer.made_of().tensors.weights[name].id(), tensor.id(), "{name}");
         }
         assert!(scorer.made_of().own().contains_key(crate::model::params::SCORE));
+        let judged = plan::Eval { reference: judge, ..spec };
+        let error = reference(&judged, (&bases, &form), &read).err().unwrap().to_string();
+        assert!(error.contains("judge: a reward model (SequenceClassification"), "{error}");
     }
 }

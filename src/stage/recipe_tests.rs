@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 use serde_json::{Value, json};
 
 use super::{Metrics, StageContext, run_stage};
@@ -15,6 +15,7 @@ use crate::error::Result;
 use crate::loss::Readout;
 use crate::model::Transformer;
 use crate::model::checkpoint::Checkpoint;
+use crate::model::save::SaveOptions;
 use crate::recipe::{RecipeFile, resolve};
 use crate::report::record::Silent;
 use crate::train::step;
@@ -90,6 +91,29 @@ fn pairs() -> Vec<Value> {
         json!({"prompt": [{"role": "user", "content": "How many?"}], "chosen": [{"role": "assistant", "content": "Four pears"}], "rejected": [{"role": "assistant", "content": "no"}]}),
         json!({"prompt": [{"role": "user", "content": "And now?"}], "chosen": [{"role": "assistant", "content": "5"}], "rejected": [{"role": "assistant", "content": "it is hard to say"}]}),
     ]
+}
+
+/// Its head has as many rows as it has outputs: taken for a vocabulary, it would learn, or say, nothing of it.
+#[test]
+fn a_reward_model_is_no_policy_and_no_reference() {
+    let dir = tempfile::tempdir().unwrap();
+    written(dir.path(), &pairs());
+    let reward = dir.path().join("reward");
+    let student = Checkpoint::load_dir(Path::new(STUDENT), &Device::Cpu).unwrap();
+    let model = student.into_reward_model(1).unwrap();
+    model.save(&reward, &SaveOptions::new(DType::F32)).unwrap();
+    let reward = json!(reward);
+    let start = "model_name_or_path";
+    for (kind, key) in [("sft", start), ("dpo", start), ("dpo", "reference")] {
+        for use_peft in [false, true] {
+            let keys = [(key, reward.clone()), ("use_peft", json!(use_peft))];
+            let error = attempt(dir.path(), kind, &keys).unwrap_err();
+            let expected = "reward: a reward model (SequenceClassification of reward), expected";
+            assert!(error.to_string().contains(expected), "{kind} {key}: {error}");
+            assert!(error.hint_text().is_some(), "{kind} {key}");
+        }
+    }
+    run(dir.path(), "reward", &[(start, reward)]);
 }
 
 /// Sum and length of what enters of a response.

@@ -17,13 +17,13 @@ use crate::model::bases::Bases;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::labels;
 use crate::recipe::plan::{self, Head};
-use crate::score::reward_model::{PLAIN_TEXT, PROMPT_FORMAT, STEP_SEPARATOR};
+use crate::score::reward_model::{PLAIN_TEXT, PROMPT_FORMAT};
 
 /// Trains a score head and the model under it. Input: a checkpoint (the paper takes the pre-trained one) and rows that fit
 /// the head. Output: `checkpoint/`, a `LlamaForSequenceClassification`, or for steps a `LlamaForTokenClassification`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
-    let begin = training::start(context, (&adapt, &Bases::default()), &spec.chat_template)?;
+    let begin = training::base(context, (&adapt, &Bases::default()), &spec.chat_template)?;
     let mut checkpoint = with_head(begin.checkpoint, spec, context.seed)?;
     let rule = spec.rule(context.seed);
     if of_plain_text(context, &spec.datasets, &rule)? {
@@ -72,7 +72,7 @@ fn with_head(start: Checkpoint, spec: &plan::Reward, seed: u64) -> Result<Checkp
             let mut model = start.into_scorer(architecture, &labels::STEP, seed)?;
             // Who scores with the model must cut answers as it was taught.
             let separator = Value::String(spec.step_separator.clone());
-            model.config.other.insert(STEP_SEPARATOR.to_owned(), separator);
+            model.config.other.insert(labels::STEP_SEPARATOR.to_owned(), separator);
             Ok(model)
         }
     }

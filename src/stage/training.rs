@@ -21,6 +21,7 @@ use crate::generate::teacher::{Asked, Teacher};
 use crate::loss::Objective;
 use crate::model::bases::Bases;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::model::{Architecture, Config};
 use crate::recipe::plan::Dataset;
 use crate::report::record::Metrics;
 use crate::train::{self, Data, Follower, Job, Learner, Settings};
@@ -32,8 +33,43 @@ pub fn load(context: &StageContext<'_>, model: &str, chat_template: &str) -> Res
     Ok(checkpoint)
 }
 
-/// Loads what a stage trains, as [`Adapt::start`] says, with the template.
+/// Loads the policy that a stage trains, as [`base`] does.
+///
+/// # Errors
+/// As [`Adapt::start`] and [`check_writes`].
 pub fn start(
+    context: &StageContext<'_>,
+    (adapt, bases): (&Adapt<'_>, &Bases),
+    chat_template: &str,
+) -> Result<Start> {
+    let start = base(context, (adapt, bases), chat_template)?;
+    check_writes(adapt.base, &start.checkpoint.config)?;
+    Ok(start)
+}
+
+/// Refuses a reward model where a policy is trained or asked: its score head would be taken for the projection to the
+/// vocabulary.
+///
+/// # Errors
+/// Names the model and its head.
+pub fn check_writes(name: &str, model: &Config) -> Result<()> {
+    if model.architecture == Architecture::CausalLm {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "a reward model ({:?} of {}), expected a causal language model",
+        model.architecture,
+        model.labels.join(", ")
+    ))
+    .at(name)
+    .hint("name the model that it was trained from, or the checkpoint of an `sft` or `dpo` stage"))
+}
+
+/// Loads what a stage trains, whatever stands on its transformer, as [`Adapt::start`] says, with the template.
+///
+/// # Errors
+/// As [`Adapt::start`].
+pub fn base(
     context: &StageContext<'_>,
     (adapt, bases): (&Adapt<'_>, &Bases),
     chat_template: &str,
@@ -47,6 +83,7 @@ pub fn start(
 pub fn random(context: &StageContext<'_>, dir: &str, chat_template: &str) -> Result<Checkpoint> {
     let dir = std::path::Path::new(dir);
     let config = crate::model::checkpoint::load_config(dir)?;
+    check_writes(&dir.display().to_string(), &config)?;
     let weights = crate::model::init::random(&config, context.seed, &context.device)?;
     let mut checkpoint =
         Checkpoint { config, weights, tokenizer: Some(ChatTokenizer::from_dir(dir)?) };

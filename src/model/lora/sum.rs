@@ -16,7 +16,7 @@ use crate::model::Weights;
 /// Adapters of several bases or of other modules, and those whose sum no adapter is, such as DoRA's.
 pub fn sum(adapters: &[(&str, Saved)], weights: &[f64], rank: Option<usize>) -> Result<Saved> {
     let [(_, first), ..] = adapters else { return Err(Error::usage("no adapters to sum")) };
-    adapters.iter().try_for_each(|(name, other)| check(first, other).at(name))?;
+    adapters.iter().try_for_each(|(name, other)| first.check_sum(other).at(name))?;
     let adapters: Vec<&Saved> = adapters.iter().map(|(_, saved)| saved).collect();
     let mut config = AdapterConfig {
         use_rslora: false,
@@ -42,33 +42,47 @@ pub fn sum(adapters: &[(&str, Saved)], weights: &[f64], rank: Option<usize>) -> 
     Ok(Saved { config, adapters: joined, weights, base })
 }
 
-fn check(first: &Saved, other: &Saved) -> Result<()> {
-    let refuse = |what: &str, hint: &str| Err(Error::usage(what).hint(hint));
-    if [first, other].iter().any(|one| one.config.use_dora) {
-        return refuse(
-            "the sum of DoRA adapters is no adapter: each divides by norms of its own",
-            "`arriero merge` them and average the models",
-        );
+impl Saved {
+    /// Refuses an adapter that cannot be added to this one, or whose sum with it no adapter is.
+    ///
+    /// # Errors
+    /// As [`sum`].
+    pub(in crate::model) fn check_sum(&self, other: &Self) -> Result<()> {
+        if [self, other].iter().any(|one| one.config.use_dora) {
+            return Err(Error::usage(
+                "the sum of DoRA adapters is no adapter: each divides by norms of its own",
+            )
+            .hint("`arriero merge` them and average the models"));
+        }
+        BaseRecord::check_same([&self.base, &other.base])?;
+        let same = self.adapters.keys().eq(other.adapters.keys())
+            && self.weights.keys().eq(other.weights.keys())
+            && self.config.task_type == other.config.task_type;
+        if !same {
+            return Err(Error::usage(
+                "adapts other modules than the first adapter, or for another task",
+            )
+            .hint("adapters of the same targets can be summed"));
+        }
+        Ok(())
     }
-    BaseRecord::check_whole([&first.base, &other.base])?;
-    if let (Some(one), Some(two)) = (&first.base, &other.base)
-        && one != two
-    {
-        return refuse(
-            "trained beside another base than the first adapter",
-            "adapters of one base, held in one way, can be summed",
-        );
+}
+
+impl BaseRecord {
+    /// Refuses adapters of several bases, and those that [`check_whole`](Self::check_whole) refuses.
+    ///
+    /// # Errors
+    /// Another base, or the same held in another way.
+    pub(in crate::model) fn check_same([first, other]: [&Option<Self>; 2]) -> Result<()> {
+        Self::check_whole([first, other])?;
+        match (first, other) {
+            (Some(one), Some(two)) if one != two => {
+                Err(Error::usage("trained beside another base than the first adapter")
+                    .hint("adapters of one base, held in one way, can be averaged"))
+            }
+            _ => Ok(()),
+        }
     }
-    let same = first.adapters.keys().eq(other.adapters.keys())
-        && first.weights.keys().eq(other.weights.keys())
-        && first.config.task_type == other.config.task_type;
-    if !same {
-        return refuse(
-            "adapts other modules than the first adapter, or for another task",
-            "adapters of the same targets can be summed",
-        );
-    }
-    Ok(())
 }
 
 /// `Σ w s B A = [B₁ B₂ …] · [w₁s₁A₁; w₂s₂A₂; …]`.
