@@ -152,7 +152,10 @@ impl Trainee {
     /// Weights that are not finite, I/O.
     pub fn write(&self, dir: &Path) -> Result<()> {
         match &self.adapter {
-            Some(files) => self.write_adapter(dir, &files.config, files, &self.learner.weights()),
+            Some(files) => {
+                let trained = (&files.config, &self.learner.weights());
+                self.write_adapter(dir, files, trained, DType::F32)
+            }
             None => self.checkpoint(&self.learner)?.write_into(dir, &SaveOptions::new(DType::F32)),
         }
     }
@@ -165,14 +168,17 @@ impl Trainee {
         let Some(files) = &self.adapter else {
             return self.checkpoint(&self.learner)?.save(dir, &SaveOptions::new(dtype.dtype()));
         };
+        let dtype = dtype.dtype();
         let building = crate::store::AtomicDir::create(dir)?;
         let trained = self.learner.weights();
         match &files.first {
             Some(first) => {
                 let (config, trained) = relative(&files.config, &trained, first)?;
-                self.write_adapter(building.path(), &config, files, &trained)?;
+                self.write_adapter(building.path(), files, (&config, &trained), dtype)?;
             }
-            None => self.write_adapter(building.path(), &files.config, files, &trained)?,
+            None => {
+                self.write_adapter(building.path(), files, (&files.config, &trained), dtype)?;
+            }
         }
         crate::store::move_into_place(building.path(), dir)
     }
@@ -180,15 +186,15 @@ impl Trainee {
     fn write_adapter(
         &self,
         dir: &Path,
-        config: &AdapterConfig,
         files: &Files,
-        trained: &Weights,
+        (config, trained): (&AdapterConfig, &Weights),
+        dtype: DType,
     ) -> Result<()> {
-        peft::write(dir, config, trained, &files.base)?;
+        peft::write_in(dtype, dir, config, (trained, Some(&files.base)))?;
         if self.config.architecture != Architecture::CausalLm {
             let (config, tokenizer) = (self.config.clone(), self.tokenizer.clone());
             let scorer = Checkpoint { config, weights: Weights::new(), tokenizer };
-            return scorer.write_beside(dir, DType::F32);
+            return scorer.write_beside(dir, dtype);
         }
         match &self.tokenizer {
             Some(tokenizer) => tokenizer.save(dir),

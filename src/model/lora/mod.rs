@@ -27,7 +27,7 @@ use regex::Regex;
 
 use super::packed::Quantization;
 use super::params;
-use super::{Architecture, Config, Tensors, Weights};
+use super::{Architecture, Config, Precision, Tensors, Weights};
 use crate::error::{Error, Result, did_you_mean};
 
 /// Adapters by the names of their modules.
@@ -138,6 +138,20 @@ impl Lora {
         if self.init_lora_weights == Init::Pissa && self.quantization == Quantization::Gguf {
             return Err(Error::usage("`init_lora_weights` is pissa with `quantization` gguf")
                 .hint("what is left of a weight cannot be put back into the file's blocks"));
+        }
+        Ok(())
+    }
+
+    /// [`check`](Self::check), for adapters that are to be stored in this type.
+    ///
+    /// # Errors
+    /// As there, and PiSSA's in bf16.
+    pub fn check_saved_as(&self, save_dtype: Precision) -> Result<()> {
+        self.check()?;
+        if self.use_peft && self.init_lora_weights == Init::Pissa && save_dtype != Precision::F32 {
+            return Err(Error::usage("`save_dtype` is bf16 with `init_lora_weights` pissa").hint(
+                "what was learned is a small difference of the stored factors, which bf16 would round away: save_dtype = \"f32\"",
+            ));
         }
         Ok(())
     }

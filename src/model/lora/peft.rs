@@ -364,7 +364,7 @@ pub fn write<'a>(
 ///
 /// # Errors
 /// As [`write`].
-pub(in crate::model) fn write_in(
+pub(crate) fn write_in(
     dtype: DType,
     dir: &Path,
     config: &AdapterConfig,

@@ -316,6 +316,10 @@ fn what_cannot_be_adapted_is_refused_with_a_hint() {
     assert!(error.to_string().contains("`lora_dropout` is 1"), "{error}");
     let both = Lora { init_lora_weights: Init::Pissa, use_dora: true, ..on.clone() };
     assert!(refused(both).to_string().contains("`use_dora` with `init_lora_weights` pissa"));
+    let pissa = Lora { init_lora_weights: Init::Pissa, ..on.clone() };
+    pissa.check_saved_as(Precision::F32).unwrap();
+    let error = pissa.check_saved_as(Precision::Bf16).unwrap_err().to_string();
+    assert_eq!(error, "`save_dtype` is bf16 with `init_lora_weights` pissa");
     let packed = Lora { quantization: Quantization::Nf4, ..Lora::default() };
     assert!(refused(packed).hint_text().unwrap().contains("use_peft"));
 
