@@ -110,12 +110,7 @@ impl<'a> Adapt<'a> {
             Architecture::SequenceClassification => "SEQ_CLS",
             Architecture::TokenClassification => "TOKEN_CLS",
         };
-        let mut saved = self.lora.lora_modules_to_save.clone();
-        if model.architecture != Architecture::CausalLm
-            && !saved.iter().any(|module| module == "score")
-        {
-            saved.push("score".to_owned());
-        }
+        let saved = self.lora.saved_modules(model);
         Ok(AdapterConfig {
             task_type: Some(task.to_owned()),
             base_model_name_or_path: Some(lora::load::lasting_name(self.base)?),
