@@ -99,7 +99,10 @@ impl<'a> Adapt<'a> {
     fn packed(&self, mut weights: Weights) -> Result<Tensors> {
         let packed = match self.lora.quantization {
             packed::Quantization::None => packed::PackedWeights::new(),
-            kind => packed::pack(&mut weights, kind, &source::resolve(self.base, None)?)?,
+            kind => {
+                let source = source::resolve(self.base, None)?;
+                packed::pack(&mut weights, kind, &source, &self.lora.lora_modules_to_save)?
+            }
         };
         Ok(Tensors { packed, ..Tensors::dense(weights) })
     }

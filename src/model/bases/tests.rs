@@ -158,15 +158,23 @@ fn a_packed_base_is_what_packing_the_whole_model_gives() {
     let student = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
     export(student, &file, Format::Gguf, Encoding::Q4_1).unwrap();
     let file = file.to_str().unwrap();
-    for (name, quantization) in
-        [(BASE, Quantization::Nf4), (file, Quantization::Nf4), (file, Quantization::Gguf)]
-    {
-        let found = Bases::default().base(name, &Form { quantization, ..form() }).unwrap();
+    let down = "down_proj";
+    for (name, quantization, in_full) in [
+        (BASE, Quantization::Nf4, vec![]),
+        (BASE, Quantization::Nf4, vec![down.to_owned()]),
+        (file, Quantization::Nf4, vec![]),
+        (file, Quantization::Gguf, vec![]),
+        (file, Quantization::Gguf, vec![down.to_owned()]),
+    ] {
+        let held = Form { quantization, in_full: in_full.clone(), ..form() };
+        let found = Bases::default().base(name, &held).unwrap();
+        let is_dense = found.tensors.weights.keys().any(|name| name.contains(down));
+        assert_eq!(is_dense, !in_full.is_empty(), "{quantization:?}");
         let source = source::resolve(name, None).unwrap();
         let mut weights =
             Checkpoint::load(name, &Device::Cpu, &LoadOptions::default()).unwrap().weights;
         assert_eq!(found.fingerprint, peft::fingerprint(&weights).unwrap());
-        let packed = packed::pack(&mut weights, quantization, &source).unwrap();
+        let packed = packed::pack(&mut weights, quantization, &source, &in_full).unwrap();
         assert!(!packed.is_empty() && packed.keys().eq(found.tensors.packed.keys()));
         for (name, expected) in &packed {
             let bits = |packed: &Packed| -> Vec<u32> {
