@@ -520,6 +520,9 @@ fn forms() -> [(&'static str, Lora); 4] {
     ]
 }
 
+/// Modules that are trained in full beside adapters.
+const IN_FULL: [&str; 3] = ["embed_tokens", "norm", "down_proj"];
+
 #[test]
 fn adapters_give_peft_the_same_logits_as_our_merged_model() {
     let Some(python) = python("ARRIERO_PEERS") else { return };
@@ -537,7 +540,15 @@ fn adapters_give_peft_the_same_logits_as_our_merged_model() {
     for (name, rank) in [("cat", None), ("svd", Some(5))] {
         average::write_sum(&dir.path().join(name), &summed, (&[0.75, 0.25], rank), None).unwrap();
     }
-    for name in ["lora", "dora", "pissa", "pattern", "cat", "svd"] {
+    for module in IN_FULL {
+        let lora = Lora {
+            lora_target_modules: vec!["q_proj".to_owned()],
+            lora_modules_to_save: vec![module.to_owned()],
+            ..forms()[0].1.clone()
+        };
+        adapted(&model, &base, &lora).save(&dir.path().join(module), Precision::F32).unwrap();
+    }
+    for name in ["lora", "dora", "pissa", "pattern", "cat", "svd"].into_iter().chain(IN_FULL) {
         let adapter = dir.path().join(name);
         let out = dir.path().join(format!("{name}.safetensors"));
         let printed = script(&python, "load_in_peft.py", &[&base, &adapter, &ids, &out]);

@@ -104,7 +104,7 @@ fn the_golden_prompt_has_its_greedy_answer_from_blocks_of_four_bits() {
 fn blocks_of_the_file_are_kept_as_they_stand() {
     let mut weights = checkpoint().weights.clone();
     let dense = weights.len();
-    let packed = pack(&mut weights, Quantization::Gguf, &Source::Gguf(file())).unwrap();
+    let packed = pack(&mut weights, Quantization::Gguf, &Source::Gguf(file()), &[]).unwrap();
     assert_eq!((packed.len(), weights.len()), (7 * 30, dense - 7 * 30));
     let bytes: usize = packed.values().map(|packed| packed.bytes()).sum();
     let numbers: usize = packed.values().map(|packed| packed.shape().0 * packed.shape().1).sum();

@@ -161,19 +161,19 @@ impl Base {
         checkpoint::check_vocabulary(&config, tokenizer.as_ref()).at(path.display())?;
         let mut tensors = Tensors::default();
         if form.quantization == Quantization::Gguf {
-            tensors.packed = packed::of_file(source)?;
+            tensors.packed = packed::of_file(source, &form.in_full)?;
         }
         let mut fingerprint = Fingerprint::default();
         one_by_one::each(source, &config, &form.device, &mut |name, tensor| {
             fingerprint.add(name, &tensor)?;
             match form.quantization {
+                _ if lora::trains(&form.in_full, name) => {
+                    tensors.weights.insert(name.to_owned(), tensor);
+                }
                 Quantization::Nf4 if lora::is_projection(name) => {
                     tensors.packed.insert(name.to_owned(), Arc::new(Packed::nf4(&tensor)?));
                 }
                 Quantization::Gguf if lora::is_projection(name) => {}
-                _ if lora::trains(&form.in_full, name) => {
-                    tensors.weights.insert(name.to_owned(), tensor);
-                }
                 _ => {
                     let dtype = form.dtype.of(name, &tensor);
                     tensors.weights.insert(name.to_owned(), tensor.to_dtype(dtype)?);
@@ -214,7 +214,9 @@ impl Model {
         saved.check_base(&base.fingerprint)?;
         let Checkpoint { config, weights, tokenizer } =
             base.checkpoint().with_trained(&saved, dir)?;
-        let tensors = Tensors { weights: dtype.cast(weights)?, ..base.tensors.clone() };
+        let mut tensors = Tensors { weights: dtype.cast(weights)?, ..base.tensors.clone() };
+        // What was trained in full stands in for what the base has packed.
+        tensors.packed.retain(|name, _| !saved.weights.contains_key(name));
         lora::check_fit(&tensors, &saved.adapters).at(dir.display())?;
         let adapters = saved.adapters.into_iter().map(|(module, adapter)| {
             let adapter = adapter.beside(&tensors.matrix(&module)?, dtype.dtype())?;

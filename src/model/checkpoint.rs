@@ -9,7 +9,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
-use super::config::{Architecture, Config, ids_of};
+use super::config::{Config, ids_of};
 use super::gguf::Gguf;
 use super::lora::{self, load::is_adapter};
 use super::source::{self, Source};
@@ -145,10 +145,7 @@ pub fn peek(path: &Path) -> Result<(Config, Option<ChatTokenizer>)> {
                 Source::Directory(path) | Source::Gguf(path) => path,
             };
             let (config, tokenizer) = peek(&base)?;
-            let config = match adapter.architecture() {
-                Architecture::CausalLm => config,
-                _ => load_config(path)?,
-            };
+            let config = lora::load::config_beside(config, &adapter, path)?;
             return Ok((config, ChatTokenizer::in_dir(path)?.or(tokenizer)));
         }
         return Ok((load_config(path)?, ChatTokenizer::in_dir(path)?));
@@ -270,7 +267,7 @@ pub(super) fn is_derived(name: &str) -> bool {
 
 /// Some writers store the tied head a second time. It is dropped, after a check that it is a copy.
 fn drop_tied_head(config: &Config, weights: &mut Weights) -> Result<()> {
-    if config.architecture != Architecture::CausalLm || !config.tie_word_embeddings {
+    if !config.is_tied() {
         return Ok(());
     }
     let Some(head) = weights.remove(params::HEAD) else { return Ok(()) };

@@ -100,6 +100,11 @@ pub struct Config {
 }
 
 impl Config {
+    /// Whether embedding and vocabulary projection are one tensor; a reward model has no such projection.
+    pub fn is_tied(&self) -> bool {
+        self.architecture == Architecture::CausalLm && self.tie_word_embeddings
+    }
+
     /// Reads the text of a `config.json`.
     ///
     /// # Errors

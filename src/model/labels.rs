@@ -59,13 +59,7 @@ pub(super) fn read(architecture: Architecture, keys: &mut Keys) -> Result<Vec<St
     keys.0.shift_remove("label2id");
     let count = keys.optional_size("num_labels")?;
     let labels = match &names {
-        None | Some(Value::Null) => match count {
-            None if architecture == Architecture::TokenClassification => {
-                STEP.map(str::to_owned).to_vec()
-            }
-            None | Some(1) => vec![REWARD.to_owned()],
-            Some(count) => (0..count).map(|index| format!("LABEL_{index}")).collect(),
-        },
+        None | Some(Value::Null) => unnamed(architecture, count),
         Some(Value::Object(names)) => named(names)?,
         Some(other) => return Err(Keys::wrong("id2label", other, "an object of names")),
     };
@@ -75,6 +69,22 @@ pub(super) fn read(architecture: Architecture, keys: &mut Keys) -> Result<Vec<St
         }
         _ => Ok(labels),
     }
+}
+
+/// What outputs are called that nobody named; none of a language model's.
+fn unnamed(architecture: Architecture, count: Option<usize>) -> Vec<String> {
+    match (architecture, count) {
+        (Architecture::CausalLm, _) => Vec::new(),
+        (Architecture::TokenClassification, None) => STEP.map(str::to_owned).to_vec(),
+        (_, None | Some(1)) => vec![REWARD.to_owned()],
+        (_, Some(count)) => (0..count).map(|index| format!("LABEL_{index}")).collect(),
+    }
+}
+
+/// What the outputs of a head are called of which only the number is known.
+pub(super) fn of_head(architecture: Architecture, outputs: usize) -> Vec<String> {
+    let usual = unnamed(architecture, None);
+    if usual.len() == outputs { usual } else { unnamed(architecture, Some(outputs)) }
 }
 
 fn named(names: &Map<String, Value>) -> Result<Vec<String>> {

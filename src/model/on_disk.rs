@@ -19,7 +19,7 @@ use super::lora::peft::{self, BaseRecord};
 use super::save::Files;
 use super::source::{self, Source};
 use super::tensor_file::{self, Mapped};
-use super::{Architecture, Config, params};
+use super::{Config, params};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::store;
@@ -167,8 +167,7 @@ impl OnDisk {
 
     /// A head that is stored beside the embedding that it is tied to is dropped, after a check that it is a copy.
     fn drop_tied_head(&mut self, config: &Config) -> Result<()> {
-        let is_tied = config.architecture == Architecture::CausalLm && config.tie_word_embeddings;
-        if !is_tied || !self.tensors.contains_key(params::HEAD) {
+        if !config.is_tied() || !self.tensors.contains_key(params::HEAD) {
             return Ok(());
         }
         if self.shape(params::HEAD) != self.shape(params::EMBEDDING) {

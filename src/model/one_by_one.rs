@@ -11,7 +11,7 @@ use super::gguf::Gguf;
 use super::lora::load::is_adapter;
 use super::source::Source;
 use super::tensor_file::{self, Mapped};
-use super::{Architecture, Config, params};
+use super::{Config, params};
 use crate::error::{Context, Result};
 
 /// Is given a parameter's name and its numbers in f32.
@@ -55,7 +55,7 @@ pub(super) fn each(
 }
 
 fn of_directory(dir: &Path, config: &Config, device: &Device, take: &mut Take<'_>) -> Result<()> {
-    let tied = config.architecture == Architecture::CausalLm && config.tie_word_embeddings;
+    let tied = config.is_tied();
     let mut shapes: BTreeMap<String, Vec<usize>> = BTreeMap::new();
     // A tied head that is stored a second time is compared with the embedding, in whatever order they come.
     let mut twins: Vec<Tensor> = Vec::new();

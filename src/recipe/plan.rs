@@ -240,7 +240,7 @@ impl Spec {
             }
             Self::Sft(spec) => {
                 spec.train.check()?;
-                spec.lora.check()?;
+                spec.lora.check_saved_as(spec.train.save_dtype)?;
                 if spec.random_init && spec.lora.use_peft {
                     return Err(Error::usage("`random_init` with `use_peft`").hint(
                         "adapters add to what a model has learned: leave one of the two out",
@@ -255,7 +255,7 @@ impl Spec {
             }
             Self::Reward(spec) => {
                 spec.train.check()?;
-                spec.lora.check()?;
+                spec.lora.check_saved_as(spec.train.save_dtype)?;
                 spec.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
@@ -267,7 +267,7 @@ impl Spec {
             Self::Select(spec) => (&[], spec.rules(0).map(|_| Some(spec.datasets.as_slice()))?),
             Self::Dpo(spec) => {
                 spec.train.check()?;
-                spec.lora.check()?;
+                spec.lora.check_saved_as(spec.train.save_dtype)?;
                 spec.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }

@@ -135,6 +135,7 @@ impl Stage {
         for entry in entries {
             stage.set(&entry, notes).map_err(|error| stage.locate(file, &entry.place, error))?;
         }
+        let own = stage.values.len();
         for entry in expand(&file.defaults)? {
             let Some(key) = keys::canonical(&entry.key, &stage.keys) else { continue };
             if !stage.values.contains_key(key) {
@@ -143,7 +144,41 @@ impl Stage {
                     .map_err(|error| stage.locate(file, &entry.place, error))?;
             }
         }
+        notes.extend(stage.unused_adapter_keys(file, own)?);
         Ok(stage)
+    }
+
+    /// Keys of adapters in a stage that trains the whole model: a note where that is written, or where they are in `[defaults]`
+    /// for other stages. `own`: how many of the values are the stage's own.
+    ///
+    /// # Errors
+    /// Keys of the stage itself, where nothing says that the whole model is meant.
+    fn unused_adapter_keys(&self, file: &RecipeFile, own: usize) -> Result<Option<String>> {
+        let use_peft = self.values.get("use_peft").map(|(value, _)| value);
+        if use_peft == Some(&Value::Bool(true)) {
+            return Ok(None);
+        }
+        let mut unused = Vec::new();
+        for (at, (key, (value, place))) in self.values.iter().enumerate() {
+            let is_adapters = self.keys[key].section.as_deref() == Some("lora");
+            // `quantization` is refused wherever it stands, once its value is known.
+            if !is_adapters || key == "use_peft" || key == "quantization" || is_off(value) {
+                continue;
+            }
+            if at < own && use_peft.is_none() {
+                return Err(Error::usage(format!(
+                    "`{key}` is {value} without `use_peft`: the whole model would be trained"
+                ))
+                .hint("set use_peft = true to train adapters, or false to train the whole model"))
+                .map_err(|error| self.locate(file, place, error));
+            }
+            unused.push(format!("`{key}`"));
+        }
+        let note = || {
+            let keys = unused.join(", ");
+            format!("stage `{}`: no effect without `use_peft`: {keys}", self.name)
+        };
+        Ok((!unused.is_empty()).then(note))
     }
 
     fn locate(&self, file: &RecipeFile, place: &Place, error: Error) -> Error {
@@ -278,6 +313,17 @@ impl Stage {
             Kind::Average => Spec::Average(typed(object)?),
             Kind::Eval => Spec::Eval(typed(object)?),
         })
+    }
+}
+
+/// Whether a value asks for nothing.
+fn is_off(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => ["", "none", "default"].contains(&text.as_str()),
+        Value::Array(list) => list.is_empty(),
+        Value::Bool(true) | Value::Object(_) => false,
     }
 }
 
@@ -470,6 +516,33 @@ mod tests {
             &format!("{SFT}load_in_4bit = true\n"),
             "r.toml:5: stage `sft`: `quantization` is Nf4 and `use_peft` false: packed weights cannot be trained (hint: set use_peft = true to train adapters beside them)",
         );
+    }
+
+    /// A recipe may keep them in `[defaults]` for some of its stages, and a stage may be tried without adapters.
+    #[test]
+    fn keys_of_adapters_without_use_peft_are_refused_unless_the_whole_model_is_meant() {
+        for (key, shown) in [
+            ("lora_rank = 16", "`lora_r` is 16"),
+            ("use_dora = true", "`use_dora` is true"),
+            ("init_lora_weights = 'pissa'", "`init_lora_weights` is \"pissa\""),
+            ("modules_to_save = 'norm'", "`lora_modules_to_save` is [\"norm\"]"),
+        ] {
+            refuses(
+                &format!("{SFT}{key}\n"),
+                &format!(
+                    "r.toml:5: stage `sft`: {shown} without `use_peft`: the whole model would be trained (hint: set \
+                     use_peft = true to train adapters, or false to train the whole model)"
+                ),
+            );
+        }
+        let notes = |text: &str| plan(text).unwrap().notes;
+        for fine in ["use_peft = true\nlora_r = 8", "lora_dropout = 0.0\nuse_rslora = false"] {
+            assert_eq!(notes(&format!("{SFT}{fine}\n")), [""; 0]);
+        }
+        let unused = ["stage `sft`: no effect without `use_peft`: `lora_r`, `use_dora`"];
+        let keys = "lora_r = 8\nuse_dora = true\n";
+        assert_eq!(notes(&format!("[defaults]\n{keys}{SFT}")), unused);
+        assert_eq!(notes(&format!("{SFT}use_peft = false\n{keys}")), unused);
     }
 
     #[test]

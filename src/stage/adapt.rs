@@ -99,7 +99,10 @@ impl<'a> Adapt<'a> {
     fn packed(&self, mut weights: Weights) -> Result<Tensors> {
         let packed = match self.lora.quantization {
             packed::Quantization::None => packed::PackedWeights::new(),
-            kind => packed::pack(&mut weights, kind, &source::resolve(self.base, None)?)?,
+            kind => {
+                let source = source::resolve(self.base, None)?;
+                packed::pack(&mut weights, kind, &source, &self.lora.lora_modules_to_save)?
+            }
         };
         Ok(Tensors { packed, ..Tensors::dense(weights) })
     }
@@ -110,12 +113,7 @@ impl<'a> Adapt<'a> {
             Architecture::SequenceClassification => "SEQ_CLS",
             Architecture::TokenClassification => "TOKEN_CLS",
         };
-        let mut saved = self.lora.lora_modules_to_save.clone();
-        if model.architecture != Architecture::CausalLm
-            && !saved.iter().any(|module| module == "score")
-        {
-            saved.push("score".to_owned());
-        }
+        let saved = self.lora.saved_modules(model);
         Ok(AdapterConfig {
             task_type: Some(task.to_owned()),
             base_model_name_or_path: Some(lora::load::lasting_name(self.base)?),
@@ -124,7 +122,7 @@ impl<'a> Adapt<'a> {
             lora_dropout: self.lora.lora_dropout,
             target_modules: self.lora.target_modules(model)?,
             modules_to_save: (!saved.is_empty()).then_some(saved),
-            ensure_weight_tying: model.tie_word_embeddings && self.lora.trains(EMBEDDING),
+            ensure_weight_tying: model.is_tied() && self.lora.trains(EMBEDDING),
             use_rslora: self.lora.use_rslora,
             use_dora: self.lora.use_dora,
             ..AdapterConfig::default()
@@ -152,7 +150,10 @@ impl Trainee {
     /// Weights that are not finite, I/O.
     pub fn write(&self, dir: &Path) -> Result<()> {
         match &self.adapter {
-            Some(files) => self.write_adapter(dir, &files.config, files, &self.learner.weights()),
+            Some(files) => {
+                let trained = (&files.config, &self.learner.weights());
+                self.write_adapter(dir, files, trained, DType::F32)
+            }
             None => self.checkpoint(&self.learner)?.write_into(dir, &SaveOptions::new(DType::F32)),
         }
     }
@@ -165,14 +166,17 @@ impl Trainee {
         let Some(files) = &self.adapter else {
             return self.checkpoint(&self.learner)?.save(dir, &SaveOptions::new(dtype.dtype()));
         };
+        let dtype = dtype.dtype();
         let building = crate::store::AtomicDir::create(dir)?;
         let trained = self.learner.weights();
         match &files.first {
             Some(first) => {
                 let (config, trained) = relative(&files.config, &trained, first)?;
-                self.write_adapter(building.path(), &config, files, &trained)?;
+                self.write_adapter(building.path(), files, (&config, &trained), dtype)?;
             }
-            None => self.write_adapter(building.path(), &files.config, files, &trained)?,
+            None => {
+                self.write_adapter(building.path(), files, (&files.config, &trained), dtype)?;
+            }
         }
         crate::store::move_into_place(building.path(), dir)
     }
@@ -180,15 +184,15 @@ impl Trainee {
     fn write_adapter(
         &self,
         dir: &Path,
-        config: &AdapterConfig,
         files: &Files,
-        trained: &Weights,
+        (config, trained): (&AdapterConfig, &Weights),
+        dtype: DType,
     ) -> Result<()> {
-        peft::write(dir, config, trained, &files.base)?;
+        peft::write_in(dtype, dir, config, (trained, Some(&files.base)))?;
         if self.config.architecture != Architecture::CausalLm {
             let (config, tokenizer) = (self.config.clone(), self.tokenizer.clone());
             let scorer = Checkpoint { config, weights: Weights::new(), tokenizer };
-            return scorer.write_beside(dir, DType::F32);
+            return scorer.write_beside(dir, dtype);
         }
         match &self.tokenizer {
             Some(tokenizer) => tokenizer.save(dir),
@@ -421,6 +425,78 @@ mod tests {
                 "{name}"
             );
         }
+    }
+
+    #[test]
+    fn modules_trained_in_full_are_learned_saved_loaded_and_merged() {
+        let home = Home::new();
+        let base = load(Path::new(BASE));
+        let down: Vec<String> =
+            (0..4).map(|layer| format!("model.layers.{layer}.mlp.down_proj")).collect();
+        for (module, quantization, expected) in [
+            ("embed_tokens", Quantization::None, vec!["model.embed_tokens".to_owned()]),
+            ("norm", Quantization::None, vec!["model.norm".to_owned()]),
+            ("down_proj", Quantization::None, down.clone()),
+            ("down_proj", Quantization::Nf4, down),
+        ] {
+            let name = format!("{module}-{}", quantization.name());
+            let lora = Lora {
+                lora_target_modules: vec!["q_proj".to_owned()],
+                lora_modules_to_save: vec![module.to_owned()],
+                quantization,
+                ..lora()
+            };
+            let dir = home.sft(&name, &lora, NEVER).unwrap();
+            let saved = peft::read(&dir, &Device::Cpu).unwrap();
+            assert_eq!(saved.config.modules_to_save.as_ref(), Some(&expected));
+            // peft looks for the head that is tied to the embedding.
+            let has_head = saved.weights.contains_key(params::HEAD);
+            assert_eq!(has_head, module == "embed_tokens" && base.config.is_tied());
+            let trained = load(&dir);
+            let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            for module in &expected {
+                let weight = format!("{module}.weight");
+                let found = numbers(&trained.weights[&weight]);
+                assert_eq!(found, numbers(&saved.weights[&weight]), "{name}: {weight}");
+                assert_ne!(found, numbers(&base.weights[&weight]), "{name}: {weight}");
+            }
+
+            let out = home.dir.path().join(format!("{name}-merged"));
+            let encoding = Encoding::F32;
+            let work = merge::Merge {
+                adapter: dir.clone(),
+                base: None,
+                out: out.clone(),
+                encoding,
+                dense_base: false,
+            };
+            merge::merge(&work).unwrap();
+            assert_eq!(outputs(&load(&out)), outputs(&trained), "{name}");
+            // Older files have the names as they are in the recipe.
+            let (record, modules_to_save) = (saved.base.clone(), Some(vec![module.to_owned()]));
+            let config = AdapterConfig { modules_to_save, ..saved.config.clone() };
+            peft::write(&dir, &config, &saved.into_trained(), record.as_ref()).unwrap();
+            assert_eq!(outputs(&load(&dir)), outputs(&trained), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_adapter_is_stored_in_the_type_that_is_asked_for() {
+        let home = Home::new();
+        let stored = |name: &str, save_dtype: Precision| {
+            let dir =
+                home.sft_with(name, &lora(), Settings { save_dtype, ..settings() }, NEVER).unwrap();
+            let file = dir.join("adapter_model.safetensors");
+            (file.metadata().unwrap().len(), load(&dir))
+        };
+        let (wide, exact) = stored("wide", Precision::F32);
+        let (narrow, rounded) = stored("narrow", Precision::Bf16);
+        let share = narrow as f64 / wide as f64;
+        assert!((0.4..0.7).contains(&share), "{narrow} of {wide} bytes");
+        let (exact, rounded) = (outputs(&exact), outputs(&rounded));
+        let largest = exact.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+        let apart = worst(&exact, &rounded);
+        assert!(apart > 0.0 && apart < 0.1 * largest, "{apart} of {largest}");
     }
 
     /// An adapter that another program wrote says nothing of its base: shapes are all there is to go by.

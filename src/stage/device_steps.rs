@@ -208,7 +208,7 @@ impl Way {
 /// Takes the projections out and packs them; what would be a GGUF file's blocks are made here.
 fn packed(weights: &mut Weights, kind: Quantization) -> Result<PackedWeights> {
     if kind != Quantization::Gguf {
-        return packed::pack(weights, kind, &Source::Directory(PathBuf::new()));
+        return packed::pack(weights, kind, &Source::Directory(PathBuf::new()), &[]);
     }
     let names: Vec<String> =
         weights.keys().filter(|name| lora::is_projection(name)).cloned().collect();

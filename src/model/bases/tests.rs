@@ -14,7 +14,7 @@ use crate::model::export::{Encoding, Format, export};
 use crate::model::lora::peft::{AdapterConfig, BaseRecord};
 use crate::model::lora::{A, B, Lora, MAGNITUDE, attach, parameter};
 use crate::model::packed::BlockType;
-use crate::model::params::{EMBEDDING, FINAL_NORM, SCORE};
+use crate::model::params::{EMBEDDING, FINAL_NORM, HEAD, SCORE};
 use crate::ops::linear::tests::random;
 
 const BASE: &str = "data/tiny/student";
@@ -158,15 +158,23 @@ fn a_packed_base_is_what_packing_the_whole_model_gives() {
     let student = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
     export(student, &file, Format::Gguf, Encoding::Q4_1).unwrap();
     let file = file.to_str().unwrap();
-    for (name, quantization) in
-        [(BASE, Quantization::Nf4), (file, Quantization::Nf4), (file, Quantization::Gguf)]
-    {
-        let found = Bases::default().base(name, &Form { quantization, ..form() }).unwrap();
+    let down = "down_proj";
+    for (name, quantization, in_full) in [
+        (BASE, Quantization::Nf4, vec![]),
+        (BASE, Quantization::Nf4, vec![down.to_owned()]),
+        (file, Quantization::Nf4, vec![]),
+        (file, Quantization::Gguf, vec![]),
+        (file, Quantization::Gguf, vec![down.to_owned()]),
+    ] {
+        let held = Form { quantization, in_full: in_full.clone(), ..form() };
+        let found = Bases::default().base(name, &held).unwrap();
+        let is_dense = found.tensors.weights.keys().any(|name| name.contains(down));
+        assert_eq!(is_dense, !in_full.is_empty(), "{quantization:?}");
         let source = source::resolve(name, None).unwrap();
         let mut weights =
             Checkpoint::load(name, &Device::Cpu, &LoadOptions::default()).unwrap().weights;
         assert_eq!(found.fingerprint, peft::fingerprint(&weights).unwrap());
-        let packed = packed::pack(&mut weights, quantization, &source).unwrap();
+        let packed = packed::pack(&mut weights, quantization, &source, &in_full).unwrap();
         assert!(!packed.is_empty() && packed.keys().eq(found.tensors.packed.keys()));
         for (name, expected) in &packed {
             let bits = |packed: &Packed| -> Vec<u32> {
@@ -240,4 +248,113 @@ fn an_adapter_of_another_base_is_refused() {
     peft::write(&dir, &config, &narrow, &BaseRecord::dense(&fingerprint)).unwrap();
     let error = Bases::default().model(dir.to_str().unwrap(), &form()).err().unwrap();
     assert!(error.to_string().contains("for a projection"), "{error}");
+}
+
+/// As peft writes one: nothing is said of the base but its name. The embedding has moved, and what else is given.
+fn adapter_of_peft(dir: &Path, config: AdapterConfig, more: Weights) -> Tensor {
+    store::create_dir(dir).unwrap();
+    let base = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
+    let embedding = &base.weights[EMBEDDING];
+    let moved = (embedding + random(1, embedding.shape()) * 0.02).unwrap();
+    let module = "model.layers.0.self_attn.q_proj";
+    let (outer, inner) = base.weights[&format!("{module}.weight")].dims2().unwrap();
+    let mut trained = Weights::from([
+        (parameter(module, A), random(2, (4, inner))),
+        (parameter(module, B), (random(3, (outer, 4)) * 0.05).unwrap()),
+    ]);
+    if config.architecture() == Architecture::CausalLm {
+        trained.insert(EMBEDDING.to_owned(), moved.clone());
+    }
+    trained.extend(more);
+    let base_model_name_or_path = Some(lora::load::lasting_name(BASE).unwrap());
+    let config = AdapterConfig { base_model_name_or_path, r: 4, ..config };
+    peft::write(dir, &config, &trained, None).unwrap();
+    moved
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Whether an adapter is read as a whole, held beside its base, or a base itself, it is one model. Returns it.
+fn one_model(dir: &Path) -> Checkpoint {
+    let merged = Checkpoint::load_dir(dir, &Device::Cpu).unwrap();
+    let (config, _) = checkpoint::peek(dir).unwrap();
+    let shape = |config: &Config| (config.architecture, config.is_tied(), config.labels.clone());
+    assert_eq!(shape(&config), shape(&merged.config));
+    params::check(&config, &merged.weights).unwrap();
+    let expected = outputs(&Transformer::new(&merged.config, &merged.weights).unwrap());
+    let bases = Bases::default();
+    let beside = outputs(&load(&bases, dir).transformer().unwrap());
+    let base = bases.base(dir.to_str().unwrap(), &form()).unwrap();
+    let base = outputs(&Transformer::of(&base.config, &base.tensors).unwrap());
+    let largest = expected.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+    for found in [beside, base] {
+        assert_eq!(found.len(), expected.len());
+        let apart = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(apart < 1e-4 * largest, "{apart} of {largest}");
+    }
+    merged
+}
+
+/// peft stores the tied head beside the embedding, and looks for it in what we write.
+#[test]
+fn a_tied_embedding_that_was_trained_stays_the_head() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("tied");
+    let tied = AdapterConfig { ensure_weight_tying: true, ..AdapterConfig::default() };
+    let moved = adapter_of_peft(&dir, tied, Weights::new());
+    let stored = peft::read(&dir, &Device::Cpu).unwrap().weights;
+    assert_eq!(numbers(&stored[HEAD]), numbers(&moved));
+    let model = one_model(&dir);
+    assert!(model.config.is_tied() && !model.weights.contains_key(HEAD));
+    assert_eq!(numbers(&model.weights[EMBEDDING]), numbers(&moved));
+
+    let mut files = peft::read(&dir, &Device::Cpu).unwrap();
+    files.weights.insert(HEAD.to_owned(), (&moved * 2.0).unwrap());
+    let base = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
+    let error = base.with_adapter(&files, &dir).err().unwrap().to_string();
+    assert!(error.starts_with("the adapter's `lm_head.weight` is not its `model.embed"), "{error}");
+}
+
+/// Without `ensure_weight_tying` peft moves the embedding, the head, or each on its own.
+#[test]
+fn a_tied_base_is_untied_by_an_adapter_that_moves_one_of_the_two() {
+    let home = tempfile::tempdir().unwrap();
+    let base = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
+    let old = &base.weights[EMBEDDING];
+    let dir = home.path().join("embedding");
+    let moved = adapter_of_peft(&dir, AdapterConfig::default(), Weights::new());
+    let model = one_model(&dir);
+    assert!(!model.config.is_tied());
+    assert_eq!(numbers(&model.weights[EMBEDDING]), numbers(&moved));
+    assert_eq!(numbers(&model.weights[HEAD]), numbers(old));
+
+    let head = (old + random(9, old.shape()) * 0.02).unwrap();
+    let dir = home.path().join("both");
+    let both = Weights::from([(HEAD.to_owned(), head.clone())]);
+    adapter_of_peft(&dir, AdapterConfig::default(), both);
+    let model = one_model(&dir);
+    assert_eq!(numbers(&model.weights[HEAD]), numbers(&head));
+    assert_eq!(numbers(&model.weights[EMBEDDING]), numbers(&moved));
+}
+
+#[test]
+fn a_reward_adapter_without_a_configuration_has_as_many_outputs_as_its_head_has_rows() {
+    let home = tempfile::tempdir().unwrap();
+    let width = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap().config.hidden_size;
+    for (task, rows, labels) in [
+        ("SEQ_CLS", 1, vec!["reward"]),
+        ("SEQ_CLS", 3, vec!["LABEL_0", "LABEL_1", "LABEL_2"]),
+        ("TOKEN_CLS", 2, vec!["wrong", "right"]),
+    ] {
+        let dir = home.path().join(format!("{task}-{rows}"));
+        let task_type = Some(task.to_owned());
+        let head = Weights::from([(SCORE.to_owned(), random(4, (rows, width)))]);
+        let config = AdapterConfig { task_type, ..AdapterConfig::default() };
+        adapter_of_peft(&dir, config, head.clone());
+        let model = one_model(&dir);
+        assert_eq!(model.config.labels, labels);
+        assert_eq!(numbers(&model.weights[SCORE]), numbers(&head[SCORE]));
+    }
 }

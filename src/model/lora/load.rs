@@ -9,10 +9,10 @@ use super::is_projection;
 use super::peft::{self, AdapterConfig, Saved};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
-use crate::model::checkpoint::{Checkpoint, INDEX, LoadOptions, SINGLE, load_config};
+use crate::model::checkpoint::{Checkpoint, INDEX, LoadOptions, SINGLE, is_same, load_config};
 use crate::model::packed::{Packed, Quantization};
 use crate::model::source::{self, Source};
-use crate::model::{Architecture, Config, Tensors, Weights, params};
+use crate::model::{Architecture, Config, Tensors, Weights, labels, params};
 use crate::store;
 
 /// Whether a directory holds an adapter and no weights of its own.
@@ -130,39 +130,109 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// The base with its parameters that were trained in full, and with the head that the adapter makes of it.
+    /// The base with its parameters that were trained in full, and with the head that the adapter makes of it. Parameters that
+    /// the base holds packed are put in dense.
     ///
     /// # Errors
     /// A parameter that the base does not have, or of another shape; a reward model's without its head.
     pub(in crate::model) fn with_trained(self, saved: &Saved, dir: &Path) -> Result<Self> {
-        let mut checkpoint = self;
-        if saved.config.architecture() != Architecture::CausalLm {
-            checkpoint = match scorer(dir)? {
-                // What its outputs are called, and how answers are cut, is in the adapter's own configuration.
-                Some(Config { architecture, labels, other, .. }) => {
-                    let mut scorer = checkpoint.into_scorer(architecture, &labels, 0)?;
-                    scorer.config.other = other;
-                    scorer
-                }
-                None => checkpoint.into_reward_model(0)?,
-            };
-            if !saved.weights.contains_key(params::SCORE) {
-                return Err(Error::run(format!("missing tensor `{}`", params::SCORE))
-                    .hint("the adapter makes a reward model: its files must hold the score head"));
-            }
-        }
+        let mut checkpoint = match saved.config.architecture() {
+            Architecture::CausalLm => self.with_head_of(saved)?,
+            architecture => self.with_scores_of(saved, architecture, dir)?,
+        };
+        let shapes = params::shapes(&checkpoint.config);
         for (name, tensor) in &saved.weights {
-            let Some(old) = checkpoint.weights.get_mut(name) else {
+            if name == params::HEAD && checkpoint.config.is_tied() {
+                continue; // the embedding's copy
+            }
+            let Some(expected) = shapes.get(name) else {
                 return Err(Error::run(format!("unexpected tensor `{name}`"))
                     .hint("the base model has no such parameter"));
             };
-            if old.dims() != tensor.dims() {
-                return Err(params::wrong_shape(name, tensor.dims(), old.dims()));
+            if tensor.dims() != expected {
+                return Err(params::wrong_shape(name, tensor.dims(), expected));
             }
-            *old = tensor.clone();
+            checkpoint.weights.insert(name.clone(), tensor.clone());
         }
         Ok(checkpoint)
     }
+
+    /// Gives a tied base a head of its own where the adapter has moved one of the two alone.
+    fn with_head_of(mut self, saved: &Saved) -> Result<Self> {
+        if !self.config.is_tied() {
+            return Ok(self);
+        }
+        if saved.unties() {
+            self.config.tie_word_embeddings = false;
+            let head = self.weights.get(params::EMBEDDING).cloned();
+            self.weights.extend(head.map(|head| (params::HEAD.to_owned(), head)));
+            return Ok(self);
+        }
+        if let Some(head) = saved.weights.get(params::HEAD) {
+            let embedding = saved.weights.get(params::EMBEDDING);
+            let is_copy = embedding.map(|embedding| is_same(head, embedding)).transpose()?;
+            if is_copy != Some(true) {
+                return Err(Error::run(format!(
+                    "the adapter's `{}` is not its `{}`, and its base has one tensor for both",
+                    params::HEAD,
+                    params::EMBEDDING
+                ))
+                .hint("the adapter says that they are one: is its file whole?"));
+            }
+        }
+        Ok(self)
+    }
+
+    fn with_scores_of(self, saved: &Saved, architecture: Architecture, dir: &Path) -> Result<Self> {
+        let score = saved.weights.get(params::SCORE).ok_or_else(no_scores)?;
+        let Some(Config { architecture, labels, other, .. }) = scorer(dir)? else {
+            let labels = unnamed_labels(&self.config, architecture, score.dims());
+            return self.into_scorer(architecture, &labels, 0);
+        };
+        // What its outputs are called, and how answers are cut, is in the adapter's own configuration.
+        let mut scorer = self.into_scorer(architecture, &labels, 0)?;
+        scorer.config.other = other;
+        Ok(scorer)
+    }
+}
+
+fn no_scores() -> Error {
+    Error::run(format!("missing tensor `{}`", params::SCORE))
+        .hint("the adapter makes a reward model: its files must hold the score head")
+}
+
+/// The names of a score head's outputs, where the adapter has no configuration that says them: the base's, or those of so many.
+fn unnamed_labels(base: &Config, architecture: Architecture, score: &[usize]) -> Vec<String> {
+    let outputs = score.first().copied().unwrap_or_default();
+    if base.architecture == architecture && base.labels.len() == outputs {
+        return base.labels.clone();
+    }
+    labels::of_head(architecture, outputs)
+}
+
+/// The configuration of the model that the adapter in `dir` makes of its base's.
+///
+/// # Errors
+/// Files that are missing or damaged; a reward model's without its head.
+pub(in crate::model) fn config_beside(
+    base: Config,
+    adapter: &AdapterConfig,
+    dir: &Path,
+) -> Result<Config> {
+    let shapes = peft::shapes(dir)?;
+    let architecture = adapter.architecture();
+    if architecture == Architecture::CausalLm {
+        let record = peft::base(dir)?;
+        let unties =
+            base.is_tied() && adapter.unties(record.as_ref(), |name| shapes.contains_key(name));
+        return Ok(Config { tie_word_embeddings: base.tie_word_embeddings && !unties, ..base });
+    }
+    if let Some(config) = scorer(dir)? {
+        return Ok(config);
+    }
+    let score = shapes.get(params::SCORE).ok_or_else(no_scores).at(dir.display())?;
+    let labels = unnamed_labels(&base, architecture, score);
+    Ok(Config { architecture, labels, ..base })
 }
 
 /// The configuration that an adapter has beside it where it makes a reward model.

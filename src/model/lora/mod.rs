@@ -27,7 +27,7 @@ use regex::Regex;
 
 use super::packed::Quantization;
 use super::params;
-use super::{Architecture, Config, Tensors, Weights};
+use super::{Architecture, Config, Precision, Tensors, Weights};
 use crate::error::{Error, Result, did_you_mean};
 
 /// Adapters by the names of their modules.
@@ -48,7 +48,8 @@ pub struct Lora {
     /// Which projections: `["all-linear"]`, names such as `q_proj`, or a regular expression for whole names, such as
     /// `.*layers\.(0|1)\..*q_proj`.
     pub lora_target_modules: Vec<String>,
-    /// Other modules to train in full, such as `embed_tokens`, `lm_head` or `norm`; a score head always is.
+    /// Other modules to train in full, such as `embed_tokens`, `lm_head` or `norm`, or a projection that is not adapted; a
+    /// score head always is. They are neither rounded nor packed.
     pub lora_modules_to_save: Vec<String>,
     /// Scale by `lora_alpha / √r` instead (Kalajdzievski, 2023).
     pub use_rslora: bool,
@@ -142,6 +143,20 @@ impl Lora {
         Ok(())
     }
 
+    /// [`check`](Self::check), for adapters that are to be stored in this type.
+    ///
+    /// # Errors
+    /// As there, and PiSSA's in bf16.
+    pub fn check_saved_as(&self, save_dtype: Precision) -> Result<()> {
+        self.check()?;
+        if self.use_peft && self.init_lora_weights == Init::Pissa && save_dtype != Precision::F32 {
+            return Err(Error::usage("`save_dtype` is bf16 with `init_lora_weights` pissa").hint(
+                "what was learned is a small difference of the stored factors, which bf16 would round away: save_dtype = \"f32\"",
+            ));
+        }
+        Ok(())
+    }
+
     /// What the product of factors of this rank is multiplied with.
     pub fn scale(&self, rank: usize) -> f64 {
         let rank = rank as f64;
@@ -151,7 +166,7 @@ impl Lora {
     /// The adapted modules of a model, in name order.
     ///
     /// # Errors
-    /// A name or a pattern that matches none.
+    /// A name or a pattern that matches none; a module that is to be trained in full as well.
     pub fn modules(&self, config: &Config) -> Result<Vec<String>> {
         self.check_saved(config)?;
         let all: Vec<String> = params::shapes(config)
@@ -171,13 +186,35 @@ impl Lora {
             }
             wanted.extend(all.iter().filter(|module| means(module)).cloned());
         }
+        self.check_apart(&wanted)?;
         Ok(wanted.into_iter().collect())
+    }
+
+    /// Refuses modules that are both adapted and trained in full: what their adapters stand beside would move.
+    fn check_apart(&self, adapted: &BTreeSet<String>) -> Result<()> {
+        let both = self.lora_modules_to_save.iter().find_map(|saved| {
+            adapted.iter().find(|module| names(saved, module)).map(|module| (saved, module))
+        });
+        let Some((saved, module)) = both else { return Ok(()) };
+        Err(Error::usage(format!(
+            "`lora_modules_to_save` has `{saved}`, and `lora_target_modules` adapts `{module}`"
+        ))
+        .hint("a projection is adapted or trained in full: name the others in lora_target_modules"))
+    }
+
+    /// The modules of a model that are trained in full, by their whole names: peft takes a name for every module that ends
+    /// with it, so that `norm` would be each `input_layernorm` as well.
+    pub fn saved_modules(&self, config: &Config) -> Vec<String> {
+        let shapes = params::shapes(config);
+        let trained = shapes.keys().filter(|name| self.trains(name)).map(|name| module_of(name));
+        let modules: BTreeSet<&str> = trained.collect();
+        modules.into_iter().map(str::to_owned).collect()
     }
 
     /// Refuses names of modules to train in full that a model does not have.
     fn check_saved(&self, config: &Config) -> Result<()> {
         let shapes = params::shapes(config);
-        let modules = || shapes.keys().map(|name| name.strip_suffix(".weight").unwrap_or(name));
+        let modules = || shapes.keys().map(|name| module_of(name));
         for saved in &self.lora_modules_to_save {
             if modules().any(|module| names(saved, module)) {
                 continue;
@@ -220,9 +257,14 @@ impl Lora {
 
 /// Whether a parameter is trained in full beside adapters: those of the named modules, and a score head.
 pub(crate) fn trains(modules: &[String], name: &str) -> bool {
-    let module = name.strip_suffix(".weight").or(name.strip_suffix(".bias")).unwrap_or(name);
+    let module = module_of(name);
     [params::SCORE, params::SCORE_BIAS].contains(&name)
         || modules.iter().any(|saved| names(saved, module))
+}
+
+/// The module that a parameter belongs to.
+fn module_of(name: &str) -> &str {
+    name.strip_suffix(".weight").or(name.strip_suffix(".bias")).unwrap_or(name)
 }
 
 /// Every projection; LLaMA-Factory says `all`.

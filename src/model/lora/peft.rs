@@ -13,7 +13,8 @@ use sha2::{Digest, Sha256};
 use super::{A, Adapter, Adapters, Attached, B, Dora, MAGNITUDE};
 use crate::error::{Context, Error, Result};
 use crate::model::packed::Quantization;
-use crate::model::{Architecture, Weights, params, tensor_file};
+use crate::model::tensor_file::{self, Mapped};
+use crate::model::{Architecture, Weights, params};
 use crate::store;
 
 /// The file that makes a directory an adapter.
@@ -140,6 +141,13 @@ impl AdapterConfig {
         }
     }
 
+    /// Whether embedding and head, one in the base, are two from the adapter on: peft trains each of them alone, unless told
+    /// to keep them one. Adapters that name their base are our own, which always do.
+    pub(super) fn unties(&self, base: Option<&BaseRecord>, holds: impl Fn(&str) -> bool) -> bool {
+        let is_apart = !self.ensure_weight_tying && base.is_none();
+        is_apart && [params::EMBEDDING, params::HEAD].into_iter().any(holds)
+    }
+
     /// What the product of a module's factors is multiplied with.
     pub(super) fn scale(&self, module: &str) -> Result<f64> {
         let r = pattern(&self.rank_pattern, module)?.unwrap_or(self.r) as f64;
@@ -228,6 +236,11 @@ impl Saved {
         }
     }
 
+    /// Whether embedding and head, one in the base, are two from this adapter on.
+    pub(super) fn unties(&self) -> bool {
+        self.config.unties(self.base.as_ref(), |name| self.weights.contains_key(name))
+    }
+
     /// How the base's projections were held in training, as far as the files say.
     pub fn quantization(&self) -> Quantization {
         self.base.as_ref().map_or(Quantization::None, |base| base.quantization)
@@ -279,12 +292,28 @@ pub fn read(dir: &Path, device: &Device) -> Result<Saved> {
     let base = base(dir)?;
     let (mut factors, mut weights) = (Weights::new(), Weights::new());
     for (name, tensor) in tensors {
-        let plain = name.strip_prefix(PREFIX).unwrap_or(&name).to_owned();
+        let plain = plain(&name).to_owned();
         let is_factor = [A, B, MAGNITUDE].iter().any(|part| plain.contains(&format!(".{part}")));
         if is_factor { &mut factors } else { &mut weights }.insert(plain, tensor);
     }
     let adapters = assemble(&config, factors).at(path.display())?;
     Ok(Saved { config, adapters, weights, base })
+}
+
+/// The model's own name of a tensor.
+fn plain(name: &str) -> &str {
+    name.strip_prefix(PREFIX).unwrap_or(name)
+}
+
+/// Names and shapes of an adapter's tensors, by the model's own names. No numbers are read.
+///
+/// # Errors
+/// A file that is missing or damaged.
+pub(in crate::model) fn shapes(dir: &Path) -> Result<BTreeMap<String, Vec<usize>>> {
+    let path = dir.join(WEIGHTS);
+    let mapped = Mapped::open(&path)?;
+    let tensors = mapped.tensors(&path)?;
+    Ok(tensors.iter().map(|(name, view)| (plain(name).to_owned(), view.shape().to_vec())).collect())
 }
 
 fn assemble(config: &AdapterConfig, mut factors: Weights) -> Result<Adapters> {
@@ -364,14 +393,18 @@ pub fn write<'a>(
 ///
 /// # Errors
 /// As [`write`].
-pub(in crate::model) fn write_in(
+pub(crate) fn write_in(
     dtype: DType,
     dir: &Path,
     config: &AdapterConfig,
     (trained, base): (&Weights, Option<&BaseRecord>),
 ) -> Result<()> {
-    let named: BTreeMap<String, &Tensor> =
+    let mut named: BTreeMap<String, &Tensor> =
         trained.iter().map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor)).collect();
+    if let Some(embedding) = trained.get(params::EMBEDDING).filter(|_| config.ensure_weight_tying) {
+        // peft trains the tied head beside the embedding, and looks for it.
+        named.insert(format!("{PREFIX}{}", params::HEAD), embedding);
+    }
     let tensors = named.iter().map(|(name, tensor)| (name.as_str(), *tensor)).collect();
     let path = dir.join(WEIGHTS);
     let texts = base.map_or_else(Vec::new, BaseRecord::texts);

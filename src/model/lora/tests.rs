@@ -128,6 +128,20 @@ fn modules_to_train_in_full_are_ones_that_the_model_has() {
     }
 }
 
+/// peft takes a name for every module that ends with it: `norm` would be each `input_layernorm` as well.
+#[test]
+fn modules_to_train_in_full_have_whole_names_in_files() {
+    let Checkpoint { config, .. } = base();
+    let saved = |names: &[&str]| {
+        let names = names.iter().map(|name| (*name).to_owned()).collect();
+        Lora { lora_modules_to_save: names, ..Lora::default() }.saved_modules(&config)
+    };
+    assert_eq!(saved(&[]), [""; 0]);
+    assert_eq!(saved(&["norm", "embed_tokens"]), ["model.embed_tokens", "model.norm"]);
+    let downs = [0, 1, 2, 3].map(|layer| format!("model.layers.{layer}.mlp.down_proj"));
+    assert_eq!(saved(&["down_proj", "layers.2.mlp.down_proj"]), downs);
+}
+
 /// Where the method changed the base, the factors alone say another thing than was trained.
 #[test]
 fn ways_to_begin_that_leave_the_base_alone_are_read_and_others_refused() {
@@ -312,10 +326,21 @@ fn what_cannot_be_adapted_is_refused_with_a_hint() {
     assert!(error.to_string().starts_with("`lora_target_modules` has `(q_proj`: "), "{error}");
     let error = refused(Lora { lora_target_modules: Vec::new(), ..on.clone() });
     assert!(error.to_string().contains("`lora_target_modules` is empty"), "{error}");
+    let saved = |module: &str| vec![module.to_owned()];
+    let error = refused(Lora { lora_modules_to_save: saved("mlp.up_proj"), ..on.clone() });
+    assert_eq!(
+        error.to_string(),
+        "`lora_modules_to_save` has `mlp.up_proj`, and `lora_target_modules` adapts `model.layers.0.mlp.up_proj`"
+    );
+    assert!(error.hint_text().unwrap().contains("name the others in lora_target_modules"));
     let error = refused(Lora { lora_dropout: 1.0, ..on.clone() });
     assert!(error.to_string().contains("`lora_dropout` is 1"), "{error}");
     let both = Lora { init_lora_weights: Init::Pissa, use_dora: true, ..on.clone() };
     assert!(refused(both).to_string().contains("`use_dora` with `init_lora_weights` pissa"));
+    let pissa = Lora { init_lora_weights: Init::Pissa, ..on.clone() };
+    pissa.check_saved_as(Precision::F32).unwrap();
+    let error = pissa.check_saved_as(Precision::Bf16).unwrap_err().to_string();
+    assert_eq!(error, "`save_dtype` is bf16 with `init_lora_weights` pissa");
     let packed = Lora { quantization: Quantization::Nf4, ..Lora::default() };
     assert!(refused(packed).hint_text().unwrap().contains("use_peft"));
 

@@ -65,14 +65,19 @@ impl Quantization {
 /// Packed projections by the names of their weights.
 pub type PackedWeights = BTreeMap<String, Arc<Packed>>;
 
-/// Takes the projections out of a model's weights, one after the other, and packs them. `source` is where the model comes
-/// from: a GGUF file keeps its own blocks.
+/// Takes the projections out of a model's weights, one after the other, and packs them, but for those of the modules `in_full`,
+/// which are to be trained. `source` is where the model comes from: a GGUF file keeps its own blocks.
 ///
 /// # Errors
 /// `gguf` for a model that comes from elsewhere, or has blocks of other types.
-pub fn pack(weights: &mut Weights, kind: Quantization, source: &Source) -> Result<PackedWeights> {
-    let names: Vec<String> =
-        weights.keys().filter(|name| lora::is_projection(name)).cloned().collect();
+pub fn pack(
+    weights: &mut Weights,
+    kind: Quantization,
+    source: &Source,
+    in_full: &[String],
+) -> Result<PackedWeights> {
+    let is_frozen = |name: &&String| lora::is_projection(name) && !lora::trains(in_full, name);
+    let names: Vec<String> = weights.keys().filter(is_frozen).cloned().collect();
     match (kind, source) {
         (Quantization::None, _) => Ok(PackedWeights::new()),
         (Quantization::Nf4, _) => names
@@ -81,20 +86,24 @@ pub fn pack(weights: &mut Weights, kind: Quantization, source: &Source) -> Resul
             .map(|(name, weight)| Ok((name, Arc::new(Packed::nf4(&weight)?))))
             .collect(),
         (Quantization::Gguf, source) => {
-            let packed = of_file(source)?;
+            let packed = of_file(source, in_full)?;
             weights.retain(|name, _| !packed.contains_key(name));
             Ok(packed)
         }
     }
 }
 
-/// The projections of a GGUF file as they stand there.
+/// The projections of a GGUF file as they stand there, but for those of the modules `in_full`.
 ///
 /// # Errors
 /// A model that is no such file, or has blocks of other types.
-pub(super) fn of_file(source: &Source) -> Result<PackedWeights> {
+pub(super) fn of_file(source: &Source, in_full: &[String]) -> Result<PackedWeights> {
     match source {
-        Source::Gguf(path) => gguf::packed(path),
+        Source::Gguf(path) => {
+            let mut packed = gguf::packed(path)?;
+            packed.retain(|name, _| !lora::trains(in_full, name));
+            Ok(packed)
+        }
         Source::Directory(path) => {
             Err(Error::usage("`quantization` is gguf, the model is a directory")
                 .at(path.display())
