@@ -9,13 +9,21 @@
 )]
 
 use std::collections::BTreeSet;
+use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
+use arriero::generate::openai::spec::ServerSpec;
+use arriero::recipe::Kind;
 use arriero::recipe::file::RecipeFile;
+use arriero::recipe::keys::{ALIASES, INERT, known};
+use arriero::recipe::plan::Dataset;
 use arriero::recipe::resolve::resolve;
+use arriero::recipe::top::TOP_KEYS;
+use arriero::score::ScorerSpec;
 use regex::Regex;
+use serde::de::DeserializeOwned;
 
 /// The layers, lowest first. A module imports lower layers, and of its own layer the modules named before it.
 const LAYERS: [&[&str]; 7] = [
@@ -384,6 +392,32 @@ fn every_kernel_for_gpus_is_named_in_their_document() {
     }
     assert!(count > 25, "{count} kernels");
     none("missing from docs/gpu.md", &problems);
+}
+
+/// The keys of a table, by what is expected where one is in none.
+fn fields<T: DeserializeOwned + Debug>() -> Vec<String> {
+    let error = serde_json::from_str::<T>(r#"{"no such key": 0}"#).unwrap_err().to_string();
+    assert!(error.starts_with("unknown field `no such key`, expected one of `"), "{error}");
+    error.split('`').skip(3).step_by(2).map(str::to_owned).collect()
+}
+
+#[test]
+fn every_key_of_a_recipe_is_in_the_page_of_keys() {
+    let mut keys: BTreeSet<String> = ["name", "kind", "once", "seed"].map(str::to_owned).into();
+    keys.extend(TOP_KEYS.map(str::to_owned));
+    for kind in Kind::ALL {
+        keys.extend(known(kind).unwrap().into_keys());
+    }
+    keys.extend(ALIASES.iter().map(|(alias, _)| (*alias).to_owned()));
+    keys.extend(INERT.iter().map(|inert| inert.key.to_owned()));
+    keys.extend(fields::<Dataset>());
+    keys.extend(fields::<ScorerSpec>());
+    keys.extend(fields::<ServerSpec>());
+    assert!(keys.len() > 200, "{} keys", keys.len());
+
+    let document = fs::read_to_string(root().join("docs/keys.md")).unwrap();
+    let missing = keys.into_iter().filter(|key| !document.contains(&format!("`{key}`")));
+    none("missing from docs/keys.md", &missing.collect::<Vec<_>>());
 }
 
 #[test]
