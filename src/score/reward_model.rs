@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{LET_FAIL, OnError, Question, Score, Scorer};
 use crate::data::forest::{Forest, micro_batches};
