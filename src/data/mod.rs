@@ -1,6 +1,7 @@
 //! Text in, trees of tokens out: readers, chat templates, masks, packing. Knows no tensors.
 
 mod account;
+pub(crate) mod columns;
 pub mod examples;
 pub mod forest;
 mod jsonl;

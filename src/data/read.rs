@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::columns::{self, Unseen};
 use super::prepare::OnBadRow;
 use super::ranks;
 use super::record::{Message, Record, Row, Side, kind, truth};
@@ -91,8 +92,8 @@ const BATCH_BYTES: usize = 8 << 20;
 
 /// The rows of a file, a directory of files or a glob, batch by batch in their order. Parsed on all cores.
 ///
-/// The iterator ends after its first error: no rows at all, a file that cannot be read, or (with
-/// `on_bad_row = "error"`) the first bad row by file and line, which comes after all rows before it.
+/// The iterator ends after its first error: no rows at all, a file that cannot be read, a name in `columns` that no row
+/// has, or (with `on_bad_row = "error"`) the first bad row by file and line, which comes after all rows before it.
 pub struct Reader {
     path: String,
     options: ReadOptions,
@@ -103,6 +104,7 @@ pub struct Reader {
     done: bool,
     found: usize,
     first_skipped: Option<(String, String)>,
+    unseen: Unseen,
 }
 
 impl Reader {
@@ -121,6 +123,7 @@ impl Reader {
             done: false,
             found: 0,
             first_skipped: None,
+            unseen: Unseen::new(&options.columns),
         })
     }
 
@@ -149,15 +152,22 @@ impl Reader {
 
     fn parse(&mut self, raw: Vec<Raw>) -> Dataset {
         let options = &self.options;
-        let rows: Vec<(String, Result<Row>)> = raw
+        let all_seen = self.unseen.is_empty();
+        let rows: Vec<(String, Vec<String>, Result<Row>)> = raw
             .into_par_iter()
             .map(|Raw { place, content }| {
-                let row = content.value().and_then(|value| from_value(value, &place, options));
-                (place, row)
+                let value = content.value();
+                let names = match &value {
+                    Ok(value) if !all_seen => columns::names(value),
+                    _ => Vec::new(),
+                };
+                let row = value.and_then(|value| from_value(value, &place, options));
+                (place, names, row)
             })
             .collect();
         let mut batch = Dataset::default();
-        for (place, row) in rows {
+        for (place, names, row) in rows {
+            self.unseen.see(&names);
             match row {
                 Ok(row) => batch.rows.push(row),
                 Err(error) if options.on_bad_row == OnBadRow::Skip => {
@@ -174,6 +184,18 @@ impl Reader {
             self.first_skipped = batch.skipped.first().cloned();
         }
         batch
+    }
+
+    /// To be called after the first batch by those who may never come to the last.
+    ///
+    /// # Errors
+    /// A name in `columns` that none of the rows so far has.
+    pub(super) fn check_columns(&self) -> Result<()> {
+        // What fails is told with its row.
+        if self.failed.is_some() {
+            return Ok(());
+        }
+        self.unseen.check("none of the first rows").at(&self.path)
     }
 
     fn no_rows(&self) -> Error {
@@ -203,7 +225,14 @@ impl Iterator for Reader {
         if let Some(error) = self.failed.take() {
             return Some(Err(error));
         }
-        (self.found == 0).then(|| Err(self.no_rows()))
+        if self.found == 0 && self.first_skipped.is_none() {
+            return Some(Err(self.no_rows()));
+        }
+        // Before what became of the rows: without the column they may all be bad.
+        match self.unseen.check("no row") {
+            Err(error) => Some(Err(error.at(&self.path))),
+            Ok(()) => (self.found == 0).then(|| Err(self.no_rows())),
+        }
     }
 }
 

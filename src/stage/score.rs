@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 
 use super::generation;
 use super::inputs::Hashes;
+use crate::data::columns::Unseen;
 use crate::data::paths;
 use crate::data::read::{self, objects};
 use crate::data::record::{self, Message, Side, kind};
@@ -42,6 +43,8 @@ pub struct Scoring {
     pub data: String,
     /// Where they go with their scores.
     pub out: PathBuf,
+    /// Whether `out` is replaced where it is there already.
+    pub replace: bool,
     /// The judges, as in a recipe.
     pub scorers: Vec<Value>,
     /// Column names of this file: canonical name → its name here.
@@ -98,14 +101,8 @@ pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
     check_scorers(&work.scorers)?;
     refuse_tokens(&work.scorers)?;
     refuse_own_input(work)?;
-    let mut total = 0_u64;
-    for row in rows(work)? {
-        row?;
-        total += 1;
-    }
-    if total == 0 {
-        return Err(Error::run(format!("{}: no rows", work.data)));
-    }
+    refuse_taken(work)?;
+    let total = check_rows(work)?;
     let folder = Folder::open(work)?;
     let path = folder.rows();
     let done = judged(&path)?;
@@ -120,6 +117,21 @@ pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
     scored.judges = generation::judges(&folder.path)?;
     folder.remove()?;
     Ok(scored)
+}
+
+/// How many rows there are: each can be read, and every name in `columns` is one of theirs.
+fn check_rows(work: &Scoring) -> Result<u64> {
+    let mut unseen = Unseen::new(&work.columns);
+    let mut total = 0_u64;
+    for row in rows(work)? {
+        unseen.see(row?.columns.keys());
+        total += 1;
+    }
+    if total == 0 {
+        return Err(Error::run(format!("{}: no rows", work.data)));
+    }
+    unseen.check("no row").at(&work.data)?;
+    Ok(total)
 }
 
 /// Judges the rows after the first `done`, and writes them behind those.
@@ -167,6 +179,15 @@ fn refuse_tokens(scorers: &[Value]) -> Result<()> {
         Some(_) => Err(Error::usage("`length_penalty` for tokens, which rows of text do not have")
             .hint("write length_unit = \"characters\"")),
     }
+}
+
+/// Refuses to write over a file that somebody may still want.
+fn refuse_taken(work: &Scoring) -> Result<()> {
+    if work.out.exists() && !work.replace {
+        return Err(Error::usage(format!("`{}` is already there", work.out.display()))
+            .hint("choose another name, or --force to replace it"));
+    }
+    Ok(())
 }
 
 fn refuse_own_input(work: &Scoring) -> Result<()> {
