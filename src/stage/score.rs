@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 
 use super::generation;
 use super::inputs::Hashes;
+use super::judgeable::Readers;
 use crate::data::columns::Unseen;
 use crate::data::paths;
 use crate::data::read::{self, objects};
@@ -119,12 +120,17 @@ pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
     Ok(scored)
 }
 
-/// How many rows there are: each can be read, and every name in `columns` is one of theirs.
+/// How many rows there are: each can be read and judged, and every name in `columns` is one of theirs.
 fn check_rows(work: &Scoring) -> Result<u64> {
     let mut unseen = Unseen::new(&work.columns);
+    let readers = Readers::among(&work.scorers)?;
     let mut total = 0_u64;
     for row in rows(work)? {
-        unseen.see(row?.columns.keys());
+        let row = row?;
+        unseen.see(row.columns.keys());
+        if !row.completions.is_empty() {
+            readers.check(&row.question())?;
+        }
         total += 1;
     }
     if total == 0 {
@@ -230,6 +236,18 @@ struct Asked {
     several: bool,
     completions: Vec<String>,
     extra: Map<String, Value>,
+}
+
+impl Asked {
+    fn question(&self) -> Question<'_> {
+        Question {
+            place: &self.place,
+            prompt: &self.prompt,
+            tools: self.tools.as_ref(),
+            answer: self.answer.as_deref(),
+            extra: Some(&self.extra),
+        }
+    }
 }
 
 fn rows(work: &Scoring) -> Result<impl Iterator<Item = Result<Asked>>> {
@@ -356,14 +374,7 @@ fn judge_all(panel: &Panel<'_>, batch: Vec<Vec<Asked>>) -> Result<Vec<Vec<Map<St
 fn judge(panel: &Panel<'_>, group: Vec<Asked>) -> Result<Vec<Map<String, Value>>> {
     let texts: Vec<&str> =
         group.iter().flat_map(|row| row.completions.iter().map(String::as_str)).collect();
-    let first = &group[0];
-    let question = Question {
-        place: &first.place,
-        prompt: &first.prompt,
-        tools: first.tools.as_ref(),
-        answer: first.answer.as_deref(),
-        extra: Some(&first.extra),
-    };
+    let question = group[0].question();
     let verdicts =
         if texts.is_empty() { Vec::new() } else { panel.judge(&question, &texts, &[])? };
     let mut verdicts = verdicts.into_iter();
@@ -465,9 +476,9 @@ fn judged(path: &Path) -> Result<u64> {
 
 /// The groups in a file.
 fn groups(path: &Path) -> Result<impl Iterator<Item = Result<Vec<Map<String, Value>>>>> {
-    let file = std::fs::File::open(path).map_err(|error| store::io_error(path, error))?;
+    let file = std::fs::File::open(path).map_err(|error| store::read_error(path, error))?;
     Ok(BufReader::new(file).lines().map(move |line| {
-        let line = line.map_err(|error| store::io_error(path, error))?;
+        let line = line.map_err(|error| store::read_error(path, error))?;
         serde_json::from_str(&line).at(path.display())
     }))
 }
