@@ -21,6 +21,7 @@ use crate::generate::teacher::{Asked, Teacher};
 use crate::loss::Objective;
 use crate::model::bases::Bases;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::model::run_dir;
 use crate::recipe::plan::Dataset;
 use crate::report::record::Metrics;
 use crate::train::{self, Data, Follower, Job, Learner, Settings};
@@ -45,7 +46,7 @@ pub fn start(
 
 /// A model of random weights from a directory that has a configuration and a tokenizer.
 pub fn random(context: &StageContext<'_>, dir: &str, chat_template: &str) -> Result<Checkpoint> {
-    let dir = std::path::Path::new(dir);
+    let dir = &run_dir::model(std::path::Path::new(dir))?;
     let config = crate::model::checkpoint::load_config(dir)?;
     let weights = crate::model::init::random(&config, context.seed, &context.device)?;
     let mut checkpoint =
