@@ -18,6 +18,7 @@ mod ranks;
 pub mod read;
 pub mod record;
 pub mod render;
+mod shared_prompt;
 mod siblings;
 pub mod stored;
 pub mod stream;
