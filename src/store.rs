@@ -35,6 +35,13 @@ pub fn io_error(path: &Path, error: io::Error) -> Error {
     }
 }
 
+/// The same of a file that is only read.
+pub fn read_error(path: &Path, error: io::Error) -> Error {
+    let is_denied = error.kind() == io::ErrorKind::PermissionDenied;
+    let failed = Error::from(error).at(path.display());
+    if is_denied { failed.hint("check who may read this") } else { failed }
+}
+
 fn partial_name(path: &Path) -> PathBuf {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -60,7 +67,7 @@ pub fn create_dir(path: &Path) -> Result<()> {
 
 /// Reads a UTF-8 file.
 pub fn read_text(path: &Path) -> Result<String> {
-    fs::read_to_string(path).map_err(|error| io_error(path, error))
+    fs::read_to_string(path).map_err(|error| read_error(path, error))
 }
 
 /// Writes `bytes` to `path`, whole or not at all.
@@ -154,7 +161,7 @@ pub fn remove_partials(dir: &Path) -> Result<()> {
 
 /// The paths directly in `dir`, sorted by name; none where `dir` does not exist.
 pub fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
-    let failed = |error| io_error(dir, error);
+    let failed = |error| read_error(dir, error);
     let mut paths = match fs::read_dir(dir) {
         Ok(listing) => listing
             .map(|entry| entry.map(|entry| entry.path()))
@@ -254,10 +261,10 @@ pub fn sha256_bytes(bytes: &[u8]) -> String {
 /// SHA-256 of a file's content, as 64 hexadecimal digits.
 pub fn sha256_file(path: &Path) -> Result<String> {
     let mut hasher = Sha256::new();
-    let mut file = File::open(path).map_err(|error| io_error(path, error))?;
+    let mut file = File::open(path).map_err(|error| read_error(path, error))?;
     let mut buffer = vec![0; 1 << 20];
     loop {
-        let read = file.read(&mut buffer).map_err(|error| io_error(path, error))?;
+        let read = file.read(&mut buffer).map_err(|error| read_error(path, error))?;
         if read == 0 {
             return Ok(hex(&hasher.finalize()));
         }
@@ -393,7 +400,7 @@ pub fn read_ledger<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let text = match fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(io_error(path, error)),
+        Err(error) => return Err(read_error(path, error)),
     };
     let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
     text[..whole]
@@ -436,6 +443,16 @@ mod tests {
             .unwrap_err();
         assert!(failed.to_string().starts_with("run/weights: "), "{failed}");
         assert!(failed.hint_text().unwrap().starts_with("free space"));
+    }
+
+    #[test]
+    fn a_file_that_may_not_be_touched_is_told_by_what_was_tried() {
+        let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let path = Path::new("run/weights");
+        assert_eq!(io_error(path, denied()).hint_text(), Some("check who may write here"));
+        let read = read_error(path, denied());
+        assert!(read.to_string().starts_with("run/weights: "), "{read}");
+        assert_eq!(read.hint_text(), Some("check who may read this"));
     }
 
     #[test]

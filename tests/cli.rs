@@ -108,6 +108,44 @@ fn a_recipe_runs_reports_and_is_reused() {
     let (_, stdout, _) = arriero(&["run", RECIPE, "select.best_of=2", "--out", out, "--json"]);
     assert_eq!(summary(&stdout)["stages"][0]["reused"], false);
     assert_eq!(arriero(&["report", out]).0, 0);
+    for file in ["recipe.toml", "report.md"] {
+        let text = std::fs::read_to_string(run.path().join(file)).unwrap();
+        assert!(text.contains("# Changed on the command line:\n# select.best_of=2\n"), "{text}");
+    }
+}
+
+#[test]
+fn what_a_recipe_needs_besides_the_program_is_said() {
+    let (status, stdout, _) = arriero(&["ls"]);
+    assert_eq!(status, 0);
+    assert!(stdout.contains("the better ones preferred.\n"), "{stdout}");
+    assert!(stdout.contains("  needs data/tiny (in the repository)\n"), "{stdout}");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let output = Command::cargo_bin("arriero")
+        .unwrap()
+        .args(["run", "quickstart"])
+        .current_dir(elsewhere.path())
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    let hint = "hint: data/tiny is part of arriero's repository: run in a checkout of it";
+    assert!(stderr.contains(hint), "{stderr}");
+}
+
+#[test]
+fn a_setting_with_dashes_is_shown_without() {
+    for arguments in [
+        &["sft", "--learning_rate=1e-4"][..],
+        &["sft", "--learning_rate", "1e-4"],
+        &["run", RECIPE, "--learning_rate=1e-4"],
+    ] {
+        let (status, _, stderr) = arriero(arguments);
+        assert_eq!(status, 2);
+        assert!(stderr.contains("tip: settings have no dashes: learning_rate=1e-4"), "{stderr}");
+    }
+    let (_, _, stderr) = arriero(&["sft", "--jsn"]);
+    assert!(stderr.contains("--json") && !stderr.contains("settings"), "{stderr}");
 }
 
 #[test]

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use crate::error::Result;
 use crate::model::checkpoint::peek;
 use crate::model::config::Config;
-use crate::model::lora::{Lora, load::is_adapter};
+use crate::model::lora::Lora;
 use crate::model::params::count;
+use crate::model::run_dir;
 use crate::recipe::{Plan, Spec};
 use crate::train::Settings;
 use crate::train::memory::{Adapted, Footprint};
@@ -103,8 +104,11 @@ pub(super) fn origin(plan: &Plan, model: &str) -> Option<PathBuf> {
     for _ in 0..=plan.steps.len() {
         let path = Path::new(model);
         let is_gguf = path.extension().is_some_and(|ending| ending == "gguf");
-        if path.join("config.json").is_file() || is_adapter(path) || is_gguf && path.is_file() {
+        if is_gguf && path.is_file() {
             return Some(path.to_path_buf());
+        }
+        if let Some(found) = run_dir::model(path).ok().filter(|found| run_dir::is_model(found)) {
+            return Some(found);
         }
         let step = plan
             .steps

@@ -11,9 +11,9 @@ use crate::error::{Error, Result};
 use crate::model::Architecture;
 use crate::model::checkpoint::{Checkpoint, LoadOptions, peek};
 use crate::model::export::{Difference, Encoding, Format, check_new, export};
-use crate::model::lora::load::is_adapter;
+use crate::model::run_dir;
 use crate::stage::memory;
-use crate::store::{self, MANIFEST};
+use crate::store;
 use crate::train::memory::parse_bytes;
 
 #[derive(Debug, Args)]
@@ -134,26 +134,14 @@ fn size(path: &Path) -> Result<u64> {
 /// The model that `text` stands for: of a run the last language model that it made, of a stage its checkpoint.
 fn source(text: &str) -> Result<String> {
     let path = Path::new(text);
-    let checkpoint = |stage: &Path| {
-        let checkpoint = stage.join("checkpoint");
-        let is_model = checkpoint.join("config.json").is_file() || is_adapter(&checkpoint);
-        is_model.then_some(checkpoint)
-    };
-    if let Some(checkpoint) = checkpoint(path) {
+    if let Some(checkpoint) = run_dir::of_stage(path) {
         return Ok(checkpoint.display().to_string());
     }
-    if !path.join("stages").is_dir() {
+    if !run_dir::is_run(path) {
         return Ok(text.to_owned());
     }
-    let mut stages = store::entries(&path.join("stages"))?;
-    stages.retain(|stage| stage.join(MANIFEST).is_file());
-    // The number in front gives the order: 9 before 10, 99 before 100.
-    stages.sort_by_key(|stage| {
-        let name = stage.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        (name.split('-').next().and_then(|number| number.parse::<usize>().ok()), name)
-    });
-    for checkpoint in stages.iter().rev().filter_map(|stage| checkpoint(stage)) {
-        if peek(&checkpoint)?.0.architecture == Architecture::CausalLm {
+    for checkpoint in run_dir::of_run(path)?.iter().rev() {
+        if peek(checkpoint)?.0.architecture == Architecture::CausalLm {
             return Ok(checkpoint.display().to_string());
         }
     }

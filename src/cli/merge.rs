@@ -7,11 +7,12 @@ use clap::{Args, ValueEnum};
 use super::output;
 use crate::error::Result;
 use crate::model::export::Encoding;
+use crate::model::run_dir;
 use crate::stage::merge::{self, Merge, Merged};
 
 #[derive(Debug, Args)]
 pub(super) struct MergeArgs {
-    /// The adapter: a directory with adapter_config.json and adapter_model.safetensors
+    /// The adapter: a directory with adapter_config.json and adapter_model.safetensors, or the stage's or run's that made it
     adapter: PathBuf,
     /// The new directory for the merged model
     #[arg(long, value_name = "DIR")]
@@ -46,6 +47,7 @@ pub(super) fn run(args: MergeArgs) -> Result<()> {
         StoredType::F16 => Encoding::F16,
     };
     let MergeArgs { adapter, out, base, json, dense_base, .. } = args;
+    let adapter = run_dir::model(&adapter)?;
     let work = Merge { adapter, base, out, encoding, dense_base };
     let merged = merge::merge(&work)?;
     output::line(&if json { serde_json::to_string(&merged)? } else { told(&work, &merged) });

@@ -23,10 +23,12 @@ mod validate;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand};
 
 use crate::error::{Error, Kind, Result};
 use crate::ops::cpu::isa::Isa;
+use crate::recipe;
 
 /// Post-training for Llama-family models: SFT, reward models, rejection sampling, DPO, from one recipe.
 #[derive(Debug, Parser)]
@@ -99,7 +101,10 @@ struct RecipeArgs {
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => {
+        Err(mut error) => {
+            if let Some(tip) = as_setting(&error) {
+                error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+            }
             // Help and version come this way too; clap knows which stream they belong to.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
@@ -112,6 +117,31 @@ pub fn main() -> ExitCode {
             ExitCode::from(exit_code(&error))
         }
     }
+}
+
+/// How a setting is written that was given as an option, `--learning_rate=1e-4`, where the command takes settings.
+fn as_setting(error: &clap::Error) -> Option<String> {
+    // Not `args`, which ends the program where one of them is no UTF-8.
+    let mut arguments =
+        std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
+    let command = arguments.next()?;
+    let takes_settings = ["run", "plan", "validate"].contains(&command.as_str())
+        || recipe::Kind::ALL.iter().any(|kind| kind.name() == command);
+    let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg) else {
+        return None;
+    };
+    let is_near = error.get(ContextKind::SuggestedArg).is_some();
+    if error.kind() != ErrorKind::UnknownArgument || is_near || !takes_settings {
+        return None;
+    }
+    let option = option.split('=').next()?;
+    let key = option.strip_prefix("--")?;
+    let given = arguments.find(|argument| argument.split('=').next() == Some(option))?;
+    let value = match given.split_once('=') {
+        Some((_, value)) => Some(value.to_owned()),
+        None => arguments.next().filter(|next| !next.starts_with('-')),
+    };
+    Some(format!("settings have no dashes: {key}={}", value.unwrap_or_else(|| "…".to_owned())))
 }
 
 /// Runs the program on one of rayon's own threads. A parallel loop that starts there begins at once and shares with the

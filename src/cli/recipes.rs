@@ -7,7 +7,7 @@ use clap::Args;
 use super::{RecipeArgs, output};
 use crate::error::{Error, Result};
 use crate::recipe::keys::suggestion;
-use crate::recipe::{RecipeFile, Resolved, resolve};
+use crate::recipe::{RecipeFile, Resolved, resolve, shipped};
 use crate::store;
 
 /// Names and texts of the recipes in the binary.
@@ -24,12 +24,26 @@ pub(super) struct CpArgs {
     force: bool,
 }
 
-/// Lists names and first comment lines.
+/// Lists names, first sentences, and what a recipe reads that the program does not carry.
 pub(super) fn ls() {
     let width = EMBEDDED.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, text) in EMBEDDED {
-        let about = text.lines().next().unwrap_or_default().trim_start_matches('#').trim();
-        output::line(format!("{name:<width$}  {about}").trim_end());
+        output::line(format!("{name:<width$}  {}", about(text)).trim_end());
+        let needs = shipped::needs(text);
+        if !needs.is_empty() {
+            output::line(&format!("{:<width$}  needs {}", "", needs.join(", ")));
+        }
+    }
+}
+
+/// The first sentence of the comment that a recipe begins with.
+fn about(text: &str) -> String {
+    let comment = text.lines().map_while(|line| line.strip_prefix('#'));
+    let words: Vec<&str> = comment.map(str::trim).take_while(|line| !line.is_empty()).collect();
+    let paragraph = words.join(" ");
+    match paragraph.split_once(". ") {
+        Some((first, _)) => format!("{first}."),
+        None => paragraph,
     }
 }
 
@@ -72,4 +86,22 @@ pub(super) fn resolved(args: &RecipeArgs) -> Result<(RecipeFile, Resolved)> {
         output::note(&format!("note: {note}"));
     }
     Ok((file, resolved))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_recipe_says_in_one_sentence_what_it_is() {
+        for (name, text) in EMBEDDED {
+            let about = about(text);
+            assert!(about.len() > 20 && about.ends_with('.'), "{name}: {about}");
+        }
+        assert_eq!(
+            about("# One of 1.5 B\n# and more. Two.\n#\n# Three.\n"),
+            "One of 1.5 B and more."
+        );
+        assert_eq!(about("name = \"x\"\n"), "");
+    }
 }

@@ -60,7 +60,12 @@ pub(super) fn average(args: AverageArgs) -> Result<()> {
 
 /// Runs a recipe.
 pub(super) fn run(args: &RunArgs) -> Result<()> {
-    let (file, resolved) = recipes::resolved(&args.recipe)?;
+    let (mut file, resolved) = recipes::resolved(&args.recipe)?;
+    if !args.recipe.overrides.is_empty() {
+        let changes = as_comments(&args.recipe.overrides);
+        file.text =
+            format!("{}\n\n# Changed on the command line:\n{changes}", file.text.trim_end());
+    }
     execute(&file, &resolved.plan, args.json)
 }
 
@@ -72,11 +77,14 @@ pub(super) fn stage(kind: &str, args: &StageArgs) -> Result<()> {
     for note in &resolved.notes {
         output::note(&format!("note: {note}"));
     }
-    file.text = args
-        .settings
-        .iter()
-        .fold(format!("# arriero {kind}\n"), |text, setting| format!("{text}# {setting}\n"));
+    file.text = format!("# arriero {kind}\n{}", as_comments(&args.settings));
     execute(&file, &resolved.plan, args.json)
+}
+
+/// Arguments as comments of the recipe that is kept with the run: what was written is not all that was done.
+fn as_comments(arguments: &[String]) -> String {
+    let lines = arguments.iter().flat_map(|argument| argument.lines());
+    lines.fold(String::new(), |text, line| format!("{text}# {line}\n"))
 }
 
 fn execute(file: &RecipeFile, plan: &Plan, json: bool) -> Result<()> {

@@ -34,6 +34,9 @@ pub(super) struct ScoreArgs {
     /// The file to write: the same rows with `score` and `why`, and `stdout` and `stderr` of programs that were run
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// Replace the file if it is there
+    #[arg(long)]
+    force: bool,
     /// Which column is read as which, for example prompt=question; may be given several times
     #[arg(long, value_name = "NAME=COLUMN")]
     column: Vec<String>,
@@ -70,8 +73,14 @@ pub(super) fn run(args: ScoreArgs) -> Result<()> {
     let scorers = scorers(&args)?;
     let columns =
         args.column.iter().map(|pair| column(pair)).collect::<Result<IndexMap<_, _>>>()?;
-    let work =
-        Scoring { data: args.data, out: args.out, scorers, columns, device: device(&args.device)? };
+    let work = Scoring {
+        data: args.data,
+        out: args.out,
+        replace: args.force,
+        scorers,
+        columns,
+        device: device(&args.device)?,
+    };
     let scored = {
         let bar = Bar::new("score", interrupt::listen()?);
         score::score(&work, &bar)?

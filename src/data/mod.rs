@@ -1,6 +1,7 @@
 //! Text in, trees of tokens out: readers, chat templates, masks, packing. Knows no tensors.
 
 mod account;
+pub(crate) mod columns;
 pub mod examples;
 pub mod forest;
 mod jsonl;
@@ -17,6 +18,7 @@ mod ranks;
 pub mod read;
 pub mod record;
 pub mod render;
+mod shared_prompt;
 mod siblings;
 pub mod stored;
 pub mod stream;

@@ -57,6 +57,15 @@ impl Source {
         self.batches()?.try_fold(0, |count, batch| Ok(count + batch?.rows.len()))
     }
 
+    /// Refuses a name in `columns` that none of the first rows has. What else is wrong with them is told in their turn.
+    fn check_columns(&self) -> Result<()> {
+        let Ok(mut reader) = Reader::open(&self.path, &self.read) else { return Ok(()) };
+        match reader.next() {
+            Some(Ok(_)) => reader.check_columns(),
+            _ => Ok(()),
+        }
+    }
+
     /// What is taken of this source, which is number `index` of the list.
     pub(super) fn share(&self, index: usize, seed: u64) -> Result<Share> {
         // Only a part of the rows is drawn among all of them: only then their number must be known beforehand.
@@ -280,7 +289,8 @@ impl Pipeline {
         Ok(tree)
     }
 
-    /// Refuses sources of which a part is taken: that needs their number of rows.
+    /// Refuses sources of which a part is taken: that needs their number of rows. A stream may end before its files do, so
+    /// that names of columns are held against their first rows.
     pub(super) fn check_streamable(&self) -> Result<()> {
         for (index, source) in self.sources.iter().enumerate() {
             let fraction = source.fraction;
@@ -290,6 +300,7 @@ impl Pipeline {
                 ))
                 .hint("a stream does not know how many rows there are; use `limit`, or leave `streaming` out"));
             }
+            source.check_columns()?;
         }
         Ok(())
     }

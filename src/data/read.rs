@@ -11,9 +11,11 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::columns::{self, Unseen};
 use super::prepare::OnBadRow;
 use super::ranks;
 use super::record::{Message, Record, Row, Side, kind, truth};
+use super::shared_prompt;
 use crate::error::{Context, Error, Result};
 
 /// How to read.
@@ -91,8 +93,8 @@ const BATCH_BYTES: usize = 8 << 20;
 
 /// The rows of a file, a directory of files or a glob, batch by batch in their order. Parsed on all cores.
 ///
-/// The iterator ends after its first error: no rows at all, a file that cannot be read, or (with
-/// `on_bad_row = "error"`) the first bad row by file and line, which comes after all rows before it.
+/// The iterator ends after its first error: no rows at all, a file that cannot be read, a name in `columns` that no row
+/// has, or (with `on_bad_row = "error"`) the first bad row by file and line, which comes after all rows before it.
 pub struct Reader {
     path: String,
     options: ReadOptions,
@@ -103,6 +105,7 @@ pub struct Reader {
     done: bool,
     found: usize,
     first_skipped: Option<(String, String)>,
+    unseen: Unseen,
 }
 
 impl Reader {
@@ -121,6 +124,7 @@ impl Reader {
             done: false,
             found: 0,
             first_skipped: None,
+            unseen: Unseen::new(&options.columns),
         })
     }
 
@@ -149,15 +153,22 @@ impl Reader {
 
     fn parse(&mut self, raw: Vec<Raw>) -> Dataset {
         let options = &self.options;
-        let rows: Vec<(String, Result<Row>)> = raw
+        let all_seen = self.unseen.is_empty();
+        let rows: Vec<(String, Vec<String>, Result<Row>)> = raw
             .into_par_iter()
             .map(|Raw { place, content }| {
-                let row = content.value().and_then(|value| from_value(value, &place, options));
-                (place, row)
+                let value = content.value();
+                let names = match &value {
+                    Ok(value) if !all_seen => columns::names(value),
+                    _ => Vec::new(),
+                };
+                let row = value.and_then(|value| from_value(value, &place, options));
+                (place, names, row)
             })
             .collect();
         let mut batch = Dataset::default();
-        for (place, row) in rows {
+        for (place, names, row) in rows {
+            self.unseen.see(&names);
             match row {
                 Ok(row) => batch.rows.push(row),
                 Err(error) if options.on_bad_row == OnBadRow::Skip => {
@@ -174,6 +185,18 @@ impl Reader {
             self.first_skipped = batch.skipped.first().cloned();
         }
         batch
+    }
+
+    /// To be called after the first batch by those who may never come to the last.
+    ///
+    /// # Errors
+    /// A name in `columns` that none of the rows so far has.
+    pub(super) fn check_columns(&self) -> Result<()> {
+        // What fails is told with its row.
+        if self.failed.is_some() {
+            return Ok(());
+        }
+        self.unseen.check("none of the first rows").at(&self.path)
     }
 
     fn no_rows(&self) -> Error {
@@ -203,7 +226,14 @@ impl Iterator for Reader {
         if let Some(error) = self.failed.take() {
             return Some(Err(error));
         }
-        (self.found == 0).then(|| Err(self.no_rows()))
+        if self.found == 0 && self.first_skipped.is_none() {
+            return Some(Err(self.no_rows()));
+        }
+        // Before what became of the rows: without the column they may all be bad.
+        match self.unseen.check("no row") {
+            Err(error) => Some(Err(error.at(&self.path))),
+            Ok(()) => (self.found == 0).then(|| Err(self.no_rows())),
+        }
     }
 }
 
@@ -480,93 +510,14 @@ fn preference(columns: &mut Map<String, Value>) -> Result<Record> {
     };
     // Some sets repeat the prompt inside both conversations: with or without the column, what is shared is prompt.
     let prompt = if prompt.is_empty() {
-        implicit_prompt(&mut responses)?
+        shared_prompt::implicit(&mut responses)?
     } else {
-        repeated(prompt, &mut responses)?
+        shared_prompt::repeated(prompt, &mut responses)?
     };
     if let Some(empty) = responses.iter().position(Side::is_empty) {
         return Err(Error::run(format!("response {empty} is empty")));
     }
     Ok(Record::Preference { prompt, responses })
-}
-
-/// Cuts what all responses begin with and returns it.
-fn implicit_prompt(responses: &mut [Side]) -> Result<Side> {
-    let texts: Option<Vec<&str>> = responses
-        .iter()
-        .map(|side| if let Side::Text(text) = side { Some(text.as_str()) } else { None })
-        .collect();
-    if let Some(texts) = texts {
-        let mut shared = texts[0];
-        for text in &texts[1..] {
-            let same = shared.char_indices().zip(text.chars()).find(|((_, a), b)| a != b);
-            let end = same.map_or(shared.len().min(text.len()), |((at, _), _)| at);
-            shared = &shared[..end];
-        }
-        // The space before a word belongs to it: that is how tokenizers see it.
-        let prompt = shared.strip_suffix(' ').unwrap_or(shared).to_owned();
-        for side in responses.iter_mut() {
-            if let Side::Text(text) = side {
-                text.drain(..prompt.len());
-            }
-        }
-        return different(Side::Text(prompt), responses);
-    }
-    let mut lists: Vec<&mut Vec<Message>> = responses
-        .iter_mut()
-        .map(|side| match side {
-            Side::Messages(messages) => Ok(messages),
-            Side::Text(_) => {
-                Err(Error::run("responses are text and messages, expected the same of all"))
-            }
-        })
-        .collect::<Result<_>>()?;
-    let first = lists[0].clone();
-    let shared = lists
-        .iter()
-        .map(|list| list.iter().zip(&first).take_while(|(a, b)| a == b).count())
-        .min()
-        .unwrap_or(0);
-    if shared == 0 && lists.iter().all(|list| list.first().is_some_and(|m| m.role() != "assistant"))
-    {
-        return Err(Error::run("the responses do not share a prompt: their first messages differ")
-            .hint("a preference is two answers to one prompt"));
-    }
-    for list in &mut lists {
-        list.drain(..shared);
-    }
-    different(Side::Messages(first[..shared].to_vec()), responses)
-}
-
-fn different(prompt: Side, responses: &[Side]) -> Result<Side> {
-    if responses.iter().any(Side::is_empty) {
-        return Err(Error::run("chosen and rejected do not differ")
-            .hint("without a `prompt`, what both begin with is taken as the prompt"));
-    }
-    Ok(prompt)
-}
-
-/// Cuts the prompt from responses that repeat it as messages.
-fn repeated(prompt: Side, responses: &mut [Side]) -> Result<Side> {
-    let starts = prompt.clone().into_messages("user");
-    let whole = |side: &Side| matches!(side, Side::Messages(list) if list.len() > starts.len() && list.starts_with(&starts));
-    let Some(other) = responses.iter().position(|side| !whole(side)) else {
-        return Ok(cut(starts, responses));
-    };
-    if responses.iter().any(whole) {
-        return Err(Error::run(format!("response {other} does not begin with the row's prompt"))
-            .hint("repeat the prompt in all responses or in none"));
-    }
-    Ok(prompt)
-}
-
-fn cut(starts: Vec<Message>, responses: &mut [Side]) -> Side {
-    for side in responses {
-        if let Side::Messages(list) = side {
-            list.drain(..starts.len());
-        }
-    }
-    Side::Messages(starts)
 }
 
 /// Tools as a list; some sets store them as JSON text.

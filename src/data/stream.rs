@@ -57,7 +57,8 @@ impl Stream {
     /// it in its pass is read and prepared again, and left out.
     ///
     /// # Errors
-    /// A dataset that is taken in a fraction that is not a whole number: a stream does not know how many rows there are.
+    /// A dataset that is taken in a fraction that is not a whole number: a stream does not know how many rows there are. A
+    /// name in `columns` that none of the first rows has.
     pub fn start(origin: &Arc<Origin>, cursor: Cursor) -> Result<Self> {
         origin.pipeline.check_streamable()?;
         let (send, ready) = sync_channel(READY);

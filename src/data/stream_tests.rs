@@ -147,3 +147,13 @@ fn what_a_stream_left_out_is_counted() {
     assert_eq!((report.rows, report.skipped.count), (21, 1));
     assert_eq!(report.unread[0].1.count, 1);
 }
+
+#[test]
+fn a_column_that_the_first_rows_lack_is_refused_before_training_begins() {
+    let home = Home::new();
+    let mut source = home.source("a.jsonl", &lines(20), 1.0);
+    source.read.columns = [("tools".to_owned(), "functions".to_owned())].into();
+    let refused = Stream::start(&origin(&[source], &sft(), 0), Cursor::default()).err().unwrap();
+    let expected = "column `functions` (for `tools`) is in none of the first rows; found: ";
+    assert!(refused.to_string().contains(expected), "{refused}");
+}

@@ -450,3 +450,27 @@ fn nothing_is_learned_from_an_answer_that_says_nothing() {
     }
     assert!(sft_trees(&[row(talk("", "d"))], &tokenizer, &options).is_ok());
 }
+
+#[test]
+fn a_column_that_no_row_of_any_file_has_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("a.jsonl"), "{\"prompt\": \"p\", \"answer\": \"1\"}\n").unwrap();
+    std::fs::write(dir.path().join("b.jsonl"), "{\"question\": \"q\", \"gold\": \"2\"}\n").unwrap();
+    let all = dir.path().join("*.jsonl").display().to_string();
+    let named = |columns: &[(&str, &str)], on_bad_row: OnBadRow| {
+        let columns = columns.iter().map(|(to, from)| ((*to).to_owned(), (*from).to_owned()));
+        read(
+            &all,
+            &ReadOptions { columns: columns.collect(), on_bad_row, ..ReadOptions::default() },
+        )
+    };
+    // Of two files one may have the column under its own name.
+    let both = [("prompt", "question"), ("answer", "gold")];
+    assert_eq!(named(&both, OnBadRow::Error).unwrap().rows.len(), 2);
+    let wrong = [("prompt", "question"), ("answer", "gold_answer")];
+    for on_bad_row in [OnBadRow::Error, OnBadRow::Skip] {
+        let error = named(&wrong, on_bad_row).unwrap_err().to_string();
+        let expected = "column `gold_answer` (for `answer`) is in no row; found: answer, gold, prompt, question";
+        assert!(error.ends_with(expected), "{error}");
+    }
+}

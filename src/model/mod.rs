@@ -34,6 +34,7 @@ pub mod projection;
 mod refusals;
 mod resize;
 pub mod rope;
+pub mod run_dir;
 pub mod save;
 pub mod source;
 pub mod tensor_file;

@@ -1,8 +1,9 @@
-//! What `model_name_or_path` means: a directory, a GGUF file, or a repository of the hub.
+//! What `model_name_or_path` means: a directory, be it a stage's or a run's, a GGUF file, or a repository of the hub.
 
 use std::path::{Path, PathBuf};
 
 use super::hub::{Hub, is_gguf};
+use super::run_dir;
 use crate::error::{Error, Result, did_you_mean};
 use crate::store;
 
@@ -20,7 +21,7 @@ pub enum Source {
 /// A hub name is `org/name`, or `org/name:file.gguf` for a GGUF file in that repository.
 ///
 /// # Errors
-/// A path that does not exist, a file of another kind, and all of [`Hub::model`].
+/// A path that does not exist, a file of another kind, a run of several models, and all of [`Hub::model`].
 pub fn resolve(name_or_path: &str, revision: Option<&str>) -> Result<Source> {
     match local(name_or_path)? {
         Some(source) => Ok(source),
@@ -31,7 +32,7 @@ pub fn resolve(name_or_path: &str, revision: Option<&str>) -> Result<Source> {
 fn local(name_or_path: &str) -> Result<Option<Source>> {
     let path = Path::new(name_or_path);
     if path.is_dir() {
-        return Ok(Some(Source::Directory(path.to_path_buf())));
+        return Ok(Some(Source::Directory(run_dir::model(path)?)));
     }
     if path.is_file() {
         return match path.extension().and_then(|ending| ending.to_str()) {
@@ -115,6 +116,15 @@ mod tests {
         let error = resolve(path.to_str().unwrap(), None).unwrap_err();
         assert!(error.to_string().contains("no such model directory"), "{error}");
         assert_eq!(error.hint_text(), Some("did you mean `checkpoint`?"));
+    }
+
+    #[test]
+    fn a_stage_is_the_model_that_it_made() {
+        let stage = tempfile::tempdir().unwrap();
+        let checkpoint = stage.path().join("checkpoint");
+        store::write_atomic(&checkpoint.join("config.json"), b"{}").unwrap();
+        let found = resolve(stage.path().to_str().unwrap(), None).unwrap();
+        assert_eq!(found, Source::Directory(checkpoint));
     }
 
     #[test]

@@ -141,7 +141,6 @@ pub const INERT: &[Inert] = &[
     Inert { key: "use_liger_kernel", values: &[], why: "the fused head is always used" },
     Inert { key: "flash_attention", values: &[], why: "attention is always fused" },
     Inert { key: "attn_implementation", values: &[], why: "attention is always fused" },
-    Inert { key: "bf16", values: &[], why: "`dtype` says how to compute" },
     Inert { key: "fp16", values: &["false"], why: "`dtype` says how to compute" },
     Inert { key: "tf32", values: &[], why: "`dtype` says how to compute" },
     Inert { key: "load_in_8bit", values: &["false"], why: "`quantization` is none, nf4 or gguf" },

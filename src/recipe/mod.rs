@@ -13,6 +13,7 @@ pub mod rejection;
 pub mod resolve;
 mod reward;
 mod shape;
+pub mod shipped;
 pub mod top;
 
 pub use file::RecipeFile;

@@ -239,8 +239,7 @@ impl Spec {
                 (&[], Some(&spec.datasets))
             }
             Self::Sft(spec) => {
-                spec.train.check()?;
-                spec.lora.check_saved_as(spec.train.save_dtype)?;
+                check_training(&spec.train, &spec.lora, &spec.eval_datasets)?;
                 if spec.random_init && spec.lora.use_peft {
                     return Err(Error::usage("`random_init` with `use_peft`").hint(
                         "adapters add to what a model has learned: leave one of the two out",
@@ -254,8 +253,7 @@ impl Spec {
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
             Self::Reward(spec) => {
-                spec.train.check()?;
-                spec.lora.check_saved_as(spec.train.save_dtype)?;
+                check_training(&spec.train, &spec.lora, &spec.eval_datasets)?;
                 spec.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
@@ -266,8 +264,7 @@ impl Spec {
             }
             Self::Select(spec) => (&[], spec.rules(0).map(|_| Some(spec.datasets.as_slice()))?),
             Self::Dpo(spec) => {
-                spec.train.check()?;
-                spec.lora.check_saved_as(spec.train.save_dtype)?;
+                check_training(&spec.train, &spec.lora, &spec.eval_datasets)?;
                 spec.check()?;
                 (&[("model_name_or_path", &spec.model_name_or_path)], Some(&spec.datasets))
             }
@@ -297,6 +294,12 @@ impl Spec {
 fn missing_model(key: &str) -> Error {
     Error::usage(format!("`{key}` is missing"))
         .hint("a directory, a .gguf file, a hub id, or \"@stage\"")
+}
+
+fn check_training(train: &Settings, lora: &Lora, held_out: &[Dataset]) -> Result<()> {
+    train.check()?;
+    train.check_held_out(!held_out.is_empty())?;
+    lora.check_saved_as(train.save_dtype)
 }
 
 /// Scorers stay as written for the stage, which loads their models; whether they can be built is known here.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::keys::suggestion;
 use super::plan::{Kind, Output};
+use super::shipped;
 use crate::error::{Error, Result};
 
 /// A reference as written.
@@ -123,8 +124,10 @@ impl Scope<'_> {
         let hint = if self.stages.iter().any(|(name, _)| named.split('.').next() == Some(name)) {
             format!("an output of a stage is written \"@{text}\"")
         } else {
-            "paths are relative to the current directory, then to the recipe; a hub id is owner/name"
-                .to_owned()
+            shipped::hint(text).unwrap_or_else(|| {
+                "paths are relative to the current directory, then to the recipe; a hub id is owner/name"
+                    .to_owned()
+            })
         };
         Err(Error::usage(format!("`{text}` does not exist")).hint(hint))
     }

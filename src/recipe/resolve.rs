@@ -136,9 +136,14 @@ impl Stage {
             stage.set(&entry, notes).map_err(|error| stage.locate(file, &entry.place, error))?;
         }
         let own = stage.values.len();
-        for entry in expand(&file.defaults)? {
-            let Some(key) = keys::canonical(&entry.key, &stage.keys) else { continue };
-            if !stage.values.contains_key(key) {
+        for entry in expand(&file.defaults).map_err(|error| error.at("[defaults]"))? {
+            // What a stage draws with is a key of all stages, and of some of them a setting too: it is derived, not set.
+            let is_said = match keys::canonical(&entry.key, &stage.keys) {
+                _ if entry.key == "seed" => stage.seed.is_some(),
+                Some(key) => stage.values.contains_key(key),
+                None => continue,
+            };
+            if !is_said {
                 stage
                     .set(&entry, notes)
                     .map_err(|error| stage.locate(file, &entry.place, error))?;
@@ -462,6 +467,68 @@ mod tests {
             "[defaults]\neval_samples = 2\n{SFT}eval_datasets = 'src/lib.rs'\n[[stage]]\nkind = 'dpo'\nmodel_name_or_path = 'src'\ndatasets = 'src/lib.rs'\n"
         );
         assert_eq!(plan(&both).unwrap().notes, [format!("stage `dpo`: {no_samples}")]);
+    }
+
+    #[test]
+    fn a_default_seed_is_that_of_every_stage_without_its_own() {
+        let sample =
+            "[[stage]]\nkind = 'sample'\nmodel_name_or_path = '@sft'\ndatasets = 'src/lib.rs'\n";
+        let seeds = |defaults: &str, of_sft: &str, of_sample: &str| {
+            let text = format!("{defaults}{SFT}{of_sft}\n{sample}{of_sample}\n");
+            let steps = plan(&text).unwrap().plan.steps;
+            let Spec::Sample(sample) = &steps[1].spec else { panic!("not sample") };
+            assert_eq!(sample.sampling.seed, steps[1].seed);
+            [steps[0].seed, steps[1].seed]
+        };
+        let own = seeds("", "seed = 5", "seed = 5");
+        assert_eq!(seeds("[defaults]\nseed = 5\n", "", ""), own);
+        assert_eq!(seeds("seed = 5\n", "", ""), own);
+        assert_eq!(seeds("[defaults]\nseed = 6\n", "seed = 5", "seed = 5"), own);
+        assert_eq!(seeds("seed = 7\n[defaults]\nseed = 5\n", "", ""), own);
+    }
+
+    #[test]
+    fn bf16_is_a_dtype_and_contradicts_another() {
+        let dtype = |defaults: &str, own: &str| {
+            let plan = plan(&format!("{defaults}{SFT}{own}\n")).unwrap().plan;
+            let Spec::Sft(sft) = &plan.steps[0].spec else { panic!("not sft") };
+            sft.train.dtype.dtype().as_str()
+        };
+        for (defaults, own, expected) in [
+            ("", "bf16 = true", "bf16"),
+            ("", "bf16 = false", "f32"),
+            ("", "bf16 = true\ntorch_dtype = 'bfloat16'", "bf16"),
+            ("", "bf16 = false\ndtype = 'f32'", "f32"),
+            ("[defaults]\nbf16 = true\n", "", "bf16"),
+            ("[defaults]\nbf16 = true\n", "bf16 = false", "f32"),
+            ("[defaults]\nbf16 = true\n", "dtype = 'f32'", "f32"),
+            ("[defaults]\ndtype = 'f32'\n", "bf16 = true", "bf16"),
+        ] {
+            assert_eq!(dtype(defaults, own), expected, "{defaults} {own}");
+        }
+        refuses(
+            &format!("{SFT}bf16 = true\ndtype = 'f32'\n"),
+            "r.toml:5: stage `sft`: `bf16` is true and `dtype` is \"f32\" (hint: keep one of the two)",
+        );
+        refuses(
+            &format!("{SFT}bf16 = false\ndtype = 'bf16'\n"),
+            "r.toml:5: stage `sft`: `bf16` is false and `dtype` is \"bf16\" (hint: keep one of the two)",
+        );
+        refuses(
+            &format!("{SFT}bf16 = 'auto'\n"),
+            "r.toml:5: stage `sft`: `bf16` is \"auto\", expected true or false (hint: true is dtype = \"bf16\")",
+        );
+        // The command line has the last word, by whichever of the two names.
+        for (written, argument, expected) in
+            [("bf16 = true", "sft.dtype=f32", "f32"), ("dtype = 'f32'", "sft.bf16=true", "bf16")]
+        {
+            let text = format!("{SFT}{written}\n");
+            let mut file = RecipeFile::parse(&text, Path::new("r.toml")).unwrap();
+            file.apply(&[argument.to_owned()]).unwrap();
+            let plan = resolve(&file, None).unwrap().plan;
+            let Spec::Sft(sft) = &plan.steps[0].spec else { panic!("not sft") };
+            assert_eq!(sft.train.dtype.dtype().as_str(), expected, "{argument}");
+        }
     }
 
     #[test]

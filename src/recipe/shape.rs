@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::file::Entry;
+use super::file::{Entry, Place};
 use super::keys;
 use super::refs::Scope;
 use crate::error::{Error, Result};
@@ -13,7 +13,7 @@ use crate::model::lora::ALL_LINEAR;
 /// Keys that say two things are written as the keys that say each.
 ///
 /// # Errors
-/// `loss_weights` of another length than the list of losses.
+/// `loss_weights` of another length than the list of losses; `bf16` beside a `dtype` that says otherwise.
 pub(super) fn expand(entries: &[Entry]) -> Result<Vec<Entry>> {
     let has = |key: &str| entries.iter().any(|entry| entry.key == key);
     let lists_losses = |entry: &Entry| {
@@ -68,6 +68,7 @@ pub(super) fn expand(entries: &[Entry]) -> Result<Vec<Entry>> {
                 expanded
                     .push(with("quantization", Value::from(if *four { "nf4" } else { "none" })));
             }
+            ("bf16", _) => expanded.extend(bf16(entry, entries)?),
             ("mask_history", Value::Bool(_)) => {
                 expanded.push(with("final_response_only", entry.value.clone()));
             }
@@ -75,6 +76,28 @@ pub(super) fn expand(entries: &[Entry]) -> Result<Vec<Entry>> {
         }
     }
     Ok(expanded)
+}
+
+/// The boolean of Hugging Face, axolotl and LLaMA-Factory as the `dtype` that it stands for; nothing where that is written
+/// too. Of the two the one on the command line counts.
+fn bf16(entry: &Entry, entries: &[Entry]) -> Result<Option<Entry>> {
+    let Value::Bool(on) = entry.value else {
+        return Err(Error::usage(format!("`bf16` is {}, expected true or false", entry.value))
+            .hint("true is dtype = \"bf16\""));
+    };
+    let is_argument = |entry: &Entry| matches!(entry.place, Place::Argument(_));
+    let written = entries.iter().find(|other| keys::alias(&other.key) == "dtype");
+    if let Some(other) = written.filter(|other| is_argument(other) || !is_argument(entry)) {
+        let agrees = (other.value == "bf16" || other.value == "bfloat16") == on;
+        if agrees || (is_argument(other) && !is_argument(entry)) {
+            return Ok(None);
+        }
+        let (key, value) = (&other.key, &other.value);
+        return Err(Error::usage(format!("`bf16` is {on} and `{key}` is {value}"))
+            .hint("keep one of the two"));
+    }
+    let value = Value::from(if on { "bf16" } else { "f32" });
+    Ok(Some(Entry { key: "dtype".to_owned(), value, place: entry.place.clone() }))
 }
 
 /// TRL's list of losses with weights: the preference losses, and the weight of `sft` as a key of its own.

@@ -12,6 +12,7 @@ use crate::data::record::Record;
 use crate::data::stored::Stored;
 use crate::error::{Error, Result};
 use crate::model::checkpoint::peek;
+use crate::model::run_dir;
 use crate::recipe::plan::Dataset;
 use crate::rng::Stream;
 use crate::store;
@@ -41,7 +42,7 @@ pub struct Figures {
 /// # Errors
 /// No such model or data, a model without a tokenizer, and as [`Pipeline::write`].
 pub fn run(model: &str, data: &str) -> Result<Figures> {
-    let (config, tokenizer) = peek(Path::new(model))?;
+    let (config, tokenizer) = peek(&run_dir::model(Path::new(model))?)?;
     let tokenizer = tokenizer.ok_or_else(|| {
         Error::run("no tokenizer").at(model).hint("a model directory needs tokenizer.json")
     })?;

@@ -34,6 +34,7 @@ pub struct Measured {
 /// Answers and judges the held-out prompts. Input: a checkpoint, rows, a reference. Output: `data.jsonl`; for people
 /// `candidates.html` and `curve.json`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
+    let rows = generation::rows(context, &spec.datasets, &spec.scorers)?;
     // Adapters of one base share it: reference and reward models do as long as they stay, the policy while it is read.
     let bases = Bases::default();
     let form = Form::dense(&context.device, Precision::F32);
@@ -45,7 +46,6 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
         _ => None,
     };
     let policy = generation::written_by(context, (&spec.model_name_or_path, read), &spec.sampling)?;
-    let rows = generation::rows(context, &spec.datasets)?;
 
     let mut pace = Pace::start();
     let measured = generation::once_each(context, rows.len(), |left, keep| {

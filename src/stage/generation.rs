@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use super::judgeable::Readers;
 use super::{Metrics, StageContext, training};
 use crate::data::prepare::OnBadRow;
 use crate::data::record::Row;
@@ -121,9 +123,19 @@ impl Teacher for Someone<'_> {
     }
 }
 
-/// Reads the rows whose prompts are to be answered.
-pub fn rows(context: &StageContext<'_>, datasets: &[Dataset]) -> Result<Vec<Row>> {
-    training::rows(context, datasets, OnBadRow::Error)
+/// Reads the rows whose prompts are to be answered, and whose answers are to be judged by `scorers`. To be called before a
+/// model is loaded.
+///
+/// # Errors
+/// A row that cannot be read, or that lacks what a verifier among the scorers needs.
+pub fn rows(
+    context: &StageContext<'_>,
+    datasets: &[Dataset],
+    scorers: &[Value],
+) -> Result<Vec<Row>> {
+    let rows = training::rows(context, datasets, OnBadRow::Error)?;
+    Readers::among(scorers)?.check_rows(&rows)?;
+    Ok(rows)
 }
 
 /// What the given rows ask.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::data::paths;
 use crate::error::{Context, Error, Result};
 use crate::generate::openai::spec::ServerSpec;
-use crate::model::hub;
+use crate::model::{hub, run_dir};
 use crate::recipe::keys::INPUT_KEYS;
 use crate::recipe::{Step, refs};
 use crate::store;
@@ -19,6 +19,9 @@ const SERVER_KEYS: [&str; 2] = ["teacher", "judge"];
 /// Keys that say what becomes of a row that cannot be answered or judged, each with the table that has it. As of a server's
 /// keys, finished work does not depend on them: who meets such a row adds the key and goes on where the run ended.
 const PATIENCE: [(&str, &str); 2] = [("sampling", "skip_refused"), ("scorers", "on_error")];
+
+/// Keys whose directories hold rows, not a model.
+const DATA_KEYS: [&str; 3] = ["path", "earlier", "data"];
 
 /// Content hashes of paths, each computed once a process.
 #[derive(Debug, Default)]
@@ -109,7 +112,10 @@ impl Hashes {
             return Ok(known.clone());
         }
         let path = Path::new(text);
-        let hash = if path.exists() {
+        let hash = if path.is_dir() && !DATA_KEYS.contains(&key) {
+            // Of a stage's or a run's directory the model alone decides: logs and reports beside it may be written anew.
+            store::sha256_path(&run_dir::model(path).at(format_args!("`{key}`"))?)?
+        } else if path.exists() {
             store::sha256_path(path)?
         } else if text.contains(['*', '?']) {
             let mut files = String::new();
@@ -136,6 +142,20 @@ impl Hashes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stage_named_as_a_model_is_its_checkpoint_whatever_else_lies_there() {
+        let stage = tempfile::tempdir().unwrap();
+        let checkpoint = stage.path().join("checkpoint");
+        store::write_atomic(&checkpoint.join("config.json"), b"{}").unwrap();
+        let of = |key: &str, path: &Path| {
+            Hashes::default().content(key, path.to_str().unwrap()).unwrap()
+        };
+        let (model, rows) = (of("model_name_or_path", &checkpoint), of("path", stage.path()));
+        store::write_atomic(&stage.path().join("metrics.jsonl"), b"{}\n").unwrap();
+        assert_eq!(of("model_name_or_path", stage.path()), model);
+        assert_ne!(of("path", stage.path()), rows);
+    }
 
     #[test]
     fn what_becomes_of_rows_that_cannot_be_used_decides_nothing_that_is_finished() {

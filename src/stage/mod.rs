@@ -20,6 +20,7 @@ pub mod dpo;
 pub mod eval;
 pub mod generation;
 pub mod inputs;
+pub mod judgeable;
 pub mod memory;
 pub mod merge;
 pub mod reward;

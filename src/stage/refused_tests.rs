@@ -223,3 +223,33 @@ fn a_model_goes_on_writing_while_programs_run() {
     kept.sort_unstable();
     assert_eq!(kept, [(0, Some(false)), (1, Some(true))]);
 }
+
+#[test]
+fn a_row_that_cannot_be_judged_is_named_before_a_model_is_looked_for() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("prompts.jsonl");
+    let rows = [json!({"prompt": "1+1?", "answer": "2"}), json!({"prompt": "2+2?"})];
+    store::write_atomic(&path, rows.map(|row| row.to_string()).join("\n").as_bytes()).unwrap();
+    let datasets = vec![Dataset { path: path.display().to_string(), ..Dataset::default() }];
+    let (model, scorers) = ("not/here".to_owned(), vec![json!({"verifier": "number"})]);
+    let sample = plan::Sample {
+        model_name_or_path: model.clone(),
+        datasets: datasets.clone(),
+        scorers: scorers.clone(),
+        ..plan::Sample::default()
+    };
+    let eval = plan::Eval {
+        model_name_or_path: model.clone(),
+        datasets: datasets.clone(),
+        scorers: scorers.clone(),
+        ..plan::Eval::default()
+    };
+    let teacher = TeacherSpec::Local(model);
+    let synth = plan::Synth { teacher, datasets, scorers, ..plan::Synth::default() };
+    for spec in [Spec::Sample(sample), Spec::Eval(eval), Spec::Synth(synth)] {
+        let dir = home.path().join(spec.kind().name());
+        let error = run(dir, &spec, &Silent).unwrap_err().to_string();
+        let expected = "prompts.jsonl:2: scorer `number`: the row has no `answer`";
+        assert!(error.contains(expected), "{error}");
+    }
+}

@@ -24,7 +24,7 @@ use crate::store;
 /// Draws and judges K candidates a prompt. Input: checkpoints, prompts, earlier rounds' candidates. Output: `data.jsonl`,
 /// one row a prompt; for people `candidates.html` and `curve.json`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
-    let rows = generation::rows(context, &spec.datasets)?;
+    let rows = generation::rows(context, &spec.datasets, &spec.scorers)?;
     if spec.include_reference && rows.iter().all(|row| row.reference_answer().is_none()) {
         return Err(Error::run("`include_reference`, but no row has an answer of its own")
             .hint("it comes from the last assistant message, `completion` or `chosen`"));

@@ -17,6 +17,8 @@ use serde_json::{Map, Value, json};
 
 use super::generation;
 use super::inputs::Hashes;
+use super::judgeable::Readers;
+use crate::data::columns::Unseen;
 use crate::data::paths;
 use crate::data::read::{self, objects};
 use crate::data::record::{self, Message, Side, kind};
@@ -42,6 +44,8 @@ pub struct Scoring {
     pub data: String,
     /// Where they go with their scores.
     pub out: PathBuf,
+    /// Whether `out` is replaced where it is there already.
+    pub replace: bool,
     /// The judges, as in a recipe.
     pub scorers: Vec<Value>,
     /// Column names of this file: canonical name → its name here.
@@ -98,14 +102,8 @@ pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
     check_scorers(&work.scorers)?;
     refuse_tokens(&work.scorers)?;
     refuse_own_input(work)?;
-    let mut total = 0_u64;
-    for row in rows(work)? {
-        row?;
-        total += 1;
-    }
-    if total == 0 {
-        return Err(Error::run(format!("{}: no rows", work.data)));
-    }
+    refuse_taken(work)?;
+    let total = check_rows(work)?;
     let folder = Folder::open(work)?;
     let path = folder.rows();
     let done = judged(&path)?;
@@ -120,6 +118,26 @@ pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
     scored.judges = generation::judges(&folder.path)?;
     folder.remove()?;
     Ok(scored)
+}
+
+/// How many rows there are: each can be read and judged, and every name in `columns` is one of theirs.
+fn check_rows(work: &Scoring) -> Result<u64> {
+    let mut unseen = Unseen::new(&work.columns);
+    let readers = Readers::among(&work.scorers)?;
+    let mut total = 0_u64;
+    for row in rows(work)? {
+        let row = row?;
+        unseen.see(row.columns.keys());
+        if !row.completions.is_empty() {
+            readers.check(&row.question())?;
+        }
+        total += 1;
+    }
+    if total == 0 {
+        return Err(Error::run(format!("{}: no rows", work.data)));
+    }
+    unseen.check("no row").at(&work.data)?;
+    Ok(total)
 }
 
 /// Judges the rows after the first `done`, and writes them behind those.
@@ -169,6 +187,15 @@ fn refuse_tokens(scorers: &[Value]) -> Result<()> {
     }
 }
 
+/// Refuses to write over a file that somebody may still want.
+fn refuse_taken(work: &Scoring) -> Result<()> {
+    if work.out.exists() && !work.replace {
+        return Err(Error::usage(format!("`{}` is already there", work.out.display()))
+            .hint("choose another name, or --force to replace it"));
+    }
+    Ok(())
+}
+
 fn refuse_own_input(work: &Scoring) -> Result<()> {
     if work.out.is_dir() {
         return Err(Error::usage(format!("{} is a directory", work.out.display()))
@@ -209,6 +236,18 @@ struct Asked {
     several: bool,
     completions: Vec<String>,
     extra: Map<String, Value>,
+}
+
+impl Asked {
+    fn question(&self) -> Question<'_> {
+        Question {
+            place: &self.place,
+            prompt: &self.prompt,
+            tools: self.tools.as_ref(),
+            answer: self.answer.as_deref(),
+            extra: Some(&self.extra),
+        }
+    }
 }
 
 fn rows(work: &Scoring) -> Result<impl Iterator<Item = Result<Asked>>> {
@@ -335,14 +374,7 @@ fn judge_all(panel: &Panel<'_>, batch: Vec<Vec<Asked>>) -> Result<Vec<Vec<Map<St
 fn judge(panel: &Panel<'_>, group: Vec<Asked>) -> Result<Vec<Map<String, Value>>> {
     let texts: Vec<&str> =
         group.iter().flat_map(|row| row.completions.iter().map(String::as_str)).collect();
-    let first = &group[0];
-    let question = Question {
-        place: &first.place,
-        prompt: &first.prompt,
-        tools: first.tools.as_ref(),
-        answer: first.answer.as_deref(),
-        extra: Some(&first.extra),
-    };
+    let question = group[0].question();
     let verdicts =
         if texts.is_empty() { Vec::new() } else { panel.judge(&question, &texts, &[])? };
     let mut verdicts = verdicts.into_iter();
@@ -444,9 +476,9 @@ fn judged(path: &Path) -> Result<u64> {
 
 /// The groups in a file.
 fn groups(path: &Path) -> Result<impl Iterator<Item = Result<Vec<Map<String, Value>>>>> {
-    let file = std::fs::File::open(path).map_err(|error| store::io_error(path, error))?;
+    let file = std::fs::File::open(path).map_err(|error| store::read_error(path, error))?;
     Ok(BufReader::new(file).lines().map(move |line| {
-        let line = line.map_err(|error| store::io_error(path, error))?;
+        let line = line.map_err(|error| store::read_error(path, error))?;
         serde_json::from_str(&line).at(path.display())
     }))
 }

@@ -11,6 +11,7 @@ fn work(dir: &Path, rows: &[Value], scorers: &str) -> Scoring {
     Scoring {
         data: dir.join("in.jsonl").display().to_string(),
         out: dir.join("out.jsonl"),
+        replace: false,
         scorers: super::scorers(scorers).unwrap(),
         columns: IndexMap::new(),
         device: Device::Cpu,
@@ -217,4 +218,34 @@ fn rows_of_one_prompt_with_other_answers_are_not_one_question() {
     let groups = Groups { rows: rows(&work).unwrap().peekable(), panel: &panel };
     let sizes: Vec<usize> = groups.map(|group| group.unwrap().len()).collect();
     assert_eq!(sizes, [2, 1]);
+}
+
+#[test]
+fn a_column_that_no_row_has_is_refused_before_anything_is_judged() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = [json!({"prompt": "2+2?", "completion": "4", "answer": "5", "gold": "4"})];
+    let named = |answer: &str| Scoring {
+        columns: [("answer".to_owned(), answer.to_owned())].into(),
+        ..work(dir.path(), &rows, r#""number""#)
+    };
+    let error = format!("{:?}", score(&named("gold_answer"), &Silent).unwrap_err());
+    let expected =
+        "column `gold_answer` (for `answer`) is in no row; found: answer, completion, gold, prompt";
+    assert!(error.contains(expected), "{error}");
+    assert!(!named("gold_answer").out.exists());
+    assert_eq!(score(&named("gold"), &Silent).unwrap().passed, Some(1));
+}
+
+#[test]
+fn a_file_that_is_there_is_replaced_only_where_that_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let row = json!({"prompt": "2+2?", "completion": "4", "answer": "4"});
+    let work = work(dir.path(), &[row], r#""number""#);
+    store::write_atomic(&work.out, b"precious\n").unwrap();
+    let refused = score(&work, &Silent).unwrap_err();
+    assert!(refused.to_string().ends_with("out.jsonl` is already there"), "{refused}");
+    assert_eq!(std::fs::read(&work.out).unwrap(), b"precious\n");
+    let work = Scoring { replace: true, ..work };
+    score(&work, &Silent).unwrap();
+    assert_eq!(written(&work)[0]["score"], json!(1.0));
 }

@@ -56,9 +56,9 @@ struct Kept {
 /// Lets the teacher answer every prompt and keeps what the judges accept. Input: a checkpoint and prompts. Output:
 /// `data.jsonl`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
+    let rows = generation::rows(context, &spec.datasets, &spec.scorers)?;
     let teacher = generation::teacher(context, &spec.teacher, &spec.sampling)?;
     let panel = Panel::among(&spec.scorers, &context.device, &Bases::default(), context.events)?;
-    let rows = generation::rows(context, &spec.datasets)?;
 
     let kept = generation::once_each(context, rows.len(), |left, keep| {
         let asked = generation::questions(&rows, left)?;

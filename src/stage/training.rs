@@ -21,6 +21,7 @@ use crate::generate::teacher::{Asked, Teacher};
 use crate::loss::Objective;
 use crate::model::bases::Bases;
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::model::run_dir;
 use crate::model::{Architecture, Config};
 use crate::recipe::plan::Dataset;
 use crate::report::record::Metrics;
@@ -81,7 +82,7 @@ pub fn base(
 
 /// A model of random weights from a directory that has a configuration and a tokenizer.
 pub fn random(context: &StageContext<'_>, dir: &str, chat_template: &str) -> Result<Checkpoint> {
-    let dir = std::path::Path::new(dir);
+    let dir = &run_dir::model(std::path::Path::new(dir))?;
     let config = crate::model::checkpoint::load_config(dir)?;
     check_writes(&dir.display().to_string(), &config)?;
     let weights = crate::model::init::random(&config, context.seed, &context.device)?;

@@ -67,10 +67,7 @@ pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
 /// Refuses settings that this model and these examples have no use for.
 fn check(learner: &Learner, job: &Job<'_>) -> Result<()> {
     job.settings.check()?;
-    if job.settings.early_stopping_patience > 0 && job.eval.1.is_empty() {
-        return Err(Error::usage("`early_stopping_patience` without `eval_datasets`")
-            .hint("it waits for a lower evaluation loss: name held-out data"));
-    }
+    job.settings.check_held_out(!job.eval.1.is_empty())?;
     if job.settings.stochastic_rounding && !learner.rounds() {
         let count = learner.params().len();
         return Err(Error::usage(format!(

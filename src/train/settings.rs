@@ -263,6 +263,15 @@ impl Settings {
             }
         }
         for (key, value) in [
+            ("weight_decay", self.weight_decay),
+            ("max_grad_norm", self.max_grad_norm),
+            ("neftune_noise_alpha", self.neftune_noise_alpha),
+        ] {
+            if !value.is_finite() || value < 0.0 {
+                return Err(Error::usage(format!("`{key}` is {value}, expected 0 or more")));
+            }
+        }
+        for (key, value) in [
             ("adam_beta1", self.adam_beta1),
             ("adam_beta2", self.adam_beta2),
             ("warmup_ratio", self.warmup_ratio),
@@ -281,12 +290,6 @@ impl Settings {
             ))
             .hint("it counts evaluations: say how often they are"));
         }
-        let alpha = self.neftune_noise_alpha;
-        if !alpha.is_finite() || alpha < 0.0 {
-            return Err(Error::usage(format!(
-                "`neftune_noise_alpha` is {alpha}, expected 0 or more"
-            )));
-        }
         if self.streaming && self.max_steps == 0 {
             return Err(Error::usage(
                 "`streaming` is true and `max_steps` is 0, expected 1 or more",
@@ -301,6 +304,18 @@ impl Settings {
                 self.dtype.dtype().as_str()
             ))
             .hint("f32 weights are computed with as they are, and nothing is rounded: set dtype = \"bf16\", or leave it out"));
+        }
+        Ok(())
+    }
+
+    /// Refuses to wait for evaluations that there are not.
+    ///
+    /// # Errors
+    /// `early_stopping_patience` where nothing is held out.
+    pub fn check_held_out(&self, is_there: bool) -> Result<()> {
+        if self.early_stopping_patience > 0 && !is_there {
+            return Err(Error::usage("`early_stopping_patience` without `eval_datasets`")
+                .hint("it waits for a lower evaluation loss: name held-out data"));
         }
         Ok(())
     }
@@ -346,6 +361,19 @@ impl Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_decay_or_a_norm_below_zero_is_refused() {
+        for value in [-100.0, f64::NAN, f64::INFINITY] {
+            let decay = Settings { weight_decay: value, ..Settings::default() };
+            let norm = Settings { max_grad_norm: value, ..Settings::default() };
+            for (settings, key) in [(decay, "weight_decay"), (norm, "max_grad_norm")] {
+                let expected = format!("`{key}` is {value}, expected 0 or more");
+                assert_eq!(settings.check().unwrap_err().to_string(), expected);
+            }
+        }
+        Settings { weight_decay: 0.0, max_grad_norm: 0.0, ..Settings::default() }.check().unwrap();
+    }
 
     #[test]
     fn a_stream_without_an_end_is_refused() {

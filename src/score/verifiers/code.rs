@@ -176,7 +176,7 @@ fn last_lines(text: &str) -> String {
 }
 
 /// The row's tests as one program, ending with the call of `check` where they define one.
-fn tests(question: &Question<'_>) -> Result<String> {
+pub(crate) fn tests(question: &Question<'_>) -> Result<String> {
     let found = TESTS.iter().find_map(|name| Some((*name, column(question, name)?)));
     let Some((name, tests)) = found else {
         return Err(Error::run(format!("the row has no tests: no column {}", TESTS.join(", ")))

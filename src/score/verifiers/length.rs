@@ -30,7 +30,7 @@ pub(super) struct Length {
     max: usize,
 }
 
-/// Refuses bounds that nothing fits, and tokens without a tokenizer or one without tokens.
+/// Refuses bounds that nothing or everything fits, and tokens without a tokenizer or one without tokens.
 pub(super) fn check(spec: &ScorerSpec) -> Result<()> {
     let (min, max) = (spec.min, spec.max);
     if min > max {
@@ -43,6 +43,9 @@ pub(super) fn check(spec: &ScorerSpec) -> Result<()> {
         }
         (Unit::Characters | Unit::Words, Some(_)) => {
             Err(Error::usage("`tokenizer` without unit = \"tokens\""))
+        }
+        _ if min == 0 && max == usize::MAX => {
+            Err(Error::usage("the verifier `length` needs a `min` or a `max`"))
         }
         _ => Ok(()),
     }
@@ -71,6 +74,18 @@ impl Rule for Length {
 #[cfg(test)]
 mod tests {
     use super::super::testing::check;
+    use crate::score::ScorerSpec;
+
+    #[test]
+    fn bounds_that_every_answer_fits_are_refused() {
+        for spec in
+            [r#"{"verifier": "length"}"#, r#"{"verifier": "length", "min": 0, "unit": "words"}"#]
+        {
+            let spec: ScorerSpec = serde_json::from_str(spec).unwrap();
+            let error = spec.check().unwrap_err().to_string();
+            assert_eq!(error, "the verifier `length` needs a `min` or a `max`");
+        }
+    }
 
     #[test]
     fn each_unit_counts_its_own() {

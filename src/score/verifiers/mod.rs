@@ -22,6 +22,7 @@ use super::{Question, Score, Scorer, ScorerSpec};
 use crate::data::record::kind;
 use crate::error::{Error, Result};
 
+pub(crate) use code::tests as code_tests;
 pub use length::Unit;
 pub use number::last_number;
 
