@@ -156,13 +156,16 @@ impl Kind {
     /// of the older version is then not reused.
     pub fn version(self) -> u32 {
         match self {
-            // 3: of `sft` rows that weigh nothing are left out and answers that say nothing refused; of `synth` `math` reads
-            // an answer with a remark behind it; of the others sampled rows say what scores rest on, the best of an earlier
-            // round is one that may win, and responses without text are not selected, and are bad rows; of `average` heads and
-            // bases that do not belong together are refused, and an adapter that stays alone in a soup is copied.
-            Self::Sft | Self::Synth | Self::Reward | Self::Select | Self::Dpo | Self::Average => 3,
-            // 4: as `synth`, and rows have what programs wrote.
-            Self::Sample | Self::Eval => 4,
+            // 3: of `sft` rows that weigh nothing are left out and answers that say nothing refused; responses without text are
+            // not selected; of `average` heads and bases that do not belong together are refused, and an adapter that stays
+            // alone in a soup is copied.
+            Self::Sft | Self::Select | Self::Average => 3,
+            // 4: of `synth` verifiers read answers otherwise; of `reward` what learned from text says so, and of `dpo` single
+            // responses have their loss's weight. 3: responses without text are bad rows.
+            Self::Synth | Self::Reward | Self::Dpo => 4,
+            // 5: verifiers read answers otherwise, and reward models that learned from text are asked in text. 4: rows have what
+            // programs wrote.
+            Self::Sample | Self::Eval => 5,
         }
     }
 }

@@ -398,7 +398,7 @@ mod tests {
             .collect();
         insta::assert_snapshot!(
             versions.join(", "),
-            @"synth 3, sft 3, reward 3, sample 4, select 3, dpo 3, average 3, eval 4"
+            @"synth 4, sft 3, reward 4, sample 5, select 3, dpo 4, average 3, eval 5"
         );
     }
 }
