@@ -514,7 +514,7 @@ mod tests {
         );
         refuses(
             "ref_model_sync_steps = 8",
-            "r.toml:5: stage `dpo`: `ref_model_sync_steps` without `sync_ref_model` (hint: `sync_ref_model = true` lets the reference              follow; else leave it out)",
+            "r.toml:5: stage `dpo`: `ref_model_sync_steps` without `sync_ref_model` (hint: `sync_ref_model = true` lets the reference follow; else leave it out)",
         );
     }
 

@@ -592,10 +592,15 @@ mod tests {
     #[test]
     fn a_greedy_soup_of_adapters_sums_what_helps_and_copies_what_stays_alone() {
         let home = tempfile::tempdir().unwrap();
-        let rows = "{\"prompt\": \"Rosa has 9 eggs. Tom has twice as many. How many eggs does Tom have?\", \"completion\": \"9 + 9 = 18. Tom has 18 eggs.\"}\n";
+        let says = |role: &str, text: &str| serde_json::json!([{"role": role, "content": text}]);
+        let rows = serde_json::json!({
+            "prompt": says("user", "Rosa has 9 eggs. Tom has twice as many. How many eggs does Tom have?"),
+            "completion": says("assistant", "9 + 9 = 18. Tom has 18 eggs."),
+        })
+        .to_string();
         let held_out = home.path().join("rows.jsonl");
         store::write_atomic(&held_out, rows.as_bytes()).unwrap();
-        let plain = Lora { use_peft: true, lora_r: 4, lora_alpha: 8.0, ..Lora::default() };
+        let plain = Lora { use_peft: true, lora_r: 4, lora_alpha: 16.0, ..Lora::default() };
         let ruinous = Lora { lora_alpha: 3200.0, ..plain.clone() };
         let dora = Lora { use_dora: true, ..plain.clone() };
         let made = |name: &str, lora: &Lora, seed: u64| {
@@ -637,7 +642,7 @@ mod tests {
         let (metrics, saved) = soup("alone", &[&ruined, &a], &held_out).unwrap();
         assert_eq!(metrics["ingredients"].to_bits(), 1.0_f64.to_bits(), "{metrics:?}");
         assert_saved(&[&a], &[1.0], &saved);
-        assert_eq!(kept("alone").lora_alpha.to_bits(), 8.0_f64.to_bits());
+        assert_eq!(kept("alone").lora_alpha.to_bits(), 16.0_f64.to_bits());
         let (_, saved) = soup("dora", &[&dora], &held_out).unwrap();
         assert_saved(&[&dora], &[1.0], &saved);
         assert!(kept("dora").use_dora);

@@ -273,7 +273,8 @@ fn log_probabilities_of_a_reference_are_kept_under_what_they_hang_on_and_nothing
         ),
         ("student", against("student", student, &[("model_name_or_path", weights.clone())])),
         ("weights", against("weights", weights, &[])),
-        ("tokenizer", against("tokens", teacher(), &[("model_name_or_path", tokens)])),
+        // Another reference has the policy's vocabulary.
+        ("tokenizer", kept(&place("its-tokens"), &pairs(), &[("model_name_or_path", tokens)])),
         ("template", against("template", teacher(), &[("chat_template", json!("plain"))])),
         ("data", kept(&place("data"), &rows, &[("reference", teacher())])),
         ("dtype", against("dtype", teacher(), &[("dtype", json!("bf16"))])),
