@@ -297,19 +297,11 @@ fn check_vocabularies(first: Option<&ChatTokenizer>, other: Option<&ChatTokenize
     let (Some(first), Some(other)) = (first, other) else {
         return Ok(()); // without a tokenizer there is nothing to compare
     };
-    let ids = first.vocab_size().max(other.vocab_size()) as u32;
-    match (0..ids).find(|id| first.token(*id) != other.token(*id)) {
+    match first.first_difference(other) {
         None => Ok(()),
-        Some(id) => {
-            let token = |tokenizer: &ChatTokenizer| {
-                tokenizer.token(id).map_or("absent".to_owned(), |token| format!("`{token}`"))
-            };
-            Err(Error::run(format!(
-                "token {id} is {}, in the first model {}",
-                token(other),
-                token(first)
-            ))
-            .hint("the same id must mean the same in all models"))
+        Some((id, [first, other])) => {
+            Err(Error::run(format!("token {id} is {other}, in the first model {first}"))
+                .hint("the same id must mean the same in all models"))
         }
     }
 }
