@@ -341,6 +341,32 @@ fn recipes_are_copied_once_and_validated() {
     assert_eq!(serde_json::from_str::<serde_json::Value>(&stdout).unwrap()["seed"], 3);
 }
 
+/// Models and rows that are here already are looked at before a run would come to them.
+#[test]
+#[expect(clippy::disallowed_methods, reason = "the data of a test")]
+fn validate_looks_at_models_and_at_the_rows_of_stages_that_judge() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let row = "{\"prompt\": \"2+2?\", \"answer\": \"4\"}\n";
+    std::fs::write(path("rows.jsonl"), row).unwrap();
+    std::fs::write(path("bare.jsonl"), format!("{row}{{\"prompt\": \"3+3?\"}}\n")).unwrap();
+    let validated = |rows: &str, scorer: &str| {
+        let (recipe, rows) = (path("r.toml"), path(rows));
+        let stage = "[[stage]]\nkind = 'eval'\nmodel_name_or_path = 'data/tiny/student'";
+        let scorers = format!("scorers = [{{verifier = 'number'}}{scorer}]");
+        std::fs::write(&recipe, format!("{stage}\ndatasets = ['{rows}']\n{scorers}\n")).unwrap();
+        let (status, _, stderr) = arriero(&["validate", &recipe]);
+        (status, stderr)
+    };
+    assert_eq!(validated("rows.jsonl", "").0, 0);
+    let (status, stderr) = validated("bare.jsonl", "");
+    let lacks = "bare.jsonl:2: scorer `number`: the row has no `answer`";
+    assert!(status == 1 && stderr.contains(lacks), "{stderr}");
+    let no_model = format!(", {{reward_model = '{}'}}", dir.path().display());
+    let (status, stderr) = validated("rows.jsonl", &no_model);
+    assert!(status == 1 && stderr.contains("`reward_model`: "), "{stderr}");
+}
+
 #[test]
 #[expect(clippy::disallowed_methods, reason = "the data of a test")]
 fn labelled_responses_are_shown_by_validate() {

@@ -9,6 +9,7 @@ mod doctor;
 mod dtype;
 mod estimate;
 mod export;
+mod inputs;
 mod interrupt;
 mod merge;
 mod output;

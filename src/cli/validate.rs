@@ -6,7 +6,7 @@ use std::io::IsTerminal;
 use clap::Args;
 
 use super::estimate::{self, Peak, Reference};
-use super::{RecipeArgs, output, recipes};
+use super::{RecipeArgs, inputs, output, recipes};
 use crate::data::pipeline::{Source, first_rows};
 use crate::data::prepare::Rule;
 use crate::data::preview;
@@ -42,6 +42,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<()> {
         plan.output_dir.display()
     ));
     for step in &plan.steps {
+        inputs::check(step)?;
         describe(plan, step)?;
     }
     for step in plan.steps.iter().filter(|step| step.round == 1) {
