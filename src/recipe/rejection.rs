@@ -246,6 +246,14 @@ impl Select {
     /// # Errors
     /// Names the key, its value and what was expected.
     pub fn rules(&self, seed: u64) -> Result<Rules> {
+        // They are read as a `sample` stage wrote them.
+        let is_part = |dataset: &&Dataset| {
+            **dataset != Dataset { path: dataset.path.clone(), ..Dataset::default() }
+        };
+        if let Some(dataset) = self.datasets.iter().find(is_part) {
+            return Err(Error::usage(format!("`datasets`: a part of `{}`", dataset.path))
+                .hint("`select` takes all rows of a `sample` stage, by `path` alone"));
+        }
         let rules = Rules {
             pairs: self.strategy,
             sft: self.sft_strategy,
@@ -303,6 +311,18 @@ mod tests {
         assert_eq!(fits(json!({"capability": ["chat", "sql"], "source": "a"})), Some(0));
         assert_eq!(fits(json!({"source": "a", "level": 2})), Some(1));
         assert_eq!(fits(json!({"source": "a"})), None);
+    }
+
+    #[test]
+    fn select_takes_whole_outputs() {
+        let all = Dataset { path: "data.jsonl".to_owned(), ..Dataset::default() };
+        let select =
+            |dataset: &Dataset| Select { datasets: vec![dataset.clone()], ..Select::default() };
+        assert!(select(&all).rules(0).is_ok());
+        for part in [Dataset { limit: 3, ..all.clone() }, Dataset { fraction: 0.5, ..all }] {
+            let error = select(&part).rules(0).unwrap_err().to_string();
+            assert_eq!(error, "`datasets`: a part of `data.jsonl`");
+        }
     }
 
     #[test]
