@@ -26,10 +26,11 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     let begin = training::base(context, (&adapt, &Bases::default()), &spec.chat_template)?;
     let mut checkpoint = with_head(begin.checkpoint, spec, context.seed)?;
     let rule = spec.rule(context.seed);
+    // Who scores with the model must ask as it was taught, which may not be as its start was.
+    let facts = &mut checkpoint.config.other;
+    facts.retain(|key, _| key != PROMPT_FORMAT);
     if of_plain_text(context, &spec.datasets, &rule)? {
-        // Who scores with the model must ask as it was taught.
-        let form = Value::String(PLAIN_TEXT.to_owned());
-        checkpoint.config.other.insert(PROMPT_FORMAT.to_owned(), form);
+        facts.insert(PROMPT_FORMAT.to_owned(), Value::String(PLAIN_TEXT.to_owned()));
     }
     let begin = Start { checkpoint, ..begin };
     let start = &begin.checkpoint;

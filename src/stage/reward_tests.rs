@@ -27,8 +27,12 @@ fn train(dir: &Path, rows: &[Value], spec: plan::Reward) -> Metrics {
     let lines = rows.iter().map(Value::to_string).collect::<Vec<_>>().join("\n");
     crate::store::write_atomic(&path, lines.as_bytes()).unwrap();
     let datasets = vec![Dataset { path: path.display().to_string(), ..Dataset::default() }];
+    let start = match spec.model_name_or_path.as_str() {
+        "" => STUDENT,
+        start => start,
+    };
     let mut spec = plan::Reward {
-        model_name_or_path: STUDENT.to_owned(),
+        model_name_or_path: start.to_owned(),
         eval_datasets: datasets.clone(),
         datasets,
         chat_template: "chatml".to_owned(),
@@ -226,7 +230,10 @@ fn a_model_that_learned_from_text_is_asked_in_text() {
         "{error}"
     );
 
-    let dir = tempfile::tempdir().unwrap();
-    train(dir.path(), &sides(&|text| says(&text)), plan::Reward::default());
-    assert_eq!(form(dir.path()), None);
+    // From there with messages: what it learned last is how it is asked.
+    let start = checkpoint.to_str().unwrap().to_owned();
+    let next = tempfile::tempdir().unwrap();
+    let spec = plan::Reward { model_name_or_path: start, ..plan::Reward::default() };
+    train(next.path(), &sides(&|text| says(&text)), spec);
+    assert_eq!(form(next.path()), None);
 }
