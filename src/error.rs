@@ -1,4 +1,4 @@
-//! The one error type: what went wrong, where, and what to do about it.
+//! The crate's error type: what went wrong, where, and what to do about it.
 //!
 //! Every message names the place (file, line, key, tensor), the value found and what was expected; a
 //! [`hint`](Error::hint) tells the reader the next step. Messages are lower-case fragments without a full stop.
@@ -8,18 +8,18 @@ use std::fmt;
 /// The crate's result type.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Which exit status an error ends the program with.
+/// The exit status that an error leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// The recipe, the arguments or the settings are wrong: exit 2, nothing was run.
     Usage,
     /// The work itself failed: exit 1.
     Run,
-    /// The user asked to stop (Ctrl-C): exit 130. What was finished is kept.
+    /// The user asked to stop (Ctrl-C): exit 130. Finished work is kept.
     Interrupted,
 }
 
-/// An error with its place and a hint.
+/// An error with its location and a hint.
 ///
 /// ```
 /// use arriero::error::Error;
@@ -46,7 +46,7 @@ impl Error {
         Self::new(Kind::Run, message)
     }
 
-    /// A recipe, argument or setting that cannot be acted on.
+    /// A recipe, argument or setting that is invalid.
     pub fn usage(message: impl fmt::Display) -> Self {
         Self::new(Kind::Usage, message)
     }
@@ -56,14 +56,14 @@ impl Error {
         Self::new(Kind::Interrupted, "interrupted").hint("run the same command again to resume")
     }
 
-    /// Puts the place in front of the message: a file and line, a key, a tensor's name.
+    /// Prefixes the message with a location: a file and line, a key, a tensor name.
     #[must_use]
     pub fn at(mut self, place: impl fmt::Display) -> Self {
         self.0.message = format!("{place}: {}", self.0.message);
         self
     }
 
-    /// Says what the reader can do. A hint given earlier, nearer to the cause, stays.
+    /// Says what the reader can do. A hint set earlier, closer to the cause, is kept.
     #[must_use]
     pub fn hint(mut self, hint: impl fmt::Display) -> Self {
         self.0.hint.get_or_insert_with(|| hint.to_string());
@@ -82,12 +82,12 @@ impl Error {
         self.0.hint.as_deref()
     }
 
-    /// Which exit status this error ends the program with.
+    /// The exit status that this error leads to.
     pub fn kind(&self) -> Kind {
         self.0.kind
     }
 
-    /// The same error, counted as a mistake in the recipe or the arguments.
+    /// Reclassifies the error as a mistake in the recipe or the arguments.
     #[must_use]
     pub fn as_usage(mut self) -> Self {
         self.0.kind = Kind::Usage;
@@ -143,9 +143,9 @@ impl From<tokenizers::Error> for Error {
     }
 }
 
-/// Adds a place or a hint to the error of any result.
+/// Adds a location or a hint to the error of any result.
 pub trait Context<T> {
-    /// Puts the place in front of the error's message.
+    /// Prefixes the error message with a location.
     fn at(self, place: impl fmt::Display) -> Result<T>;
     /// Says what the reader can do.
     fn hint(self, hint: impl fmt::Display) -> Result<T>;
@@ -161,7 +161,7 @@ impl<T, E: Into<Error>> Context<T> for Result<T, E> {
     }
 }
 
-/// The known name nearest to a mistyped one, for "did you mean" hints.
+/// The known name closest to a mistyped one, for "did you mean" hints.
 ///
 /// ```
 /// assert_eq!(arriero::error::did_you_mean("learning_rat", ["beta", "learning_rate"]), Some("learning_rate"));

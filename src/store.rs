@@ -1,8 +1,8 @@
-//! What reaches the disk: whole files or none, directories with their manifest last, hashes, and one process a run.
+//! Disk I/O: atomic files, directories whose manifest is written last, hashes, and one process per run.
 //!
-//! Nothing half-written is ever read: a file or a directory appears under its final name only when it is complete
-//! and on the disk. What a killed process left behind carries `.partial-` in its name and is removed at the next
-//! start. A line-by-line file (ledger, metrics) may end in a torn line after a kill; the writer cuts it off.
+//! Nothing half-written is ever read: a file or directory appears under its final name only once it is complete and on
+//! disk. What a killed process leaves behind has `.partial-` in its name and is removed at the next start. A JSON Lines
+//! file (ledger, metrics) may end in a torn line after a kill; the writer truncates it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
@@ -15,16 +15,16 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, Result};
 
-/// Name of the file that a finished directory has and an unfinished one lacks.
+/// Name of the file that only a finished directory has.
 pub const MANIFEST: &str = "manifest.json";
 
-/// What to do about a full disk.
+/// Hint for a full disk.
 pub const FULL_DISK: &str =
     "free space on this disk, then run the same command again: finished work is kept";
 
 const PARTIAL: &str = ".partial-";
 
-/// Turns an I/O error into one that names the path, with a hint where the disk is full or not writable.
+/// Adds the path to an I/O error, and a hint if the disk is full or not writable.
 pub fn io_error(path: &Path, error: io::Error) -> Error {
     let kind = error.kind();
     let failed = Error::from(error).at(path.display());
@@ -35,7 +35,7 @@ pub fn io_error(path: &Path, error: io::Error) -> Error {
     }
 }
 
-/// The same of a file that is only read.
+/// [`io_error`] for a file that is only read.
 pub fn read_error(path: &Path, error: io::Error) -> Error {
     let is_denied = error.kind() == io::ErrorKind::PermissionDenied;
     let failed = Error::from(error).at(path.display());
@@ -60,7 +60,7 @@ fn sync_dir(path: &Path) -> Result<()> {
     File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| io_error(path, error))
 }
 
-/// Creates a directory and those above it.
+/// Creates a directory and its parents.
 pub fn create_dir(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(|error| io_error(path, error))
 }
@@ -70,7 +70,7 @@ pub fn read_text(path: &Path) -> Result<String> {
     fs::read_to_string(path).map_err(|error| read_error(path, error))
 }
 
-/// Writes `bytes` to `path`, whole or not at all.
+/// Writes `bytes` to `path` atomically.
 ///
 /// ```
 /// let dir = tempfile::tempdir()?;
@@ -83,7 +83,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomic_with(path, |file| file.write_all(bytes).map_err(|error| io_error(path, error)))
 }
 
-/// Writes `value` as indented JSON to `path`, whole or not at all.
+/// Writes `value` to `path` as indented JSON, atomically.
 pub fn write_json<T: Serialize + ?Sized>(path: &Path, value: &T) -> Result<()> {
     let mut text = serde_json::to_string_pretty(value).at(path.display())?;
     text.push('\n');
@@ -95,8 +95,8 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_str(&read_text(path)?).at(path.display())
 }
 
-/// Writes what `fill` writes to `path`, whole or not at all: into a partial file next to it, flushed to the disk,
-/// then renamed. Where anything fails, the partial file is removed and `path` is as it was.
+/// Writes to `path` atomically: `fill` writes a partial file next to it, which is flushed to disk and renamed. On any
+/// failure the partial file is removed and `path` is unchanged.
 pub fn write_atomic_with(
     path: &Path,
     fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
@@ -105,7 +105,7 @@ pub fn write_atomic_with(
     let partial = partial_name(path);
     let written = write_partial(&partial, path, fill);
     if written.is_err() {
-        // The first error is the one to report; the partial may not even exist.
+        // Report the first error; the partial file may not even exist.
         let _ = fs::remove_file(&partial);
     }
     written
@@ -127,7 +127,7 @@ fn write_partial(
     sync_dir(parent(path))
 }
 
-/// Removes a file or a directory tree, if it is there.
+/// Removes a file or a directory tree if it exists.
 pub fn remove(path: &Path) -> Result<()> {
     let removed = match fs::symlink_metadata(path) {
         Err(_) => return Ok(()),
@@ -137,7 +137,7 @@ pub fn remove(path: &Path) -> Result<()> {
     removed.map_err(|error| io_error(path, error))
 }
 
-/// Moves a finished directory or file to its final name and makes the move durable. What is at `to` is replaced.
+/// Moves a finished directory or file to its final name, durably. An existing `to` is replaced.
 #[expect(clippy::disallowed_methods, reason = "this is the place that makes renames safe")]
 pub fn move_into_place(from: &Path, to: &Path) -> Result<()> {
     let old = partial_name(to);
@@ -149,7 +149,7 @@ pub fn move_into_place(from: &Path, to: &Path) -> Result<()> {
     remove(&old)
 }
 
-/// Removes what killed processes left half-written directly in `dir`. Only for a directory this process has locked.
+/// Removes partial files directly in `dir` that killed processes left. Only for a directory this process has locked.
 pub fn remove_partials(dir: &Path) -> Result<()> {
     for entry in entries(dir)? {
         if entry.file_name().is_some_and(|name| name.to_string_lossy().contains(PARTIAL)) {
@@ -159,7 +159,7 @@ pub fn remove_partials(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The paths directly in `dir`, sorted by name; none where `dir` does not exist.
+/// The paths directly in `dir`, sorted by name; empty if `dir` does not exist.
 pub fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     let failed = |error| read_error(dir, error);
     let mut paths = match fs::read_dir(dir) {
@@ -187,9 +187,9 @@ pub fn files_under(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// A directory that is built under a partial name and gets its final name when it is complete.
+/// A directory built under a partial name, which gets its final name on commit.
 ///
-/// Dropped without [`commit`](Self::commit), it removes what it built.
+/// If dropped without [`commit`](Self::commit), it removes what it built.
 ///
 /// ```
 /// use arriero::store::{AtomicDir, MANIFEST};
@@ -222,8 +222,8 @@ impl AtomicDir {
         &self.partial
     }
 
-    /// Flushes every file, writes `manifest` last, and gives the directory its final name. An older directory of
-    /// that name is replaced.
+    /// Flushes every file, writes `manifest` last, and gives the directory its final name, replacing an older directory
+    /// of that name.
     pub fn commit<T: Serialize + ?Sized>(mut self, manifest: &T) -> Result<()> {
         finish_dir(&self.partial, manifest)?;
         move_into_place(&self.partial, &self.target)?;
@@ -235,7 +235,7 @@ impl AtomicDir {
 impl Drop for AtomicDir {
     fn drop(&mut self) {
         if !self.done {
-            // Nobody to tell here; a leftover is removed at the next start.
+            // Drop cannot return an error; the leftover is removed at the next start.
             let _ = remove(&self.partial);
         }
     }
@@ -258,7 +258,7 @@ pub fn sha256_bytes(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-/// SHA-256 of a file's content, as 64 hexadecimal digits.
+/// SHA-256 of a file's contents, as 64 hexadecimal digits.
 pub fn sha256_file(path: &Path) -> Result<String> {
     let mut hasher = Sha256::new();
     let mut file = File::open(path).map_err(|error| read_error(path, error))?;
@@ -272,7 +272,8 @@ pub fn sha256_file(path: &Path) -> Result<String> {
     }
 }
 
-/// SHA-256 over the sorted relative names and contents of all files under a directory; of a file, its content's.
+/// SHA-256 over the sorted relative names and contents of all files under a directory, or over a single file's
+/// contents.
 pub fn sha256_path(path: &Path) -> Result<String> {
     if !path.is_dir() {
         return sha256_file(path);
@@ -297,7 +298,7 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// One process a run directory. The operating system holds the lock, so that a killed process leaves none behind.
+/// Lock on a run directory: one process per run. The operating system holds it, so a killed process leaves none behind.
 #[derive(Debug)]
 pub struct RunLock {
     file: File,
@@ -307,7 +308,7 @@ impl RunLock {
     /// Locks `run`, creating it if needed.
     ///
     /// # Errors
-    /// Another process has it.
+    /// Another process holds the lock.
     pub fn acquire(run: &Path) -> Result<Self> {
         create_dir(run)?;
         let path = run.join(".lock");
@@ -319,7 +320,7 @@ impl RunLock {
             Ok(()) => {}
             Err(fs::TryLockError::WouldBlock) => {
                 let mut holder = String::new();
-                // The holder's number only helps the message.
+                // The holder's process id only improves the message.
                 let _ = file.read_to_string(&mut holder);
                 let holder = holder.trim();
                 let who = if holder.is_empty() { String::new() } else { format!(" {holder}") };
@@ -342,7 +343,7 @@ impl Drop for RunLock {
     }
 }
 
-/// Appends JSON lines to a file that survives a kill: a torn last line is cut off when it is opened again.
+/// Appends JSON lines to a file that survives a kill: a torn last line is truncated on reopening.
 #[derive(Debug)]
 pub struct JsonlWriter {
     file: File,
@@ -350,7 +351,7 @@ pub struct JsonlWriter {
 }
 
 impl JsonlWriter {
-    /// Opens `path` for appending after its last whole line, creating it if needed.
+    /// Opens `path` for appending after its last complete line, creating it if needed.
     pub fn open(path: &Path) -> Result<Self> {
         create_dir(parent(path))?;
         let failed = |error| io_error(path, error);
@@ -363,21 +364,21 @@ impl JsonlWriter {
         Ok(Self { file, path: path.to_path_buf() })
     }
 
-    /// Writes one line and hands it to the operating system: it survives this process, not a power cut
-    /// (see [`sync`](Self::sync)).
+    /// Writes one line and hands it to the operating system. It survives this process, but not a power cut (see
+    /// [`sync`](Self::sync)).
     pub fn write<T: Serialize + ?Sized>(&mut self, row: &T) -> Result<()> {
         let mut line = serde_json::to_vec(row).at(self.path.display())?;
         line.push(b'\n');
         self.file.write_all(&line).map_err(|error| io_error(&self.path, error))
     }
 
-    /// Waits until everything written is on the disk.
+    /// Waits until everything written is on disk.
     pub fn sync(&mut self) -> Result<()> {
         self.file.sync_data().map_err(|error| io_error(&self.path, error))
     }
 }
 
-/// Bytes up to and including the last line feed.
+/// Number of bytes up to and including the last line feed.
 fn whole_lines(file: &mut File) -> io::Result<u64> {
     const CHUNK: u64 = 1 << 16;
     let mut end = file.seek(SeekFrom::End(0))?;
@@ -394,8 +395,8 @@ fn whole_lines(file: &mut File) -> io::Result<u64> {
     Ok(0)
 }
 
-/// Reads the whole lines of a ledger that [`JsonlWriter`] wrote; a torn last line is left out. A file that does
-/// not exist has no lines.
+/// Reads the complete lines of a ledger that [`JsonlWriter`] wrote, ignoring a torn last line. A missing file has no
+/// lines.
 pub fn read_ledger<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let text = match fs::read(path) {
         Ok(bytes) => bytes,
@@ -434,7 +435,7 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_named_with_the_path_and_a_hint() {
-        // /dev/full answers every write with "no space left on device".
+        // /dev/full fails every write with "no space left on device".
         let failed = File::options()
             .write(true)
             .open("/dev/full")

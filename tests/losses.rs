@@ -1108,9 +1108,7 @@ fn bad_pairs_are_refused_with_their_row() {
         format!("{:?}", objective().check_tree(&tree).unwrap_err())
     };
     assert!(check(&[7, 8, 2], &[7, 8, 2]).starts_with("chosen and rejected are the same tokens"));
-    assert!(
-        check(&[7, 2], &[2]).starts_with("the second response has no token that enters the loss")
-    );
+    assert!(check(&[7, 2], &[2]).starts_with("the second response has no token in the loss"));
 }
 
 /// TRL's cases of a loss, as the table names them.

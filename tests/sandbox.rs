@@ -98,15 +98,27 @@ const HOSTILE: &[(&str, &str, Outcome)] = &[
         Says("KEPT OSError [Errno 28]"),
     ),
     (
-        "opens files without a name",
-        "attempt(lambda: [os.memfd_create('x') for _ in range(1000)])",
-        Says("KEPT OSError [Errno 24]"),
+        "fills files without a name, which nothing maps",
+        "def fill():\n  for n in range(60):\n    file = os.memfd_create('x')\n    os.write(file, bytes(1 << 20))\nattempt(fill)",
+        Says("KEPT PermissionError"),
     ),
     (
-        "makes a big file without a name",
-        "attempt(lambda: os.truncate(os.memfd_create('x'), 1 << 30))",
-        Says("KEPT OSError [Errno 27]"),
+        "fills segments of shared memory and unmaps them",
+        "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nc.shmat.restype = ctypes.c_void_p\nc.shmdt.argtypes = [ctypes.c_void_p]\ndef fill():\n  for n in range(20):\n    segment = c.shmget(0, 64 << 20, 0o1600)\n    if segment < 0: raise OSError(ctypes.get_errno(), 'shmget')\n    place = c.shmat(segment, None, 0)\n    ctypes.memset(place, 1, 64 << 20)\n    c.shmdt(place)\nattempt(fill)",
+        Says("KEPT PermissionError"),
     ),
+    (
+        "fills memory without a file and keeps a page of it",
+        "import ctypes, mmap\nc = ctypes.CDLL(None)\nc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]\ndef fill():\n  for n in range(20):\n    place = mmap.mmap(-1, 64 << 20)\n    start = ctypes.addressof(ctypes.c_char.from_buffer(place))\n    ctypes.memset(start, 1, 64 << 20)\n    c.munmap(start + 4096, (64 << 20) - 4096)\nattempt(fill)",
+        Says("KEPT PermissionError"),
+    ),
+    (
+        "shares the device of zeros",
+        "import mmap\nattempt(lambda: mmap.mmap(os.open('/dev/zero', os.O_RDWR), 64 << 20))",
+        Says("KEPT PermissionError"),
+    ),
+    ("makes semaphores", "libc('semget', 0, 32000, 0o600)", Says("returned -1")),
+    ("makes queues", "libc('msgget', 0, 0o600)", Says("returned -1")),
     ("sleeps forever", "time.sleep(10**6)", TimesOut),
     (
         "leaves a daemon",
@@ -269,6 +281,51 @@ fn what_a_program_says_and_how_it_ends_is_told() {
     assert!(execution.stdout.text().len() < 70_000);
 }
 
+/// Each fails with EPERM and in no other way, whatever the kernel would say of it.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn system_calls_that_no_answer_needs_are_refused_by_any_number() {
+    let calls = [
+        ("shmget", 29),
+        ("semget", 64),
+        ("msgget", 68),
+        ("ptrace", 101),
+        ("add_key", 248),
+        ("request_key", 249),
+        ("keyctl", 250),
+        ("vmsplice", 278),
+        ("perf_event_open", 298),
+        ("memfd_create", 319),
+        ("bpf", 321),
+        ("userfaultfd", 323),
+        ("io_uring_setup", 425),
+        ("memfd_secret", 447),
+        ("getpid of x32", 0x4000_0027),
+        ("shmget of x32", 0x4000_001d),
+        ("ptrace of x32", 0x4000_0209),
+    ];
+    for (name, number) in calls {
+        let program = format!(
+            "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nprint(c.syscall({number}, 0, 4096, 0o600, 0, 0, 0), ctypes.get_errno())"
+        );
+        let execution = python(&sandbox(PATIENCE), &program);
+        assert_eq!(execution.stdout.text(), "-1 1\n", "{name}: {}", execution.stderr.text());
+    }
+    // The process's number, asked for as i386 does.
+    let program = "import ctypes, mmap\nplace = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 7)\nplace.write(bytes.fromhex('b814000000cd80c3'))\nstart = ctypes.addressof(ctypes.c_char.from_buffer(place))\nprint('got', ctypes.CFUNCTYPE(ctypes.c_int)(start)())";
+    let execution = python(&sandbox(PATIENCE), program);
+    assert_ne!(execution.ending, Ending::Exited(0), "{}", execution.stdout.text());
+}
+
+/// What programs and their tests do use.
+#[test]
+fn processes_threads_and_files_in_memory_work_in_the_sandbox() {
+    let program = "import multiprocessing, mmap, tempfile, asyncio, subprocess\nfrom concurrent.futures import ThreadPoolExecutor\ndef square(x): return x * x\nwith multiprocessing.Pool(2) as pool: assert pool.map(square, [2, 3]) == [4, 9]\nwith ThreadPoolExecutor(2) as pool: assert list(pool.map(square, [2])) == [4]\nassert multiprocessing.Value('i', 3).value == 3\nfile = tempfile.TemporaryFile()\nfile.write(b'abc'); file.flush()\nassert mmap.mmap(file.fileno(), 3)[:] == b'abc'\nassert asyncio.run(asyncio.sleep(0, 5)) == 5\nassert subprocess.run(['/usr/bin/echo', 'x'], capture_output=True).stdout == b'x\\n'\nprint('all work')";
+    let execution = python(&sandbox(PATIENCE), program);
+    let errors = execution.stderr.text();
+    assert_eq!(execution.stdout.text(), "all work\n", "{errors}");
+}
+
 const TEST: &str =
     "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n";
 
@@ -386,6 +443,124 @@ fn tests_come_as_text_or_as_a_list_and_mistakes_in_them_are_the_rows() {
     ] {
         let error = judge_row(code, &row).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
+    }
+}
+
+/// Tests that the text defines and does not call, or leaves to a runner.
+const UNCALLED: &[&str] = &[
+    "def test_two():\n    assert square(2) == 4\ndef test_three():\n    assert square(3) == 9",
+    "async def test_three():\n    import asyncio\n    await asyncio.sleep(0)\n    assert square(3) == 9",
+    "class TestSquare:\n    def setup_method(self, method):\n        self.three = 3\n    def test_three(self):\n        assert square(self.three) == 9",
+    "import unittest\nclass Squares(unittest.TestCase):\n    def test_three(self):\n        self.assertEqual(square(3), 9)",
+    "import unittest\nclass Squares(unittest.TestCase):\n    def setUp(self):\n        self.three = 3\n    def test_three(self):\n        for x in (0, self.three):\n            with self.subTest(x=x):\n                self.assertEqual(square(x), x ** 2)\nif __name__ == '__main__':\n    unittest.main()",
+    "import unittest\nfrom unittest import main, TestCase as Case\nclass Squares(Case):\n    def test_three(self):\n        self.assertEqual(square(3), 9)\nmain()",
+    "import sys, unittest as u\nclass Squares(u.TestCase):\n    def test_three(self):\n        self.assertEqual(square(3), 9)\n    @u.skip('not here')\n    def test_skipped(self):\n        self.fail()\n    @u.expectedFailure\n    def test_expected(self):\n        self.fail()\nsys.exit(u.main(exit=False))",
+    "import unittest\nclass Mixin:\n    def test_three(self):\n        self.assertEqual(square(3), 9)\nclass Squares(Mixin, unittest.TestCase):\n    pass",
+    "import unittest\nclass Squares(unittest.IsolatedAsyncioTestCase):\n    async def test_three(self):\n        self.assertEqual(square(3), 9)",
+    "from unittest.mock import patch\n@patch('builtins.print')\ndef test_three(said):\n    assert square(3) == 9 and not said.called",
+    "def test_square(x=3):\n    assert square(x) == x ** 2\ndef test_helper(x):\n    return square(x)\ndef test_helped():\n    assert test_helper(3) == 9",
+    // What the text calls itself, it calls once.
+    "calls = []\ndef test_three():\n    calls.append(3)\n    assert len(calls) == 1 and square(3) == 9\ntest_three()",
+    "def run_all():\n    assert square(3) == 9\nif '__main__' == __name__:\n    run_all()",
+    "def test_of(f, x):\n    assert f(x) == x ** 2\nfor x in range(4):\n    test_of(square, x)",
+    "def check():\n    assert square(3) == 9\ncheck()",
+    "if True:\n    def test_three():\n        assert square(3) == 9",
+    "from answer import square as under_test\ndef test_three():\n    assert under_test(3) == 9",
+    "exec('assert square(3) == 9')",
+];
+
+#[test]
+fn tests_that_are_only_defined_are_found_and_run() {
+    let right = "def square(x):\n    return x * x\nif __name__ == '__main__':\n    print(square(int(input())))";
+    for tests in UNCALLED {
+        let row = json!({ "tests": tests });
+        let score = judge_row(right, &row).unwrap();
+        assert!(score.value > 0.5, "refused by {tests}: {}", score.why);
+        for wrong in [
+            "def square(x):\n    return 2 * x",
+            "def square(x):\n    raise SystemExit(0)",
+            "import unittest\ndef square(x):\n    raise unittest.SkipTest('hard')",
+            "import sys\ndef square(x):\n    sys.exit()",
+            "import os\ndef square(x):\n    os._exit(0)",
+            // Tests of its own count for nothing.
+            "import unittest\ndef square(x): return 2 * x\ndef test_three(): pass\ndef test_other(): assert square(3) == 6\nclass TestSquare:\n    def test_three(self): pass\nclass Squares(unittest.TestCase):\n    def test_three(self): pass",
+        ] {
+            let score = judge_row(wrong, &row).unwrap();
+            assert!(score.value < 0.5, "{wrong} passed {tests}");
+        }
+    }
+    // The line that failed is shown, of a unittest's too.
+    for tests in [UNCALLED[0], UNCALLED[3]] {
+        let score = judge_row("def square(x): return 2 * x", &json!({ "tests": tests })).unwrap();
+        assert!(
+            score.why.contains("square(3)") && score.why.contains("Assertion"),
+            "{}",
+            score.why
+        );
+    }
+    // Tests of which none ran.
+    let skipped =
+        "import unittest\n@unittest.skip('all')\ndef test_three():\n    assert square(3) == 9";
+    let score = judge_row(right, &json!({ "tests": skipped })).unwrap();
+    assert!(score.value < 0.5 && score.why.contains("no test ran"), "{}", score.why);
+}
+
+#[test]
+fn tests_that_cannot_be_run_or_that_no_program_can_fail_are_mistakes_of_the_row() {
+    for (tests, part) in [
+        ("", "no program can fail them: there is no assertion"),
+        (
+            "import sys\nsys.setrecursionlimit(9999)\nx = [1]\nprint(len(x))",
+            "no program can fail them",
+        ),
+        (
+            "from answer import square\nCASES = [(2, 4)]\ndef verify(f):\n    assert f(2) == 4",
+            "`verify` is never called",
+        ),
+        (
+            "import unittest\nclass Squares(unittest.TestCase):\n    pass\nunittest.main()",
+            "no program can fail them",
+        ),
+        (TEST, "define `check`, which nothing calls: no column entry_point"),
+        (
+            "# check(square) is for later\ndef check(f):\n    assert f(2) == 4",
+            "`check` is never called",
+        ),
+        (
+            "def test_square(client):\n    assert square(2) == client",
+            "`test_square` needs `client`",
+        ),
+        ("def test_square(*, x):\n    assert square(x) == 4", "`test_square` needs `x`"),
+        (
+            "import pytest\n@pytest.mark.parametrize('x', [2])\ndef test_square(x):\n    assert square(x) == x * x",
+            "`test_square` needs pytest's `parametrize`",
+        ),
+        (
+            "import pytest\n@pytest.fixture(autouse=True)\ndef two():\n    return 2\nassert square(2) == 4",
+            "`two` is a fixture",
+        ),
+        (
+            "def setup_module():\n    global two\n    two = 2\ndef test_square():\n    assert square(two) == 4",
+            "`setup_module` is called by pytest alone",
+        ),
+        (
+            "class TestSquare:\n    def setup_class(self): pass\n    def test_two(self):\n        assert square(2) == 4",
+            "`setup_class` is called by pytest alone",
+        ),
+        (
+            "class TestSquare:\n    def test_two(self, two):\n        assert square(two) == 4",
+            "`TestSquare.test_two` needs `two`",
+        ),
+        ("def test_square():\n    assert square(2) == 4\n    yield", "`test_square` yields"),
+        (
+            "import unittest\nclass Squares(unittest.TestCase):\n    async def test_two(self):\n        self.assertEqual(square(2), 5)",
+            "`Squares.test_two` is async",
+        ),
+    ] {
+        // Nothing of the program runs.
+        let program = "import os\nos.write(2, b'it ran')\nos._exit(4)";
+        let error = judge_row(program, &json!({ "tests": tests })).unwrap_err().to_string();
+        assert!(error.contains(part) && error.contains("row: scorer `code`"), "{tests}: {error}");
     }
 }
 

@@ -10,7 +10,7 @@
 #[path = "support/served.rs"]
 mod served;
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
@@ -269,6 +269,30 @@ fn echoed_prompts_are_scored_as_by_the_whole_forward() {
             assert!((3..=4).contains(&top.as_object().unwrap().len()), "{top}");
         }
         assert_eq!(answer["usage"]["completion_tokens"], 0);
+    }
+}
+
+#[test]
+fn a_text_that_takes_all_positions_is_scored() {
+    let server = Server::start(&["--cache-tokens", "256"]);
+    let model = checkpoint();
+    let ids: Vec<u32> = (0..257).map(|i| 40 + (i * 29) % 300).collect();
+    let transformer = Transformer::new(&model.config, &model.weights).unwrap();
+    let expected = answer_logprobs(&transformer, &ids[..1], &[&ids[1..256]]).unwrap().remove(0);
+    let body = |len: usize, max_tokens: usize| json!({"prompt": ids[..len], "echo": true, "logprobs": 0, "max_tokens": max_tokens});
+    let answer = server.ask(PLAIN, &body(256, 0));
+    let found = answer["choices"][0]["logprobs"]["token_logprobs"].as_array().unwrap();
+    assert!(found.len() == 256 && found[0].is_null());
+    let found: Vec<f32> = found[1..].iter().map(|x| x.as_f64().unwrap() as f32).collect();
+    assert_eq!(found, expected);
+    let usage = &answer["usage"];
+    assert_eq!((&usage["prompt_tokens"], &usage["completion_tokens"]), (&json!(256), &json!(0)));
+    for (len, max_tokens, part) in
+        [(257, 0, "expected at most the model's 256"), (256, 1, "must hold an answer too")]
+    {
+        let (status, error) = server.refused(PLAIN, &body(len, max_tokens).to_string());
+        assert_eq!((status, &error["code"]), (400, &json!("context_length_exceeded")));
+        assert!(error["message"].as_str().unwrap().contains(part), "{error}");
     }
 }
 
@@ -627,7 +651,35 @@ fn what_cannot_be_honoured_is_refused_with_words() {
         assert!(found == status && message.contains(part), "{path}: {found} {message}, not {part}");
     }
     let (status, error) = server.refused(CHAT, "{\"messages\": [");
-    assert!(status == 400 && error["message"].as_str().unwrap().starts_with("the body is no JSON"));
+    assert!(
+        status == 400
+            && error["message"].as_str().unwrap().starts_with("the body is not valid JSON")
+    );
+}
+
+#[test]
+fn a_form_that_cannot_be_enforced_is_refused_by_its_field() {
+    let server = Server::start(&[]);
+    let named = json!({"name": "s", "schema": {"type": 5}});
+    for (field, value) in [
+        ("guided_regex", json!("(")),
+        ("guided_json", json!({"type": 5})),
+        ("structured_outputs", json!({"regex": "("})),
+        ("structured_outputs", json!({"json": {"type": 5}})),
+        ("structured_outputs", json!({"choice": []})),
+        ("response_format", json!({"type": "json_schema", "json_schema": named})),
+    ] {
+        for (path, asked) in
+            [(PLAIN, json!({"prompt": "a"})), (CHAT, json!({"messages": question()}))]
+        {
+            let mut body = asked;
+            body[field] = value.clone();
+            let (status, error) = server.refused(path, &body.to_string());
+            assert_eq!((status, &error["param"]), (400, &json!(field)), "{body}: {error}");
+            let message = error["message"].as_str().unwrap();
+            assert!(message.starts_with(&format!("`{field}")), "{message}");
+        }
+    }
 }
 
 /// A chat request for a few tokens with more fields, or others.
@@ -821,6 +873,85 @@ fn a_client_that_goes_away_is_forgotten_and_gives_its_place_to_the_next() {
     server.ask(PLAIN, &brief);
 }
 
+/// A connection on which a request was begun whose body does not go on.
+fn begun(server: &Server, path: &str) -> BufReader<TcpStream> {
+    let address = server.url.strip_prefix("http://").unwrap();
+    let mut stream = TcpStream::connect(address).unwrap();
+    // Less than a body is waited for.
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    write!(
+        stream,
+        "POST {path} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 10000\r\n\r\n{{\"prompt\": \"Tom"
+    )
+    .unwrap();
+    BufReader::new(stream)
+}
+
+#[test]
+fn a_request_without_a_free_place_is_refused_before_its_body_is_read() {
+    let server = Server::start(&["--max-requests", "1", "--max-body", "20000"]);
+    let mut answer = server.stream(CHAT, &long(true));
+    answer.next().unwrap();
+    for path in [PLAIN, CHAT, "/v1/embeddings", "/score"] {
+        let mut line = String::new();
+        begun(&server, path).read_line(&mut line).unwrap();
+        assert!(line.starts_with("HTTP/1.1 429 "), "{path}: {line}");
+    }
+    // What nothing is computed for has places of its own.
+    server.ask("/tokenize", &json!({"prompt": "Tom"}));
+    drop(answer);
+    server.wait_for("arriero_answers_running 0");
+
+    let brief = json!({"prompt": "Tom", "max_tokens": 1}).to_string();
+    let until_answered = || {
+        let start = Instant::now();
+        while server.post(PLAIN, &brief).status() != 200 {
+            assert!(start.elapsed() < Duration::from_mins(1), "the place is not given back");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    until_answered();
+    // A request whose body stalls keeps the place until its client goes away. One that arrives while a brief request is answered is
+    // refused itself, so it may take more than one.
+    let start = Instant::now();
+    let half = loop {
+        let half = begun(&server, PLAIN);
+        std::thread::sleep(Duration::from_millis(50));
+        if server.post(PLAIN, &brief).status() == 429 {
+            break half;
+        }
+        assert!(start.elapsed() < Duration::from_mins(1), "no stalled request takes the place");
+    };
+    drop(half);
+    until_answered();
+}
+
+#[test]
+fn whatever_is_wrong_with_a_request_its_place_is_given_back() {
+    let server = Server::start(&["--max-requests", "1", "--max-body", "20000"]);
+    let embed = json!({"input": "a", "dimensions": 7}).to_string();
+    let brief = json!({"prompt": "Tom", "max_tokens": 1});
+    for (path, body, status) in [
+        (PLAIN, "{", 400),
+        (PLAIN, "{\"prompt\": 5}", 400),
+        (PLAIN, "{\"prompt\": [\"a\", \"b\"]}", 400),
+        (PLAIN, "x".repeat(30_000).as_str(), 413),
+        (CHAT, "{\"messages\": []}", 400),
+        (CHAT, "{\"messages\": [], \"model\": \"none\"}", 404),
+        ("/v1/embeddings", "{}", 400),
+        ("/v1/embeddings", embed.as_str(), 400),
+        ("/score", "{}", 400),
+        ("/tokenize", "{}", 400),
+        ("/detokenize", "{", 400),
+        ("/v1/unload_lora_adapter", "{}", 400),
+    ] {
+        let (found, error) = server.refused(path, body);
+        assert_eq!(found, status, "{path} {body:.40}: {error}");
+        server.ask(PLAIN, &brief);
+        server.ask("/tokenize", &json!({"prompt": "Tom"}));
+    }
+}
+
 #[test]
 fn a_server_told_to_stop_finishes_its_answers_and_takes_no_more() {
     let mut server = Server::start(&["--drain", "300"]);
@@ -988,6 +1119,22 @@ fn adapters_come_and_go_beside_one_base() {
         let (status, error) = server.refused("/v1/load_lora_adapter", &asked.to_string());
         assert!(status == 400 && error["message"].as_str().unwrap().contains(what), "{error}");
     }
+}
+
+#[test]
+fn caches_of_an_adapter_are_let_go_when_it_is_unloaded() {
+    let home = tempfile::tempdir().unwrap();
+    adapter(home.path(), 3);
+    let module = format!("one={}", home.path().display());
+    let server = Server::start(&["--lora-modules", &module, "--allow-runtime-lora-updating"]);
+    let asked = |model: &str| json!({"model": model, "prompt": "Tom has", "max_tokens": 12});
+    // A page for the prompt and one for its answer, of each.
+    server.ask(PLAIN, &asked("tiny"));
+    server.wait_for("arriero_cache_tokens 128");
+    server.ask(PLAIN, &asked("one"));
+    server.wait_for("arriero_cache_tokens 256");
+    server.ask("/v1/unload_lora_adapter", &json!({"lora_name": "one"}));
+    server.wait_for("arriero_cache_tokens 128");
 }
 
 #[test]

@@ -422,6 +422,33 @@ fn what_was_seen_of_a_server_holds_for_a_resumed_run() {
     assert!(second.iter().all(|body| body["n"] == 3));
 }
 
+/// Of a server that lists no models, the answers' own word is all there is.
+#[test]
+fn a_model_that_was_exchanged_between_two_processes_is_refused() {
+    let name = Arc::new(Mutex::new("big-0613"));
+    let named = name.clone();
+    let server = FakeServer::start(move |request| {
+        if request.path != "/v1/chat/completions" {
+            return raw(404, "", "{}");
+        }
+        let mut body = chat(request);
+        body["model"] = json!(*named.lock().unwrap());
+        Response::Json(body)
+    });
+    let spec = spec(&[&server]);
+    let home = tempfile::tempdir().unwrap();
+    let ledger = home.path().join("requests.jsonl");
+    let cut = ServerSpec { max_requests: 5, ..spec.clone() };
+    ask(&cut, Some(&ledger), 8, &samples(1)).1.unwrap_err();
+    let recorded = lines(&ledger);
+    *name.lock().unwrap() = "small";
+    let error = ask(&spec, Some(&ledger), 8, &samples(1)).1.unwrap_err();
+    assert_eq!(error.to_string(), "an answer of `small`, those recorded so far were of `big-0613`");
+    assert_eq!(lines(&ledger), recorded);
+    *name.lock().unwrap() = "big-0613";
+    ask(&spec, Some(&ledger), 8, &samples(1)).1.unwrap();
+}
+
 /// A server that takes `pause` for an answer and sets `stop` at the fourth, and what it was asked.
 fn slow(pause: Duration, stop: Arc<AtomicBool>) -> (FakeServer, Arc<Mutex<Vec<Value>>>) {
     let seen: Arc<Mutex<Vec<Value>>> = Arc::default();

@@ -184,48 +184,81 @@ fn perturbed(number: &str) -> Vec<String> {
     wrong
 }
 
+/// A verifier and which texts it can read.
+type Reader = (&'static str, fn(&str) -> bool);
+
+/// `number` takes the last number, and knows no LaTeX.
+const READERS: [Reader; 2] =
+    [("math", |_| true), ("number", |text| !text.contains("\\frac") && !text.contains("{,}"))];
+
+/// How many right and wrong texts for the number a verifier was asked about, and those that it got wrong.
+fn mistakes(
+    (verifier, reads): Reader,
+    panel: &Panel<'_>,
+    answer: &str,
+    number: &str,
+) -> (usize, usize, Vec<String>) {
+    let mut right = phrasings(number);
+    // The worked answer itself is one more.
+    right.push(answer.to_owned());
+    let mut wrong: Vec<String> =
+        perturbed(number).iter().flat_map(|number| phrasings(number)).collect();
+    right.retain(|text| reads(text));
+    wrong.retain(|text| reads(text));
+    let mut problems = Vec::new();
+    for (texts, expected, said) in [(&right, true, "refused"), (&wrong, false, "accepted")] {
+        let judged = texts.iter().zip(judge(panel, answer, texts));
+        let mistaken = judged.filter(|(_, passed)| *passed != expected);
+        problems.extend(mistaken.map(|(text, _)| format!("{verifier}: {number} {said}: {text}")));
+    }
+    (right.len(), wrong.len(), problems)
+}
+
+#[track_caller]
+fn none(problems: &[&String]) {
+    let first = &problems[..problems.len().min(20)];
+    assert!(problems.is_empty(), "{} mistakes, the first: {first:#?}", problems.len());
+}
+
 #[test]
 fn sums_are_right_in_every_phrasing_and_wrong_numbers_in_none() {
-    let panel =
-        Panel::new(&[json!("math")].map(|name| json!({"verifier": name})), &Device::Cpu).unwrap();
-    for (path, rows) in sets("math.jsonl", GSM8K) {
-        let results: Vec<(usize, usize, Vec<String>)> = rows
-            .par_iter()
-            .map(|row| {
-                let answer = row["answer"].as_str().unwrap();
-                let number = answer.rsplit("####").next().unwrap().trim().replace(',', "");
-                let mut problems = Vec::new();
-                let right = phrasings(&number);
-                // The worked answer itself is one more.
-                let texts: Vec<String> = right.iter().cloned().chain([answer.to_owned()]).collect();
-                for (text, passed) in texts.iter().zip(judge(&panel, answer, &texts)) {
-                    if !passed {
-                        problems.push(format!("{number} refused: {text}"));
-                    }
-                }
-                let mut wrong = Vec::new();
-                for number in perturbed(&number) {
-                    wrong.extend(phrasings(&number));
-                }
-                for (text, passed) in wrong.iter().zip(judge(&panel, answer, &wrong)) {
-                    if passed {
-                        problems.push(format!("{number} accepted: {text}"));
-                    }
-                }
-                (texts.len(), wrong.len(), problems)
-            })
-            .collect();
-        let right: usize = results.iter().map(|result| result.0).sum();
-        let wrong: usize = results.iter().map(|result| result.1).sum();
-        let problems: Vec<&String> = results.iter().flat_map(|result| &result.2).collect();
-        println!(
-            "{}: {} answers, {right} right texts, {wrong} wrong ones, {} mistakes",
-            path.display(),
-            rows.len(),
-            problems.len()
-        );
-        let first = &problems[..problems.len().min(20)];
-        assert!(problems.is_empty(), "{} mistakes, the first: {first:#?}", problems.len());
+    for reader in READERS {
+        let panel = Panel::new(&[json!({"verifier": reader.0})], &Device::Cpu).unwrap();
+        for (path, rows) in sets("math.jsonl", GSM8K) {
+            let results: Vec<(usize, usize, Vec<String>)> = rows
+                .par_iter()
+                .map(|row| {
+                    let answer = row["answer"].as_str().unwrap();
+                    let number = answer.rsplit("####").next().unwrap().trim().replace(',', "");
+                    mistakes(reader, &panel, answer, &number)
+                })
+                .collect();
+            let right: usize = results.iter().map(|result| result.0).sum();
+            let wrong: usize = results.iter().map(|result| result.1).sum();
+            let problems: Vec<&String> = results.iter().flat_map(|result| &result.2).collect();
+            println!(
+                "{}: {}: {} answers, {right} right texts, {wrong} wrong ones, {} mistakes",
+                reader.0,
+                path.display(),
+                rows.len(),
+                problems.len()
+            );
+            none(&problems);
+        }
+    }
+}
+
+#[test]
+fn large_whole_numbers_are_told_from_their_neighbours() {
+    let numbers =
+        ["1000000", "5600000", "5600005", "-1234567", "99999999", "1000000007", "123456789012345"];
+    for reader in READERS {
+        let panel = Panel::new(&[json!({"verifier": reader.0})], &Device::Cpu).unwrap();
+        for number in numbers {
+            let (right, wrong, problems) = mistakes(reader, &panel, number, number);
+            assert!(right > 10 && wrong > 10);
+            none(&problems.iter().collect::<Vec<_>>());
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! `arriero bench`: how fast this machine trains and samples with a model.
+//! `arriero bench`: how fast a model trains and samples on this machine.
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
@@ -21,31 +21,31 @@ pub(super) struct BenchArgs {
     /// A checkpoint directory, a .gguf file, or a hub id
     #[arg(long)]
     model: String,
-    /// Rows, pairs or samples a step
+    /// Rows, pairs or samples per step
     #[arg(long, default_value_t = 4)]
     batch: usize,
-    /// Where to measure: cpu, or cuda:0
+    /// Device: cpu, or cuda:0
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Tokens of a sequence, prompt included
+    /// Tokens per sequence, prompt included
     #[arg(long, default_value_t = 512)]
     seq: usize,
-    /// Tokens of the prompt that a pair's sides or the samples share
+    /// Tokens of the prompt shared by a pair's sides or by the samples
     #[arg(long, default_value_t = 128)]
     prompt: usize,
-    /// `sft` on rows of 60 to 400 tokens with a masked prompt, not of --seq tokens
+    /// `sft` on rows of 60 to 400 tokens with a masked prompt, instead of --seq tokens
     #[arg(long)]
     chat: bool,
     /// Compute type
     #[arg(long, default_value = "f32")]
     dtype: Dtype,
-    /// Steps to take the median of, after one that is not counted
+    /// Steps to take the median of, after one warm-up step
     #[arg(long, default_value_t = 6)]
     steps: usize,
     /// Recompute blocks in the backward pass
     #[arg(long)]
     recompute: bool,
-    /// Recompute as many blocks as this much memory asks for, such as 5GiB
+    /// Recompute as many blocks as this memory budget requires, such as 5GiB
     #[arg(
         long,
         value_name = "SIZE",
@@ -54,16 +54,16 @@ pub(super) struct BenchArgs {
         conflicts_with = "recompute"
     )]
     memory_budget: String,
-    /// The dataset to prepare, for `prepare`
+    /// The dataset for `prepare`
     #[arg(long, required_if_eq("method", "prepare"))]
     data: Option<String>,
-    /// Train adapters of this rank beside the frozen model
+    /// Train adapters of this rank on the frozen model
     #[arg(long, value_name = "RANK")]
     lora: Option<usize>,
-    /// How the frozen projections of --lora (nf4, gguf), or the matrices of `generate` are held (q8_0, q4_0, q4_1)
+    /// Storage of the frozen projections of --lora (nf4, gguf), or of the matrices of `generate` (q8_0, q4_0, q4_1)
     #[arg(long, default_value = "none")]
     quantization: QuantizationName,
-    /// Prompts to sample at once, --batch answers each
+    /// Prompts to sample at once, with --batch answers each
     #[arg(long, default_value_t = 1)]
     prompts: usize,
     /// Print one JSON object
@@ -77,7 +77,7 @@ enum MethodName {
     Sft,
     /// Training steps on pairs with a shared prompt
     Dpo,
-    /// The same pairs, for a reward model
+    /// Training steps of a reward model on the same pairs
     Reward,
     /// Samples of one prompt
     Generate,
@@ -87,9 +87,9 @@ enum MethodName {
     Head,
     /// One block's attention alone, forward and backward
     Attention,
-    /// The matrix products of an SFT step alone, beside the step
+    /// The matrix products of an SFT step alone, next to the step
     Ceiling,
-    /// How fast rows of --data become training examples
+    /// How fast rows of --data are turned into training examples
     Prepare,
 }
 
@@ -107,7 +107,7 @@ enum QuantizationName {
 }
 
 impl QuantizationName {
-    /// Of frozen projections.
+    /// For frozen projections.
     fn frozen(self) -> Quantization {
         match self {
             Self::Nf4 => Quantization::Nf4,
@@ -116,7 +116,7 @@ impl QuantizationName {
         }
     }
 
-    /// Of a model that writes.
+    /// For a generating model.
     fn writing(self) -> WeightFormat {
         match self {
             Self::Q8_0 => WeightFormat::Q8_0,
@@ -127,7 +127,7 @@ impl QuantizationName {
     }
 }
 
-/// Measures and prints.
+/// Measures and prints the results.
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let options = Options {
         model: args.model.clone(),
@@ -173,7 +173,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     Ok(())
 }
 
-/// One line of JSON, or the text and what it was measured with.
+/// Prints one line of JSON, or the text and the measurement setup.
 fn print(args: &BenchArgs, mut object: serde_json::Value, text: &str) {
     let peak = memory::peak_bytes();
     let (isa, threads) = (Isa::current().name(), rayon::current_num_threads());
@@ -208,7 +208,7 @@ fn figures_text(figures: &Figures) -> String {
     format!("{rate:.1} tokens/s{pairs}, {step:.3} s a step{extra}{read}")
 }
 
-/// A table of the shapes, then the step.
+/// A table of the shapes, followed by the step.
 fn ceiling_text(ceiling: &Ceiling) -> String {
     let rows = ceiling.products.iter().map(|product| {
         let layout = json!(product.layout);
@@ -235,7 +235,7 @@ fn ceiling_text(ceiling: &Ceiling) -> String {
     )
 }
 
-/// Measures how a dataset is prepared for training.
+/// Measures how fast a dataset is prepared for training.
 fn prepare(args: &BenchArgs) -> Result<()> {
     let figures = bench_prepare::run(&args.model, args.data.as_deref().unwrap_or_default())?;
     let text = format!(

@@ -25,7 +25,7 @@ pub(super) struct ChatArgs {
     settings: Vec<String>,
 }
 
-/// What is said besides how to sample.
+/// The settings of a chat, including sampling.
 struct Setup {
     sampling: Sampling,
     system: Option<String>,
@@ -91,7 +91,7 @@ fn setup(settings: &[String]) -> Result<Setup> {
         return Err(Error::run("sampling settings are no table"));
     };
     let mut known: Vec<String> = keys.keys().cloned().collect();
-    // One answer, or the reason why there is none.
+    // A chat draws one answer, or reports why there is none.
     known.retain(|key| !["num_samples", "skip_refused"].contains(&key.as_str()));
     let mut extra = [("system", None), ("chat_template", None), ("device", None)];
     for setting in settings {

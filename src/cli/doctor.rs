@@ -1,4 +1,4 @@
-//! `arriero doctor`: what this machine and this build offer.
+//! `arriero doctor`: what this machine and this build support.
 
 use std::path::PathBuf;
 
@@ -16,21 +16,21 @@ use crate::train::memory::kibibytes;
 
 #[derive(Debug, Args)]
 pub(super) struct DoctorArgs {
-    /// Open this device (cuda:0) and say what it is
+    /// Open this device (cuda:0) and describe it
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
-    /// Hold every op on the device against the CPU's
+    /// Compare every op on the device with the CPU
     #[arg(long, requires = "device")]
     check: bool,
-    /// And whole models against transformers' numbers in this folder (tests/fixtures/goldens)
+    /// Also compare whole models with the transformers goldens in this folder (tests/fixtures/goldens)
     #[arg(long, value_name = "DIR", requires = "check")]
     goldens: Option<PathBuf>,
-    /// Print one JSON object, of the device and the check alone
+    /// Print one JSON object, with the device and the check only
     #[arg(long, requires = "device")]
     json: bool,
 }
 
-/// Prints what was asked for.
+/// Prints the requested facts.
 pub(super) fn run(args: &DoctorArgs) -> Result<()> {
     let Some(name) = &args.device else {
         facts();
@@ -42,7 +42,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
         output::line(&told);
     }
     let mut checked = if args.check { check::run(&device)? } else { Vec::new() };
-    // What was found is told whatever comes after it: a device that has once made a mistake fails in all that follows.
+    // Report the results so far even if later checks fail: after one fault, a device fails everything that follows.
     if let Some(folder) = &args.goldens {
         let found = device_goldens::run(&device, folder).map_err(candle_core::Error::wrap);
         checked.extend(found.unwrap_or_else(|error| vec![Checked::failed("models", &error)]));
@@ -77,7 +77,7 @@ fn row(one: &Checked) -> String {
     format!("{op:<26}  {dtype:<4}  {what:<11}  {error:.1e} of {bound:.1e}{verdict}")
 }
 
-/// What is known of an open device, for programs and for people.
+/// Facts about an open device, for programs and for people.
 fn about(name: &str, device: &Device) -> Result<(serde_json::Value, String)> {
     let Some(facts) = gpu::facts(device)? else {
         return Ok((json!({"name": name}), name.to_owned()));
@@ -95,7 +95,7 @@ fn about(name: &str, device: &Device) -> Result<(serde_json::Value, String)> {
     Ok((serde_json::to_value(&facts)?, told))
 }
 
-/// Prints one line a fact.
+/// Prints one fact per line.
 fn facts() {
     let memory = kibibytes("/proc/meminfo", "MemTotal:");
     let free = kibibytes("/proc/meminfo", "MemAvailable:");

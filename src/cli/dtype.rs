@@ -1,11 +1,11 @@
-//! What a model computes with, as commands that are given no recipe name it.
+//! Compute and storage types as named by commands that take no recipe.
 
 use clap::ValueEnum;
 
 use crate::generate::sampling::WeightFormat;
 use crate::model::Precision;
 
-/// How the matrices of a model that writes are held.
+/// Storage of the matrices of a generating model.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum Held {
     /// In the compute type
@@ -13,10 +13,10 @@ pub(super) enum Held {
     /// 8 bits
     #[value(name = "q8_0")]
     Q8_0,
-    /// 4 bits and a scale for each 32
+    /// 4 bits, with a scale per 32 weights
     #[value(name = "q4_0")]
     Q4_0,
-    /// 4 bits, a scale and a minimum for each 32
+    /// 4 bits, with a scale and a minimum per 32 weights
     #[value(name = "q4_1")]
     Q4_1,
 }

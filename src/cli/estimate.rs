@@ -1,4 +1,4 @@
-//! Steps and memory of a training stage, from the configuration and the data alone: no weights are read.
+//! Steps and memory of a training stage, from the configuration and the data alone; reads no weights.
 
 use std::path::{Path, PathBuf};
 
@@ -15,11 +15,11 @@ use crate::train::memory::{Adapted, Footprint};
 /// The reference of a training stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reference {
-    /// None, or the policy before its first step, which is read where it lies.
+    /// None, or the initial policy, which is evaluated in place before the first step.
     None,
-    /// A second model that is read before training.
+    /// A second model, read before training.
     Other,
-    /// One that follows the policy.
+    /// A reference that follows the policy.
     Follows,
 }
 
@@ -33,23 +33,23 @@ impl Reference {
     }
 }
 
-/// Bytes that a training stage holds at its peak over a micro-batch of `settings.max_tokens_per_micro_batch` tokens: in
-/// a step, or before it, while a second model is read as the reference.
+/// Peak memory of a training stage for a micro-batch of `settings.max_tokens_per_micro_batch` tokens: during a step, or
+/// before, while a second model is read as the reference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
 pub(super) struct Peak {
-    /// Where it is computed.
+    /// Bytes on the compute device.
     pub(super) device: u64,
-    /// In host memory beside a GPU.
+    /// Bytes in host memory, if the device is a GPU.
     pub(super) host: u64,
-    /// More may be kept where there is room.
+    /// A lower bound: more activations may be kept if there is room.
     pub(super) least: bool,
 }
 
 impl Peak {
-    /// Of a step on a GPU or on the CPU.
+    /// Peak of a step on a GPU or on the CPU.
     ///
     /// # Errors
-    /// Recomputation by memory, where nothing says how much there is.
+    /// Recomputation by memory when the available memory is unknown.
     pub(super) fn of(
         config: &Config,
         (settings, lora): (&Settings, &Lora),
@@ -76,7 +76,7 @@ impl Peak {
         })
     }
 
-    /// For people.
+    /// The peak as text, for people.
     pub(super) fn told(self, gpu: bool) -> String {
         let how = if self.least { "at least" } else { "about" };
         let whose = if gpu { " of the GPU's memory" } else { "" };
@@ -88,17 +88,17 @@ impl Peak {
     }
 }
 
-/// Bytes of a stage's start and of its reference while the reference is read. Where the two share a base it is less.
+/// Bytes of the initial model and the reference while the reference is read. Less if the two share a base.
 fn reading(config: &Config, settings: &Settings, lora: &Lora) -> Result<u64> {
     let form = Lora { use_peft: true, ..lora.clone() };
     let held = Adapted::new(config, &form, settings.dtype)?.frozen;
-    // The start waits: in its own form beside adapters, else in f32.
+    // The initial model is kept meanwhile: in its own format under adapters, else in f32.
     let start = if lora.use_peft { held } else { 4 * count(config) as u64 };
     Ok(start + held)
 }
 
-/// The directory or GGUF file from which a stage's first model comes: outputs of stages that have not run yet are
-/// followed back to where they start.
+/// The directory or GGUF file that a stage's first model comes from: outputs of stages that have not run yet are traced
+/// back to their origin.
 pub(super) fn origin(plan: &Plan, model: &str) -> Option<PathBuf> {
     let mut model = model;
     for _ in 0..=plan.steps.len() {
@@ -125,12 +125,12 @@ pub(super) fn origin(plan: &Plan, model: &str) -> Option<PathBuf> {
     None
 }
 
-/// The configuration of the model that a stage starts from, where it is on this machine.
+/// The configuration of a stage's initial model, if it is on this machine.
 pub(super) fn config(plan: &Plan, model: &str) -> Option<Config> {
     Some(peek(&origin(plan, model)?).ok()?.0)
 }
 
-/// Bytes for people.
+/// A human-readable number of bytes.
 pub(super) fn bytes(count: u64) -> String {
     let gib = count as f64 / f64::from(1 << 30);
     if gib >= 1.0 { format!("{gib:.1} GiB") } else { format!("{:.0} MiB", gib * 1024.0) }
@@ -153,7 +153,7 @@ mod tests {
             Peak::of(&config, (settings, lora), reference, false).unwrap().device
         };
         let sizes = [&all, &less, &least].map(|settings| of(settings, &full, Reference::None));
-        // A reference that follows is a second set of what is trained; one that stays is there before the step alone.
+        // A reference that follows is a second set of the trained parameters; a fixed one is in memory only before.
         let parameters = count(&config) as u64;
         assert_eq!(of(&least, &full, Reference::Follows), sizes[2] + 4 * parameters);
         assert_eq!(of(&least, &full, Reference::Other), sizes[2]);
@@ -161,7 +161,7 @@ mod tests {
         let of_adapters = |reference| of(&least, &adapters, reference);
         assert!(of_adapters(Reference::Follows) < of_adapters(Reference::None) + parameters / 4);
         assert!(of_adapters(Reference::Other) > 8 * parameters);
-        // Four bits a frozen weight, and optimizer state for adapters alone.
+        // Four bits per frozen weight, and optimizer state only for adapters.
         let packed = Lora { use_peft: true, quantization: Quantization::Nf4, ..Lora::default() };
         let frozen = Lora { quantization: Quantization::None, ..packed.clone() };
         let [packed, frozen] = [packed, frozen].map(|lora| of(&least, &lora, Reference::None));
@@ -172,20 +172,20 @@ mod tests {
         let on_gpu = |settings: &Settings| {
             Peak::of(&config, (settings, &full), Reference::None, true).unwrap()
         };
-        // A graph keeps more, and the head's chunks are larger.
+        // An autograd graph keeps more, and the head's chunks are larger.
         assert!(on_gpu(&all).device > sizes[0] + 400_000_000 && on_gpu(&all).host == 0);
         let away = Settings { optimizer_offload: true, activation_offload: true, ..less.clone() };
         let (with, without) = (on_gpu(&away), on_gpu(&less));
-        // Masters and moments of f32; the GPU keeps weights. All inputs of blocks but two, and the final norm's.
+        // Masters and moments are f32; the GPU keeps the weights. All block inputs but two, and the final norm's.
         let (p, input) = (count(&config) as u64, 4096 * 576 * 4);
         assert_eq!(without.device - with.device, 8 * p + 29 * input);
         assert_eq!(with.host, 12 * p + 30 * input);
         assert!(with.told(true).contains(" of the GPU's memory and "), "{}", with.told(true));
-        // How much a GPU has is not known here.
+        // The GPU's memory size is unknown here.
         let auto = Settings { gradient_checkpointing: Recompute::Auto, ..less.clone() };
         assert_eq!(on_gpu(&auto), Peak { least: true, ..without });
         assert!(on_gpu(&auto).told(true).starts_with("at least "));
-        // The CPU has nowhere else to put it.
+        // The CPU has nowhere else to put them.
         assert_eq!(of(&away, &full, Reference::None), of(&less, &full, Reference::None));
     }
 }

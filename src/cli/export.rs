@@ -1,4 +1,4 @@
-//! `arriero export`: a checkpoint for other programs.
+//! `arriero export`: writes a checkpoint for other programs.
 
 use std::path::{Path, PathBuf};
 
@@ -18,18 +18,18 @@ use crate::train::memory::parse_bytes;
 
 #[derive(Debug, Args)]
 pub(super) struct ExportArgs {
-    /// A checkpoint directory, a stage's or a run's directory (its last language model), a .gguf file, or a hub id
+    /// A checkpoint directory, a stage or run directory (its last language model), a .gguf file, or a hub id
     checkpoint: String,
     /// The new file or directory
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
-    /// What to write; by default what the ending of --out says
+    /// Output format; by default from the extension of --out
     #[arg(long)]
     format: Option<FormatName>,
-    /// How numbers are stored; by default as the checkpoint has them
+    /// Element type; by default that of the checkpoint
     #[arg(long)]
     dtype: Option<DtypeName>,
-    /// Size above which a directory's weights go into several files
+    /// Size above which a directory's weights are split into several files
     #[arg(long, value_name = "SIZE", default_value = "5GB")]
     max_shard_size: String,
     /// Print one JSON object
@@ -77,7 +77,7 @@ impl DtypeName {
     }
 }
 
-/// Exports, and prints how far what was written is from the model.
+/// Exports, and prints how much the written model deviates from the original.
 pub(super) fn run(args: &ExportArgs) -> Result<()> {
     let is_gguf = args.out.extension().is_some_and(|ending| ending == "gguf");
     let format = match args.format {
@@ -131,7 +131,7 @@ fn size(path: &Path) -> Result<u64> {
     Ok(sizes.sum::<std::io::Result<u64>>()?)
 }
 
-/// The model that `text` stands for: of a run the last language model that it made, of a stage its checkpoint.
+/// The model that `text` refers to: for a run its last language model, for a stage its checkpoint.
 fn source(text: &str) -> Result<String> {
     let path = Path::new(text);
     if let Some(checkpoint) = run_dir::of_stage(path) {

@@ -1,5 +1,5 @@
-//! What a stage reads that is on this machine already, looked at before anything runs: models without their weights, and the
-//! rows of stages that ask and judge.
+//! Checks a stage's inputs that are already on this machine before anything runs: models (without weights), and the
+//! rows of stages that generate and score.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use crate::recipe::{Spec, Step};
 use crate::report::record::Silent;
 use crate::stage::{StageContext, generation};
 
-/// Keys whose text may be a model of this machine.
+/// Keys whose text may name a local model.
 const MODELS: [&str; 8] = [
     "model_name_or_path",
     "ref_model_name_or_path",
@@ -26,17 +26,17 @@ const MODELS: [&str; 8] = [
     "assistant_model",
 ];
 
-/// Looks at all of them. What is not here yet, such as another stage's, is left out.
+/// Checks all inputs. Those that do not exist yet, such as another stage's outputs, are skipped.
 ///
 /// # Errors
-/// A model that cannot be read, with its key; a row that cannot, or that lacks what a verifier needs.
+/// A model that cannot be read, with its key; a row that cannot be read, or that lacks what a verifier needs.
 pub(super) fn check(step: &Step) -> Result<()> {
     let place = |error: crate::Error| error.at(format!("stage `{}`", step.id));
     models(&serde_json::to_value(&step.spec)?).map_err(place)?;
     rows(step).map_err(place)
 }
 
-/// The models that some settings name, at any depth.
+/// Checks the models that `settings` names, at any depth.
 fn models(settings: &Value) -> Result<()> {
     match settings {
         Value::Object(settings) => settings.iter().try_for_each(|(key, value)| {
@@ -52,7 +52,7 @@ fn models(settings: &Value) -> Result<()> {
     }
 }
 
-/// A name, or several.
+/// One name, or a list of names.
 fn named(value: &Value) -> Vec<&str> {
     match value {
         Value::String(name) => vec![name],
@@ -69,7 +69,7 @@ fn model(name: &str) -> Result<()> {
     peek(&path).map(drop)
 }
 
-/// The rows that are asked, with what judges their answers.
+/// Checks the rows used as prompts, with their scorers.
 fn rows(step: &Step) -> Result<()> {
     let (datasets, scorers): (&[Dataset], &[Value]) = match &step.spec {
         Spec::Synth(spec) => (&spec.datasets, &spec.scorers),

@@ -1,4 +1,4 @@
-//! Ctrl-C: the first asks the running stage to save and stop, the second ends the program at once.
+//! Ctrl-C: the first asks the running stage to save and stop, the second exits immediately.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,9 +7,9 @@ use crate::error::{Error, Result};
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 
-/// Begins to listen, and returns the flag that Ctrl-C sets.
+/// Starts listening, and returns the flag that Ctrl-C sets.
 pub(super) fn listen() -> Result<&'static AtomicBool> {
-    // Also where a shell started this in the background with SIGINT ignored: SIGTERM must still save.
+    // Also if a shell started this in the background with SIGINT ignored: SIGTERM must still save.
     let listening = ctrlc::set_handler(|| {
         if ASKED.swap(true, Ordering::Relaxed) {
             leave();
@@ -17,7 +17,7 @@ pub(super) fn listen() -> Result<&'static AtomicBool> {
         output::note("stopping after this step; press Ctrl-C again to stop at once");
     });
     match listening {
-        // A second run in one process listens already.
+        // A second run in the same process is already listening.
         Ok(()) | Err(ctrlc::Error::MultipleHandlers) => Ok(&ASKED),
         Err(error) => Err(Error::run(format!("cannot listen for Ctrl-C: {error}"))),
     }

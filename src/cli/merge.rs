@@ -1,4 +1,4 @@
-//! `arriero merge`: makes an adapter part of its base model.
+//! `arriero merge`: merges an adapter into its base model.
 
 use std::path::PathBuf;
 
@@ -12,19 +12,20 @@ use crate::stage::merge::{self, Merge, Merged};
 
 #[derive(Debug, Args)]
 pub(super) struct MergeArgs {
-    /// The adapter: a directory with adapter_config.json and adapter_model.safetensors, or the stage's or run's that made it
+    /// The adapter: a directory with adapter_config.json and adapter_model.safetensors, or the stage or run that
+    /// trained it
     adapter: PathBuf,
     /// The new directory for the merged model
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// The base model, instead of the one that the adapter names
+    /// The base model, instead of the one named by the adapter
     #[arg(long, value_name = "MODEL")]
     base: Option<String>,
-    /// How weights are stored
+    /// Element type of the stored weights
     #[arg(long, default_value = "f32")]
     dtype: StoredType,
-    /// Merge into the base's own weights, though the adapter was trained beside packed ones, and say how far that is from
-    /// what was trained
+    /// Merge into the base's own weights although the adapter was trained on quantized ones, and report the deviation
+    /// from the trained model
     #[arg(long)]
     dense_base: bool,
     /// Print one JSON object
@@ -39,7 +40,7 @@ enum StoredType {
     F16,
 }
 
-/// Merges and says how far the numbers moved.
+/// Merges, and reports how much the outputs changed.
 pub(super) fn run(args: MergeArgs) -> Result<()> {
     let encoding = match args.dtype {
         StoredType::F32 => Encoding::F32,

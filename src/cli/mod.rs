@@ -1,7 +1,7 @@
-//! The command line: one file a command. Knows recipes, runs and reports, no tensors.
+//! The command line: one file per command. Knows recipes, runs and reports, but no tensors.
 //!
-//! What a command was asked for goes to standard output, everything else to standard error. The exit status is 0 when
-//! the work is done, 1 when it failed, 2 when the recipe or the arguments are wrong, 130 after Ctrl-C.
+//! A command's result goes to standard output, everything else to standard error. The exit status is 0 on success, 1 if
+//! the work failed, 2 if the recipe or the arguments are wrong, 130 after Ctrl-C.
 
 mod bench;
 mod chat;
@@ -41,59 +41,59 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run a recipe; a run that was stopped continues where it was
+    /// Run a recipe; an interrupted run resumes
     Run(run::RunArgs),
-    /// List the recipes that come with the program
+    /// List the built-in recipes
     Ls,
-    /// Copy a recipe, to change it
+    /// Copy a recipe for editing
     Cp(recipes::CpArgs),
     /// Check a recipe: types, steps, memory, and a few rows with the trained tokens marked
     Validate(validate::ValidateArgs),
-    /// Print what a recipe will do, every value decided, as JSON
+    /// Print what a recipe will do, with every value resolved, as JSON
     Plan(RecipeArgs),
-    /// Write report.md and report.html of a run and print its measures
+    /// Write report.md and report.html of a run and print its headline metrics
     Report(report::ReportArgs),
-    /// Make an adapter part of its base model
+    /// Merge an adapter into its base model
     Merge(merge::MergeArgs),
-    /// Write a checkpoint for other programs: GGUF, or safetensors of another type
+    /// Convert a checkpoint for other programs: GGUF, or safetensors of another type
     Export(export::ExportArgs),
-    /// Judge the completions in a file: verifiers or a reward model
+    /// Score the completions in a file: with verifiers or a reward model
     Score(score::ScoreArgs),
     /// Talk to a model
     Chat(chat::ChatArgs),
-    /// Serve a model over HTTP as OpenAI does: chat, completions, embeddings, scores
+    /// Serve a model with an OpenAI-compatible API: chat, completions, embeddings, scores
     Serve(serve::ServeArgs),
-    /// Show what this machine and this build offer
+    /// Show what this machine and this build support
     Doctor(doctor::DoctorArgs),
-    /// Measure how fast this machine trains and samples with a model
+    /// Measure how fast a model trains and samples on this machine
     Bench(bench::BenchArgs),
-    /// Let a teacher answer prompts
+    /// Generate answers to prompts with a teacher
     Synth(run::StageArgs),
     /// Fine-tune on demonstrations
     Sft(run::StageArgs),
     /// Train a reward model on preferences
     Reward(run::StageArgs),
-    /// Draw and score several answers a prompt
+    /// Sample and score several answers per prompt
     Sample(run::StageArgs),
     /// Choose training rows and preference pairs from scored answers
     Select(run::StageArgs),
-    /// Train on preference pairs by direct preference optimization
+    /// Train on preference pairs with direct preference optimization
     Dpo(run::StageArgs),
     /// Average the weights of checkpoints
     Average(run::AverageArgs),
-    /// Measure a model on held-out prompts
+    /// Evaluate a model on held-out prompts
     Eval(run::StageArgs),
 }
 
-/// A recipe and changes to it.
+/// A recipe and overrides.
 #[derive(Debug, Args)]
 struct RecipeArgs {
-    /// A recipe file, or the name of one that `arriero ls` lists
+    /// A recipe file, or the name of a built-in recipe (see `arriero ls`)
     recipe: String,
-    /// Changes: key=value, stage.key=value (for example rounds=1 dpo.beta=0.2)
+    /// Overrides: key=value, stage.key=value (for example rounds=1 dpo.beta=0.2)
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<String>,
-    /// The run directory, instead of the recipe's
+    /// The run directory; overrides the recipe's
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -106,7 +106,7 @@ pub fn main() -> ExitCode {
             if let Some(tip) = as_setting(&error) {
                 error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
             }
-            // Help and version come this way too; clap knows which stream they belong to.
+            // Help and version also end up here; clap knows their stream.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
@@ -120,9 +120,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// How a setting is written that was given as an option, `--learning_rate=1e-4`, where the command takes settings.
+/// The `key=value` form of a setting that was given as an option, `--learning_rate=1e-4`, if the command takes
+/// settings.
 fn as_setting(error: &clap::Error) -> Option<String> {
-    // Not `args`, which ends the program where one of them is no UTF-8.
+    // Not `args`, which panics on arguments that are not UTF-8.
     let mut arguments =
         std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
     let command = arguments.next()?;
@@ -145,11 +146,11 @@ fn as_setting(error: &clap::Error) -> Option<String> {
     Some(format!("settings have no dashes: {key}={}", value.unwrap_or_else(|| "…".to_owned())))
 }
 
-/// Runs the program on one of rayon's own threads. A parallel loop that starts there begins at once and shares with the
-/// others; started from any other thread it would hand everything over and sleep, twice a loop.
+/// Runs the program on one of rayon's own threads. A parallel loop started there begins at once and takes part itself;
+/// started from any other thread, it would hand everything over and block, twice per loop.
 fn on_a_worker<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     const STACK: usize = 16 << 20;
-    // Where a pool exists already, its threads serve as well.
+    // If a pool already exists, its threads serve as well.
     let _ = rayon::ThreadPoolBuilder::new().stack_size(STACK).build_global();
     rayon::scope(|_| work())
 }

@@ -1,4 +1,4 @@
-//! `arriero ls` and `arriero cp`, and finding the recipe that an argument names.
+//! `arriero ls` and `arriero cp`, and lookup of the recipe that an argument names.
 
 use std::path::{Path, PathBuf};
 
@@ -15,16 +15,16 @@ const EMBEDDED: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/recipes.rs
 
 #[derive(Debug, Args)]
 pub(super) struct CpArgs {
-    /// A recipe that `arriero ls` lists, or a file
+    /// A built-in recipe (see `arriero ls`), or a file
     recipe: String,
-    /// Where to write it
+    /// The file to write
     target: PathBuf,
-    /// Replace the target if it is there
+    /// Replace the target if it exists
     #[arg(long)]
     force: bool,
 }
 
-/// Lists names, first sentences, and what a recipe reads that the program does not carry.
+/// Lists names, first sentences, and required files that the program does not carry.
 pub(super) fn ls() {
     let width = EMBEDDED.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, text) in EMBEDDED {
@@ -36,7 +36,7 @@ pub(super) fn ls() {
     }
 }
 
-/// The first sentence of the comment that a recipe begins with.
+/// The first sentence of a recipe's leading comment.
 fn about(text: &str) -> String {
     let comment = text.lines().map_while(|line| line.strip_prefix('#'));
     let words: Vec<&str> = comment.map(str::trim).take_while(|line| !line.is_empty()).collect();
@@ -59,7 +59,7 @@ pub(super) fn cp(args: &CpArgs) -> Result<()> {
     Ok(())
 }
 
-/// The recipe that `name` is the path or the embedded name of.
+/// The recipe with this path or built-in name.
 pub(super) fn find(name: &str) -> Result<RecipeFile> {
     if Path::new(name).is_file() {
         return RecipeFile::read(Path::new(name));
@@ -77,7 +77,7 @@ pub(super) fn find(name: &str) -> Result<RecipeFile> {
     Err(Error::usage(format!("no recipe `{name}`")).hint(hint))
 }
 
-/// Reads, changes and resolves the recipe of a command, and says what has no effect.
+/// Reads a command's recipe, applies the overrides, resolves it, and notes keys without effect.
 pub(super) fn resolved(args: &RecipeArgs) -> Result<(RecipeFile, Resolved)> {
     let mut file = find(&args.recipe)?;
     file.apply(&args.overrides)?;

@@ -1,4 +1,4 @@
-//! `arriero report`: the reports of a run.
+//! `arriero report`: writes the reports of a run.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ pub(super) struct ReportArgs {
     run: PathBuf,
 }
 
-/// Writes both reports and prints the measures.
+/// Writes both reports and prints the headline metrics.
 pub(super) fn run(args: &ReportArgs) -> Result<()> {
     let table = crate::report::write(&args.run)?;
     if !table.is_empty() {

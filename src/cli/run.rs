@@ -1,4 +1,4 @@
-//! `arriero run`, and one command for each stage kind, which runs a recipe of that one stage.
+//! `arriero run`, and one command per stage kind, which runs a one-stage recipe.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -17,7 +17,7 @@ use crate::stage::{self, memory};
 pub(super) struct RunArgs {
     #[command(flatten)]
     recipe: RecipeArgs,
-    /// End standard output with one line of JSON: stages, seconds, peak memory
+    /// Print one line of JSON at the end: stages, seconds, peak memory
     #[arg(long)]
     json: bool,
 }
@@ -30,7 +30,7 @@ pub(super) struct StageArgs {
     /// The run directory
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// End standard output with one line of JSON: stages, seconds, peak memory
+    /// Print one line of JSON at the end: stages, seconds, peak memory
     #[arg(long)]
     json: bool,
 }
@@ -40,18 +40,26 @@ pub(super) struct AverageArgs {
     /// Checkpoints, hub ids, GGUF files or PEFT adapters, and settings: method=slerp t=0.3 weights=[2,1] save_dtype=bf16
     #[arg(value_name = "MODEL|KEY=VALUE", required = true)]
     words: Vec<String>,
-    /// The run directory; the result is stages/01-average/checkpoint in it
+    /// The run directory; the result is its stages/01-average/checkpoint
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// End standard output with one line of JSON: stages, seconds, peak memory
+    /// Print one line of JSON at the end: stages, seconds, peak memory
     #[arg(long)]
     json: bool,
 }
 
-/// Runs an `average` stage: words that set nothing are models.
+/// Whether a word sets a key; a path such as `runs/lr=1e-4` does not.
+fn is_setting(word: &str) -> bool {
+    let key = word.split_once('=').map(|(key, _)| key);
+    key.is_some_and(|key| {
+        !key.is_empty() && key.chars().all(|c| c.is_ascii_lowercase() || c == '_')
+    })
+}
+
+/// Runs an `average` stage: words that are not settings are models.
 pub(super) fn average(args: AverageArgs) -> Result<()> {
     let (mut settings, models): (Vec<String>, Vec<String>) =
-        args.words.into_iter().partition(|word| word.contains('='));
+        args.words.into_iter().partition(|word| is_setting(word));
     if !models.is_empty() {
         settings.push(format!("models={}", json!(models)));
     }
@@ -81,7 +89,7 @@ pub(super) fn stage(kind: &str, args: &StageArgs) -> Result<()> {
     execute(&file, &resolved.plan, args.json)
 }
 
-/// Arguments as comments of the recipe that is kept with the run: what was written is not all that was done.
+/// Arguments as comments for the recipe that is kept with the run, because the text alone is not all that was run.
 fn as_comments(arguments: &[String]) -> String {
     let lines = arguments.iter().flat_map(|argument| argument.lines());
     lines.fold(String::new(), |text, line| format!("{text}# {line}\n"))

@@ -1,4 +1,4 @@
-//! `arriero score`: judges the completions in a file.
+//! `arriero score`: scores the completions in a file.
 
 use std::path::PathBuf;
 
@@ -16,31 +16,31 @@ use crate::stage::score::{self, Scoring};
 pub(super) struct ScoreArgs {
     #[command(flatten)]
     judges: Judges,
-    /// What --judge is asked: rubric, pairwise or code
+    /// Form of the question to --judge: rubric, pairwise or code
     #[arg(long, value_name = "FORM", requires = "judge")]
     form: Option<String>,
-    /// What --judge should look at
+    /// What --judge should consider
     #[arg(long, value_name = "TEXT", requires = "judge")]
     rubric: Option<String>,
-    /// How often --judge is asked of each answer
+    /// Number of times --judge is asked about each answer
     #[arg(long, value_name = "N", requires = "judge")]
     votes: Option<u32>,
-    /// What --verifier regex or format looks for, or where in the answer another one looks
+    /// The regex that --verifier regex or format matches, or that locates the answer for another verifier
     #[arg(long, value_name = "REGEX", requires = "verifier")]
     pattern: Option<String>,
-    /// The rows: `prompt`, `completion` or `completions`, and what the judge needs, as `answer`
+    /// The rows: `prompt`, `completion` or `completions`, and what the scorer needs, such as `answer`
     #[arg(long, value_name = "FILE")]
     data: String,
-    /// The file to write: the same rows with `score` and `why`, and `stdout` and `stderr` of programs that were run
+    /// The output file: the same rows with `score` and `why`, and `stdout` and `stderr` of executed programs
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// Replace the file if it is there
+    /// Replace the output file if it exists
     #[arg(long)]
     force: bool,
-    /// Which column is read as which, for example prompt=question; may be given several times
+    /// Column mapping, for example prompt=question; may be given several times
     #[arg(long, value_name = "NAME=COLUMN")]
     column: Vec<String>,
-    /// Where a reward model computes
+    /// Device of a reward model
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Print one JSON object
@@ -48,7 +48,7 @@ pub(super) struct ScoreArgs {
     json: bool,
 }
 
-/// Who judges. One of them.
+/// The scorers. Exactly one is given.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 struct Judges {
@@ -56,19 +56,19 @@ struct Judges {
     /// ifeval or code (docs/verifiers.md)
     #[arg(long, value_name = "NAME")]
     verifier: Option<String>,
-    /// A reward model: a checkpoint's directory or a hub id
+    /// A reward model: a checkpoint directory or a hub id
     #[arg(long, value_name = "DIR")]
     reward_model: Option<String>,
-    /// A language model that judges: a checkpoint's directory, a hub id, or a server as JSON:
+    /// A language model as judge: a checkpoint directory, a hub id, or a server as JSON:
     /// '{"base_url": "http://localhost:8000/v1", "model": "NAME"}' (docs/teachers.md)
     #[arg(long, value_name = "MODEL")]
     judge: Option<String>,
-    /// One or several judges with all their settings, as JSON: '[{"verifier": "length", "max": 80, "weight": 0.5}]'
+    /// One or more scorers with all their settings, as JSON: '[{"verifier": "length", "max": 80, "weight": 0.5}]'
     #[arg(long, value_name = "JSON")]
     scorers: Option<String>,
 }
 
-/// Judges and says how it went.
+/// Scores the rows and prints a summary.
 pub(super) fn run(args: ScoreArgs) -> Result<()> {
     let scorers = scorers(&args)?;
     let columns =
@@ -121,13 +121,13 @@ fn scorers(args: &ScoreArgs) -> Result<Vec<Value>> {
     score::scorers(&one.to_string())
 }
 
-/// A model's name, or a server's table.
+/// A model name, or the table of a server.
 fn judge(text: &str) -> Result<Value> {
     if !text.trim_start().starts_with('{') {
         return Ok(json!(text));
     }
     serde_json::from_str(text)
-        .map_err(|error| Error::usage(format!("`--judge` is no JSON: {error}")))
+        .map_err(|error| Error::usage(format!("`--judge` is not valid JSON: {error}")))
 }
 
 fn column(pair: &str) -> Result<(String, String)> {

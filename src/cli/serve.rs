@@ -1,4 +1,4 @@
-//! `arriero serve`: a model behind OpenAI's HTTP interface.
+//! `arriero serve`: a model behind an OpenAI-compatible HTTP API.
 
 use std::net::TcpListener;
 use std::time::Duration;
@@ -17,25 +17,25 @@ use crate::stage::rounds::device;
 pub(super) struct ServeArgs {
     /// A checkpoint directory, a .gguf file, or a hub id
     model: String,
-    /// The address to listen at; 0.0.0.0 for all
+    /// The address to listen on; 0.0.0.0 for all
     #[arg(long, default_value = "127.0.0.1")]
     host: String,
-    /// The port; 0 takes a free one
+    /// The port; 0 picks a free one
     #[arg(long, default_value_t = 8000)]
     port: u16,
-    /// What requests call the model, instead of MODEL; may be given several times
+    /// Name of the model in requests, instead of MODEL; may be given several times
     #[arg(long, value_name = "NAME")]
     served_model_name: Vec<String>,
-    /// The environment variable with the key that requests must bring
+    /// The environment variable with the API key that requests must send
     #[arg(long, value_name = "NAME")]
     api_key_env: Option<String>,
-    /// An adapter beside the model, and what requests call it; may be given several times
+    /// An adapter for the model, and its name in requests; may be given several times
     #[arg(long, value_name = "NAME=DIR", value_parser = named)]
     lora_modules: Vec<(String, String)>,
-    /// Let requests load adapters from this machine's directories, and unload them
+    /// Let requests load adapters from local directories, and unload them
     #[arg(long)]
     allow_runtime_lora_updating: bool,
-    /// How the model's matrices are held
+    /// Storage of the model's matrices
     #[arg(long, default_value = "none")]
     quantization: Held,
     /// A reward model for /score
@@ -47,27 +47,28 @@ pub(super) struct ServeArgs {
     /// cpu or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// A built-in name or a file, instead of the model's
+    /// A built-in chat template or a file, instead of the model's own
     #[arg(long, value_name = "TEMPLATE")]
     chat_template: Option<String>,
-    /// Most answers under way at once
+    /// Maximum number of answers generated concurrently
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_batch: Option<u32>,
-    /// Most tokens in all caches together [default: what fits into 1 GiB, on a GPU into a quarter of what is free]
+    /// Maximum number of tokens in all caches together [default: what fits into 1 GiB, on a GPU into a quarter of what
+    /// is free]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     cache_tokens: Option<u32>,
-    /// Most prompts that are under way or wait; more are told to come back
+    /// Maximum number of prompts running or waiting; further ones are told to retry
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     max_requests: u32,
-    /// Most bytes of a request
+    /// Maximum size of a request in bytes
     #[arg(long, value_name = "BYTES", default_value_t = 8 << 20)]
     max_body: usize,
-    /// Seconds that requests under way may take to end when the server is stopped
+    /// Seconds that running requests may take to finish when the server is stopped
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     drain: u64,
 }
 
-/// Serves until it is told to stop.
+/// Serves until asked to stop.
 pub(super) fn run(args: ServeArgs) -> Result<()> {
     let listener = serve::bind(&args.host, args.port)?;
     let key = args.api_key_env.as_deref().map(key).transpose()?;
@@ -92,7 +93,7 @@ pub(super) fn run(args: ServeArgs) -> Result<()> {
     })
 }
 
-/// `NAME=DIR`.
+/// Parses `NAME=DIR`.
 fn named(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, dir)) if !name.trim().is_empty() && !dir.is_empty() => {

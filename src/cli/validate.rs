@@ -1,5 +1,5 @@
-//! `arriero validate`: what a recipe will do, how many steps and how much memory that takes, and a few rows as the
-//! model will see them, with the trained tokens marked. Loads no weights and writes nothing.
+//! `arriero validate`: what a recipe will do, its steps and memory, and a few rows as the model will see them, with the
+//! trained tokens marked. Loads no weights and writes nothing.
 
 use std::io::IsTerminal;
 
@@ -23,12 +23,12 @@ use crate::train::Settings;
 pub(super) struct ValidateArgs {
     #[command(flatten)]
     recipe: RecipeArgs,
-    /// Rows to show of each training stage
+    /// Rows to show per training stage
     #[arg(long, default_value_t = 2)]
     rows: usize,
 }
 
-/// Checks a recipe and prints what there is to know before it runs.
+/// Checks a recipe and prints what is known before it runs.
 pub(super) fn run(args: &ValidateArgs) -> Result<()> {
     let (file, resolved) = recipes::resolved(&args.recipe)?;
     let plan = &resolved.plan;
@@ -91,7 +91,7 @@ fn describe(plan: &Plan, step: &Step) -> Result<()> {
     Ok(())
 }
 
-/// What the training stages have in common.
+/// The common settings of training stages.
 struct Training<'a> {
     model: &'a str,
     datasets: &'a [Dataset],
@@ -133,7 +133,7 @@ impl<'a> Training<'a> {
         Some(Self { model, datasets, chat_template, settings, lora, rule })
     }
 
-    /// The datasets, where every one is on this machine already.
+    /// The datasets, if all of them are on this machine.
     fn sources(&self) -> Option<Vec<Source>> {
         self.datasets
             .iter()
@@ -144,7 +144,7 @@ impl<'a> Training<'a> {
             .collect()
     }
 
-    /// How many rows are taken of them.
+    /// How many rows are used from them.
     fn rows(&self) -> Result<Option<usize>> {
         let Some(sources) = self.sources() else { return Ok(None) };
         let taken = |source: &Source| -> Result<usize> {
@@ -167,7 +167,7 @@ fn show_rows(plan: &Plan, step: &Step, count: usize) -> Result<()> {
     }
     let rows = first_rows(&sources, step.seed, count)?;
     let colour = std::io::stdout().is_terminal();
-    // Which of the two a `dpo` stage reads is told by its rows.
+    // The rows of a `dpo` stage decide which of the two formats it reads.
     let labelled = rows.iter().any(|row| matches!(row.record, Record::Completion { .. }));
     let rule = match training.rule {
         Rule::Pairs(options) if labelled => Rule::Responses(options),

@@ -1,4 +1,4 @@
-//! What became of the rows of a set of datasets: how many were used, cut and left out, and why.
+//! Accounting of dataset rows: how many were used, truncated and skipped, and why.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,20 +6,20 @@ use super::prepare::{OnBadRow, Outcome};
 use super::tree::Tree;
 use crate::error::{Error, Result};
 
-/// Rows that were left out: how many, and the first of them.
+/// Skipped rows: their number, and the first of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
-    /// How many; a row that is taken twice counts twice.
+    /// How many; a row that is used twice counts twice.
     pub count: usize,
-    /// Where the first [`SHOWN`](Self::SHOWN) stand, and why they were left out.
+    /// Location and reason of the first [`SHOWN`](Self::SHOWN) skipped rows.
     pub first: Vec<(String, String)>,
 }
 
 impl Skipped {
-    /// How many are named.
+    /// How many are listed.
     pub const SHOWN: usize = 5;
 
-    /// Adds a row that was to be taken so many times.
+    /// Adds a row that was to be used `times` times.
     pub fn add(&mut self, place: &str, why: String, times: usize) {
         self.count += times;
         if self.first.len() < Self::SHOWN {
@@ -28,25 +28,25 @@ impl Skipped {
     }
 }
 
-/// What became of the rows.
+/// Outcome of preparing a set of rows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PrepareReport {
-    /// Rows that were to become trees; a row that is taken twice counts twice.
+    /// Rows to be turned into trees; a row that is used twice counts twice.
     pub rows: usize,
-    /// Rows that could not be read, by the path of their dataset.
+    /// Unreadable rows, by the path of their dataset.
     pub unread: Vec<(String, Skipped)>,
-    /// Rows that the settings or `on_bad_row = "skip"` left out.
+    /// Rows skipped because of the settings or `on_bad_row = "skip"`.
     pub skipped: Skipped,
     /// Rows cut to length.
     pub truncated: usize,
-    /// Tokens of all trees, shared ones once.
+    /// Tokens of all trees, shared ones counted once.
     pub tokens: usize,
     /// Trained tokens of all trees.
     pub trained_tokens: usize,
 }
 
 impl PrepareReport {
-    /// Counts what became of a row that is taken so many times; returns its tree, where it has one.
+    /// Counts the outcome of a row that is used `times` times; returns its tree, if any.
     pub(super) fn count(
         &mut self,
         place: &str,
@@ -73,7 +73,7 @@ impl PrepareReport {
         Ok(None)
     }
 
-    /// Why not one row is left.
+    /// The error if no row is left.
     pub(super) fn nothing(&self) -> Error {
         let error = Error::run(format!("none of {} rows can be used", self.rows));
         match self.skipped.first.first() {

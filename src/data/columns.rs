@@ -1,5 +1,5 @@
-//! The names that a dataset has for columns (`columns = {prompt = "question"}`), held against the rows: a name that no row
-//! has would be ignored, and what is read in its place is another column.
+//! Checks a dataset's column names (`columns = {prompt = "question"}`) against the rows: a name that no row has would
+//! be ignored, and another column would be read in its place.
 
 use std::collections::BTreeSet;
 
@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use crate::error::{Error, Result, did_you_mean};
 
-/// Names of columns that rows have, kept for the message: enough for any table, few where each row has keys of its own.
+/// Number of column names kept for the message: enough for any table, few if each row has keys of its own.
 const KEPT: usize = 64;
 
-/// The names that no row has had so far.
+/// Column names that no row has had so far.
 pub(crate) struct Unseen {
     /// Canonical name → its name in the rows.
     names: IndexMap<String, String>,
@@ -19,17 +19,17 @@ pub(crate) struct Unseen {
 }
 
 impl Unseen {
-    /// Before the first row.
+    /// The state before the first row.
     pub(crate) fn new(names: &IndexMap<String, String>) -> Self {
         Self { names: names.clone(), found: BTreeSet::new() }
     }
 
-    /// Whether every name has been seen: then further rows need not be looked at.
+    /// Whether every name has been seen, so that further rows need no check.
     pub(crate) fn is_empty(&self) -> bool {
         self.names.is_empty()
     }
 
-    /// Takes note of a row's columns. A column that is null is there: Parquet gives every row every column.
+    /// Records a row's columns. A null column counts as present: Parquet gives every row every column.
     pub(crate) fn see<'a>(&mut self, columns: impl IntoIterator<Item = &'a String>) {
         if self.is_empty() {
             return;
@@ -42,10 +42,10 @@ impl Unseen {
         }
     }
 
-    /// To be called after the last of `rows`, which are named as "no row" is.
+    /// Call after the last row. `rows` is the subject of the error message, such as "no row".
     ///
     /// # Errors
-    /// The first name that no row has had, with the columns that there are.
+    /// The first name that no row has, with the columns that exist.
     pub(crate) fn check(&self, rows: &str) -> Result<()> {
         let Some((canonical, name)) = self.names.first() else { return Ok(()) };
         let found: Vec<&str> = self.found.iter().map(String::as_str).collect();
@@ -60,7 +60,7 @@ impl Unseen {
     }
 }
 
-/// The names of a row's columns.
+/// Names of a row's columns.
 pub(super) fn names(row: &Value) -> Vec<String> {
     row.as_object().map_or_else(Vec::new, |columns| columns.keys().cloned().collect())
 }

@@ -1,26 +1,26 @@
-//! Training examples by their place, wherever they lie: in memory or in a file.
+//! Training examples by index, stored in memory or in a file.
 
 use super::tree::Tree;
 use crate::error::Result;
 
-/// A numbered set of examples. Training asks for a step's examples and drops them after the step, so that a set in a
-/// file (see [`Stored`](super::stored::Stored)) costs no memory. A thread of its own does, one step ahead.
+/// An indexed set of examples. Training requests a step's examples and drops them after the step, so a set in a file
+/// (see [`Stored`](super::stored::Stored)) costs no memory. A separate thread does this one step ahead.
 pub trait Examples: Sync {
-    /// How many there are.
+    /// Number of examples.
     fn len(&self) -> usize;
 
-    /// Whether there is none.
+    /// Whether there are none.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The example at `index`, which is less than [`len`](Self::len).
+    /// The example at `index`, which must be less than [`len`](Self::len).
     ///
     /// # Errors
     /// A file that cannot be read or is damaged.
     fn get(&self, index: usize) -> Result<Tree>;
 
-    /// All of them, in order.
+    /// All examples, in order.
     fn trees(&self) -> Box<dyn Iterator<Item = Result<Tree>> + '_> {
         Box::new((0..self.len()).map(|index| self.get(index)))
     }

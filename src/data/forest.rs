@@ -1,8 +1,8 @@
-//! The packed forest: the only batch there is (design idea 1).
+//! The packed forest: the only batch format.
 //!
-//! Trees are laid end to end in one row of tokens without padding. A token sees its own segment up to itself and
-//! every ancestor segment; positions continue from the parent. Packing never changes which examples form an
-//! optimizer step: a step's trees are cut into micro-batches by a token budget.
+//! Trees are laid end to end in one row of tokens without padding. A token attends to its own segment up to itself and
+//! to every ancestor segment; positions continue from the parent. Packing never changes which examples form an
+//! optimizer step: a step's trees are split into micro-batches by a token budget.
 
 use std::borrow::Borrow;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use super::examples::Examples;
 use super::tree::{Label, Role, Tree};
 use crate::error::Result;
 
-/// Where one segment lies in the packed row.
+/// Location of one segment in the packed row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Span {
     /// First token's index in the packed row.
@@ -20,9 +20,9 @@ pub struct Span {
     pub len: usize,
     /// Index of the parent span, smaller than this span's own.
     pub parent: Option<usize>,
-    /// Position of the first token: the number of tokens on the path above.
+    /// Position of the first token: the number of tokens on the path above it.
     pub position: usize,
-    /// Which tree of the forest this belongs to.
+    /// Index of its tree in the forest.
     pub tree: usize,
 }
 
@@ -31,9 +31,9 @@ pub struct Span {
 pub struct Target {
     /// Index of the hidden row that makes the prediction.
     pub row: u32,
-    /// The token predicted.
+    /// The predicted token.
     pub id: u32,
-    /// Index into [`Forest::leaves`]: the sequence it counts for.
+    /// Index into [`Forest::leaves`] of the sequence it counts towards.
     pub leaf: u32,
     /// [`Role::Content`] or [`Role::Format`].
     pub role: Role,
@@ -42,22 +42,23 @@ pub struct Target {
 /// One sequence of the forest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leaf {
-    /// Which tree of the forest.
+    /// Index of its tree in the forest.
     pub tree: usize,
-    /// The leaf's span.
+    /// Index of the leaf's span.
     pub span: usize,
 }
 
-/// Where a reward model is read: the last trained token of a segment, such as a response's end-of-turn token.
+/// A position where a reward model is read: the last trained token of a segment, such as a response's end-of-turn
+/// token.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct End {
-    /// Which tree of the forest.
+    /// Index of its tree in the forest.
     pub tree: usize,
     /// The hidden row.
     pub row: usize,
     /// Trained tokens of the segment.
     pub length: usize,
-    /// What the row says of it; empty where the tree has no labels.
+    /// Label from the row; empty if the tree has no labels.
     pub label: Label,
 }
 
@@ -72,11 +73,11 @@ pub struct Forest {
     pub spans: Vec<Span>,
     /// Sequences, tree by tree.
     pub leaves: Vec<Leaf>,
-    /// Where scores are read, tree by tree, in the order of [`Tree::scored`].
+    /// Positions where scores are read, tree by tree, in the order of [`Tree::scored`].
     pub ends: Vec<End>,
-    /// Every trained prediction, sequence by sequence. A target in a shared segment appears once a sequence.
+    /// Every trained prediction, `[N]`, sequence by sequence. A target in a shared segment appears once per sequence.
     pub targets: Vec<Target>,
-    /// How much each target's loss weighs, `[N]`; empty where each weighs 1. Losses on tokens read it.
+    /// Loss weight of each target, `[N]`; empty if all are 1. Read by token losses.
     pub weights: Vec<f32>,
     /// `source` of each tree.
     pub sources: Vec<usize>,
@@ -102,7 +103,7 @@ impl Forest {
         self.tokens.len()
     }
 
-    /// Whether there is nothing to compute.
+    /// Whether the forest has no tokens.
     pub fn is_empty(&self) -> bool {
         self.tokens.is_empty()
     }
@@ -112,7 +113,7 @@ impl Forest {
         self.sources.len()
     }
 
-    /// The spans above `span` and `span` itself, root first.
+    /// Indices of `span` and its ancestors, root first.
     pub fn path(&self, span: usize) -> Vec<usize> {
         let mut path = vec![span];
         while let Some(parent) = self.spans[path[path.len() - 1]].parent {
@@ -162,10 +163,10 @@ impl Forest {
             let segment = &tree.segments[segment_index];
             let start = self.spans[first_span + segment_index].start;
             for (offset, (&id, &role)) in segment.tokens.iter().zip(&segment.roles).enumerate() {
-                // The very first token of a sequence has nothing to be predicted from.
+                // The first token of a sequence has no row that predicts it.
                 if let Some(row) = previous.filter(|_| role.trained()) {
                     self.targets.push(Target { row: row as u32, id, leaf: leaf_index, role });
-                    // The tree's own tokens begin where its first span does.
+                    // The tree's own tokens start at its first span.
                     let token = start + offset - self.spans[first_span].start;
                     self.weights.extend(tree.weights.get(token));
                 }
@@ -176,8 +177,8 @@ impl Forest {
     }
 }
 
-/// Cuts a step's trees into consecutive micro-batches of at most `budget` tokens. A tree larger than the budget
-/// stands alone.
+/// Splits a step's trees into consecutive micro-batches of at most `budget` tokens. A tree larger than the budget gets
+/// its own.
 pub fn micro_batches<T: Borrow<Tree>>(trees: &[T], budget: usize) -> Vec<Range<usize>> {
     let mut ranges = Vec::new();
     let (mut start, mut filled) = (0, 0);
@@ -195,7 +196,7 @@ pub fn micro_batches<T: Borrow<Tree>>(trees: &[T], budget: usize) -> Vec<Range<u
     ranges
 }
 
-/// Packs examples in their order into the forests that [`micro_batches`] cuts them into, one at a time.
+/// Packs examples, in order, into the forests that [`micro_batches`] yields, one at a time.
 pub fn packed(examples: &dyn Examples, budget: usize) -> impl Iterator<Item = Result<Forest>> {
     let mut trees = examples.trees().peekable();
     std::iter::from_fn(move || {
@@ -283,7 +284,7 @@ mod tests {
         let trees: Vec<&Tree> = owned.iter().collect();
         assert_eq!(micro_batches(&trees, 7), [0..2, 2..3, 3..5]);
         assert!(micro_batches::<&Tree>(&[], 7).is_empty());
-        // One at a time they are cut at the same places.
+        // Packing one at a time splits at the same places.
         let sizes: Vec<usize> = packed(&owned, 7).map(|forest| forest.unwrap().trees()).collect();
         assert_eq!(sizes, [2, 1, 2]);
     }

@@ -1,4 +1,4 @@
-//! JSON lines, gzipped or not, and files that are one JSON value.
+//! JSON Lines, optionally gzipped, and files that contain a single JSON value.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -10,8 +10,7 @@ use serde_json::Value;
 use super::read::{Content, Raw, RawRows};
 use crate::error::{Context, Error, Result};
 
-/// The rows of one file, each with its place. Lines are read as they are asked for; one JSON array or object is
-/// read whole.
+/// The rows of one file, each with its location. Lines are read lazily; a single JSON array or object is read whole.
 pub(super) fn rows(file: &Path) -> Result<RawRows> {
     let mut lines = Lines::open(file)?;
     let Some(first) = lines.next().transpose()? else { return Ok(Box::new(std::iter::empty())) };
@@ -24,7 +23,7 @@ pub(super) fn rows(file: &Path) -> Result<RawRows> {
         return Ok(lines.after([first]));
     }
     match lines.next().transpose()? {
-        // A second row after a first that is whole: lines, whatever the file's name says.
+        // A second row after a complete first one: JSON Lines, whatever the file's extension.
         Some(second) if parse(&first.text).is_ok() => Ok(lines.after([first, second])),
         second => {
             let text = lines.whole(std::iter::once(first).chain(second))?;
@@ -36,23 +35,23 @@ pub(super) fn rows(file: &Path) -> Result<RawRows> {
     }
 }
 
-/// One line as JSON.
+/// Parses one line as JSON.
 pub(super) fn parse(line: &str) -> Result<Value> {
     serde_json::from_str(line).map_err(|error| bad_json(&error))
 }
 
-/// A line that is not blank.
+/// A non-blank line.
 struct Line {
-    /// Counted from one.
+    /// Line number, counted from 1.
     number: usize,
     text: String,
 }
 
-/// The lines of a file that are not blank.
+/// Iterator over the non-blank lines of a file.
 struct Lines {
     source: Box<dyn BufRead>,
     name: String,
-    /// Lines read so far.
+    /// Number of lines read so far.
     number: usize,
     gzip: bool,
 }
@@ -70,7 +69,7 @@ impl Lines {
         Ok(Self { source, name, number: 0, gzip })
     }
 
-    /// The next line, blank or not, without its end; nothing at the end of the file.
+    /// The next line, blank or not, without its line ending; `None` at the end of the file.
     fn line(&mut self) -> Result<Option<Line>> {
         let mut bytes = Vec::new();
         let read = self.source.read_until(b'\n', &mut bytes).map_err(|error| {
@@ -99,7 +98,7 @@ impl Lines {
         Ok(Some(Line { number: self.number, text }))
     }
 
-    /// The text from its first line on, where `lines` have been read of it. Blank lines keep their numbers.
+    /// The whole text, of which `lines` have already been read. Blank lines keep their numbers.
     fn whole(&mut self, lines: impl IntoIterator<Item = Line>) -> Result<String> {
         let (mut text, mut number) = (String::new(), 0);
         let mut push = |line: Line| {
@@ -116,7 +115,7 @@ impl Lines {
         Ok(text)
     }
 
-    /// The rows of the lines that have been read and of those to come.
+    /// The rows of the lines already read, followed by the remaining ones.
     fn after<const N: usize>(self, lines: [Line; N]) -> RawRows {
         let name = self.name.clone();
         let rows = lines.into_iter().map(Ok).chain(self);
@@ -146,7 +145,7 @@ fn array(text: &str, name: &str) -> Result<RawRows> {
     Ok(in_place(rows, name))
 }
 
-/// A file that is one object: the rows are its one list of objects, or itself.
+/// A file with a single object: its rows are its only list of objects, or else the object itself.
 fn object_rows(value: Value, name: &str) -> RawRows {
     let list = value.as_object().and_then(|object| {
         ["data", "rows", "train", "instances"]

@@ -1,7 +1,7 @@
-//! What a reward model learns from: trees with labels, one for each place where a score is read.
+//! Training data of reward models: trees with one label per position where a score is read.
 //!
-//! Ranked responses carry their margins, rated ones their ratings, answers in steps a truth a step. Texts become tokens as
-//! everywhere ([`prepare`](super::prepare)).
+//! Ranked responses carry their margins, rated ones their ratings, stepwise answers one truth value per step. Texts are
+//! tokenized as everywhere else ([`prepare`](super::prepare)).
 
 use serde::Serialize;
 
@@ -14,27 +14,28 @@ use super::tree::{Label, Role, Tree};
 use crate::error::{Error, Result};
 use crate::rng::Stream;
 
-/// What a row teaches, and how it is laid out.
+/// What a row teaches, and its layout.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub enum Lesson {
-    /// Responses ranked best first. Each is labelled with its rank and its level: what the row's margins add up to
-    /// from the worst response, so that the margin of any two is the difference of their levels.
+    /// Responses ranked best first. Each is labelled with its rank and its level: the sum of the row's margins from the
+    /// worst response up, so that the margin of any two is the difference of their levels.
     Ranked(Ranked),
     /// One response that is right or wrong (column `label`).
     Outcome,
     /// One response with numbers in these columns, any of which a row may lack.
     Attributes(Vec<String>),
-    /// An answer in steps, each right or wrong. This text ends each step; the score is read at its last token.
+    /// A stepwise answer, each step right or wrong. This text terminates each step; the score is read at its last
+    /// token.
     Steps(String),
 }
 
-/// How ranked responses are laid out.
+/// Layout of ranked responses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Ranked {
-    /// Refuse rows without a margin.
+    /// Refuse rows without margins.
     pub margins: bool,
-    /// Put a row's responses one after another, in an order drawn with this seed, each seeing those before it (Llama 3,
-    /// section 4.1.2), instead of side by side.
+    /// Concatenate a row's responses in a random order drawn with this seed, each attending to the previous ones (Llama
+    /// 3, section 4.1.2), instead of branching from the prompt.
     pub concatenated: Option<u64>,
 }
 
@@ -106,7 +107,7 @@ impl Ranked {
             return Err(Error::run("no column `margin`")
                 .hint("`use_margin` needs it: by how much the chosen response is better"));
         }
-        // Side by side for the length, whatever the layout: what does not fit is cut or left out alike.
+        // Measure lengths as siblings in either layout, so that what does not fit is truncated or skipped alike.
         let whole = PairOptions { max_length: None, ..options.clone() };
         let limits = if self.concatenated.is_some() { &whole } else { options };
         let outcome = siblings(index, row, (prompt, responses), tokenizer, limits)?;
@@ -122,7 +123,7 @@ impl Ranked {
         let responses: Vec<Tokens> = segments.collect();
         let shuffled = order.iter().map(|&rank| responses[rank].clone()).collect();
         let labels = order.iter().map(|&rank| labels[rank].clone()).collect();
-        // One response alone has nothing to be compared with.
+        // A single response has nothing to be compared with.
         fit_chain(index, (prompt, shuffled), (labels, 2), options)
     }
 }
@@ -136,7 +137,7 @@ fn levels(row: &Row, responses: usize) -> Vec<Label> {
     (0..responses).map(|at| vec![Some(rank(at)), level(at)]).collect()
 }
 
-/// Refuses responses of the same tokens.
+/// Refuses responses with identical tokens.
 fn check_different(tree: &Tree) -> Result<()> {
     match tree.twins() {
         None => Ok(()),
@@ -147,7 +148,7 @@ fn check_different(tree: &Tree) -> Result<()> {
     }
 }
 
-/// Ids of the prompt, and of each step with the text that ends it.
+/// Ids of the prompt, and of each step with its terminating text.
 fn step_tokens(
     row: &Row,
     prompt: &Side,
@@ -174,8 +175,8 @@ fn step_tokens(
     Ok((prompt, steps.iter().map(step).collect::<Result<_>>()?))
 }
 
-/// One row: the prompt and its parts one after another. What is too long loses its last parts, down to `least` of them, or
-/// is treated as `truncation` says.
+/// One sequence: the prompt followed by its parts. If it is too long, trailing parts are dropped, down to `least` of
+/// them, or `truncation` decides.
 fn fit_chain(
     index: usize,
     (prompt, mut parts): (Vec<u32>, Vec<Tokens>),

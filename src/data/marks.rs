@@ -1,9 +1,9 @@
-//! Which characters of a rendered chat came from the messages, and which from the template.
+//! Which characters of a rendered chat came from the messages and which from the template.
 //!
-//! Strings of the messages are rendered between private-use characters, which are then taken out again. They stand
-//! inside the outermost non-space characters, so that a template that trims still trims. Should a template look
-//! inside a message in a way that the marks disturb (the text without marks then differs from the plain rendering),
-//! only texts of special tokens are broken up by one mark each: enough to keep them inert.
+//! Strings of the messages are rendered between private-use characters, which are removed again afterwards. The marks
+//! are placed inside the outermost non-space characters, so that a template that trims still trims. If a template
+//! inspects a message in a way that the marks disturb (the text without marks then differs from the plain rendering),
+//! only the texts of special tokens are broken up, by one mark each: enough to keep them inert.
 
 use std::ops::Range;
 
@@ -11,9 +11,9 @@ use serde_json::Value;
 
 use super::record::Message;
 
-/// First of the private-use characters that open and close the marked strings, two each.
+/// First of the private-use characters that open and close marked strings, two per string.
 const FIRST: u32 = 0xF_0000;
-/// How many strings can be marked: the plane has 65,534 characters.
+/// Maximum number of marked strings: the plane has 65,534 characters.
 const MOST: usize = 32_000;
 /// Breaks up the text of a special token.
 const GUARD: char = '\u{10FFFD}';
@@ -21,23 +21,23 @@ const GUARD: char = '\u{10FFFD}';
 /// How messages are marked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
-    /// Around each string, keeping white space at its ends where asked.
+    /// Around each string; optionally keeps leading or trailing white space.
     Around { leading: bool, trailing: bool },
-    /// One mark inside each special token's text.
+    /// One mark inside the text of each special token.
     Guards,
 }
 
-/// Puts marks into messages and tools.
+/// Inserts marks into messages and tools.
 pub(super) struct Marker<'a> {
     pub(super) way: Way,
     pub(super) is_special: &'a dyn Fn(&str) -> bool,
     pub(super) specials: &'a [&'a str],
-    /// Message of each marked string; `None` for strings that are not a message's content.
+    /// Message index of each marked string; `None` if the string is not a message's content.
     pub(super) owners: Vec<Option<usize>>,
 }
 
 impl Marker<'_> {
-    /// Marks the content of every message, and every other string that holds a special token's text.
+    /// Marks the content of every message, and every other string that contains a special token's text.
     pub(super) fn messages(&mut self, messages: &[Message]) -> Vec<Message> {
         let mut marked = messages.to_vec();
         for (index, message) in marked.iter_mut().enumerate() {
@@ -60,7 +60,7 @@ impl Marker<'_> {
         marked
     }
 
-    /// Marks strings that hold a special token's text, at any depth.
+    /// Marks strings that contain a special token's text, at any depth.
     pub(super) fn guard(&mut self, value: &mut Value) {
         match value {
             Value::String(text) if (self.is_special)(text) => self.mark(text, None),
@@ -98,7 +98,7 @@ fn mark(number: usize) -> char {
     u32::try_from(number).ok().and_then(|n| char::from_u32(FIRST + n)).unwrap_or(GUARD)
 }
 
-/// Whether text holds a character that marks are made of, so that it cannot be marked.
+/// Whether the text contains a mark character and therefore cannot be marked.
 pub(super) fn collides(text: &str) -> bool {
     text.chars().any(|c| number(c).is_some() || c == GUARD)
 }
@@ -107,17 +107,17 @@ fn number(c: char) -> Option<usize> {
     (c as u32).checked_sub(FIRST).map(|n| n as usize).filter(|&n| n < 2 * MOST)
 }
 
-/// Rendered text with its marks taken out.
+/// Rendered text without its marks.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Unmarked {
     pub(super) text: String,
-    /// (marked string, byte range), in the order of the text.
+    /// (marked string, byte range), in text order.
     pub(super) strings: Vec<(usize, Range<usize>)>,
-    /// Bytes before which a guard stood.
+    /// Byte offsets at which a guard was removed.
     pub(super) guards: Vec<usize>,
 }
 
-/// Takes the marks out; `None` where an opening mark lacks its closing one.
+/// Removes the marks; `None` if an opening mark lacks its closing one.
 pub(super) fn unmark(marked: &str) -> Option<Unmarked> {
     let mut unmarked = Unmarked { text: String::with_capacity(marked.len()), ..Default::default() };
     let mut open: Option<(usize, usize)> = None;
@@ -140,8 +140,8 @@ pub(super) fn unmark(marked: &str) -> Option<Unmarked> {
     open.is_none().then_some(unmarked)
 }
 
-/// Extends the strings of `full` by the white space at their ends that the template kept: the gap before a string
-/// is longer by it than in the rendering where that white space had been cut beforehand.
+/// Extends the strings of `full` by the surrounding white space that the template kept: the gap before a string is
+/// longer by that amount than in the rendering with the white space trimmed beforehand.
 pub(super) fn extend_by_kept_space(full: &mut Unmarked, no_lead: &Unmarked, no_trail: &Unmarked) {
     let same = |other: &Unmarked| {
         other.strings.len() == full.strings.len()

@@ -1,13 +1,14 @@
-//! Responses under prompts that they do not answer, from which KTO estimates the KL between policy and reference
-//! (Ethayarajh et al., 2024, section 4.1).
+//! Responses under prompts they do not answer, from which KTO estimates the KL between policy and reference (Ethayarajh
+//! et al., 2024, section 4.1).
 
 use super::tree::{Segment, Tree};
 
-/// Gives every tree, as further leaves, the responses of the tree before it, cut to `max_length` tokens with the prompt.
+/// Appends to every tree, as additional leaves, the responses of the previous tree, cut to `max_length` with the
+/// prompt.
 ///
-/// Like TRL, the trees of one optimizer step (`per_step` in a row, as they stand in the dataset) exchange responses
-/// among themselves, the first taking the last one's. A step of one tree takes the tree before it. A response of which
-/// no trained token is left is not given; a lone tree is given none.
+/// Like TRL, the trees of one optimizer step (`per_step` in dataset order) rotate their responses among themselves; the
+/// first takes the last one's. A step of one tree takes from the tree before it. A response with no trained token left
+/// is omitted; a lone tree gets none.
 pub fn add_mismatched(trees: &mut [Tree], per_step: usize, max_length: usize) {
     let own: Vec<Vec<Segment>> = trees
         .iter()
@@ -28,7 +29,7 @@ pub fn add_mismatched(trees: &mut [Tree], per_step: usize, max_length: usize) {
             continue;
         }
         let room = max_length.saturating_sub(tree.segments[0].tokens.len());
-        // Under an empty prompt the first token has nothing to be predicted from.
+        // Under an empty prompt, nothing predicts the first token.
         let predicted = usize::from(tree.segments[0].tokens.is_empty());
         for mut response in own[donor].iter().cloned() {
             response.tokens.truncate(room);

@@ -1,25 +1,24 @@
-//! Several datasets become one: taken in fractions, shuffled, split, always in the same way for the same seed.
+//! Joins several datasets: takes fractions, shuffles and splits, always the same way for the same seed.
 
 use super::record::Row;
 use crate::error::{Error, Result};
 use crate::rng::Stream;
 
-/// Which rows of a dataset are taken: all of them some times over, and then a part of them once more.
+/// Which rows of a dataset are used: all of them `whole` times, plus a subset once more.
 ///
-/// Of a fraction below one, a random part is taken; above one, the dataset is repeated whole, and then a random part
-/// of it (Llama 3, section 4.1.3: good sources are seen several times, others less than once). Which rows are taken
-/// depends on the seed, the dataset's place in the list and its length alone.
+/// A fraction below one takes a random subset; above one, the dataset is repeated whole, plus a random subset (Llama 3,
+/// section 4.1.3: good sources are seen several times, others less than once). The rows depend only on the seed, the
+/// dataset's index in the list and its length.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Share {
-    /// How often all rows are taken.
+    /// How often all rows are used.
     pub whole: usize,
-    /// The rows that are taken once more, in their order.
+    /// Rows that are used once more, in order.
     pub part: Vec<usize>,
 }
 
 impl Share {
-    /// The share of dataset `index`, which has `rows` rows. A fraction that is a whole number asks for no part, and
-    /// then the number of rows does not matter.
+    /// The share of dataset `index` with `rows` rows. An integer fraction needs no subset, so `rows` is then ignored.
     ///
     /// # Errors
     /// A fraction that is negative or not a number.
@@ -39,7 +38,7 @@ impl Share {
         Ok(Self { whole: fraction.floor() as usize, part })
     }
 
-    /// How often `row` is taken.
+    /// How often `row` is used.
     pub fn times(&self, row: usize) -> usize {
         self.whole + usize::from(self.part.binary_search(&row).is_ok())
     }
@@ -58,7 +57,7 @@ pub fn take(rows: &[Row], fraction: f64, index: usize, seed: u64) -> Result<Vec<
 /// Takes a fraction of each dataset (see [`take`]) and shuffles all of them together.
 ///
 /// # Errors
-/// A fraction that is negative or not a number, or nothing left.
+/// A fraction that is negative or not a number; an empty result.
 pub fn mix(parts: Vec<(Vec<Row>, f64)>, seed: u64) -> Result<Vec<Row>> {
     let mut mixed = Vec::new();
     for (index, (rows, fraction)) in parts.into_iter().enumerate() {
@@ -80,10 +79,10 @@ pub enum HeldOut {
     Count(usize),
 }
 
-/// Splits rows into those to train on and those held out, both in their first order.
+/// Splits rows into a training and a held-out set, both in the original order.
 ///
 /// # Errors
-/// A split that leaves either side empty.
+/// A split that leaves either set empty.
 pub fn split(rows: Vec<Row>, held_out: HeldOut, seed: u64) -> Result<(Vec<Row>, Vec<Row>)> {
     let total = rows.len();
     let count = match held_out {

@@ -1,4 +1,4 @@
-//! Text in, trees of tokens out: readers, chat templates, masks, packing. Knows no tensors.
+//! Text in, token trees out: readers, chat templates, masks, packing. Knows no tensors.
 
 mod account;
 pub(crate) mod columns;
@@ -36,3 +36,5 @@ mod pipeline_tests;
 mod stream_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod weight_tests;

@@ -1,4 +1,4 @@
-//! Parquet files, row by row; one row group is open at a time, and decoded in steps.
+//! Parquet files, row by row; one row group is open at a time and decoded in steps.
 
 use std::path::Path;
 
@@ -9,8 +9,7 @@ use crate::error::{Context, Result};
 
 const HINT: &str = "expected a complete Parquet file";
 
-/// The rows of one file; rows count from one. A row that cannot be decoded ends the file: what follows it cannot be
-/// trusted.
+/// The rows of one file, counted from 1. A row that cannot be decoded ends the file: nothing after it can be trusted.
 pub(super) fn rows(file: &Path) -> Result<RawRows> {
     let open = || -> Result<_> {
         Ok(SerializedFileReader::new(std::fs::File::open(file)?)?.into_iter().with_batch_size(1024))

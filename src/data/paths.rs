@@ -1,4 +1,4 @@
-//! Which files a dataset's path stands for.
+//! Resolves a dataset path to files.
 
 use std::path::{Path, PathBuf};
 
@@ -8,8 +8,8 @@ use crate::error::{Context, Error, Result};
 
 const ENDINGS: [&str; 5] = [".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet"];
 
-/// The files of a path: itself, the data files of a directory, or those that a glob (`*`, `**`, `?`) matches; in
-/// the order of their names. With a split, those files whose name or folder has it as a word, if any file has.
+/// The files of a path, sorted by name: the file itself, the data files of a directory, or the matches of a glob (`*`,
+/// `**`, `?`). With a split, only files whose name or folder contains it as a word, if there are any.
 pub(crate) fn files(path: &str, split: Option<&str>) -> Result<Vec<PathBuf>> {
     let direct = Path::new(path);
     if direct.is_file() {
@@ -48,7 +48,7 @@ pub(crate) fn files(path: &str, split: Option<&str>) -> Result<Vec<PathBuf>> {
 
 fn is_data(file: &Path) -> bool {
     let name = file.to_string_lossy();
-    // Files of a checkpoint or a run that may lie beside the data.
+    // Files of a checkpoint or a run that may be next to the data.
     let other = ["dataset_info.json", "dataset_infos.json", "state.json", "manifest.json"];
     ENDINGS.iter().any(|ending| name.ends_with(ending))
         && !other.iter().any(|other| file.file_name().is_some_and(|name| name == *other))
@@ -69,7 +69,7 @@ fn of_split(files: Vec<PathBuf>, split: &str, path: &str) -> Result<Vec<PathBuf>
     });
     match (of.is_empty(), others) {
         (false, _) => Ok(of),
-        // Files without split names are all one split.
+        // Files without split names all belong to one split.
         (true, false) => Ok(rest),
         (true, true) => Err(Error::run(format!("{path}: no files of split {split:?}"))
             .hint("files of a split have its name in theirs, e.g. train-00000.parquet")),
@@ -88,7 +88,7 @@ fn walk(dir: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// A glob as a regular expression over the whole path.
+/// Converts a glob to a regular expression over the whole path.
 fn pattern(glob: &str) -> Result<Regex> {
     let mut expression = String::from("^");
     let mut chars = glob.strip_prefix("./").unwrap_or(glob).chars().peekable();

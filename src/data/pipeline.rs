@@ -1,6 +1,6 @@
-//! From files of rows to a file of examples: read in batches; rendered, tokenised, masked and cut on all cores; written
-//! in the order of the rows. Memory holds one batch, and where each example lies: 24 bytes a row. [`stream`](super::stream)
-//! takes the same batches without a file.
+//! From files of rows to a file of examples: rows are read in batches; rendered, tokenized, masked and truncated on all
+//! cores; and written in row order. Memory holds one batch, and each example's location: 24 bytes per row.
+//! [`stream`](super::stream) uses the same batches without a file.
 
 use std::io::Write;
 use std::path::Path;
@@ -21,24 +21,24 @@ use super::tree::Tree;
 use crate::error::{Context, Error, Result};
 use crate::store;
 
-/// Raised when equal rows and settings give other examples than before.
+/// Raised when equal rows and settings give different examples than before.
 const VERSION: u32 = 2;
 
-/// One dataset of several that are joined.
+/// One of the datasets to join.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Source {
     /// A file, a directory of files or a glob.
     pub path: String,
     /// How to read it.
     pub read: ReadOptions,
-    /// At most this many rows, from the start; 0 is all. The others are still read and must be readable.
+    /// Maximum number of rows, from the start; 0 means all. The others are still read and must be readable.
     pub limit: usize,
-    /// How much of it to take (see [`Share`]).
+    /// Fraction to use (see [`Share`]).
     pub fraction: f64,
 }
 
 impl Source {
-    /// The rows up to the limit, batch by batch, with those that could not be read.
+    /// The rows up to the limit, in batches, with those that could not be read.
     fn batches(&self) -> Result<impl Iterator<Item = Result<super::read::Dataset>>> {
         let mut left = if self.limit > 0 { self.limit } else { usize::MAX };
         Ok(Reader::open(&self.path, &self.read)?.map(move |batch| {
@@ -49,7 +49,7 @@ impl Source {
         }))
     }
 
-    /// How many rows there are up to the limit.
+    /// Number of rows up to the limit.
     ///
     /// # Errors
     /// As [`Reader`].
@@ -57,7 +57,7 @@ impl Source {
         self.batches()?.try_fold(0, |count, batch| Ok(count + batch?.rows.len()))
     }
 
-    /// Refuses a name in `columns` that none of the first rows has. What else is wrong with them is told in their turn.
+    /// Refuses a name in `columns` that none of the first rows has. Other problems with them are reported later.
     fn check_columns(&self) -> Result<()> {
         let Ok(mut reader) = Reader::open(&self.path, &self.read) else { return Ok(()) };
         match reader.next() {
@@ -66,15 +66,15 @@ impl Source {
         }
     }
 
-    /// What is taken of this source, which is number `index` of the list.
+    /// The share of this source, number `index` in the list.
     pub(super) fn share(&self, index: usize, seed: u64) -> Result<Share> {
-        // Only a part of the rows is drawn among all of them: only then their number must be known beforehand.
+        // Only drawing a subset requires the number of rows in advance.
         let parted = self.fraction.is_finite() && self.fraction.fract() > 0.0;
         Share::new(if parted { self.count()? } else { 0 }, self.fraction, index, seed)
     }
 }
 
-/// The first `count` rows that are taken of the sources, each once.
+/// The first `count` rows used from the sources, each once.
 ///
 /// # Errors
 /// As [`Pipeline::write`].
@@ -101,56 +101,56 @@ pub fn first_rows(sources: &[Source], seed: u64, count: usize) -> Result<Vec<Row
     Ok(found)
 }
 
-/// Everything that examples depend on.
+/// All inputs that examples depend on.
 pub struct Pipeline {
     /// The datasets, joined in this order.
     pub sources: Vec<Source>,
-    /// What their rows become.
+    /// How their rows become trees.
     pub rule: Rule,
     /// Tokenizer and chat template.
     pub tokenizer: ChatTokenizer,
-    /// Seed of the rows that are taken of a part.
+    /// Seed for drawing subsets of rows.
     pub seed: u64,
-    /// Longest sequence that the model has positions for.
+    /// Longest sequence that the model's positions allow.
     pub positions: usize,
 }
 
-/// Told how many rows are done; an error stops the work.
+/// Called with the number of finished rows; an error stops the work.
 pub type Watch<'a> = dyn FnMut(usize) -> Result<()> + 'a;
 
-/// Where trees and their account go.
+/// Destination of the trees and their accounting.
 struct Out<'a> {
     writer: Writer<'a>,
     report: PrepareReport,
     watch: &'a mut Watch<'a>,
 }
 
-/// Number within the source, place and outcome of a row.
+/// A row's number within the source, location and outcome.
 type RowOutcome = (usize, String, Result<Outcome>);
 
-/// A batch of one source's rows.
+/// A batch of rows of one source.
 pub(super) struct Batch {
-    /// Rows read.
+    /// Number of rows read.
     pub(super) rows: usize,
-    /// Places of those that could not be, and why.
+    /// Locations and reasons of those that could not be read.
     pub(super) unread: Vec<(String, String)>,
-    /// What became of those that are taken.
+    /// Outcomes of the rows that are used.
     pub(super) outcomes: Vec<RowOutcome>,
 }
 
 /// The rows of one source that became trees.
 struct Taken {
     share: Share,
-    /// The example number of its first row.
+    /// Example number of its first row.
     first: usize,
-    /// Rows of one pass, whatever became of them.
+    /// Number of rows in one pass, whatever their outcome.
     rows: usize,
-    /// Number within the source and tree, in the order of the rows.
+    /// Number within the source, and tree, in row order.
     trees: Vec<(usize, Place)>,
 }
 
 impl Taken {
-    /// Examples in the order of the joined rows, with their number in it.
+    /// Examples in the order of the joined rows, with their index in it.
     fn examples(&self) -> impl Iterator<Item = (Place, usize)> {
         let whole = (0..self.share.whole).flat_map(move |pass| {
             let first = self.first + pass * self.rows;
@@ -166,10 +166,10 @@ impl Taken {
 }
 
 impl Pipeline {
-    /// SHA-256 of everything that the examples depend on, the content of the files included.
+    /// SHA-256 of everything that the examples depend on, including the contents of the files.
     ///
     /// # Errors
-    /// A file that is not there or cannot be read.
+    /// A file that is missing or cannot be read.
     pub fn hash(&self) -> Result<[u8; 32]> {
         let files = |source: &Source| -> Result<Vec<(String, String)>> {
             let files = paths::files(&source.path, source.read.split.as_deref())?;
@@ -191,12 +191,12 @@ impl Pipeline {
         Ok(Sha256::digest(all.to_string()).into())
     }
 
-    /// Prepares all rows and writes them as a file of [`Stored`](super::stored::Stored) examples. `watch` is told how
-    /// many rows are done after each batch and may stop the work.
+    /// Prepares all rows and writes them as a file of [`Stored`](super::stored::Stored) examples. `watch` gets the
+    /// number of finished rows after each batch and may stop the work.
     ///
     /// # Errors
-    /// With `on_bad_row = "error"`, the first row in the order of the files that cannot be read or used; a row longer
-    /// than the model has positions for; no usable row; a full disk.
+    /// With `on_bad_row = "error"`, the first row, in file order, that cannot be read or used; a row longer than the
+    /// model's positions; no usable row; a full disk.
     pub fn write(
         &self,
         out: &mut dyn Write,
@@ -249,7 +249,7 @@ impl Pipeline {
         Ok(taken)
     }
 
-    /// The rows of a source, batch by batch, and what becomes of those that are taken.
+    /// The rows of a source in batches, with the outcomes of those that are used.
     pub(super) fn batches(
         &self,
         source: &Source,
@@ -275,7 +275,7 @@ impl Pipeline {
         }))
     }
 
-    /// The tree of a row that is taken so many times, where it has one.
+    /// The tree of a row that is used `times` times, if it has one.
     pub(super) fn tree(
         &self,
         (_, place, outcome): RowOutcome,
@@ -289,8 +289,8 @@ impl Pipeline {
         Ok(tree)
     }
 
-    /// Refuses sources of which a part is taken: that needs their number of rows. A stream may end before its files do, so
-    /// that names of columns are held against their first rows.
+    /// Refuses sources that use a subset, which requires the number of rows. A stream may end before its files do, so
+    /// column names are checked against their first rows.
     pub(super) fn check_streamable(&self) -> Result<()> {
         for (index, source) in self.sources.iter().enumerate() {
             let fraction = source.fraction;

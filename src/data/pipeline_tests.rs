@@ -37,7 +37,7 @@ impl Home {
         Source { path, read: ReadOptions::default(), limit: 0, fraction }
     }
 
-    /// What ends up in a file of examples.
+    /// The examples that end up in a file.
     fn prepare(&self, sources: &[Source], rule: &Rule) -> Result<Stored> {
         let pipeline = pipeline(sources, rule, 1 << 20);
         let (path, hash) = (self.path("x.trees"), pipeline.hash()?);
@@ -51,7 +51,7 @@ pub(super) fn pipeline(sources: &[Source], rule: &Rule, positions: usize) -> Pip
     Pipeline { sources, rule, tokenizer: tokenizer("chatml"), seed: 7, positions }
 }
 
-/// The same through memory, as one list.
+/// The same in memory, as one list.
 pub(super) fn in_memory(sources: &[Source], rule: &Rule) -> (Vec<Row>, Vec<Tree>, PrepareReport) {
     let mut rows = Vec::new();
     for (index, source) in sources.iter().enumerate() {
@@ -116,7 +116,7 @@ fn a_file_of_examples_holds_what_memory_would() {
         .collect();
     assert_eq!(unread, [(1, "b.jsonl:2"), (1, "c.jsonl:2")]);
     assert_eq!(first_rows(&sources, 7, 3).unwrap(), rows[..3]);
-    // Only the part of the second source that is taken.
+    // Only the subset of the second source that is used.
     let of_b = first_rows(&sources[1..2], 7, usize::MAX).unwrap();
     assert_eq!(
         of_b,
@@ -157,7 +157,7 @@ fn the_first_bad_row_of_the_file_is_the_one_reported() {
     let unusable = "{\"prompt\": \"no answer\"}\n";
     let unreadable = "{\"prompt\": \n";
     let report = |first: &str, second: &str| {
-        // Both in one batch, behind a whole one.
+        // Both in one batch, after a full one.
         let text = lines(1400) + first + &lines(9) + second + &lines(5);
         let sources = [home.source("a.jsonl", &text, 1.0)];
         let error = home.prepare(&sources, &Rule::Sft(options.clone())).unwrap_err().to_string();
@@ -237,7 +237,7 @@ fn a_file_that_is_cut_damaged_or_foreign_is_not_opened() {
     newer[8] = 3;
     assert_eq!(why(&newer, &hash), "x.trees: format version 3, expected 2");
 
-    // Damage after it was opened is an error of the example that it hits.
+    // Damage after opening is an error of the affected example.
     std::fs::write(&path, &whole).unwrap();
     let stored = Stored::open(&path, &hash).unwrap();
     std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(50).unwrap();
@@ -253,7 +253,7 @@ fn a_full_disk_names_the_file_and_the_way_out() {
     let sources = [home.source("a.jsonl", &lines(9), 1.0)];
     let pipeline = pipeline(&sources, &Rule::Sft(options), 99);
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-    // With a buffer the writes succeed, and what fails is the flush at the end.
+    // With a buffer, the writes succeed and the final flush fails.
     for capacity in [0, 1 << 20] {
         let mut full = std::io::BufWriter::with_capacity(capacity, &full);
         let path = Path::new("run/x.trees");
@@ -350,7 +350,7 @@ fn files_of_lines_and_files_of_one_value_are_told_apart() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
-    /// Any tree comes back as it was written.
+    /// Any tree round-trips.
     #[test]
     fn trees_come_back(
         prompt in proptest::collection::vec(any::<u32>(), 0..9),

@@ -1,7 +1,7 @@
-//! Rows become trees: rendered, tokenised, masked and cut to length.
+//! Turns rows into trees: rendered, tokenized, masked and truncated.
 //!
-//! Tokens after the last trained one of a sequence change nothing and are left out. This file knows rows in memory;
-//! [`pipeline`](super::pipeline) brings them from files and the trees back into one.
+//! Tokens after the last trained one of a sequence have no effect and are dropped. This file handles rows in memory;
+//! [`pipeline`](super::pipeline) reads them from files and writes the trees to one.
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -25,20 +25,20 @@ pub enum Truncation {
     KeepStart,
     /// Keep the last tokens.
     KeepEnd,
-    /// Leave the row out, and count it.
+    /// Skip the row, and count it.
     Drop,
     /// Refuse the row.
     Error,
 }
 
-/// What to do with a row that cannot be used.
+/// What to do with an unusable row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnBadRow {
     /// Stop.
     #[default]
     Error,
-    /// Leave it out, count it and list it.
+    /// Skip it, count it and list it.
     Skip,
 }
 
@@ -55,19 +55,19 @@ pub struct SftOptions {
         alias = "max_seq_length"
     )]
     pub max_length: Option<usize>,
-    /// What happens to longer ones.
+    /// What to do with longer sequences.
     #[serde(alias = "truncation_mode")]
     pub truncation: Truncation,
-    /// Train assistant messages only. TRL's default is false; a model should not learn to write its prompts
-    /// (Llama 3, section 4.1.3), so it is true here.
+    /// Train only on assistant messages. TRL's default is false; here it is true, because a model should not learn to
+    /// write its prompts (Llama 3, section 4.1.3).
     pub assistant_only_loss: bool,
-    /// For prompt and completion: train the completion only.
+    /// For prompt and completion: train only on the completion.
     pub completion_only_loss: bool,
-    /// Roles whose messages are trained, instead of the assistant's.
+    /// Roles whose messages are trained on, instead of the assistant's.
     pub roles_to_train: Option<Vec<String>>,
-    /// Train the last response of a conversation only.
+    /// Train only on the last response of a conversation.
     pub final_response_only: bool,
-    /// Accepted for recipes written elsewhere: trees are always packed.
+    /// Accepted for compatibility: trees are always packed.
     #[serde(
         alias = "sample_packing",
         alias = "packed",
@@ -77,12 +77,12 @@ pub struct SftOptions {
     pub packing: bool,
     /// Parse special tokens that a message quotes, as transformers does.
     pub parse_special_in_content: bool,
-    /// What happens to rows that cannot be used.
+    /// What to do with unusable rows.
     pub on_bad_row: OnBadRow,
-    /// Further variables for the chat template.
+    /// Additional variables for the chat template.
     pub chat_template_kwargs: Map<String, Value>,
-    /// The column with each row's weight, where rows have one: those that weigh nothing are left out. A stage's own key
-    /// (`row_weight_column`) says it.
+    /// The column with each row's weight, if rows have one: rows of weight 0 are skipped. Set from the stage's own key
+    /// (`row_weight_column`).
     #[serde(skip_deserializing, skip_serializing_if = "String::is_empty")]
     pub weight_column: String,
 }
@@ -117,20 +117,20 @@ pub struct PairOptions {
         alias = "max_seq_length"
     )]
     pub max_length: Option<usize>,
-    /// `keep_start` and `keep_end` both cut the prompt from its left, once for all responses, and then the ends of
-    /// responses.
+    /// `keep_start` and `keep_end` both truncate the prompt from the left, once for all responses, and then the ends of
+    /// the responses.
     #[serde(alias = "truncation_mode")]
     pub truncation: Truncation,
     /// Parse special tokens that a message quotes, as transformers does.
     pub parse_special_in_content: bool,
-    /// What happens to rows that cannot be used.
+    /// What to do with unusable rows.
     pub on_bad_row: OnBadRow,
-    /// Further variables for the chat template.
+    /// Additional variables for the chat template.
     pub chat_template_kwargs: Map<String, Value>,
 }
 
 impl PairOptions {
-    /// Variables for the chat template: the stage's and the row's.
+    /// Variables for the chat template, from the stage and the row.
     pub(super) fn template_kwargs(&self, row: &Row) -> Map<String, Value> {
         merged(&self.chat_template_kwargs, &row.template_kwargs)
     }
@@ -148,23 +148,23 @@ impl Default for PairOptions {
     }
 }
 
-/// Trees and the account of them.
+/// Trees and their accounting.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Prepared {
-    /// One tree a usable row; [`Tree::source`] is the row's index.
+    /// One tree per usable row; [`Tree::source`] is the row's index.
     pub trees: Vec<Tree>,
-    /// The account.
+    /// The accounting.
     pub report: PrepareReport,
 }
 
-/// A usable row's tree and whether it was cut, or why the settings leave the row out.
+/// A usable row's tree and whether it was truncated, or why the settings skip the row.
 pub(super) enum Outcome {
     Tree(Tree, bool),
     Dropped(String),
 }
 
 impl Outcome {
-    /// The same with another tree.
+    /// Maps the tree.
     pub(super) fn map(self, f: impl FnOnce(Tree) -> Tree) -> Self {
         match self {
             Self::Tree(tree, cut) => Self::Tree(f(tree), cut),
@@ -176,22 +176,22 @@ impl Outcome {
 /// Ids with one role each.
 pub(super) type Tokens = (Vec<u32>, Vec<Role>);
 
-/// Which trees rows become.
+/// The kind of tree that a row becomes.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rule {
-    /// One sequence a row, for supervised fine-tuning.
+    /// One sequence per row, for supervised fine-tuning.
     Sft(SftOptions),
-    /// A prompt with 2..n responses, best first, a row.
+    /// A prompt with 2..n responses per row, best first.
     Pairs(PairOptions),
-    /// A prompt with its one response a row, for losses on labelled responses (KTO). The label stays with the row.
+    /// A prompt with its single response per row, for losses on labelled responses (KTO). The label stays with the row.
     Responses(PairOptions),
-    /// What a reward model learns from.
+    /// Training data of a reward model.
     Reward(Lesson, PairOptions),
 }
 
 impl Rule {
-    /// What happens to rows that cannot be used.
+    /// What to do with unusable rows.
     pub fn on_bad_row(&self) -> OnBadRow {
         match self {
             Self::Sft(options) => options.on_bad_row,
@@ -216,16 +216,16 @@ impl Rule {
         }
     }
 
-    /// The trees of rows in memory. For datasets in files see [`pipeline`](super::pipeline).
+    /// Prepares rows in memory. For datasets in files see [`pipeline`](super::pipeline).
     ///
     /// # Errors
-    /// With `on_bad_row = "error"`, the first row that cannot be used, by file and line; no usable row at all.
+    /// With `on_bad_row = "error"`, the first unusable row, by file and line; no usable row at all.
     pub fn trees(&self, rows: &[Row], tokenizer: &ChatTokenizer) -> Result<Prepared> {
         self.trees_where(rows, tokenizer, &|_, _| Ok(None))
     }
 
-    /// The same for rows whose trees pass `check`. An error of it is the row's fault; a text says why the settings leave
-    /// the row out.
+    /// Like [`trees`](Self::trees), for rows whose trees pass `check`. An error from it is the row's fault; a returned
+    /// text says why the settings skip the row.
     ///
     /// # Errors
     /// As [`Rule::trees`].
@@ -255,10 +255,10 @@ impl Rule {
     }
 }
 
-/// Refuses a tree that the model has no positions for.
+/// Refuses a tree that is longer than the model's positions.
 ///
 /// # Errors
-/// How long its longest sequence is, and how long one may be.
+/// Names the length of its longest sequence and the limit.
 pub fn check_positions(tree: &Tree, positions: usize) -> Result<()> {
     let length =
         |leaf| tree.path(leaf).iter().map(|&segment| tree.segments[segment].tokens.len()).sum();
@@ -320,7 +320,7 @@ fn sft_tree(
     }
     let mut tree = sft_tokens(row, tokenizer, options)?;
     tree.source = index;
-    // The last trained token, but for `skip` at the front.
+    // The last trained token, ignoring the first `skip` tokens.
     let last = |tree: &Tree, skip: usize| {
         tree.segments[0].roles.iter().skip(skip).rposition(|role| role.trained())
     };
@@ -337,7 +337,7 @@ fn sft_tree(
             Truncation::Error => return Err(Error::run(why).hint(TOO_LONG_HINT)),
         }
     }
-    // The first token has nothing to be predicted from.
+    // Nothing predicts the first token.
     match last(&tree, 1) {
         Some(last) => tree.keep(0..last + 2),
         None if truncated => {
@@ -362,7 +362,7 @@ pub(super) fn untrained() -> Error {
     )
 }
 
-/// A row as one sequence, not yet cut.
+/// A row as one sequence, before truncation.
 fn sft_tokens(row: &Row, tokenizer: &ChatTokenizer, options: &SftOptions) -> Result<Tree> {
     match &row.record {
         Record::Conversation(messages) => {
@@ -387,7 +387,7 @@ fn sft_tokens(row: &Row, tokenizer: &ChatTokenizer, options: &SftOptions) -> Res
     }
 }
 
-/// A prompt with its one response, as text or as messages.
+/// A prompt with its single response, as text or as messages.
 fn answered(
     row: &Row,
     prompt: &Side,
@@ -409,7 +409,7 @@ fn answered(
         return Ok(Tree::sequence(ids, roles, 0));
     }
     let mut messages = prompt.clone().into_messages("user");
-    let first = messages.len();
+    let first = if options.completion_only_loss { messages.len() } else { 0 };
     messages.extend(response.clone().into_messages("assistant"));
     conversation(row, &messages, first, !options.completion_only_loss, (tokenizer, options))
 }
@@ -422,7 +422,10 @@ fn conversation(
     everything: bool,
     (tokenizer, options): (&ChatTokenizer, &SftOptions),
 ) -> Result<Tree> {
-    let weights = Message::weights(messages)?;
+    let mut weights = Message::weights(messages)?;
+    if weights.iter().all(|weight| [1.0].contains(weight)) {
+        weights.clear();
+    }
     let kwargs = merged(&options.chat_template_kwargs, &row.template_kwargs);
     let request = Request {
         messages,
@@ -433,7 +436,10 @@ fn conversation(
     let rendered = render::render(tokenizer, request)?;
     let encoded = rendered.encode(tokenizer, options.parse_special_in_content)?;
     let everything = everything && options.roles_to_train.is_none();
-    if everything && weights.is_empty() {
+    let all_alike = weights.is_empty()
+        && !options.final_response_only
+        && messages.iter().all(|message| message.training() != Some(false));
+    if everything && all_alike {
         let turn = render::Turn { message: 0, span: 0..rendered.text.len() };
         let roles = rendered.roles(&encoded, &[turn], messages);
         return Ok(Tree::sequence(encoded.ids, roles, 0));
@@ -450,7 +456,13 @@ fn conversation(
         let wanted = message.training().unwrap_or(by_role);
         index >= first && wanted && weights.get(index).is_none_or(|weight| *weight > 0.0)
     };
-    let turns = rendered.turns(tokenizer, request, wanted)?;
+    let turns = if everything {
+        let mut parts = rendered.parts(tokenizer, request)?;
+        parts.retain(|part| wanted(part.message));
+        parts
+    } else {
+        rendered.turns(tokenizer, request, wanted)?
+    };
     let roles = rendered.roles(&encoded, &turns, messages);
     let plain = weights.iter().all(|weight| [0.0, 1.0].contains(weight));
     let weights = if plain { Vec::new() } else { render::weights(&encoded, &turns, &weights) };
@@ -463,7 +475,7 @@ fn merged(base: &Map<String, Value>, row: &Map<String, Value>) -> Map<String, Va
     kwargs
 }
 
-/// Ids of plain text: `bos` before it where the tokenizer asks for one (never two).
+/// Ids of plain text, preceded by `bos` if the tokenizer asks for one (never two).
 pub(crate) fn prompt_text_ids(
     tokenizer: &ChatTokenizer,
     text: &str,
@@ -478,14 +490,14 @@ pub(crate) fn prompt_text_ids(
     Ok(ids)
 }
 
-/// A plain response to train, closed by `eos`.
+/// A plain text response to train on, terminated by `eos`.
 pub(super) fn plain_tokens(tokenizer: &ChatTokenizer, text: &str, parse: bool) -> Result<Tokens> {
     let ids = text_ids(tokenizer, text, parse, false)?;
     let roles = text_roles(tokenizer, &ids);
     Ok((ids, roles))
 }
 
-/// Ids of a plain text to train, closed by `eos`.
+/// Ids of plain text to train on, terminated by `eos`.
 fn text_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool, begins: bool) -> Result<Vec<u32>> {
     let mut ids = if begins {
         prompt_text_ids(tokenizer, text, parse)?
@@ -502,7 +514,7 @@ pub(super) fn plain_ids(tokenizer: &ChatTokenizer, text: &str, parse: bool) -> R
     if parse { tokenizer.encode_special(text) } else { Ok(tokenizer.encode_inert(text)?.ids) }
 }
 
-/// All content but the closing `eos`.
+/// All content except the final `eos`.
 pub(super) fn text_roles(tokenizer: &ChatTokenizer, ids: &[u32]) -> Vec<Role> {
     let mut roles = vec![Role::Content; ids.len()];
     if let (Some(last), Some(role)) = (ids.last(), roles.last_mut())

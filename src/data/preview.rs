@@ -1,12 +1,12 @@
-//! A tree as people read it: trained tokens stand out, and those that only the template produced in another way.
+//! A human-readable tree: trained tokens stand out, and those that only the template produced stand out differently.
 
 use anstyle::{AnsiColor, Style};
 
 use super::tokenizer::ChatTokenizer;
 use super::tree::{Role, Tree};
 
-/// The text of each sequence of `tree`. In colour: content that is trained green, trained tokens of the template
-/// yellow, the rest dimmed. Without: trained content in `[[…]]`, trained tokens of the template in `{{…}}`.
+/// The text of each sequence of `tree`. In colour: trained content is green, trained template tokens are yellow, the
+/// rest is dimmed. Without colour: trained content in `[[…]]`, trained template tokens in `{{…}}`.
 pub fn preview(tree: &Tree, tokenizer: &ChatTokenizer, colour: bool) -> String {
     let leaves = tree.leaves();
     let mut text = String::new();

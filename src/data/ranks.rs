@@ -1,4 +1,4 @@
-//! How a row's responses stand to each other: the columns `ranks` and `margin`.
+//! The columns `ranks` and `margin`, which relate a row's responses to each other.
 
 use serde_json::Value;
 
@@ -19,7 +19,7 @@ fn numbers(column: &str, value: &Value) -> Result<Vec<f64>> {
     list.iter().map(number).collect()
 }
 
-/// Puts a row's responses in the order of their ranks, smallest first.
+/// Sorts a row's responses by rank, smallest first.
 pub(super) fn rank(row: &mut Row, value: &Value) -> Result<()> {
     let ranks = numbers("ranks", value)?;
     let Record::Preference { responses, .. } = &mut row.record else { return Ok(()) };
@@ -40,7 +40,7 @@ pub(super) fn rank(row: &mut Row, value: &Value) -> Result<()> {
     Ok(())
 }
 
-/// One number for a pair; a list with one number for each response and the next ranked.
+/// Margins: one number for a pair, or a list with one number per response and the next ranked one.
 pub(super) fn margins(value: &Value, row: &Row) -> Result<Vec<f64>> {
     let margins = numbers("margin", value)?;
     if !row.ranks.is_empty() {

@@ -1,8 +1,8 @@
 //! Datasets from files: JSON lines (also gzipped), JSON arrays and Parquet; a file, a directory or a glob.
 //!
-//! The format of each row is found by its columns; see [`Format`]. Rows come in the order of the files' names and of
-//! the rows in them. [`Reader`] gives them in batches and never holds more; a file that is one JSON value is the
-//! exception, for it is read whole.
+//! Each row's format is detected from its columns; see [`Format`]. Rows come in the order of the file names and of the
+//! rows in them. [`Reader`] yields them in batches and never holds more, except that a file with a single JSON value is
+//! read whole.
 
 use std::path::{Path, PathBuf};
 
@@ -24,23 +24,24 @@ use crate::error::{Context, Error, Result};
 pub struct ReadOptions {
     /// Column names of this dataset: canonical name → its name here.
     pub columns: IndexMap<String, String>,
-    /// Which split to take where the files' names say so (`train`, `test`, …).
+    /// The split to read, if the file names have one (`train`, `test`, …).
     pub split: Option<String>,
-    /// The format, where columns of several are present.
+    /// The format, if columns of several formats are present.
     #[serde(rename = "type")]
     pub format: Option<Format>,
-    /// What happens to rows that cannot be used.
+    /// What to do with unusable rows.
     pub on_bad_row: OnBadRow,
 }
 
-/// The formats of rows, in the order in which they are looked for.
+/// Row formats, in the order of detection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
-    /// `chosen` and `rejected` (and `edited`), or `responses` ranked best first; `prompt` explicit or what they share.
+    /// `chosen` and `rejected` (and `edited`), or `responses` ranked best first; `prompt` is explicit or the shared
+    /// prefix.
     #[serde(alias = "dpo", alias = "pairs")]
     Preference,
-    /// `prompt`, `completions` (one text a step) and `labels` (one truth a step).
+    /// `prompt`, `completions` (one text per step) and `labels` (one truth value per step).
     #[serde(alias = "stepwise_supervision", alias = "prm")]
     Steps,
     /// `messages` of `role` and `content`.
@@ -62,12 +63,12 @@ pub enum Format {
     Text,
 }
 
-/// Rows, and those that were left out.
+/// Rows, and those that were skipped.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Dataset {
-    /// In the order of the source.
+    /// In source order.
     pub rows: Vec<Row>,
-    /// Where the rows stand that were left out, and why.
+    /// Location and reason of the skipped rows.
     pub skipped: Vec<(String, String)>,
 }
 
@@ -91,7 +92,7 @@ const BATCH: usize = 1024;
 /// Text of a batch in bytes; a batch of long rows has fewer.
 const BATCH_BYTES: usize = 8 << 20;
 
-/// The rows of a file, a directory of files or a glob, batch by batch in their order. Parsed on all cores.
+/// Yields the rows of a file, a directory of files or a glob in order, in batches. Parses on all cores.
 ///
 /// The iterator ends after its first error: no rows at all, a file that cannot be read, a name in `columns` that no row
 /// has, or (with `on_bad_row = "error"`) the first bad row by file and line, which comes after all rows before it.
@@ -100,7 +101,7 @@ pub struct Reader {
     options: ReadOptions,
     files: std::vec::IntoIter<PathBuf>,
     file: Option<RawRows>,
-    /// What ends the iterator once the rows before it are out.
+    /// The error that ends the iterator once the rows before it are returned.
     failed: Option<Error>,
     done: bool,
     found: usize,
@@ -109,7 +110,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Finds the files; opens none yet.
+    /// Finds the files without opening them.
     ///
     /// # Errors
     /// No such file.
@@ -128,7 +129,7 @@ impl Reader {
         })
     }
 
-    /// The next rows as they stand in the files; none at the end or after what failed.
+    /// The next unparsed rows; empty at the end or after an error.
     fn raw_batch(&mut self) -> Vec<Raw> {
         let (mut batch, mut bytes) = (Vec::new(), 0);
         while batch.len() < BATCH && bytes < BATCH_BYTES && self.failed.is_none() {
@@ -187,12 +188,12 @@ impl Reader {
         batch
     }
 
-    /// To be called after the first batch by those who may never come to the last.
+    /// Call after the first batch if the last one may never be reached.
     ///
     /// # Errors
     /// A name in `columns` that none of the rows so far has.
     pub(super) fn check_columns(&self) -> Result<()> {
-        // What fails is told with its row.
+        // The error is reported with its row.
         if self.failed.is_some() {
             return Ok(());
         }
@@ -229,7 +230,7 @@ impl Iterator for Reader {
         if self.found == 0 && self.first_skipped.is_none() {
             return Some(Err(self.no_rows()));
         }
-        // Before what became of the rows: without the column they may all be bad.
+        // Check first: without the column, all rows may be bad.
         match self.unseen.check("no row") {
             Err(error) => Some(Err(error.at(&self.path))),
             Ok(()) => (self.found == 0).then(|| Err(self.no_rows())),
@@ -237,10 +238,10 @@ impl Iterator for Reader {
     }
 }
 
-/// The rows of a file, a directory of files or a glob as they stand there, one by one, each with its place.
+/// The rows of a file, a directory of files or a glob, unchanged and one by one, each with its location.
 ///
 /// # Errors
-/// No such file. The iterator's errors: a file that cannot be read, or a row that is no JSON object, by file and line.
+/// No such file. Errors of the iterator: a file that cannot be read, or a row that is not a JSON object, by file and line.
 pub fn objects(
     path: &str,
 ) -> Result<impl Iterator<Item = Result<(String, Map<String, Value>)>> + use<>> {
@@ -262,22 +263,22 @@ pub fn objects(
     }))
 }
 
-/// One row, before its columns are looked at.
+/// One row before its columns are interpreted.
 pub(super) struct Raw {
     pub(super) place: String,
     pub(super) content: Content,
 }
 
-/// A row's content as its file has it.
+/// A row's content as stored in the file.
 pub(super) enum Content {
     /// One line of JSON.
     Line(String),
-    /// Parsed with its file.
+    /// Already parsed with its file.
     Value(Value),
 }
 
 impl Raw {
-    /// About how much memory the row takes; parsed values are counted by the row alone.
+    /// Approximate memory of the row; for parsed values only the number of rows counts.
     fn bytes(&self) -> usize {
         match &self.content {
             Content::Line(line) => line.len(),
@@ -305,10 +306,10 @@ fn raw_rows(file: &Path) -> Result<RawRows> {
     super::jsonl::rows(file)
 }
 
-/// Makes a row of one JSON object. `place` names it in errors.
+/// Converts one JSON object to a row. `place` names it in errors.
 ///
 /// # Errors
-/// Not an object, columns of no known format, or a column of a wrong type.
+/// Not an object, columns of no known format, or a column of the wrong type.
 pub fn from_value(value: Value, place: &str, options: &ReadOptions) -> Result<Row> {
     let Value::Object(mut columns) = value else {
         return Err(Error::run(format!("a row is {}, expected an object", kind(&value))));
@@ -334,14 +335,14 @@ pub fn from_value(value: Value, place: &str, options: &ReadOptions) -> Result<Ro
     Ok(row)
 }
 
-/// Gives columns their canonical names (canonical → the name that the row has) and leaves out those that are null.
+/// Gives columns their canonical names (canonical → the name in the row) and drops null ones.
 pub(crate) fn rename(columns: &mut Map<String, Value>, names: &IndexMap<String, String>) {
     for (canonical, actual) in names {
         if let Some(value) = columns.shift_remove(actual) {
             columns.insert(canonical.clone(), value);
         }
     }
-    // A null column is an absent one: Parquet and merged sets give every row every column.
+    // A null column counts as absent: Parquet and merged datasets give every row every column.
     columns.retain(|_, value| !value.is_null());
 }
 
@@ -508,7 +509,8 @@ fn preference(columns: &mut Map<String, Value>) -> Result<Record> {
     } else {
         Side::Text(String::new())
     };
-    // Some sets repeat the prompt inside both conversations: with or without the column, what is shared is prompt.
+    // Some datasets repeat the prompt in both conversations: with or without the column, the shared prefix is the
+    // prompt.
     let prompt = if prompt.is_empty() {
         shared_prompt::implicit(&mut responses)?
     } else {
@@ -520,7 +522,7 @@ fn preference(columns: &mut Map<String, Value>) -> Result<Record> {
     Ok(Record::Preference { prompt, responses })
 }
 
-/// Tools as a list; some sets store them as JSON text.
+/// Tools as a list; some datasets store them as JSON text.
 pub(crate) fn tools(value: Value) -> Result<Value> {
     match value {
         Value::Array(_) => Ok(value),

@@ -1,7 +1,7 @@
-//! One row of a dataset: messages, pairs or plain text, with the place that it came from.
+//! One row of a dataset: messages, pairs or plain text, with its location.
 //!
-//! A row keeps what it does not understand ([`Row::extra`], [`Message::fields`]), so that a chat template sees every
-//! field of a message and a later stage every column of a row. Reading files is `read`'s business.
+//! A row keeps what it does not interpret ([`Row::extra`], [`Message::fields`]), so that a chat template sees every
+//! field of a message, and a later stage every column of a row. `read` reads the files.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -59,7 +59,7 @@ impl Message {
         self.fields.get("role").and_then(Value::as_str).unwrap_or_default()
     }
 
-    /// The content where it is plain text, or the joined text parts of a list of parts.
+    /// The content if it is plain text, or the joined text parts of a list of parts.
     pub fn text(&self) -> String {
         match self.fields.get("content") {
             Some(Value::String(text)) => text.clone(),
@@ -70,12 +70,12 @@ impl Message {
         }
     }
 
-    /// Whether this very message is to be trained, where its row says so (`training` or `train`).
+    /// Whether to train on this message, if its row says so (`training` or `train`).
     pub fn training(&self) -> Option<bool> {
         ["training", "train"].iter().find_map(|key| self.fields.get(*key).and_then(Value::as_bool))
     }
 
-    /// How much the message's tokens weigh in the loss, where its row says so (`weight`): 0 leaves them out.
+    /// Loss weight of the message's tokens, if its row has one (`weight`): 0 excludes them.
     ///
     /// # Errors
     /// Not a finite number of 0 or more.
@@ -86,10 +86,10 @@ impl Message {
         })
     }
 
-    /// The weight of each message; none where no message says one.
+    /// The weight of each message; empty if no message has one.
     ///
     /// # Errors
-    /// As [`weight`](Self::weight), with the message's place.
+    /// As [`weight`](Self::weight), with the message's index.
     pub fn weights(messages: &[Self]) -> Result<Vec<f64>> {
         let weight = |(index, message): (usize, &Self)| {
             message.weight().map_err(|error| error.at(format!("message {index}")))
@@ -102,12 +102,12 @@ impl Message {
         Ok(weights.into_iter().map(|weight| weight.unwrap_or(1.0)).collect())
     }
 
-    /// Every field, in the order of the source.
+    /// All fields, in source order.
     pub fn fields(&self) -> &Map<String, Value> {
         &self.fields
     }
 
-    /// The same, to add to: `tool_calls`, `name`, …
+    /// All fields, mutable, to add `tool_calls`, `name`, …
     pub fn fields_mut(&mut self) -> &mut Map<String, Value> {
         &mut self.fields
     }
@@ -125,7 +125,7 @@ fn canonical_role(role: &str) -> Option<&'static str> {
 /// A prompt or a response: plain text, or messages.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Side {
-    /// Text that no chat template touches.
+    /// Text that is not passed through a chat template.
     Text(String),
     /// Messages for the chat template.
     Messages(Vec<Message>),
@@ -158,7 +158,7 @@ impl Side {
         }
     }
 
-    /// Whether nothing is said: no text, or messages of white space alone, which templates trim, and no call of a tool.
+    /// Whether it says nothing: no text, or only messages of white space, which templates trim, without tool calls.
     pub fn is_blank(&self) -> bool {
         match self {
             Self::Text(text) => text.trim().is_empty(),
@@ -178,16 +178,16 @@ impl Side {
     }
 }
 
-/// What a row holds.
+/// The content of a row.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Record {
     /// A conversation (`messages`, `conversations`, `instruction`/`input`/`output`).
     Conversation(Vec<Message>),
-    /// A prompt and the one response to it.
+    /// A prompt and its single response.
     Completion {
-        /// What comes before.
+        /// The context.
         prompt: Side,
-        /// What is trained.
+        /// The text to train on.
         completion: Side,
     },
     /// A prompt and 2..n responses, best first.
@@ -197,23 +197,23 @@ pub enum Record {
         /// Best first: `[edited,] chosen, rejected`, or `responses`.
         responses: Vec<Side>,
     },
-    /// A prompt and an answer in steps, each right or wrong (`prompt`, `completions`, `labels`, as in TRL).
+    /// A prompt and a stepwise answer, each step right or wrong (`prompt`, `completions`, `labels`, as in TRL).
     Steps {
-        /// What comes before.
+        /// The context.
         prompt: Side,
         /// The steps' texts, in order.
         steps: Vec<String>,
-        /// Whether each is right.
+        /// Whether each step is right.
         labels: Vec<bool>,
     },
-    /// Text to train on as it is.
+    /// Text to train on as is.
     Text(String),
     /// A prompt without a response.
     Prompt(Side),
 }
 
 impl Record {
-    /// Whether prompt and responses are text, which is learned from as it is, without the chat template.
+    /// Whether prompt and responses are text, which is trained on as is, without the chat template.
     pub fn is_plain_text(&self) -> bool {
         let is_text = |side: &Side| matches!(side, Side::Text(_));
         match self {
@@ -227,7 +227,7 @@ impl Record {
         }
     }
 
-    /// What the format is called in messages to the user.
+    /// The name of the format in user messages.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Conversation(_) => "messages",
@@ -243,18 +243,18 @@ impl Record {
 /// One row of a dataset.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
-    /// Where it stands: `file:line`.
+    /// Its location: `file:line`.
     pub place: String,
-    /// What it holds.
+    /// Its content.
     pub record: Record,
     /// Tool descriptions for the chat template.
     pub tools: Option<Value>,
-    /// By how much each ranked response is better than the next, where an annotator said so; empty where nobody did.
+    /// By how much each ranked response is better than the next, if annotated; otherwise empty.
     pub margins: Vec<f64>,
-    /// The rank of each response, smallest first, where the row says so (`ranks`): of equal ranks neither is better. Empty
-    /// where each is better than the next.
+    /// The rank of each response, smallest first, if the row has them (`ranks`): among equal ranks neither is better.
+    /// Empty if each is better than the next.
     pub ranks: Vec<f64>,
-    /// Further variables for the chat template (`chat_template_kwargs`).
+    /// Additional variables for the chat template (`chat_template_kwargs`).
     pub template_kwargs: Map<String, Value>,
     /// All other columns, such as `answer`.
     pub extra: Map<String, Value>,
@@ -289,8 +289,8 @@ impl Row {
         }
     }
 
-    /// Refuses a response that says nothing: a model would learn from it to end its turn at once. What a model answered is
-    /// judged all the same.
+    /// Refuses an empty response: a model would learn from it to end its turn immediately. Empty responses of a model
+    /// are still scored.
     ///
     /// # Errors
     /// Names the response.
@@ -306,8 +306,7 @@ impl Row {
         }
     }
 
-    /// Refuses what is to be imitated where it says nothing: the completion, the best of ranked responses, every turn of the
-    /// assistant.
+    /// Refuses an empty imitation target: the completion, the best of ranked responses, or any assistant turn.
     ///
     /// # Errors
     /// Names it.
@@ -332,7 +331,7 @@ impl Row {
         }
     }
 
-    /// The error of a response that says nothing.
+    /// The error of an empty response.
     fn blank(&self, index: usize) -> Error {
         let what = match &self.record {
             Record::Preference { .. } => format!("response {index}"),
@@ -341,7 +340,7 @@ impl Row {
         Error::run(format!("{what} is empty")).hint(SAY_SOMETHING)
     }
 
-    /// The messages to answer: the prompt, or a conversation up to its last assistant turn. A text prompt is one
+    /// The messages to answer: the prompt, or a conversation up to its last assistant turn. A text prompt becomes one
     /// user message.
     ///
     /// # Errors
@@ -369,9 +368,8 @@ impl Row {
         Ok(messages)
     }
 
-    /// The answer that came with the row, as text: what follows [`prompt_messages`](Self::prompt_messages) in a
-    /// conversation, a completion, or the best of ranked responses. `None` where there is none, or more than one message
-    /// of text.
+    /// The row's own answer as text: what follows [`prompt_messages`](Self::prompt_messages) in a conversation, a
+    /// completion, or the best of ranked responses. `None` if there is none, or if it is more than one text message.
     pub fn reference_answer(&self) -> Option<String> {
         let messages: Vec<Message> = match &self.record {
             Record::Conversation(messages) => {
@@ -389,7 +387,7 @@ impl Row {
         Some(message.text()).filter(|text| is_text && !text.trim().is_empty())
     }
 
-    /// The weight of the row, from the column of that name.
+    /// The row's weight, from the column `column`.
     ///
     /// # Errors
     /// No such column, or not a finite number of 0 or more.
@@ -401,7 +399,7 @@ impl Row {
         weight(column, value)
     }
 
-    /// The column `label` of a labelled response: whether it is wanted.
+    /// The column `label` of a labelled response: whether it is desirable.
     ///
     /// # Errors
     /// No such column, or neither a boolean nor 0 or 1.
@@ -414,10 +412,10 @@ impl Row {
         })
     }
 
-    /// The numbers of the named columns; `None` where the row has none.
+    /// The values of the named columns; `None` where the row has no value.
     ///
     /// # Errors
-    /// A column that is no finite number; no number in any of them.
+    /// A column that is not a finite number; no number in any of them.
     pub fn numbers(&self, columns: &[String]) -> Result<Vec<Option<f64>>> {
         let number = |column: &String| match self.extra.get(column) {
             None => Ok(None),
@@ -444,7 +442,7 @@ impl Row {
     }
 }
 
-/// The column `answer` among a row's, as text.
+/// The column `answer` of `columns`, as text.
 pub(crate) fn answer(columns: &Map<String, Value>) -> Option<String> {
     match columns.get("answer")? {
         Value::String(text) => Some(text.clone()),
@@ -466,7 +464,7 @@ pub(super) fn truth(value: &Value) -> Option<bool> {
     }
 }
 
-/// What JSON calls the type of `value`, with its article.
+/// The name of a value's JSON type, with its article.
 pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -478,7 +476,7 @@ pub(crate) fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// How much something weighs in the loss.
+/// Parses a loss weight.
 fn weight(name: &str, value: &Value) -> Result<f64> {
     value
         .as_f64()

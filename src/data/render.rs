@@ -1,8 +1,8 @@
-//! Conversations rendered by the chat template, with the token mask born on the way.
+//! Renders conversations with the chat template and derives the token mask on the way.
 //!
-//! What is trained is found by what the template does, never by searching its output for words: the spans of
-//! `{% generation %}` blocks where the template has them; else a response begins where the prompt before it ends
-//! (rendered with the generation prompt) and ends with its end-of-turn token.
+//! The trained part is determined by the template's behaviour, never by searching its output for words: the spans of
+//! `{% generation %}` blocks if the template has them; else a response starts where the preceding prompt ends (rendered
+//! with the generation prompt) and ends with its end-of-turn token.
 
 use std::ops::Range;
 
@@ -22,9 +22,9 @@ pub struct Request<'a> {
     pub messages: &'a [Message],
     /// Tool descriptions.
     pub tools: Option<&'a Value>,
-    /// Further template variables.
+    /// Additional template variables.
     pub kwargs: &'a Map<String, Value>,
-    /// Whether the header of the answer to come ends the text.
+    /// Whether the text ends with the header of the next answer.
     pub add_generation_prompt: bool,
 }
 
@@ -33,29 +33,29 @@ pub struct Request<'a> {
 pub struct Rendered {
     /// What the template produced.
     pub text: String,
-    /// Which parts came from the content of which message; `None` where the template hides it.
+    /// The parts that came from message contents, by message; `None` if the template hides this.
     pub content: Option<Vec<(usize, Range<usize>)>>,
-    /// Parts in which special tokens stay inert text, beyond `content`.
+    /// Parts in which special tokens stay inert text, in addition to `content`.
     inert: Vec<Range<usize>>,
     /// Spans of `{% generation %}` blocks.
     generated: Vec<Range<usize>>,
-    /// Whether content holds special-token text of unknown place.
+    /// Whether content contains the text of a special token at an unknown position.
     unsafe_content: bool,
 }
 
-/// The trained part of one message: from its first own character to its end-of-turn token.
+/// The trained part of one message, from its first own character to its end-of-turn token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Turn {
     /// Index of the message.
     pub message: usize,
-    /// Bytes of the rendered text.
+    /// Byte range in the rendered text.
     pub span: Range<usize>,
 }
 
-/// Renders a conversation and finds what its content became.
+/// Renders a conversation and locates its content.
 ///
 /// # Errors
-/// No template, or one that refuses these messages.
+/// No template, or a template that refuses these messages.
 pub fn render(tokenizer: &ChatTokenizer, request: Request<'_>) -> Result<Rendered> {
     let (text, generated) = plain(tokenizer, request)?;
     let mut rendered = Rendered { text, generated, ..Rendered::default() };
@@ -78,7 +78,7 @@ pub fn render(tokenizer: &ChatTokenizer, request: Request<'_>) -> Result<Rendere
         let guarded = if markable { marked(tokenizer, request, &specials, way).ok() } else { None };
         match guarded.filter(|(unmarked, _)| unmarked.text == rendered.text) {
             Some((unmarked, _)) => {
-                // A guard stands after the first character of a special token's text.
+                // A guard comes after the first character of a special token's text.
                 rendered.inert = unmarked.guards.iter().map(|&at| at..at + 1).collect();
             }
             None => rendered.unsafe_content = true,
@@ -89,7 +89,7 @@ pub fn render(tokenizer: &ChatTokenizer, request: Request<'_>) -> Result<Rendere
 
 type Marked = (Unmarked, Vec<Option<usize>>);
 
-/// The rendering with marks around strings, where the template lets them through undisturbed.
+/// Renders with marks around strings, if the template passes them through undisturbed.
 fn around(
     tokenizer: &ChatTokenizer,
     request: Request<'_>,
@@ -133,7 +133,7 @@ fn marked(
         .ok_or_else(|| Error::run("the template takes a message apart"))
 }
 
-/// Text and `{% generation %}` spans.
+/// Rendered text and its `{% generation %}` spans.
 fn plain(tokenizer: &ChatTokenizer, request: Request<'_>) -> Result<(String, Vec<Range<usize>>)> {
     let template = tokenizer.template()?;
     let inputs = Inputs {
@@ -161,10 +161,10 @@ fn plain(tokenizer: &ChatTokenizer, request: Request<'_>) -> Result<(String, Vec
 }
 
 impl Rendered {
-    /// Token ids; special tokens are parsed where the template produced them, and in content only if asked.
+    /// Token ids; special tokens are parsed where the template produced them, and in content only on request.
     ///
     /// # Errors
-    /// Special-token text in content that this template does not let be told from its own.
+    /// Special-token text in content that cannot be told apart from the template's own.
     pub fn encode(
         &self,
         tokenizer: &ChatTokenizer,
@@ -173,7 +173,7 @@ impl Rendered {
         self.encode_range(tokenizer, 0..self.text.len(), parse_special_in_content)
     }
 
-    /// The same for a part of the text; ranges stay those of the whole text.
+    /// Encodes a part of the text; ranges still refer to the whole text.
     ///
     /// # Errors
     /// As [`Rendered::encode`].
@@ -212,10 +212,10 @@ impl Rendered {
         Ok(encoded)
     }
 
-    /// The trained part of every message for which `wanted` says yes.
+    /// The trained part of every message that `wanted` selects.
     ///
     /// # Errors
-    /// A response whose beginning cannot be told.
+    /// A response whose start cannot be determined.
     pub fn turns(
         &self,
         tokenizer: &ChatTokenizer,
@@ -239,7 +239,7 @@ impl Rendered {
             let answers = message.role() == "assistant";
             let header = answers.then(|| self.prefix(tokenizer, closed, index, true)).flatten();
             let start = match (header, &content) {
-                // A template without a generation prompt: its header is no part of the response.
+                // Without a generation prompt in the template, its header is not part of the response.
                 (Some(_), Some(content)) if !prompts => Some(content.start),
                 (Some(header), Some(content)) => Some(header.min(content.start)),
                 (Some(header), None) => Some(header),
@@ -255,6 +255,26 @@ impl Rendered {
             turns.push(Turn { message: index, span: start..end.max(start) });
         }
         Ok(turns)
+    }
+
+    /// The whole text in one part per message, where everything is trained: the template's text before a message belongs to
+    /// that message, and whatever follows the last one to the last.
+    ///
+    /// # Errors
+    /// A message that cannot be found in the text.
+    pub fn parts(&self, tokenizer: &ChatTokenizer, request: Request<'_>) -> Result<Vec<Turn>> {
+        let closed = Request { add_generation_prompt: false, ..request };
+        let mut parts: Vec<Turn> = Vec::new();
+        for index in 0..request.messages.len() {
+            let content = self.content_of(index).ok_or_else(|| hidden_turn(index))?;
+            let start = parts.last().map_or(0, |part| part.span.end);
+            let end = self.end_of_turn(tokenizer, closed, index, content.start).max(start);
+            parts.push(Turn { message: index, span: start..end });
+        }
+        if let Some(last) = parts.last_mut() {
+            last.span.end = self.text.len();
+        }
+        Ok(parts)
     }
 
     fn marked_turns(
@@ -283,7 +303,7 @@ impl Rendered {
         Ok(turns)
     }
 
-    /// From the first to the last character that a message's content produced.
+    /// From the first to the last character produced by a message's content.
     fn content_of(&self, message: usize) -> Option<Range<usize>> {
         let mut ranges = self
             .content
@@ -295,7 +315,7 @@ impl Rendered {
         Some(ranges.fold(first, |hull, range| hull.start.min(range.start)..hull.end.max(range.end)))
     }
 
-    /// Length of the first `count` messages' rendering, where the whole text continues it.
+    /// Length of the rendering of the first `count` messages, if it is a prefix of the whole text.
     fn prefix(
         &self,
         tokenizer: &ChatTokenizer,
@@ -309,7 +329,7 @@ impl Rendered {
         self.text.starts_with(&text).then_some(text.len())
     }
 
-    /// Where a turn's end-of-turn token ends; without one, the turn's end less white space.
+    /// The end of a turn's end-of-turn token; without one, the turn's end without trailing white space.
     fn end_of_turn(
         &self,
         tokenizer: &ChatTokenizer,
@@ -338,14 +358,14 @@ impl Rendered {
         first_end.or_else(trimmed).unwrap_or(from)
     }
 
-    /// One role a token: trained inside `turns`. A token that straddles the edge of a turn counts as inside.
+    /// One role per token: trained inside `turns`. A token that straddles the edge of a turn counts as inside.
     pub fn roles(&self, encoded: &Encoded, turns: &[Turn], messages: &[Message]) -> Vec<Role> {
         let role = |(range, special): (&Range<usize>, &bool)| {
             let Some(turn) = turns.iter().find(|turn| touches(&turn.span, range)) else {
                 return Role::Context;
             };
             let content = self.content.iter().flatten().any(|(_, content)| touches(content, range));
-            // The words of a tool call are the model's own, whatever wrote the braces around them.
+            // The words of a tool call are the model's own, even if the template wrote the braces around them.
             let calls = messages[turn.message].fields().contains_key("tool_calls");
             if content || (!special && (calls || self.content.is_none())) {
                 Role::Content
@@ -357,7 +377,7 @@ impl Rendered {
     }
 }
 
-/// What `of` says of the message that each token belongs to; 0 outside of `turns`.
+/// Weight of each token, `[T]`: that of its message in `of`; 0 outside `turns`.
 pub fn weights(encoded: &Encoded, turns: &[Turn], of: &[f64]) -> Vec<f32> {
     let weight = |range: &Range<usize>| {
         let turn = turns.iter().find(|turn| touches(&turn.span, range));

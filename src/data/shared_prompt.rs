@@ -1,9 +1,9 @@
-//! The prompt that several responses share, where a row does not say it or says it again in each of them.
+//! The prompt shared by several responses, if a row omits it or repeats it in each of them.
 
 use super::record::{Message, Side};
 use crate::error::{Error, Result};
 
-/// Cuts what all responses begin with and returns it.
+/// Removes the common prefix of all responses and returns it.
 pub(super) fn implicit(responses: &mut [Side]) -> Result<Side> {
     let texts: Option<Vec<&str>> = responses
         .iter()
@@ -16,7 +16,7 @@ pub(super) fn implicit(responses: &mut [Side]) -> Result<Side> {
             let end = same.map_or(shared.len().min(text.len()), |((at, _), _)| at);
             shared = &shared[..end];
         }
-        // The space before a word belongs to it: that is how tokenizers see it.
+        // The space before a word belongs to the word, as tokenizers see it.
         let prompt = shared.strip_suffix(' ').unwrap_or(shared).to_owned();
         for side in responses.iter_mut() {
             if let Side::Text(text) = side {
@@ -59,7 +59,7 @@ fn different(prompt: Side, responses: &[Side]) -> Result<Side> {
     Ok(prompt)
 }
 
-/// Cuts the prompt from responses that repeat it as messages.
+/// Removes the prompt from responses that repeat it as messages.
 pub(super) fn repeated(prompt: Side, responses: &mut [Side]) -> Result<Side> {
     let starts = prompt.clone().into_messages("user");
     let whole = |side: &Side| matches!(side, Side::Messages(list) if list.len() > starts.len() && list.starts_with(&starts));

@@ -1,14 +1,14 @@
-//! A prompt with its responses side by side: rendered, tokenised, and cut to length together.
+//! A prompt with its responses as sibling segments: rendered, tokenized and truncated together.
 
 use super::prepare::{Outcome, PairOptions, TOO_LONG_HINT, Tokens, Truncation};
 use super::prepare::{plain_tokens, prompt_text_ids, too_long, untrained};
-use super::record::{Row, Side};
+use super::record::{Message, Row, Side};
 use super::render::{self, Request};
 use super::tokenizer::ChatTokenizer;
 use super::tree::Tree;
 use crate::error::{Error, Result};
 
-/// A prompt with its responses as a tree.
+/// Builds the tree of a prompt and its responses.
 pub(super) fn siblings(
     index: usize,
     row: &Row,
@@ -35,7 +35,7 @@ pub(super) fn siblings(
     fit_siblings(index, prompt, responses, options)
 }
 
-/// The prompt's ids and each response's, from conversations that share the prompt.
+/// The ids of the prompt and of each response, from conversations that share the prompt.
 fn chat_siblings(
     row: &Row,
     prompt: &Side,
@@ -51,13 +51,23 @@ fn chat_siblings(
     for response in responses {
         let mut messages = prompt.clone();
         messages.extend(response.clone().into_messages("assistant"));
+        let weights = Message::weights(&messages)?;
+        let mut given = weights.iter().enumerate().skip(prompt.len());
+        if let Some((index, weight)) = given.find(|(_, weight)| ![0.0, 1.0].contains(*weight)) {
+            return Err(Error::run(format!(
+                "message {index}: `weight` is {weight}, expected 0 or 1 in a response that is compared"
+            ))
+            .hint("0 leaves a message out; only `sft` weighs messages"));
+        }
         let tools = row.tools.as_ref();
         let request =
             Request { messages: &messages, tools, kwargs: &kwargs, add_generation_prompt: false };
         let rendered = render::render(tokenizer, request)?;
         let wanted = |index: usize| {
             let message = &messages[index];
-            index >= prompt.len() && message.training().unwrap_or(message.role() == "assistant")
+            index >= prompt.len()
+                && message.training().unwrap_or(message.role() == "assistant")
+                && weights.get(index).is_none_or(|weight| *weight > 0.0)
         };
         let turns = rendered.turns(tokenizer, request, wanted)?;
         let (Some(first), Some(last)) = (turns.first(), turns.last()) else {
@@ -85,7 +95,7 @@ fn chat_siblings(
     Ok((shared.map(|(_, ids)| ids).unwrap_or_default(), siblings))
 }
 
-/// Cuts prompt and responses to length and makes the tree.
+/// Truncates prompt and responses to length and builds the tree.
 fn fit_siblings(
     index: usize,
     mut prompt: Vec<u32>,
@@ -107,7 +117,7 @@ fn fit_siblings(
             Truncation::Error => return Err(Error::run(why).hint(TOO_LONG_HINT)),
             Truncation::KeepStart | Truncation::KeepEnd => {}
         }
-        // The prompt gives way first, but for the one token that the first response token is predicted from.
+        // Shorten the prompt first, but keep the one token that predicts the first response token.
         let keep = limit.saturating_sub(longest).max(1).min(prompt.len());
         prompt.drain(..prompt.len() - keep);
         let room = limit - keep.min(limit);

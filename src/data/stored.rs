@@ -1,4 +1,4 @@
-//! Prepared examples in a file: written once in order, read by place, never held in memory.
+//! Prepared examples in a file: written once in order, read by index, never held in memory.
 //!
 //! # Layout
 //! Integers are little-endian.
@@ -12,8 +12,8 @@
 //! | report | [`PrepareReport`] as JSON |
 //! | footer | offsets of index and report `u64`, number of examples `u64`, CRC-32C of all before it `u32`, [`MAGIC`] |
 //!
-//! Examples that repeat a row share its tree. The checksum is verified when a file is opened; a file that fails in any
-//! way is not trusted and not repaired, but made again.
+//! Examples that repeat a row share its tree. The checksum is verified when a file is opened; a file that fails any
+//! check is neither trusted nor repaired, but rebuilt.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -36,14 +36,14 @@ const HEADER: u64 = 8 + 4 + 32;
 const ENTRY: u64 = 24;
 const FOOTER: u64 = 8 * 3 + 4 + 8;
 
-/// Where one tree lies in the file.
+/// Location of one tree in the file.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
     offset: u64,
     len: u64,
 }
 
-/// Writes a file of examples from front to back.
+/// Writes a file of examples sequentially.
 pub struct Writer<'a> {
     out: &'a mut dyn Write,
     path: &'a Path,
@@ -54,7 +54,7 @@ pub struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    /// Begins the file; `path` names it in errors, `hash` is the SHA-256 of all that its examples depend on.
+    /// Starts the file; `path` names it in errors, `hash` is the SHA-256 of everything its examples depend on.
     pub fn new(out: &'a mut dyn Write, path: &'a Path, hash: &[u8; 32]) -> Result<Self> {
         let mut writer = Self { out, path, at: 0, crc: 0, examples: 0, record: Vec::new() };
         writer.put(&MAGIC)?;
@@ -70,7 +70,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Adds a tree. It is no example until [`finish`](Self::finish) is told so.
+    /// Adds a tree. It becomes an example only through [`finish`](Self::finish).
     ///
     /// # Errors
     /// The disk is full, or a tree breaks its invariants.
@@ -85,7 +85,7 @@ impl<'a> Writer<'a> {
         Ok(place)
     }
 
-    /// Ends the file with the examples in their order, each a tree and its source, and the report.
+    /// Finishes the file with the examples in order, each a tree and its source, and the report.
     ///
     /// # Errors
     /// The disk is full.
@@ -114,10 +114,10 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// The examples of a file. Reads what it is asked for and keeps nothing.
+/// The examples of a file. Reads on request and caches nothing.
 #[derive(Debug)]
 pub struct Stored {
-    // Read with seek and read rather than through a memory map: a file that another process cuts short is then an
+    // Read with seek and read rather than through a memory map: if another process truncates the file, that is then an
     // error and not a signal, and its pages do not count as this process's memory.
     file: Mutex<File>,
     path: PathBuf,
@@ -127,10 +127,10 @@ pub struct Stored {
 }
 
 impl Stored {
-    /// Opens a file and verifies it whole.
+    /// Opens a file and verifies all of it.
     ///
     /// # Errors
-    /// What keeps it from being used: another format, made from other inputs, cut short, damaged.
+    /// Why it cannot be used: another format, built from other inputs, truncated, damaged.
     pub fn open(path: &Path, hash: &[u8; 32]) -> Result<Self> {
         let mut file = File::open(path).map_err(|error| io_error(path, error))?;
         Self::verified(&mut file, hash)
@@ -167,7 +167,7 @@ impl Stored {
         if fields.bytes()? != MAGIC {
             return Err(whole());
         }
-        // The numbers before the checksum are part of what it covers.
+        // The fields before the checksum are covered by it.
         if checksum(file, body + 24)? != crc {
             return Err(Error::run("the checksum does not match: the file is damaged"));
         }
@@ -178,7 +178,7 @@ impl Stored {
         Ok((index, usize::try_from(examples)?, report))
     }
 
-    /// What became of the rows.
+    /// Accounting of the rows.
     pub fn report(&self) -> &PrepareReport {
         &self.report
     }
@@ -191,7 +191,7 @@ impl Examples for Stored {
 
     fn get(&self, index: usize) -> Result<Tree> {
         let read = || {
-            // A panic while the lock was held left nothing half-done: every read seeks first.
+            // A panic while the lock was held leaves nothing inconsistent: every read seeks first.
             let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
             let entry = read_at(&mut file, self.index + index as u64 * ENTRY, ENTRY)?;
             let mut entry = Fields(&entry);
@@ -295,7 +295,7 @@ fn decode(record: &[u8], source: usize) -> Result<Tree> {
     Ok(tree)
 }
 
-/// Takes numbers off the front of bytes.
+/// Reads numbers from the front of a byte slice.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {

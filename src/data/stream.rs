@@ -1,8 +1,8 @@
-//! Examples from files of any length while they are being read: prepared ahead by a thread of its own, shuffled in a
-//! window, never written down. What `streaming = true` means in Hugging Face's `datasets`.
+//! Examples from files of any length, read during training: prepared ahead by a separate thread, shuffled within a
+//! window, never written to disk. Like `streaming = true` in Hugging Face's `datasets`.
 //!
-//! Memory holds one batch of rows, the window and what is ready for the trainer, whatever the length of the files. The order
-//! depends on the seed, the window and the rows alone, so that a place in it can be found again.
+//! Memory holds one batch of rows, the window and the examples ready for the trainer, whatever the length of the files.
+//! The order depends only on the seed, the window and the rows, so that a position in it can be found again.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,25 +17,25 @@ use super::tree::Tree;
 use crate::error::{Error, Result};
 use crate::rng::Stream as Draws;
 
-/// Examples that wait for the trainer, at most.
+/// Maximum number of examples waiting for the trainer.
 const READY: usize = 1024;
 
-/// What a stream is made from.
+/// The source of a stream.
 pub struct Origin {
-    /// Rows and what becomes of them.
+    /// Rows, and how they become examples.
     pub pipeline: Pipeline,
-    /// Examples that are held and drawn from at random; 0 keeps the order of the rows.
+    /// Number of examples in the shuffle window; 0 keeps the row order.
     pub window: usize,
-    /// What became of the rows of the current pass so far, those read ahead included.
+    /// Accounting of the current pass so far, including rows read ahead.
     pub report: Mutex<PrepareReport>,
 }
 
-/// A place in a stream.
+/// A position in a stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
-    /// Passes over the data that are complete.
+    /// Completed passes over the data.
     pub epoch: usize,
-    /// Examples taken of the current pass.
+    /// Examples taken from the current pass.
     pub taken: usize,
 }
 
@@ -46,19 +46,19 @@ enum Message {
     Failed(Error),
 }
 
-/// Examples in the order of the stream, pass after pass without end.
+/// Examples in stream order, for an unlimited number of passes.
 pub struct Stream {
     ready: Receiver<Message>,
     cursor: Cursor,
 }
 
 impl Stream {
-    /// Begins to prepare examples from `cursor` on, which an earlier stream of an equal origin gave. What stands before
-    /// it in its pass is read and prepared again, and left out.
+    /// Starts preparing examples from `cursor` on, a position returned by an earlier stream of an equal origin. The
+    /// preceding part of its pass is read and prepared again, and skipped.
     ///
     /// # Errors
-    /// A dataset that is taken in a fraction that is not a whole number: a stream does not know how many rows there are. A
-    /// name in `columns` that none of the first rows has.
+    /// A dataset whose fraction is not a whole number: a stream does not know the number of rows. A name in `columns`
+    /// that none of the first rows has.
     pub fn start(origin: &Arc<Origin>, cursor: Cursor) -> Result<Self> {
         origin.pipeline.check_streamable()?;
         let (send, ready) = sync_channel(READY);
@@ -71,10 +71,10 @@ impl Stream {
         Ok(Self { ready, cursor })
     }
 
-    /// The next examples: as many as asked for, or fewer at the end of a pass. Never none.
+    /// The next examples: `count`, or fewer at the end of a pass, but at least one.
     ///
     /// # Errors
-    /// As [`Pipeline::write`], once the examples before the row that failed are given.
+    /// As [`Pipeline::write`], after the examples before the failing row were returned.
     pub fn next(&mut self, count: usize) -> Result<Vec<Tree>> {
         let mut examples = Vec::with_capacity(count);
         while examples.len() < count {
@@ -96,20 +96,20 @@ impl Stream {
         Ok(examples)
     }
 
-    /// Where the stream stands: after the examples that were given.
+    /// The position after the examples returned so far.
     pub fn cursor(&self) -> Cursor {
         self.cursor
     }
 }
 
-/// The other end of a stream, on its own thread.
+/// The producing end of a stream, on its own thread.
 struct Producer {
     origin: Arc<Origin>,
     draws: Draws,
     send: SyncSender<Message>,
 }
 
-/// Why a producer stops: what to tell the trainer, or nothing where nobody listens any more.
+/// Why a producer stops: an error for the trainer, or `None` if the receiver is gone.
 type Stop = Option<Error>;
 
 impl Producer {
@@ -119,7 +119,7 @@ impl Producer {
             match self.pass(epoch, skip) {
                 Ok(()) if self.send.send(Message::End).is_ok() => skip = 0,
                 Err(Some(error)) => {
-                    // Where the trainer is gone already, nobody needs to know.
+                    // If the trainer is gone, the error can be dropped.
                     let _ = self.send.send(Message::Failed(error));
                     return;
                 }
@@ -128,7 +128,7 @@ impl Producer {
         }
     }
 
-    /// One pass over all rows, but for the first `skip` examples of its order.
+    /// One pass over all rows, except the first `skip` examples in its order.
     fn pass(&self, epoch: usize, skip: usize) -> Result<(), Stop> {
         let pipeline = &self.origin.pipeline;
         let mut pass = Pass {
@@ -182,7 +182,7 @@ impl Producer {
         Ok(())
     }
 
-    /// Hands an example to the trainer, unless it had it before it stopped.
+    /// Sends an example to the trainer, unless it had received it before it stopped.
     fn give(&self, tree: Tree, skip: &mut usize) -> Result<(), Stop> {
         if *skip > 0 {
             *skip -= 1;
@@ -191,7 +191,7 @@ impl Producer {
         self.send.send(Message::Example(tree)).map_err(|_| None)
     }
 
-    /// Lets the trainer see what became of the rows so far.
+    /// Publishes the accounting so far to the trainer.
     fn publish(&self, report: &PrepareReport, source: &Source, unread: &Skipped) {
         let mut report = report.clone();
         if unread.count > 0 {
@@ -204,13 +204,13 @@ impl Producer {
 /// One pass over all rows.
 struct Pass<'a> {
     window: Window<'a>,
-    /// Examples still to leave out.
+    /// Number of examples still to skip.
     skip: usize,
     examples: usize,
     report: PrepareReport,
 }
 
-/// Examples that are drawn from at random while more come in.
+/// A shuffle window: examples are drawn at random as more arrive.
 struct Window<'a> {
     examples: Vec<Tree>,
     size: usize,
@@ -219,7 +219,7 @@ struct Window<'a> {
 }
 
 impl Window<'_> {
-    /// Takes one in; gives one back once the window is full.
+    /// Adds an example; returns one once the window is full.
     fn swap(&mut self, tree: Tree) -> Option<Tree> {
         self.examples.push(tree);
         if self.examples.len() > self.size { self.draw() } else { None }

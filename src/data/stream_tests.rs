@@ -1,4 +1,4 @@
-//! Tests of streams: their order, where they continue, and how far they read ahead.
+//! Tests of streams: their order, where they resume, and how far they read ahead.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -29,7 +29,7 @@ fn passes(stream: &mut Stream, count: usize) -> Vec<Tree> {
     loop {
         let before = stream.cursor();
         let step = stream.next(7).unwrap();
-        // A step that begins the next pass has seen the end of the one before.
+        // A step that starts the next pass has seen the end of the previous one.
         if stream.cursor().epoch == until {
             assert_eq!(stream.cursor().taken, if step.len() < 7 { 0 } else { 7 }, "{before:?}");
             if stream.cursor().taken == 0 {
@@ -73,7 +73,7 @@ fn a_window_gives_every_example_once_a_pass_in_another_order() {
         for pass in [one, two] {
             assert_eq!(pass.iter().copied().collect::<BTreeSet<_>>().len(), 300);
             assert_ne!(pass, (0..300).collect::<Vec<_>>(), "window {window}");
-            // Nothing comes earlier than the window lets it.
+            // No row comes earlier than the window allows.
             let early = |(at, row): (usize, &usize)| *row > at + window;
             assert!(!pass.iter().enumerate().any(early), "window {window}");
         }

@@ -1,8 +1,8 @@
-//! Chat templates: Jinja as Hugging Face runs it, compiled once.
+//! Chat templates: Jinja as run by Hugging Face, compiled once.
 //!
 //! Follows transformers' environment: `trim_blocks`, `lstrip_blocks`, Python's string methods, `tojson` like
 //! `json.dumps(ensure_ascii=False)`, `raise_exception`, `strftime_now`, `{% generation %}` blocks. Deviations:
-//! `strftime_now` tells a pinned date, since prompts that change daily can neither be cached nor compared;
+//! `strftime_now` returns a pinned date, since prompts that change daily can be neither cached nor compared;
 //! `{% break %}` and `{% continue %}` are not available.
 
 use std::sync::{Arc, LazyLock};
@@ -15,7 +15,7 @@ use serde_json::ser::{Formatter, PrettyFormatter};
 use super::record::Message;
 use crate::error::{Error, Result};
 
-/// The date that `strftime_now` tells: Llama 3.1's own default, "26 Jul 2024".
+/// The date that `strftime_now` returns: Llama 3.1's own default, "26 Jul 2024".
 const PINNED_DATE: (i32, u32, u32) = (2024, 7, 26);
 
 /// Opens a `{% generation %}` span in rendered text; never part of real text (a Unicode noncharacter).
@@ -36,7 +36,7 @@ pub fn built_in(name: &str) -> Option<&'static str> {
     }
 }
 
-/// The source of a template given by built-in name, by path, or as Jinja text itself.
+/// The source of a template given by built-in name, by path, or as Jinja text.
 ///
 /// # Errors
 /// Neither a known name nor a readable file.
@@ -63,16 +63,16 @@ pub struct Template {
     marks_generation: bool,
 }
 
-/// What a template is rendered with.
+/// The inputs of a rendering.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
     /// The conversation.
     pub messages: &'a [Message],
     /// Tool descriptions.
     pub tools: Option<&'a serde_json::Value>,
-    /// Further variables, last to win.
+    /// Additional variables, which take precedence.
     pub kwargs: &'a serde_json::Map<String, serde_json::Value>,
-    /// Whether to end with the header of the answer to come.
+    /// Whether to end with the header of the next answer.
     pub add_generation_prompt: bool,
 }
 
@@ -84,7 +84,7 @@ impl Template {
     pub fn new(source: &str) -> Result<Self> {
         static GENERATION: LazyLock<Option<Regex>> =
             LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").ok());
-        // A filter block keeps the tag a block tag, so that white space around it is cut as Jinja cuts it.
+        // A filter block keeps the tag a block tag, so that white space around it is trimmed as in Jinja.
         let compiled = GENERATION.as_ref().map_or_else(
             || source.to_owned(),
             |tag| {
@@ -117,20 +117,20 @@ impl Template {
         Ok(Self { environment: Arc::new(environment), source: source.into(), marks_generation })
     }
 
-    /// The Jinja text as it was given.
+    /// The original Jinja text.
     pub fn source(&self) -> &str {
         &self.source
     }
 
-    /// Whether `{% generation %}` blocks say what is trained.
+    /// Whether `{% generation %}` blocks mark the trained parts.
     pub fn marks_generation(&self) -> bool {
         self.marks_generation
     }
 
-    /// Renders; `{% generation %}` spans stand between [`GENERATION_OPEN`] and [`GENERATION_CLOSE`].
+    /// Renders; `{% generation %}` spans are enclosed in [`GENERATION_OPEN`] and [`GENERATION_CLOSE`].
     ///
     /// # Errors
-    /// Whatever the template refuses.
+    /// Anything the template refuses.
     pub(crate) fn render_marked(
         &self,
         inputs: Inputs<'_>,
@@ -140,7 +140,7 @@ impl Template {
             ("messages".to_owned(), Value::from_serialize(inputs.messages)),
             ("add_generation_prompt".to_owned(), inputs.add_generation_prompt.into()),
         ];
-        // transformers always passes `tools`, none where there are none; templates test for both.
+        // transformers always passes `tools`, as None if there are none; templates test for both.
         context.push((
             "tools".to_owned(),
             inputs.tools.map_or_else(|| Value::from(()), Value::from_serialize),
@@ -155,10 +155,10 @@ impl Template {
     }
 }
 
-/// What is said of messages that a template does not take.
+/// Error text for messages that a template does not accept.
 const REFUSES: &str = "refuses these messages";
 
-/// Whether an error is a template's that does not take the messages: a mistake of whoever wrote them.
+/// Whether an error says that a template refused the messages, which is the fault of their author.
 pub(crate) fn is_refusal(error: &Error) -> bool {
     error.to_string().contains(&format!("the chat template {REFUSES}"))
 }
@@ -170,7 +170,7 @@ fn refusal(what: &str, error: &minijinja::Error) -> Error {
         .hint("check the order of the roles, or give another `chat_template`")
 }
 
-/// Prints values as Python's `str` does, where Jinja's and minijinja's words differ.
+/// Prints values like Python's `str`, where Jinja's output and minijinja's differ.
 fn python_format(
     out: &mut Output<'_>,
     state: &State<'_, '_>,
@@ -199,7 +199,7 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
     Ok(text)
 }
 
-/// `json.dumps(value, ensure_ascii=False, indent=…)`: unlike Jinja's own, nothing is escaped for HTML.
+/// `json.dumps(value, ensure_ascii=False, indent=…)`: unlike Jinja's own, it does not escape for HTML.
 #[expect(clippy::needless_pass_by_value, reason = "filters get their arguments by value")]
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
     let fail = |why: String| minijinja::Error::new(ErrorKind::InvalidOperation, why);
@@ -247,14 +247,14 @@ fn escape_non_ascii(text: &str) -> String {
     escaped
 }
 
-/// Python's separators (", " and ": ") and number forms around serde_json's writer.
+/// Python's separators (", " and ": ") and number formats around serde_json's writer.
 struct Python<'a> {
     inner: Option<PrettyFormatter<'a>>,
 }
 
 type Io = std::io::Result<()>;
 
-/// Hands a call to the indenting formatter where there is one.
+/// Forwards a call to the indenting formatter, if any.
 macro_rules! indented {
     ($($name:ident($($arg:ident: $kind:ty),*) else $plain:expr;)*) => {$(
         fn $name<W: ?Sized + std::io::Write>(&mut self, writer: &mut W $(, $arg: $kind)*) -> Io {

@@ -1,4 +1,4 @@
-//! Tests that run through readers, templates, masks and truncation together.
+//! Tests that cover readers, templates, masks and truncation together.
 
 #![expect(clippy::disallowed_methods, reason = "tests write broken files on purpose")]
 
@@ -17,7 +17,7 @@ use super::tree::Role::{self, Content, Context, Format};
 
 const END: u32 = 1;
 
-/// One token a byte; `<|im_start|>` 0, `<|im_end|>` 1.
+/// One token per byte; `<|im_start|>` 0, `<|im_end|>` 1.
 pub(super) fn tokenizer(template: &str) -> ChatTokenizer {
     let specials = ["<|im_start|>", "<|im_end|>"];
     let tokenizer = train_tokenizer([""].iter(), 258, &specials).unwrap();
@@ -30,7 +30,7 @@ pub(super) fn tokenizer(template: &str) -> ChatTokenizer {
     ChatTokenizer::new(tokenizer, settings).unwrap()
 }
 
-fn row(value: Value) -> Row {
+pub(super) fn row(value: Value) -> Row {
     from_value(value, "data.jsonl:1", &ReadOptions::default()).unwrap()
 }
 
@@ -38,7 +38,7 @@ fn chat(messages: &[(&str, &str)]) -> Vec<Message> {
     messages.iter().map(|(role, text)| Message::new(*role, *text)).collect()
 }
 
-/// The text of the tokens that have `role`, runs apart by `|`.
+/// The text of the tokens with role `wanted`, runs separated by `|`.
 fn text_of(tokenizer: &ChatTokenizer, tokens: (&[u32], &[Role]), wanted: Role) -> String {
     let mut runs = Vec::new();
     let mut start = 0;
@@ -52,7 +52,7 @@ fn text_of(tokenizer: &ChatTokenizer, tokens: (&[u32], &[Role]), wanted: Role) -
 }
 
 #[track_caller]
-fn check_sft(value: Value, options: &SftOptions, content: &str, format: &str) {
+pub(super) fn check_sft(value: Value, options: &SftOptions, content: &str, format: &str) {
     let tokenizer = tokenizer("chatml");
     let prepared = sft_trees(&[row(value)], &tokenizer, options).unwrap();
     let segment = &prepared.trees[0].segments[0];
@@ -94,51 +94,6 @@ fn the_mask_follows_roles_flags_and_the_final_response() {
     flagged["messages"][1]["training"] = json!(false);
     flagged["messages"][2]["train"] = json!(true);
     check_sft(flagged, &options, "c| d ", "<|im_end|>|<|im_end|>");
-}
-
-#[test]
-fn messages_weigh_what_their_row_says() {
-    let tokenizer = tokenizer("chatml");
-    let talk = |first: Value, second: Value| {
-        row(json!({"messages": [
-            {"role": "user", "content": "a"}, {"role": "assistant", "content": "bb", "weight": first},
-            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": second},
-        ]}))
-    };
-    let tree = |row: Row, options: &SftOptions| {
-        sft_trees(&[row], &tokenizer, options).map(|prepared| prepared.trees[0].clone())
-    };
-    let weighed = |tree: &super::tree::Tree| {
-        let forest = super::forest::Forest::pack([tree]).unwrap();
-        assert!(forest.weights.is_empty() || forest.weights.len() == forest.targets.len());
-        forest.weights
-    };
-    let options = SftOptions::default();
-    // Two letters and the end of the turn, then one and the end.
-    let both = tree(talk(json!(0.5), json!(2)), &options).unwrap();
-    assert_eq!(weighed(&both), [0.5, 0.5, 0.5, 2.0, 2.0]);
-    let end =
-        SftOptions { max_length: Some(8), truncation: Truncation::KeepEnd, ..options.clone() };
-    assert_eq!(weighed(&tree(talk(json!(0.5), json!(2)), &end).unwrap()), [2.0, 2.0]);
-    // Zeros and ones are a mask and cost nothing further on.
-    let second = tree(talk(json!(0), json!(1)), &options).unwrap();
-    assert_eq!((second.weights.len(), weighed(&second).len()), (0, 0));
-    check_sft(
-        json!({"messages": [
-            {"role": "user", "content": "a"}, {"role": "assistant", "content": "bb", "weight": 0},
-            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
-        ]}),
-        &options,
-        "d",
-        "<|im_end|>",
-    );
-    for bad in [json!(-1), json!("much"), json!(true)] {
-        let error = tree(talk(json!(1), bad.clone()), &options).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            format!("data.jsonl:1: message 3: `weight` is {bad}, expected a number of 0 or more")
-        );
-    }
 }
 
 #[test]
@@ -223,7 +178,7 @@ fn ranks_put_responses_in_order_and_may_be_equal() {
     assert_eq!(found.record, Record::Preference { prompt: side("q"), responses });
     assert_eq!(found.ranks, [1.0, 1.0, 2.0]);
     assert!(found.extra.is_empty());
-    // Of a pair it is anybody's column.
+    // For a pair it is an ordinary column.
     let pair = row(json!({"prompt": "q", "chosen": "a", "rejected": "b", "ranks": "none"}));
     assert!(pair.ranks.is_empty() && pair.extra.contains_key("ranks"));
 
@@ -385,12 +340,12 @@ fn a_saved_tokenizer_comes_back_the_same() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
-    /// Whatever the messages say, exactly the assistants' texts and their ends are trained.
+    /// Whatever the messages say, exactly the assistant texts and their ends are trained.
     #[test]
     fn the_mask_is_the_assistants_words(
         texts in proptest::collection::vec("[ \\na-c<|>é🙂]{0,6}(<\\|im_end\\|>)?[ a]{0,2}", 1..5)
     ) {
-        // Where nothing is said, nothing is to be learned: such rows are refused.
+        // Conversations without text have nothing to learn: such rows are refused.
         prop_assume!(texts.iter().any(|text| !text.trim().is_empty()));
         let tokenizer = tokenizer("chatml");
         let mut messages = Vec::new();
@@ -424,7 +379,7 @@ fn rows_that_weigh_nothing_are_left_out_and_those_without_a_weight_refused() {
     let refused = |row: Row| sft_trees(&[row], &tokenizer, &options).unwrap_err().to_string();
     assert!(refused(weighed(json!("much"))).contains("`w` is \"much\""));
     assert!(refused(row(json!({"prompt": "q", "completion": "a"}))).contains("no column `w`"));
-    // As any row that cannot be used.
+    // Like any unusable row.
     let skip = SftOptions { on_bad_row: OnBadRow::Skip, ..options.clone() };
     let rows = [weighed(json!("much")), weighed(json!(1))];
     assert_eq!(sft_trees(&rows, &tokenizer, &skip).unwrap().trees.len(), 1);
@@ -464,7 +419,7 @@ fn a_column_that_no_row_of_any_file_has_is_refused() {
             &ReadOptions { columns: columns.collect(), on_bad_row, ..ReadOptions::default() },
         )
     };
-    // Of two files one may have the column under its own name.
+    // One of two files may have the column under its canonical name.
     let both = [("prompt", "question"), ("answer", "gold")];
     assert_eq!(named(&both, OnBadRow::Error).unwrap().rows.len(), 2);
     let wrong = [("prompt", "question"), ("answer", "gold_answer")];

@@ -1,7 +1,7 @@
-//! A tokenizer with its chat template and its special tokens: all that turns conversations into ids and back.
+//! A tokenizer with its chat template and special tokens: everything that converts conversations to ids and back.
 //!
-//! Special tokens are parsed only where the caller says so. The text that a user wrote never becomes one: a prompt
-//! that quotes `<|im_end|>` is read as these ten characters, not as the end of a turn.
+//! Special tokens are parsed only where the caller allows it. User text never becomes one: a prompt that quotes
+//! `<|im_end|>` is read as these ten characters, not as the end of a turn.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -18,25 +18,25 @@ use super::template::Template;
 use crate::error::{Context, Error, Result};
 use crate::store::sha256_bytes;
 
-/// What a tokenizer file does not say: the template and the roles of special tokens.
+/// What a tokenizer file does not contain: the chat template and the roles of special tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TokenizerSettings {
     /// Jinja source of the chat template; `None` for base models that have none.
     pub chat_template: Option<String>,
-    /// Begins a sequence.
+    /// The id that begins a sequence.
     pub bos: Option<u32>,
-    /// Every id that ends a turn or a text.
+    /// All ids that end a turn or a text.
     pub ends: Vec<u32>,
-    /// Appended to plain text responses; the first of `ends` where absent.
+    /// Appended to plain text responses; defaults to the first of `ends`.
     pub eos: Option<u32>,
-    /// Fills rows in other programs; never used here, kept for the saved files.
+    /// Padding in other programs; never used here, kept for the saved files.
     pub pad: Option<u32>,
     /// Whether plain text begins with `bos`.
     pub add_bos: bool,
 }
 
-/// Tokenizer, compiled chat template, special ids. Cheap to clone.
+/// Tokenizer, compiled chat template and special ids. Cheap to clone.
 #[derive(Clone)]
 pub struct ChatTokenizer {
     inner: Arc<Inner>,
@@ -45,9 +45,9 @@ pub struct ChatTokenizer {
 struct Inner {
     /// As loaded, for saving and decoding.
     full: Tokenizer,
-    /// Reads special tokens as plain text and adds nothing.
+    /// Encodes special tokens as plain text and adds nothing.
     inert: Tokenizer,
-    /// Text and id of every special token; by first byte's order, longest first where one begins another.
+    /// Text and id of every special token, longest text first.
     specials: Vec<Special>,
     template: Option<Template>,
     settings: TokenizerSettings,
@@ -62,7 +62,7 @@ struct Special {
     rstrip: bool,
 }
 
-/// Ids with the bytes of the text that each came from.
+/// Ids with the byte range of the text that each came from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Encoded {
     /// Token ids.
@@ -103,7 +103,7 @@ impl ChatTokenizer {
         let specials = special_tokens(&full, &named);
         let mut inert = full.clone();
         inert.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
-        // Only tokens flagged special can be read as text; an end token that is not flagged becomes so here.
+        // Only tokens flagged special can be encoded as text; an end token without the flag gets it here.
         inert
             .add_special_tokens(named.values().map(|text| AddedToken::from(text.clone(), true)))?;
         inert.set_encode_special_tokens(true);
@@ -114,7 +114,7 @@ impl ChatTokenizer {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// The same tokenizer with more special tokens, and how many of them it did not have before.
+    /// The same tokenizer with additional special tokens, and how many of them are new.
     ///
     /// # Errors
     /// An empty token.
@@ -130,7 +130,7 @@ impl ChatTokenizer {
         Ok((Self::new(full, self.inner.settings.clone())?, added))
     }
 
-    /// [`from_dir`](Self::from_dir) where the directory has a `tokenizer.json`.
+    /// [`from_dir`](Self::from_dir) if the directory has a `tokenizer.json`.
     ///
     /// # Errors
     /// Files that contradict the vocabulary.
@@ -139,7 +139,7 @@ impl ChatTokenizer {
     }
 
     /// Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`, `special_tokens_map.json` and the end
-    /// ids of `generation_config.json` and `config.json`, as Hugging Face lays them out.
+    /// ids of `generation_config.json` and `config.json`, in Hugging Face's layout.
     ///
     /// # Errors
     /// No `tokenizer.json`, or files that contradict the vocabulary.
@@ -171,7 +171,7 @@ impl ChatTokenizer {
         Self::new(self.inner.full.clone(), settings)
     }
 
-    /// The settings, completed.
+    /// The settings, with defaults filled in.
     pub fn settings(&self) -> &TokenizerSettings {
         &self.inner.settings
     }
@@ -194,12 +194,12 @@ impl ChatTokenizer {
         })
     }
 
-    /// One more than the largest id, added tokens included.
+    /// One more than the largest id, including added tokens.
     pub fn vocab_size(&self) -> usize {
         self.inner.vocab_size
     }
 
-    /// Every id that ends a turn.
+    /// All ids that end a turn.
     pub fn ends(&self) -> &[u32] {
         &self.inner.settings.ends
     }
@@ -214,7 +214,7 @@ impl ChatTokenizer {
         self.inner.settings.bos
     }
 
-    /// The id that other programs fill rows with.
+    /// The padding id of other programs.
     pub fn pad(&self) -> Option<u32> {
         self.inner.settings.pad
     }
@@ -225,30 +225,29 @@ impl ChatTokenizer {
         sha256_bytes(source.as_bytes())
     }
 
-    /// SHA-256 of everything that decides which ids come out.
+    /// SHA-256 of everything that determines the ids.
     pub fn hash(&self) -> &str {
         &self.inner.hash
     }
 
-    /// The ids of `text`; special tokens in it stay inert text, and nothing is added.
+    /// The ids of `text`; special tokens in it stay plain text, and nothing is added.
     pub fn encode(&self, text: &str) -> Vec<u32> {
-        // Encoding text fails only where the vocabulary lacks both a character and an unknown token; such text
-        // has no ids.
+        // Encoding fails only if the vocabulary lacks both a character and an unknown token; such text has no ids.
         self.encode_inert(text).map(|encoded| encoded.ids).unwrap_or_default()
     }
 
-    /// The ids of `text` with special tokens parsed, and nothing added.
+    /// The ids of `text` with special tokens parsed and nothing added.
     pub fn encode_special(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.encode_where(text, |_| true)?.ids)
     }
 
     /// The text of `ids`.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
-        // Ids outside the vocabulary are skipped; a decoder that fails leaves nothing to show.
+        // Ids outside the vocabulary are skipped; if the decoder fails there is nothing to show.
         self.inner.full.decode(ids, skip_special).unwrap_or_default()
     }
 
-    /// The first id that means something else to another tokenizer, and what it is to this one and to that.
+    /// The first id that differs from another tokenizer's, and its meaning in this one and in the other.
     pub fn first_difference(&self, other: &Self) -> Option<(u32, [String; 2])> {
         let ids = self.vocab_size().max(other.vocab_size()) as u32;
         let id = (0..ids).find(|id| self.token(*id) != other.token(*id))?;
@@ -258,12 +257,12 @@ impl ChatTokenizer {
         Some((id, [named(self), named(other)]))
     }
 
-    /// The token of `id` as the vocabulary spells it.
+    /// The token of `id` as spelled in the vocabulary.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.full.id_to_token(id)
     }
 
-    /// The id of a token as the vocabulary spells it.
+    /// The id of a token as spelled in the vocabulary.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.full.token_to_id(token)
     }
@@ -280,12 +279,12 @@ impl ChatTokenizer {
         specials.filter(|token| ends.contains(&token.id)).map(|token| token.text.as_str()).collect()
     }
 
-    /// Whether `text` holds the text of a special token.
+    /// Whether `text` contains the text of a special token.
     pub(crate) fn has_special(&self, text: &str) -> bool {
         self.inner.specials.iter().any(|special| text.contains(&special.text))
     }
 
-    /// The ids of a conversation that waits for its answer: rendered with the generation prompt.
+    /// The ids of a conversation that awaits its answer, rendered with the generation prompt.
     ///
     /// # Errors
     /// No template, or one that refuses these messages.
@@ -293,7 +292,7 @@ impl ChatTokenizer {
         self.prompt_ids_with(messages, tools, &Map::new())
     }
 
-    /// The same with further variables for the template.
+    /// [`prompt_ids`](Self::prompt_ids) with additional variables for the template.
     ///
     /// # Errors
     /// No template, or one that refuses these messages.
@@ -308,7 +307,7 @@ impl ChatTokenizer {
         Ok(rendered.encode(self, false)?.ids)
     }
 
-    /// `bos_token`, `eos_token` and `pad_token`, as templates know them.
+    /// `bos_token`, `eos_token` and `pad_token`, as named in templates.
     pub(crate) fn named_tokens(&self) -> Vec<(&'static str, String)> {
         let settings = &self.inner.settings;
         [("bos_token", settings.bos), ("eos_token", settings.eos), ("pad_token", settings.pad)]
@@ -324,7 +323,7 @@ impl ChatTokenizer {
         Ok(encoded)
     }
 
-    /// Ids of `text`; a special token is parsed where `allowed` says yes to its byte range.
+    /// Ids of `text`; a special token is parsed if `allowed` accepts its byte range.
     pub(crate) fn encode_where(
         &self,
         text: &str,

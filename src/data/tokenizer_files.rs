@@ -1,4 +1,4 @@
-//! The files beside `tokenizer.json` that say which tokens begin, end and pad, and how a chat is laid out.
+//! The files next to `tokenizer.json` that define the begin, end and padding tokens and the chat template.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use super::tokenizer::TokenizerSettings;
 use crate::error::{Context, Error, Result};
 use crate::store;
 
-/// Settings from a Hugging Face directory.
+/// Reads the settings from a Hugging Face directory.
 pub(super) fn read_settings(dir: &Path, tokenizer: &Tokenizer) -> Result<TokenizerSettings> {
     let config = read(dir, "tokenizer_config.json")?;
     let map = read(dir, "special_tokens_map.json")?;
@@ -23,7 +23,7 @@ pub(super) fn read_settings(dir: &Path, tokenizer: &Tokenizer) -> Result<Tokeniz
             other => vec![other],
         };
         for id in ids.iter().filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()) {
-            // A config may name ids of a larger vocabulary than this tokenizer's.
+            // A config may name ids from a larger vocabulary than this tokenizer's.
             if !ends.contains(&id) && tokenizer.id_to_token(id).is_some() {
                 ends.push(id);
             }
@@ -43,7 +43,7 @@ pub(super) fn read_settings(dir: &Path, tokenizer: &Tokenizer) -> Result<Tokeniz
 }
 
 fn chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Option<String>> {
-    // Newer transformers write the template into a file of its own, which then wins.
+    // Newer transformers versions write the template to a separate file, which takes precedence.
     let file = dir.join("chat_template.jinja");
     if file.exists() {
         return std::fs::read_to_string(&file).at(file.display()).map(Some);

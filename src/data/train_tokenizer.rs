@@ -1,4 +1,4 @@
-//! Training of a byte-level BPE vocabulary, for models that start from nothing.
+//! Training of a byte-level BPE vocabulary, for models trained from scratch.
 
 use std::collections::BTreeSet;
 
@@ -12,9 +12,9 @@ use tokenizers::{AddedToken, DecoderWrapper, Tokenizer};
 
 use crate::error::{Error, Result};
 
-/// Trains a vocabulary of at most `vocab_size` tokens on `texts`. `special_tokens` get the first ids, in order; then
-/// come the 256 bytes, so that any text can be encoded. Digits are split one by one, which is what makes small
-/// models able to calculate.
+/// Trains a vocabulary of at most `vocab_size` tokens on `texts`. `special_tokens` get the first ids, in order,
+/// followed by the 256 bytes, so that any text can be encoded. Digits are split individually, which is what lets small
+/// models do arithmetic.
 ///
 /// # Errors
 /// A vocabulary too small for the bytes and the special tokens, or a special token given twice.

@@ -1,20 +1,20 @@
 //! One training example: a small tree of token segments.
 //!
-//! A conversation is one segment; a preference pair is a prompt with two children; a ranked list has one child a
-//! response. Each leaf stands for one *sequence*: the tokens on the path from the root to it.
+//! A conversation is one segment; a preference pair is a prompt with two children; a ranked list has one child per
+//! response. Each leaf represents one *sequence*: the tokens on the path from the root to it.
 
 use crate::error::{Error, Result};
 
-/// What a token is to the losses. Born with the tokens, never derived again.
+/// A token's role in the losses. Assigned when the tokens are created, never derived later.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Role {
-    /// Seen, never trained: prompts, system turns, tool output, headers.
+    /// Visible but not trained: prompts, system turns, tool output, headers.
     #[default]
     Context,
-    /// Trained: text that the message's content produced.
+    /// Trained: text from the message's content.
     Content,
-    /// Trained: text that the template produced inside a response, such as the end-of-turn token. The Llama 3
-    /// form of DPO leaves these out of its log-probabilities (Llama 3, section 4.1.4).
+    /// Trained: text from the template inside a response, such as the end-of-turn token. The Llama 3 form of DPO
+    /// excludes these from its log-probabilities (Llama 3, section 4.1.4).
     Format,
 }
 
@@ -32,11 +32,11 @@ pub struct Segment {
     pub parent: Option<usize>,
     /// Token ids.
     pub tokens: Vec<u32>,
-    /// One role a token.
+    /// One role per token.
     pub roles: Vec<Role>,
 }
 
-/// What a row says of one scored response; `None` is a number that the row does not give.
+/// The label of one scored response; `None` is a value that the row lacks.
 pub type Label = Vec<Option<f64>>;
 
 /// One example: segments in topological order, parents first.
@@ -44,11 +44,11 @@ pub type Label = Vec<Option<f64>>;
 pub struct Tree {
     /// The segments; the first is the root.
     pub segments: Vec<Segment>,
-    /// What the row says of each of [`scored`](Self::scored); empty where the loss reads no labels.
+    /// Labels, one for each of [`scored`](Self::scored); empty if the loss reads none.
     pub labels: Vec<Label>,
-    /// How much each token's loss weighs, over the segments laid end to end; empty where each weighs 1.
+    /// Loss weight per token, over the segments laid end to end; empty if all are 1.
     pub weights: Vec<f32>,
-    /// Which row of the dataset this came from: names the row in errors and keys caches.
+    /// The row of the dataset: names it in errors and keys caches.
     pub source: usize,
 }
 
@@ -74,7 +74,8 @@ impl Tree {
         Self { segments, source, ..Self::default() }
     }
 
-    /// A prompt (context only) and what follows it in one row, a segment each part: every part sees those before it.
+    /// A prompt (context only) followed by its parts in one row, one segment per part: every part sees the previous
+    /// ones.
     pub fn chain(prompt: Vec<u32>, parts: Vec<(Vec<u32>, Vec<Role>)>, source: usize) -> Self {
         let mut tree = Self::siblings(prompt, parts, source);
         for (index, segment) in tree.segments.iter_mut().enumerate() {
@@ -89,7 +90,7 @@ impl Tree {
         Self { labels, ..self }
     }
 
-    /// Cuts a single sequence down to the tokens of `range`.
+    /// Trims a single sequence to the tokens of `range`.
     pub fn keep(&mut self, range: std::ops::Range<usize>) {
         fn cut<T>(list: &mut Vec<T>, range: &std::ops::Range<usize>) {
             list.truncate(range.end);
@@ -107,7 +108,7 @@ impl Tree {
         self.segments.iter().map(|segment| segment.tokens.len()).sum()
     }
 
-    /// Indices of the segments without children, in order: one a sequence.
+    /// Indices of the segments without children, in order: one per sequence.
     pub fn leaves(&self) -> Vec<usize> {
         let mut is_parent = vec![false; self.segments.len()];
         for parent in self.segments.iter().filter_map(|segment| segment.parent) {
@@ -116,19 +117,19 @@ impl Tree {
         (0..self.segments.len()).filter(|&index| !is_parent[index]).collect()
     }
 
-    /// Indices of the segments that have a trained token, in order: a reward model gives each a score, read at its last
+    /// Indices of the segments with a trained token, in order: a reward model gives each a score, read at its last
     /// trained token. Siblings and the parts of a chain are scored alike.
     pub fn scored(&self) -> Vec<usize> {
         let trained = |segment: &Segment| segment.roles.iter().any(|role| role.trained());
         (0..self.segments.len()).filter(|&index| trained(&self.segments[index])).collect()
     }
 
-    /// Two sequences of the same tokens, by their places among the [`leaves`](Self::leaves).
+    /// Two sequences with identical tokens, by their indices in [`leaves`](Self::leaves).
     pub fn twins(&self) -> Option<(usize, usize)> {
         let leaves = self.leaves();
         let same = |one: usize, other: usize| {
             let [a, b] = [one, other].map(|leaf| &self.segments[leaf]);
-            // What siblings share need not be compared.
+            // Siblings share their prefix, which needs no comparison.
             if a.parent == b.parent {
                 a.tokens == b.tokens
             } else {
@@ -160,8 +161,8 @@ impl Tree {
         (tokens, roles)
     }
 
-    /// Checks the invariants: parents come first, one role and one or no weight a token, no empty leaf, no label or one a
-    /// scored segment.
+    /// Checks the invariants: parents come first, one role and zero or one weight per token, no empty leaf, and no
+    /// labels or one per scored segment.
     pub fn check(&self) -> Result<()> {
         let fail = |message: String| Err(Error::run(message).at(format!("row {}", self.source)));
         if self.segments.is_empty() {

@@ -1,8 +1,8 @@
-//! An adapter that answers are written with, beside the base's own matrices: several adapters share one base, and come
-//! and go without it.
+//! Adapters applied beside the base model's matrices during generation: several adapters share one base and can be
+//! added and removed independently.
 //!
-//! Nothing is merged: `y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ` row by row, as in training, so that log-probabilities are the bits that
-//! the trainer computes with the same adapter. Rows of several adapters stand in one forward pass.
+//! Nothing is merged: `y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ` row by row, as in training, so log-probabilities match the trainer's bit
+//! for bit. One forward pass can hold rows of several adapters.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ use crate::model::matrix::Matrix;
 use crate::model::{Architecture, Tensors, Weights};
 use crate::ops::cpu::Element;
 
-/// The projections of a block, in the order of the forward pass.
+/// The projections of a transformer block, in forward-pass order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     Q,
@@ -44,24 +44,24 @@ impl Place {
     }
 }
 
-/// One projection's adapter, and what DoRA multiplies its outputs with.
+/// One projection's adapter, and DoRA's scale of its outputs.
 #[derive(Clone, Debug)]
 struct Beside {
     adapter: Adapter,
     factors: Option<Vec<f32>>,
 }
 
-/// The adapters of a model's projections.
+/// The adapters of all of a model's projections.
 #[derive(Clone, Debug)]
 pub struct Adaptation {
     layers: Vec<[Option<Beside>; Place::ALL.len()]>,
 }
 
 impl Adaptation {
-    /// Takes adapters that were read from files, and computes with them in `dtype`. `weights`: the base's.
+    /// Wraps adapters read from files, converted to `dtype`. `weights`: the base's.
     ///
     /// # Errors
-    /// An adapter of another base, of a reward model, or with parameters that were trained in full.
+    /// An adapter of another base or of a reward model, or one with fully trained parameters.
     pub(super) fn new(
         saved: &Saved,
         weights: &Weights,
@@ -115,14 +115,14 @@ impl Beside {
     }
 }
 
-/// Rows of a forward pass with the adapter that each run of them is written with.
+/// Rows of a forward pass, in runs that share an adapter.
 #[derive(Debug, Default)]
 pub(super) struct Adapted<'a> {
     runs: Vec<(Range<usize>, &'a Adaptation)>,
 }
 
 impl<'a> Adapted<'a> {
-    /// Adds the rows that come next. Neighbours with one adapter become one run.
+    /// Appends the next rows. Neighbouring rows with the same adapter form one run.
     pub(super) fn push(&mut self, rows: Range<usize>, adaptation: Option<&'a Adaptation>) {
         let Some(adaptation) = adaptation else { return };
         match self.runs.last_mut() {
@@ -133,10 +133,10 @@ impl<'a> Adapted<'a> {
         }
     }
 
-    /// Adds to the products `y` `[M, O]` of a projection what the adapters make of its inputs `x` `[M, I]`.
+    /// Adds the adapters' outputs for a projection's inputs `x` `[M, I]` to its products `y` `[M, O]`.
     ///
     /// # Errors
-    /// Adapters in another type of numbers.
+    /// Adapters of another dtype.
     pub(super) fn add<E: Element>(
         &self,
         (layer, place): (usize, Place),
@@ -152,10 +152,10 @@ impl<'a> Adapted<'a> {
         Ok(())
     }
 
-    /// The same as tensors, on any device.
+    /// As [`add`](Self::add), on tensors and any device.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub(super) fn graph(
         &self,
         (index, place): (usize, Place),

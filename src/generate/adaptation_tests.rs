@@ -1,4 +1,4 @@
-//! Adapters beside a base: their answers have the trainer's bits, whoever stands beside them.
+//! Adapters beside a base: answers match the trainer bit for bit, whatever shares the batch.
 
 use std::sync::Arc;
 
@@ -6,7 +6,9 @@ use candle_core::{Device, Tensor};
 
 use super::adaptation::Adaptation;
 use super::decode::{CpuDecoder, Decoder, Feed, Predictions, Wanted};
-use super::engine::{Answer, Extras, Prompt, Request, Scheduler, answer_requests};
+use super::engine::{
+    Answer, Extras, Limits, Prompt, Request, Schedule, Scheduler, Ticket, answer_requests,
+};
 use super::plain::PlainDecoder;
 use super::sampling::Sampling;
 use super::tests::{Bytes, WIDE, golden, sample_bits};
@@ -19,7 +21,7 @@ use crate::model::{Precision, Tensors, Weights, params};
 use crate::ops::cpu::Element;
 use crate::ops::linear::tests::random;
 
-/// An adapter of every projection, as its files hold it.
+/// An adapter for every projection, in its on-disk form.
 fn saved(checkpoint: &Checkpoint, seed: u64, dora: bool) -> Saved {
     let modules = Lora::default().modules(&checkpoint.config).unwrap();
     let adapter = |(place, module): (usize, String)| {
@@ -35,7 +37,7 @@ fn saved(checkpoint: &Checkpoint, seed: u64, dora: bool) -> Saved {
     Saved { config: AdapterConfig::default(), adapters, weights: Weights::new(), base: None }
 }
 
-/// The same adapter as the trainer holds it.
+/// The same adapter in the trainer's form.
 fn trained(checkpoint: &Checkpoint, saved: &Saved, precision: Precision) -> Adapters {
     let mut adapters = saved.adapters.clone();
     let tensors = Tensors::dense(checkpoint.weights.clone());
@@ -73,7 +75,7 @@ fn answers<D: Decoder>(decoder: &D, requests: &[(Prompt, Extras)]) -> Vec<Vec<An
     all
 }
 
-/// Prompts that begin alike, so that a cache of another adapter would be found.
+/// Prompts with a common prefix, so that another adapter's cache would be found.
 fn prompt(index: u64) -> Prompt {
     let tokens = (0..40).map(|i| 3 + (i * 29) % 200).chain([50 + index as u32]).collect();
     Prompt { index, tokens }
@@ -88,7 +90,7 @@ fn adapted_answers_have_the_trainers_bits<E: Element>(precision: Precision) {
     let decoder: CpuDecoder<E> = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let files = [saved(&checkpoint, 20, false), saved(&checkpoint, 90, true)];
     let [lora, dora] = [0, 1].map(|i| beside(&checkpoint, &files[i], precision));
-    // All at once, among each other, and one after the other.
+    // All at once, and one after the other.
     let asked: Vec<(Prompt, Extras)> =
         [Extras::default(), with(&lora), with(&dora), with(&lora), Extras::default()]
             .into_iter()
@@ -100,7 +102,7 @@ fn adapted_answers_have_the_trainers_bits<E: Element>(precision: Precision) {
         assert_eq!(&answers(&decoder, std::slice::from_ref(one))[0], together);
     }
     assert_ne!(together[0][0].ids, together[1][0].ids);
-    // And they are what the trainer says of them.
+    // And they match the trainer's log-probabilities.
     for (index, file) in [(1, Some(&files[0])), (2, Some(&files[1])), (4, None)] {
         let mut tensors = Tensors::dense(checkpoint.weights.clone());
         if let Some(file) = file {
@@ -119,7 +121,7 @@ fn answers_with_adapters_have_the_trainers_bits_whoever_stands_beside_them() {
     adapted_answers_have_the_trainers_bits::<half::bf16>(Precision::Bf16);
 }
 
-/// Predictions after one prompt, with an adapter beside the one row and none beside the other.
+/// Predictions after one prompt, for a row with an adapter and a row without.
 fn predictions<D: Decoder>(decoder: &D, adaptation: &Adaptation) -> Vec<f32> {
     let mut caches = [decoder.cache(None), decoder.cache(None)];
     let beside = [Some(adaptation), None];
@@ -167,7 +169,7 @@ fn every_decoder_adds_the_adapter_and_merging_it_comes_to_the_same() {
         let vocab = config.vocab_size;
         assert!(worst(&cpu[..vocab], &merged[..vocab]) < 1e-4);
         assert!(worst(&cpu[vocab..], &merged[vocab..]) > 1e-2, "the other row has no adapter");
-        // Beside blocks, the adapter makes the same difference but for what rounding takes.
+        // With quantised matrices, the adapter makes the same difference up to rounding.
         let rounded = CpuDecoder::rounded(config, weights.clone(), BlockType::Q8_0).unwrap();
         let rounded = predictions(&rounded, &adaptation);
         let moved = worst(&cpu[..vocab], &cpu[vocab..]);
@@ -195,4 +197,54 @@ fn adapters_that_cannot_stand_beside_a_base_are_refused() {
     let first = narrow.adapters.values_mut().next().unwrap();
     first.a = random(1, (3, 5));
     assert!(refused(&narrow).contains("for a projection"));
+}
+
+#[test]
+fn what_was_kept_of_an_adapter_goes_with_it_also_where_it_is_still_answering() {
+    let checkpoint = golden("model_tied");
+    let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let vocabulary = Bytes::default();
+    let limits = Limits { keep_prefixes: true, ..WIDE };
+    let mut scheduler = Scheduler::new(&decoder, &vocabulary, limits);
+    let submit = |scheduler: &mut Scheduler<'_, _>, extras: Extras| {
+        let request = Request::new(prompt(0), Arc::new(Sampling::greedy(4)));
+        scheduler.submit(Request { extras: Arc::new(extras), ..request }).unwrap();
+    };
+    let finish =
+        |scheduler: &mut Scheduler<'_, _>| while scheduler.step(&mut |_| Ok(())).unwrap() {};
+    submit(&mut scheduler, Extras::default());
+    finish(&mut scheduler);
+    let own = scheduler.cached_tokens();
+    assert!(own > 0);
+    let adapter = |seed| beside(&checkpoint, &saved(&checkpoint, seed, false), Precision::F32);
+
+    // Idle when it goes.
+    let first = adapter(20);
+    submit(&mut scheduler, with(&first));
+    finish(&mut scheduler);
+    assert_eq!(scheduler.cached_tokens(), 2 * own);
+    let gone = Arc::downgrade(&first);
+    scheduler.tidy();
+    assert_eq!(scheduler.cached_tokens(), 2 * own, "it is there yet");
+    drop(first);
+    assert!(gone.upgrade().is_none(), "a kept cache holds it");
+    scheduler.tidy();
+    assert_eq!(scheduler.cached_tokens(), own);
+
+    // Answering when it goes, and cancelled.
+    for cancelled in [false, true] {
+        let second = adapter(90);
+        submit(&mut scheduler, with(&second));
+        scheduler.step(&mut |_| Ok(())).unwrap();
+        let gone = Arc::downgrade(&second);
+        drop(second);
+        assert!(gone.upgrade().is_some(), "it is answering yet");
+        if cancelled {
+            scheduler.cancel(Ticket(3));
+        } else {
+            finish(&mut scheduler);
+        }
+        assert!(gone.upgrade().is_none());
+        assert_eq!((scheduler.cached_tokens(), scheduler.load()), (own, (0, 0)));
+    }
 }

@@ -1,5 +1,5 @@
-//! Attention of new tokens to everything before them. Rows that see the same tiles go through them together: a tile is
-//! read once for all samples of a prompt, and for all heads that share it.
+//! Attention of new tokens over their KV caches. Rows that see the same tiles are processed together: a tile is read
+//! once for all samples of a prompt and for all query heads that share it.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -10,13 +10,13 @@ use crate::ops::cpu::awake::share;
 use crate::ops::cpu::rows::{Mixture, TILE, scores as score_tiles};
 use crate::ops::cpu::{Element, simd};
 
-/// Most rows that go through tiles together: their queries and probabilities stay in a core's own cache.
+/// Most rows processed together: their queries and probabilities stay in a core's private cache.
 const TOGETHER: usize = 16;
 
-/// New tokens: cache and position of each, those of one cache in their order.
+/// New tokens: cache and position of each, those of one cache in order.
 pub(super) type Rows<'a, E> = &'a [(&'a PagedCache<E>, usize)];
 
-/// A layer's shape: which it is, its query heads a key head, and its heads' width.
+/// A layer's index, its query heads per key head, and the head dimension.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Heads {
     pub(super) layer: usize,
@@ -25,7 +25,7 @@ pub(super) struct Heads {
     pub(super) width: usize,
 }
 
-/// `softmax(q · Kᵀ / √E) · V` of each row over everything up to its position.
+/// `softmax(q · Kᵀ / √E) · V` for each row over all positions up to its own.
 ///
 /// # Shapes
 /// - `q`: `[M, H·E]`  →  `[M, H·E]`
@@ -47,7 +47,8 @@ pub(super) fn attention<E: Element>(q: &[E], rows: Rows<'_, E>, heads: Heads) ->
             scratch.queries.extend_from_slice(E::widen(&q[from..][..group * width], &mut wide));
         }
         let result = together(&mut scratch, &rows[range.clone()], *head, heads);
-        // Rounded here, not on all threads: who takes a part of that may begin something else, and the others wait.
+        // Narrowed here rather than in another parallel pass: a thread helping with that could pick up other work and
+        // make the rest wait.
         results[task].get_or_init(|| E::narrow(&result, &mut Vec::new()).to_vec());
         SCRATCH.set(scratch);
     });
@@ -61,7 +62,7 @@ pub(super) fn attention<E: Element>(q: &[E], rows: Rows<'_, E>, heads: Heads) ->
     mixed
 }
 
-/// Cuts rows into those that share what they see: rows of one cache, or samples of one prompt.
+/// Groups rows that see the same positions: rows of one cache, or samples of one prompt.
 fn groups<E: Element>(rows: Rows<'_, E>) -> Vec<Range<usize>> {
     let mut groups: Vec<Range<usize>> = Vec::new();
     for row in 0..rows.len() {
@@ -80,7 +81,7 @@ fn groups<E: Element>(rows: Rows<'_, E>) -> Vec<Range<usize>> {
 fn see_alike<E: Element>(group: Rows<'_, E>, cache: &PagedCache<E>) -> bool {
     let first = group[0].0;
     if std::ptr::eq(first, cache) {
-        // A group is of one kind: rows of one cache, or of one parent.
+        // A group is of one kind: rows of one cache, or children of one parent.
         return group.iter().all(|(other, _)| std::ptr::eq(*other, cache));
     }
     let one_each = group.windows(2).all(|pair| !std::ptr::eq(pair[0].0, pair[1].0));
@@ -94,7 +95,7 @@ thread_local! {
     static SCRATCH: Cell<Scratch> = Cell::default();
 }
 
-/// Buffers that a thread keeps.
+/// Per-thread buffers.
 #[derive(Default)]
 struct Scratch {
     /// `[rows, group, E]`.
@@ -105,10 +106,10 @@ struct Scratch {
     tiles: [Vec<f32>; 2],
 }
 
-/// What a group of rows sees together, and from where on each row sees its own segment.
+/// The segment a group of rows sees in common, and whether each row also sees its own.
 struct Seen<'a, E> {
     shared: Option<(&'a PagedCache<E>, usize)>,
-    /// Positions of `shared` that row `i` sees.
+    /// Number of `shared` positions visible to row `i`.
     visible: Vec<usize>,
     own: bool,
 }
@@ -129,7 +130,7 @@ impl<'a, E: Element> Seen<'a, E> {
     }
 }
 
-/// One key head of rows that see alike: `[rows, group, E]`.
+/// One key head of a group of rows: `[rows, group, E]`.
 fn together<E: Element>(
     scratch: &mut Scratch,
     rows: Rows<'_, E>,
@@ -144,7 +145,7 @@ fn together<E: Element>(
     probs.clear();
     probs.resize(rows.len() * group * longest, 0.0);
 
-    // Scores of some rows' queries for one or two tiles from position `from` on, of which each row sees what `visible` says.
+    // Scores of some rows' queries against one or two tiles starting at position `from`; `visible` bounds each row.
     let mut score =
         |some: Range<usize>, pair: &[(usize, &[E])], mut from: usize, visible: &[usize]| {
             let queries = &queries[some.start * group * width..some.end * group * width];
@@ -184,8 +185,8 @@ fn together<E: Element>(
     mixture(probs, rows, &seen, (layer, head, group, width, longest), &mut tiles[0])
 }
 
-/// Tiles two by two, the last one alone where they are odd, each pair with the position of its first; the first tile's is
-/// `from`.
+/// Pairs of tiles, the last one alone if the count is odd, each pair with the position of its first tile; the very
+/// first tile starts at `from`.
 fn in_pairs<'a, E: Element>(
     mut from: usize,
     visit: impl FnOnce(&mut dyn FnMut(usize, &'a [E])),
@@ -204,7 +205,7 @@ fn in_pairs<'a, E: Element>(
     }
 }
 
-/// The values by their probabilities.
+/// Weighted sum of the values.
 fn mixture<E: Element>(
     probs: &[f32],
     rows: Rows<'_, E>,

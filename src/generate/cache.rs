@@ -1,4 +1,4 @@
-//! Keys and values of what was already read, in pages; samples of one prompt share its pages.
+//! Paged KV cache; samples of one prompt share its pages.
 
 use std::sync::Arc;
 
@@ -6,21 +6,21 @@ use crate::model::Config;
 use crate::ops::cpu::Element;
 use crate::ops::cpu::rows::{TILE, call_for_beginning};
 
-/// Positions a page. Every token reads all of the weights between two readings of a layer's keys, so they come from memory, and
-/// fast only where much lies in one piece; what a sequence does not fill of its last page is lost.
+/// Positions per page. All weights are read between two reads of a layer's keys, so keys come from memory, which is
+/// fast only for large contiguous pieces. The unused part of a sequence's last page is wasted.
 pub const PAGE: usize = TILES * TILE;
 
-/// Tiles of one layer, head and part that lie side by side.
+/// Contiguous tiles of one layer, head and part.
 const TILES: usize = 4;
 
-/// How a model's cache is laid out.
+/// Cache layout of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheShape {
-    /// Blocks of the model.
+    /// Number of transformer blocks.
     pub layers: usize,
-    /// Key/value heads, `G`.
+    /// Number of key/value heads, `G`.
     pub heads: usize,
-    /// Width of a head, `E`.
+    /// Head dimension, `E`.
     pub width: usize,
 }
 
@@ -34,25 +34,25 @@ impl CacheShape {
         }
     }
 
-    /// Numbers a page holds: keys and values of [`PAGE`] positions in every layer and head.
+    /// Elements in a page: keys and values of [`PAGE`] positions in every layer and head.
     fn page_len(self) -> usize {
         self.layers * 2 * self.heads * PAGE * self.width
     }
 
-    /// Bytes a position takes in a cache of `E`.
+    /// Bytes per position in a cache of `E`.
     pub fn bytes_a_token<E>(self) -> usize {
         self.page_len() / PAGE * size_of::<E>()
     }
 }
 
-/// The cache of one segment, prompt or sample, on the CPU. A page has tiles of [`TILE`] positions for each layer, head and
-/// part, side by side: values as `[TILE, E]`, keys transposed to `[E, TILE]`.
+/// The KV cache of one segment, prompt or sample, on the CPU. A page has contiguous tiles of [`TILE`] positions for
+/// each layer, head and part: values as `[TILE, E]`, keys transposed to `[E, TILE]`.
 #[derive(Debug)]
 pub struct PagedCache<E = f32> {
     shape: CacheShape,
-    /// What this segment continues, up to `start`.
+    /// The segment this one continues, up to `start`.
     parent: Option<Arc<Self>>,
-    /// Position of the first token. Of the parent, what lies before it is visible.
+    /// Position of the first token. The parent is visible before it.
     start: usize,
     len: usize,
     pages: Vec<Vec<E>>,
@@ -61,7 +61,7 @@ pub struct PagedCache<E = f32> {
 /// Keys or values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// Rotated keys.
+    /// Keys after RoPE.
     Keys = 0,
     /// Values.
     Values = 1,
@@ -82,7 +82,7 @@ impl<E: Element> PagedCache<E> {
         self.start + self.len
     }
 
-    /// Makes room for `count` more tokens and returns the position of the first.
+    /// Makes room for `count` more tokens; returns the position of the first.
     pub fn extend(&mut self, count: usize) -> usize {
         let first = self.end();
         self.len += count;
@@ -92,12 +92,12 @@ impl<E: Element> PagedCache<E> {
         first
     }
 
-    /// Forgets what lies at `end` and after it, within this segment.
+    /// Drops positions from `end` on, within this segment.
     pub fn truncate(&mut self, end: usize) {
         self.len = self.len.min(end.saturating_sub(self.start));
     }
 
-    /// Stores one token's keys or values of one layer, `[G, E]`, at `position`, which [`extend`](Self::extend) gave.
+    /// Stores one token's keys or values of one layer, `[G, E]`, at a `position` from [`extend`](Self::extend).
     pub fn write(&mut self, layer: usize, part: Part, position: usize, values: &[E]) {
         let width = self.shape.width;
         let own = position - self.start;
@@ -114,7 +114,7 @@ impl<E: Element> PagedCache<E> {
         }
     }
 
-    /// Where a tile of this segment lies in its page.
+    /// Offset of a tile of this segment in its page.
     fn start_of(&self, index: usize, (layer, part, head): (usize, Part, usize)) -> usize {
         let CacheShape { heads, width, .. } = self.shape;
         (((layer * heads + head) * 2 + part as usize) * TILES + index % TILES) * TILE * width
@@ -125,8 +125,8 @@ impl<E: Element> PagedCache<E> {
         &self.pages[index / TILES][start..][..TILE * self.shape.width]
     }
 
-    /// Visits the keys or values of one layer and head up to and including `position`, tile by tile: the root's
-    /// first, each segment from its start. A tile comes whole, with how many of its [`TILE`] positions are visible.
+    /// Visits the keys or values of one layer and head up to and including `position`, tile by tile, from the root on,
+    /// each segment from its start. Tiles are passed whole, with the number of visible positions of their [`TILE`].
     pub fn visit<'a>(
         &'a self,
         tile: (usize, Part, usize),
@@ -139,12 +139,12 @@ impl<E: Element> PagedCache<E> {
         self.visit_own(tile, position, see);
     }
 
-    /// What this segment continues, and how many positions of it.
+    /// The parent segment, and how many of its positions this one continues.
     pub fn continues(&self) -> Option<(&Arc<Self>, usize)> {
         self.parent.as_ref().map(|parent| (parent, self.start))
     }
 
-    /// As [`visit`](Self::visit), this segment alone.
+    /// As [`visit`](Self::visit), for this segment only.
     pub fn visit_own<'a>(
         &'a self,
         tile: (usize, Part, usize),
@@ -154,7 +154,7 @@ impl<E: Element> PagedCache<E> {
         let visible = (position + 1).saturating_sub(self.start).min(self.len);
         let tiles = visible.div_ceil(TILE);
         for index in 0..tiles {
-            // No processor foresees where the next page lies.
+            // Hardware prefetchers cannot predict the address of the next page.
             if index % TILES == 0 && index + TILES < tiles {
                 call_for_beginning(self.tile(index + TILES, tile));
             }
@@ -195,7 +195,7 @@ mod tests {
         assert_eq!(read(&sample, (1, Part::Keys, 1), 20), keys);
         assert_eq!(read(&prompt, (0, Part::Values, 0), 1), [0.0, -10.0]);
         assert_eq!((prompt.end(), sample.end()), (19, 22));
-        // Another continues the prompt's first 17 positions, is cut back, and goes on.
+        // Another segment continues the prompt's first 17 positions, is truncated, and goes on.
         let mut other = PagedCache::new(shape, Some((prompt, 17)));
         fill(&mut other, 3);
         other.truncate(18);

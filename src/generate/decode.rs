@@ -1,7 +1,8 @@
-//! The forward pass of generation: new tokens of many sequences at once against their caches.
+//! The decoder's forward pass: new tokens of many sequences at once against their KV caches.
 //!
-//! [`CpuDecoder`] keeps the row rule (see [`matmul`](crate::ops::cpu::matmul)): logits of a sequence are the same bits
-//! whatever it is batched with, and the bits that training computes for equal weights and segments. [`PlainDecoder`](super::plain::PlainDecoder) runs on every device.
+//! [`CpuDecoder`] keeps the row rule (see [`matmul`](crate::ops::cpu::matmul)): a sequence's logits are bit-identical
+//! whatever it is batched with, and equal to those of training for equal weights and segments.
+//! [`PlainDecoder`](super::plain::PlainDecoder) runs on every device.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -27,32 +28,32 @@ use crate::ops::{Rotary, linear, norm, residual, rope, swiglu};
 /// New tokens of one sequence.
 #[derive(Debug)]
 pub struct Feed<'a, C> {
-    /// The sequence's cache; the tokens are added to it.
+    /// The sequence's cache; the tokens are appended to it.
     pub cache: &'a mut C,
     /// At least one token.
     pub tokens: &'a [u32],
-    /// Whose predictions are wanted.
+    /// Which predictions are wanted.
     pub wanted: Wanted<'a>,
-    /// The adapter beside the model's matrices: for all of a sequence the same.
+    /// The adapter; the same for a whole sequence.
     pub adaptation: Option<&'a Adaptation>,
 }
 
-/// The tokens of a feed after which the model's predictions are wanted.
+/// The tokens of a feed after which predictions are wanted.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Wanted<'a> {
-    /// None: more of the same sequence follows.
+    /// None: more of the sequence follows.
     Nothing,
-    /// The last.
+    /// The last token.
     Last,
-    /// All, in their order.
+    /// All tokens, in order.
     All,
-    /// A token drawn after the last one instead of the prediction for it, of those that are allowed where not all are; only
-    /// of decoders that [draw](Decoder::draws).
+    /// A token sampled after the last one instead of its logits, from the allowed tokens if restricted; only for
+    /// decoders that [draw](Decoder::draws).
     Token(Chance, Option<&'a SimpleVob>),
 }
 
 impl Wanted<'_> {
-    /// Which of `count` tokens.
+    /// Range of the wanted tokens among `count`.
     pub fn of(self, count: usize) -> Range<usize> {
         match self {
             Self::Nothing => count..count,
@@ -62,59 +63,59 @@ impl Wanted<'_> {
     }
 }
 
-/// What a forward pass says.
+/// Results of a forward pass.
 #[derive(Debug, Default)]
 pub struct Predictions {
     /// `[wanted, V]`: logits after the wanted tokens, in the order of the feeds.
     pub logits: Vec<f32>,
-    /// The drawn tokens, in the order of the feeds that want one; an error is one feed's own.
+    /// Sampled tokens, in the order of the feeds that want one; errors are per feed.
     pub draws: Vec<Result<Draw>>,
 }
 
 /// A model that reads tokens into caches and predicts the next ones.
 pub trait Decoder {
-    /// Keys and values of one sequence.
+    /// KV cache of one sequence.
     type Cache: Send + Sync;
 
-    /// An empty cache that continues so many first positions of `parent`.
+    /// An empty cache that continues the given number of positions of `parent`.
     fn cache(&self, parent: Option<(Arc<Self::Cache>, usize)>) -> Self::Cache;
 
-    /// Forgets the tokens of a cache from position `end` on; those of its parent stay.
+    /// Drops a cache's tokens from position `end` on; its parent's stay.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     fn truncate(&self, cache: &mut Self::Cache, end: usize) -> Result<()>;
 
-    /// Reads each feed's tokens, and replaces what `predictions` holds.
+    /// Reads each feed's tokens, and replaces the contents of `predictions`.
     ///
     /// # Errors
-    /// The device fails, or a token lies outside the vocabulary.
+    /// A device error, or a token outside the vocabulary.
     fn forward(
         &self,
         feeds: &mut [Feed<'_, Self::Cache>],
         predictions: &mut Predictions,
     ) -> Result<()>;
 
-    /// Positions that a cache grows by at once: what it holds is promised in whole pages.
+    /// Granularity of cache growth, in positions; reservations are in whole pages.
     fn page(&self) -> usize {
         1
     }
 
-    /// What a cache of so many positions of its own takes: whole pages.
+    /// Cache size for this many own positions, in whole pages.
     fn in_pages(&self, tokens: usize) -> usize {
         tokens.next_multiple_of(self.page())
     }
 
-    /// Whether it draws tokens where it computes, so that no logits need to come from there.
+    /// Whether it samples tokens on its own device, so that logits need not be transferred.
     fn draws(&self) -> bool {
         false
     }
 
-    /// The vocabulary's size, `V`.
+    /// Vocabulary size, `V`.
     fn vocab_size(&self) -> usize;
 }
 
-/// The forward pass on the CPU with kernels that keep the row rule. `E` is the type of its matrices, and of its caches.
+/// The forward pass on the CPU with kernels that keep the row rule. `E` is the dtype of its matrices and caches.
 #[derive(Clone, Debug)]
 pub struct CpuDecoder<E = f32> {
     parts: Parts,
@@ -123,23 +124,23 @@ pub struct CpuDecoder<E = f32> {
 
 /// The new tokens of one forward pass.
 struct Rows<'a> {
-    /// Feed and position of each.
+    /// Feed and position of each token.
     places: Vec<(usize, usize)>,
     rotary: Rotary,
     adapted: Adapted<'a>,
 }
 
 impl<E: Element> CpuDecoder<E> {
-    /// Takes the weights of a causal language model. They are shared, not copied.
+    /// Wraps the weights of a causal language model. They are shared, not copied.
     ///
     /// # Errors
-    /// A missing tensor, matrices of another type, or a reward model.
+    /// A missing tensor, matrices of another dtype, or a reward model.
     pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
         Self::of(Parts::new(config, weights)?)
     }
 
-    /// The same with matrices in the order in which they are read: few rows meet them nearly as fast as memory gives them, and
-    /// many need not wait until they are packed. What nobody else has of `weights` is freed one by one.
+    /// As [`new`](Self::new), with packed matrices: products with few rows run at close to memory bandwidth, and those
+    /// with many need no packing first. Matrices only `weights` owns are freed one by one.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -159,7 +160,7 @@ impl<E: Element> CpuDecoder<E> {
         Ok(Self { parts, elements: PhantomData })
     }
 
-    /// How this model's caches are laid out.
+    /// Layout of this model's caches.
     pub fn cache_shape(&self) -> CacheShape {
         CacheShape::new(&self.parts.config)
     }
@@ -169,7 +170,7 @@ impl<E: Element> CpuDecoder<E> {
         Ok(cpu::with_slice(weight, |weight| norm::forward(x, weight, eps))?)
     }
 
-    /// The products of the same rows with projections of a block, adapters and biases added.
+    /// Products of the same rows with several projections of a block, with adapters and biases added.
     fn project<const N: usize>(
         &self,
         index: usize,
@@ -188,7 +189,7 @@ impl<E: Element> CpuDecoder<E> {
         Ok(all)
     }
 
-    /// One block. `x`: `[M, D]`.
+    /// One transformer block. `x`: `[M, D]`.
     fn block(
         &self,
         index: usize,
@@ -232,10 +233,10 @@ impl<E: Element> CpuDecoder<E> {
 }
 
 impl CpuDecoder {
-    /// Rounds the matrices of a causal language model to blocks, and rows to 8 bits where they meet them.
+    /// Quantises the matrices of a causal language model to blocks; rows are quantised to 8 bits in products.
     ///
     /// # Errors
-    /// A missing tensor, rows that are no whole blocks, or a reward model.
+    /// A missing tensor, rows that are not a whole number of blocks, or a reward model.
     pub fn rounded(config: &Config, weights: Weights, kind: BlockType) -> Result<Self> {
         Ok(Self { parts: Parts::rounded(config, weights, kind)?, elements: PhantomData })
     }

@@ -1,5 +1,5 @@
-//! Answers of a required form: JSON of a schema, or text of a regular expression. What each next token may be is worked
-//! out by `llguidance`.
+//! Constrained decoding: JSON of a schema, or text matching a regular expression. `llguidance` computes the allowed
+//! tokens.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 
-/// The bytes of a model's tokens, ready to be held against grammars. Made once a model.
+/// Byte forms of a model's tokens, prepared for grammars. Built once per model.
 #[derive(Clone)]
 pub struct Grammars {
     factory: Arc<ParserFactory>,
@@ -24,8 +24,8 @@ impl std::fmt::Debug for Grammars {
 }
 
 impl Grammars {
-    /// Reads the vocabulary. `ends` are the tokens that end an answer; `vocab_size` is the model's, which may have more
-    /// rows than the tokenizer has tokens.
+    /// Reads the vocabulary. `ends`: tokens that end an answer; `vocab_size`: the model's, which may have more rows
+    /// than the tokenizer has tokens.
     ///
     /// # Errors
     /// A vocabulary without an end-of-turn token.
@@ -35,7 +35,7 @@ impl Grammars {
         };
         let json = serde_json::from_str(&tokenizer.inner().to_string(false)?)?;
         let mut words = token_bytes_from_tokenizer_json(&json).map_err(refused)?;
-        // Rows of the model without a token have no bytes and are never allowed.
+        // Rows of the model without a token are empty and never allowed.
         words.resize(vocab_size, Vec::new());
         for &end in ends {
             if let Some(word) = words.get_mut(end as usize)
@@ -52,14 +52,14 @@ impl Grammars {
         Ok(Self { factory: Arc::new(factory) })
     }
 
-    /// JSON that a schema allows.
+    /// Grammar for JSON that satisfies a schema.
     ///
     /// # Errors
     /// A schema that cannot be enforced.
     pub fn json_schema(&self, schema: &Value) -> Result<Arc<Grammar>> {
         let mut schema = schema.clone();
         if let Value::Object(keys) = &mut schema {
-            // One way to write it, the usual one: a weak model may never find an end to space that is free.
+            // Only the usual whitespace: a weak model may never end free whitespace.
             keys.entry("x-guidance").or_insert_with(|| {
                 json!({"whitespace_flexible": false, "key_separator": ": ", "item_separator": ", "})
             });
@@ -67,10 +67,10 @@ impl Grammars {
         self.grammar(TopLevelGrammar::from_json_schema(schema))
     }
 
-    /// Text that a regular expression matches as a whole.
+    /// Grammar for text that fully matches a regular expression.
     ///
     /// # Errors
-    /// No regular expression, or one that cannot be enforced.
+    /// An invalid regular expression, or one that cannot be enforced.
     pub fn regex(&self, pattern: &str) -> Result<Arc<Grammar>> {
         self.grammar(TopLevelGrammar::from_regex(pattern))
     }
@@ -85,7 +85,7 @@ fn refused(error: impl std::fmt::Display) -> Error {
     Error::usage(format!("a form that cannot be enforced: {error}"))
 }
 
-/// The form of an answer.
+/// A compiled grammar.
 pub struct Grammar {
     start: Inner,
 }
@@ -97,27 +97,27 @@ impl std::fmt::Debug for Grammar {
 }
 
 impl Grammar {
-    /// At the beginning of an answer.
+    /// A matcher at the start of an answer.
     pub fn start(&self) -> Matcher {
         Matcher { inner: self.start.deep_clone() }
     }
 }
 
-/// Where an answer stands in its form.
+/// Position of an answer in its grammar.
 pub struct Matcher {
     inner: Inner,
 }
 
 impl Matcher {
-    /// The tokens that may come next; where the form is complete, the end of the answer.
+    /// The tokens allowed next; the end tokens once the match is complete.
     ///
     /// # Errors
-    /// The form became too large to follow.
+    /// The matcher exceeded its limits.
     pub fn allowed(&mut self) -> Result<SimpleVob> {
         self.inner.compute_mask_or_eos().map_err(refused)
     }
 
-    /// Goes on by one token.
+    /// Advances by one token.
     ///
     /// # Errors
     /// A token that was not allowed.
@@ -125,7 +125,7 @@ impl Matcher {
         self.inner.consume_token(id).map_err(refused)
     }
 
-    /// Whether the form is complete and nothing may follow.
+    /// Whether the match is complete and nothing may follow.
     pub fn is_done(&self) -> bool {
         self.inner.is_stopped()
     }
@@ -146,18 +146,18 @@ mod tests {
         ChatTokenizer::from_dir(&dir).unwrap()
     }
 
-    /// Writes an answer of a form by chance alone.
+    /// Writes a random answer under a grammar.
     fn write(tokenizer: &ChatTokenizer, grammar: &Grammar, seed: u64) -> String {
         let size = tokenizer.vocab_size() + 3;
         let mut matcher = grammar.start();
         let mut sampler = Sampler::new(&Sampling::default(), &Extras::default());
         let mut rng = Stream::new(seed, "test").at(0, 0);
         let mut ids = Vec::new();
-        // An answer that goes on forever is of no form.
+        // An endless answer matches no grammar.
         for _ in 0..400 {
             let allowed = matcher.allowed().unwrap();
             let mut logits = vec![0.0; size];
-            // Ends soon.
+            // Makes the answer end soon.
             tokenizer.ends().iter().for_each(|&end| logits[end as usize] = 6.0);
             let draw = sampler.draw(&mut logits, (&[], 0), Some(&allowed), &mut rng).unwrap();
             matcher.take(draw.id).unwrap();

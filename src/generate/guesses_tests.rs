@@ -1,4 +1,4 @@
-//! What guessing leaves as it is: the distribution that answers are drawn from, held against the exact softmax.
+//! Speculation preserves the sampling distribution, compared with the exact softmax.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,8 +14,8 @@ use crate::model::transformer::Transformer;
 const KEPT: usize = 4;
 const SAMPLES: usize = 2000;
 
-/// The probabilities of the likeliest tokens after `tokens`, which are all that may be drawn, by the transformer over
-/// the whole sequence.
+/// Probabilities of the likeliest tokens after `tokens` (the only ones that may be sampled), from a full-sequence
+/// forward pass of the transformer.
 fn shares(model: &Transformer, tokens: &[u32]) -> BTreeMap<u32, f64> {
     let logprobs = whole_forward(model, tokens);
     let mut ids: Vec<u32> = (0..logprobs.len() as u32).collect();
@@ -25,7 +25,7 @@ fn shares(model: &Transformer, tokens: &[u32]) -> BTreeMap<u32, f64> {
     ids[..KEPT].iter().map(|&id| (id, weight(id) / all)).collect()
 }
 
-/// Pearson's statistic of the tokens that were drawn after each beginning of an answer, and its degrees of freedom.
+/// Pearson's chi-square statistic of the tokens sampled after each answer prefix, and its degrees of freedom.
 fn chi_square(model: &Transformer, prompt: &[u32], answers: &[Answer]) -> (f64, usize) {
     let mut counts: BTreeMap<&[u32], BTreeMap<u32, f64>> = BTreeMap::new();
     for answer in answers {
@@ -47,9 +47,9 @@ fn chi_square(model: &Transformer, prompt: &[u32], answers: &[Answer]) -> (f64, 
     (statistic, freedom)
 }
 
-/// What a chi-square statistic passes by chance once in 10 000 times (Wilson and Hilferty, 1931).
+/// The chi-square value exceeded by chance once in 10,000 (Wilson and Hilferty, 1931).
 fn bound(freedom: usize) -> f64 {
-    const NORMAL: f64 = 3.719; // The normal distribution's point of the same probability.
+    const NORMAL: f64 = 3.719; // The normal quantile of the same probability.
     let spread = 2.0 / (9.0 * freedom as f64);
     freedom as f64 * (1.0 - spread + NORMAL * spread.sqrt()).powi(3)
 }

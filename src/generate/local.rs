@@ -1,4 +1,4 @@
-//! A model in this process that answers prompts: the local teacher, and the policy that is sampled.
+//! An in-process model that answers prompts: the local teacher, and the policy being sampled.
 
 use std::sync::{Arc, OnceLock};
 
@@ -29,14 +29,14 @@ use crate::model::transformer::Transformer;
 use crate::ops::cuda::device;
 use crate::ops::head;
 
-/// Most answers under way at once.
+/// Most answers decoded at once.
 const MAX_BATCH: usize = 64;
-/// Most prompt tokens of one forward pass.
+/// Most prompt tokens per forward pass.
 const MAX_PREFILL: usize = 512;
-/// Bytes of all caches together.
+/// Total bytes of all caches.
 const CACHE_BYTES: usize = 1 << 30;
-/// On a GPU, where many rows at once cost little more than one. A quarter of what is free is for caches: they take whole
-/// pages, and another model may come.
+/// On a GPU many rows cost little more than one. Caches get a quarter of the free memory: they use whole pages, and
+/// another model may be loaded.
 const GPU_MAX_BATCH: usize = 256;
 const GPU_MAX_PREFILL: usize = 2048;
 
@@ -51,18 +51,18 @@ pub struct LocalModel {
     guessing: Guessing,
 }
 
-/// Who guesses what comes next, and how many tokens ahead.
+/// Source of speculative tokens, and how many tokens ahead.
 #[derive(Default)]
 pub enum Guessing {
-    /// Nobody.
+    /// No speculation.
     #[default]
     None,
-    /// What followed the same tokens earlier in prompt and answer; see [`Lookup`].
+    /// Tokens that followed the same tokens earlier in prompt and answer; see [`Lookup`].
     Lookup {
         /// Tokens ahead.
         tokens: usize,
     },
-    /// A smaller model of the same vocabulary.
+    /// A draft model with the same vocabulary.
     Draft {
         /// The model.
         model: Box<LocalModel>,
@@ -77,7 +77,7 @@ enum Backend {
     Plain(PlainDecoder),
 }
 
-/// What the CPU computes in with these weights; nothing where they lie elsewhere.
+/// The CPU compute dtype for these weights; `None` if they are on another device.
 fn numbers(weights: &Weights) -> Option<DType> {
     let on_cpu = weights.values().all(|tensor| tensor.device().is_cpu());
     let in_bf16 = weights.values().any(|tensor| tensor.dtype() == DType::BF16);
@@ -100,10 +100,10 @@ impl Vocabulary for Words {
 }
 
 impl LocalModel {
-    /// Takes a checkpoint's weights, which are shared, not copied, and computes in their type.
+    /// Shares a checkpoint's weights without copying them, and computes in their dtype.
     ///
     /// # Errors
-    /// A reward model, or a checkpoint without tokenizer.
+    /// A reward model, or a checkpoint without a tokenizer.
     pub fn new(checkpoint: &Checkpoint) -> Result<Self> {
         let Checkpoint { config, weights, .. } = checkpoint;
         let backend = match numbers(weights) {
@@ -114,11 +114,11 @@ impl LocalModel {
         Self::of(checkpoint, backend)
     }
 
-    /// A model that keeps its matrices in a form of its own, rounded or in the order in which they are read; see
-    /// [`CpuDecoder::packed`]. Matrices that nobody else holds are freed one by one.
+    /// A model with its matrices quantised or packed; see [`CpuDecoder::packed`]. Matrices that nothing else owns are
+    /// freed one by one.
     ///
     /// # Errors
-    /// As [`new`](Self::new); rows that are no whole blocks; blocks elsewhere than on the CPU.
+    /// As [`new`](Self::new); rows that are not a whole number of blocks; quantisation on a device other than the CPU.
     pub fn held(mut checkpoint: Checkpoint, format: WeightFormat) -> Result<Self> {
         let weights = std::mem::take(&mut checkpoint.weights);
         let config = &checkpoint.config;
@@ -169,11 +169,10 @@ impl LocalModel {
         })
     }
 
-    /// An adapter for requests to this model, computed with in the model's own type of numbers. `weights`: the model's,
-    /// not rounded to blocks.
+    /// An adapter for requests to this model, in the model's compute dtype. `weights`: the model's, unquantised.
     ///
     /// # Errors
-    /// An adapter of another base, of a reward model, or with parameters that were trained in full.
+    /// An adapter of another base or of a reward model, or one with fully trained parameters.
     pub fn adaptation(&self, saved: &Saved, weights: &Weights) -> Result<Arc<Adaptation>> {
         let dtype = match &self.backend {
             Backend::Cpu(_) => DType::F32,
@@ -184,12 +183,12 @@ impl LocalModel {
         Ok(Arc::new(Adaptation::new(saved, weights, layers, dtype)?))
     }
 
-    /// What bounds a batch of this model.
+    /// Batch limits for this model.
     pub fn limits(&self) -> Limits {
         self.limits
     }
 
-    /// What a cache of so many positions of its own takes of [`Limits::cache_tokens`]: whole pages.
+    /// Share of [`Limits::cache_tokens`] used by a cache with this many positions of its own: whole pages.
     pub fn in_pages(&self, tokens: usize) -> usize {
         match &self.backend {
             Backend::Cpu(decoder) => decoder.in_pages(tokens),
@@ -198,7 +197,7 @@ impl LocalModel {
         }
     }
 
-    /// Where it computes.
+    /// The device the model runs on.
     pub fn device(&self) -> &Device {
         match &self.backend {
             Backend::Cpu(_) | Backend::Bf16(_) => &Device::Cpu,
@@ -215,11 +214,11 @@ impl LocalModel {
         }
     }
 
-    /// Calls `done` with the place of each text and the hidden states after the final norm of its tokens, `[T, D]`: the
-    /// model's own, whatever form its matrices have. A text without tokens has none.
+    /// Calls `done` with each text's index and the hidden states of its tokens after the final norm, `[T, D]`, as this
+    /// model computes them in its matrix format. A text without tokens has none.
     ///
     /// # Errors
-    /// The device's; tokens that are none of the model's.
+    /// A device error; tokens outside the vocabulary.
     pub fn states(&self, texts: &[Vec<u32>], done: &mut dyn FnMut(usize, Vec<f32>)) -> Result<()> {
         match &self.backend {
             Backend::Cpu(decoder) => states::of_texts(decoder, texts, done),
@@ -228,15 +227,15 @@ impl LocalModel {
         }
     }
 
-    /// The width of a state, `D`.
+    /// Hidden size, `D`.
     pub fn hidden_size(&self) -> usize {
         self.hidden_size
     }
 
-    /// The vocabulary held against grammars; read at the first call.
+    /// The vocabulary prepared for grammars; read on first use.
     ///
     /// # Errors
-    /// A tokenizer whose tokens have no bytes, or no end-of-turn token.
+    /// A tokenizer whose tokens have no byte form, or that has no end-of-turn token.
     pub fn grammars(&self) -> Result<&Grammars> {
         if let Some(grammars) = self.grammars.get() {
             return Ok(grammars);
@@ -246,7 +245,7 @@ impl LocalModel {
         Ok(self.grammars.get_or_init(|| grammars))
     }
 
-    /// Guesses ahead as the settings say; `load` loads the assistant.
+    /// Enables speculation as configured; `load` loads the draft model.
     ///
     /// # Errors
     /// As [`guessing`](Self::guessing), and those of `load`.
@@ -268,10 +267,10 @@ impl LocalModel {
         self.guessing(Guessing::Draft { model: Box::new(model), tokens }).at(assistant_model)
     }
 
-    /// Guesses tokens ahead, which changes how fast answers come and never an answer.
+    /// Enables speculative decoding, which changes speed but never an answer.
     ///
     /// # Errors
-    /// A draft model of another vocabulary.
+    /// A draft model with another vocabulary.
     pub fn guessing(mut self, guessing: Guessing) -> Result<Self> {
         if let Guessing::Draft { model, .. } = &guessing {
             let (own, other) = (self.tokenizer().hash(), model.tokenizer().hash());
@@ -284,7 +283,7 @@ impl LocalModel {
         Ok(self)
     }
 
-    /// A scheduler of this model for requests that come and go.
+    /// A scheduler for requests that come and go.
     pub fn scheduler(&self, limits: Limits) -> Box<dyn Schedule + '_> {
         match &self.backend {
             Backend::Cpu(decoder) => self.scheduler_of(decoder, limits),
@@ -319,7 +318,7 @@ impl LocalModel {
         }
     }
 
-    /// The text of tokens, special ones left out.
+    /// Decodes tokens, without special ones.
     pub fn text(&self, ids: &[u32]) -> String {
         self.words.text(ids)
     }
@@ -329,7 +328,7 @@ impl LocalModel {
         &self.words.tokenizer
     }
 
-    /// The ids of a conversation that waits for its answer.
+    /// Token ids of a conversation, up to where the answer begins.
     ///
     /// # Errors
     /// The chat template refuses the messages.
@@ -340,7 +339,7 @@ impl LocalModel {
             .at(&asked.place)
     }
 
-    /// Answers to prompts that are tokens already; see [`answer_all`].
+    /// Answers prompts given as tokens; see [`answer_all`].
     ///
     /// # Errors
     /// As [`answer_all`].
@@ -367,7 +366,7 @@ impl Teacher for LocalModel {
     ) -> Result<()> {
         sampling.check()?;
         let sampling = Arc::new(sampling.clone());
-        // Rows of one judge share their schema.
+        // Rows of one judge share a schema.
         let mut form: Option<(&Value, Arc<Extras>)> = None;
         let (mut requests, mut places) = (Vec::with_capacity(asked.len()), Vec::new());
         for (place, asked) in asked.iter().enumerate() {
@@ -398,11 +397,11 @@ impl Teacher for LocalModel {
     }
 }
 
-/// Log-probability of every token of every answer to one prompt under another model, in nats. The prompt is read
-/// once for all answers.
+/// Log-probability of every token of every answer to one prompt under another model, in nats. The prompt is read once
+/// for all answers.
 ///
 /// # Errors
-/// A sequence longer than the model's positions.
+/// A sequence longer than the model's maximum positions.
 pub fn answer_logprobs(
     model: &Transformer,
     prompt: &[u32],
@@ -438,7 +437,7 @@ mod tests {
     use super::*;
     use crate::generate::engine::Event;
 
-    /// One of the two tiny models, which share their tokenizer.
+    /// One of the two tiny models; they share a tokenizer.
     fn tiny(name: &str) -> Checkpoint {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny").join(name);
         Checkpoint::load_dir(&dir, &Device::Cpu).unwrap()
@@ -448,7 +447,7 @@ mod tests {
         LocalModel::new(&tiny("student").computed_in(Sampling::default().dtype).unwrap()).unwrap()
     }
 
-    /// The answers to a prompt that repeats itself, and how many forward passes they took.
+    /// The answers to a repetitive prompt, and the number of forward passes.
     fn answers(model: &LocalModel, sampling: &Sampling) -> (Vec<Answer>, usize) {
         let text = "Tom has 3 coins. Dora has 3 coins. Tom has 3 coins. Dora has";
         let prompt = Prompt { index: 0, tokens: model.tokenizer().encode(text) };
@@ -491,7 +490,7 @@ mod tests {
                 assert!(matches!(model.guessing, Guessing::Draft { tokens: 3, .. }));
                 let (found, fewer) = answers(&model, &drafts);
                 assert!(found == expected && fewer <= passes, "{name}: {fewer} of {passes}");
-                // A model guesses itself without a mistake.
+                // A model drafting for itself is always right.
                 assert!(name == "teacher" || fewer < passes, "{name}: {fewer} of {passes}");
             }
         }

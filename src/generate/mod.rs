@@ -1,6 +1,6 @@
-//! Text from models: sampling settings, the sampler, batched generation with a key/value cache, teachers.
+//! Text generation: sampling settings, the sampler, batched generation with a KV cache, teachers.
 //!
-//! Knows nothing of stages or scores, and of files only the ledger of a server's answers.
+//! Does not depend on stages or scores; the only files it knows are ledgers of server answers.
 
 pub mod adaptation;
 mod attend;

@@ -1,4 +1,4 @@
-//! A causal language model's weights in the order of the forward pass: dense, packed or in blocks.
+//! A causal language model's weights in forward-pass order: dense, packed or block-quantised.
 
 use std::cell::{OnceCell, RefCell};
 use std::sync::Arc;
@@ -18,11 +18,11 @@ use crate::ops::linear;
 /// A matrix `[O, I]`.
 #[derive(Clone, Debug)]
 pub(super) enum Matrix {
-    /// In the type that is computed with.
+    /// In the compute dtype.
     Dense(Tensor),
-    /// The same in the order in which the CPU reads it.
+    /// In the CPU kernels' packed layout, same dtype.
     Packed(Arc<PackedWeight>),
-    /// In blocks of few bits; on the CPU only.
+    /// Block-quantised; CPU only.
     Blocks(Arc<BlockMatrix>),
 }
 
@@ -30,18 +30,18 @@ impl Matrix {
     /// The dense matrix.
     ///
     /// # Errors
-    /// One in another form, which only the CPU computes with.
+    /// A packed or quantised matrix; only the CPU can compute with those.
     pub(super) fn dense(&self) -> Result<&Tensor> {
         match self {
             Self::Dense(tensor) => Ok(tensor),
             Self::Packed(_) | Self::Blocks(_) => {
-                Err(Error::run("weights in this form are computed with on the CPU only"))
+                Err(Error::run("weights in this format are CPU-only"))
             }
         }
     }
 }
 
-/// Rows `[T, I]` that meet several matrices: rounded once for all that lie in blocks.
+/// Rows `[T, I]` multiplied by several matrices; quantised once for all block matrices.
 pub(super) struct Input<'a, E> {
     x: &'a [E],
     rounded: OnceCell<RoundedRows>,
@@ -63,7 +63,7 @@ impl<'a, E: Element> Input<'a, E> {
                 Matrix::Blocks(weight) => blocks.push((&**weight, result)),
             }
         }
-        // Side by side: no thread waits for the end of one before the next.
+        // One parallel pass over all matrices: no thread waits for one product to end before the next.
         if !packed.is_empty() {
             let weights: Vec<&PackedWeight> = packed.iter().map(|(weight, _)| *weight).collect();
             let computed = PackedWeight::times(self.x, &weights)?;
@@ -83,7 +83,7 @@ impl<'a, E: Element> Input<'a, E> {
     }
 }
 
-/// One block's weights.
+/// One transformer block's weights.
 #[derive(Clone, Debug)]
 pub(super) struct Layer {
     pub(super) input_norm: Tensor,
@@ -136,7 +136,7 @@ pub(super) struct Parts {
     pub(super) frequencies: Vec<f32>,
 }
 
-/// How a matrix is held, if not dense; given its name and the dense matrix.
+/// How a matrix is stored if not dense; called with its name and the dense matrix.
 type Hold<'a> = dyn Fn(&str, &Tensor) -> Result<Option<Matrix>> + 'a;
 
 impl Parts {
@@ -145,7 +145,7 @@ impl Parts {
         Self::held(config, weights.clone(), &|_, _| Ok(None))
     }
 
-    /// Matrices as `hold` says, one after the other: what nobody else has of `weights` is freed on the way.
+    /// Converts the matrices with `hold` one at a time; those only `weights` owns are freed on the way.
     fn held(config: &Config, weights: Weights, hold: &Hold<'_>) -> Result<Self> {
         if config.architecture != Architecture::CausalLm {
             return Err(Error::usage("a reward model cannot write text")
@@ -195,10 +195,10 @@ impl Parts {
         })
     }
 
-    /// Every matrix in blocks of one type, but for embedding and head, which keep 8 bits as llama.cpp's files do.
+    /// Quantises every matrix to one block type, except embedding and head, which keep 8 bits as in llama.cpp's files.
     ///
     /// # Errors
-    /// Rows that are no whole blocks.
+    /// Rows that are not a whole number of blocks.
     pub(super) fn rounded(config: &Config, weights: Weights, kind: BlockType) -> Result<Self> {
         Self::held(config, weights, &|name, dense| {
             let kind = if name == EMBEDDING || name == HEAD { BlockType::Q8_0 } else { kind };
@@ -207,7 +207,7 @@ impl Parts {
         })
     }
 
-    /// Every matrix that rows meet in the order in which the CPU reads it.
+    /// Packs every matrix that is multiplied with rows for the CPU kernels.
     pub(super) fn packed(config: &Config, weights: Weights) -> Result<Self> {
         let looked_up = !config.tie_word_embeddings;
         Self::held(config, weights, &|name, dense| match name {
@@ -220,7 +220,7 @@ impl Parts {
         })
     }
 
-    /// Refuses token ids that the embedding does not have.
+    /// Rejects token ids outside the embedding.
     pub(super) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         let size = self.config.vocab_size;
         match tokens.iter().find(|&&token| token as usize >= size) {

@@ -1,5 +1,5 @@
-//! The forward pass of generation as a graph of ops, which runs on every device: on a GPU by kernels, with the caches, the
-//! predictions and the draws where the weights are.
+//! The decoder's forward pass as a graph of ops for any device: on a GPU, caches, predictions and draws stay on the
+//! device.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::ops::cached::{CachePlan, PAGE, Page, Sequence, Span};
 use crate::ops::cuda::device::out_of_memory;
 use crate::ops::{self, Rotary, embed, head, norm, rope};
 
-/// Keys and values of one segment, in pages.
+/// KV cache of one segment, in pages.
 #[derive(Debug)]
 pub struct TensorCache {
     parent: Option<Arc<Self>>,
@@ -31,7 +31,7 @@ impl TensorCache {
         self.start + self.len
     }
 
-    /// All that is visible before position `end`, the root's first.
+    /// All positions visible before `end`, the root's first.
     fn spans(&self, end: usize) -> Vec<Span> {
         let mut spans = match &self.parent {
             Some(parent) => parent.spans(end.min(self.start)),
@@ -52,13 +52,13 @@ impl TensorCache {
 pub struct PlainDecoder {
     parts: Parts,
     device: Device,
-    /// The type of its matrices.
+    /// Dtype of its matrices.
     dtype: DType,
-    /// What enters a product: on the CPU rows are rounded within products.
+    /// Dtype of product inputs; on the CPU, rows are rounded within products.
     inner: DType,
 }
 
-/// What the blocks of one forward pass share.
+/// State shared by the blocks of one forward pass.
 struct Pass<'a> {
     rotary: Rotary,
     adapted: Adapted<'a>,
@@ -66,7 +66,7 @@ struct Pass<'a> {
 }
 
 impl PlainDecoder {
-    /// Takes the weights of a causal language model. They are shared, not copied.
+    /// Wraps the weights of a causal language model. They are shared, not copied.
     ///
     /// # Errors
     /// A missing tensor, or a reward model.
@@ -78,12 +78,12 @@ impl PlainDecoder {
         Ok(Self { parts, device, dtype, inner })
     }
 
-    /// The type of its matrices.
+    /// Dtype of its matrices.
     pub(super) fn dtype(&self) -> DType {
         self.dtype
     }
 
-    /// Where they are.
+    /// Device of its matrices.
     pub(super) fn device(&self) -> &Device {
         &self.device
     }
@@ -94,7 +94,7 @@ impl PlainDecoder {
         Ok(Page::new(shape, self.inner, &self.device)?)
     }
 
-    /// The product of rows with a projection of a block, adapters and bias added.
+    /// Product of rows with a projection of a block, with adapters and bias added.
     fn project(
         &self,
         (index, place): (usize, Place),
@@ -110,7 +110,7 @@ impl PlainDecoder {
         }
     }
 
-    /// One block. `x`: `[M, D]`.
+    /// One transformer block. `x`: `[M, D]`.
     fn block(&self, index: usize, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let (config, layer) = (&self.parts.config, &self.parts.layers[index]);
         let Pass { rotary, adapted, plan } = pass;
@@ -129,7 +129,7 @@ impl PlainDecoder {
         Ok(ops::residual(&x, &project(Place::Down, &active)?)?)
     }
 
-    /// Takes the feeds' tokens into their caches, and prepares the pass. Also the tokens.
+    /// Appends the feeds' tokens to their caches and prepares the pass; also returns the tokens.
     fn prepare<'a>(&self, feeds: &mut [Feed<'a, TensorCache>]) -> Result<(Vec<u32>, Pass<'a>)> {
         let config = &self.parts.config;
         let (mut tokens, mut positions, mut adapted) = (Vec::new(), Vec::new(), Adapted::default());
@@ -151,7 +151,7 @@ impl PlainDecoder {
         Ok((tokens, Pass { rotary, adapted, plan: CachePlan::new(sequences, share) }))
     }
 
-    /// An error of a pass over so many caches. Where it says that the GPU is full: what lies there.
+    /// Adds memory usage to an out-of-memory error of a pass over this many caches.
     fn full(&self, error: Error, caches: usize) -> Error {
         let weights = count(&self.parts.config) * self.dtype.size_in_bytes();
         let what = format!("while {caches} answers were written or prompts read");
@@ -170,7 +170,7 @@ impl PlainDecoder {
         Ok(x)
     }
 
-    /// Predictions after the rows `wanted` of `x`, `[R, V]`.
+    /// Logits after the rows `wanted` of `x`, `[R, V]`.
     fn predict(&self, x: &Tensor, wanted: Vec<u32>) -> Result<Tensor> {
         let parts = &self.parts;
         let rows = x.index_select(&Tensor::new(wanted, &self.device)?, 0)?;
@@ -237,7 +237,7 @@ impl PlainDecoder {
         feeds: &mut [Feed<'_, TensorCache>],
         predictions: &mut Predictions,
     ) -> Result<()> {
-        // Rows to draw after go first: all meet the head together.
+        // Rows to sample from come first: all rows meet the head in one product.
         let (mut rows, mut wanted, mut chances) = (Vec::new(), Vec::new(), Vec::new());
         let mut first = 0;
         for feed in feeds.iter() {

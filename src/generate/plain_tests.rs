@@ -1,4 +1,4 @@
-//! The decoder that runs everywhere beside the CPU's, the draws that it makes itself, and the states of texts.
+//! The portable decoder against the CPU's, its own sampling, and hidden states of texts.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -37,7 +37,7 @@ fn the_plain_decoder_predicts_what_the_cpu_decoder_does_on_a_golden_model() {
     assert!(worst < 1e-4, "off by {worst}");
 }
 
-/// A decoder that may leave the draws to others, and counts the answers whose predictions it was asked for.
+/// A decoder whose own sampling can be disabled, and which counts the answers it returned logits for.
 struct Watched<'a> {
     decoder: &'a PlainDecoder,
     draws: bool,
@@ -92,7 +92,7 @@ fn states_of_texts_are_the_trainers_bits_whatever_is_read_beside_them() {
     let Checkpoint { config, weights, .. } = &checkpoint;
     let transformer = Transformer::new(config, weights).unwrap();
     let text = |len: u32| (0..len).map(|i| 40 + (i * 31 + len) % 200).collect::<Vec<u32>>();
-    // The third ends in the second pass, the fourth has one of its own.
+    // The third ends in the second pass; the fourth has its own pass.
     let texts = [5, 250, 256, 200].map(text);
     let packed = CpuDecoder::<f32>::packed(config, weights.clone()).unwrap();
     let plain = PlainDecoder::new(config, weights).unwrap();
@@ -112,7 +112,7 @@ fn a_decoder_that_draws_draws_what_the_engine_would() {
     let checkpoint = golden("model_untied");
     let decoder = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let vocabulary = Bytes { ends: (0..40).collect(), ..Bytes::default() };
-    // The second and the third end in a second page.
+    // The second and third end in a second page.
     let prompts: Vec<Prompt> = [5_u32, 60, 70]
         .map(|len| Prompt {
             index: u64::from(len),
@@ -125,7 +125,7 @@ fn a_decoder_that_draws_draws_what_the_engine_would() {
         Sampling { temperature: 0.7, top_k: 50, top_p: 0.9, ..base.clone() },
         Sampling { min_p: 0.01, ..base.clone() },
         Sampling { temperature: 0.0, num_samples: 1, ..base.clone() },
-        // Depends on what was written: the engine draws.
+        // Depends on earlier tokens: the engine samples.
         Sampling { repetition_penalty: 1.2, ..base },
     ] {
         let [drawn, undrawn] = Watched::both(&decoder).map(|decoder| {
@@ -136,7 +136,7 @@ fn a_decoder_that_draws_draws_what_the_engine_would() {
     }
 }
 
-/// Likely tokens that are named beside a drawn one, and what a form allows, are the decoder's too.
+/// The decoder itself also returns top tokens and respects a grammar.
 #[test]
 fn a_decoder_that_draws_names_likely_tokens_and_keeps_to_a_form() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");

@@ -1,4 +1,4 @@
-//! Requests as a server makes them: streamed, scored, sharing beginnings, short of room; and weights in blocks.
+//! Requests as a server makes them (streamed, scored, sharing prefixes, short of cache), and quantised weights.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -17,7 +17,7 @@ use super::tests::{Bytes, Engine, Parrot, WIDE, golden, ids, predict, whole_forw
 use crate::model::packed::BlockType;
 use crate::model::transformer::Transformer;
 
-/// Streams one request and returns its pieces, the answers, and the scores of the prompt.
+/// Streams one request; returns its pieces, its answers and its prompt's scores.
 pub(super) fn stream<D: Decoder>(
     decoder: &D,
     vocabulary: &dyn Vocabulary,
@@ -81,6 +81,29 @@ fn a_prompts_own_tokens_are_scored_as_by_the_whole_forward() {
 }
 
 #[test]
+fn a_prompt_alone_may_take_all_positions() {
+    let checkpoint = golden("model_untied");
+    let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
+    let limit = WIDE.max_positions;
+    let request = |len: usize, prompt_only: bool| {
+        let tokens = (0..len as u32).map(|i| 3 + (i * 29) % 400).collect();
+        let extras = Extras { prompt_logprobs: true, prompt_only, ..Extras::default() };
+        let request = Request::new(Prompt { index: 0, tokens }, Arc::new(Sampling::greedy(1)));
+        Request { extras: Arc::new(extras), ..request }
+    };
+    let scores = |request| stream(&decoder, &Bytes::default(), request).2.logprobs;
+    let all = scores(request(limit, true));
+    assert_eq!(all.len(), limit - 1);
+    assert_eq!(all[..limit - 2], scores(request(limit - 1, false)));
+    for (len, prompt_only, part) in
+        [(limit, false, "1 to 255 so that"), (limit + 1, true, "1 to 256 so that")]
+    {
+        let error = request(len, prompt_only).check(limit, 500).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
 fn prompts_that_begin_alike_are_read_once_and_requests_may_leave() {
     let checkpoint = golden("model_tied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
@@ -120,12 +143,13 @@ fn prompts_that_begin_alike_are_read_once_and_requests_may_leave() {
     }
     assert_eq!(done.keys().copied().collect::<Vec<_>>(), [0, 1, 3]);
     assert!(done.into_values().eq(alone), "sharing changes no answer");
-    // Pages: three of the first prompt, one of each other's own tokens and of each answer. Apart it would be 16.
+    // In pages: three for the first prompt, one for each other prompt's own tokens and each answer. Unshared it would
+    // be 16.
     assert!(most <= 64 * (3 + 3 + 4), "{most} tokens in caches");
     assert_eq!(scheduler.load(), (0, 0));
 }
 
-/// Remembers what each forward pass had: rows of answers, and tokens of prompts.
+/// Records each forward pass: rows of answers, and prompt tokens.
 struct Watched<'a> {
     inner: &'a CpuDecoder,
     passes: Mutex<Vec<(usize, usize)>>,
@@ -168,7 +192,7 @@ fn limits_are_kept_and_a_finished_answers_place_is_taken_at_once() {
     let checkpoint = golden("model_tied");
     let inner: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let decoder = Watched { inner: &inner, passes: Mutex::default() };
-    // Answers end by chance, after one token or thirty.
+    // Answers end at random, after one token or thirty.
     let vocabulary = Bytes { ends: (0..30).collect(), ..Bytes::default() };
     let limits = Limits { max_batch: 5, max_prefill: 40, cache_tokens: 10 * 64, ..WIDE };
     let sampling = Arc::new(Sampling { num_samples: 8, max_new_tokens: 30, ..Sampling::default() });
@@ -183,7 +207,7 @@ fn limits_are_kept_and_a_finished_answers_place_is_taken_at_once() {
         most = most.max(scheduler.cached_tokens());
         assert!(most <= limits.cache_tokens, "{most}");
     }
-    // A prompt of three pages and five answers of one, at least; apart it would be four pages an answer.
+    // At least a prompt of three pages and five answers of one; unshared it would be four pages per answer.
     assert!(most >= 8 * 64, "{most}");
     let passes = decoder.passes.lock().unwrap().clone();
     assert!(passes.iter().all(|&(written, read)| written <= 5 && read <= 40), "{passes:?}");
@@ -193,7 +217,7 @@ fn limits_are_kept_and_a_finished_answers_place_is_taken_at_once() {
         before == 5 && after == 5 && fewer > 0 || fewer == 5 && after == 5
     });
     assert!(refilled, "{passes:?}");
-    // Were each batch waited for, five answers would end before five begin.
+    // With static batches, five answers would end before five begin.
     let full = passes.iter().filter(|(written, _)| *written == 5).count();
     let rows: usize = passes.iter().map(|(written, _)| written).sum();
     assert!(full * 2 > rows / 5, "{full} full passes of {rows} rows");
@@ -268,7 +292,7 @@ fn a_prompt_goes_on_being_read_while_no_sample_finds_room() {
             .unwrap()
             .remove(0)
     };
-    // Both prompts, three pages, and one answer fit: the second answer to the short one waits, with the long one half read.
+    // Both prompts (three pages) and one answer fit: the short one's second answer waits, with the long one half read.
     let limits = Limits { cache_tokens: 4 * 64, max_batch: 4, ..WIDE };
     let mut scheduler = Scheduler::new(&decoder, &vocabulary, limits);
     scheduler.submit(Request::new(short.clone(), sampling(2))).unwrap();
@@ -287,7 +311,7 @@ fn a_prompt_goes_on_being_read_while_no_sample_finds_room() {
     assert!(done.into_values().eq([alone(&short, 2), alone(&long, 1)]));
 }
 
-/// The answers to requests that come together, and the most tokens that were in caches after a step.
+/// Answers to requests submitted together, and the most tokens in caches after any step.
 fn watched(
     scheduler: &mut Scheduler<'_, CpuDecoder>,
     requests: &[&Request],
@@ -311,7 +335,7 @@ fn watched(
     (done.into_values().collect(), most)
 }
 
-/// Asks for answers of exactly `most` tokens to a prompt of `len`; prompts begin alike.
+/// A request for exactly `most` tokens after a prompt of `len`; prompts share a prefix.
 fn sized(index: u64, len: u32, most: usize) -> Request {
     let tokens = (0..len - 1).chain([300 + index as u32]).map(|i| 3 + (i * 29) % 400).collect();
     let sampling = Sampling { max_new_tokens: most, ..Sampling::default() };
@@ -325,8 +349,8 @@ fn answers_of_unequal_lengths_never_pass_the_budget_of_the_caches() {
     let vocabulary = Bytes::default();
     let scheduler = |limits| Scheduler::new(&decoder, &vocabulary, limits);
     let alone = |request: &Request| watched(&mut scheduler(WIDE), &[request]).0.remove(0);
-    // In pages: one and an answer of three, two and an answer of one. Each fits alone, and both prompts with the small
-    // answer; both prompts with the large one do not.
+    // In pages: 1 plus an answer of 3, and 2 plus an answer of 1. Each fits alone, and both prompts fit with the small
+    // answer, but not with the large one.
     let (large, small) = (sized(0, 5, 150), sized(1, 100, 5));
     let limits = Limits { cache_tokens: 4 * 64, ..WIDE };
     for order in [[&large, &small], [&small, &large]] {
@@ -334,7 +358,7 @@ fn answers_of_unequal_lengths_never_pass_the_budget_of_the_caches() {
         assert_eq!(most, 4 * 64);
         assert!(answers == order.map(alone), "whoever comes first changes no answer");
     }
-    // One that is too large for the caches is let in by itself.
+    // A request too large for the caches runs by itself.
     let limits = Limits { cache_tokens: 2 * 64, ..WIDE };
     for order in [[&large, &small], [&small, &large]] {
         let (answers, most) = watched(&mut scheduler(limits), &order);
@@ -348,7 +372,7 @@ fn a_prompt_without_room_beside_what_it_would_continue_is_read_anew() {
     let checkpoint = golden("model_tied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let vocabulary = Bytes::default();
-    // Each fills the caches: a page and an answer of three. The second begins with twenty tokens of the first.
+    // Each fills the caches: a page plus an answer of three. The second shares twenty tokens with the first.
     let (first, second) = (sized(0, 21, 150), sized(1, 21, 150));
     let limits = Limits { cache_tokens: 4 * 64, keep_prefixes: true, ..WIDE };
     let mut scheduler = Scheduler::new(&decoder, &vocabulary, limits);
@@ -370,12 +394,12 @@ fn a_stop_token_ends_the_answer_and_is_no_text() {
     };
     let decoder = Parrot { says: said };
     let stop_at = |tokens: &str| stream(&decoder, &Bytes::default(), request(ids(tokens)));
-    // The first that comes counts, wherever it stands in the list.
+    // The first match in the text counts, whatever its index in the list.
     for (tokens, text) in [("!", "hi"), ("t!", "hi"), ("h", ""), ("r", "hi!the")] {
         let (pieces, answers, _) = stop_at(tokens);
         let answer = &answers[0];
         assert_eq!((answer.text.as_str(), answer.finish), (text, Finish::Stop), "{tokens}");
-        // Every token that was drawn is there with its log-probability.
+        // Every sampled token is present with its log-probability.
         assert_eq!((answer.ids.len(), answer.logprobs.len()), (text.len() + 1, text.len() + 1));
         let texts: String = pieces.iter().map(|piece| piece.text.as_str()).collect();
         assert_eq!(texts, text, "{tokens}");

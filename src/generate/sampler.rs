@@ -1,8 +1,8 @@
-//! One row of logits to one token.
+//! Samples a token from one row of logits.
 //!
-//! Order of the steps as in Hugging Face's generation: bias and penalties, temperature, top-k, top-p, min-p. What a
-//! grammar does not allow is left out before the temperature. Ties go
-//! to the smaller token id, so equal logits and equal draws give equal tokens everywhere.
+//! The steps follow Hugging Face's order: bias and penalties, temperature, top-k, top-p, min-p. Grammar masking comes
+//! before the temperature. Ties go to the smaller token id, so equal logits and equal draws give equal tokens
+//! everywhere.
 
 use std::cmp::Ordering;
 
@@ -18,16 +18,16 @@ use crate::ops::cpu::simd;
 use crate::ops::head::log_sum_exp;
 use crate::ops::sample::{Chance, Drawn, Likeliest, NoDraw};
 
-/// A drawn token and how likely it was.
+/// A sampled token and its log-probabilities.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Draw {
     /// The token.
     pub id: u32,
-    /// Its log-probability under the model alone: the log-softmax of the logits as they came, in nats.
+    /// Log-probability under the model alone: the log-softmax of the unmodified logits, in nats.
     pub logprob: f32,
-    /// Its log-probability under the distribution it was drawn from, in nats; 0 where nothing was left to chance.
+    /// Log-probability under the sampling distribution, in nats; 0 if the choice was deterministic.
     pub sample_logprob: f32,
-    /// The likeliest tokens under the model alone, where they were asked for.
+    /// The likeliest tokens under the model alone, if requested.
     pub top: Vec<Likely>,
 }
 
@@ -48,7 +48,7 @@ impl From<NoDraw> for Error {
     }
 }
 
-/// Draws tokens by fixed settings. Holds buffers only: a draw depends on its arguments and the settings alone.
+/// Samples tokens with fixed settings. Holds only buffers: a draw depends on its arguments and the settings alone.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     temperature: f32,
@@ -60,10 +60,10 @@ pub struct Sampler {
     frequency: f32,
     bias: Vec<(u32, f32)>,
     top: usize,
-    /// Unnormalised probabilities, one a token.
+    /// Unnormalised probabilities, one per token.
     weights: Vec<f32>,
     kept: Vec<u32>,
-    /// Tokens whose logits were changed, with the logits as they came; ordered by id.
+    /// Tokens whose logits were modified, with their original logits; ordered by id.
     changed: Vec<(u32, f32)>,
 }
 
@@ -86,7 +86,7 @@ impl Sampler {
         }
     }
 
-    /// The next draw as whoever else draws needs to know it: nothing where it depends on earlier tokens or a bias.
+    /// The next draw as data for a decoder that samples itself; `None` if it depends on earlier tokens or a bias.
     pub(crate) fn chance(&self, rng: &ChaCha8Rng) -> Option<Chance> {
         if self.looks_back() || !self.bias.is_empty() {
             return None;
@@ -97,13 +97,14 @@ impl Sampler {
             top_p: self.top_p,
             min_p: self.min_p,
             key: rng.get_seed(),
-            // Each takes two words.
+            // Each draw consumes two words.
             draw: (rng.get_word_pos() / 2) as u64,
             top: self.top,
         })
     }
 
-    /// Draws by a chance alone: what [`draw`](Self::draw) draws with the settings and the generator that it was made of.
+    /// Samples from a [`Chance`]: the same token as [`draw`](Self::draw) with the settings and generator it was made
+    /// from.
     fn draw_by(
         logits: &mut [f32],
         (chance, allowed): &(Chance, Option<&SimpleVob>),
@@ -116,7 +117,7 @@ impl Sampler {
         sampler.draw(logits, (&[], 0), *allowed, &mut rng)
     }
 
-    /// Leaves out of a generator what a draw elsewhere took of it.
+    /// Advances a generator past a draw that was made elsewhere.
     pub(super) fn skip(&self, rng: &mut ChaCha8Rng) {
         if self.temperature != 0.0 {
             rng.set_word_pos(rng.get_word_pos() + 2);
@@ -129,11 +130,11 @@ impl Sampler {
         off.iter().any(|(value, off)| value.to_bits() != off.to_bits())
     }
 
-    /// Draws one token. `logits` has one entry a token and is overwritten. `history` is what penalties look back on, the
-    /// prompt first, and where in it the answer begins. `allowed` are the tokens that a grammar allows.
+    /// Samples one token. `logits`: `[V]`, overwritten. `history`: the tokens that penalties apply to, prompt first,
+    /// and the index at which the answer begins. `allowed`: the tokens the grammar allows.
     ///
     /// # Errors
-    /// Logits without one finite maximum: the model has diverged. No token that is allowed.
+    /// Logits without a finite maximum (the model has diverged), or no allowed token.
     pub fn draw(
         &mut self,
         logits: &mut [f32],
@@ -166,7 +167,7 @@ impl Sampler {
         Ok(Draw { id, logprob: as_it_came - log_sum, sample_logprob, top })
     }
 
-    /// Bias, then the penalties on what the history has.
+    /// Applies the bias, then the penalties on tokens in the history.
     fn adjust(&mut self, logits: &mut [f32], history: &[u32], answer: usize) {
         self.changed.clear();
         if !self.looks_back() && self.bias.is_empty() {
@@ -214,7 +215,7 @@ impl Sampler {
         self.weights.extend(logits.iter().map(|&logit| (logit - top) * scale));
         simd::exp_sub(&mut self.weights, 0.0);
         for (weight, logit) in self.weights.iter_mut().zip(logits) {
-            // The exponential function of the kernels ends above 0.
+            // The kernels' `exp` never reaches 0.
             *weight = if *logit == f32::NEG_INFINITY { 0.0 } else { *weight };
         }
         let chance: f64 = rng.random();
@@ -225,7 +226,7 @@ impl Sampler {
         pick(&self.weights, self.kept.iter().copied(), chance)
     }
 
-    /// Leaves in `kept` the tokens that top-k, top-p and min-p keep, ordered by id.
+    /// Keeps in `kept` the tokens that pass top-k, top-p and min-p, ordered by id.
     fn keep_likely(&mut self) {
         let weights = &self.weights;
         let likelier = |a: &u32, b: &u32| by_weight(weights, *a, *b);
@@ -262,13 +263,13 @@ impl Sampler {
     }
 }
 
-/// A token of each row, drawn where the logits are; an error is one row's own.
+/// Samples a token per row on the logits' device; errors are per row.
 ///
 /// # Shapes
-/// - `logits`: `[R, V]`, f32; `chances`: `R`, each with the tokens that are allowed, where not all are
+/// - `logits`: `[R, V]`, f32; `chances`: `[R]`, each with its allowed tokens, if restricted
 ///
 /// # Errors
-/// The device's.
+/// A device error.
 pub(crate) fn draw_rows(
     logits: &Tensor,
     chances: &[(Chance, Option<&SimpleVob>)],
@@ -285,7 +286,7 @@ pub(crate) fn draw_rows(
     Ok(pairs.map(|(row, chance)| Sampler::draw_by(row, chance)).collect())
 }
 
-/// Fills `kept` with the different ids, in order.
+/// Fills `kept` with the distinct ids, in order.
 fn distinct(kept: &mut Vec<u32>, ids: impl Iterator<Item = u32>) {
     kept.clear();
     kept.extend(ids);
@@ -293,10 +294,10 @@ fn distinct(kept: &mut Vec<u32>, ids: impl Iterator<Item = u32>) {
     kept.dedup();
 }
 
-/// The log-probability of one token and the likeliest `count`, under the model alone, in nats.
+/// Log-probability of one token, and the `count` likeliest tokens, under the model alone, in nats.
 ///
 /// # Errors
-/// Logits without one finite maximum.
+/// Logits without a finite maximum.
 pub(super) fn scores(logits: &[f32], id: u32, count: usize) -> Result<(f32, Vec<Likely>)> {
     let log_sum = finite_log_sum(logits)?;
     let top = likeliest(logits, log_sum, count, &mut Vec::new());
@@ -311,7 +312,7 @@ fn finite_log_sum(logits: &[f32]) -> Result<f32> {
     Err(NoDraw::NotFinite.into())
 }
 
-/// The likeliest tokens, the smaller id first of equals. `ids` is a buffer.
+/// The likeliest tokens; ties go to the smaller id. `ids` is a buffer.
 fn likeliest(logits: &[f32], log_sum: f32, count: usize, ids: &mut Vec<u32>) -> Vec<Likely> {
     let count = count.min(logits.len());
     if count == 0 {
@@ -326,13 +327,13 @@ fn likeliest(logits: &[f32], log_sum: f32, count: usize, ids: &mut Vec<u32>) -> 
     ids.iter().map(|&id| (id, logits[id as usize] - log_sum)).collect()
 }
 
-/// Likelier first, then the smaller id.
+/// Descending weight, then ascending id.
 fn by_weight(weights: &[f32], a: u32, b: u32) -> Ordering {
     weights[b as usize].total_cmp(&weights[a as usize]).then(a.cmp(&b))
 }
 
-/// Collects enough of the likeliest tokens to hold `share` of the weight, without sorting the whole vocabulary: the
-/// floor falls until they do.
+/// Collects the likeliest tokens until they hold `share` of the weight, lowering a threshold instead of sorting the
+/// whole vocabulary.
 fn likely_enough(weights: &[f32], share: f64, kept: &mut Vec<u32>) {
     let total = sum_all(weights);
     let mut floor = 1e-2_f32;
@@ -354,7 +355,7 @@ fn sum_all(weights: &[f32]) -> f64 {
     weights.iter().map(|&weight| f64::from(weight)).sum()
 }
 
-/// Inverts the cumulative distribution over `ids` at `chance` in [0, 1). Returns the token and its log-probability.
+/// Inverse-CDF sampling over `ids` at `chance` in [0, 1). Returns the token and its log-probability.
 fn pick(weights: &[f32], ids: impl Iterator<Item = u32> + Clone, chance: f64) -> (u32, f32) {
     let total: f64 = ids.clone().map(|id| f64::from(weights[id as usize])).sum();
     let mut left = chance * total;
@@ -372,14 +373,14 @@ fn pick(weights: &[f32], ids: impl Iterator<Item = u32> + Clone, chance: f64) ->
     (chosen, (f64::from(weights[chosen as usize]) / total).ln() as f32)
 }
 
-/// [`pick`] of all tokens: whole pieces of the vocabulary are passed over by their sums.
+/// [`pick`] over all tokens, skipping whole chunks of the vocabulary by their sums.
 fn pick_of_all(weights: &[f32], chance: f64) -> (u32, f32) {
     const PIECE: usize = 256;
     let sum = |piece: &[f32]| piece.iter().map(|&weight| f64::from(weight)).sum::<f64>();
     let sums: Vec<f64> = weights.chunks(PIECE).map(sum).collect();
     let total: f64 = sums.iter().sum();
     let mut left = chance * total;
-    // Rounding must not lead past the last piece that has any weight.
+    // Rounding must not move past the last chunk that has any weight.
     let last = sums.iter().rposition(|&sum| sum > 0.0).unwrap_or(0);
     let mut piece = 0;
     while piece < last && left >= sums[piece] {
@@ -400,7 +401,7 @@ fn pick_of_all(weights: &[f32], chance: f64) -> (u32, f32) {
     (chosen as u32, (f64::from(weights[chosen]) / total).ln() as f32)
 }
 
-/// Index of the largest entry, the first of equals. NaN never wins.
+/// Index of the largest entry; the first one on ties. NaN never wins.
 pub fn argmax(row: &[f32]) -> u32 {
     let mut best = 0;
     for (index, value) in row.iter().enumerate() {
@@ -484,7 +485,7 @@ mod tests {
 
     #[test]
     fn min_p_measures_against_the_likeliest() {
-        // e^-1 = 0.37 of the top survives 0.3, e^-2 = 0.135 does not.
+        // e^-1 = 0.37 of the maximum passes 0.3, e^-2 = 0.135 does not.
         check(&Sampling { min_p: 0.3, ..Sampling::default() }, &LOGITS, &renormalised(&[1, 2, 4]));
         check(&Sampling { min_p: 1.0, ..Sampling::default() }, &LOGITS, &renormalised(&[1, 4]));
     }
@@ -516,7 +517,7 @@ mod tests {
         let draw = sampler.draw(&mut logits, (&[1, 4, 3, 1, 99], 5), None, &mut rng).unwrap();
         assert_eq!(draw.id, 2);
         assert_eq!(logits, [0.0, 0.5, 1.0, -4.0, 0.5, -3.0]);
-        // The reported log-probability is the model's own even of a penalised token.
+        // The reported log-probability is the model's own, even for a penalised token.
         let settings = Sampling { repetition_penalty: 1.01, ..Sampling::greedy(1) };
         let draw = Sampler::new(&settings, &Extras::default())
             .draw(&mut LOGITS.to_vec(), (&[4, 1], 2), None, &mut rng)
@@ -550,7 +551,7 @@ mod tests {
         let mut sampler = Sampler::new(&Sampling::greedy(1), &extras);
         let mut rng = Stream::new(0, "test").at(0, 0);
         let expected = |id: usize| probabilities(&LOGITS, 1.0)[id].ln();
-        // 5 in the prompt costs nothing, once in the answer 90, twice 120: -3 + 100 - 120 loses to 2.
+        // Token 5 costs nothing if in the prompt, 90 if once in the answer, 120 if twice: -3 + 100 - 120 loses to 2.
         for (history, id) in [(&[5, 9][..], 5), (&[5, 9, 5], 5), (&[5, 9, 5, 5], 1)] {
             let draw = sampler.draw(&mut LOGITS.to_vec(), (history, 2), None, &mut rng).unwrap();
             assert_eq!(draw.id, id, "{history:?}");

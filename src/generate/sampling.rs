@@ -1,4 +1,4 @@
-//! How to sample: the keys of every stage that generates, named as Hugging Face and OpenAI name them.
+//! Sampling keys of every generating stage, named as in Hugging Face and OpenAI.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::model::Precision;
 use crate::model::packed::BlockType;
 
-/// Sampling keys, resolved: every field has a value that is used.
+/// Sampling keys, resolved: every field holds the value in use.
 ///
 /// ```
 /// use arriero::generate::sampling::Sampling;
@@ -17,69 +17,69 @@ use crate::model::packed::BlockType;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Sampling {
-    /// Divides the logits; 0 takes the most likely token.
+    /// Divides the logits; 0 means greedy decoding.
     pub temperature: f64,
-    /// Keeps the fewest most likely tokens that together have this probability; 1 keeps all.
+    /// Nucleus sampling: keeps the fewest likeliest tokens whose total probability reaches this; 1 keeps all.
     pub top_p: f64,
-    /// Keeps this many most likely tokens; 0 keeps all.
+    /// Keeps this many of the likeliest tokens; 0 keeps all.
     pub top_k: usize,
-    /// Keeps tokens at least this many times as likely as the most likely one; 0 keeps all.
+    /// Keeps tokens with at least this fraction of the likeliest token's probability; 0 keeps all.
     pub min_p: f64,
-    /// Divides positive and multiplies negative logits of tokens that the prompt or the answer already has; 1 is
-    /// off (CTRL, Keskar et al. 2019, section 4.1).
+    /// Divides positive and multiplies negative logits of tokens already in the prompt or answer; 1 disables it (CTRL,
+    /// Keskar et al. 2019, section 4.1).
     pub repetition_penalty: f64,
-    /// Most tokens of an answer, the end-of-turn token counted.
+    /// Most tokens in an answer, including the end-of-turn token.
     #[serde(alias = "max_tokens", alias = "max_completion_tokens")]
     pub max_new_tokens: usize,
-    /// An answer ends before the first of these strings.
+    /// An answer ends before the first occurrence of any of these strings.
     #[serde(alias = "stop_strings", deserialize_with = "one_or_many")]
     pub stop: Vec<String>,
-    /// Seed of the draws. Equal seeds give equal answers, whatever they are batched with.
+    /// Seed of the draws. Equal seeds give equal answers, independent of batching.
     pub seed: u64,
-    /// Answers drawn for each prompt.
+    /// Number of answers per prompt.
     #[serde(alias = "n", alias = "num_return_sequences")]
     pub num_samples: usize,
-    /// What the model computes with: `f32` or `bf16`.
+    /// Compute dtype: `f32` or `bf16`.
     #[serde(alias = "torch_dtype")]
     pub dtype: Precision,
-    /// How the model's matrices are held while it writes.
+    /// Storage format of the model's matrices during generation.
     pub quantization: WeightFormat,
-    /// Guesses so many tokens ahead by what followed the newest ones earlier in prompt and answer; 0 guesses nothing.
-    /// Guesses change how fast an answer comes, never the answer.
+    /// Prompt lookup: speculates this many tokens from what followed the newest ones earlier in prompt and answer; 0
+    /// disables it. Speculation changes speed, never the answer.
     pub prompt_lookup_num_tokens: usize,
-    /// A small model of the same vocabulary that guesses ahead; none where empty.
+    /// A small draft model with the same vocabulary; empty for none.
     #[serde(alias = "draft_model", alias = "speculative_model")]
     pub assistant_model: String,
-    /// How many tokens it guesses.
+    /// How many tokens the draft model proposes.
     #[serde(alias = "num_speculative_tokens")]
     pub num_assistant_tokens: usize,
-    /// A prompt that leaves no position for an answer, or that a server refuses, goes unanswered instead of ending the
-    /// stage.
+    /// Leave a prompt unanswered instead of ending the stage if it leaves no position for an answer or a server refuses
+    /// it.
     pub skip_refused: bool,
 }
 
-/// How matrices are held while a model writes. Blocks of few bits are read faster and multiplied as integers; an answer's
-/// log-probabilities are then those of the rounded model.
+/// Storage format of matrices during generation. Blocks of few bits are read faster and multiplied as integers;
+/// log-probabilities are then those of the quantised model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightFormat {
-    /// As they are computed with.
+    /// In the compute dtype.
     #[default]
     None,
-    /// 8 bits and a scale for each 32.
+    /// 8 bits, with a scale per 32 values.
     #[serde(rename = "q8_0")]
     Q8_0,
-    /// 4 bits and a scale for each 32; embedding and head keep 8.
+    /// 4 bits, with a scale per 32 values; embedding and head keep 8.
     #[serde(rename = "q4_0")]
     Q4_0,
-    /// 4 bits, a scale and a minimum for each 32; embedding and head keep 8. A GGUF file of this type
-    /// that was made by plain rounding loses nothing.
+    /// 4 bits, with a scale and a minimum per 32 values; embedding and head keep 8. Lossless for a GGUF file of this
+    /// type made by plain rounding.
     #[serde(rename = "q4_1")]
     Q4_1,
 }
 
 impl WeightFormat {
-    /// The type of block, where there are blocks.
+    /// The block type, if quantised.
     pub fn block_type(self) -> Option<BlockType> {
         match self {
             Self::None => None,
@@ -113,15 +113,15 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// The most likely answer, one a prompt.
+    /// Greedy decoding, one answer per prompt.
     pub fn greedy(max_new_tokens: usize) -> Self {
         Self { temperature: 0.0, max_new_tokens, ..Self::default() }
     }
 
-    /// Refuses values that no distribution has.
+    /// Rejects invalid values.
     ///
     /// # Errors
-    /// Names the key, its value and what was expected.
+    /// Names the key, its value and the expected range.
     pub fn check(&self) -> Result<()> {
         let refuse = |key: &str, value: f64, expected: &str| {
             Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
@@ -138,7 +138,7 @@ impl Sampling {
         if !self.repetition_penalty.is_finite() || self.repetition_penalty <= 0.0 {
             return refuse("repetition_penalty", self.repetition_penalty, "more than 0");
         }
-        // Bounds that nobody reaches who means it: room for all samples of a prompt is made at once.
+        // Beyond any sensible value: room for all samples of a prompt is allocated at once.
         for (key, value, most, expected) in [
             ("max_new_tokens", self.max_new_tokens, 1 << 24, "1 to 16777216"),
             ("num_samples", self.num_samples, 1 << 16, "1 to 65536"),
@@ -153,7 +153,7 @@ impl Sampling {
         }
         if self.prompt_lookup_num_tokens > 0 && !self.assistant_model.is_empty() {
             return Err(Error::usage("`prompt_lookup_num_tokens` with `assistant_model`")
-                .hint("one of them guesses"));
+                .hint("set only one of them"));
         }
         if self.quantization != WeightFormat::None && self.dtype != Precision::F32 {
             return Err(Error::usage("`quantization` with another `dtype` than f32")
@@ -163,7 +163,7 @@ impl Sampling {
     }
 }
 
-/// Accepts one string where a list is meant, as the OpenAI interface does.
+/// Accepts a single string in place of a list, as OpenAI's API does.
 pub(crate) fn one_or_many<'de, D: serde::Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Vec<String>, D::Error> {

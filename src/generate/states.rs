@@ -1,22 +1,22 @@
-//! What a model makes of texts before it predicts: the states that embeddings are made of.
+//! Hidden states of texts, from which embeddings are made.
 
 use super::decode::{Decoder, Feed, Wanted};
 use crate::error::Result;
 
-/// Most tokens of a forward pass.
+/// Most tokens per forward pass.
 const BUDGET: usize = 512;
 
-/// A decoder that shows its states.
+/// A decoder that exposes its hidden states.
 pub(super) trait States: Decoder {
-    /// Hidden states after the final norm of all tokens of the feeds, `[M, D]`, as they come.
+    /// Hidden states after the final norm of all tokens of the feeds, `[M, D]`, in feed order.
     ///
     /// # Errors
-    /// The device fails, or a token lies outside the vocabulary.
+    /// A device error, or a token outside the vocabulary.
     fn states(&self, feeds: &mut [Feed<'_, Self::Cache>]) -> Result<Vec<f32>>;
 }
 
-/// Calls `done` with the place of each text and the states of its tokens, `[T, D]`, as soon as it is read. Short texts are
-/// read together, long ones piece by piece.
+/// Calls `done` with each text's index and its tokens' states, `[T, D]`, as soon as it is read. Short texts are
+/// batched, long ones read in chunks.
 ///
 /// # Errors
 /// As [`States::states`].
@@ -25,7 +25,7 @@ pub(super) fn of_texts<D: States>(
     texts: &[Vec<u32>],
     done: &mut dyn FnMut(usize, Vec<f32>),
 ) -> Result<()> {
-    // Tokens of each text that were read, and what is held of those that were begun.
+    // Tokens read of each text, and the state of partially read ones.
     let mut read = vec![0; texts.len()];
     let mut begun: Vec<Option<(D::Cache, Vec<f32>)>> = texts.iter().map(|_| None).collect();
     loop {

@@ -1,25 +1,25 @@
-//! Where an answer's text ends before its tokens do, and how much of it is certain while it grows.
+//! Stop strings, and how much of a growing answer's text is final.
 
 use super::engine::Vocabulary;
 
-/// The strings before which an answer ends.
+/// The stop strings of an answer.
 #[derive(Clone, Debug)]
 pub(super) struct StopStrings {
     stops: Vec<String>,
-    /// Tokens whose text surely covers a stop string that the newest token has completed: a token adds at least one
-    /// byte, but for special ones and for the pieces of a character, hence some to spare.
+    /// Number of newest tokens whose text surely covers a stop string just completed: a token adds at least one byte,
+    /// except special tokens and partial characters, hence a reserve.
     window: usize,
 }
 
 impl StopStrings {
-    /// From the settings' list.
+    /// From the list in the settings.
     pub(super) fn new(stops: &[String]) -> Self {
         let longest = stops.iter().map(String::len).max().unwrap_or(0);
         Self { stops: stops.to_vec(), window: longest + 8 }
     }
 
-    /// The text before the first stop string, if there is one. Call it after every token: only the newest tokens
-    /// are looked at until a stop string shows.
+    /// The text before the first stop string, if any. Call it after every token: it only decodes the newest tokens
+    /// until a stop string appears.
     pub(super) fn cut(&self, vocabulary: &dyn Vocabulary, ids: &[u32]) -> Option<String> {
         if self.stops.is_empty() {
             return None;
@@ -34,7 +34,7 @@ impl StopStrings {
         Some(text)
     }
 
-    /// How many bytes at the end of `text` may yet become a stop string.
+    /// How many bytes at the end of `text` may still become a stop string.
     fn pending(&self, text: &str) -> usize {
         let begun = |stop: &String| {
             (1..stop.len())
@@ -45,27 +45,26 @@ impl StopStrings {
     }
 }
 
-/// What was shown of a growing answer: text that no later token can change.
+/// The emitted part of a growing answer: text that no later token can change.
 #[derive(Debug, Default)]
 pub(super) struct Shown {
-    /// Bytes shown.
+    /// Bytes emitted.
     bytes: usize,
-    /// Tokens before this one have no further say in the text.
+    /// Tokens before this one no longer affect the text.
     settled: usize,
     /// Text of the settled tokens.
     text: String,
 }
 
 impl Shown {
-    /// The text that became certain with the newest tokens. Pieces of a character and the beginning of a stop string
-    /// wait.
+    /// The text made final by the newest tokens. Partial characters and prefixes of a stop string are held back.
     pub(super) fn more(
         &mut self,
         vocabulary: &dyn Vocabulary,
         ids: &[u32],
         stops: &StopStrings,
     ) -> String {
-        // The tokens before the newest ones are decoded with them, since a decoder may treat a first token otherwise.
+        // Some preceding tokens are decoded too, since a decoder may treat a first token differently.
         const BEFORE: usize = 6;
         let from = self.settled.saturating_sub(BEFORE);
         let known = vocabulary.text(&ids[from..self.settled]);
@@ -79,7 +78,7 @@ impl Shown {
         self.take_to(end)
     }
 
-    /// What is left to show of the whole text.
+    /// The rest of the whole text, not yet emitted.
     pub(super) fn rest(&mut self, whole: &str) -> String {
         whole.get(self.bytes..).unwrap_or_default().to_owned()
     }

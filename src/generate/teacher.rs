@@ -1,5 +1,5 @@
-//! Who answers prompts: what is asked, the trait that a model in this process and a server's client share, and how
-//! a recipe names one of them.
+//! Teachers: the prompt format, the trait shared by in-process models and server clients, and a recipe's choice between
+//! them.
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
@@ -11,12 +11,12 @@ use super::sampling::Sampling;
 use crate::data::record::{Message, Row};
 use crate::error::Result;
 
-/// One conversation that waits for its answer.
+/// A conversation to be answered.
 #[derive(Clone, Debug, Default)]
 pub struct Asked {
     /// Keys the draws: the row's index in its dataset.
     pub index: u64,
-    /// Names the row in errors.
+    /// Identifies the row in errors.
     pub place: String,
     /// The conversation so far.
     pub messages: Vec<Message>,
@@ -24,12 +24,12 @@ pub struct Asked {
     pub tools: Option<Value>,
     /// Further variables for the chat template.
     pub template_kwargs: Map<String, Value>,
-    /// JSON schema that the answer must obey.
+    /// JSON schema the answer must satisfy.
     pub schema: Option<Value>,
 }
 
 impl Asked {
-    /// What row `index` of a dataset asks.
+    /// The prompt of row `index` of a dataset.
     ///
     /// # Errors
     /// A row without a prompt.
@@ -45,17 +45,17 @@ impl Asked {
     }
 }
 
-/// Answers conversations: a model in this process ([`LocalModel`](super::local::LocalModel)) or a server
+/// Answers conversations: an in-process model ([`LocalModel`](super::local::LocalModel)) or a server
 /// ([`Server`](super::openai::Server)).
 ///
-/// Several threads may ask at once.
+/// May be called from several threads at once.
 pub trait Teacher: Send + Sync {
-    /// Draws `sampling.num_samples` answers to each. `done` is called with a question's place in the list and its
-    /// answers as soon as they are all there, in any order; an error from it ends the call. With `sampling.skip_refused`
-    /// a question that the model cannot be asked has no answers.
+    /// Samples `sampling.num_samples` answers to each prompt. `done` is called with a prompt's index and its answers as
+    /// soon as all are finished, in any order; an error from it ends the call. With `sampling.skip_refused`, an
+    /// unanswerable prompt gets no answers.
     ///
     /// # Errors
-    /// A question that the model cannot be asked, by its place.
+    /// An unanswerable prompt, identified by its `place`.
     fn answer(
         &self,
         asked: &[Asked],
@@ -63,18 +63,19 @@ pub trait Teacher: Send + Sync {
         done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
     ) -> Result<()>;
 
-    /// Whether it computes on a GPU: nothing there orders what two threads launch, so one thread has to do all of it.
+    /// Whether it computes on a GPU. Launches from different threads are unordered there, so one thread must do all the
+    /// work.
     fn on_gpu(&self) -> bool {
         false
     }
 
-    /// Who answered and what it cost, where that is a server.
+    /// Identity and usage of the server, if it is one.
     fn served_by(&self) -> Option<Account> {
         None
     }
 }
 
-/// A teacher as a recipe names it: text is a checkpoint that runs in this process, a table a server.
+/// A recipe's teacher: a string is a checkpoint to run in this process, a table is a server.
 ///
 /// ```
 /// use arriero::generate::teacher::TeacherSpec;
@@ -87,7 +88,7 @@ pub trait Teacher: Send + Sync {
 pub enum TeacherSpec {
     /// A directory, a `.gguf` file or a hub id.
     Local(String),
-    /// A server that speaks OpenAI's interface.
+    /// A server with OpenAI's API.
     Server(Box<ServerSpec>),
 }
 
@@ -98,7 +99,7 @@ impl Default for TeacherSpec {
 }
 
 impl<'de> Deserialize<'de> for TeacherSpec {
-    /// By hand, because serde's untagged enums do not say which key is wrong.
+    /// By hand, because serde's untagged enums do not report which key is wrong.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         use serde::de::Error;
         match Value::deserialize(deserializer)? {
@@ -108,7 +109,7 @@ impl<'de> Deserialize<'de> for TeacherSpec {
                 spec.map(|spec| Self::Server(Box::new(spec))).map_err(|error| {
                     let path = error.path().to_string();
                     let inner = error.into_inner();
-                    // "unknown field" names its key already.
+                    // "unknown field" already names its key.
                     if inner.to_string().starts_with("unknown") {
                         D::Error::custom(inner)
                     } else {
@@ -124,15 +125,15 @@ impl<'de> Deserialize<'de> for TeacherSpec {
 }
 
 impl TeacherSpec {
-    /// Whether nobody is named.
+    /// Whether no teacher is set.
     pub fn is_empty(&self) -> bool {
         matches!(self, Self::Local(path) if path.is_empty())
     }
 
-    /// Refuses settings that cannot be acted on.
+    /// Rejects invalid settings.
     ///
     /// # Errors
-    /// Names the key, its value and what was expected.
+    /// Names the key, its value and the expected range.
     pub fn check(&self) -> Result<()> {
         match self {
             Self::Local(_) => Ok(()),

@@ -45,7 +45,7 @@ impl Vocabulary for Bytes {
     }
 }
 
-/// Says a fixed text whatever it is asked.
+/// Emits a fixed text, whatever the prompt.
 pub(super) struct Parrot {
     pub(super) says: Vec<u32>,
 }
@@ -88,7 +88,7 @@ impl Decoder for Parrot {
     }
 }
 
-/// Answers prompts with one decoder.
+/// Answers prompts with a single decoder.
 pub(super) struct Engine<'a, D: Decoder> {
     pub(super) decoder: &'a D,
     pub(super) vocabulary: &'a dyn Vocabulary,
@@ -96,7 +96,7 @@ pub(super) struct Engine<'a, D: Decoder> {
 }
 
 impl<D: Decoder> Engine<'_, D> {
-    /// All answers, prompt by prompt.
+    /// All answers, grouped by prompt.
     pub(super) fn answers(
         &self,
         prompts: &[Prompt],
@@ -159,13 +159,13 @@ fn a_stop_string_is_found_across_token_edges() {
         let answer = parrot(&says, &["STOP"], &vocabulary);
         assert_eq!((answer.text.as_str(), answer.finish), ("one ", Finish::Stop));
     }
-    // The first of several in the text wins, wherever it stands in the list.
+    // The stop string that comes first in the text wins, whatever its index in the list.
     assert_eq!(parrot(&[256, 257], &["two", "STOP", "E"], &vocabulary).text, "one ");
     assert_eq!(
         parrot(&ids("long before it, é: end"), &["é:"], &vocabulary).text,
         "long before it, "
     );
-    // Half of a character is not yet a stop.
+    // Half of a character is not yet a stop string.
     let answer = parrot(&[97, 0xc3, 0xa8, 98, 0xc3, 0xa9], &["é"], &vocabulary);
     assert_eq!(answer.text, "aèb");
 }
@@ -195,7 +195,7 @@ pub(super) fn golden(name: &str) -> Checkpoint {
     Checkpoint::load_dir(&folder.join(name), &Device::Cpu).unwrap()
 }
 
-/// Log-probabilities after `tokens`, by the transformer over the whole sequence.
+/// Log-probabilities after `tokens`, from a full-sequence forward pass of the transformer.
 pub(super) fn whole_forward(model: &Transformer, tokens: &[u32]) -> Vec<f32> {
     let tree = Tree::sequence(tokens.to_vec(), vec![Role::Context; tokens.len()], 0);
     let hidden = model.hidden(&Forest::pack([&tree]).unwrap()).unwrap();
@@ -241,7 +241,7 @@ fn samples_have_the_trainers_bits<E: Element>(precision: Precision) {
         let packed: CpuDecoder<E> = CpuDecoder::packed(config, weights.clone()).unwrap();
         let model = Transformer::new(config, weights).unwrap();
         let limits = Limits { max_positions: 512, ..WIDE };
-        // One prompt longer than a block of the order of summation.
+        // One prompt is longer than a summation block.
         let prompts = [1_u32, 37, 300].map(|len| Prompt {
             index: u64::from(len),
             tokens: (0..len).map(|i| 3 + (i * 29 + len) % 500).collect(),
@@ -257,7 +257,7 @@ fn samples_have_the_trainers_bits<E: Element>(precision: Precision) {
     }
 }
 
-/// The bits of each answer's log-probabilities, as its sampler and as the trainer's forward pass say them.
+/// Bit patterns of each answer's log-probabilities, from its sampler and from the trainer's forward pass.
 pub(super) fn sample_bits(
     model: &Transformer,
     prompts: &[Prompt],
@@ -281,7 +281,7 @@ pub(super) fn sample_bits(
     (answers.iter().flatten().map(bits).collect(), expected)
 }
 
-/// Logits of a prompt in two parts and of two samples that share it.
+/// Logits of a prompt read in two parts, and of two samples that share it.
 pub(super) fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
     let (mut predictions, mut all) = (Predictions::default(), Vec::new());
     let mut prompt = decoder.cache(None);
@@ -354,7 +354,7 @@ fn an_answer_of_a_golden_model_is_the_same_whatever_it_is_batched_with() {
     for limits in narrow {
         assert!(engine(limits).answers(&prompts, &sampling).unwrap() == reference, "{limits:?}");
     }
-    // A resumed run answers the rest of the prompts alone.
+    // A resumed run answers only the remaining prompts.
     let rest = engine(WIDE).answers(&prompts[6..], &sampling).unwrap();
     assert!(rest == reference[6..]);
     let other = Sampling { seed: 6, ..sampling };
@@ -368,7 +368,7 @@ fn guesses_change_no_answer() {
     let other = golden("model_untied");
     let other: CpuDecoder = CpuDecoder::new(&other.config, &other.weights).unwrap();
     let vocabulary = Bytes { ends: (0..20).collect(), ..Bytes::default() };
-    // Repeats itself, so that there is something to look up.
+    // Repetitive prompts, so that prompt lookup finds something.
     let prompts = [7_u32, 60].map(|len| Prompt {
         index: u64::from(len),
         tokens: (0..len).map(|i| 40 + i % 5).collect(),
@@ -403,7 +403,7 @@ fn guesses_change_no_answer() {
         let (found, fewer) = answers(Some(Box::new(Lookup::default())), &sampling);
         assert!(found == expected, "{sampling:?}");
         assert!(fewer <= passes);
-        // A model guesses itself, from equal random numbers, without a mistake; another one is of less help.
+        // A model drafting for itself with the same random numbers is always right; another model helps less.
         let own = Draft::new(&decoder, 256);
         let (found, fewer) = answers(Some(Box::new(own)), &sampling);
         assert!(found == expected && fewer * 3 < passes, "{fewer} passes of {passes}");
@@ -416,7 +416,7 @@ fn guesses_change_no_answer() {
     }
 }
 
-/// Guesses from what the answers are known to be, with a mistake now and then.
+/// Guesses the known answers, with occasional mistakes.
 struct Known {
     answers: Vec<(Ticket, Vec<Answer>)>,
     wrong_at: usize,

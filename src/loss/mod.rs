@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use crate::data::forest::Forest;
 use crate::error::Result;
-use crate::ops::head::{Pairs, RowStats, Slopes};
+use crate::ops::head::{Detail, Pairs, RowStats, Slopes};
 use reward::Observation;
 
 /// Which numbers of a forest an objective reads and weighs.
@@ -40,7 +40,7 @@ pub struct StepTotals {
 pub struct Reading<'a> {
     /// One value a target or a leaf, as the [`Readout`] says.
     pub values: &'a [f32],
-    /// What each target's row says; may be empty unless [`Objective::reads_rows`].
+    /// What each target's row says; as much as [`Objective::detail`] asks for at least.
     pub rows: &'a [RowStats],
 }
 
@@ -105,9 +105,9 @@ pub trait Objective: Send + Sync {
     /// What this micro-batch adds to each term's count, and then to counts of its own.
     fn counts(&self, forest: &Forest) -> Vec<f64>;
 
-    /// Whether [`weigh`](Self::weigh) needs [`Reading::rows`].
-    fn reads_rows(&self) -> bool {
-        false
+    /// How much of [`Reading::rows`] [`weigh`](Self::weigh) needs.
+    fn detail(&self) -> Detail {
+        Detail::Targets
     }
 
     /// The gradient where it does not depend on the values (SFT): the head then runs in one pass.

@@ -1,25 +1,25 @@
-//! How a list of ranked responses is compared: as pairs, or as a whole.
+//! How ranked responses are compared: as pairs, or as a whole list.
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// What is taken of responses ranked best first.
+/// Which comparisons are made of responses ranked best first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Ranking {
-    /// Every pair, each with the same weight: a list of `n` weighs as `n (n − 1) / 2` pairs.
+    /// Every pair, equally weighted: a list of `n` counts as `n (n − 1) / 2` pairs.
     #[default]
     AllPairs,
-    /// Each response and the next: a list of `n` weighs as `n − 1` pairs.
+    /// Neighbouring responses: a list of `n` counts as `n − 1` pairs.
     Adjacent,
-    /// The probability of the whole order (Plackett, 1975; DPO, appendix A.3): every list weighs the same.
+    /// The probability of the whole order (Plackett, 1975; DPO, appendix A.3): every list has the same weight.
     PlackettLuce,
 }
 
 impl Ranking {
-    /// Places (better, worse) of `count` ranked responses. Those of a Plackett-Luce list, which is not made of pairs, are
-    /// all of them: what is measured beside the loss.
+    /// Index pairs (better, worse) among `count` responses ranked best first. For Plackett-Luce, all pairs: they are
+    /// used for metrics only.
     ///
     /// ```
     /// use arriero::loss::ranking::Ranking;
@@ -34,11 +34,11 @@ impl Ranking {
         (0..count).flat_map(|better| worse(better).map(move |worse| (better, worse))).collect()
     }
 
-    /// The same of responses with these ranks, smallest first: those of one rank are not compared, and adjacent are two of
-    /// neighbouring ranks.
+    /// Index pairs (better, worse) among responses with the given ranks, smallest (best) first. Tied responses are not
+    /// compared; "adjacent" compares responses of consecutive distinct ranks.
     ///
     /// # Errors
-    /// Equal ranks in a Plackett-Luce list, which is one order.
+    /// Ties in a Plackett-Luce list, which needs a strict order.
     ///
     /// ```
     /// use arriero::loss::ranking::Ranking;
@@ -48,7 +48,7 @@ impl Ranking {
     /// assert!(Ranking::PlackettLuce.pairs_of(&[0.0, 0.0, 1.0]).is_err());
     /// ```
     pub fn pairs_of(self, ranks: &[f64]) -> Result<Vec<(usize, usize)>> {
-        // The place of each rank among the different ones.
+        // Dense rank of each response.
         let mut steps = vec![0; ranks.len()];
         for at in 1..ranks.len() {
             steps[at] = steps[at - 1] + usize::from(ranks[at] > ranks[at - 1]);
@@ -68,8 +68,8 @@ impl Ranking {
     }
 }
 
-/// `−ln P` of the given order under Plackett and Luce, `Σ_k ln Σ_{j ≥ k} exp(s_j) − s_k`, and its slope by each score. Of two
-/// responses it is Bradley-Terry's.
+/// Plackett-Luce: `−ln P` of the given order, `Σ_k ln Σ_{j ≥ k} exp(s_j) − s_k`, and its gradient with respect to each
+/// score. With two responses it equals Bradley-Terry.
 ///
 /// ```
 /// use arriero::loss::ranking::plackett_luce;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{FixedGradient, Mean, Objective, Reading, StepTotals, Weighed, of_rows};
 use crate::data::forest::Forest;
 use crate::error::{Error, Result};
+use crate::ops::head::{Detail, TOP};
 
 /// What a trained token costs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +21,9 @@ pub enum TokenLoss {
     /// `−p ln p` with `p` held constant: Dynamic Fine-Tuning (Wu et al., 2025, equation 9). Tokens that the model
     /// finds unlikely pull less.
     Dft,
+    /// `−(H / ln K)^α ln p`, the factor held constant: Entropy-Adaptive Fine-Tuning (Diao et al., 2026), where `H` is the
+    /// entropy among the `K` = [`TOP`] likeliest tokens. What the model is sure of pulls less, be it right or wrong.
+    Eaft,
 }
 
 /// What a step's sum of token losses is divided by.
@@ -37,27 +41,23 @@ pub enum Normalization {
 }
 
 impl TokenLoss {
-    /// Value of a token with log-probability `logp`, and its slope.
-    ///
-    /// ```
-    /// use arriero::loss::sft::TokenLoss;
-    /// assert_eq!(TokenLoss::Nll.of_token(-2.0), (2.0, -1.0));
-    /// let half = -std::f64::consts::LN_2;
-    /// assert_eq!(TokenLoss::Dft.of_token(half).0, 0.5 * std::f64::consts::LN_2);
-    /// ```
-    pub fn of_token(self, logp: f64) -> (f64, f64) {
+    /// Its name in recipes and in logs.
+    pub fn name(self) -> &'static str {
         match self {
-            Self::Nll => (-logp, -1.0),
-            Self::Dft => (-logp * logp.exp(), -logp.exp()),
+            Self::Nll => "nll",
+            Self::Dft => "dft",
+            Self::Eaft => "eaft",
         }
     }
 }
 
 /// The objective. By default the mean negative log-likelihood of the trained tokens.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Sft {
     /// What a token costs.
     pub loss: TokenLoss,
+    /// EAFT's `α`, 0 or more; with 0 all tokens weigh the same.
+    pub eaft_alpha: f64,
     /// What the sum is divided by.
     pub normalization: Normalization,
     /// Weights of rows, 0 or more; a row that is not listed weighs 1.
@@ -70,7 +70,37 @@ pub struct Sft {
     pub z_loss_coefficient: f64,
 }
 
+impl Default for Sft {
+    fn default() -> Self {
+        Self {
+            loss: TokenLoss::Nll,
+            eaft_alpha: 1.0,
+            normalization: Normalization::Token,
+            row_weights: BTreeMap::new(),
+            label_smoothing: 0.0,
+            z_loss_coefficient: 0.0,
+        }
+    }
+}
+
 impl Sft {
+    /// The factor of a token's `−ln p`, held constant: the token costs the product, and its slope is the negated factor.
+    /// `top_entropy` is [`RowStats::top_entropy`](crate::ops::head::RowStats::top_entropy) of its row, read by EAFT only.
+    ///
+    /// ```
+    /// use arriero::loss::sft::{Sft, TokenLoss};
+    /// let dft = Sft { loss: TokenLoss::Dft, ..Sft::default() };
+    /// assert!((dft.factor(0.25_f64.ln(), 0.0) - 0.25).abs() < 1e-12);
+    /// ```
+    pub fn factor(&self, logp: f64, top_entropy: f64) -> f64 {
+        match self.loss {
+            TokenLoss::Nll => 1.0,
+            TokenLoss::Dft => logp.exp(),
+            // Rounding may leave slightly less than 0, which has no powers.
+            TokenLoss::Eaft => (top_entropy.max(0.0) / (TOP as f64).ln()).powf(self.eaft_alpha),
+        }
+    }
+
     /// Refuses constants that it cannot be taken with.
     ///
     /// # Errors
@@ -89,9 +119,19 @@ impl Sft {
         for (key, value) in
             [("label_smoothing", label_smoothing), ("z_loss_coefficient", z_loss_coefficient)]
         {
-            if value > 0.0 && self.loss == TokenLoss::Dft {
-                return refuse(key, value, "0 with `loss_type` \"dft\"");
+            if value > 0.0 && self.loss != TokenLoss::Nll {
+                let expected = format!("0 with `loss_type` \"{}\"", self.loss.name());
+                return refuse(key, value, &expected);
             }
+        }
+        if !self.eaft_alpha.is_finite() || self.eaft_alpha < 0.0 {
+            return refuse("eaft_alpha", self.eaft_alpha, "0 or more");
+        }
+        let is_default = [Self::default().eaft_alpha].contains(&self.eaft_alpha);
+        if !is_default && self.loss != TokenLoss::Eaft {
+            let loss = self.loss.name();
+            let expected = format!("1 with `loss_type` \"{loss}\": only \"eaft\" reads it");
+            return refuse("eaft_alpha", self.eaft_alpha, &expected);
         }
         Ok(())
     }
@@ -137,11 +177,7 @@ impl Sft {
 
 impl Objective for Sft {
     fn terms(&self) -> Vec<(&'static str, f64)> {
-        let name = match self.loss {
-            TokenLoss::Nll => "nll",
-            TokenLoss::Dft => "dft",
-        };
-        [vec![(name, 1.0 - self.label_smoothing)], self.row_terms()].concat()
+        [vec![(self.loss.name(), 1.0 - self.label_smoothing)], self.row_terms()].concat()
     }
 
     fn counts(&self, forest: &Forest) -> Vec<f64> {
@@ -157,8 +193,12 @@ impl Objective for Sft {
         vec![count.sum(); 1 + self.row_terms().len()]
     }
 
-    fn reads_rows(&self) -> bool {
-        !self.row_terms().is_empty()
+    fn detail(&self) -> Detail {
+        match self.loss {
+            TokenLoss::Eaft => Detail::Top,
+            _ if self.row_terms().is_empty() => Detail::Targets,
+            _ => Detail::Rows,
+        }
     }
 
     fn of_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>> {
@@ -182,12 +222,16 @@ impl Objective for Sft {
         let weights = self.weights(forest);
         let own = 1.0 - self.label_smoothing;
         let mut sums = vec![0.0];
-        let d_values = weights.iter().zip(reading.values).map(|(weight, &logp)| {
-            let (value, slope) = self.loss.of_token(f64::from(logp));
-            sums[0] += weight * value;
-            (own * weight * slope / totals.counts[0]) as f32
-        });
-        let d_values = d_values.collect();
+        let mut d_values = Vec::with_capacity(weights.len());
+        for (at, (weight, &logp)) in weights.iter().zip(reading.values).enumerate() {
+            let entropy = match self.loss {
+                TokenLoss::Eaft => f64::from(reading.rows[at].top_entropy),
+                TokenLoss::Nll | TokenLoss::Dft => 0.0,
+            };
+            let factor = weight * self.factor(f64::from(logp), entropy);
+            sums[0] += factor * -f64::from(logp);
+            d_values.push((-own * factor / totals.counts[0]) as f32);
+        }
         for (term, _) in self.row_terms() {
             let of_row = weights.iter().zip(reading.rows).map(|(weight, row)| {
                 let lse = f64::from(row.log_sum_exp);
@@ -210,6 +254,7 @@ impl Objective for Sft {
 mod tests {
     use super::*;
     use crate::data::tree::{Role, Tree};
+    use crate::ops::head::RowStats;
 
     /// Rows of 1 and 3 trained tokens.
     fn forest() -> (Forest, [f32; 4]) {
@@ -305,6 +350,19 @@ mod tests {
             refused(Sft { z_loss_coefficient: 1e-4, loss: TokenLoss::Dft, ..Sft::default() }),
             "`z_loss_coefficient` is 0.0001, expected 0 with `loss_type` \"dft\""
         );
+        let eaft = Sft { loss: TokenLoss::Eaft, ..Sft::default() };
+        assert_eq!(
+            refused(Sft { label_smoothing: 0.1, ..eaft.clone() }),
+            "`label_smoothing` is 0.1, expected 0 with `loss_type` \"eaft\""
+        );
+        assert_eq!(
+            refused(Sft { eaft_alpha: -1.0, ..eaft.clone() }),
+            "`eaft_alpha` is -1, expected 0 or more"
+        );
+        assert_eq!(
+            refused(Sft { eaft_alpha: 2.0, loss: TokenLoss::Dft, ..eaft }),
+            "`eaft_alpha` is 2, expected 1 with `loss_type` \"dft\": only \"eaft\" reads it"
+        );
     }
 
     /// The slope of DFT is `−p`, not the derivative of its value: `p` is held.
@@ -315,5 +373,31 @@ mod tests {
         let value: f64 = p.iter().zip(logps).map(|(p, logp)| -p * f64::from(logp)).sum();
         let dft = Sft { loss: TokenLoss::Dft, ..Sft::default() };
         check(&dft, value / 4.0, p.map(|p| (-p / 4.0) as f32));
+    }
+
+    /// Tokens cost 1, 2, 0.5 and 0.25; the entropy is the largest, none, a quarter of the largest, and the largest.
+    #[test]
+    fn eaft_pulls_by_the_entropy_of_the_likeliest_tokens() {
+        let (forest, logps) = forest();
+        let largest = (TOP as f32).ln();
+        let rows = [1.0, 0.0, 0.25, 1.0]
+            .map(|share| RowStats { top_entropy: share * largest, ..RowStats::default() });
+        for (eaft_alpha, factors) in
+            [(1.0, [1.0, 0.0, 0.25, 1.0]), (0.5, [1.0, 0.0, 0.5, 1.0]), (0.0, [1.0; 4])]
+        {
+            let objective = Sft { loss: TokenLoss::Eaft, eaft_alpha, ..Sft::default() };
+            assert_eq!(objective.detail(), Detail::Top);
+            assert_eq!(objective.terms(), [("eaft", 1.0)]);
+            let totals = StepTotals { counts: objective.counts(&forest), statistics: Vec::new() };
+            assert!(objective.fixed_gradient(&forest, &totals).is_none());
+            let reading = Reading { values: &logps, rows: &rows };
+            let weighed = objective.weigh(&forest, reading, &totals).unwrap();
+            let costs = [1.0, 2.0, 0.5, 0.25];
+            let expected: f64 = factors.iter().zip(costs).map(|(factor, cost)| factor * cost).sum();
+            assert!((weighed.sums[0] - expected).abs() < 1e-6, "alpha {eaft_alpha}");
+            for (slope, factor) in weighed.d_values.iter().zip(factors) {
+                assert!((f64::from(*slope) + factor / 4.0).abs() < 1e-6, "alpha {eaft_alpha}");
+            }
+        }
     }
 }

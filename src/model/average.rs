@@ -1,9 +1,8 @@
-//! Several checkpoints into one, tensor by tensor and piece by piece: what is held in memory does not grow with the
-//! models (GGUF files apart, of which one tensor is).
+//! Merges several checkpoints into one, tensor by tensor and in pieces: memory use does not grow with model size
+//! (except for GGUF files, of which one whole tensor is held).
 //!
-//! Every method is a weighted sum whose shares may differ from tensor to tensor. Sums are f32. Averages of PEFT adapters
-//! are averages of their factors: the mean of `A` and of `B` is not the mean of the products `B A` that they stand for.
-//! [`write_sum`] sums these products.
+//! Every method is a weighted sum whose weights may vary by tensor. Sums are in f32. Averaging PEFT adapters averages
+//! their factors: the mean of `A` and of `B` is not the mean of the products `B A`. [`write_sum`] sums the products.
 
 use std::path::Path;
 
@@ -20,36 +19,35 @@ use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::store::{self, AtomicDir};
 
-/// Numbers of one tensor that are summed at a time.
+/// Elements of a tensor summed at a time.
 const PIECE: usize = 1 << 18;
 
-/// Cosines beyond this are those of parallel tensors (mergekit's `DOT_THRESHOLD`).
+/// Above this cosine, tensors count as parallel (mergekit's `DOT_THRESHOLD`).
 const NEARLY_PARALLEL: f64 = 0.9995;
 
-/// What each model contributes to a tensor.
+/// Each model's weight in a tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Shares {
-    /// The same of every tensor: one share a model.
+    /// The same for every tensor: one weight per model.
     Fixed(Vec<f64>),
-    /// Of two models, as on the arc between them (Shoemake, 1985): at 0 the first, at 1 the second.
+    /// Spherical interpolation of two models (Shoemake, 1985): 0 is the first, 1 the second.
     Spherical(f64),
 }
 
-/// How the result is written.
+/// Output options.
 #[derive(Clone, Copy, Debug)]
 pub struct Output {
-    /// The stored type; that of the first model where none is given.
+    /// Storage dtype; defaults to the first model's.
     pub dtype: Option<DType>,
-    /// The size in bytes above which weights go into several files; those of the first model where none is given.
+    /// Largest size of a weight file in bytes; defaults to the first model's sharding.
     pub shard_bytes: Option<usize>,
 }
 
-/// Opens models to be averaged. All but the first take over its tokenizer, which knows the same tokens: the others' are
-/// not held.
+/// Opens models to be averaged. All share the first one's tokenizer, after a check that their tokens are the same.
 ///
 /// # Errors
-/// All of [`OnDisk::open`]; models whose average has no meaning, being of other shapes, other mathematics or another
-/// vocabulary: names the model, the key or the tensor, and both values.
+/// As [`OnDisk::open`]; models that cannot be averaged because of different shapes, mathematics or vocabulary: names
+/// the model, the key or tensor, and both values.
 pub fn open<'a>(names: impl IntoIterator<Item = &'a String>) -> Result<Vec<OnDisk>> {
     let mut models: Vec<OnDisk> = Vec::new();
     for name in names {
@@ -63,11 +61,11 @@ pub fn open<'a>(names: impl IntoIterator<Item = &'a String>) -> Result<Vec<OnDis
     Ok(models)
 }
 
-/// Writes the average of models that [`open`] opened as the new directory `dir`, with the first model's configuration, tokenizer and chat
-/// template. `watch` is told each tensor's name before its turn and may end the work.
+/// Writes the average of models opened with [`open`] to the new directory `dir`, with the first model's configuration,
+/// tokenizer and chat template. `watch` is called with each tensor's name beforehand and may abort.
 ///
 /// # Errors
-/// No models, numbers that are not finite or beyond the stored type, I/O errors. Nothing is left behind then.
+/// No models, values that are non-finite or overflow the storage dtype, I/O errors. Nothing is left behind on error.
 pub fn write(
     dir: &Path,
     models: &[OnDisk],
@@ -111,11 +109,11 @@ pub fn write(
     store::move_into_place(building.path(), dir)
 }
 
-/// Writes the weighted sum of what adapters stand for as the new adapter directory `dir`, with the first one's tokenizer,
-/// see [`lora::sum`], in `dtype`, or in the first one's type. Adapters are small: they are read whole.
+/// Writes the weighted sum of adapters' products (see [`lora::sum`]) to the new adapter directory `dir`, with the first
+/// one's tokenizer, in `dtype` or the first one's dtype. Adapters are small and read whole.
 ///
 /// # Errors
-/// All of [`check_sum`] and [`lora::sum`]; I/O errors.
+/// As [`check_sum`] and [`lora::sum`]; I/O errors.
 pub fn write_sum(
     dir: &Path,
     names: &[String],
@@ -134,17 +132,17 @@ pub fn write_sum(
     store::move_into_place(building.path(), dir)
 }
 
-/// Refuses adapters that [`write_sum`] cannot sum, before work that would be lost.
+/// Rejects adapters that [`write_sum`] cannot sum, before any work is done.
 ///
 /// # Errors
-/// A name that is no adapter; adapters of several bases, of other modules, with heads that mean other things, or whose
-/// sum no adapter is.
+/// A name that is not an adapter; adapters with different bases, modules or head meanings, or whose sum is not an
+/// adapter.
 pub fn check_sum(names: &[String]) -> Result<()> {
     let adapters = read_adapters(names)?;
     adapters.iter().try_for_each(|(name, other)| adapters[0].1.check_sum(other).at(name))
 }
 
-/// Reads adapters whole, and refuses those whose other files say that they do not belong together.
+/// Reads adapters whole, and rejects those whose other files show that they do not belong together.
 fn read_adapters(names: &[String]) -> Result<Vec<(&str, Saved)>> {
     let mut first: Option<Box<AdapterFiles>> = None;
     let mut adapters = Vec::new();
@@ -161,7 +159,7 @@ fn read_adapters(names: &[String]) -> Result<Vec<(&str, Saved)>> {
     Ok(adapters)
 }
 
-/// `Σ share · tensor` in pieces, in order.
+/// `Σ weight · tensor` in pieces, in order.
 fn sum(
     models: &[OnDisk],
     shares: &[f64],
@@ -179,7 +177,7 @@ fn sum(
     })
 }
 
-/// Goes over one tensor of all models in pieces.
+/// Iterates over one tensor of all models in pieces.
 fn pieces(
     models: &[OnDisk],
     name: &str,
@@ -198,7 +196,7 @@ fn pieces(
 }
 
 impl Shares {
-    /// The shares of one tensor.
+    /// The weights for one tensor.
     fn of(&self, models: &[OnDisk], name: &str) -> Result<Vec<f64>> {
         match self {
             Self::Fixed(shares) => Ok(shares.clone()),
@@ -222,8 +220,8 @@ impl Shares {
     }
 }
 
-/// Shares of two vectors with this inner product and these squared norms. Where they are nearly parallel, or one is
-/// zero, the arc is the line between them, as in mergekit.
+/// Weights for two vectors with this inner product and these squared norms. If they are nearly parallel, or one is
+/// zero, interpolation is linear, as in mergekit.
 fn spherical(t: f64, dot: f64, squares: [f64; 2]) -> [f64; 2] {
     let norms = (squares[0] * squares[1]).sqrt();
     let cosine = if norms > 0.0 { dot / norms } else { 1.0 };
@@ -306,7 +304,7 @@ fn check_vocabularies(first: Option<&ChatTokenizer>, other: Option<&ChatTokenize
     }
 }
 
-/// Keys of an adapter's configuration that change what its tensors mean.
+/// Adapter configuration keys that change the meaning of its tensors.
 const ADAPTER_KEYS: [&str; 12] = [
     "peft_type",
     "r",
@@ -335,7 +333,7 @@ fn check_adapters(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
     Ok(())
 }
 
-/// Refuses adapters that name several bases, and heads whose outputs mean different things.
+/// Rejects adapters with different bases, and heads whose outputs mean different things.
 fn check_origins(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
     if first.base.is_none() || other.base.is_none() {
         check_named_bases(first, other)?;
@@ -346,9 +344,9 @@ fn check_origins(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
     }
 }
 
-/// Without a fingerprint, which only we write, the base's name is all that there is to go by. Two names may lead to one
-/// model, as a hub id and a copy of it do. They are refused all the same: what a wrong base makes of a sum runs and means
-/// nothing, and who knows better writes one name.
+/// Without a fingerprint, which only our adapters have, bases are compared by name. Two names may mean the same model,
+/// such as a hub id and its local copy; they are still rejected, since a sum over different bases would run but be
+/// meaningless, and the user can write one name into both.
 fn check_named_bases(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
     let key = "base_model_name_or_path";
     let base = |files: &AdapterFiles| {
@@ -366,15 +364,15 @@ fn check_named_bases(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
     }
 }
 
-/// Where a model lies whose path is seen from here or from `beside`: one place, however it is written and whatever links
-/// lead there. A name that is no path here stays as it is.
+/// Canonical location of a model whose path is relative to the current directory or to `beside`, with links resolved. A
+/// name that is not a path here is returned unchanged.
 pub fn place(name: &str, beside: &Path) -> String {
     let paths = [Path::new(name).to_owned(), beside.join(name)];
     let found = paths.iter().find_map(|path| path.canonicalize().ok());
     found.map_or_else(|| name.to_owned(), |path| path.display().to_string())
 }
 
-/// The value with its lists sorted: PEFT writes sets.
+/// The value with its lists sorted, since PEFT writes sets.
 fn adapter_value(config: &Map<String, Value>, key: &str) -> Value {
     let mut value = config.get(key).cloned().unwrap_or(Value::Null);
     if let Value::Array(list) = &mut value {
@@ -420,7 +418,7 @@ mod tests {
     use crate::model::save::{SaveOptions, write_weights};
     use crate::model::{init, params};
 
-    /// A model with one number everywhere but in its embedding, whose rows are `[x, y]`.
+    /// A model with the same value everywhere except in its embedding, whose rows are `[x, y]`.
     fn save(dir: &Path, [x, y]: [f32; 2], rest: f32, options: &SaveOptions) -> OnDisk {
         let config = config();
         let mut weights: Weights = params::shapes(&config)
@@ -446,7 +444,7 @@ mod tests {
 
     const SAME: Output = Output { dtype: None, shard_bytes: None };
 
-    /// The first row of the embedding, and one number of the rest.
+    /// The first embedding row, and one value of the rest.
     fn averaged(home: &Path, models: &[OnDisk], shares: &Shares) -> [f32; 3] {
         let dir = home.join("average");
         write(&dir, models, shares, SAME, &mut |_| Ok(())).unwrap();
@@ -470,7 +468,8 @@ mod tests {
         check(Shares::Fixed(vec![0.75, 0.25]), [0.75, 0.25, 2.5]);
         // base [0, 1] and 4, lambda 2: 4 + 2 (2 − 4) = 0.
         check(Shares::Fixed(vec![2.0, -1.0]), [2.0, -1.0, 0.0]);
-        // The embeddings are at a right angle, so half way each has sin 45° of sin 90°; the rest is parallel: a line.
+        // The embeddings are orthogonal, so each gets sin 45° / sin 90° at the midpoint; the rest is parallel, hence
+        // linear.
         check(Shares::Spherical(0.5), [FRAC_1_SQRT_2, FRAC_1_SQRT_2, 3.0]);
         // A third of a right angle: sin 60° and sin 30°.
         check(Shares::Spherical(1.0 / 3.0), [0.866_025_4, 0.5, 2.0 + 2.0 / 3.0]);
@@ -489,7 +488,7 @@ mod tests {
         check(spherical(0.5, 0.0, [1.0, 9.0]), [0.5_f64.sqrt(); 2]);
     }
 
-    /// Random models in one file and in many; the answer is that of whole tensors in memory.
+    /// Random models in one file and in many give the same result as whole tensors in memory.
     #[test]
     fn shards_in_and_shards_out_need_not_be_the_same() {
         let home = tempfile::tempdir().unwrap();
@@ -543,7 +542,7 @@ mod tests {
         other.rope.theta = 5.0;
         let error = check_configs(&config(), &other).unwrap_err().to_string();
         assert!(error.contains("`rope_parameters` is Rope { theta: 5.0"), "{error}");
-        // 3e38 is finite, its double is not.
+        // 3e38 is finite, twice that is not.
         let huge = save(&home.path().join("huge"), [3e38, 0.0], 2.0, &options);
         let dir = home.path().join("out");
         let twice = Shares::Fixed(vec![1.0, 2.0]);
@@ -560,7 +559,7 @@ mod tests {
         adapter_of("org/base", dir, (alpha, width), value)
     }
 
-    /// As peft writes it: without a fingerprint.
+    /// As written by peft: without a fingerprint.
     fn adapter_of(base: &str, dir: &Path, (alpha, width): (u32, usize), value: f32) -> OnDisk {
         let config = serde_json::json!({
             "peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": ["v_proj", "q_proj"],
@@ -624,7 +623,7 @@ mod tests {
         assert_eq!(place("org/base"), "org/base");
     }
 
-    /// `model-00001-of-00001.safetensors` is found through its index alone, and one file is written without an index.
+    /// `model-00001-of-00001.safetensors` is found only through its index, and a single file is written without one.
     #[test]
     fn the_average_of_models_of_one_shard_is_a_model() {
         const SHARD: &str = "model-00001-of-00001.safetensors";

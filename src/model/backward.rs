@@ -1,5 +1,5 @@
-//! The backward pass, one block at a time (design idea 3): whoever drives it may use a block's gradients, and free them,
-//! before the next block's exist.
+//! The backward pass, one block at a time (design idea 3): the caller may use and free a block's gradients before the
+//! next block's exist.
 
 use candle_core::{Tensor, Var};
 
@@ -12,19 +12,19 @@ use crate::data::forest::Forest;
 use crate::error::{Error, Result};
 use crate::ops::{self, cpu, norm};
 
-/// A backward pass that is under way.
+/// A backward pass in progress.
 #[derive(Debug)]
 pub struct Backward<'a> {
     model: &'a Transformer,
     forest: &'a Forest,
     layout: Layout,
     form: Under,
-    /// Blocks that are still to be taken back, and whether the embedding is.
+    /// Blocks still to be processed, and whether the embedding is.
     left: usize,
     embedding_left: bool,
 }
 
-/// What is left of a trace, and the gradient of the last output that was not taken back, `[T, D]`.
+/// The rest of a trace, and the gradient of the last block's output not yet processed, `[T, D]`.
 #[derive(Debug)]
 enum Under {
     Cpu { inputs: Vec<Vec<f32>>, kept: Vec<Kept>, d_x: Vec<f32> },
@@ -32,7 +32,7 @@ enum Under {
 }
 
 impl<'a> Backward<'a> {
-    /// Takes the final norm back. `d_hidden`: `[T, D]`.
+    /// Backward of the final norm. `d_hidden`: `[T, D]`.
     pub(super) fn begin(
         model: &'a Transformer,
         forest: &'a Forest,
@@ -69,11 +69,11 @@ impl<'a> Backward<'a> {
         Ok(Self { model, forest, layout, form, left, embedding_left: true })
     }
 
-    /// Takes the next block back, last block first, and returns it: its gradients are whole now, unless another
-    /// micro-batch adds to them. After the first block comes the embedding, and then `None`.
+    /// Runs the next block's backward, last block first, and returns the block: its gradients are now complete, unless
+    /// another micro-batch adds to them. After the first block comes the embedding, and then `None`.
     ///
     /// # Errors
-    /// The device's; a parameter that the gradient does not reach.
+    /// A device error; a parameter that no gradient reaches.
     pub fn next_block(&mut self, grads: &mut Gradients) -> Result<Option<&'a Block>> {
         if self.left == 0 {
             if std::mem::take(&mut self.embedding_left) {
@@ -113,7 +113,7 @@ impl<'a> Backward<'a> {
         grads.add_rows(EMBEDDING, table.shape(), &self.forest.tokens, &self.d_input()?)
     }
 
-    /// The gradient of what the next block to be taken back put out; at the end, of the embedded tokens. `[T, D]`.
+    /// Gradient of the next block's output; at the end, of the token embeddings. `[T, D]`.
     pub(super) fn d_input(&self) -> Result<Tensor> {
         match &self.form {
             Under::Cpu { d_x, .. } => {
@@ -129,7 +129,7 @@ fn no_input() -> Error {
     Error::run("a trace without the block's input")
 }
 
-/// One block's vector-Jacobian product: adds the gradients of its trained tensors, returns that of its input.
+/// One block's vector-Jacobian product: adds the gradients of its trained tensors, returns its input's.
 fn vector_jacobian(
     (input, output): (&Var, &Tensor),
     d_output: &Tensor,

@@ -1,9 +1,8 @@
-//! Models that stand on a common base. A base is read once for as long as somebody holds it, and each adapter beside it
-//! has only its own factors: a policy, its reference and its reward model then lie in memory as one model. A policy that
-//! writes is a second one: it lays its matrices out anew.
+//! Models that share a base. A base is loaded once for as long as it is in use, and each adapter adds only its own
+//! factors: a policy, its reference and its reward model then take the memory of one model. A generating policy needs a
+//! second copy, since its matrices are repacked.
 //!
-//! Nothing here is trained. A base is known by where it lies and when its files were written, so one that is written anew
-//! is read anew.
+//! Nothing here is trained. A base is identified by path and modification times, so a rewritten one is reloaded.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -23,16 +22,16 @@ use crate::error::{Context, Error, Result};
 use crate::ops::cuda::device::out_of_memory;
 use crate::store;
 
-/// How a base is held.
+/// Storage form of a base.
 #[derive(Clone, Debug)]
 pub struct Form {
-    /// Where.
+    /// Device.
     pub device: Device,
-    /// What products compute with.
+    /// Compute dtype of products.
     pub dtype: Precision,
-    /// How its projections are packed.
+    /// Quantisation of its projections.
     pub quantization: Quantization,
-    /// Modules that stay in f32, because they will be trained in full.
+    /// Modules that stay in f32, because they will be fully trained.
     pub in_full: Vec<String>,
 }
 
@@ -52,19 +51,19 @@ pub struct Base {
     pub tensors: Tensors,
     /// Its tokenizer.
     pub tokenizer: Option<ChatTokenizer>,
-    /// What adapters know it by, see [`peft::fingerprint`].
+    /// The fingerprint that adapters record, see [`peft::fingerprint`].
     pub fingerprint: String,
 }
 
-/// A model: a base, with an adapter beside it or without.
+/// A model: a base, with or without an adapter.
 pub struct Model {
-    /// Its shape, with the head that the adapter makes of it.
+    /// Its shape, including any head defined by the adapter.
     pub config: Config,
     /// The base's tensors, shared, and the adapter's own.
     pub tensors: Tensors,
     /// The adapter's tokenizer, or the base's.
     pub tokenizer: Option<ChatTokenizer>,
-    /// Held so that others find it.
+    /// Kept so that others can share it.
     pub base: Arc<Base>,
 }
 
@@ -80,7 +79,7 @@ struct Known {
 
 #[derive(Clone, PartialEq)]
 struct Key {
-    /// Paths, lengths and times.
+    /// Paths, sizes and modification times.
     identity: String,
     place: DeviceLocation,
     dtype: Precision,
@@ -89,10 +88,10 @@ struct Key {
 }
 
 impl Bases {
-    /// A model without regard to adapters: an adapter's directory is merged into its base, and the whole is the base.
+    /// Loads a model as a base: an adapter directory is merged into its own base first.
     ///
     /// # Errors
-    /// All of [`Checkpoint::load`], and a model that cannot be held so.
+    /// As [`Checkpoint::load`], and a model that does not support this form.
     pub fn base(&self, name: &str, form: &Form) -> Result<Arc<Base>> {
         let source = source::resolve(name, None)?;
         let key = Key {
@@ -102,7 +101,7 @@ impl Bases {
             quantization: form.quantization,
             in_full: form.in_full.clone(),
         };
-        // Held while the base is read, so that two who ask at once do not both read it.
+        // Locked while the base is read, so that concurrent callers do not both read it.
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known.bases.retain(|(_, base)| base.strong_count() > 0);
         let found = known.bases.iter().find(|(other, _)| *other == key);
@@ -115,9 +114,8 @@ impl Bases {
         Ok(base)
     }
 
-    /// A model: an adapter's directory stands beside its base, whose tensors it shares. Where it was trained beside NF4,
-    /// that is what it stands beside, whatever `form` says of packing; the blocks of a GGUF file are the numbers that the
-    /// dense model has anyway.
+    /// Loads a model: an adapter is applied beside its base, whose tensors it shares. If it was trained beside NF4, the
+    /// base is NF4 regardless of `form`; GGUF blocks have the same values as the dense model anyway.
     ///
     /// # Errors
     /// As [`base`](Self::base), and an adapter of another base.
@@ -134,7 +132,7 @@ impl Bases {
             saved.base.as_ref().filter(|base| base.quantization == Quantization::Nf4)
         {
             if record.taken > 0 {
-                // PiSSA packed what it had left of the weights: a base of its own.
+                // PiSSA quantised the residual weights, so this adapter has a base of its own.
                 form.quantization = Quantization::None;
                 return Ok(Model::plain(self.base(name, &form)?));
             }
@@ -146,14 +144,14 @@ impl Bases {
         Model::beside(base, (saved, &dir), form.dtype)
     }
 
-    /// How often a base was read.
+    /// Number of base loads.
     pub fn reads(&self) -> usize {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).reads
     }
 }
 
 impl Base {
-    /// Each tensor takes its form before the next is read.
+    /// Converts each tensor before the next is read.
     fn read(source: &Source, form: &Form) -> Result<Self> {
         form.dtype.check_device(&form.device)?;
         let (Source::Directory(path) | Source::Gguf(path)) = source;
@@ -185,7 +183,7 @@ impl Base {
         Ok(Self { config, tensors, tokenizer, fingerprint: fingerprint.finish() })
     }
 
-    /// Configuration, tokenizer and the weights that are not packed, shared.
+    /// Configuration, tokenizer and the unquantised weights, shared.
     pub fn checkpoint(&self) -> Checkpoint {
         Checkpoint {
             config: self.config.clone(),
@@ -195,7 +193,7 @@ impl Base {
     }
 }
 
-/// An error of reading a base. Where it says that a GPU is full: what was to lie there.
+/// Adds memory usage to an out-of-memory error of loading a base.
 fn unread(error: Error, config: &Config, form: &Form) -> Error {
     let size = form.quantization.bytes().unwrap_or(form.dtype.dtype().size_in_bytes() as f64);
     let parts = [("its weights", (params::count(config) as f64 * size) as u64)];
@@ -215,7 +213,7 @@ impl Model {
         let Checkpoint { config, weights, tokenizer } =
             base.checkpoint().with_trained(&saved, dir)?;
         let mut tensors = Tensors { weights: dtype.cast(weights)?, ..base.tensors.clone() };
-        // What was trained in full stands in for what the base has packed.
+        // Fully trained parameters replace the base's quantised ones.
         tensors.packed.retain(|name, _| !saved.weights.contains_key(name));
         lora::check_fit(&tensors, &saved.adapters).at(dir.display())?;
         let adapters = saved.adapters.into_iter().map(|(module, adapter)| {
@@ -227,10 +225,10 @@ impl Model {
         Ok(Self { config, tensors: Tensors { adapters, ..tensors }, tokenizer, base })
     }
 
-    /// The model ready to run, adapters beside the projections as in training.
+    /// The runnable model, with adapters beside the projections as in training.
     ///
     /// # Errors
-    /// Names a tensor that is missing.
+    /// Names the missing tensor.
     pub fn transformer(&self) -> Result<Transformer> {
         Transformer::of(&self.config, &self.tensors)
     }
@@ -238,15 +236,15 @@ impl Model {
     /// The model's tokenizer.
     ///
     /// # Errors
-    /// There is none.
+    /// The model has no tokenizer.
     pub fn tokenizer(&self) -> Result<&ChatTokenizer> {
         self.tokenizer.as_ref().ok_or_else(checkpoint::no_tokenizer)
     }
 
-    /// The model as a checkpoint, for those who know no adapters: adapted projections are merged, all others shared.
+    /// The model as a plain checkpoint: adapted projections are merged, all others shared.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn checkpoint(&self) -> Result<Checkpoint> {
         let (config, tokenizer) = (self.config.clone(), self.tokenizer.clone());
         let weights = if self.tensors.adapters.is_empty() && self.tensors.packed.is_empty() {
@@ -257,7 +255,7 @@ impl Model {
         Ok(Checkpoint { config, weights, tokenizer })
     }
 
-    /// Tensors that this model has and its base does not: an adapter's factors and what it trained in full.
+    /// Tensors of this model that are not its base's: adapter factors and fully trained parameters.
     pub fn own(&self) -> Weights {
         let is_new = |(name, tensor): &(&String, &Tensor)| {
             self.base.tensors.weights.get(*name).is_none_or(|base| base.id() != tensor.id())
@@ -270,7 +268,7 @@ impl Model {
     }
 }
 
-/// Where a model's files lie, how long they are and when they were written.
+/// Paths, sizes and modification times of a model's files.
 fn identity(source: &Source) -> Result<String> {
     let (Source::Directory(path) | Source::Gguf(path)) = source;
     let path = path.canonicalize().at(path.display())?;
@@ -288,10 +286,10 @@ fn identity(source: &Source) -> Result<String> {
     Ok(parts.join("\n"))
 }
 
-/// The hash of a model's files, and of its base's where it is an adapter.
+/// Hash of a model's files, and of its base's if it is an adapter.
 ///
 /// # Errors
-/// No such model; files that cannot be read.
+/// No such model; unreadable files.
 pub fn content(name: &str) -> Result<String> {
     let (Source::Directory(path) | Source::Gguf(path)) = source::resolve(name, None)?;
     let own = store::sha256_path(&path)?;

@@ -1,4 +1,4 @@
-//! One transformer block: attention and a SwiGLU feed-forward, each behind an RMSNorm and a residual.
+//! One transformer block: attention and a SwiGLU MLP, each with a pre-RMSNorm and a residual connection.
 
 use std::sync::Arc;
 
@@ -10,23 +10,23 @@ use super::projection::Projection;
 use super::{Config, Tensors};
 use crate::ops::{self, AttentionPlan, Rotary, norm};
 
-/// What all blocks share for one forest: positions and who sees whom.
+/// State shared by all blocks for one forest: positions and the attention mask.
 #[derive(Clone, Debug)]
 pub struct Layout {
-    /// Rotary angles of each token.
+    /// RoPE angles of each token.
     pub rotary: Rotary,
-    /// Attention's plan.
+    /// The attention plan.
     pub attention: Arc<AttentionPlan>,
-    /// What adapters do not read, in training with dropout.
+    /// Dropout masks of adapter inputs, in training with dropout.
     pub masks: Option<Arc<Masks>>,
 }
 
 #[cfg(feature = "cuda")]
 impl Layout {
-    /// Puts what a GPU is sent of it into page-locked memory, which any thread may do. Nothing is done for another device.
+    /// Copies the parts a GPU will be sent into page-locked memory; may run on any thread. A no-op for other devices.
     ///
     /// # Errors
-    /// The driver's.
+    /// A driver error.
     pub fn stage(&self, config: &Config, device: &candle_core::Device) -> Result<()> {
         let candle_core::Device::Cuda(device) = device else { return Ok(()) };
         let share = config.num_attention_heads / config.num_key_value_heads;
@@ -38,7 +38,7 @@ impl Layout {
 /// One block's weights. Cheap to clone: tensors are shared.
 #[derive(Clone, Debug)]
 pub struct Block {
-    /// What its parameters' names begin with.
+    /// Prefix of its parameter names.
     pub(super) prefix: String,
     pub(super) input_norm: Tensor,
     pub(super) q: Projection,
@@ -51,14 +51,14 @@ pub struct Block {
     pub(super) down: Projection,
     pub(super) head_dim: usize,
     pub(super) eps: f64,
-    /// What its products compute with.
+    /// Compute dtype of its products.
     pub(super) dtype: DType,
-    /// The tensors above that are trained, by name.
+    /// Its trained tensors, by name.
     trained: Vec<(String, Tensor)>,
 }
 
 impl Block {
-    /// Takes block `index` out of the weights.
+    /// Takes block `index` from the weights.
     ///
     /// # Errors
     /// Names the missing tensor.
@@ -95,8 +95,8 @@ impl Block {
 
     /// The block over a packed forest, as a graph of ops. Shapes: `[T, D] -> [T, D]`.
     ///
-    /// The residual stream is f32. On a GPU all that enters a product is in the type of the weights, as on the CPU; there
-    /// this form is the twin of the hand-written one, and rounds only within products.
+    /// The residual stream is f32. On a GPU all product inputs are in the weights' dtype, as on the CPU. On the CPU
+    /// this form is the reference for the hand-written one, and rounds only within products.
     pub fn forward(&self, x: &Tensor, layout: &Layout) -> Result<Tensor> {
         let masks = layout.masks.as_deref();
         let inner = if x.device().is_cuda() { self.dtype } else { x.dtype() };
@@ -117,7 +117,7 @@ impl Block {
         ops::residual(&x, &self.down.forward(&hidden, masks, self.dtype)?)
     }
 
-    /// What its parameters' names begin with, such as `model.layers.3.`.
+    /// Prefix of its parameter names, such as `model.layers.3.`.
     pub fn prefix(&self) -> &str {
         &self.prefix
     }

@@ -1,12 +1,12 @@
-//! The block on the CPU, its backward written out by hand.
+//! The block on the CPU with a hand-written backward.
 //!
-//! The same mathematics as [`Block::forward`] over plain buffers: gradients of weights are accumulated by the products
-//! themselves, residual sums happen in place, and what is cheap (norms, the activation) is computed again rather than
-//! kept. The graph form is its twin in the tests and runs on other devices. Why by hand: `docs/decisions/0006`.
+//! Same mathematics as [`Block::forward`], on plain buffers: the products accumulate weight gradients directly,
+//! residual sums are in place, and cheap steps (norms, the activation) are recomputed rather than kept. The graph form
+//! is its reference in tests, and runs on other devices. Rationale: `docs/decisions/0006`.
 //!
-//! In bf16 everything that enters a product is bf16: weights, normed rows, queries, keys, values, what attention saw, the
-//! feed-forward's inner rows, and the gradients of each product's output. The residual stream, sums, norms, softmax and
-//! the gradients of weights are f32.
+//! In bf16 all product inputs are bf16: weights, normed rows, queries, keys, values, attention outputs, the MLP's inner
+//! rows, and the gradients of each product's output. The residual stream, sums, norms, softmax and weight gradients are
+//! f32.
 
 use candle_core::{DType, Tensor};
 use half::bf16;
@@ -20,7 +20,7 @@ use crate::ops::cpu::Element;
 use crate::ops::cpu::attention::{self, Inputs};
 use crate::ops::{cpu, norm, residual, rope, swiglu};
 
-/// What a block's backward needs of its forward, besides the block's input.
+/// Activations kept for a block's backward, besides the block's input.
 #[derive(Debug)]
 pub(super) enum Kept {
     F32(Activations<f32>),
@@ -29,14 +29,14 @@ pub(super) enum Kept {
 
 #[derive(Debug)]
 pub(super) struct Activations<E> {
-    /// Rotated queries `[T, H, E]`, rotated keys and values `[T, G, E]`.
+    /// Queries `[T, H, E]` and keys `[T, G, E]` after RoPE, and values `[T, G, E]`.
     q: Vec<E>,
     k: Vec<E>,
     v: Vec<E>,
-    /// What attention saw, `[T, H, E]`, and its log-sum-exps.
+    /// Attention output, `[T, H, E]`, and its log-sum-exps.
     seen: Vec<E>,
     log_sum_exp: Vec<f32>,
-    /// The sum after attention, `[T, D]`.
+    /// The residual stream after attention, `[T, D]`.
     middle: Vec<f32>,
     /// `[T, F]` each.
     gate: Vec<E>,
@@ -44,7 +44,7 @@ pub(super) struct Activations<E> {
 }
 
 impl Block {
-    /// The block over a packed forest, in the type of its weights. Shapes: `[T, D] -> [T, D]`.
+    /// The block over a packed forest, in the dtype of its weights. Shapes: `[T, D] -> [T, D]`.
     pub(super) fn forward_cpu(&self, x: &[f32], layout: &Layout) -> Result<(Vec<f32>, Kept)> {
         if self.dtype == DType::BF16 {
             let (y, kept) = self.forward_in::<bf16>(x, layout)?;
@@ -81,8 +81,8 @@ impl Block {
         Ok((y, Activations { q, k, v, seen, log_sum_exp, middle, gate, up }))
     }
 
-    /// From the gradient of the block's output to that of its input `x`, `[T, D]` each; adds the gradients of what is
-    /// trained.
+    /// Backpropagates from the block's output to its input `x`, `[T, D]` each; accumulates the gradients of trained
+    /// tensors.
     pub(super) fn backward_cpu(
         &self,
         (x, kept): (&[f32], Kept),
@@ -125,7 +125,7 @@ impl Block {
         self.norm_backward((x, &self.input_norm, "input_layernorm"), &d_normed, d_middle, grads)
     }
 
-    /// The second half of the backward; returns the gradient of the sum after attention.
+    /// Backward of the MLP half; returns the gradient of the residual stream after attention.
     fn feed_forward_backward<E: Element>(
         &self,
         (middle, gate, up): (&[f32], Vec<E>, Vec<E>),
@@ -148,7 +148,7 @@ impl Block {
         self.norm_backward(place, &d_normed, d_y, grads)
     }
 
-    /// Adds a norm's part to the gradient that passes it by on the residual path.
+    /// Adds the gradient through a norm to that of the residual path.
     fn norm_backward(
         &self,
         (x, weight, name): (&[f32], &Tensor, &str),

@@ -1,7 +1,7 @@
-//! Checkpoints: Hugging Face directories, loaded and saved whole.
+//! Checkpoints: Hugging Face directories, loaded and saved as a whole.
 //!
-//! Loading refuses what would train into nonsense: missing, unexpected or wrongly shaped tensors,
-//! truncated files, weights that are not finite, and a tokenizer with ids beyond the embedding.
+//! Loading rejects broken models: missing, unexpected or wrongly shaped tensors, truncated files, non-finite weights,
+//! and a tokenizer with ids beyond the embedding.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -22,24 +22,24 @@ use crate::store;
 
 /// The file of an unsharded checkpoint.
 pub(super) const SINGLE: &str = "model.safetensors";
-/// The list of a sharded checkpoint's files.
+/// The index of a sharded checkpoint.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 
-/// A model in memory: everything that a Hugging Face directory holds.
+/// A model in memory: the contents of a Hugging Face directory.
 #[derive(Clone)]
 pub struct Checkpoint {
     /// The model's shape and special ids.
     pub config: Config,
-    /// Exactly the parameters of [`params::shapes`].
+    /// Exactly the parameters in [`params::shapes`].
     pub weights: Weights,
-    /// The tokenizer with its chat template, where there is one.
+    /// The tokenizer with its chat template, if any.
     pub tokenizer: Option<ChatTokenizer>,
 }
 
-/// What to load.
+/// Loading options.
 #[derive(Clone, Debug, Default)]
 pub struct LoadOptions {
-    /// Branch, tag or commit of a hub repository; `main` where absent.
+    /// Branch, tag or commit of a hub repository; default `main`.
     pub revision: Option<String>,
 }
 
@@ -47,7 +47,7 @@ impl Checkpoint {
     /// Loads a directory, a GGUF file or a hub repository (see [`source::resolve`]), in f32.
     ///
     /// # Errors
-    /// No such model, one that is not supported, and damaged files.
+    /// No such model, an unsupported one, or damaged files.
     pub fn load(name_or_path: &str, device: &Device, options: &LoadOptions) -> Result<Self> {
         match source::resolve(name_or_path, options.revision.as_deref())? {
             Source::Directory(dir) => Self::load_dir(&dir, device),
@@ -55,28 +55,27 @@ impl Checkpoint {
         }
     }
 
-    /// The same model, to be computed with in another format.
+    /// The same model with another compute dtype.
     ///
     /// # Errors
-    /// A format that is not computed with, or not on this device.
+    /// An unsupported compute dtype, in general or on this device.
     pub fn computed_in(self, precision: Precision) -> Result<Self> {
         Ok(Self { weights: precision.cast(self.weights)?, ..self })
     }
 
-    /// The same model on a device; tensors that are there are shared, not copied.
+    /// The same model on a device; tensors already there are shared, not copied.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn on(self, device: &Device) -> Result<Self> {
         let moved = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_device(device)?));
         Ok(Self { weights: self.weights.into_iter().map(moved).collect::<Result<_>>()?, ..self })
     }
 
-    /// Reads a Hugging Face directory, or a peft adapter's, which is merged into its base.
+    /// Reads a Hugging Face directory, or a peft adapter directory, which is merged into its base.
     ///
     /// # Errors
-    /// All of [`load_config`] and [`load_weights`], and a tokenizer that is broken or has ids beyond
-    /// the embedding.
+    /// As [`load_config`] and [`load_weights`]; a tokenizer that is broken or has ids beyond the embedding.
     pub fn load_dir(dir: &Path, device: &Device) -> Result<Self> {
         if is_adapter(dir) {
             return Self::load_adapter(dir, device);
@@ -92,7 +91,7 @@ impl Checkpoint {
     /// Reads a GGUF file: weights, configuration, tokenizer and chat template.
     ///
     /// # Errors
-    /// An architecture, tokenizer or feature that is not supported, and damaged files.
+    /// An unsupported architecture, tokenizer or feature; damaged files.
     pub fn load_gguf(path: &Path, device: &Device) -> Result<Self> {
         let gguf = Gguf::open(path)?;
         let read = || {
@@ -109,12 +108,12 @@ impl Checkpoint {
     /// The model's tokenizer.
     ///
     /// # Errors
-    /// The checkpoint has none.
+    /// The checkpoint has no tokenizer.
     pub fn tokenizer(&self) -> Result<&ChatTokenizer> {
         self.tokenizer.as_ref().ok_or_else(no_tokenizer)
     }
 
-    /// Every id that ends a response: the model's and the tokenizer's.
+    /// All ids that end a response: the model's and the tokenizer's.
     pub fn ends(&self) -> Vec<u32> {
         let mut ends = self.config.eos_token_ids.clone();
         for id in self.tokenizer.iter().flat_map(ChatTokenizer::ends) {
@@ -126,17 +125,17 @@ impl Checkpoint {
     }
 }
 
-/// An error of reading weights. Where it says that a GPU is full: what was to lie there.
+/// Adds memory usage to an out-of-memory error of loading weights.
 fn unloaded(error: Error, config: &Config) -> Error {
     let parts = [("weights in f32", 4 * params::count(config) as u64)];
     let ways = "use_peft = true, which reads a base rounded or packed, a smaller model, or device = \"cpu\"";
     out_of_memory(error, "while a model was read", parts, ways)
 }
 
-/// Configuration and tokenizer of a model on this machine: a directory or a GGUF file. No weights are read.
+/// Configuration and tokenizer of a local model: a directory or a GGUF file. Reads no weights.
 ///
 /// # Errors
-/// Files that are missing, damaged or not supported.
+/// Missing, damaged or unsupported files.
 pub fn peek(path: &Path) -> Result<(Config, Option<ChatTokenizer>)> {
     if path.is_dir() {
         if is_adapter(path) {
@@ -155,7 +154,7 @@ pub fn peek(path: &Path) -> Result<(Config, Option<ChatTokenizer>)> {
     read().at(path.display())
 }
 
-/// An id without a row in the embedding would fail only when a text happens to hold its token.
+/// An id without an embedding row would only fail once a text contains its token.
 pub(super) fn check_vocabulary(config: &Config, tokenizer: Option<&ChatTokenizer>) -> Result<()> {
     let ids = tokenizer.map_or(0, ChatTokenizer::vocab_size);
     if ids <= config.vocab_size {
@@ -171,8 +170,8 @@ pub(super) fn check_vocabulary(config: &Config, tokenizer: Option<&ChatTokenizer
     ))
 }
 
-/// Reads the `config.json` of a Hugging Face directory. The ids of `generation_config.json` that end
-/// a response are added to those of `config.json`: many models list the end of a turn only there.
+/// Reads the `config.json` of a Hugging Face directory. End-of-response ids in `generation_config.json` are added: many
+/// models list the end of a turn only there.
 ///
 /// # Errors
 /// A missing file, and all of [`Config::from_json`].
@@ -197,8 +196,8 @@ pub fn load_config(dir: &Path) -> Result<Config> {
 /// them against `config`.
 ///
 /// # Errors
-/// No weights in the directory, a truncated file, missing, unexpected or wrongly shaped tensors,
-/// numbers that are not finite, a tied head that differs from the embedding. Each names its file.
+/// No weights in the directory, a truncated file, missing, unexpected or wrongly shaped tensors, non-finite values, a
+/// tied head that differs from the embedding. Each error names its file.
 pub fn load_weights(dir: &Path, config: &Config, device: &Device) -> Result<Weights> {
     let mut weights = Weights::new();
     let files = weight_files(dir)?;
@@ -223,7 +222,7 @@ pub fn load_weights(dir: &Path, config: &Config, device: &Device) -> Result<Weig
     Ok(weights)
 }
 
-/// The files of a directory's weights, with the tensors that an index puts into each.
+/// A directory's weight files, with the tensors that the index assigns to each.
 pub(super) fn weight_files(dir: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
     let index = dir.join(INDEX);
     if index.exists() {
@@ -239,7 +238,7 @@ pub(super) fn in_two_files(name: &str) -> Error {
     Error::run(format!("tensor `{name}` is in two files of the checkpoint"))
 }
 
-/// Names and shapes are known from the header alone: a wrong one is refused before gigabytes are read.
+/// Checks names and shapes from the header alone, before gigabytes are read.
 pub(super) fn check_file(
     config: &Config,
     tensors: &safetensors::SafeTensors<'_>,
@@ -265,7 +264,7 @@ pub(super) fn is_derived(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq")
 }
 
-/// Some writers store the tied head a second time. It is dropped, after a check that it is a copy.
+/// Some writers store the tied head again. It is dropped after checking that it is a copy.
 fn drop_tied_head(config: &Config, weights: &mut Weights) -> Result<()> {
     if !config.is_tied() {
         return Ok(());
@@ -275,7 +274,7 @@ fn drop_tied_head(config: &Config, weights: &mut Weights) -> Result<()> {
     if is_same(&head, embedding)? { Ok(()) } else { Err(not_tied()) }
 }
 
-/// Whether two tensors have the same shape and numbers.
+/// Whether two tensors have the same shape and values.
 pub(super) fn is_same(a: &Tensor, b: &Tensor) -> Result<bool> {
     if a.dims() != b.dims() {
         return Ok(false);
@@ -283,7 +282,7 @@ pub(super) fn is_same(a: &Tensor, b: &Tensor) -> Result<bool> {
     Ok(a.ne(b)?.to_dtype(candle_core::DType::F32)?.sum_all()?.to_scalar::<f32>()? < 0.5)
 }
 
-/// The error of a stored head that is not the embedding.
+/// Error for a stored head that is not the embedding.
 pub(super) fn not_tied() -> Error {
     Error::run(format!(
         "`{}` differs from `{}` though tie_word_embeddings is true",
@@ -293,7 +292,7 @@ pub(super) fn not_tied() -> Error {
     .hint("set tie_word_embeddings to false in config.json to use both")
 }
 
-/// The files of a sharded checkpoint with the tensors that each should hold.
+/// The files of a sharded checkpoint, with their expected tensors.
 fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
     let value: Value = serde_json::from_str(&store::read_text(path)?).at(path.display())?;
     let map = value
@@ -302,7 +301,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
         .ok_or_else(|| Error::run("missing the object `weight_map`").at(path.display()))?;
     let mut files: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (name, file) in map {
-        // A plain name only: an index from elsewhere must not reach outside its directory.
+        // A plain file name only: an untrusted index must not reach outside its directory.
         let file = file
             .as_str()
             .filter(|file| Path::new(file).file_name().is_some_and(|name| name == *file))
@@ -315,7 +314,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
     Ok(files)
 }
 
-/// The error of a checkpoint without tokenizer.
+/// Error for a checkpoint without a tokenizer.
 pub(super) fn no_tokenizer() -> Error {
     Error::run("the checkpoint has no tokenizer.json")
         .hint("copy the tokenizer files of its base model beside config.json")

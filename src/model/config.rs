@@ -1,9 +1,8 @@
 //! The shape of a Llama-family model, read from and written to Hugging Face's `config.json`.
 //!
-//! Both generations of keys are understood (`rope_theta`/`rope_scaling`/`torch_dtype` and
-//! `rope_parameters`/`dtype`), and both are written, so that transformers 4 and 5 read what was
-//! saved. A key that changes the mathematics and is not implemented is refused by name
-//! ([`refusals`](super::refusals)); any other key is carried through unchanged.
+//! Both generations of keys are read (`rope_theta`/`rope_scaling`/`torch_dtype` and `rope_parameters`/`dtype`), and
+//! both are written, for transformers 4 and 5. Unsupported keys that change the mathematics are refused by name
+//! ([`refusals`](super::refusals)); any other key is preserved.
 
 use candle_core::DType;
 use serde_json::{Map, Value, json};
@@ -12,7 +11,7 @@ use super::rope::Rope;
 use super::{labels, refusals};
 use crate::error::{Context, Error, Result};
 
-/// Which Hugging Face model family the checkpoint belongs to; the mathematics differ in biases only.
+/// The Hugging Face model family; the mathematics differ only in biases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// `model_type = "llama"`: Llama 1 to 3, SmolLM2, TinyLlama and others.
@@ -22,7 +21,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// What the names of its classes in transformers begin with.
+    /// Prefix of its class names in transformers.
     fn class_prefix(self) -> &'static str {
         match self {
             Self::Llama => "Llama",
@@ -39,7 +38,7 @@ impl Family {
     }
 }
 
-/// What stands on top of the transformer.
+/// The head on top of the transformer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Architecture {
     /// A language model: the vocabulary projection `lm_head.weight`, or the tied embedding.
@@ -59,48 +58,49 @@ pub struct Config {
     pub architecture: Architecture,
     /// Names of the score head's `L` outputs; empty for a language model.
     pub labels: Vec<String>,
-    /// Rows of the embedding, `V`.
+    /// Number of embedding rows, `V`.
     pub vocab_size: usize,
     /// Width of the residual stream, `D`.
     pub hidden_size: usize,
-    /// Width of the SwiGLU layer.
+    /// Hidden size of the SwiGLU layer, `F`.
     pub intermediate_size: usize,
     /// Number of blocks.
     pub num_hidden_layers: usize,
-    /// Query heads.
+    /// Number of query heads, `H`.
     pub num_attention_heads: usize,
-    /// Key and value heads; divides [`num_attention_heads`](Self::num_attention_heads).
+    /// Number of key/value heads, `G`; divides [`num_attention_heads`](Self::num_attention_heads).
     pub num_key_value_heads: usize,
-    /// Width of one head; even. Not always `hidden_size / num_attention_heads`.
+    /// Head dimension, `E`; even. Not always `hidden_size / num_attention_heads`.
     pub head_dim: usize,
-    /// The longest sequence the model was made for, in tokens.
+    /// Maximum sequence length, in tokens.
     pub max_position_embeddings: usize,
-    /// The term under the root of every RMSNorm.
+    /// Epsilon of every RMSNorm.
     pub rms_norm_eps: f64,
-    /// Rotary positions.
+    /// RoPE configuration.
     pub rope: Rope,
-    /// Whether the embedding is also the vocabulary projection.
+    /// Whether the embedding doubles as vocabulary projection.
     pub tie_word_embeddings: bool,
     /// Whether q, k and v projections have a bias.
     pub qkv_bias: bool,
-    /// Whether the attention's output projection has a bias (Llama's `attention_bias`).
+    /// Whether the attention output projection has a bias (Llama's `attention_bias`).
     pub output_bias: bool,
     /// Standard deviation of random initialisation.
     pub initializer_range: f64,
     /// Begin-of-sequence id.
     pub bos_token_id: Option<u32>,
-    /// Every id that ends a response; `eos_token_id` may be one id or a list.
+    /// All ids that end a response; `eos_token_id` may be one id or a list.
     pub eos_token_ids: Vec<u32>,
     /// Padding id.
     pub pad_token_id: Option<u32>,
-    /// The type in which the weights are or will be stored on disk.
+    /// Storage dtype of the weights on disk.
     pub dtype: DType,
-    /// Keys that are not understood and do not matter here, in the file's order.
+    /// Other keys, which do not matter here, in file order.
     pub other: Map<String, Value>,
 }
 
 impl Config {
-    /// Whether embedding and vocabulary projection are one tensor; a reward model has no such projection.
+    /// Whether embedding and vocabulary projection are one tensor; false for a reward model, which has no such
+    /// projection.
     pub fn is_tied(&self) -> bool {
         self.architecture == Architecture::CausalLm && self.tie_word_embeddings
     }
@@ -108,8 +108,8 @@ impl Config {
     /// Reads the text of a `config.json`.
     ///
     /// # Errors
-    /// Broken JSON, a missing or mistyped key, sizes that do not fit each other, a model type other
-    /// than llama or qwen2, and every key that [`refusals`](super::refusals) names.
+    /// Broken JSON, a missing or mistyped key, inconsistent sizes, a model type other than llama or qwen2, and every
+    /// key that [`refusals`](super::refusals) rejects.
     pub fn from_json(text: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(text).hint("the file must be one JSON object")?;
         let Value::Object(keys) = value else {
@@ -123,12 +123,12 @@ impl Config {
         let family = family(&mut keys)?;
         refusals::check(family, &keys.0)?;
         for key in ["hidden_act", "mlp_bias"] {
-            keys.0.shift_remove(key); // neutral now, and always written
+            keys.0.shift_remove(key); // checked to be neutral, and always written
         }
         let architecture = architecture(family, &mut keys)?;
         let hidden_size = keys.size("hidden_size")?;
         let num_attention_heads = keys.size("num_attention_heads")?;
-        // Llama's `attention_bias` puts a bias on all four projections, Qwen2 always on three.
+        // Llama's `attention_bias` adds a bias to all four projections; Qwen2 always has three.
         let attention_bias = keys.boolean("attention_bias")?.unwrap_or(false);
         let config = Self {
             family,
@@ -185,7 +185,7 @@ impl Config {
         Ok(())
     }
 
-    /// The text of a `config.json` that transformers 4 and 5 both read.
+    /// A `config.json` that both transformers 4 and 5 read.
     pub fn to_json(&self) -> String {
         let mut keys = Map::new();
         let suffix = match self.architecture {
@@ -230,13 +230,13 @@ impl Config {
         text
     }
 
-    /// Query heads that share one key and value head.
+    /// Number of query heads per key/value head.
     pub fn group_size(&self) -> usize {
         self.num_attention_heads / self.num_key_value_heads
     }
 }
 
-/// `eos_token_id` as Hugging Face writes it: null, one id, or a list.
+/// `eos_token_id` in Hugging Face's form: null, one id, or a list.
 pub(super) fn one_or_list(ids: &[u32]) -> Value {
     match ids {
         [] => Value::Null,
@@ -290,7 +290,7 @@ fn architecture(family: Family, keys: &mut Keys) -> Result<Architecture> {
     }
 }
 
-/// The stored type; it does not change the mathematics here, so an unknown one counts as f32.
+/// The storage dtype; it does not affect computation, so an unknown one is treated as f32.
 fn dtype(keys: &mut Keys) -> DType {
     let old = keys.0.shift_remove("torch_dtype");
     let new = keys.0.shift_remove("dtype");
@@ -301,7 +301,7 @@ fn dtype(keys: &mut Keys) -> DType {
     }
 }
 
-/// The name that `config.json` uses for a storage type.
+/// The name of a storage dtype in `config.json`.
 pub(super) fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
         DType::BF16 => "bfloat16",
@@ -310,7 +310,7 @@ pub(super) fn dtype_name(dtype: DType) -> &'static str {
     }
 }
 
-/// The keys of a `config.json` that have not been read yet.
+/// The unread keys of a `config.json`.
 pub(super) struct Keys(pub(super) Map<String, Value>);
 
 impl Keys {
@@ -334,7 +334,7 @@ impl Keys {
     }
 
     pub(super) fn optional_size(&mut self, key: &str) -> Result<Option<usize>> {
-        // The cap keeps products of sizes from overflowing on hostile files.
+        // The limit keeps products of sizes from overflowing on malicious files.
         let read = |value: &Value| value.as_u64().filter(|n| (1..=1 << 31).contains(n));
         Ok(self.take(key, "a whole number from 1 to 2^31", read)?.map(|n| n as usize))
     }
@@ -365,7 +365,7 @@ impl Keys {
 mod tests {
     use super::*;
 
-    /// A small Llama `config.json` with some keys replaced; `null` removes nothing, it is written.
+    /// A small Llama `config.json` with some keys replaced; `null` is written, not removed.
     fn with(changes: &[(&str, Value)]) -> Result<Config> {
         let mut keys = json!({
             "model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,

@@ -1,6 +1,6 @@
-//! GGUF files of llama.cpp: one file with weights, configuration, tokenizer and chat template.
+//! llama.cpp's GGUF files: weights, configuration, tokenizer and chat template in one file.
 //!
-//! Weights are dequantised to f32 and take Hugging Face's names and order of rows ([`gguf_layout`](super::gguf_layout)).
+//! Weights are dequantised to f32, and get Hugging Face's names and row order ([`gguf_layout`](super::gguf_layout)).
 //! Architectures other than `llama` and `qwen2` are refused by name.
 
 use std::collections::BTreeMap;
@@ -23,7 +23,7 @@ use super::tensor_file::{self, Mapped};
 use super::{Weights, params};
 use crate::error::{Context, Error, Result};
 
-/// An open GGUF file: its metadata, and its tensors on demand.
+/// An open GGUF file: its metadata, with tensors read on demand.
 pub(super) struct Gguf {
     mapped: Mapped,
     content: Content,
@@ -33,7 +33,7 @@ impl Gguf {
     /// Opens the file and reads its metadata.
     ///
     /// # Errors
-    /// Not a GGUF file, or one that ends before its header or its tensors do.
+    /// Not a GGUF file, or a truncated one.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let mapped = Mapped::open(path)?;
         check_alignment(mapped.bytes()).at(path.display())?;
@@ -66,7 +66,7 @@ impl Gguf {
         self.content.metadata.get(key)
     }
 
-    /// A whole number under `key`.
+    /// An integer under `key`.
     pub(super) fn number(&self, key: &str) -> Option<u64> {
         match self.get(key)? {
             Value::I32(n) => u64::try_from(*n).ok(),
@@ -75,12 +75,12 @@ impl Gguf {
         }
     }
 
-    /// A text under `key`.
+    /// A string under `key`.
     pub(super) fn text(&self, key: &str) -> Option<&str> {
         Some(self.get(key)?.to_string().ok()?.as_str())
     }
 
-    /// A list under `key`, empty where it is absent.
+    /// A list under `key`; empty if absent.
     pub(super) fn list(&self, key: &str) -> &[Value] {
         self.get(key).and_then(|value| value.to_vec().ok()).map_or(&[], Vec::as_slice)
     }
@@ -93,10 +93,10 @@ impl Gguf {
         }
     }
 
-    /// The configuration that the metadata and the tensors describe.
+    /// The configuration described by metadata and tensors.
     ///
     /// # Errors
-    /// An architecture or a feature that is not implemented, missing keys.
+    /// An unsupported architecture or feature; missing keys.
     pub(super) fn config(&self) -> Result<Config> {
         let arch = self.text("general.architecture").unwrap_or_default();
         let family = match arch {
@@ -158,7 +158,7 @@ impl Gguf {
         u32::try_from(self.number(&format!("tokenizer.ggml.{name}"))?).ok()
     }
 
-    /// Every id that ends a text, a turn or a message.
+    /// All ids that end a text, turn or message.
     pub(super) fn end_ids(&self) -> Vec<u32> {
         let mut ids = Vec::new();
         for name in ["eos_token_id", "eot_token_id", "eom_token_id"] {
@@ -219,11 +219,11 @@ impl Gguf {
         Ok(quantised.dequantize(device)?.to_dtype(DType::F32)?)
     }
 
-    /// The projections as they stand in the file, under the Hugging Face names of their weights. Rows of q and k are put
-    /// into half-split order block by block: nothing is rounded again.
+    /// The projections as stored, under the Hugging Face names of their weights. Rows of q and k are reordered to
+    /// half-split block by block, without requantisation.
     ///
     /// # Errors
-    /// A projection in blocks of another type.
+    /// A projection with an unsupported block type.
     pub(super) fn packed(&self, config: &Config) -> Result<PackedWeights> {
         let mut packed = PackedWeights::new();
         for (name, info) in &self.content.tensor_infos {
@@ -252,10 +252,10 @@ impl Gguf {
         Ok(packed)
     }
 
-    /// Hugging Face names of the parameters, with the names and shapes that they have here.
+    /// Parameters by Hugging Face name, with their names and shapes in the file.
     ///
     /// # Errors
-    /// A tensor that no model of this kind has.
+    /// A tensor that does not belong to this kind of model.
     pub(super) fn parameters(&self) -> Result<BTreeMap<String, (&str, &[usize])>> {
         let infos = self.content.tensor_infos.iter().filter(|(name, _)| *name != ROPE_FACTORS);
         let renamed = infos.map(|(name, info)| {
@@ -266,10 +266,10 @@ impl Gguf {
         renamed.collect()
     }
 
-    /// One parameter in f32, its rows in Hugging Face's order.
+    /// One parameter in f32, with rows in Hugging Face's order.
     ///
     /// # Errors
-    /// Names the tensor: damaged, or numbers that are not finite.
+    /// Names the tensor: damaged, or with non-finite values.
     pub(super) fn parameter(
         &self,
         config: &Config,
@@ -289,7 +289,7 @@ impl Gguf {
     /// All weights under their Hugging Face names, f32, checked against `config`.
     ///
     /// # Errors
-    /// Missing, unexpected or wrongly shaped tensors, numbers that are not finite.
+    /// Missing, unexpected or wrongly shaped tensors; non-finite values.
     pub(super) fn weights(&self, config: &Config, device: &Device) -> Result<Weights> {
         let mut weights = Weights::new();
         for (renamed, (name, _)) in self.parameters()? {
@@ -301,17 +301,17 @@ impl Gguf {
     }
 }
 
-/// The projections of a file as they stand there, see [`Gguf::packed`].
+/// A file's projections as stored, see [`Gguf::packed`].
 ///
 /// # Errors
-/// As of [`Gguf::open`], and blocks of another type.
+/// As [`Gguf::open`], and unsupported block types.
 pub(super) fn packed(path: &Path) -> Result<PackedWeights> {
     let gguf = Gguf::open(path)?;
     let read = || gguf.packed(&gguf.config()?);
     read().at(path.display())
 }
 
-/// A zero alignment would divide by zero in the reader.
+/// An alignment of zero would cause a division by zero in the reader.
 fn check_alignment(bytes: &[u8]) -> Result<()> {
     let key = b"general.alignment";
     let header = &bytes[..bytes.len().min(1 << 16)];
@@ -323,15 +323,15 @@ fn check_alignment(bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// An f32 as the shortest decimal that means it: 1e-5 and not 0.000009999999747378752.
+/// An f32 as its shortest decimal: 1e-5 instead of 0.000009999999747378752.
 fn short(value: f64) -> f64 {
     (value as f32).to_string().parse().unwrap_or(value)
 }
 
 /// Finds the Llama 3.1 scaling that gives these frequency factors.
 ///
-/// The file keeps only the factors, `[head_dim / 2]`: plain over scaled frequency. All published
-/// models use the same bands, so the few candidates are tried; anything else is refused.
+/// The file stores only the factors, `[head_dim / 2]`: plain over scaled frequency. All published models use the same
+/// bands, so the few candidates are tried; anything else is refused.
 fn recognise_scaling(
     plain: Rope,
     factors: &[f32],

@@ -1,6 +1,6 @@
-//! How a GGUF file lays out what a Hugging Face checkpoint holds: names of tensors, and the order of rotary rows.
+//! Mapping between GGUF and Hugging Face: tensor names, and the order of rotary rows.
 //!
-//! Files of arch `llama` keep the rows of q and k in the order of interleaved rotary pairs, Hugging Face in two halves.
+//! Files of arch `llama` store the rows of q and k as interleaved rotary pairs, Hugging Face as two halves.
 
 use candle_core::Tensor;
 
@@ -8,7 +8,7 @@ use super::config::{Config, Family};
 use super::params;
 use crate::error::Result;
 
-/// The tensor with Llama 3.1's frequency factors: no parameter, part of the configuration.
+/// Llama 3.1's frequency factors: part of the configuration, not a parameter.
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// Tensors of the whole model: (GGUF, Hugging Face).
@@ -18,7 +18,7 @@ const WHOLE: [(&str, &str); 3] = [
     ("output.weight", params::HEAD),
 ];
 
-/// Parts of a block: (GGUF, Hugging Face).
+/// Tensors of a block: (GGUF, Hugging Face).
 const PARTS: [(&str, &str); 9] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
@@ -31,7 +31,7 @@ const PARTS: [(&str, &str); 9] = [
     ("ffn_down", "mlp.down_proj"),
 ];
 
-/// `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`, and so on.
+/// Maps `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`, and so on.
 pub(super) fn hugging_face_name(name: &str) -> Option<String> {
     if let Some((_, theirs)) = WHOLE.iter().find(|(gguf, _)| *gguf == name) {
         return Some((*theirs).to_owned());
@@ -42,7 +42,7 @@ pub(super) fn hugging_face_name(name: &str) -> Option<String> {
     Some(format!("model.layers.{layer}.{part}.{kind}"))
 }
 
-/// The way back; `None` for what a language model does not have.
+/// The inverse; `None` for names that a language model does not have.
 pub(super) fn gguf_name(name: &str) -> Option<String> {
     if let Some((gguf, _)) = WHOLE.iter().find(|(_, theirs)| *theirs == name) {
         return Some((*gguf).to_owned());
@@ -53,7 +53,7 @@ pub(super) fn gguf_name(name: &str) -> Option<String> {
     Some(format!("blk.{layer}.{part}.{kind}"))
 }
 
-/// The number of heads in a parameter whose rows the file keeps in another order.
+/// Number of heads in a parameter whose rows are stored in another order.
 pub(super) fn rotary_heads(name: &str, config: &Config) -> Option<usize> {
     if config.family != Family::Llama {
         return None;
@@ -67,12 +67,12 @@ pub(super) fn rotary_heads(name: &str, config: &Config) -> Option<usize> {
     }
 }
 
-/// Rows of each head from (pair, side) order to (side, pair) order; the first dimension is `heads · head_dim`.
+/// Reorders rows of each head from (pair, side) to (side, pair); the first dimension is `heads · head_dim`.
 pub(super) fn half_split(tensor: &Tensor, heads: usize, head_dim: usize) -> Result<Tensor> {
     swapped(tensor, (heads, head_dim / 2, 2))
 }
 
-/// Rows of each head from (side, pair) order to (pair, side) order: the inverse of [`half_split`].
+/// Reorders rows of each head from (side, pair) to (pair, side): the inverse of [`half_split`].
 pub(super) fn interleaved(tensor: &Tensor, heads: usize, head_dim: usize) -> Result<Tensor> {
     swapped(tensor, (heads, 2, head_dim / 2))
 }
@@ -84,7 +84,7 @@ fn swapped(tensor: &Tensor, (heads, one, two): (usize, usize, usize)) -> Result<
     Ok(rows.transpose(1, 2)?.contiguous()?.reshape(dims)?)
 }
 
-/// [`half_split`] of rows that are bytes.
+/// [`half_split`] for rows of bytes.
 pub(super) fn half_split_rows(bytes: &[u8], row: usize, head_dim: usize) -> Vec<u8> {
     let heads = bytes.chunks_exact(row * head_dim);
     heads
@@ -112,7 +112,7 @@ mod tests {
         }
         assert_eq!(gguf_name(names[2]).as_deref(), Some("blk.12.ffn_up.weight"));
         assert_eq!(gguf_name("score.weight"), None);
-        // Two heads of four rows: the pairs are (0, 2), (1, 3) of each.
+        // Two heads of four rows; the pairs of each are (0, 2) and (1, 3).
         let halves = Tensor::arange(0_u32, 8, &Device::Cpu).unwrap();
         let pairs = interleaved(&halves, 2, 4).unwrap();
         assert_eq!(pairs.to_vec1::<u32>().unwrap(), [0, 2, 1, 3, 4, 6, 5, 7]);

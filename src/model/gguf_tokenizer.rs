@@ -1,8 +1,8 @@
-//! The tokenizer inside a GGUF file, rebuilt for the `tokenizers` crate, and its name for how text is cut.
+//! The tokenizer in a GGUF file, rebuilt for the `tokenizers` crate, and its pre-tokenizer's name.
 //!
-//! `gpt2` vocabularies are byte-level BPE; how text is cut before merging is named by
-//! `tokenizer.ggml.pre`. `llama` vocabularies are SentencePiece BPE, whose merges follow from the
-//! scores. Anything else is refused by name: a wrong cut gives other ids without any error.
+//! `gpt2` vocabularies are byte-level BPE; the pre-tokenizer is named by `tokenizer.ggml.pre`. `llama` vocabularies are
+//! SentencePiece BPE, whose merges follow from the scores. Anything else is refused by name: a wrong pre-tokenizer
+//! gives different ids without any error.
 
 use candle_core::quantized::gguf_file::Value;
 use serde_json::Value as Json;
@@ -23,9 +23,9 @@ use super::gguf::Gguf;
 use crate::data::tokenizer::{ChatTokenizer, TokenizerSettings};
 use crate::error::{Context, Error, Result};
 
-/// Words with an optional leading mark, runs of one to three digits, punctuation, line ends, spaces.
+/// Words with an optional leading punctuation mark, runs of one to three digits, punctuation, line ends, spaces.
 const LLAMA3_CUT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// The same with single digits.
+/// As [`LLAMA3_CUT`], with single digits.
 const QWEN2_CUT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// SentencePiece's mark for a space.
@@ -43,12 +43,12 @@ pub(super) mod kind {
 /// The file's tokenizer with its chat template and special ids.
 ///
 /// # Errors
-/// All of [`tokenizer`], a template that does not compile, special ids outside the vocabulary.
+/// As [`tokenizer`]; a template that does not compile; special ids outside the vocabulary.
 pub(super) fn chat_tokenizer(gguf: &Gguf) -> Result<ChatTokenizer> {
     let tokenizer = tokenizer(gguf)?;
     let template = gguf.text("tokenizer.chat_template").map(str::to_owned);
     let mut ends = gguf.end_ids();
-    // Many files name only the end of a text; the template shows what ends a turn.
+    // Many files only name the end of a text; the template shows which tokens end a turn.
     for name in ["<|im_end|>", "<|eot_id|>", "<|eom_id|>"] {
         let used = template.as_deref().is_some_and(|template| template.contains(name));
         ends.extend(tokenizer.token_to_id(name).filter(|id| used && !ends.contains(id)));
@@ -67,7 +67,7 @@ pub(super) fn chat_tokenizer(gguf: &Gguf) -> Result<ChatTokenizer> {
 /// The file's tokenizer.
 ///
 /// # Errors
-/// A vocabulary or a pre-tokenizer that is not supported, or a broken one.
+/// An unsupported or broken vocabulary or pre-tokenizer.
 fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
     let tokens = texts(gguf, "tokenizer.ggml.tokens")?;
     if tokens.is_empty() {
@@ -116,7 +116,7 @@ fn is_llama3(pre: &str) -> bool {
     matches!(pre, "llama-bpe" | "llama3" | "llama-v3")
 }
 
-/// Sets how text is cut into words before merging.
+/// Sets the pre-tokenizer.
 fn cut(pre: &str, tokenizer: &mut Tokenizer) -> Result<()> {
     let bytes = |use_regex| ByteLevel::new(false, true, use_regex).into();
     let split = |pattern: &str| {
@@ -124,7 +124,7 @@ fn cut(pre: &str, tokenizer: &mut Tokenizer) -> Result<()> {
         Split::new(pattern, SplitDelimiterBehavior::Isolated, false).at("pre-tokenizer")
     };
     let cuts = match pre {
-        // Conversions of this tokenizer often lose the first step and then read numbers wrongly.
+        // Conversions of this tokenizer often lose the first step and then split numbers wrongly.
         "smollm" => vec![Digits::new(true).into(), bytes(true)],
         "default" | "gpt-2" => vec![bytes(true)],
         "qwen2" => {
@@ -141,10 +141,10 @@ fn cut(pre: &str, tokenizer: &mut Tokenizer) -> Result<()> {
     Ok(())
 }
 
-/// The file format's name for how a `tokenizer.json` cuts text, given as JSON.
+/// GGUF's name for the pre-tokenizer of a `tokenizer.json`, given as JSON.
 ///
 /// # Errors
-/// Not byte-level BPE, or a cut that has no name here.
+/// Not byte-level BPE, or a pre-tokenizer without a GGUF name.
 pub(super) fn pre_name(tokenizer: &Json) -> Result<&'static str> {
     let model = &tokenizer["model"];
     if model["type"] != "BPE" || model["byte_fallback"] == true {
@@ -164,7 +164,7 @@ pub(super) fn pre_name(tokenizer: &Json) -> Result<&'static str> {
         .hint("known: smollm, llama-bpe, qwen2, gpt-2; save as safetensors"))
 }
 
-/// What decides how text is cut: the normalizer, and the steps without what only moves offsets.
+/// The parts that determine pre-tokenization: the normalizer, and the steps except those that only affect offsets.
 fn cuts(tokenizer: &Json) -> (Json, Vec<Json>) {
     let pre = &tokenizer["pre_tokenizer"];
     let mut steps = match pre["pretokenizers"].as_array() {
@@ -177,8 +177,7 @@ fn cuts(tokenizer: &Json) -> (Json, Vec<Json>) {
     (tokenizer["normalizer"].clone(), steps)
 }
 
-/// SentencePiece keeps a score for each piece instead of merges: pieces with higher scores were
-/// merged earlier.
+/// SentencePiece stores a score per piece instead of merges: pieces with higher scores were merged earlier.
 fn sentence_piece(gguf: &Gguf, vocab: Vocab, tokens: &[String]) -> Result<Tokenizer> {
     let scores: Vec<f32> =
         gguf.list("tokenizer.ggml.scores").iter().filter_map(|v| v.to_f32().ok()).collect();
@@ -207,7 +206,7 @@ fn sentence_piece(gguf: &Gguf, vocab: Vocab, tokens: &[String]) -> Result<Tokeni
     Ok(tokenizer)
 }
 
-/// Every way to put a piece together from two, best piece first.
+/// All ways to form a piece from two others, best piece first.
 fn merges_by_score(vocab: &Vocab, tokens: &[String], scores: &[f32]) -> Vec<(String, String)> {
     let mut ranked: Vec<(f32, u32, u32)> = Vec::new(); // score of the whole, ids of the halves
     for (token, score) in tokens.iter().zip(scores) {
@@ -223,7 +222,7 @@ fn merges_by_score(vocab: &Vocab, tokens: &[String], scores: &[f32]) -> Vec<(Str
     ranked.into_iter().map(|(_, left, right)| (text(left), text(right))).collect()
 }
 
-/// Control tokens are special; tokens defined by the user are matched whole but shown.
+/// Control tokens are special; user-defined tokens are matched whole but kept in the text.
 fn add_special_tokens(gguf: &Gguf, tokens: &[String], tokenizer: &mut Tokenizer) -> Result<()> {
     let kinds = gguf.list("tokenizer.ggml.token_type");
     let kind_of = |value: &Value| match value {
@@ -247,7 +246,7 @@ fn add_special_tokens(gguf: &Gguf, tokens: &[String], tokenizer: &mut Tokenizer)
     Ok(())
 }
 
-/// Other programs that read the saved tokenizer put the first token where this file says so.
+/// Adds a post-processor so that other programs also prepend the BOS token when this file asks for it.
 fn add_bos(gguf: &Gguf, tokens: &[String], tokenizer: &mut Tokenizer) -> Result<()> {
     if !wants_bos(gguf) {
         return Ok(());
@@ -268,7 +267,7 @@ fn add_bos(gguf: &Gguf, tokens: &[String], tokenizer: &mut Tokenizer) -> Result<
     Ok(())
 }
 
-/// Whether plain text begins with the first token; SentencePiece models do so by default.
+/// Whether plain text is prefixed with the BOS token; the default for SentencePiece models.
 fn wants_bos(gguf: &Gguf) -> bool {
     let set = gguf.get("tokenizer.ggml.add_bos_token").and_then(|value| value.to_bool().ok());
     set.unwrap_or_else(|| gguf.text("tokenizer.ggml.model") == Some("llama"))

@@ -1,4 +1,4 @@
-//! Gradients of a step, summed over its micro-batches, by parameter name.
+//! Gradients of a step by parameter name, summed over its micro-batches.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use crate::ops::cpu::Element;
 use crate::ops::cpu::matmul::{Mat, Threads, matmul, matmul_into};
 use crate::ops::{cpu, embed::embed_grad, residual};
 
-/// Elements a partial sum: fixed, so that no sum depends on the number of threads.
+/// Elements per partial sum: fixed, so that sums do not depend on the number of threads.
 const CHUNK: usize = 1 << 16;
 
 /// Sums of gradients, in name order.
@@ -26,10 +26,10 @@ impl Gradients {
         Self { sums: BTreeMap::new(), device: device.clone() }
     }
 
-    /// Adds to a parameter's sum, in f32. The first gradient is taken as it is, without a copy.
+    /// Adds to a parameter's sum, in f32. The first gradient is stored without a copy.
     ///
     /// # Errors
-    /// Another shape than before, the device's.
+    /// A shape mismatch; a device error.
     pub fn add(&mut self, name: &str, grad: &Tensor) -> Result<()> {
         if let Some(sum) = self.sums.get(name) {
             return Ok(residual::accumulate(sum, grad)?);
@@ -71,7 +71,7 @@ impl Gradients {
         Ok(())
     }
 
-    /// Takes out the sums whose names begin with `prefix`, in name order.
+    /// Removes the sums whose names begin with `prefix`, in name order.
     pub fn take(&mut self, prefix: &str) -> Vec<(String, Tensor)> {
         let starts = |(name, _): &(&String, &mut Tensor)| name.starts_with(prefix);
         let names: Vec<String> = self
@@ -93,10 +93,10 @@ impl Gradients {
         self.sums.iter().map(|(name, grad)| (name.as_str(), grad))
     }
 
-    /// The first element, in name order, that is not finite: whose gradient, and where in it.
+    /// The first non-finite element in name order: its parameter, and its index.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn first_not_finite(&self) -> Result<Option<(&str, usize)>> {
         for (name, grad) in self.iter() {
             if let Some(index) = first_not_finite(grad)? {
@@ -106,7 +106,7 @@ impl Gradients {
         Ok(None)
     }
 
-    /// Euclidean norm over all parameters, accumulated in f64 in one fixed order.
+    /// Euclidean norm over all parameters, accumulated in f64 in a fixed order.
     pub fn norm(&self) -> Result<f64> {
         let mut sum = 0.0;
         for grad in self.sums.values() {
@@ -116,7 +116,7 @@ impl Gradients {
     }
 }
 
-/// The first element of a tensor that is not finite.
+/// The first non-finite element of a tensor.
 fn first_not_finite(tensor: &Tensor) -> Result<Option<usize>> {
     #[cfg(feature = "cuda")]
     if tensor.device().is_cuda() {

@@ -1,4 +1,4 @@
-//! The reward model's head: `L` numbers at the end of each scored segment.
+//! The reward model's head: `L` scores at the end of each scored segment.
 
 use candle_core::Tensor;
 
@@ -6,8 +6,8 @@ use crate::data::forest::End;
 use crate::error::Result;
 use crate::ops;
 
-/// Scores of each end: its hidden row times the head's weight `[L, D]`, plus its bias `[L]`. Shapes: `hidden` `[T, D]` ->
-/// `[E, L]`.
+/// Scores of each end: its hidden row times the head's weight `[L, D]`, plus its bias `[L]`. Shapes: `hidden` `[T, D]`
+/// -> `[E, L]`, for `E` ends.
 pub fn scores(
     hidden: &Tensor,
     (weight, bias): (&Tensor, Option<&Tensor>),
@@ -17,7 +17,7 @@ pub fn scores(
     Ok(ops::linear(&end_rows(hidden, ends)?, &weight.detach(), bias.as_ref())?)
 }
 
-/// Gradient of the hidden states, `[T, D]`, from `d` `[E, L]`.
+/// Gradient with respect to the hidden states, `[T, D]`, from `d` `[E, L]`.
 pub(super) fn d_hidden(
     hidden: &Tensor,
     weight: &Tensor,
@@ -28,7 +28,7 @@ pub(super) fn d_hidden(
     Ok(hidden.zeros_like()?.index_add(&end_ids(ends, hidden)?, &d_rows, 0)?)
 }
 
-/// Gradient of the head's weight, `[L, D]`, from `d` `[E, L]`.
+/// Gradient with respect to the head's weight, `[L, D]`, from `d` `[E, L]`.
 pub(super) fn d_weight(hidden: &Tensor, ends: &[End], d: &Tensor) -> Result<Tensor> {
     Ok(d.t()?.matmul(&end_rows(hidden, ends)?)?)
 }

@@ -1,8 +1,7 @@
-//! Models and data sets of the Hugging Face hub, through its own cache directory.
+//! Models and datasets from the Hugging Face hub, through its standard cache directory.
 //!
-//! The variables are those of every Hugging Face program: `HF_HOME` (or `HF_HUB_CACHE`) for the
-//! cache, `HF_ENDPOINT` for a mirror, `HF_TOKEN` for private repositories, and `HF_HUB_OFFLINE=1` to
-//! use what the cache holds and open no connection.
+//! Uses the standard variables: `HF_HOME` (or `HF_HUB_CACHE`) for the cache, `HF_ENDPOINT` for a mirror, `HF_TOKEN` for
+//! private repositories, and `HF_HUB_OFFLINE=1` to use only the cache, without network access.
 
 use std::collections::BTreeSet;
 use std::io::IsTerminal;
@@ -16,7 +15,7 @@ use super::checkpoint::{INDEX, SINGLE};
 use crate::error::{Error, Result};
 use crate::store;
 
-/// Small files that are fetched where a repository has them.
+/// Small files that are fetched if the repository has them.
 const BESIDE: &[&str] = &[
     "generation_config.json",
     "tokenizer.json",
@@ -25,10 +24,10 @@ const BESIDE: &[&str] = &[
     "chat_template.jinja",
 ];
 
-/// Endings of the files that data readers understand.
+/// Supported extensions of data files.
 const DATA_ENDINGS: &[&str] = &[".jsonl", ".jsonl.gz", ".parquet"];
 
-/// Where repositories come from.
+/// Access to hub repositories.
 #[derive(Clone, Debug)]
 pub struct Hub {
     cache: PathBuf,
@@ -38,7 +37,7 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// The hub that the environment describes.
+    /// A hub configured by the environment.
     ///
     /// # Errors
     /// Neither `HF_HOME` nor a home directory is known.
@@ -105,8 +104,7 @@ impl Hub {
         files.get(file)
     }
 
-    /// The local files of one split of a data set, in the order of their names; `files` names them
-    /// instead where it is not empty.
+    /// The local files of one split of a dataset, in name order; if `names` is not empty, it lists the files instead.
     ///
     /// # Errors
     /// No such repository, split or file, or a failed connection.
@@ -119,10 +117,10 @@ impl Hub {
         chosen.iter().map(|name| files.get(name)).collect()
     }
 
-    /// The commit that a repository's main branch is at: online the server's, offline the cache's.
+    /// Current commit of a repository's main branch: the server's if online, the cache's if offline.
     ///
     /// # Errors
-    /// No such repository, a failed connection, or a repository that the cache does not hold.
+    /// No such repository, a failed connection, or a repository missing from the cache.
     pub fn commit(&self, id: &str, kind: RepoType) -> Result<String> {
         let files = self.open(id, kind, None)?;
         if let Some(remote) = files.remote {
@@ -163,18 +161,18 @@ pub(super) fn is_gguf(name: &str) -> bool {
     Path::new(name).extension().is_some_and(|ending| ending == "gguf")
 }
 
-/// The local files of one split of a data set on the hub that the environment describes.
+/// As [`Hub::dataset`], on the hub configured by the environment.
 ///
 /// # Errors
-/// As of [`Hub::dataset`].
+/// As [`Hub::dataset`].
 pub fn dataset(id: &str, split: &str, names: &[String]) -> Result<Vec<PathBuf>> {
     Hub::from_env()?.dataset(id, split, names)
 }
 
-/// The commit at which a model (`org/name`, `org/name:file.gguf`) or a data set of the hub would be read now.
+/// The commit at which a model (`org/name`, `org/name:file.gguf`) or dataset of the hub would be read now.
 ///
 /// # Errors
-/// As of [`Hub::commit`].
+/// As [`Hub::commit`].
 pub fn commit(name: &str, is_dataset: bool) -> Result<String> {
     let kind = if is_dataset { RepoType::Dataset } else { RepoType::Model };
     let id = name.split_once(':').map_or(name, |(id, _)| id);
@@ -222,7 +220,7 @@ impl Files {
 
     /// The local path, downloaded unless this commit's file is in the cache.
     fn get(&self, name: &str) -> Result<PathBuf> {
-        // Names come from the server: none may leave the cache directory.
+        // Names come from the server and must not escape the cache directory.
         if !Path::new(name).components().all(|part| matches!(part, Component::Normal(_))) {
             return Err(Error::run(format!("refused file name `{name}`")).at(&self.place));
         }
@@ -233,7 +231,7 @@ impl Files {
                     .hint("unset HF_HUB_OFFLINE to download it")
             });
         };
-        // By commit, not by branch: a branch that moved must not give a mixture of two versions.
+        // By commit rather than branch: a moving branch must not give a mixture of versions.
         let path = self.cached.pointer_path(&remote.commit).join(name);
         if path.exists() {
             return Ok(path);
@@ -253,7 +251,7 @@ impl Files {
         }
     }
 
-    /// Data files in whose path the split's name stands alone: `train.jsonl`,
+    /// Data files whose path contains the split's name as a separate component or word: `train.jsonl`,
     /// `data/train-00000-of-00002.parquet`, `default/train/0000.parquet`.
     fn of_split(&self, split: &str) -> Result<Vec<String>> {
         let Some(remote) = &self.remote else {
@@ -283,7 +281,7 @@ fn list(names: &BTreeSet<String>) -> String {
     format!("{}{more}", shown.join(", "))
 }
 
-/// The files that a sharded checkpoint's index names.
+/// The files listed in a sharded checkpoint's index.
 fn shards(index: &Path) -> Result<BTreeSet<String>> {
     let value: Value = store::read_json(index)?;
     let map = value.get("weight_map").and_then(Value::as_object);

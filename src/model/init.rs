@@ -7,11 +7,11 @@ use super::{Weights, params};
 use crate::error::Result;
 use crate::rng::Stream;
 
-/// Random weights as Hugging Face initialises them: matrices normal with deviation
-/// `initializer_range`, norms one, biases zero. Equal seeds give equal bits on every machine.
+/// Random weights initialised as in Hugging Face: matrices normal with standard deviation `initializer_range`, norms
+/// one, biases zero. Equal seeds give bit-identical weights on every machine.
 ///
 /// # Errors
-/// A device that is out of memory.
+/// Out of device memory.
 pub fn random(config: &Config, seed: u64, device: &Device) -> Result<Weights> {
     params::shapes(config)
         .into_iter()
@@ -22,8 +22,8 @@ pub fn random(config: &Config, seed: u64, device: &Device) -> Result<Weights> {
         .collect()
 }
 
-/// One tensor of [`random`]. Each has a stream of its own, named after it: a model with one block
-/// more has the same numbers in all the others.
+/// One tensor of [`random`]. Each has its own stream, keyed by its name, so a model with one more block has the same
+/// values in all others.
 pub(super) fn tensor(
     config: &Config,
     name: &str,

@@ -1,28 +1,33 @@
-//! The names of a score head's outputs: `id2label` of `config.json`, or as many as `num_labels` says. And where a model
-//! that judges steps reads them.
+//! Names of a score head's outputs, from `id2label` or `num_labels` in `config.json`, and the step separator of a
+//! step-judging model.
 
 use serde_json::{Map, Value, json};
 
 use super::config::{Architecture, Config, Keys};
 use crate::error::{Error, Result};
 
-/// What the one output of a reward model is called.
+/// Name of a reward model's only output.
 pub const REWARD: &str = "reward";
-/// What the two outputs of a process reward model are called, in order.
+/// Names of a process reward model's two outputs, in order.
 pub const STEP: [&str; 2] = ["wrong", "right"];
-/// The key of `config.json` that holds the text which ends a step.
+/// The key in `config.json` for the text that ends a step.
 pub const STEP_SEPARATOR: &str = "step_separator";
 
-/// The text that ends a step, for a model that judges steps.
+/// The key in `config.json` for the row format a model was trained on, set if that was [`PLAIN_TEXT`].
+pub const PROMPT_FORMAT: &str = "prompt_format";
+/// Prompt and response concatenated as text, without the chat template.
+pub const PLAIN_TEXT: &str = "text";
+
+/// The text that ends a step, for a step-judging model.
 pub fn step_separator(config: &Config) -> &str {
     let written = config.other.get(STEP_SEPARATOR).and_then(Value::as_str);
     written.filter(|text| !text.is_empty()).unwrap_or("\n")
 }
 
-/// Refuses heads whose outputs mean different things: the mean of help and verbosity is neither.
+/// Rejects heads whose outputs mean different things: the mean of helpfulness and verbosity is neither.
 ///
 /// # Errors
-/// Another kind of head, other outputs or another order of them, another end of steps: both values.
+/// A different kind of head, different outputs or order, a different step separator: names both values.
 pub(super) fn check_same(first: &Config, other: &Config) -> Result<()> {
     let differ = |key: &str, [first, other]: [String; 2]| {
         Err(Error::run(format!("`{key}` is {other}, in the first one {first}"))
@@ -35,6 +40,11 @@ pub(super) fn check_same(first: &Config, other: &Config) -> Result<()> {
     if !agree(&first.labels, &other.labels) {
         return differ("id2label", [first, other].map(|config| format!("{:?}", config.labels)));
     }
+    let formats = [first, other].map(is_of_plain_text);
+    if first.architecture != Architecture::CausalLm && formats[0] != formats[1] {
+        let name = |plain| if plain { PLAIN_TEXT } else { "messages" };
+        return differ(PROMPT_FORMAT, formats.map(|plain| name(plain).to_owned()));
+    }
     let ends = [first, other].map(step_separator);
     if first.architecture == Architecture::TokenClassification && ends[0] != ends[1] {
         return differ(STEP_SEPARATOR, ends.map(|text| format!("{text:?}")));
@@ -42,15 +52,20 @@ pub(super) fn check_same(first: &Config, other: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Whether outputs may mean the same. `LABEL_0` is what transformers calls one that nobody has named.
-fn agree(first: &[String], other: &[String]) -> bool {
+/// Whether a reward model was trained on plain text, and so is asked in plain text.
+pub fn is_of_plain_text(config: &Config) -> bool {
+    config.other.get(PROMPT_FORMAT).is_some_and(|format| format == PLAIN_TEXT)
+}
+
+/// Whether outputs may mean the same. `LABEL_0` is transformers' name for an unnamed output.
+pub(super) fn agree(first: &[String], other: &[String]) -> bool {
     let unnamed = |at: usize, name: &str| name == format!("LABEL_{at}");
     let mut pairs = first.iter().zip(other).enumerate();
     first.len() == other.len()
         && pairs.all(|(at, (one, two))| one == two || unnamed(at, one) || unnamed(at, two))
 }
 
-/// Takes the names from `config.json`; none for a language model. Where nothing is said a reward model has one.
+/// Takes the names from `config.json`; empty for a language model. A reward model has one output by default.
 pub(super) fn read(architecture: Architecture, keys: &mut Keys) -> Result<Vec<String>> {
     if architecture == Architecture::CausalLm {
         return Ok(Vec::new());
@@ -71,7 +86,7 @@ pub(super) fn read(architecture: Architecture, keys: &mut Keys) -> Result<Vec<St
     }
 }
 
-/// What outputs are called that nobody named; none of a language model's.
+/// Default output names; empty for a language model.
 fn unnamed(architecture: Architecture, count: Option<usize>) -> Vec<String> {
     match (architecture, count) {
         (Architecture::CausalLm, _) => Vec::new(),
@@ -81,7 +96,7 @@ fn unnamed(architecture: Architecture, count: Option<usize>) -> Vec<String> {
     }
 }
 
-/// What the outputs of a head are called of which only the number is known.
+/// Output names of a head of which only the size is known.
 pub(super) fn of_head(architecture: Architecture, outputs: usize) -> Vec<String> {
     let usual = unnamed(architecture, None);
     if usual.len() == outputs { usual } else { unnamed(architecture, Some(outputs)) }
@@ -97,7 +112,7 @@ fn named(names: &Map<String, Value>) -> Result<Vec<String>> {
     (0..names.len()).map(name).collect()
 }
 
-/// Writes the names. transformers derives `num_labels` from them and assumes two where they are absent.
+/// Writes the names. transformers derives `num_labels` from them, and assumes two if they are absent.
 pub(super) fn write(labels: &[String], mut put: impl FnMut(&str, Value)) {
     if labels.is_empty() {
         return;

@@ -1,4 +1,4 @@
-//! A projection's weight, as it lies in memory.
+//! A projection's weight in memory.
 
 use std::sync::Arc;
 
@@ -14,9 +14,9 @@ use crate::ops::unpack::{self, Unpack};
 /// A matrix `[O, I]`. Cheap to clone.
 #[derive(Clone, Debug)]
 pub enum Matrix {
-    /// In a floating-point format; a variable where it is trained.
+    /// Floating point; a variable if trained.
     Dense(Tensor),
-    /// In blocks of few bits, never trained.
+    /// Quantised in blocks; never trained.
     Packed(Arc<Packed>),
 }
 
@@ -29,15 +29,15 @@ impl Matrix {
         }
     }
 
-    /// Whether gradients are wanted.
+    /// Whether gradients are required.
     pub fn is_trained(&self) -> bool {
         matches!(self, Self::Dense(tensor) if tensor.is_variable())
     }
 
-    /// Calls `read` with the numbers, on the CPU.
+    /// Calls `read` with the values, on the CPU.
     ///
     /// # Errors
-    /// A dense matrix of another type or on another device.
+    /// A dense matrix of another dtype or on another device.
     pub fn with<E: Element, R>(&self, read: impl FnOnce(Mat<'_, E>) -> R) -> Result<R> {
         let (rows, cols) = self.shape();
         match self {
@@ -48,20 +48,20 @@ impl Matrix {
         }
     }
 
-    /// The sum of squares of each row.
+    /// Sum of squares of each row, `[O]`.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn row_squares(&self) -> Result<Arc<[f64]>> {
         let dense = self.tensor(&Device::Cpu, DType::F32)?.detach();
         let squares = dense.to_dtype(DType::F64)?.sqr()?.sum(1)?;
         Ok(squares.to_vec1::<f64>()?.into())
     }
 
-    /// `x · Wᵀ` as an op of a graph, beside a packed matrix in `dtype`. Shapes: `[T, I] -> [T, O]`.
+    /// `x · Wᵀ` as a graph op; for a quantised matrix, in `dtype`. Shapes: `[T, I] -> [T, O]`.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn linear(&self, x: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
         match self {
             Self::Dense(weight) => linear(x, weight, None),
@@ -69,10 +69,10 @@ impl Matrix {
         }
     }
 
-    /// The dense tensor: itself, or unpacked on `device` in `dtype`.
+    /// The dense tensor: as is, or dequantised on `device` in `dtype`.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn tensor(&self, device: &Device, dtype: DType) -> candle_core::Result<Tensor> {
         match self {
             Self::Dense(tensor) => Ok(tensor.clone()),

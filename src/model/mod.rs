@@ -1,7 +1,7 @@
 //! Llama-family models: configuration, named weights, loading and saving, and the forward pass.
 //!
-//! Weights are a plain ordered map of Hugging Face names to f32 tensors; [`params`] says which names
-//! and shapes a configuration asks for. Nothing here knows of losses or training.
+//! Weights are a plain ordered map from Hugging Face names to f32 tensors; [`params`] lists the names and shapes of a
+//! configuration. Nothing here depends on losses or training.
 
 use std::collections::BTreeMap;
 
@@ -47,7 +47,7 @@ pub use precision::Precision;
 pub use tensors::Tensors;
 pub use transformer::Transformer;
 
-/// The weights of one model under their Hugging Face names, on one device: f32, or as [`Precision::cast`] makes them.
+/// The weights of one model under their Hugging Face names, on one device: f32, or as cast by [`Precision::cast`].
 ///
-/// An ordered map: sums over parameters and the optimizer's state always go in the same order.
+/// Ordered, so that sums over parameters and the optimizer state always use the same order.
 pub type Weights = BTreeMap<String, Tensor>;

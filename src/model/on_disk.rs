@@ -1,5 +1,5 @@
-//! Checkpoints that stay on disk: names, shapes and types in memory, numbers read piece by piece. For work over several
-//! models of which not even one needs to fit into memory.
+//! Checkpoints left on disk: names, shapes and dtypes in memory, values read in pieces. For operations on several
+//! models, none of which needs to fit in memory.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -24,20 +24,20 @@ use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::store;
 
-/// Numbers compared at a time.
+/// Number of values compared at a time.
 const PIECE: usize = 1 << 18;
 
 /// An opened checkpoint.
 pub struct OnDisk {
-    /// What it was opened as.
+    /// The name it was opened under.
     pub name: String,
-    /// What it is besides its tensors.
+    /// Its contents besides the tensors.
     pub kind: Kind,
     tensors: BTreeMap<String, Entry>,
     store: Numbers,
 }
 
-/// What a checkpoint is besides its tensors.
+/// A checkpoint's contents besides the tensors.
 pub enum Kind {
     /// A whole model.
     Model(Box<Config>, Option<ChatTokenizer>),
@@ -45,34 +45,34 @@ pub enum Kind {
     Adapter(Box<AdapterFiles>),
 }
 
-/// What a PEFT adapter has beside its factors.
+/// A PEFT adapter's contents besides its factors.
 pub struct AdapterFiles {
-    /// Where they are.
+    /// Its directory.
     pub dir: PathBuf,
     /// `adapter_config.json`.
     pub config: Map<String, Value>,
-    /// Which base it was trained beside.
+    /// The base it was trained beside.
     pub base: Option<BaseRecord>,
-    /// The tokenizer, where it has one of its own.
+    /// Its own tokenizer, if any.
     pub tokenizer: Option<ChatTokenizer>,
-    /// What it makes of its base, where that is a reward model.
+    /// The resulting model's configuration, if that is a reward model.
     pub scorer: Option<Config>,
 }
 
-/// A tensor's place.
+/// A tensor's location.
 struct Entry {
     shape: Vec<usize>,
-    /// As stored; of a GGUF file, whose tensors are dequantised, f32.
+    /// Dtype as stored; f32 for GGUF files, whose tensors are dequantised.
     dtype: Dtype,
-    /// The file that it is in.
+    /// Index of its file.
     file: usize,
-    /// The first byte.
+    /// Offset of its first byte.
     start: u64,
 }
 
 enum Numbers {
     Files(Vec<(PathBuf, File)>),
-    /// Dequantised as a whole: the last tensor that was asked for is kept.
+    /// Dequantised as a whole; the last requested tensor is cached.
     Gguf(Box<Gguf>, RefCell<(String, Vec<f32>)>),
 }
 
@@ -80,7 +80,7 @@ impl OnDisk {
     /// Opens a Hugging Face directory, a GGUF file, a hub repository or a PEFT adapter directory. No weights are read.
     ///
     /// # Errors
-    /// No such model, one that is not supported, damaged files; missing, unexpected or wrongly shaped tensors.
+    /// No such model, an unsupported one, damaged files; missing, unexpected or wrongly shaped tensors.
     pub fn open(name_or_path: &str) -> Result<Self> {
         match source::resolve(name_or_path, None)? {
             Source::Gguf(path) => Self::gguf(name_or_path, &path).at(path.display()),
@@ -165,7 +165,7 @@ impl OnDisk {
         Ok(())
     }
 
-    /// A head that is stored beside the embedding that it is tied to is dropped, after a check that it is a copy.
+    /// Drops a head stored beside the embedding it is tied to, after checking that it is a copy.
     fn drop_tied_head(&mut self, config: &Config) -> Result<()> {
         if !config.is_tied() || !self.tensors.contains_key(params::HEAD) {
             return Ok(());
@@ -187,29 +187,29 @@ impl OnDisk {
         Ok(())
     }
 
-    /// Exchanges the tokenizer for that of another model.
+    /// Replaces the tokenizer by another model's.
     pub(super) fn take_tokenizer_of(&mut self, other: &Self) {
         if let (Kind::Model(_, own), Kind::Model(_, tokenizer)) = (&mut self.kind, &other.kind) {
             own.clone_from(tokenizer);
         }
     }
 
-    /// Names and shapes, in the order of names.
+    /// Names and shapes, in name order.
     pub fn shapes(&self) -> impl Iterator<Item = (&str, &[usize])> {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry.shape.as_slice()))
     }
 
-    /// The shape of a tensor, where there is one of this name.
+    /// Shape of a tensor, if it exists.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         Some(&self.tensors.get(name)?.shape)
     }
 
-    /// How many numbers a tensor has; none where there is none of this name.
+    /// Number of elements of a tensor; 0 if it does not exist.
     pub fn elements(&self, name: &str) -> usize {
         self.shape(name).map_or(0, |shape| shape.iter().product())
     }
 
-    /// The type that all tensors are stored in; f32 where there are several, and for GGUF files.
+    /// Dtype of all tensors; f32 if they differ, and for GGUF files.
     pub fn dtype(&self) -> DType {
         let all = |dtype| self.tensors.values().all(|entry| entry.dtype == dtype);
         if all(Dtype::BF16) {
@@ -221,7 +221,7 @@ impl OnDisk {
         }
     }
 
-    /// The files with the tensors of each, as they are to be written again; one file for a GGUF file.
+    /// Output files with the tensors of each; a single file for a GGUF file.
     pub(super) fn files(&self) -> Files {
         let Numbers::Files(files) = &self.store else {
             return vec![(SINGLE.to_owned(), self.tensors.keys().cloned().collect())];
@@ -235,17 +235,17 @@ impl OnDisk {
         let all = files.iter().enumerate().map(|(at, (path, _))| (name(path), in_file(at)));
         let mut files: Files =
             all.filter(|(_, tensors): &(_, Vec<_>)| !tensors.is_empty()).collect();
-        // Alone, a shard is found without an index by the name of an unsharded model only.
+        // Without an index, a single shard is only found under the name of an unsharded model.
         if let (Kind::Model(..), [(name, _)]) = (&self.kind, files.as_mut_slice()) {
             SINGLE.clone_into(name);
         }
         files
     }
 
-    /// Puts `count` numbers of a tensor, from the number `start` on, into `numbers` as f32.
+    /// Reads `count` values of a tensor, starting at element `start`, into `numbers` as f32.
     ///
     /// # Errors
-    /// No such tensor, a read that fails, numbers that are not finite: names model and tensor.
+    /// No such tensor, a read error, non-finite values: names model and tensor.
     pub fn read(
         &self,
         name: &str,

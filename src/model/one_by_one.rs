@@ -1,5 +1,5 @@
-//! A model's weights read one tensor after the other, for those who keep each of them in a smaller form: at no time more
-//! than one lies in memory as it was read.
+//! Reads a model's weights one tensor at a time, for callers that store them in a smaller form: at most one full-size
+//! tensor is in memory.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,11 +14,11 @@ use super::tensor_file::{self, Mapped};
 use super::{Config, params};
 use crate::error::{Context, Result};
 
-/// Is given a parameter's name and its numbers in f32.
+/// Receives a parameter's name and its values in f32.
 pub(super) type Take<'a> = dyn FnMut(&str, Tensor) -> Result<()> + 'a;
 
-/// Gives every parameter of the model, which has this configuration, to `take`. An adapter is merged into its base, for
-/// which all of it is read first.
+/// Passes every parameter of the model, which has this configuration, to `take`. An adapter is merged into its base,
+/// which requires reading all of it first.
 ///
 /// # Errors
 /// As [`Checkpoint::load`].
@@ -57,7 +57,7 @@ pub(super) fn each(
 fn of_directory(dir: &Path, config: &Config, device: &Device, take: &mut Take<'_>) -> Result<()> {
     let tied = config.is_tied();
     let mut shapes: BTreeMap<String, Vec<usize>> = BTreeMap::new();
-    // A tied head that is stored a second time is compared with the embedding, in whatever order they come.
+    // A tied head stored separately is compared with the embedding, in whatever order they come.
     let mut twins: Vec<Tensor> = Vec::new();
     for (file, listed) in checkpoint::weight_files(dir)? {
         let path = dir.join(file);

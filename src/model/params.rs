@@ -17,7 +17,7 @@ pub const SCORE: &str = "score.weight";
 /// The bias of a process reward model's head, `[L]`.
 pub const SCORE_BIAS: &str = "score.bias";
 
-/// Every parameter of the model with its shape. A tied head is not a parameter of its own.
+/// All parameters of the model with their shapes. A tied head is not a separate parameter.
 ///
 /// Projections are stored as `[out, in]`.
 pub fn shapes(config: &Config) -> BTreeMap<String, Vec<usize>> {
@@ -74,20 +74,20 @@ fn layer_shapes(config: &Config) -> Vec<(&'static str, Vec<usize>)> {
     shapes
 }
 
-/// The number of trainable numbers in a model of this shape.
+/// Number of trainable values in a model of this shape.
 pub fn count(config: &Config) -> usize {
     shapes(config).values().map(|shape| shape.iter().product::<usize>()).sum()
 }
 
-/// Checks that the weights are exactly the parameters that the configuration asks for.
+/// Checks that the weights are exactly the configuration's parameters.
 ///
 /// # Errors
-/// Names the first missing, unexpected or wrongly shaped tensor, with the count of the others.
+/// Names the first missing, unexpected or wrongly shaped tensor, with the number of further ones.
 pub fn check(config: &Config, weights: &Weights) -> Result<()> {
     check_shapes(config, weights.iter().map(|(name, tensor)| (name.as_str(), tensor.dims())))
 }
 
-/// The same for tensors of which only names and shapes are known.
+/// As [`check`], from names and shapes alone.
 pub(super) fn check_shapes<'a>(
     config: &Config,
     found: impl Iterator<Item = (&'a str, &'a [usize])>,
@@ -118,7 +118,7 @@ pub(super) fn check_shapes<'a>(
     Ok(())
 }
 
-/// The error of a tensor whose shape is not the one that the configuration asks for.
+/// Error for a tensor with a shape other than the configuration's.
 pub(super) fn wrong_shape(name: &str, found: &[usize], expected: &[usize]) -> Error {
     Error::run(format!("tensor `{name}` has shape {found:?}, expected {expected:?}"))
         .hint("config.json gives the expected shape; are both of the same model?")
@@ -132,8 +132,8 @@ fn others(count: usize) -> String {
 pub(crate) mod tests {
     use super::*;
 
-    /// A Llama of this hidden size, with so many layers, of this inner size and so many query heads: SmolLM2's other numbers
-    /// where the head is tied, Llama 3's where not.
+    /// A Llama with this hidden size, number of layers, MLP size and number of query heads; other values are SmolLM2's
+    /// if the head is tied, Llama 3's if not.
     pub(crate) fn llama([h, layers, f, heads]: [usize; 4], tied: bool) -> Config {
         let (shared, vocab) = if tied { (3, 49152) } else { (8, 128_256) };
         Config::from_json(&format!(

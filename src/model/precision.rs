@@ -1,4 +1,4 @@
-//! The type that a model computes with.
+//! The compute dtype of a model.
 
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -24,7 +24,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// Candle's name for it.
+    /// Candle's dtype.
     pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
@@ -33,10 +33,10 @@ impl Precision {
         }
     }
 
-    /// Refuses formats that no model computes with here. (They may be saved in.)
+    /// Rejects formats that are not supported for computation. (They may be used for saving.)
     ///
     /// # Errors
-    /// Names the key and what can be had.
+    /// Names the key and the supported values.
     pub fn check_compute(self) -> Result<()> {
         match self {
             Self::F32 | Self::Bf16 => Ok(()),
@@ -45,17 +45,17 @@ impl Precision {
         }
     }
 
-    /// The type that a parameter is computed with: matrices in this format; norms, biases and the score head, which are
-    /// small and sensitive, in f32.
+    /// Compute dtype of a parameter: this format for matrices; f32 for norms, biases and the score head, which are
+    /// small and sensitive.
     pub fn of(self, name: &str, tensor: &Tensor) -> DType {
         if tensor.rank() == 2 && name != SCORE { self.dtype() } else { DType::F32 }
     }
 
-    /// Weights as a model computes with them, see [`of`](Self::of). Each given tensor is freed after its turn where
-    /// nobody else holds it; one that has its type already is shared, not copied.
+    /// Casts weights to their compute dtypes, see [`of`](Self::of). Each tensor is freed in turn if nothing else owns
+    /// it; one that already has its dtype is shared, not copied.
     ///
     /// # Errors
-    /// A format that is not computed with, or not on this device.
+    /// An unsupported compute dtype, in general or on this device.
     pub fn cast(self, weights: Weights) -> Result<Weights> {
         let cast = |(name, tensor): (String, Tensor)| {
             self.check_device(tensor.device())?;
@@ -66,7 +66,7 @@ impl Precision {
     }
 
     /// # Errors
-    /// A format that is not computed with on this device.
+    /// A format that is not supported on this device.
     pub(crate) fn check_device(self, device: &Device) -> Result<()> {
         self.check_compute()?;
         if self == Self::F32 || device.is_cpu() || has_bf16(device) {

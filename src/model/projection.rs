@@ -1,4 +1,4 @@
-//! A linear layer of a block: a weight, an optional bias, and an optional adapter beside a frozen weight.
+//! A linear layer of a block: weight, optional bias, and optional adapter beside a frozen weight.
 
 use candle_core::{DType, Tensor};
 
@@ -13,26 +13,26 @@ use crate::ops::linear;
 /// A weight matrix `[O, I]` with an optional bias `[O]`.
 #[derive(Clone, Debug)]
 pub struct Projection {
-    /// The weight's name among the model's parameters.
+    /// Parameter name of the weight.
     pub name: String,
     /// `[O, I]`.
     pub weight: Matrix,
     /// `[O]`.
     pub bias: Option<Tensor>,
-    /// What is trained beside the weight.
+    /// The adapter trained beside the weight.
     pub adapter: Option<Adapter>,
 }
 
 impl Projection {
-    /// The bias's name among the model's parameters.
+    /// Parameter name of the bias.
     pub fn bias_name(&self) -> String {
         format!("{}.bias", self.name.trim_end_matches(".weight"))
     }
 
-    /// `x · Wᵀ + b`, and the adapter's part, as a graph of ops. Shapes: `[T, I] -> [T, O]`.
+    /// `x · Wᵀ + b` plus the adapter's output, as a graph of ops. Shapes: `[T, I] -> [T, O]`.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn forward(
         &self,
         x: &Tensor,
@@ -49,7 +49,7 @@ impl Projection {
         }
     }
 
-    /// The same over plain numbers on the CPU, summed in f32.
+    /// As [`forward`](Self::forward), on CPU slices, summed in f32.
     pub(super) fn apply<E: Element>(&self, x: &[E], masks: Option<&Masks>) -> Result<Vec<f32>> {
         let rows = self.input(x);
         let mut y = self.weight.with(|weight| matmul(rows, weight.t(), Threads::All))?;
@@ -62,8 +62,8 @@ impl Projection {
         Ok(y)
     }
 
-    /// From the gradient of the output `[T, O]` to those of what is trained, and added to `d_x` `[T, I]`, which may be
-    /// empty, to that of the input.
+    /// Backward: from the gradient of the output `[T, O]` to those of trained tensors; adds the input's to `d_x`
+    /// `[T, I]`, which may be empty.
     pub(super) fn backward<E: Element>(
         &self,
         (x, masks): (&[E], Option<&Masks>),

@@ -1,14 +1,14 @@
-//! Keys of a `config.json` that change the mathematics and are not implemented.
+//! Unsupported keys of `config.json` that change the mathematics.
 //!
-//! Loading a model while ignoring one of them gives a model that runs and is wrong, so each is
-//! refused by name unless its value is the neutral one.
+//! Ignoring one of them would give a model that runs but is wrong, so each is refused by name unless its value is
+//! neutral.
 
 use serde_json::{Map, Value};
 
 use super::config::Family;
 use crate::error::{Error, Result};
 
-/// One key with the values under which it changes nothing.
+/// A key and its neutral values.
 struct Neutral {
     key: &'static str,
     accepts: fn(&Value) -> bool,
@@ -50,10 +50,10 @@ const NEUTRAL: &[Neutral] = &[
     neutral("quantization_config", |_| false, "none: load the unquantised weights"),
 ];
 
-/// Refuses every key whose value changes the mathematics.
+/// Rejects every key whose value changes the mathematics.
 ///
 /// # Errors
-/// The first such key, with its value and the value that is supported.
+/// The first such key, with its value and the supported value.
 pub(super) fn check(family: Family, keys: &Map<String, Value>) -> Result<()> {
     for Neutral { key, accepts, expected } in NEUTRAL {
         let value = keys.get(*key).unwrap_or(&Value::Null);
@@ -63,8 +63,7 @@ pub(super) fn check(family: Family, keys: &Map<String, Value>) -> Result<()> {
     }
     check_partial_rotation(keys)?;
     check_attention_multiplier(keys)?;
-    // Qwen2 files name a window that `use_sliding_window = false` switches off; a Llama model that
-    // names one means it.
+    // Qwen2 files may set a window that `use_sliding_window = false` disables; in a Llama model it is in effect.
     match keys.get("sliding_window") {
         Some(window) if !window.is_null() && family == Family::Llama => {
             Err(refuse("sliding_window", window, "none"))
@@ -78,7 +77,7 @@ fn refuse(key: &str, value: &Value, expected: &str) -> Error {
         .hint("the key changes what the model computes, so it is not ignored")
 }
 
-/// Transformers 5 keeps the rotated share of a head among the rope parameters.
+/// Transformers 5 stores the rotated fraction of a head among the rope parameters.
 fn check_partial_rotation(keys: &Map<String, Value>) -> Result<()> {
     let key = "partial_rotary_factor";
     for group in ["rope_parameters", "rope_scaling"] {
@@ -90,7 +89,7 @@ fn check_partial_rotation(keys: &Map<String, Value>) -> Result<()> {
     Ok(())
 }
 
-/// Granite's scale of attention scores; the usual scale is one over the root of the head's width.
+/// Granite's scale of attention scores; the usual scale is `1 / √head_dim`.
 fn check_attention_multiplier(keys: &Map<String, Value>) -> Result<()> {
     let value = keys.get("attention_multiplier").unwrap_or(&Value::Null);
     if value.is_null() {
@@ -127,7 +126,7 @@ fn all_full_attention(value: &Value) -> bool {
     value.as_array().is_some_and(|layers| layers.iter().all(|layer| layer == "full_attention"))
 }
 
-/// SmolLM3 marks with 1 the layers that do rotate.
+/// SmolLM3 marks rotated layers with 1.
 fn all_rotary(value: &Value) -> bool {
     value.as_array().is_some_and(|layers| layers.iter().all(is_one))
 }

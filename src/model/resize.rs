@@ -1,4 +1,4 @@
-//! Changes of a model's shape that keep what it has learned: more tokens, a score instead of a head.
+//! Changes of a model's shape that preserve its training: more tokens, a score head instead of the LM head.
 
 use candle_core::Tensor;
 
@@ -8,14 +8,14 @@ use super::{init, labels, params};
 use crate::error::{Error, Result};
 
 impl Checkpoint {
-    /// Gives the embedding, and an untied head, `vocab_size` rows, for tokens added to the tokenizer.
+    /// Resizes the embedding, and an untied head, to `vocab_size` rows, for tokens added to the tokenizer.
     ///
-    /// New rows are the mean of the old ones: the logit of a new token is then the mean logit, which
-    /// lies below the logit of any token the model favours, so that nothing changes before training.
-    /// A random row of the usual spread can win against every trained token instead.
+    /// New rows are the mean of the existing ones: a new token's logit is then the mean logit, below that of any token
+    /// the model favours, so behaviour is unchanged before training. A random row of the usual scale could outscore
+    /// every trained token.
     ///
     /// # Errors
-    /// Fewer rows than there are: removing tokens would shift nothing but lose what was learned.
+    /// Fewer rows than exist: removing tokens would discard trained rows.
     pub fn resize_embeddings(&mut self, vocab_size: usize) -> Result<()> {
         let old = self.config.vocab_size;
         if vocab_size < old {
@@ -37,13 +37,13 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Adds special tokens to the tokenizer and rows to the embedding; returns how many were new.
+    /// Adds special tokens to the tokenizer and rows to the embedding; returns the number of new ones.
     ///
     /// # Errors
-    /// An empty token, a checkpoint without tokenizer.
+    /// An empty token; a checkpoint without a tokenizer.
     pub fn add_tokens(&mut self, tokens: &[String]) -> Result<usize> {
         let (tokenizer, added) = self.tokenizer()?.with_special_tokens(tokens)?;
-        // An embedding may have spare rows beyond the tokenizer's ids, often to reach a round number.
+        // An embedding may have spare rows beyond the tokenizer's ids, often for a round size.
         let rows = self.config.vocab_size.max(tokenizer.vocab_size());
         self.resize_embeddings(rows)?;
         self.tokenizer = Some(tokenizer);
@@ -53,16 +53,16 @@ impl Checkpoint {
     /// [`into_scorer`](Self::into_scorer) with one score, the reward.
     ///
     /// # Errors
-    /// As there.
+    /// As [`into_scorer`](Self::into_scorer).
     pub fn into_reward_model(self, seed: u64) -> Result<Self> {
         self.into_scorer(Architecture::SequenceClassification, &[labels::REWARD], seed)
     }
 
-    /// The same transformer with a fresh score head `[L, D]`, an output a label, in place of the vocabulary projection. One
-    /// that has this head already keeps it.
+    /// The same transformer with a fresh score head `[L, D]`, one output per label, in place of the vocabulary projection. A
+    /// model that has this head already keeps it; outputs that transformers left unnamed (`LABEL_0`) get the names.
     ///
     /// # Errors
-    /// Another score head; a tensor operation that fails.
+    /// A different score head; a failed tensor operation.
     pub fn into_scorer<S: AsRef<str>>(
         mut self,
         architecture: Architecture,
@@ -71,13 +71,13 @@ impl Checkpoint {
     ) -> Result<Self> {
         let labels: Vec<String> = labels.iter().map(|label| label.as_ref().to_owned()).collect();
         if self.config.architecture != Architecture::CausalLm {
-            let found = (self.config.architecture, self.config.labels.clone());
-            if found == (architecture, labels.clone()) {
+            let (found, names) = (self.config.architecture, &self.config.labels);
+            if found == architecture && labels::agree(names, &labels) {
+                self.config.labels = labels;
                 return Ok(self);
             }
             return Err(Error::run(format!(
-                "the model has a score head {:?} of {:?}, expected {architecture:?} of {labels:?}",
-                found.0, found.1
+                "the model has a score head {found:?} of {names:?}, expected {architecture:?} of {labels:?}"
             ))
             .hint("begin with the base model, or with a reward model of the same `head`"));
         }

@@ -1,4 +1,4 @@
-//! Rotary position frequencies: plain, and with Llama 3.1's scaling for longer contexts.
+//! RoPE frequencies: plain, and with Llama 3.1's scaling for longer contexts.
 
 use std::f64::consts::TAU;
 
@@ -6,35 +6,35 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 
-/// How positions turn into angles.
+/// RoPE configuration.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rope {
-    /// The base of the geometric row of wavelengths.
+    /// Base of the geometric sequence of wavelengths.
     pub theta: f64,
     /// Llama 3.1's frequency scaling, if the model has it.
     pub scaling: Option<Llama3Scaling>,
 }
 
-/// Llama 3.1's rope scaling: long wavelengths are stretched, short ones kept, between them a blend.
+/// Llama 3.1's RoPE scaling: long wavelengths are stretched, short ones kept, with interpolation in between.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Llama3Scaling {
-    /// By how much the longest wavelengths are stretched.
+    /// Stretch factor of the longest wavelengths.
     pub factor: f64,
     /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are stretched.
     pub low_freq_factor: f64,
     /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are kept.
     pub high_freq_factor: f64,
-    /// The context length of the model before it was extended, in tokens.
+    /// Context length of the original model, in tokens.
     pub original_max_position_embeddings: usize,
 }
 
 impl Rope {
-    /// Plain rotary positions with this base.
+    /// Plain RoPE with this base.
     pub fn plain(theta: f64) -> Self {
         Self { theta, scaling: None }
     }
 
-    /// The angle per position of each pair of channels, `[head_dim / 2]`, longest wavelength last.
+    /// Angle per position of each channel pair, `[head_dim / 2]`, longest wavelength last.
     ///
     /// ```
     /// use arriero::model::rope::Rope;
@@ -48,7 +48,7 @@ impl Rope {
             .collect()
     }
 
-    /// What llama.cpp divides the plain frequencies by, `[head_dim / 2]`; none where nothing is scaled.
+    /// llama.cpp's divisors of the plain frequencies, `[head_dim / 2]`; `None` without scaling.
     pub(super) fn factors(&self, head_dim: usize) -> Option<Vec<f32>> {
         let scaling = self.scaling?;
         let factor = |pair: usize| {
@@ -62,10 +62,10 @@ impl Rope {
         self.theta.powf(-((2 * pair) as f64) / head_dim as f64)
     }
 
-    /// Takes the rope keys of either generation out of a `config.json`.
+    /// Takes the rope keys of either transformers generation from a `config.json`.
     ///
     /// # Errors
-    /// A scaling other than `llama3`, incomplete scaling, and two generations of keys that disagree.
+    /// A scaling other than `llama3`, incomplete scaling, or conflicting keys of the two generations.
     pub(super) fn from_keys(keys: &mut Map<String, Value>) -> Result<Self> {
         let theta = keys.shift_remove("rope_theta");
         let old = Self::from_parts("rope_scaling", theta, keys.shift_remove("rope_scaling"))?;
@@ -86,7 +86,7 @@ impl Rope {
         }
     }
 
-    /// Writes the keys that transformers 4 reads and those that transformers 5 reads.
+    /// Writes the keys for both transformers 4 and 5.
     pub(super) fn to_keys(self, keys: &mut Map<String, Value>) {
         let mut parameters = Map::new();
         let kind = if self.scaling.is_some() { "llama3" } else { "default" };
@@ -135,10 +135,10 @@ impl Rope {
     }
 }
 
-/// Transformers' default where `rope_theta` is absent.
+/// Transformers' default for `rope_theta`.
 const DEFAULT_THETA: f64 = 10_000.0;
 
-/// What one generation of keys says; it may leave the base to the other.
+/// Values from one generation of keys; the base may be missing if the other has it.
 #[derive(Clone, Copy)]
 struct Parts {
     theta: Option<f64>,
@@ -148,7 +148,7 @@ struct Parts {
 impl Parts {
     #[expect(clippy::float_cmp, reason = "both come from the same file, digit for digit")]
     fn agrees_with(&self, other: &Self) -> bool {
-        // A lone `rope_theta` says nothing of scaling: transformers 5 may have kept it beside.
+        // A lone `rope_theta` does not imply unscaled: transformers 5 may have kept it alongside.
         let same_theta = match (self.theta, other.theta) {
             (Some(one), Some(two)) => one == two,
             _ => true,
@@ -179,7 +179,7 @@ impl Llama3Scaling {
     /// One scaled frequency (Llama 3.1's `apply_scaling`).
     fn apply(&self, frequency: f64) -> f64 {
         let context = self.original_max_position_embeddings as f64;
-        let turns = context * frequency / TAU; // how often this pair turns within the old context
+        let turns = context * frequency / TAU; // rotations of this pair within the original context
         if turns < self.low_freq_factor {
             frequency / self.factor
         } else if turns > self.high_freq_factor {

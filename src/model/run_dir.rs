@@ -1,4 +1,4 @@
-//! The models in what a run leaves: a stage's or a run's directory may be named where a model's is meant.
+//! Models in run directories: a stage's or run's directory may be given in place of a model's.
 
 use std::path::{Path, PathBuf};
 
@@ -11,11 +11,11 @@ pub fn is_model(dir: &Path) -> bool {
     dir.join("config.json").is_file() || is_adapter(dir)
 }
 
-/// The directory of the model that `dir` stands for: itself, a stage's checkpoint, or that of a run's one stage that has
-/// made a model. What is none of these is given back as it is, for whoever reads it to say what is missing.
+/// The model directory that `dir` stands for: itself, a stage's checkpoint, or that of a run's only stage with a model.
+/// Any other path is returned unchanged, so that the reader reports what is missing.
 ///
 /// # Errors
-/// A run that has made no model yet, or several.
+/// A run without a model yet, or with several.
 pub fn model(dir: &Path) -> Result<PathBuf> {
     if is_model(dir) {
         return Ok(dir.to_path_buf());
@@ -42,7 +42,7 @@ pub fn model(dir: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Whether a directory is a run's.
+/// Whether a directory is a run directory.
 pub fn is_run(dir: &Path) -> bool {
     dir.join("stages").is_dir()
 }
@@ -60,7 +60,7 @@ pub fn of_stage(stage: &Path) -> Option<PathBuf> {
 pub fn of_run(run: &Path) -> Result<Vec<PathBuf>> {
     let mut stages = store::entries(&run.join("stages"))?;
     stages.retain(|stage| stage.join(MANIFEST).is_file());
-    // The number in front gives the order: 9 before 10, 99 before 100.
+    // Sorted by the numeric prefix: 9 before 10, 99 before 100.
     stages.sort_by_key(|stage| {
         let name = stage.file_name().unwrap_or_default().to_string_lossy().into_owned();
         (name.split('-').next().and_then(|number| number.parse::<usize>().ok()), name)
@@ -72,7 +72,7 @@ pub fn of_run(run: &Path) -> Result<Vec<PathBuf>> {
 mod tests {
     use super::*;
 
-    /// A finished stage that has made a model, as far as its files say.
+    /// Directory of a finished stage with a model, judging by its files.
     fn stage(run: &Path, name: &str) -> PathBuf {
         let stage = run.join("stages").join(name);
         store::write_atomic(&stage.join("checkpoint/config.json"), b"{}").unwrap();

@@ -1,7 +1,7 @@
-//! Saves a complete Hugging Face directory that transformers loads to the same numbers.
+//! Saves a complete Hugging Face directory that transformers loads to the same values.
 //!
-//! Weights go into `model.safetensors`, or into shards with an index above a size limit. The
-//! directory appears under its name only when every file is whole and on the disk.
+//! Weights go into `model.safetensors`, or above a size limit into shards with an index. The directory gets its final
+//! name only after every file is complete and synced.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -17,17 +17,17 @@ use crate::data::tokenizer::{ChatTokenizer, TokenizerSettings};
 use crate::error::{Context, Error, Result};
 use crate::store::{self, AtomicDir};
 
-/// How weights are written.
+/// Options for writing weights.
 #[derive(Clone, Copy, Debug)]
 pub struct SaveOptions {
-    /// The stored type: f32, f16 or bf16.
+    /// Storage dtype: f32, f16 or bf16.
     pub dtype: DType,
-    /// The size in bytes above which weights go into several files.
+    /// Largest size of a weight file in bytes; larger models are sharded.
     pub shard_bytes: usize,
 }
 
 impl SaveOptions {
-    /// The usual limit of 5 GB a file.
+    /// With the usual limit of 5 GB per file.
     pub fn new(dtype: DType) -> Self {
         Self { dtype, shard_bytes: 5_000_000_000 }
     }
@@ -37,8 +37,8 @@ impl Checkpoint {
     /// Saves everything to the new directory `dir`.
     ///
     /// # Errors
-    /// `dir` is there and not empty, weights that do not fit the configuration or are not finite,
-    /// and I/O errors. Nothing is left behind then.
+    /// `dir` exists and is not empty, weights that do not match the configuration or are non-finite, I/O errors.
+    /// Nothing is left behind on error.
     pub fn save(&self, dir: &Path, options: &SaveOptions) -> Result<()> {
         if !store::entries(dir)?.is_empty() {
             return Err(Error::run("the directory is not empty")
@@ -50,17 +50,17 @@ impl Checkpoint {
         store::move_into_place(building.path(), dir)
     }
 
-    /// Writes the files into a directory that the caller makes atomic, e.g. a stage's output.
+    /// Writes the files into a directory that the caller makes atomic, such as a stage's output.
     ///
     /// # Errors
-    /// As of [`save`](Self::save).
+    /// As [`save`](Self::save).
     pub fn write_into(&self, dir: &Path, options: &SaveOptions) -> Result<()> {
         params::check(&self.config, &self.weights)?;
         write_weights(dir, &self.weights, options)?;
         self.write_beside(dir, options.dtype)
     }
 
-    /// Writes all files but the weights, which are stored in `dtype`.
+    /// Writes all files except the weights, which are stored in `dtype`.
     pub(crate) fn write_beside(&self, dir: &Path, dtype: DType) -> Result<()> {
         let mut config = self.config.clone();
         config.dtype = dtype;
@@ -77,12 +77,12 @@ impl Checkpoint {
 }
 
 impl Checkpoint {
-    /// The padding id that a reward model is saved with.
+    /// The padding id to save a reward model with.
     ///
-    /// transformers scores a row at its last token that is not padding, so the id must be one that no
-    /// row ends with: models whose padding is their end of turn get another one. Taken is the first of:
-    /// the padding of the model or the tokenizer, a special token named after padding, any special
-    /// token that the chat template does not use. None of these ends a row.
+    /// transformers scores a row at its last non-padding token, so no row may end with the padding id: models that pad
+    /// with their end-of-turn token get another one. It is the first of: the padding token of the model or tokenizer, a
+    /// special token named after padding, any special token not used in the chat template; excluding tokens that end a
+    /// row.
     ///
     /// # Errors
     /// There is no such token.
@@ -104,14 +104,14 @@ impl Checkpoint {
         if config.architecture == Architecture::CausalLm {
             return tokenizer.save(dir);
         }
-        // Rows must be padded with the id that the model takes for padding.
+        // Rows must be padded with the model's padding id.
         let settings = tokenizer.settings().clone();
         let settings = TokenizerSettings { pad: config.pad_token_id, ..settings };
         ChatTokenizer::new(tokenizer.inner().clone(), settings)?.save(dir)
     }
 }
 
-/// Special tokens that neither begin a text nor stand in the chat template; padding first.
+/// Special tokens that neither begin a text nor occur in the chat template; padding tokens first.
 fn unused_specials(tokenizer: &ChatTokenizer) -> Vec<u32> {
     let template = tokenizer.settings().chat_template.clone().unwrap_or_default();
     let mut unused: Vec<(bool, u32)> = tokenizer
@@ -123,11 +123,11 @@ fn unused_specials(tokenizer: &ChatTokenizer) -> Vec<u32> {
         })
         .map(|(id, token)| (!token.content.to_lowercase().contains("pad"), id))
         .collect();
-    unused.sort_unstable(); // the map has no order of its own
+    unused.sort_unstable(); // the map is unordered
     unused.into_iter().map(|(_, id)| id).collect()
 }
 
-/// `generation_config.json`: generation in other programs stops at the same ids as here.
+/// `generation_config.json`, so that other programs stop at the same ids.
 fn generation_config(config: &Config, ends: &[u32]) -> String {
     let keys = json!({
         "bos_token_id": config.bos_token_id,
@@ -137,10 +137,10 @@ fn generation_config(config: &Config, ends: &[u32]) -> String {
     format!("{keys:#}\n")
 }
 
-/// Writes the weights of a Hugging Face directory, sharded where they exceed the limit.
+/// Writes the weights of a Hugging Face directory, sharded above the size limit.
 ///
 /// # Errors
-/// Weights that are not finite, an unknown storage type, I/O errors.
+/// Non-finite weights, an unknown storage dtype, I/O errors.
 pub fn write_weights(dir: &Path, weights: &Weights, options: &SaveOptions) -> Result<()> {
     let size = |tensor: &Tensor| tensor.elem_count() * options.dtype.size_in_bytes();
     let sizes = weights.iter().map(|(name, tensor)| (name.as_str(), size(tensor)));
@@ -152,10 +152,10 @@ pub fn write_weights(dir: &Path, weights: &Weights, options: &SaveOptions) -> Re
     write_index(dir, &files, weights.values().map(size).sum())
 }
 
-/// Files of a checkpoint with the tensors of each.
+/// Checkpoint files, with the tensors of each.
 pub(super) type Files = Vec<(String, Vec<String>)>;
 
-/// Consecutive groups of at most `limit` bytes; a tensor above it has a file of its own.
+/// Consecutive groups of at most `limit` bytes; a larger tensor gets its own file.
 pub(super) fn shards<'a>(tensors: impl Iterator<Item = (&'a str, usize)>, limit: usize) -> Files {
     let mut groups = vec![Vec::new()];
     let mut filled = 0;
@@ -177,7 +177,7 @@ pub(super) fn shards<'a>(tensors: impl Iterator<Item = (&'a str, usize)>, limit:
     groups.into_iter().enumerate().map(|(index, group)| (name(index), group)).collect()
 }
 
-/// Writes the list of files, where there are several.
+/// Writes the index, if there are several files.
 pub(super) fn write_index(dir: &Path, files: &Files, total_bytes: usize) -> Result<()> {
     if files.len() < 2 {
         return Ok(());

@@ -1,4 +1,4 @@
-//! What `model_name_or_path` means: a directory, be it a stage's or a run's, a GGUF file, or a repository of the hub.
+//! Resolves `model_name_or_path`: a directory (also a stage's or a run's), a GGUF file, or a hub repository.
 
 use std::path::{Path, PathBuf};
 
@@ -16,12 +16,12 @@ pub enum Source {
     Gguf(PathBuf),
 }
 
-/// Finds a model, fetching it from the hub where the name is neither a directory nor a file.
+/// Finds a model, downloading it from the hub if the name is neither a directory nor a file.
 ///
 /// A hub name is `org/name`, or `org/name:file.gguf` for a GGUF file in that repository.
 ///
 /// # Errors
-/// A path that does not exist, a file of another kind, a run of several models, and all of [`Hub::model`].
+/// A path that does not exist, an unknown kind of file, a run of several models, and all of [`Hub::model`].
 pub fn resolve(name_or_path: &str, revision: Option<&str>) -> Result<Source> {
     match local(name_or_path)? {
         Some(source) => Ok(source),
@@ -58,7 +58,7 @@ fn remote(hub: &Hub, name: &str, revision: Option<&str>) -> Result<Source> {
     }
 }
 
-/// `org/name` with an optional `:file.gguf`, in the letters that the hub allows.
+/// `org/name` with an optional `:file.gguf`, in characters the hub allows.
 fn is_hub_name(name: &str) -> bool {
     let (id, file) = name.split_once(':').map_or((name, None), |(id, file)| (id, Some(file)));
     let allowed = |part: &str| {
@@ -71,7 +71,7 @@ fn is_hub_name(name: &str) -> bool {
     is_id && is_file && (file.is_some() || !is_gguf(id))
 }
 
-/// `runs/mine` is a mistyped path, not a hub id, where `runs` is a directory here.
+/// If `runs` is a directory here, `runs/mine` is a mistyped path rather than a hub id.
 fn parent_exists(path: &Path) -> bool {
     path.parent().is_some_and(|parent| !parent.as_os_str().is_empty() && parent.is_dir())
 }

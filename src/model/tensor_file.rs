@@ -1,7 +1,6 @@
-//! Safetensors files: read through a memory map into f32 tensors, written one tensor or one piece of it at a time.
+//! Safetensors files: read through a memory map into f32 tensors, written one tensor or piece at a time.
 //!
-//! Reading checks what a later step could only notice as a strange loss: a file shorter than its
-//! header says, and numbers that are not finite.
+//! Reading checks for errors that would later only show up as a strange loss: a truncated file, and non-finite values.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -18,7 +17,7 @@ use serde_json::{Map, Value, json};
 use super::Weights;
 use crate::error::{Context, Error, Result};
 
-/// A safetensors file mapped into memory, its header not yet checked.
+/// A memory-mapped safetensors file whose header has not been checked.
 pub(super) struct Mapped {
     map: Mmap,
 }
@@ -48,7 +47,7 @@ impl Mapped {
     /// The file's header, checked against its length.
     ///
     /// # Errors
-    /// A broken header, or fewer bytes than it says.
+    /// A broken header, or a truncated file.
     pub(super) fn tensors(&self, path: &Path) -> Result<SafeTensors<'_>> {
         SafeTensors::deserialize(&self.map).map_err(|error| {
             Error::run(format!("not a whole safetensors file: {error}"))
@@ -62,7 +61,7 @@ impl Mapped {
 /// Reads the named tensors of an open file as f32.
 ///
 /// # Errors
-/// A type other than f32, f16 or bf16, and a number that is not finite: names file and tensor.
+/// A dtype other than f32, f16 or bf16, or a non-finite value: names file and tensor.
 pub(super) fn read_tensors(
     path: &Path,
     tensors: &SafeTensors<'_>,
@@ -76,8 +75,8 @@ pub(super) fn read_tensors(
         check_finite(&values).at(place())?;
         Ok(((*name).to_owned(), Tensor::from_vec(values, view.shape(), &Device::Cpu).at(place())?))
     };
-    // Whoever computes with them sends them: on a GPU each thread has a stream of its own. A few at a time, as the host needs
-    // room for what waits.
+    // The thread that computes with them sends them, since on a GPU each thread has its own stream. A few at a time, as
+    // the host needs room for the pending ones.
     let at_once = if device.is_cpu() { names.len() } else { rayon::current_num_threads() };
     let mut weights = Weights::default();
     for names in names.chunks(at_once.max(1)) {
@@ -92,27 +91,27 @@ pub(super) fn read_tensors(
 /// Reads every tensor of a safetensors file as f32, `name -> tensor`.
 ///
 /// # Errors
-/// As of a checkpoint's files: unreadable, truncated, of an unknown type, or not finite.
+/// As for a checkpoint's files: unreadable, truncated, of an unknown dtype, or non-finite.
 pub fn read(path: &Path, device: &Device) -> Result<Weights> {
     let mapped = Mapped::open(path)?;
     let tensors = mapped.tensors(path)?;
     read_tensors(path, &tensors, &tensors.names(), device)
 }
 
-/// The texts that a safetensors file keeps beside its tensors.
+/// The metadata of a safetensors file.
 ///
 /// # Errors
-/// As of [`read`].
+/// As [`read`].
 pub(super) fn metadata(path: &Path) -> Result<HashMap<String, String>> {
     let mapped = Mapped::open(path)?;
     let (_, header) = SafeTensors::read_metadata(mapped.bytes()).at(path.display())?;
     Ok(header.metadata().clone().unwrap_or_default())
 }
 
-/// Numbers as a file stores them, in f32.
+/// Stored values as f32.
 ///
 /// # Errors
-/// A type other than f32, f16 or bf16.
+/// A dtype other than f32, f16 or bf16.
 pub(super) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
     let halves = bytes.as_chunks().0.iter();
     match dtype {
@@ -126,7 +125,7 @@ pub(super) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
     }
 }
 
-/// A weight that is not a number spreads to every output of the model; say so at its source.
+/// A non-finite weight would spread to every output of the model, so it is reported here.
 pub(super) fn check_finite(values: &[f32]) -> Result<()> {
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
@@ -142,7 +141,7 @@ pub(super) fn check_finite(values: &[f32]) -> Result<()> {
     }
 }
 
-/// Writes tensors as one safetensors file in `dtype` (f32, f16 or bf16), in the order of their names.
+/// Writes tensors as one safetensors file in `dtype` (f32, f16 or bf16), in name order.
 ///
 /// # Errors
 /// Another `dtype`, or an I/O error of the writer.
@@ -150,10 +149,10 @@ pub fn write(out: &mut dyn Write, weights: &BTreeMap<&str, &Tensor>, dtype: DTyp
     write_with(out, weights, dtype, &[])
 }
 
-/// The same with texts beside the tensors.
+/// As [`write`], with metadata.
 ///
 /// # Errors
-/// As of [`write`].
+/// As [`write`].
 pub fn write_with(
     out: &mut dyn Write,
     weights: &BTreeMap<&str, &Tensor>,
@@ -169,10 +168,10 @@ pub fn write_with(
     Ok(())
 }
 
-/// Begins a safetensors file of these tensors; their numbers must follow in this order.
+/// Writes the header of a safetensors file of these tensors; their data must follow in this order.
 ///
 /// # Errors
-/// A `dtype` that is not f32, f16 or bf16, or an I/O error of the writer.
+/// A `dtype` other than f32, f16 or bf16, or an I/O error of the writer.
 pub(super) fn write_header<'a>(
     out: &mut dyn Write,
     tensors: impl Iterator<Item = (&'a str, &'a [usize])>,
@@ -189,7 +188,7 @@ pub(super) fn write_header<'a>(
         }
     };
     let mut header = Map::new();
-    // transformers refuses a file that does not say which framework's layout it has.
+    // transformers refuses a file whose metadata does not name a framework format.
     let mut metadata = json!({"format": "pt"});
     for (key, text) in texts {
         metadata[key] = json!(text);
@@ -203,14 +202,14 @@ pub(super) fn write_header<'a>(
         offset = end;
     }
     let mut header = Value::Object(header).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' '); // the data begin at a multiple of 8
+    header.resize(header.len().next_multiple_of(8), b' '); // data is 8-byte aligned
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
     Ok(())
 }
 
-/// Numbers in the storage type. Saving weights that are not finite, or that the storage type cannot hold, would lose
-/// the model silently.
+/// Values in the storage dtype. Rejects values that are non-finite or overflow it, which would silently destroy the
+/// model.
 pub(super) fn to_bytes(values: &[f32], dtype: DType) -> Result<Vec<u8>> {
     check_finite(values)?;
     Ok(match dtype {
@@ -225,9 +224,9 @@ pub(super) fn to_bytes(values: &[f32], dtype: DType) -> Result<Vec<u8>> {
     })
 }
 
-/// Refuses numbers that f16 would turn into infinity.
+/// Rejects values that overflow f16.
 pub(super) fn check_f16(values: &[f32]) -> Result<()> {
-    /// Half way from the largest number to where the next would be: rounds up.
+    /// Midpoint between the largest f16 and the next step: rounds to infinity.
     const INFINITE: f32 = 65_520.0;
     match values.iter().find(|value| value.abs() >= INFINITE) {
         None => Ok(()),

@@ -1,4 +1,4 @@
-//! All that a transformer is made of.
+//! All tensors of a transformer.
 
 use candle_core::{DType, Device, DeviceLocation, Tensor};
 
@@ -9,24 +9,24 @@ use super::{Precision, Weights};
 use crate::error::{Error, Result};
 use crate::ops::unpack::Unpack;
 
-/// Dense weights, packed projections, and adapters. Cheap to clone: everything is shared.
+/// Dense weights, quantised projections, and adapters. Cheap to clone: everything is shared.
 #[derive(Clone, Debug, Default)]
 pub struct Tensors {
-    /// Every parameter that is not packed.
+    /// Every unquantised parameter.
     pub weights: Weights,
-    /// Frozen projections in blocks of few bits.
+    /// Quantised frozen projections.
     pub packed: PackedWeights,
-    /// What is trained beside projections.
+    /// Adapters of projections.
     pub adapters: Adapters,
 }
 
 impl Tensors {
-    /// Dense weights alone.
+    /// Dense weights only.
     pub fn dense(weights: Weights) -> Self {
         Self { weights, ..Self::default() }
     }
 
-    /// The same storage without variables: nothing that is computed with it keeps a graph.
+    /// The same storage without variables, so that computations keep no graph.
     #[must_use]
     pub fn detached(&self) -> Self {
         let mut tensors = self.clone();
@@ -43,14 +43,14 @@ impl Tensors {
     /// A dense weight.
     ///
     /// # Errors
-    /// Names what is missing.
+    /// Names the missing tensor.
     pub(super) fn get(&self, name: &str) -> Result<Tensor> {
         let tensor = self.weights.get(name).cloned();
         tensor.ok_or_else(|| Error::run("missing from the weights").at(name))
     }
 
     /// # Errors
-    /// Names two tensors that lie on different devices.
+    /// Names two tensors on different devices.
     pub(super) fn check_one_device(&self) -> Result<()> {
         let adapters = self.adapters.values().flat_map(Adapter::tensors);
         let place = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.device().location());
@@ -62,10 +62,10 @@ impl Tensors {
         )
     }
 
-    /// A projection's weight, by its module's name.
+    /// A projection's weight, by module name.
     ///
     /// # Errors
-    /// Names what is missing.
+    /// Names the missing tensor.
     pub fn matrix(&self, module: &str) -> Result<Matrix> {
         let name = format!("{module}.weight");
         match self.packed.get(&name) {
@@ -74,15 +74,15 @@ impl Tensors {
         }
     }
 
-    /// The dense model that computes the same, in f32: packed projections unpacked, adapters merged.
+    /// The equivalent dense model in f32: quantised projections dequantised, adapters merged.
     ///
     /// # Errors
-    /// The device's; an adapter that does not fit.
+    /// A device error; an adapter that does not fit.
     pub fn merged(&self) -> Result<Weights> {
         self.merged_in(Precision::F32)
     }
 
-    /// The same, merged in f32 and rounded tensor by tensor as a model [computes](Precision::of) with it: no more than one
+    /// As [`merged`](Self::merged), then rounded tensor by tensor to the [compute dtype](Precision::of): at most one
     /// tensor is f32 at a time.
     ///
     /// # Errors
@@ -128,7 +128,7 @@ impl Tensors {
 }
 
 /// # Errors
-/// Names the first thing that lies elsewhere than the first of all.
+/// Names the first item on a device other than the first one's.
 fn one_place(mut things: impl Iterator<Item = (String, DeviceLocation)>) -> Result<()> {
     let Some((first, place)) = things.next() else { return Ok(()) };
     let Some((other, elsewhere)) = things.find(|(_, found)| *found != place) else { return Ok(()) };

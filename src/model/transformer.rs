@@ -1,4 +1,4 @@
-//! The Llama transformer over a packed forest, and its block-by-block backward (design idea 3).
+//! The Llama transformer over a packed forest, with block-by-block backward (design idea 3).
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::ops::host::HostCopy;
 use crate::ops::{self, AttentionPlan, Rotary};
 
-/// A model ready to run. Its tensors are those of the given weights: where they are variables, the model is trained.
+/// A runnable model. It shares the given weights; those that are variables are trained.
 #[derive(Clone, Debug)]
 pub struct Transformer {
     config: Config,
@@ -25,11 +25,11 @@ pub struct Transformer {
     blocks: Vec<Block>,
     pub(super) norm: Tensor,
     head: Tensor,
-    /// Of a process reward model.
+    /// For a process reward model.
     head_bias: Option<Tensor>,
 }
 
-/// What a forward pass keeps for its backward.
+/// State kept by a forward pass for its backward.
 #[derive(Debug)]
 pub struct Trace {
     pub(super) layout: Layout,
@@ -38,19 +38,19 @@ pub struct Trace {
     pub hidden: Tensor,
 }
 
-/// What a forward pass is to keep.
+/// What a forward pass should keep.
 #[derive(Clone, Debug, Default)]
 pub struct Keep {
-    /// The last blocks, whose backward comes first, keep what it needs; of the others only the input is kept, and they
-    /// run again.
+    /// Number of last blocks (first in the backward pass) that keep their activations; the others keep only their input
+    /// and are recomputed.
     pub blocks: usize,
-    /// What dropout takes from the adapters.
+    /// Dropout masks of the adapters.
     pub masks: Option<Masks>,
-    /// Inputs of blocks that run again wait in host memory. Blocks by hand are there already.
+    /// Whether inputs of recomputed blocks are kept in host memory. Hand-written CPU blocks always do.
     pub inputs_on_host: bool,
 }
 
-/// A block's input until its backward.
+/// A block's input, kept for its backward.
 #[derive(Debug)]
 pub(super) enum Input {
     /// A leaf of the block's own graph.
@@ -67,21 +67,21 @@ impl Input {
     }
 }
 
-/// The two forms of a pass over the blocks.
+/// The two implementations of a pass over the blocks.
 #[derive(Debug)]
 pub(super) enum Form {
-    /// By hand, on the CPU.
+    /// Hand-written, on the CPU.
     Cpu {
         /// Input of each block, then of the final norm, `[T, D]` each.
         inputs: Vec<Vec<f32>>,
-        /// What the last blocks kept; the others are recomputed.
+        /// Activations kept by the last blocks; the others are recomputed.
         kept: Vec<Kept>,
     },
-    /// Candle's graph, one a block.
+    /// Candle's graph, one per block.
     Graph {
         /// Input of each block, then of the final norm.
         inputs: Vec<Input>,
-        /// Output of the last blocks with its graph; the others are recomputed.
+        /// Outputs of the last blocks with their graphs; the others are recomputed.
         outputs: Vec<Tensor>,
     },
 }
@@ -90,15 +90,15 @@ impl Transformer {
     /// Assembles a model.
     ///
     /// # Errors
-    /// Names the tensor that is missing.
+    /// Names the missing tensor.
     pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
         Self::of(config, &Tensors::dense(weights.clone()))
     }
 
-    /// Assembles a model with packed weights or adapters.
+    /// Assembles a model with quantised weights or adapters.
     ///
     /// # Errors
-    /// Names the tensor that is missing, or two that lie on different devices.
+    /// Names the missing tensor, or two tensors on different devices.
     pub fn of(config: &Config, tensors: &Tensors) -> Result<Self> {
         tensors.check_one_device()?;
         let get = |name: &str| tensors.get(name);
@@ -140,7 +140,7 @@ impl Transformer {
         &self.head
     }
 
-    /// The parameter's name whose gradient the head's weight gets.
+    /// Name of the parameter that the head's gradient belongs to.
     pub fn head_name(&self) -> &'static str {
         match self.config.architecture {
             Architecture::CausalLm if self.config.tie_word_embeddings => EMBEDDING,
@@ -149,27 +149,27 @@ impl Transformer {
         }
     }
 
-    /// Scores at the given ends, `L` numbers each, end by end. `hidden`: `[T, D]`.
+    /// Scores at the given ends, `L` per end, `[E, L]` flattened. `hidden`: `[T, D]`.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn scores(&self, hidden: &Tensor, ends: &[End]) -> Result<Vec<f32>> {
         Ok(self.scores_of(hidden, ends)?.flatten_all()?.to_vec1()?)
     }
 
-    /// The same where the model lies, `[E, L]`: `hidden` `[T, D]`, `E` ends.
+    /// As [`scores`](Self::scores), left on the model's device, `[E, L]`. `hidden`: `[T, D]`.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn scores_of(&self, hidden: &Tensor, ends: &[End]) -> Result<Tensor> {
         heads::scores(hidden, (&self.head, self.head_bias.as_ref()), ends)
     }
 
-    /// Gradient of `Σ d_scores · scores` of the hidden states, `[T, D]`, by `d_scores`, `[E, L]`; that of the head goes to
-    /// `grads`.
+    /// Gradient of `Σ d_scores · scores` with respect to the hidden states, `[T, D]`, given `d_scores`, `[E, L]`; that
+    /// of the head is added to `grads`.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn scores_backward(
         &self,
         hidden: &Tensor,
@@ -186,25 +186,25 @@ impl Transformer {
         heads::d_hidden(hidden, &self.head, ends, d_scores)
     }
 
-    /// Where the weights lie.
+    /// Device of the weights.
     pub fn device(&self) -> &Device {
         self.embedding.device()
     }
 
-    /// The type of its matrices where they are dense.
+    /// Dtype of its dense matrices.
     pub fn dtype(&self) -> DType {
         self.embedding.dtype()
     }
 
-    /// Rotary angles of the given positions.
+    /// RoPE angles of the given positions.
     pub fn rotary(&self, positions: &[u32]) -> Rotary {
         Rotary::new(&self.frequencies, positions)
     }
 
-    /// What all blocks share for this forest.
+    /// State shared by all blocks for this forest.
     ///
     /// # Errors
-    /// A sequence longer than the model's positions.
+    /// A sequence longer than the model's maximum positions.
     pub fn layout(&self, forest: &Forest) -> Result<Layout> {
         let longest = forest.spans.iter().map(|span| span.position + span.len).max().unwrap_or(0);
         let limit = self.config.max_position_embeddings;
@@ -233,7 +233,7 @@ impl Transformer {
         self.hidden_in(forest, &self.layout(forest)?)
     }
 
-    /// The same, where the forest's layout is there.
+    /// As [`hidden`](Self::hidden), with a given layout.
     pub fn hidden_in(&self, forest: &Forest, layout: &Layout) -> Result<Tensor> {
         let mut x = self.embed(&forest.tokens)?;
         if self.is_by_hand() {
@@ -250,18 +250,18 @@ impl Transformer {
         Ok(self.final_norm(&x)?.detach())
     }
 
-    /// Whether blocks run in the form of [`block_cpu`](super::block_cpu).
+    /// Whether blocks use the hand-written form of [`block_cpu`](super::block_cpu).
     fn is_by_hand(&self) -> bool {
         self.device().is_cpu() && matches!(self.embedding.dtype(), DType::F32 | DType::BF16)
     }
 
-    /// Forward pass for training of which the last `keep` blocks keep what their backward needs.
+    /// Forward pass for training; the last `keep` blocks keep activations for their backward.
     pub fn trace(&self, forest: &Forest, keep: usize) -> Result<Trace> {
         let keep = Keep { blocks: keep, ..Keep::default() };
         self.trace_embedded(&self.layout(forest)?, &self.embed(&forest.tokens)?, keep)
     }
 
-    /// The same from embedded tokens `x`, `[T, D]`, to which somebody may have added something.
+    /// As [`trace`](Self::trace), from token embeddings `x`, `[T, D]`, possibly modified by the caller.
     pub fn trace_embedded(&self, layout: &Layout, x: &Tensor, keep: Keep) -> Result<Trace> {
         let Keep { blocks, masks, inputs_on_host } = keep;
         let layout = Layout { masks: masks.map(Arc::new), ..layout.clone() };
@@ -319,11 +319,11 @@ impl Transformer {
         Ok((Form::Graph { inputs, outputs }, last))
     }
 
-    /// Backward pass: from the gradient of the hidden states `[T, D]` to every trained parameter, last block first.
-    /// What a block kept is freed as soon as its gradients are taken.
+    /// Backward pass, last block first: from the gradient of the hidden states `[T, D]` to every trained parameter. A
+    /// block's kept state is freed as soon as its gradients are computed.
     ///
     /// # Errors
-    /// The device's; a parameter that the gradient does not reach.
+    /// A device error; a parameter that no gradient reaches.
     pub fn backward(
         &self,
         forest: &Forest,
@@ -336,10 +336,10 @@ impl Transformer {
         Ok(())
     }
 
-    /// The same, block by block.
+    /// As [`backward`](Self::backward), block by block.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn backward_from<'a>(
         &'a self,
         forest: &'a Forest,
@@ -360,14 +360,14 @@ mod tests {
     use crate::model::{Precision, init};
     use crate::ops::linear::tests::{distance, random};
 
-    /// What of the model below is trained.
+    /// Which parts of the model below are trained.
     #[derive(Clone, Copy, PartialEq)]
     enum Trained {
         All,
         Adapters { dora: bool, packed: bool },
     }
 
-    /// Grouped heads, biases on queries, keys and values, and no size that is a multiple of a tile.
+    /// Grouped-query heads, biases on queries, keys and values, and no size that is a multiple of a tile.
     fn model(precision: Precision, trained: Trained) -> Transformer {
         let config = Config::from_json(
             r#"{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 60, "num_hidden_layers": 2,
@@ -377,7 +377,7 @@ mod tests {
         .unwrap();
         let weights = init::random(&config, 3, &Device::Cpu).unwrap();
         let weights = weights.iter().map(|(name, tensor)| {
-            // Biases begin at zero: moved, so that what depends on them shows.
+            // Biases are initialised to zero; perturb them so that their effect is visible.
             let moved = (tensor + (random(7, tensor.shape()) * 0.05).unwrap()).unwrap();
             let computed = moved.to_dtype(precision.of(name, &moved)).unwrap();
             match trained {
@@ -442,7 +442,7 @@ mod tests {
         }
     }
 
-    /// The graph rounds at other places: sums of a product to bf16, gradients of inputs not at all.
+    /// The graph rounds differently: product outputs to bf16, input gradients not at all.
     #[test]
     fn in_bf16_it_is_the_graphs_up_to_rounding() {
         by_hand_is_the_graph((Precision::Bf16, Trained::All), 2e-2, 2 * 12 + 2);

@@ -1,4 +1,4 @@
-//! Forest attention: a token sees its own segment up to itself and every ancestor segment.
+//! Forest attention: a token attends to its own segment up to itself and to all ancestor segments.
 
 use std::sync::{Arc, Mutex};
 
@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape
 use super::cpu;
 use crate::data::forest::{Forest, Span};
 
-/// Who sees whom, for one packed forest. Built once a micro-batch and shared by all blocks.
+/// The attention mask of one packed forest. Built once per micro-batch and shared by all blocks.
 #[derive(Clone, Debug)]
 pub struct AttentionPlan {
     /// Segments, parents first.
@@ -16,7 +16,7 @@ pub struct AttentionPlan {
     pub trees: Vec<std::ops::Range<usize>>,
     /// Number of tokens, `T`.
     pub tokens: usize,
-    /// What a device's kernels go by.
+    /// Lists used by a device's kernels.
     #[cfg(feature = "cuda")]
     pub(super) on_device: super::cuda::attention::Kept,
 }
@@ -40,17 +40,17 @@ impl AttentionPlan {
         }
     }
 
-    /// Computes what kernels go by, for `share` query heads to a key head, and puts it where the device takes it from
-    /// without anybody waiting.
+    /// Prepares the kernels' lists for `share` query heads per key head in page-locked memory, so that uploading them
+    /// needs no synchronisation.
     ///
     /// # Errors
-    /// The driver's.
+    /// A driver error.
     #[cfg(feature = "cuda")]
     pub(crate) fn stage(&self, share: usize, device: &candle_core::CudaDevice) -> Result<()> {
         super::cuda::attention::stage(self, share, device)
     }
 
-    /// Row ranges that the tokens of `span` see before their own segment, root first.
+    /// Row ranges visible to the tokens of `span` before their own segment, root first.
     pub fn ancestors(&self, span: usize) -> Vec<std::ops::Range<usize>> {
         let mut ranges = Vec::new();
         let mut next = self.spans[span].parent;
@@ -63,7 +63,7 @@ impl AttentionPlan {
         ranges
     }
 
-    /// The additive mask `[T, T]` of the plain form: 0 where seen, -inf elsewhere.
+    /// The additive mask `[T, T]` of the plain form: 0 where visible, -inf elsewhere.
     fn mask(&self, dtype: DType, device: &Device) -> Result<Tensor> {
         let t = self.tokens;
         let mut mask = vec![f32::NEG_INFINITY; t * t];
@@ -85,7 +85,7 @@ impl AttentionPlan {
 /// - `q`: `[T, H, E]`, `k`, `v`: `[T, G, E]` with `G` dividing `H`  →  `[T, H, E]`
 ///
 /// # Errors
-/// Shapes that do not fit together or the plan.
+/// Shapes that do not match each other or the plan.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttentionPlan>) -> Result<Tensor> {
     let (t, h, e) = q.dims3()?;
     let (_, g, _) = k.dims3()?;
@@ -105,7 +105,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttentionPlan>) 
     if q.device().is_cuda() {
         use super::cuda::attention::{on_cuda, padded, takes};
         if let Some(width) = padded(e).filter(|width| takes(q.dtype(), h / g, *width)) {
-            // Zeros change no score, and mix to zeros.
+            // Zero padding changes neither scores nor the other output columns.
             let wide = |x: &Tensor| x.pad_with_zeros(D::Minus1, 0, width - e);
             let scale = 1.0 / (e as f32).sqrt();
             return on_cuda([&wide(q)?, &wide(k)?, &wide(v)?], scale, plan)?.narrow(
@@ -114,7 +114,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttentionPlan>) 
                 e,
             );
         }
-        // Scores in bf16 would lose what distinguishes them.
+        // Scores in bf16 would be too coarse.
         let [q32, k32, v32] = [q, k, v].map(|x| x.to_dtype(DType::F32));
         return plain(&q32?, &k32?, &v32?, plan)?.to_dtype(q.dtype());
     }
@@ -136,7 +136,7 @@ pub fn plain(q: &Tensor, k: &Tensor, v: &Tensor, plan: &AttentionPlan) -> Result
     probs.matmul(&heads(v)?)?.transpose(0, 1)?.contiguous()
 }
 
-/// The CPU form. Its forward keeps one log-sum-exp a (head, token) for the backward.
+/// The CPU form. The forward keeps one log-sum-exp per (head, token) for the backward.
 struct ForestAttention {
     plan: Arc<AttentionPlan>,
     log_sum_exp: Mutex<Vec<f32>>,

@@ -1,16 +1,16 @@
-//! Numbers that the host makes of a device's, in the middle of the device's work.
+//! Host computations on device values, in the middle of the device's work.
 
 use candle_core::{DType, Result, Tensor, bail};
 
-/// Makes numbers of a tensor's values, as many. It runs on any thread and calls no device.
+/// Computes as many values as it is given. Runs on any thread and must not call a device.
 pub type Compute = Box<dyn FnOnce(&[f32]) -> Vec<f32> + Send>;
 
-/// A tensor of the shape of `x` that `compute` makes of its values, without a graph. On a GPU nobody waits for it: the
-/// driver calls the host when the values are there.
+/// A tensor of the shape of `x` computed by `compute` from its values, without a graph. On a GPU this does not block:
+/// the driver calls the host once the values are available.
 ///
 /// # Errors
-/// Where `x` is not f32, or `compute` makes another number of values; on a GPU, which has nobody to tell, values are NaN
-/// then.
+/// `x` is not f32, or `compute` returns another number of values; on a GPU, which cannot report the latter, the result
+/// is NaN.
 pub fn by_host(x: &Tensor, compute: Compute) -> Result<Tensor> {
     if x.dtype() != DType::F32 {
         bail!("numbers by the host of {:?}, expected f32", x.dtype());

@@ -1,23 +1,23 @@
-//! Attention of new tokens over keys and values in pages: what a model reads while it writes. No gradients.
+//! Attention of new tokens over a paged KV cache, for generation. No gradients.
 
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
 #[cfg(feature = "cuda")]
 use super::cuda::cached::Uploaded;
 
-/// Positions of a page.
+/// Positions per page.
 pub const PAGE: usize = 64;
 
-/// Keys and values of up to [`PAGE`] successive positions of a sequence in all layers, `[L, PAGE, 2, G, E]`. Clones share
-/// them: who writes must be alone with the positions that it writes.
+/// Keys and values of up to [`PAGE`] consecutive positions of a sequence in all layers, `[L, PAGE, 2, G, E]`. Clones
+/// share storage: a writer must have its positions to itself.
 #[derive(Clone, Debug)]
 pub struct Page(Tensor);
 
 impl Page {
-    /// An empty page for `layers` layers of `groups` key heads of a width.
+    /// An empty page for `layers` layers of `groups` key heads of dimension `width`.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn new(
         (layers, groups, width): (usize, usize, usize),
         dtype: DType,
@@ -26,27 +26,27 @@ impl Page {
         Ok(Self(Tensor::zeros((layers, PAGE, 2, groups, width), dtype, device)?))
     }
 
-    /// The tensor, whole.
+    /// The whole tensor.
     #[cfg(feature = "cuda")]
     pub(super) fn tensor(&self) -> &Tensor {
         &self.0
     }
 }
 
-/// Successive positions of a sequence in one page.
+/// Consecutive positions of a sequence in one page.
 #[derive(Clone, Debug)]
 pub struct Span {
-    /// Where they are.
+    /// Their page.
     pub page: Page,
-    /// The first one's place in the page.
+    /// Slot of the first position in the page.
     pub slot: usize,
-    /// The first one's position in the sequence.
+    /// First position in the sequence.
     pub position: usize,
-    /// How many.
+    /// Number of positions.
     pub count: usize,
 }
 
-/// What the new tokens of one sequence see: all positions up to the last of them, in order.
+/// Positions visible to the new tokens of one sequence: all up to the last of them, in order.
 #[derive(Clone, Debug)]
 pub struct Sequence {
     /// The positions from 0 on, without gaps.
@@ -56,12 +56,12 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// All positions.
+    /// Number of positions.
     pub(super) fn len(&self) -> usize {
         self.spans.last().map_or(0, |span| span.position + span.count)
     }
 
-    /// The runs of new tokens with the page and the slot that each begins at, in order.
+    /// Runs of new tokens with their page and first slot, in order.
     fn new_runs(&self) -> impl Iterator<Item = (&Page, usize, usize)> {
         let first = self.len() - self.new;
         self.spans.iter().filter_map(move |span| {
@@ -75,16 +75,16 @@ impl Sequence {
 #[derive(Debug)]
 pub struct CachePlan {
     pub(super) sequences: Vec<Sequence>,
-    /// New tokens of all sequences, `M`.
+    /// Total number of new tokens, `M`.
     pub(super) tokens: usize,
-    /// Query heads to a key head, `H/G`.
+    /// Query heads per key head, `H/G`.
     pub(super) share: usize,
     #[cfg(feature = "cuda")]
     pub(super) on_device: std::sync::OnceLock<Uploaded>,
 }
 
 impl CachePlan {
-    /// A plan of these sequences, for `share` query heads to a key head.
+    /// A plan for these sequences, with `share` query heads per key head.
     pub fn new(sequences: Vec<Sequence>, share: usize) -> Self {
         Self {
             tokens: sequences.iter().map(|sequence| sequence.new).sum(),
@@ -98,10 +98,10 @@ impl CachePlan {
     /// Writes keys and values of the new tokens into their pages.
     ///
     /// # Shapes
-    /// - `k`, `v`: `[M, G, E]`, in the type of the pages
+    /// - `k`, `v`: `[M, G, E]`, in the pages' dtype
     ///
     /// # Errors
-    /// Other shapes or types; the device's.
+    /// Wrong shapes or dtypes; a device error.
     pub fn store(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
         let (m, groups, width) = k.dims3()?;
         if v.dims3()? != (m, groups, width) || m != self.tokens {
@@ -122,14 +122,14 @@ impl CachePlan {
         Ok(())
     }
 
-    /// Softmax attention of the new tokens, each over its sequence up to itself, scaled by `1/sqrt(E)`. Their own keys
-    /// and values must be stored.
+    /// Softmax attention of each new token over its sequence up to itself, scaled by `1/sqrt(E)`. The tokens' own keys
+    /// and values must already be stored.
     ///
     /// # Shapes
-    /// - `q`: `[M, H, E]` in the type of the pages  →  the same
+    /// - `q`: `[M, H, E]` in the pages' dtype → `[M, H, E]`
     ///
     /// # Errors
-    /// Other shapes; the device's.
+    /// Wrong shapes; a device error.
     pub fn attend(&self, layer: usize, q: &Tensor) -> Result<Tensor> {
         let (m, heads, width) = q.dims3()?;
         if m != self.tokens || !heads.is_multiple_of(self.share) {
@@ -164,13 +164,13 @@ impl CachePlan {
     }
 }
 
-/// Causal attention of the last rows of a sequence over all of it.
+/// Causal attention of the last rows of a sequence over the whole sequence.
 ///
 /// # Shapes
 /// - `q`: `[M, H, E]`, `keys`, `values`: `[T, G, E]`  →  `[M, H·E]`
 fn of_last(q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
     let ((m, h, e), (t, g, _)) = (q.dims3()?, keys.dims3()?);
-    // Row r of head group i stands at r · (H/G) + i, so that the shared keys need no copies.
+    // Row r of head i in its group is at r · (H/G) + i, so that shared keys need no copies.
     let q = q.reshape((m, g, h / g, e))?.permute((1, 0, 2, 3))?.contiguous()?;
     let q = q.reshape((g, m * (h / g), e))?;
     let keys = keys.permute((1, 2, 0))?.contiguous()?;
@@ -197,7 +197,7 @@ mod tests {
     use crate::ops::linear::tests::random;
     use crate::ops::{AttentionPlan, attention};
 
-    /// A prompt of 70 tokens in two pages that two answers share up to different places, read in two passes.
+    /// A prompt of 70 tokens in two pages, shared up to different positions by two answers, read in two passes.
     #[test]
     fn over_pages_it_is_the_forests_attention() {
         let (heads, groups, width, layer) = (4, 2, 8, 1);
@@ -217,7 +217,7 @@ mod tests {
         let whole = [span(&prompt[0], 0, 0, 64), span(&prompt[1], 0, 64, 6)];
         let sequence = |spans: &[Span], new| Sequence { spans: spans.to_vec(), new };
         let with = |spans: &[Span]| [&whole[..], spans].concat();
-        // Tokens that are new in a pass, and what is seen from them.
+        // New tokens of each pass, and the rows they see.
         let passes = [
             vec![(0..50, sequence(&[span(&prompt[0], 0, 0, 50)], 50))],
             vec![(50..70, sequence(&whole, 20))],

@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::cpu;
 
-/// Rows of `table` for each token, in f32: where the residual stream starts.
+/// Rows of `table` for each token, in f32: the initial residual stream.
 ///
 /// # Shapes
 /// - `table`: `[V, D]`, `tokens`: `T` ids  →  `[T, D]`
@@ -26,7 +26,7 @@ pub fn embed(table: &Tensor, tokens: &[u32]) -> Result<Tensor> {
 
 /// Adds the embedding's gradient into `d_table`: row `tokens[t]` gains row `t` of `d_x`. Returns the sum.
 ///
-/// On the CPU and on CUDA `d_table` itself changes, in the order of the tokens; elsewhere a new tensor is made.
+/// On the CPU and on CUDA `d_table` is updated in place, in token order; elsewhere a new tensor is created.
 ///
 /// # Shapes
 /// - `d_table`: `[V, D]`, `d_x`: `[T, D]`  →  `[V, D]`

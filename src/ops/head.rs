@@ -32,6 +32,21 @@ pub const CHUNK_ELEMENTS: usize = 12 << 20;
 /// thousand: enough for the products to be bound by arithmetic.
 pub const GPU_CHUNK_ELEMENTS: usize = 128 << 20;
 
+/// How many of a row's likeliest tokens [`RowStats::top_entropy`] is of: EAFT's `K` (Diao et al., 2026).
+pub const TOP: usize = 20;
+
+/// How much is read of each row beside the log-probabilities of its targets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Detail {
+    /// Nothing.
+    #[default]
+    Targets,
+    /// [`RowStats`] without `top_entropy`.
+    Rows,
+    /// [`RowStats`], for which the row's likeliest tokens are looked for.
+    Top,
+}
+
 /// What one row of logits `x` says beside the log-probabilities `ln p` of its targets. All logarithms are natural.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RowStats {
@@ -45,6 +60,8 @@ pub struct RowStats {
     pub log_sum_squares: f32,
     /// `ln p` of the likeliest token.
     pub best_logp: f32,
+    /// The entropy that is left if only the [`TOP`] likeliest tokens could follow; 0 unless [`Detail::Top`] is read.
+    pub top_entropy: f32,
 }
 
 /// What is read of each target.
@@ -52,7 +69,7 @@ pub struct RowStats {
 pub struct Readings {
     /// Its log-probability, `[N]`.
     pub logps: Vec<f32>,
-    /// Its row, `[N]` where asked for, else empty.
+    /// Its row, `[N]` from [`Detail::Rows`] on, else empty.
     pub rows: Vec<RowStats>,
 }
 
@@ -78,8 +95,8 @@ impl<'a> From<&'a [f32]> for Slopes<'a> {
 /// What [`backward`] returns beside the gradients that it always does.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Asked {
-    /// [`Readings::rows`].
-    pub rows: bool,
+    /// How much of [`Readings::rows`].
+    pub detail: Detail,
     /// The gradient of the head's weight.
     pub d_weight: bool,
 }
@@ -100,15 +117,20 @@ pub struct HeadGrads {
 /// # Shapes
 /// - `hidden`: `[T, D]`, `weight`: `[V, D]`, `targets`: `N`  →  `N` values
 pub fn logps(hidden: &Tensor, weight: &Tensor, targets: &[Target]) -> Result<Vec<f32>> {
-    Ok(read(hidden, weight, targets, false)?.logps)
+    Ok(read(hidden, weight, targets, Detail::Targets)?.logps)
 }
 
-/// Log-probability of each target under the full softmax and, with `rows`, its row's [`RowStats`].
+/// Log-probability of each target under the full softmax, and as much of its row's [`RowStats`] as `detail` says.
 ///
 /// # Shapes
 /// As [`logps`].
-pub fn read(hidden: &Tensor, weight: &Tensor, targets: &[Target], rows: bool) -> Result<Readings> {
-    reading(hidden, weight, targets, rows)?.wait()
+pub fn read(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[Target],
+    detail: Detail,
+) -> Result<Readings> {
+    reading(hidden, weight, targets, detail)?.wait()
 }
 
 /// [`read`], which a GPU may still be at.
@@ -119,9 +141,9 @@ pub fn reading(
     hidden: &Tensor,
     weight: &Tensor,
     targets: &[Target],
-    rows: bool,
+    detail: Detail,
 ) -> Result<Pending> {
-    Ok(run(hidden, weight, targets, Pass { rows, gradient: None })?.0)
+    Ok(run(hidden, weight, targets, Pass { detail, gradient: None })?.0)
 }
 
 /// What [`read`] reads, and the gradients of what [`Slopes`] says.
@@ -138,7 +160,7 @@ pub fn backward(
     if slopes.d_logps.len() != targets.len() {
         candle_core::bail!("{} weights for {} targets", slopes.d_logps.len(), targets.len());
     }
-    let pass = Pass { rows: asked.rows, gradient: Some((slopes, asked.d_weight)) };
+    let pass = Pass { detail: asked.detail, gradient: Some((slopes, asked.d_weight)) };
     HeadGrads::new(run(hidden, weight, targets, pass)?, hidden)
 }
 
@@ -212,9 +234,9 @@ fn two_passes(
     weigh: impl FnOnce(&Readings) -> Vec<f32>,
     asked: Asked,
 ) -> Result<HeadGrads> {
-    let readings = read(hidden, weight, targets, asked.rows)?;
+    let readings = read(hidden, weight, targets, asked.detail)?;
     let slopes = weigh(&readings);
-    let asked = Asked { rows: false, ..asked };
+    let asked = Asked { detail: Detail::Targets, ..asked };
     let grads = backward(hidden, weight, targets, slopes.as_slice().into(), asked)?;
     Ok(HeadGrads { readings: readings.into(), ..grads })
 }
@@ -243,7 +265,7 @@ pub(super) type Grads = Option<(Tensor, Option<Tensor>)>;
 /// What one run over the chunks computes.
 #[derive(Clone, Copy)]
 pub(super) struct Pass<'a> {
-    pub(super) rows: bool,
+    pub(super) detail: Detail,
     /// The slopes, and whether the weight's gradient is wanted.
     pub(super) gradient: Option<(Slopes<'a>, bool)>,
 }
@@ -259,8 +281,9 @@ impl HeadGrads {
 
 impl Readings {
     /// Room for `count` targets.
-    pub(super) fn zeros(count: usize, rows: bool) -> Self {
-        let rows = if rows { vec![RowStats::default(); count] } else { Vec::new() };
+    pub(super) fn zeros(count: usize, detail: Detail) -> Self {
+        let rows = if detail == Detail::Targets { 0 } else { count };
+        let rows = vec![RowStats::default(); rows];
         Self { logps: vec![0.0; count], rows }
     }
 
@@ -372,6 +395,21 @@ fn log_of_sum(max: f32, sum: f32) -> f32 {
     max + sum.ln()
 }
 
+/// `−Σ q ln q` of the softmax `q` over some logits alone.
+pub(super) fn entropy_among(logits: &[f32]) -> f32 {
+    let max = f64::from(simd::max(logits));
+    let (mut sum, mut first) = (0.0, 0.0);
+    for &logit in logits {
+        let below = f64::from(logit) - max;
+        // What has no probability adds nothing; minus infinity times 0 would.
+        if below > f64::NEG_INFINITY {
+            sum += below.exp();
+            first += below * below.exp();
+        }
+    }
+    (sum.ln() - first / sum) as f32
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::D;
@@ -401,13 +439,13 @@ mod tests {
             let d_logps: Vec<f32> = (0..targets.len()).map(|i| (i as f32 * 0.3).sin()).collect();
             for (mean_logp, squared_lse) in [(0.0, 0.0), (0.25, 0.0), (0.0, -0.5), (0.3, 0.02)] {
                 let slopes = Slopes { d_logps: &d_logps, mean_logp, squared_lse };
-                let asked = Asked { rows: true, d_weight: true };
+                let asked = Asked { detail: Detail::Top, d_weight: true };
                 let ours = backward(&hidden, &weight, &targets, slopes, asked).unwrap();
-                let read = read(&hidden, &weight, &targets, true).unwrap();
+                let read = read(&hidden, &weight, &targets, Detail::Top).unwrap();
                 let found = ours.readings.wait().unwrap();
                 assert_eq!((&found.logps, &found.rows), (&read.logps, &read.rows));
                 assert_eq!(read.logps, logps(&hidden, &weight, &targets).unwrap());
-                let pass = Pass { rows: true, gradient: Some((slopes, true)) };
+                let pass = Pass { detail: Detail::Top, gradient: Some((slopes, true)) };
                 let (plain, grads) = plain(&hidden, &weight, &Rows::new(&targets), pass).unwrap();
                 let (d_hidden, d_weight) = grads.unwrap();
                 assert_near(&read, &plain, 1e-5);
@@ -425,12 +463,12 @@ mod tests {
     fn slopes_that_are_asked_for_between_the_passes_give_the_gradients_of_slopes_that_are_given() {
         let (hidden, weight) = (random(1, (40, 16)), random(2, (257, 16)));
         let targets = targets(40, 257);
-        let asked = Asked { rows: true, d_weight: true };
+        let asked = Asked { detail: Detail::Rows, d_weight: true };
         let slope = |(logp, row): (&f32, &RowStats)| logp.exp() - 0.1 * row.entropy;
         let weigh = move |read: &Readings| -> Vec<f32> {
             read.logps.iter().zip(&read.rows).map(slope).collect()
         };
-        let slopes = weigh(&read(&hidden, &weight, &targets, true).unwrap());
+        let slopes = weigh(&read(&hidden, &weight, &targets, Detail::Rows).unwrap());
         let given = backward(&hidden, &weight, &targets, slopes.as_slice().into(), asked).unwrap();
         let by_host = |weigh| backward_by(&hidden, &weight, &targets, weigh, asked);
         let found = by_host(Box::new(weigh)).unwrap();
@@ -448,8 +486,8 @@ mod tests {
         assert!(a.logps.iter().zip(&b.logps).all(|(a, b)| near(*a, *b)));
         assert!(!a.rows.is_empty() && a.rows.len() == b.rows.len());
         let parts = |row: &RowStats| {
-            let RowStats { log_sum_exp, mean_logit, entropy, log_sum_squares, best_logp } = *row;
-            [log_sum_exp, mean_logit, entropy, log_sum_squares, best_logp]
+            let RowStats { log_sum_exp, mean_logit, entropy, .. } = *row;
+            [log_sum_exp, mean_logit, entropy, row.log_sum_squares, row.best_logp, row.top_entropy]
         };
         for (a, b) in a.rows.iter().zip(&b.rows) {
             assert!(parts(a).into_iter().zip(parts(b)).all(|(a, b)| near(a, b)), "{a:?} {b:?}");
@@ -486,7 +524,7 @@ mod tests {
         let logits = hidden.matmul(&weight.t().unwrap()).unwrap().to_vec2::<f32>().unwrap();
         for (bf16, tolerance) in [(false, 1e-5), (true, 3e-2)] {
             let weight = if bf16 { weight.to_dtype(DType::BF16).unwrap() } else { weight.clone() };
-            let read = read(&hidden, &weight, &targets, true).unwrap();
+            let read = read(&hidden, &weight, &targets, Detail::Top).unwrap();
             let exact: Vec<RowStats> = targets
                 .iter()
                 .map(|target| {
@@ -494,12 +532,17 @@ mod tests {
                         logits[target.row as usize].iter().map(|&x| f64::from(x)).collect();
                     let lse = x.iter().map(|x| x.exp()).sum::<f64>().ln();
                     let p = || x.iter().map(|x| (x - lse).exp());
+                    let mut top: Vec<f64> = p().collect();
+                    top.sort_by(|a, b| b.total_cmp(a));
+                    let all = top[..TOP].iter().sum::<f64>();
+                    let top = top[..TOP].iter().map(|p| p / all);
                     RowStats {
                         log_sum_exp: lse as f32,
                         mean_logit: (x.iter().sum::<f64>() / x.len() as f64) as f32,
                         entropy: -p().map(|p| p * p.ln()).sum::<f64>() as f32,
                         log_sum_squares: p().map(|p| p * p).sum::<f64>().ln() as f32,
                         best_logp: p().fold(0.0, f64::max).ln() as f32,
+                        top_entropy: -top.map(|q| q * q.ln()).sum::<f64>() as f32,
                     }
                 })
                 .collect();

@@ -1,4 +1,4 @@
-//! Tensors that wait in the host's memory until they are needed again.
+//! Tensors offloaded to host memory until needed again.
 
 use candle_core::{Device, Result, Shape, Tensor};
 
@@ -8,10 +8,10 @@ use super::cuda::launch::{
     tensor,
 };
 
-/// Numbers that the host made as a tensor of a device. A GPU is not waited for.
+/// Creates a device tensor from host values, without synchronising with a GPU.
 ///
 /// # Errors
-/// Another number of them than the shape has; the device's.
+/// A number of values that does not match the shape; a device error.
 pub fn sent(values: Vec<f32>, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
     let shape = shape.into();
     #[cfg(feature = "cuda")]
@@ -24,7 +24,7 @@ pub fn sent(values: Vec<f32>, shape: impl Into<Shape>, device: &Device) -> Resul
     Tensor::from_vec(values, shape, device)
 }
 
-/// A tensor whose place on its device is free in the meantime. It comes back with the same bits.
+/// A tensor offloaded to free its device memory. It is restored bit for bit.
 #[derive(Debug)]
 pub struct HostCopy {
     device: Device,
@@ -34,16 +34,16 @@ pub struct HostCopy {
 #[derive(Debug)]
 enum Form {
     Plain(Tensor),
-    /// In page-locked memory, to which a GPU copies while the host goes on.
+    /// In page-locked memory, copied by the GPU asynchronously.
     #[cfg(feature = "cuda")]
     Locked(Waiting),
 }
 
 impl HostCopy {
-    /// Copies a tensor. What becomes of its storage afterwards does not matter.
+    /// Copies a tensor. Its storage may be reused afterwards.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn of(x: &Tensor) -> Result<Self> {
         let device = x.device().clone();
         #[cfg(feature = "cuda")]
@@ -55,10 +55,10 @@ impl HostCopy {
         Ok(Self { device, form: Form::Plain(host) })
     }
 
-    /// Brings it back to its device.
+    /// Copies it back to its device.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn back(self) -> Result<Tensor> {
         match self.form {
             Form::Plain(host) => host.to_device(&self.device),

@@ -8,8 +8,8 @@ use super::cpu::{
     matmul::{Mat, Threads, matmul},
 };
 
-/// `x · Wᵀ`, plus the bias where there is one. A weight that is not trained costs no gradient work. Rows meet a weight of
-/// another type in that type; the result is in theirs.
+/// `x · Wᵀ`, plus the bias if given. An untrained weight costs no gradient work. If dtypes differ, the product is
+/// computed in the weight's, and the result has that of `x`.
 ///
 /// # Shapes
 /// - `x`: `[T, I]`, `weight`: `[O, I]`, `bias`: `[O]`  →  `[T, O]`
@@ -36,12 +36,12 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     }
 }
 
-/// `y + b` in the type of `y`, summed in that of the bias. Shapes: `[T, O]`, `[O]` -> `[T, O]`.
+/// `y + b` in the dtype of `y`, summed in that of the bias. Shapes: `[T, O]`, `[O]` -> `[T, O]`.
 pub(crate) fn with_bias(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
     y.to_dtype(bias.dtype())?.broadcast_add(bias)?.to_dtype(y.dtype())
 }
 
-/// What the CPU has no kernel for.
+/// Cases without a CPU kernel.
 fn elsewhere(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
@@ -50,7 +50,7 @@ fn elsewhere(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     plain(x, weight)
 }
 
-/// `x · Wᵀ` of what lies on one device, as Candle multiplies there.
+/// `x · Wᵀ` of storages on one device, by Candle's matmul there.
 pub(in crate::ops) fn product<S: BackendStorage>(
     (x, layout): (&S, &Layout),
     (weight, of_weight): (&S, &Layout),
@@ -67,7 +67,7 @@ pub fn plain(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
 }
 
-/// `x · Wᵀ + b` over plain numbers of the weight's type, summed in f32; `x` holds rows `[T, I]`, the bias is f32.
+/// `x · Wᵀ + b` on slices of the weight's dtype, summed in f32; `x` is `[T, I]`, the bias is f32.
 pub(crate) fn forward<E: Element>(
     x: &[E],
     weight: &Tensor,
@@ -179,7 +179,8 @@ pub(crate) mod tests {
         norm((a - &b).unwrap()) / norm(b).max(1e-30)
     }
 
-    /// The op and its plain form agree in value and in every gradient, and the plain form's gradient is the slope.
+    /// The op and its plain form agree in value and in every gradient, and the plain form's gradient matches finite
+    /// differences.
     pub(crate) fn gradients_agree(
         inputs: &[Tensor],
         op: impl Fn(&[Tensor]) -> Result<Tensor>,
@@ -199,7 +200,7 @@ pub(crate) mod tests {
         finite_differences(inputs, &op, &grads);
     }
 
-    /// Central differences of `Σ f(x) · c` along one random direction an input, in f32 with a wide step.
+    /// Central differences of `Σ f(x) · c` along one random direction per input, in f32 with a wide step.
     fn finite_differences(inputs: &[Tensor], f: Op<'_>, grads: &[Tensor]) {
         let value = |inputs: &[Tensor]| -> f64 {
             let out = f(inputs).unwrap().to_dtype(DType::F64).unwrap();

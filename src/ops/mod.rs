@@ -1,12 +1,12 @@
 //! Differentiable ops over Candle tensors, one file each.
 //!
 //! Every op has two forms: a *plain* one composed of Candle's own differentiable ops, correct on every device, and a
-//! CPU one with its own forward and backward under [`cpu`]; with the feature `cuda` a third, of kernels under [`cuda`].
-//! The public function picks by device; tests hold the forms against each other and the backward against finite
-//! differences. Candle's `*_no_bwd` ops, which end the graph without an error, are not reachable through this module.
+//! CPU one with its own forward and backward under [`cpu`]; with the feature `cuda` a third, using the kernels under
+//! [`cuda`]. The public function selects by device; tests compare the forms with each other, and the backward with
+//! finite differences. Candle's `*_no_bwd` ops, which silently end the graph, are not reachable through this module.
 //!
-//! Shape letters, here and everywhere: `T` tokens of the packed forest, `D` model width, `H` query heads, `G` key/value
-//! heads, `E` width of one head, `F` feed-forward width, `V` vocabulary, `N` targets, `S` sequences (leaves).
+//! Shape letters used throughout: `T` tokens of the packed forest, `D` hidden size, `H` query heads, `G` key/value
+//! heads, `E` head dimension, `F` MLP hidden size, `V` vocabulary, `N` targets, `S` sequences (leaves).
 
 pub mod attention;
 pub mod by_host;

@@ -21,7 +21,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     plain(x, weight, eps)
 }
 
-/// The same rounded to `dtype`: what enters a product.
+/// As [`rms_norm`], rounded to `dtype`, for input to a product.
 ///
 /// # Shapes
 /// As [`rms_norm`].
@@ -109,7 +109,7 @@ impl CustomOp2 for RmsNorm {
     }
 }
 
-/// The norm of each row over plain numbers, rounded to `E`. Shapes: `x` `[T, D]`, `weight` `[D]` -> `[T, D]`.
+/// The norm of each row on slices, rounded to `E`. Shapes: `x` `[T, D]`, `weight` `[D]` -> `[T, D]`.
 pub(crate) fn forward<E: Element>(x: &[f32], weight: &[f32], eps: f32) -> Vec<E> {
     let width = weight.len();
     let mut out = vec![E::default(); x.len()];
@@ -125,11 +125,11 @@ pub(crate) fn forward<E: Element>(x: &[f32], weight: &[f32], eps: f32) -> Vec<E>
     out
 }
 
-/// Gradients of `x` `[T, D]` and `weight` `[D]`.
+/// Gradients with respect to `x` `[T, D]` and `weight` `[D]`.
 ///
 /// With `s = 1/rms`, `x̂ = x·s`, `g = dy·w`:  `dx = s·(g − x̂·mean(g·x̂))`,  `dw = Σ_t dy·x̂`.
 pub(crate) fn gradients(x: &[f32], weight: &[f32], d_y: &[f32], eps: f32) -> (Vec<f32>, Vec<f32>) {
-    /// Rows a partial sum of `dw`: fixed, so that the order of summation does not depend on the threads.
+    /// Rows per partial sum of `dw`: fixed, so that the order of summation does not depend on the threads.
     const ROWS: usize = 64;
     let width = weight.len();
     let mut d_x = vec![0.0; x.len()];

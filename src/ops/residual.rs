@@ -7,7 +7,7 @@ use super::cpu;
 
 const CHUNK: usize = 1 << 14;
 
-/// `x + y`, in the type of `x`. Shapes: equal, any.
+/// `x + y`, in the dtype of `x`. Shapes: equal, any.
 pub fn residual(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if x.device().is_cpu() && x.dtype() == DType::F32 && x.shape() == y.shape() {
         return x.contiguous()?.apply_op2(&y.contiguous()?, Add);
@@ -15,10 +15,10 @@ pub fn residual(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     x + y.to_dtype(x.dtype())?
 }
 
-/// `sum += x`, where `sum` lies: all that share its storage see the change. Shapes: equal, any; `sum` is f32.
+/// `sum += x` in place, visible to all tensors that share its storage. Shapes: equal, any; `sum` is f32.
 ///
 /// # Errors
-/// Other shapes, a `sum` with gaps or of another type, the device's.
+/// A shape mismatch, a `sum` that is not contiguous or not f32, a device error.
 pub fn accumulate(sum: &Tensor, x: &Tensor) -> Result<()> {
     if sum.shape() != x.shape() {
         candle_core::bail!("{:?} added to a sum of {:?}", x.shape(), sum.shape());
@@ -31,8 +31,8 @@ pub fn accumulate(sum: &Tensor, x: &Tensor) -> Result<()> {
     cpu::with_slice_mut(sum, |sum| cpu::with_slice(&x, |x| add(sum, x)))?
 }
 
-/// A scalar whose gradient with respect to `output` is exactly `d_output`: the root of a vector-Jacobian product.
-/// Its own value means nothing.
+/// A scalar whose gradient with respect to `output` is exactly `d_output`: the root of a vector-Jacobian product. Its
+/// own value is meaningless.
 pub fn vjp_root(output: &Tensor, d_output: &Tensor) -> Result<Tensor> {
     let by_op = output.device().is_cpu() || cfg!(feature = "cuda") && output.device().is_cuda();
     if by_op {
@@ -41,7 +41,7 @@ pub fn vjp_root(output: &Tensor, d_output: &Tensor) -> Result<Tensor> {
     (output * d_output)?.sum_all()
 }
 
-/// `x += y` over plain numbers.
+/// `x += y` on slices.
 pub(crate) fn add(x: &mut [f32], y: &[f32]) {
     x.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(x, y)| cpu::simd::axpy(x, 1.0, y));
 }

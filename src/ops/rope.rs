@@ -23,20 +23,20 @@ pub struct Rotary {
     on_device: Arc<Mutex<OnDevice>>,
 }
 
-/// Cosines and sines for a device.
+/// Cosines and sines on a device.
 #[cfg(feature = "cuda")]
 #[derive(Debug, Default)]
 enum OnDevice {
     #[default]
     Not,
     Sendable([Sendable<f32>; 2]),
-    /// Where they were last asked for, f32.
+    /// On the device they were last requested for, f32.
     There([Tensor; 2]),
 }
 
 impl Rotary {
-    /// Angles `position · frequency`, rounded to f32 as `transformers` does: at long positions that rounding is
-    /// part of the numbers a model was trained with.
+    /// Angles `position · frequency`, rounded to f32 as `transformers` does: at long positions that rounding is part of
+    /// the values a model was trained with.
     pub fn new(frequencies: &[f32], positions: &[u32]) -> Self {
         let angles: Vec<f64> = positions
             .iter()
@@ -65,7 +65,7 @@ impl Rotary {
         Ok([table(&self.cos)?, table(&self.sin)?])
     }
 
-    /// Cosines and sines on a device, `[T, E/2]`: copied there once for all blocks.
+    /// Cosines and sines on a device, `[T, E/2]`: copied once for all blocks.
     #[cfg(feature = "cuda")]
     fn on(&self, device: &Device) -> Result<[Tensor; 2]> {
         let (mut kept, shape) = (self.kept(), (self.tokens(), self.half));
@@ -89,10 +89,10 @@ impl Rotary {
         self.on_device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts them where the device takes them from without anybody waiting.
+    /// Prepares them in page-locked memory, so that uploading them needs no synchronisation.
     ///
     /// # Errors
-    /// The driver's.
+    /// A driver error.
     #[cfg(feature = "cuda")]
     pub(crate) fn stage(&self, device: &CudaDevice) -> Result<()> {
         let tables = [Sendable::new(device, &self.cos)?, Sendable::new(device, &self.sin)?];
@@ -117,10 +117,10 @@ pub fn rope(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
     plain(x, rotary)
 }
 
-/// [`rope`] where `x` lies, whose memory a graph would keep though nobody reads it again. On the CPU it is a copy.
+/// [`rope`] in place, for memory that a graph would keep although it is not read again. On the CPU it copies.
 ///
-/// On CUDA whoever else has the storage of `x` must not read it afterwards: it is for what a product gave and `reshape`
-/// shaped, as neither's backward pass asks for it.
+/// On CUDA the storage of `x` must not be read afterwards: intended for the output of a product followed by `reshape`,
+/// whose backward passes do not need it.
 pub(crate) fn rope_in_place(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if has_kernel(x) {
@@ -158,7 +158,7 @@ pub fn plain(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
     Tensor::cat(&[low, high], D::Minus1)
 }
 
-/// Rotates every head of `x`, `[T, H, E]`, in place; by the opposite angles where `sign` is -1.
+/// Rotates every head of `x`, `[T, H, E]`, in place; by the opposite angles if `sign` is -1.
 pub(crate) fn rotate(x: &mut [f32], rotary: &Rotary, sign: f32) {
     let half = rotary.half;
     let row = x.len() / rotary.tokens().max(1);

@@ -5,9 +5,9 @@ use rayon::prelude::*;
 
 use super::cpu::{self, Element, simd};
 
-/// Elements at a time: widened copies of all inputs stay in the first cache.
+/// Elements per chunk: widened copies of all inputs fit in the L1 cache.
 const CHUNK: usize = 1 << 10;
-/// Chunks a task.
+/// Chunks per task.
 const TASK: usize = 16;
 
 /// `silu(gate) · up`, elementwise.
@@ -64,7 +64,7 @@ impl CustomOp2 for SwiGlu {
     }
 }
 
-/// `silu(gate) · up` over plain numbers.
+/// `silu(gate) · up` on slices.
 pub(crate) fn forward<E: Element>(gate: &[E], up: &[E]) -> Vec<E> {
     let mut out = vec![E::default(); gate.len()];
     let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK));
@@ -78,7 +78,7 @@ pub(crate) fn forward<E: Element>(gate: &[E], up: &[E]) -> Vec<E> {
     out
 }
 
-/// Gradients of gate and up.
+/// Gradients of `gate` and `up`.
 pub(crate) fn gradients<E: Element>(gate: &[E], up: &[E], d_out: &[f32]) -> (Vec<E>, Vec<E>) {
     let (mut d_gate, mut d_up) = (vec![E::default(); gate.len()], vec![E::default(); gate.len()]);
     let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(d_out.par_chunks(CHUNK));

@@ -1,5 +1,5 @@
-//! The linear layer beside a frozen matrix that is not held densely (QLoRA; Dettmers et al., 2023): it is unpacked for the
-//! moment of each product, forward and backward, and no graph keeps the dense form.
+//! The linear layer with a frozen quantised matrix (QLoRA; Dettmers et al., 2023): it is dequantised for each product,
+//! forward and backward, and no graph keeps the dense form.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, S
 use super::cpu::blocks::Bits;
 use super::linear::product;
 
-/// A matrix `[O, I]` that becomes dense where it is asked to.
+/// A matrix `[O, I]` that is dequantised on request.
 pub trait Unpack: Debug + Send + Sync {
     /// `(O, I)`.
     fn shape(&self) -> (usize, usize);
@@ -18,38 +18,38 @@ pub trait Unpack: Debug + Send + Sync {
     /// The dense matrix on `device`, in `dtype`.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     fn tensor(&self, device: &Device, dtype: DType) -> Result<Tensor>;
 }
 
-/// What a packed matrix consists of.
+/// Contents of a quantised matrix.
 #[derive(Clone, Copy, Debug)]
 pub enum Parts<'a> {
     /// 4-bit NormalFloat with double quantisation.
     Nf4 {
-        /// Two numbers a byte, the first in the high half.
+        /// Two values per byte, the first in the high nibble.
         levels: &'a [u8],
-        /// One a 64 numbers.
+        /// One per 64 values.
         scales: &'a [u8],
-        /// One a 256 scales.
+        /// One per 256 scales.
         scale_of_scales: &'a [f32],
-        /// What is added to each scale.
+        /// Added to each scale.
         offset: f32,
-        /// What a byte of `scales` means, and what a level means.
+        /// Values of the codes in `scales`, and of the levels.
         tables: (&'a [f32; 256], &'a [f32; 16]),
     },
-    /// Blocks of llama.cpp: 32 numbers with a scale, and a minimum or none, both in half precision.
+    /// llama.cpp's blocks: 32 values with a scale and optionally a minimum, both in half precision.
     Blocks {
-        /// Block after block.
+        /// The blocks, contiguous.
         bytes: &'a [u8],
-        /// Bits of a number.
+        /// Bits per value.
         bits: Bits,
         /// Whether blocks have a minimum.
         minimum: bool,
     },
 }
 
-/// What a GPU holds of a packed matrix once it was asked for it; nothing in a build without the feature `cuda`.
+/// A GPU's copy of a quantised matrix, made on first use; empty in a build without the feature `cuda`.
 #[derive(Debug, Default)]
 pub struct OnGpu {
     #[cfg(feature = "cuda")]
@@ -57,10 +57,10 @@ pub struct OnGpu {
 }
 
 impl OnGpu {
-    /// Sends the parts of a matrix `[O, I]` to a GPU, if they are on none yet; nothing where `device` is none.
+    /// Uploads a matrix `[O, I]` to a GPU, unless it is already on one; a no-op if `device` is not a GPU.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn place(
         &self,
         (shape, parts): ((usize, usize), Parts<'_>),
@@ -69,17 +69,17 @@ impl OnGpu {
         #[cfg(feature = "cuda")]
         if let (Device::Cuda(device), None) = (device, self.resident.get()) {
             let resident = super::cuda::launch::unpack::Resident::new(parts, shape, device)?;
-            // Another thread may have been as quick: one of the two is let go.
+            // Another thread may have done the same meanwhile; one of the two copies is dropped.
             let _ = self.resident.set(resident);
         }
         let _ = (shape, parts, device);
         Ok(())
     }
 
-    /// The dense matrix by a kernel; none where `device` is no GPU. The parts go there the first time.
+    /// Dequantises with a kernel; `None` if `device` is not a GPU. Uploads the parts on first use.
     ///
     /// # Errors
-    /// The device's; another GPU than the first time.
+    /// A device error; a different GPU than on first use.
     pub fn dense(
         &self,
         whole: ((usize, usize), Parts<'_>),
@@ -96,7 +96,7 @@ impl OnGpu {
     }
 }
 
-/// `x · Wᵀ`, computed in `dtype`; the result is in the type of `x`, which alone has a gradient.
+/// `x · Wᵀ`, computed in `dtype`; the result has the dtype of `x`. Only `x` has a gradient.
 ///
 /// # Shapes
 /// - `x`: `[T, I]`, `weight`: `[O, I]`  →  `[T, O]`
@@ -112,7 +112,7 @@ pub fn linear(x: &Tensor, weight: Arc<dyn Unpack>, dtype: DType) -> Result<Tenso
 /// The plain form: the graph keeps the dense matrix.
 ///
 /// # Errors
-/// The device's.
+/// A device error.
 pub fn plain(x: &Tensor, weight: &dyn Unpack, dtype: DType) -> Result<Tensor> {
     let weight = weight.tensor(x.device(), dtype)?;
     x.to_dtype(dtype)?.matmul(&weight.t()?)?.to_dtype(x.dtype())
@@ -160,7 +160,7 @@ mod tests {
     use super::super::linear::tests::{gradients_agree, random};
     use super::*;
 
-    /// Dense all the time, which an op does not know.
+    /// Always dense, unknown to the op.
     #[derive(Debug)]
     struct Held(Tensor);
 

@@ -1,6 +1,7 @@
 //! AdamW (Loshchilov and Hutter, 2019, algorithm 2) with exportable state.
 //!
-//! Candle's own keeps its moments private, in the parameter's type, and builds some fifteen temporaries a parameter.
+//! Candle's own keeps its moments private and in the parameter's dtype, and allocates some fifteen temporaries per
+//! parameter.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -22,30 +23,30 @@ use crate::ops::cuda::launch::optimizer::{self, Factor};
 
 const CHUNK: usize = 1 << 16;
 
-/// Constants of the update.
+/// Hyperparameters of the update.
 #[derive(Clone, Copy, Debug)]
 pub struct Hyper {
     /// First-moment decay.
     pub beta1: f64,
     /// Second-moment decay.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub eps: f64,
-    /// Decoupled weight decay of the decayed group.
+    /// Decoupled weight decay, applied to the decayed group.
     pub weight_decay: f64,
-    /// Which parameters are decayed, by name: usually [`is_decayed`].
+    /// Which parameters are decayed, by name; usually [`is_decayed`].
     pub decayed: fn(&str) -> bool,
 }
 
-/// The optimizer's state: both moments of each trained parameter, and the number of steps taken.
+/// Optimizer state: both moments of each trained parameter, and the step count.
 #[derive(Debug)]
 pub struct AdamW {
     hyper: Hyper,
     steps: u64,
     moments: BTreeMap<String, Moments>,
-    /// Copies are rounded by chance, with this seed.
+    /// Seed of stochastic rounding of the copies, if enabled.
     seed: Option<u64>,
-    /// Between a GPU and masters in host memory.
+    /// Transfers between a GPU and masters in host memory.
     #[cfg(feature = "cuda")]
     pipe: Option<Pipe>,
 }
@@ -57,7 +58,7 @@ struct Moments {
 }
 
 impl Moments {
-    /// A parameter's elements in host memory, and those of its moments.
+    /// Gives access to a parameter's elements in host memory and to its moments.
     fn with<R>(&self, param: &Param, act: impl FnOnce([&mut [f32]; 3]) -> Result<R>) -> Result<R> {
         cpu::with_slice_mut(&param.master, |param| {
             cpu::with_slice_mut(&self.first, |first| {
@@ -73,7 +74,7 @@ pub fn is_decayed(name: &str) -> bool {
 }
 
 impl AdamW {
-    /// Fresh state: moments are zero.
+    /// Fresh state with zero moments.
     pub fn new(hyper: Hyper) -> Self {
         Self {
             hyper,
@@ -85,21 +86,21 @@ impl AdamW {
         }
     }
 
-    /// With a seed, bf16 copies of masters are rounded up or down by chance; without, to nearest.
+    /// With a seed, bf16 copies of masters are rounded stochastically; otherwise to nearest.
     ///
-    /// Nothing of it is saved: which way an element goes follows from the seed, the number of the step, the parameter's
-    /// place among the trained ones in the order of their names, and the element's place in it.
+    /// The random state is not saved: the rounding of an element is determined by the seed, the step number, the
+    /// parameter's index among the trained ones in name order, and the element's index in it.
     #[must_use]
     pub fn rounding_by_chance(self, seed: Option<u64>) -> Self {
         Self { seed, ..self }
     }
 
-    /// Steps taken.
+    /// Number of steps taken.
     pub fn steps(&self) -> u64 {
         self.steps
     }
 
-    /// Updates every parameter that has a gradient. `grad_scale` multiplies the gradients first (clipping).
+    /// Updates every parameter that has a gradient. `grad_scale` multiplies the gradients first (for clipping).
     pub fn step(
         &mut self,
         params: &BTreeMap<String, Param>,
@@ -116,7 +117,7 @@ impl AdamW {
         self.steps += 1;
     }
 
-    /// Updates one parameter in the step that was begun.
+    /// Updates one parameter in the current step.
     ///
     /// # Errors
     /// Names a gradient without a parameter.
@@ -143,8 +144,8 @@ impl AdamW {
         step.plain(param, grad, moments)
     }
 
-    /// As [`apply`](Self::apply) on CUDA, with a factor of the gradient that is on the device: where it is NaN, nothing
-    /// moves.
+    /// As [`apply`](Self::apply) on CUDA, with a gradient scale that is on the device; if it is NaN, the parameter is
+    /// unchanged.
     ///
     /// # Errors
     /// Names a gradient without a parameter.
@@ -161,7 +162,7 @@ impl AdamW {
         step.on_cuda(param, grad, self.moments_of(name, param)?, Some(clip))
     }
 
-    /// Updates a master that is in host memory and sends its copy back to the model.
+    /// Updates a master in host memory and sends its copy back to the model.
     fn apply_on_host(
         &mut self,
         (name, param): (&str, &Param),
@@ -202,19 +203,19 @@ impl AdamW {
         Step { update: self.update(name, lr, grad_scale), chance }
     }
 
-    /// The words of a parameter's copy in this step. Their stream has the step's number in its upper half and the
-    /// parameter's place in its lower one: no two are the same, and a run that goes on draws what it would have drawn.
+    /// Random stream for a parameter's copy in this step: step number in the upper half, parameter index in the lower
+    /// one. Streams never repeat, and a resumed run draws the same numbers.
     fn chance(&self, params: &BTreeMap<String, Param>, name: &str) -> Option<Chance> {
         let before = (Bound::Unbounded, Bound::Excluded(name));
         let place = || params.range::<str, _>(before).count() as u64;
         self.seed.map(|seed| Chance { seed, stream: self.steps << 32 | place() })
     }
 
-    /// Rounds the copies of masters that were read from a checkpoint as the last step did, where they are rounded by
-    /// chance: files have masters alone. A parameter that has moved does so in every step.
+    /// Repeats the last step's stochastic rounding for copies of masters read from a checkpoint, which stores masters
+    /// only. A parameter that has moments is updated in every step.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn round_again(&self, params: &BTreeMap<String, Param>) -> Result<()> {
         for (name, param) in params.iter().filter(|(name, _)| self.moments.contains_key(*name)) {
             if let Some(chance) = self.chance(params, name) {
@@ -239,7 +240,7 @@ impl AdamW {
         }
     }
 
-    /// Bytes of moments that lie where `device` is.
+    /// Bytes of moments on `device`.
     pub fn bytes(&self, device: &Device) -> u64 {
         let here = |tensor: &&Tensor| tensor.device().same_device(device);
         let all = self.moments.values().flat_map(|moments| [&moments.first, &moments.second]);
@@ -261,10 +262,10 @@ impl AdamW {
             .collect()
     }
 
-    /// Takes over exported moments and the step count.
+    /// Imports exported moments and the step count.
     ///
     /// # Errors
-    /// Names a moment without its twin.
+    /// Names a moment without its counterpart.
     pub fn import(&mut self, steps: u64, mut tensors: BTreeMap<String, Tensor>) -> Result<()> {
         self.steps = steps;
         self.moments.clear();
@@ -290,7 +291,7 @@ fn find<'a>(params: &'a BTreeMap<String, Param>, name: &str) -> Result<&'a Param
     params.get(name).ok_or_else(|| Error::run("a gradient without a parameter").at(name))
 }
 
-/// Rounds a parameter's copy by chance, on the CPU, and brings it to where it belongs. Nothing where it is not bf16.
+/// Stochastically rounds a parameter's copy on the CPU and sends it to its device. No-op if it is not bf16.
 fn send_by_chance(param: &Param, chance: Chance) -> Result<()> {
     if param.computed().dtype() != DType::BF16 {
         return Ok(());
@@ -308,14 +309,14 @@ fn send_by_chance(param: &Param, chance: Chance) -> Result<()> {
     param.send(&copy)
 }
 
-/// One parameter's update, and how its copy is rounded where that is by chance.
+/// One parameter's update, and its stochastic rounding if enabled.
 struct Step {
     update: Update,
     chance: Option<Chance>,
 }
 
 impl Step {
-    /// One pass over the master, its moments and, where there is one, its bf16 copy.
+    /// One pass over the master, its moments and its bf16 copy, if any.
     fn on_cpu(self, param: &Param, grad: &Tensor, moments: &Moments) -> Result<()> {
         match &param.copy {
             Some(copy) => {
@@ -337,7 +338,7 @@ impl Step {
         })
     }
 
-    /// A piece of a master with its moments, and of its bf16 copy where that is not empty. It begins at element `begin`.
+    /// A chunk of a master with its moments, and of its bf16 copy if not empty, starting at element `begin`.
     fn piece(
         &self,
         begin: usize,
@@ -355,14 +356,14 @@ impl Step {
             .for_each(|(at, ((param, (first, second)), (grad, copy)))| match self.chance {
                 Some(chance) if !copy.is_empty() => {
                     update(param, [first, second], grad, &mut [], self.update);
-                    // What was just written is still in the core's cache.
+                    // The values just written are still in the core's cache.
                     round_by_chance(copy, param, (begin + at * CHUNK) as u64, chance);
                 }
                 _ => update(param, [first, second], grad, copy, self.update),
             });
     }
 
-    /// The same where the model is elsewhere: the gradient comes, the copy goes.
+    /// As [`on_cpu`](Self::on_cpu), for a model elsewhere: receives the gradient, sends the copy.
     fn on_host(self, param: &Param, grad: &Tensor, moments: &Moments) -> Result<()> {
         let grad = grad.to_device(&Device::Cpu)?.contiguous()?;
         if param.computed().dtype() == DType::F32 {
@@ -374,7 +375,7 @@ impl Step {
         param.send(&copy)
     }
 
-    /// The same of a model on a GPU, a piece after the other: one is computed while the next comes and the last goes.
+    /// As [`on_host`](Self::on_host), for a model on a GPU, pipelined in pieces: receive, compute and send overlap.
     #[cfg(feature = "cuda")]
     fn streamed(
         self,
@@ -399,7 +400,7 @@ impl Step {
         })
     }
 
-    /// The same on a GPU, without waiting for it.
+    /// The update on a GPU, asynchronously.
     #[cfg(feature = "cuda")]
     fn on_cuda(
         self,
@@ -446,7 +447,7 @@ mod tests {
         grads
     }
 
-    /// Three steps against the definition in f64.
+    /// Three steps match the definition computed in f64.
     #[test]
     fn steps_follow_the_definition() {
         let start = random(7, (3, 5));
@@ -500,7 +501,7 @@ mod tests {
         assert!(distance(&ours.master, &plain.master) < 1e-6);
     }
 
-    /// Larger than the pieces that threads share, and not a multiple of a counter's four elements.
+    /// Larger than the chunks that threads share, and not a multiple of a counter's four elements.
     const LONG: usize = 3 * CHUNK + 7;
     const SIZES: [(&str, usize); 3] = [("a.weight", 5), ("b.weight", LONG), ("c.weight", 5)];
 
@@ -512,7 +513,7 @@ mod tests {
         SIZES.iter().enumerate().map(param).collect()
     }
 
-    /// Gradients that take the parameters to numbers with all 24 bits.
+    /// Gradients that give parameters using all 24 bits of the mantissa.
     fn step(adamw: &mut AdamW, params: &BTreeMap<String, Param>, seed: u64) {
         let mut grads = Gradients::new(&Device::Cpu);
         for (index, (name, count)) in SIZES.iter().enumerate() {
@@ -531,8 +532,8 @@ mod tests {
         values.map(|values| values.into_iter().map(bf16::to_bits).collect()).collect()
     }
 
-    /// What is documented: Philox of (element / 4, place, step) under the seed; one word an element, its upper half added
-    /// to the number's bits.
+    /// The documented scheme: Philox of (element / 4, index, step) under the seed; one word per element, whose upper
+    /// half is added to the value's bits.
     fn by_hand(params: &BTreeMap<String, Param>, seed: u64, steps: u32) -> Vec<Vec<u16>> {
         let copy = |(place, values): (usize, Vec<u32>)| {
             let round = |(i, bits): (usize, u32)| {
@@ -561,7 +562,7 @@ mod tests {
                     copies(&params) == by_hand(&params, SEED, steps),
                     "{offloaded}, step {steps}"
                 );
-                // The same gradients move masters alike, however copies are rounded.
+                // The same gradients move masters identically, whatever the rounding of copies.
                 assert!(masters(&params) == masters(&plain));
                 for param in plain.values() {
                     let rounded = param.master.to_dtype(DType::BF16).unwrap();
@@ -588,7 +589,7 @@ mod tests {
         assert!(copies(&params) == by_hand(&params, SEED, 1));
     }
 
-    /// Files hold masters, and what is read into a parameter is rounded to nearest.
+    /// Files store masters; a parameter's copy is rounded to nearest when read.
     #[test]
     fn copies_of_masters_that_were_read_are_what_the_last_step_left() {
         for offloaded in [false, true] {
@@ -604,7 +605,7 @@ mod tests {
             assert!(copies(&read) != copies(&params));
             next.round_again(&read).unwrap();
             assert!(copies(&read) == copies(&params), "{offloaded}");
-            // Without a seed nothing is touched.
+            // Without a seed copies are unchanged.
             let mut nearest = AdamW::new(HYPER);
             nearest.import(adamw.steps(), adamw.export()).unwrap();
             nearest.round_again(&params).unwrap();

@@ -1,4 +1,4 @@
-//! AdamW with exportable state, schedules, clipping.
+//! AdamW with exportable state, learning-rate schedules, gradient clipping.
 
 pub mod adamw;
 mod param;
@@ -6,8 +6,8 @@ pub mod schedule;
 
 pub use param::Param;
 
-/// Factor that brings a gradient of this norm down to `max_norm`; 1 where it is smaller or clipping is off.
-/// As PyTorch's `clip_grad_norm_`: `max_norm / (norm + 1e-6)`, at most 1.
+/// Factor that scales a gradient of this norm down to `max_norm`; 1 if the norm is smaller or clipping is off. As
+/// PyTorch's `clip_grad_norm_`: `max_norm / (norm + 1e-6)`, at most 1.
 ///
 /// ```
 /// assert_eq!(arriero::optim::clip_factor(0.5, 1.0), 1.0);

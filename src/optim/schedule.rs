@@ -6,15 +6,15 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
-    /// Stays at the peak.
+    /// Constant at the peak.
     #[serde(alias = "constant_with_warmup")]
     Constant,
-    /// Falls to 0 in a straight line.
+    /// Linear decay to 0.
     Linear,
-    /// Falls to 0 along half a cosine.
+    /// Half-cosine decay to 0.
     #[default]
     Cosine,
-    /// Warm-up, stable, decay: stays at the peak, then falls to 0 in a straight line over the last tenth.
+    /// Warmup-stable-decay: constant at the peak, then linear decay to 0 over the last tenth.
     #[serde(alias = "warmup_stable_decay")]
     Wsd,
 }
@@ -22,8 +22,8 @@ pub enum Schedule {
 impl Schedule {
     /// Factor on the peak learning rate at `step` (counted from 0) of `total`, after `warmup` steps of warm-up.
     ///
-    /// Warm-up rises from `1 / (warmup + 1)` on the first step to the peak at step `warmup`. Unlike `transformers`,
-    /// whose first step has rate 0, every step moves the weights.
+    /// Warm-up rises from `1 / (warmup + 1)` on the first step to the peak at step `warmup`. Unlike in `transformers`,
+    /// where the first step has rate 0, every step updates the weights.
     ///
     /// ```
     /// use arriero::optim::schedule::Schedule;

@@ -9,30 +9,31 @@ use crate::error::{Error, Result};
 use crate::model::Precision;
 use crate::train::memory::parse_bytes;
 
-/// How several models become one.
+/// How to merge the models.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AverageMethod {
-    /// The weighted mean of what the checkpoints stand for: `linear` of models, `cat` of adapters.
+    /// The weighted mean of what the checkpoints represent: `linear` for models, `cat` for adapters.
     #[default]
     Mean,
-    /// The weighted mean, tensor by tensor. Of adapters that is the mean of their factors, which do not stand for the mean
-    /// of the matrices: of runs that began with other factors little is left.
+    /// The weighted mean, tensor by tensor. For adapters this averages the factors, which is not the mean of their
+    /// products: little is left of runs that started from different factors.
     Linear,
-    /// The point at `t` on the arc between two models, tensor by tensor.
+    /// Spherical interpolation between two models at `t`, tensor by tensor.
     Slerp,
     /// `base + lambda · Σ weight · (model − base)` (Ilharco et al., 2023).
     TaskArithmetic,
-    /// The mean of those models that do not make it worse: sorted by their loss on `eval_datasets`, each stays in where
-    /// the loss of the mean does not rise (Wortsman et al., 2022, recipe 1).
+    /// The mean of the models that do not hurt: sorted by loss on `eval_datasets`, each is kept if the loss of the mean
+    /// does not rise (Wortsman et al., 2022, recipe 1).
     GreedySoup,
-    /// Of adapters: the weighted mean of what they stand for, exactly, at the sum of their ranks (peft's `cat`).
+    /// Adapters only: the exact weighted mean of their products, with rank equal to the sum of the ranks (peft's
+    /// `cat`).
     Cat,
-    /// Of adapters: the same, to the nearest that there is at `svd_rank` (peft's `svd`).
+    /// Adapters only: the closest approximation of that mean at `svd_rank` (peft's `svd`).
     Svd,
 }
 
-/// What decides in a greedy soup.
+/// The selection criterion of a greedy soup.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SoupMetric {
@@ -45,39 +46,39 @@ pub enum SoupMetric {
     Accuracy,
 }
 
-/// `average`: several checkpoints into one. Writes `checkpoint/`.
+/// `average`: merges several checkpoints into one. Writes `checkpoint/`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Average {
-    /// The checkpoints: directories, hub ids, GGUF files, or PEFT adapters. Those `task_arithmetic` and `greedy_soup` join as
-    /// `cat` does, and `slerp` has no meaning.
+    /// The checkpoints: directories, hub ids, GGUF files, or PEFT adapters. `task_arithmetic` and `greedy_soup` combine
+    /// adapters as `cat` does; `slerp` does not apply to them.
     pub models: Vec<String>,
-    /// How they become one.
+    /// How to merge them.
     pub method: AverageMethod,
-    /// One weight each; none is the same for all. `mean`, `linear`, `cat` and `svd` scale them to sum to 1; in `task_arithmetic`
-    /// none is 1 each.
+    /// One weight per model; empty weighs all equally. `mean`, `linear`, `cat` and `svd` scale them to sum to 1; for
+    /// `task_arithmetic`, empty means 1 each.
     pub weights: Vec<f64>,
     /// `slerp`: from 0, the first model, to 1, the second.
     pub t: f64,
-    /// `task_arithmetic`: the model that the others were trained from.
+    /// `task_arithmetic`: the model that the others were fine-tuned from.
     pub base_model: String,
     /// `task_arithmetic`: scale of the summed differences.
     pub lambda: f64,
-    /// `svd`: the rank of the result; 0 is that of the first adapter.
+    /// `svd`: rank of the result; 0 uses that of the first adapter.
     pub svd_rank: usize,
-    /// `greedy_soup`: held-out rows, measured as `sft` measures its `eval_datasets`, or of reward models as `reward` does.
+    /// `greedy_soup`: held-out rows, measured as in `sft`'s `eval_datasets`, or for reward models as in `reward`'s.
     pub eval_datasets: Vec<Dataset>,
-    /// `greedy_soup`: what decides, `loss` or of reward models `accuracy`.
+    /// `greedy_soup`: the criterion, `loss` or, for reward models, `accuracy`.
     pub metric_for_best_model: SoupMetric,
-    /// `greedy_soup` of reward models: what their head says, and so which rows they are measured on.
+    /// `greedy_soup` of reward models: the type of their head, which determines the rows they are measured on.
     pub head: Head,
-    /// `greedy_soup`: how rows become tokens.
+    /// `greedy_soup`: how rows are tokenized.
     pub data: SftOptions,
-    /// `greedy_soup`: a built-in chat template or a Jinja file; empty takes the first model's own.
+    /// `greedy_soup`: a built-in chat template or a Jinja file; empty uses the first model's own.
     pub chat_template: String,
-    /// Element type of the saved weights; that of the first model where it is absent.
+    /// Element type of the saved weights; defaults to that of the first model.
     pub save_dtype: Option<Precision>,
-    /// Size above which weights go into several files, such as `"2GB"`; empty: files as the first model has them.
+    /// Size above which weights are split into several files, such as `"2GB"`; empty: split like the first model.
     pub max_shard_size: String,
 }
 
@@ -103,7 +104,7 @@ impl Default for Average {
 }
 
 impl Average {
-    /// Refuses settings that cannot be acted on.
+    /// Refuses invalid settings.
     ///
     /// # Errors
     /// Names the key, its value and what was expected.
@@ -116,7 +117,7 @@ impl Average {
         self.shard_bytes().map(|_| ())
     }
 
-    /// `max_shard_size` in bytes, where it is given.
+    /// `max_shard_size` in bytes, if set.
     ///
     /// # Errors
     /// Not a size.
@@ -163,7 +164,7 @@ impl Average {
         if !self.lambda.is_finite() {
             return Err(Error::usage(format!("`lambda` is {}, expected a number", self.lambda)));
         }
-        // What a method does not look at may come from [defaults].
+        // Settings that the method ignores may come from [defaults].
         if method == AverageMethod::TaskArithmetic && self.base_model.is_empty() {
             return Err(Error::usage("`base_model` is missing, which `task_arithmetic` needs")
                 .hint("the model that the others were trained from"));

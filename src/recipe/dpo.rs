@@ -1,5 +1,4 @@
-//! The settings of a `dpo` stage: which preference losses with which constants, and the presets that set several keys
-//! at once.
+//! The settings of a `dpo` stage: the preference losses and their constants, and presets that set several keys at once.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -17,58 +16,59 @@ use crate::train::follower::Pace;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Dpo {
-    /// Published settings to begin from; every other written key wins over them.
+    /// Published settings to start from; any other key that is written overrides them.
     pub preset: Option<Preset>,
-    /// The policy's start.
+    /// The initial policy.
     pub model_name_or_path: String,
-    /// The reference (`reference`): `"stage_start"` or empty is the policy's start, `"base"` the model that the recipe's
-    /// first policy begins with, `"none"` none, for losses without one. Those load none anyway.
+    /// The reference (`reference`): `"stage_start"` or empty is the initial policy, `"base"` the model that the
+    /// recipe's first policy starts from, `"none"` no reference, for losses that need none (and never load one).
     pub ref_model_name_or_path: String,
-    /// Let the reference follow the policy (TR-DPO); its log-probabilities are then computed anew each step.
+    /// Let the reference follow the policy (TR-DPO); its log-probabilities are then recomputed every step.
     pub sync_ref_model: bool,
-    /// How much of the policy goes into the reference each time it follows; 1 replaces it.
+    /// Share of the policy mixed into the reference at each sync; 1 replaces it.
     pub ref_model_mixup_alpha: f64,
-    /// After how many steps the reference follows.
+    /// Number of steps between syncs of the reference.
     pub ref_model_sync_steps: usize,
-    /// Preferences to learn; for `kto` and `apo_zero_unpaired` also `prompt`, `completion` and `label`.
+    /// Preference data; for `kto` and `apo_zero_unpaired` also `prompt`, `completion` and `label`.
     pub datasets: Vec<Dataset>,
-    /// Preferences to evaluate on; may be empty.
+    /// Preference data to evaluate on; may be empty.
     pub eval_datasets: Vec<Dataset>,
-    /// How rows become tokens.
+    /// How rows are tokenized.
     pub data: PairOptions,
     /// A built-in chat template or a Jinja file, for models that have none; empty keeps the model's own.
     pub chat_template: String,
-    /// How to train.
+    /// Training settings.
     pub train: Settings,
-    /// Whether to train adapters instead.
+    /// Adapter settings; off trains the whole model.
     pub lora: Lora,
-    /// The preference losses, added up. A written list is the whole loss: `sft` in it is the NLL of the chosen side.
+    /// The preference losses, summed. A list in the recipe is the whole loss: `sft` in it is the NLL of the chosen
+    /// side.
     pub loss_type: Vec<PreferenceLoss>,
-    /// One weight a loss; none is 1 for each.
+    /// One weight per loss; empty means 1 each.
     pub loss_weights: Vec<f64>,
-    /// What is compared of more than two ranked responses: `all_pairs`, `adjacent` or `plackett_luce`.
+    /// Which comparisons to make among more than two ranked responses: `all_pairs`, `adjacent` or `plackett_luce`.
     pub ranking: Ranking,
-    /// Strength of the tie to the reference.
+    /// Strength of the KL regularization towards the reference.
     pub beta: f64,
-    /// Share of labels taken to be wrong.
+    /// Share of labels assumed to be wrong.
     pub label_smoothing: f64,
-    /// Weight of the chosen side's NLL term (`rpo_alpha`); Llama 3 uses 0.2. 0 where `loss_type` is written without it.
+    /// Weight of the chosen side's NLL term (`rpo_alpha`); Llama 3 uses 0.2. 0 if `loss_type` is written without it.
     pub sft_loss_weight: f64,
-    /// Leave the tokens that the template, not the content, produced out of the preference term (Llama 3, 4.1.4).
+    /// Exclude tokens produced by the template rather than the content from the preference term (Llama 3, 4.1.4).
     pub mask_formatting_tokens: bool,
-    /// How a log-ratio becomes a score.
+    /// Maps a log-ratio to a score.
     pub f_divergence_type: FDivergence,
     /// Coefficient of `alpha_divergence`.
     pub f_alpha_divergence_coef: f64,
-    /// Weight of tokens beyond the length of a pair's shorter response (LD-DPO); 1 is off.
+    /// Weight of tokens beyond the length of a pair's shorter response (LD-DPO); 1 disables it.
     pub ld_alpha: f64,
-    /// Weigh each pair by how likely the policy is to answer so (WPO).
+    /// Weight each pair by the policy's likelihood of its responses (WPO).
     pub use_weighting: bool,
     /// SimPO's target margin.
     pub simpo_gamma: f64,
     /// DiscoPOP's temperature.
     pub discopop_tau: f64,
-    /// RPO's scale of the column `margin`.
+    /// RPO's scale of the `margin` column.
     pub gt_reward_scale: f64,
     /// KTO's weight of desirable responses.
     pub desirable_weight: f64,
@@ -138,18 +138,18 @@ impl Dpo {
         }
     }
 
-    /// How the reference follows.
+    /// How the reference follows the policy.
     pub fn pace(&self) -> Pace {
         let (mixup_alpha, sync_steps) = (self.ref_model_mixup_alpha, self.ref_model_sync_steps);
         Pace { mixup_alpha, sync_steps }
     }
 
-    /// Which tokens enter.
+    /// Which tokens are summed.
     pub fn summing(&self) -> Summing {
         Summing { mask_formatting_tokens: self.mask_formatting_tokens, ld_alpha: self.ld_alpha }
     }
 
-    /// The losses with their weights.
+    /// The losses and their weights.
     pub fn losses(&self) -> Vec<(PreferenceLoss, f64)> {
         let weight = |at: usize| self.loss_weights.get(at).copied().unwrap_or(1.0);
         self.loss_type.iter().enumerate().map(|(at, loss)| (*loss, weight(at))).collect()
@@ -160,7 +160,7 @@ impl Dpo {
         self.loss_type.iter().any(|loss| loss.needs_reference())
     }
 
-    /// The model of a reference that is not the policy's own start, where a loss reads one.
+    /// The reference model if it is not the initial policy and a loss reads one.
     pub fn other_reference(&self) -> Option<&str> {
         let named = self.ref_model_name_or_path.as_str();
         let is_other = !named.is_empty() && named != self.model_name_or_path;
@@ -221,7 +221,7 @@ impl Dpo {
         self.loss_options().check(&self.loss_type)
     }
 
-    /// A list is ranked by its rewards as they are: nothing that changes a pair's loss applies.
+    /// A list is ranked by its plain rewards, so settings that change a pair's loss do not apply.
     fn check_lists(&self) -> Result<()> {
         let plain = self.loss_type == [PreferenceLoss::Sigmoid]
             && self.label_smoothing <= 0.0
@@ -284,7 +284,7 @@ impl Dpo {
         Ok(())
     }
 
-    /// Takes back a `"none"` that [`check`](Self::check) has found to be true: it names nothing to read.
+    /// Clears a `"none"` that [`check`](Self::check) has accepted: it names nothing to read.
     pub(super) fn without_none(self) -> Self {
         if self.ref_model_name_or_path == NO_REFERENCE {
             return Self { ref_model_name_or_path: String::new(), ..self };
@@ -292,11 +292,11 @@ impl Dpo {
         self
     }
 
-    /// What is allowed, and worth knowing before an expensive run.
+    /// Settings that are allowed but worth a warning before an expensive run.
     pub(super) fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         let (rate, pairs) = (self.train.learning_rate, self.train.examples_per_step());
-        // Small models take larger rates, and are trained in small batches.
+        // Small models use larger rates and small batches.
         if rate > 5e-6 && (self.preset.is_some() || pairs >= 64) {
             notes.push(format!(
                 "`learning_rate` is {rate:e} at {pairs} pairs a step: the Llama 3 paper's 1e-5 belongs to a batch that \
@@ -326,22 +326,22 @@ impl Dpo {
     }
 }
 
-/// The word for a recipe without a reference.
+/// The value for no reference.
 const NO_REFERENCE: &str = "none";
 
-/// Settings that somebody published.
+/// Published settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Preset {
     /// Llama 3, section 4.1.4: `sigmoid` with β 0.1, formatting tokens masked on both sides, 0.2 of the chosen side's
-    /// NLL. The paper's learning rate, 1e-5, belongs to a batch that it does not publish: 5e-7 at 128 pairs instead.
+    /// NLL. The paper's learning rate, 1e-5, belongs to an unpublished batch size: 5e-7 at 128 pairs instead.
     Llama3,
-    /// Tulu 3, table 20: log-ratios a token (`sigmoid_norm`) with β 5, 128 pairs a step, 2048 tokens, 5e-7 (8B).
+    /// Tulu 3, table 20: per-token log-ratios (`sigmoid_norm`) with β 5, 128 pairs per step, 2048 tokens, 5e-7 (8B).
     Tulu3,
 }
 
 impl Preset {
-    /// What it says of each key, by section.
+    /// The values it sets, by section.
     fn values(self) -> Value {
         let train = json!({
             "learning_rate": 5e-7,
@@ -363,8 +363,8 @@ impl Preset {
     }
 }
 
-/// Puts the defaults that depend on written keys into the defaults of a stage: the preset's values, and no NLL term
-/// where the losses are written without one.
+/// Updates a stage's defaults that depend on written keys: the preset's values or, without a preset, no NLL term if losses
+/// are written without one.
 ///
 /// # Errors
 /// An unknown preset.
@@ -376,14 +376,13 @@ pub(super) fn dependent_defaults<'a>(
         let preset: Preset = serde_json::from_value(name.clone())
             .map_err(|error| super::resolve::misread(&error.to_string()).at("`preset`"))?;
         merge(defaults, preset.values());
-    }
-    if written("loss_type").is_some() {
+    } else if written("loss_type").is_some() {
         defaults["sft_loss_weight"] = Value::from(0.0);
     }
     Ok(())
 }
 
-/// Writes the leaves of `values` into `object`.
+/// Merges the leaves of `values` into `object`.
 fn merge(object: &mut Value, values: Value) {
     match values {
         Value::Object(table) => {
@@ -453,9 +452,16 @@ mod tests {
         assert_eq!(format!("{shown:?}"), "(0.2, 1e-6, 0.2)");
         assert!(llama.mask_formatting_tokens);
         assert!(plan("preset = 'llama3'").unwrap().notes.is_empty());
+        // The preset's NLL term does not go with another loss, or with its own one written out.
+        for loss in ["'sigmoid'", "'ipo'", "['sigmoid']"] {
+            let kept = dpo(&format!("preset = 'llama3'\nloss_type = {loss}"));
+            assert_eq!(kept.sft_loss_weight.to_bits(), 0.2_f64.to_bits(), "{loss}");
+        }
+        let off = dpo("preset = 'llama3'\nloss_type = 'sigmoid'\nrpo_alpha = 0");
+        assert_eq!(off.sft_loss_weight.to_bits(), 0.0_f64.to_bits());
     }
 
-    /// The base is what the recipe's first policy begins with, through all rounds.
+    /// The base is what the recipe's first policy starts from, in all rounds.
     #[test]
     fn a_reference_is_the_stages_start_the_base_another_stage_or_none() {
         let references = |key: &str| -> Vec<String> {

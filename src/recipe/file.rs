@@ -1,6 +1,6 @@
-//! The recipe as written: entries with their lines, before anything is decided.
+//! The recipe as written: entries with their lines, before any resolution.
 //!
-//! Knows TOML and overrides, not what the keys mean.
+//! Knows TOML and overrides, but not what the keys mean.
 
 use std::path::{Path, PathBuf};
 
@@ -27,21 +27,21 @@ pub struct Entry {
     pub key: String,
     /// As written.
     pub value: Value,
-    /// Where.
+    /// Where it was written.
     pub place: Place,
 }
 
 /// One `[[stage]]`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StageTable {
-    /// Its entries, `name` and `kind` among them.
+    /// Its entries, including `name` and `kind`.
     pub entries: Vec<Entry>,
     /// Line of its header.
     pub line: usize,
 }
 
 impl StageTable {
-    /// The text value of `key`, where it is text.
+    /// The value of `key`, if it is text.
     pub fn text(&self, key: &str) -> Option<&str> {
         self.entries.iter().find(|entry| entry.key == key)?.value.as_str()
     }
@@ -55,7 +55,7 @@ impl StageTable {
 /// A recipe as written.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RecipeFile {
-    /// What messages call it: the path.
+    /// The path, for messages.
     pub path: PathBuf,
     /// Top-level keys.
     pub top: Vec<Entry>,
@@ -71,7 +71,7 @@ impl RecipeFile {
     /// Reads a recipe.
     ///
     /// # Errors
-    /// No such file, or not TOML: with line and hint.
+    /// No such file, or not TOML; names the line and a hint.
     pub fn read(path: &Path) -> Result<Self> {
         if !path.is_file() {
             return Err(Error::usage(format!("no recipe `{}`", path.display()))
@@ -80,7 +80,7 @@ impl RecipeFile {
         Self::parse(&store::read_text(path)?, path)
     }
 
-    /// Parses the text of a recipe that was read from `path`.
+    /// Parses the text of the recipe at `path`.
     ///
     /// ```
     /// use arriero::recipe::file::RecipeFile;
@@ -159,7 +159,7 @@ impl RecipeFile {
         }
     }
 
-    /// What error messages call `place`.
+    /// How error messages name `place`.
     pub fn describe(&self, place: &Place) -> String {
         match place {
             Place::Line(0) => self.path.display().to_string(),
@@ -168,11 +168,11 @@ impl RecipeFile {
         }
     }
 
-    /// Applies `key=value` overrides in order; later ones win. `dpo.beta=0.2` sets a key of the stages named `dpo`,
-    /// or else of that kind; `rounds=1` a top-level key; in a recipe of one stage any other key is that stage's.
+    /// Applies `key=value` overrides in order; later ones win. `dpo.beta=0.2` sets a key of the stages named `dpo`, or
+    /// else of that kind; `rounds=1` sets a top-level key; in a one-stage recipe any other key is that stage's.
     ///
     /// # Errors
-    /// Not `key=value`, or a stage that the recipe does not have.
+    /// Not `key=value`, or an unknown stage.
     pub fn apply(&mut self, overrides: &[String]) -> Result<()> {
         for argument in overrides {
             self.apply_one(argument)?;
@@ -229,7 +229,7 @@ fn set(entries: &mut Vec<Entry>, entry: Entry) {
     entries.push(entry);
 }
 
-/// A value on the command line is TOML where it can be read as such, else text.
+/// Parses a command-line value as TOML if possible, else as text.
 pub(crate) fn argument_value(text: &str) -> Value {
     let line = format!("v = {text}");
     match DeTable::parse(&line) {
@@ -259,7 +259,7 @@ fn json(value: &DeValue<'_>) -> Value {
         DeValue::Boolean(flag) => Value::Bool(*flag),
         DeValue::Integer(number) => {
             let parsed = i64::from_str_radix(number.as_str(), number.radix());
-            // Beyond 64 bits there is nothing to keep but the digits; the type check refuses them.
+            // Beyond 64 bits only the digits can be kept; the type check refuses them.
             parsed.map_or_else(|_| Value::String(number.to_string()), Value::from)
         }
         DeValue::Float(number) => number

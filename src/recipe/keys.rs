@@ -1,7 +1,7 @@
-//! Which keys a stage of each kind has, under which other names they are accepted, and of which type they are.
+//! The keys of each stage kind, their accepted aliases, and their types.
 //!
 //! Keys, types and defaults come from the plan's own structs: what is in [`Spec`] is a key, nothing else is. The names
-//! are those of TRL and Hugging Face; [`ALIASES`] are what axolotl, torchtune, LLaMA-Factory and others call the same.
+//! are those of TRL and Hugging Face; [`ALIASES`] are the names axolotl, torchtune, LLaMA-Factory and others use.
 
 use indexmap::IndexMap;
 use serde_json::Value;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::plan::{self, Kind, Spec};
 use crate::error::{Result, did_you_mean};
 
-/// Other names of keys: (accepted, canonical).
+/// Key aliases: (accepted, canonical).
 pub const ALIASES: &[(&str, &str)] = &[
     ("base_model", "model_name_or_path"),
     ("model_name", "model_name_or_path"),
@@ -95,7 +95,7 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("out_dtype", "save_dtype"),
 ];
 
-/// Keys, at any depth of a spec, whose text names something to read.
+/// Keys, at any depth of a spec, whose text names an input to read.
 pub const INPUT_KEYS: [&str; 12] = [
     "model_name_or_path",
     "ref_model_name_or_path",
@@ -111,14 +111,14 @@ pub const INPUT_KEYS: [&str; 12] = [
     "chat_template",
 ];
 
-/// A key of other trainers that changes nothing here, or nothing while it has one of a few values.
+/// A key of other trainers that has no effect here, or none for certain values.
 #[derive(Debug)]
 pub struct Inert {
     /// The key.
     pub key: &'static str,
-    /// Values that are accepted, as JSON; none listed accepts all.
+    /// Accepted values, as JSON; an empty list accepts all.
     pub values: &'static [&'static str],
-    /// Why it changes nothing.
+    /// Why it has no effect.
     pub why: &'static str,
 }
 
@@ -154,7 +154,11 @@ pub const INERT: &[Inert] = &[
         values: &["true"],
         why: "NF4 is always quantised twice",
     },
-    Inert { key: "resume_from_checkpoint", values: &[], why: "a run always resumes by itself" },
+    Inert {
+        key: "resume_from_checkpoint",
+        values: &[],
+        why: "a stopped run always resumes, training from its last saved step (`save_steps`)",
+    },
     Inert {
         key: "precompute_ref_log_probs",
         values: &[],
@@ -172,19 +176,19 @@ pub const INERT: &[Inert] = &[
 /// A known key of a stage kind.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Known {
-    /// The part of the spec that holds it (`train`, `data`, `sampling`, `lora`), or none.
+    /// The section of the spec that holds it (`train`, `data`, `sampling`, `lora`), if any.
     pub section: Option<String>,
-    /// Its default, which also shows its type.
+    /// Its default, which also determines its type.
     pub default: Value,
 }
 
-/// The parts of a spec whose keys are written flat in a stage.
+/// The sections of a spec whose keys are written flat in a stage.
 pub const SECTIONS: [&str; 4] = ["train", "data", "sampling", "lora"];
 
-/// All keys of a stage kind, in the order of its struct.
+/// All keys of a stage kind, in struct order.
 ///
 /// # Errors
-/// A default that JSON cannot hold, which would be a mistake in the program.
+/// A default that JSON cannot represent, which would be a bug.
 pub fn known(kind: Kind) -> Result<IndexMap<String, Known>> {
     let mut keys = IndexMap::new();
     let Value::Object(fields) = default_spec(kind)? else { return Ok(keys) };
@@ -222,7 +226,7 @@ pub fn default_spec(kind: Kind) -> Result<Value> {
     Ok(serde_json::to_value(&spec)?)
 }
 
-/// The canonical name of `key` among `keys`, where it is known under this or another name.
+/// The canonical name of `key` among `keys`, if it is a key or an alias.
 pub fn canonical<'a>(key: &'a str, keys: &IndexMap<String, Known>) -> Option<&'a str> {
     if keys.contains_key(key) {
         return Some(key);
@@ -233,12 +237,12 @@ pub fn canonical<'a>(key: &'a str, keys: &IndexMap<String, Known>) -> Option<&'a
         .map(|(_, canonical)| *canonical)
 }
 
-/// The canonical name of `key` in the kinds that have it; `key` itself where it is no alias.
+/// The canonical name of `key` in the kinds that have it; `key` itself if it is no alias.
 pub fn alias(key: &str) -> &str {
     ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key, |(_, canonical)| canonical)
 }
 
-/// "did you mean" for a name among `known`, or the list of what there is.
+/// A "did you mean" for a name among `known`, or else the list of options.
 pub fn suggestion(name: &str, known: &[&str]) -> String {
     match did_you_mean(name, known.iter().copied()) {
         Some(near) => format!("did you mean `{near}`?"),
@@ -246,7 +250,7 @@ pub fn suggestion(name: &str, known: &[&str]) -> String {
     }
 }
 
-/// What a value of the default's type is called, where `value` is not one.
+/// The name of the expected type if `value` does not fit it.
 pub fn wrong_type(value: &Value, default: &Value) -> Option<&'static str> {
     let (fits, expected) = match default {
         Value::Bool(_) => (value.is_boolean(), "true or false"),

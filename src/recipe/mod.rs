@@ -1,7 +1,7 @@
-//! Recipes: from the file as written to a plan with every value decided.
+//! Recipes: from the file as written to a fully resolved plan.
 //!
 //! The plan knows no tensors and touches no files: it names every stage of every round, with references such as
-//! `"@sft"` replaced by the paths that those stages will have written.
+//! `"@sft"` replaced by the paths that those stages will write.
 
 mod average;
 mod dpo;
@@ -12,6 +12,7 @@ pub mod refs;
 pub mod rejection;
 pub mod resolve;
 mod reward;
+mod sft;
 mod shape;
 pub mod shipped;
 pub mod top;

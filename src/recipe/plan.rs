@@ -1,5 +1,5 @@
-//! The plan: what will run, in order, with every value decided. Pure and printable; the run's `plan.json` and the
-//! hash that decides on reuse are made from it.
+//! The plan: what will run, in order, with every value resolved. Pure and printable; the run's `plan.json` and the hash
+//! that decides on reuse are derived from it.
 
 use std::path::PathBuf;
 
@@ -7,12 +7,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::data::pipeline::Source;
-use crate::data::prepare::{OnBadRow, SftOptions};
+use crate::data::prepare::OnBadRow;
 use crate::data::read::{Format, ReadOptions};
 use crate::error::{Context, Error, Result};
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::TeacherSpec;
-use crate::loss::sft::{Normalization, TokenLoss};
 use crate::model::lora::Lora;
 use crate::score::ScorerSpec;
 use crate::train::Settings;
@@ -21,28 +20,29 @@ pub use super::average::{Average, AverageMethod, SoupMetric};
 pub use super::dpo::{Dpo, Preset};
 pub use super::rejection::{Condition, Policy, Sample, Select};
 pub use super::reward::{Head, Reward};
+pub use super::sft::Sft;
 
 /// A whole run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Plan {
     /// The recipe's name.
     pub name: String,
-    /// Seed of everything random.
+    /// Seed of all randomness.
     pub seed: u64,
-    /// How often the list of stages runs.
+    /// Number of times the list of stages runs.
     pub rounds: u32,
     /// `cpu` or `cuda:N`.
     pub device: String,
     /// The run directory.
     pub output_dir: PathBuf,
-    /// The stages of all rounds in the order in which they run.
+    /// The stages of all rounds, in execution order.
     pub steps: Vec<Step>,
 }
 
 /// One stage of one round.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Step {
-    /// Name of its directory under `stages/`: number, stage name, and from the second round on `-r2`.
+    /// Name of its directory under `stages/`: number, stage name, and `-r2` and so on from the second round.
     pub id: String,
     /// The stage's name in the recipe.
     pub name: String,
@@ -55,7 +55,7 @@ pub struct Step {
     pub spec: Spec,
 }
 
-/// What a stage does, with all its settings. Paths and hub ids only: no references are left.
+/// What a stage does, with all its settings. Paths and hub ids only: all references are resolved.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Spec {
@@ -65,15 +65,15 @@ pub enum Spec {
     Sft(Sft),
     /// Reward-model training.
     Reward(Reward),
-    /// K scored candidates a prompt.
+    /// K scored candidates per prompt.
     Sample(Sample),
-    /// Good candidates as training rows, better and worse ones as pairs.
+    /// Good candidates as training rows, better and worse ones as preference pairs.
     Select(Select),
-    /// Preference optimization: DPO and its relatives.
+    /// Preference optimization: DPO and variants.
     Dpo(Dpo),
-    /// Several checkpoints into one.
+    /// Merges several checkpoints into one.
     Average(Average),
-    /// Held-out measures.
+    /// Held-out evaluation.
     Eval(Eval),
 }
 
@@ -99,14 +99,14 @@ pub enum Kind {
     Eval,
 }
 
-/// What a stage leaves in its directory under a fixed name.
+/// An output with a fixed name in a stage's directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Output {
-    /// What references call it: `"@select.pairs"`.
+    /// Its name in references: `"@select.pairs"`.
     pub name: &'static str,
     /// The file or directory.
     pub path: &'static str,
-    /// Whether it is what `"@name"` alone means.
+    /// Whether `"@name"` alone refers to it.
     pub main: bool,
 }
 
@@ -114,7 +114,7 @@ const CHECKPOINT: Output = Output { name: "checkpoint", path: "checkpoint", main
 const DATA: Output = Output { name: "data", path: "data.jsonl", main: true };
 
 impl Kind {
-    /// Every kind, in the order of the method.
+    /// Every kind, in pipeline order.
     pub const ALL: [Self; 8] = [
         Self::Synth,
         Self::Sft,
@@ -140,7 +140,7 @@ impl Kind {
         }
     }
 
-    /// What a finished stage of this kind has written.
+    /// The outputs of a finished stage of this kind.
     pub fn outputs(self) -> &'static [Output] {
         match self {
             Self::Synth | Self::Sample | Self::Eval => &[DATA],
@@ -152,19 +152,18 @@ impl Kind {
         }
     }
 
-    /// Version of what the kind computes. Raise it when equal inputs give other results than before: finished work
-    /// of the older version is then not reused.
+    /// Version of the kind's semantics. Raise it when equal inputs give different results than before: finished work of
+    /// an older version is then not reused.
     pub fn version(self) -> u32 {
         match self {
-            // 3: of `sft` rows that weigh nothing are left out and answers that say nothing refused; responses without text are
-            // not selected; of `average` heads and bases that do not belong together are refused, and an adapter that stays
-            // alone in a soup is copied.
+            // 3: `sft` drops rows of zero weight and refuses empty answers; responses without text are not selected;
+            // `average` refuses heads and bases that do not match, and copies an adapter that stays alone in a soup.
             Self::Sft | Self::Select | Self::Average => 3,
-            // 4: of `synth` verifiers read answers otherwise; of `reward` what learned from text says so, and of `dpo` single
-            // responses have their loss's weight. 3: responses without text are bad rows.
+            // 4: `synth` verifiers parse answers differently; `reward` records when it learned from text; `dpo` applies
+            // the loss weight to single responses. 3: responses without text are bad rows.
             Self::Synth | Self::Reward | Self::Dpo => 4,
-            // 5: verifiers read answers otherwise, and reward models that learned from text are asked in text. 4: rows have what
-            // programs wrote.
+            // 5: verifiers parse answers differently, and reward models that learned from text are queried with text.
+            // 4: rows contain program output.
             Self::Sample | Self::Eval => 5,
         }
     }
@@ -185,7 +184,7 @@ impl Spec {
         }
     }
 
-    /// What a policy that this stage trains begins with.
+    /// The model that a policy trained by this stage starts from.
     pub(super) fn policy(&self) -> Option<&str> {
         match self {
             Self::Sft(spec) => Some(&spec.model_name_or_path),
@@ -194,7 +193,7 @@ impl Spec {
         }
     }
 
-    /// What is unusual in these settings, and what of them changes nothing: it may stand in `[defaults]` for another stage.
+    /// Unusual settings, and settings without effect, which may come from `[defaults]` for another stage.
     pub(super) fn notes(&self) -> Vec<String> {
         let (train, held_out, mut notes) = match self {
             Self::Sft(spec) => (&spec.train, &spec.eval_datasets, Vec::new()),
@@ -231,7 +230,7 @@ impl Spec {
         notes
     }
 
-    /// Refuses settings that cannot be acted on.
+    /// Refuses invalid settings.
     ///
     /// # Errors
     /// Names the key, its value and what was expected.
@@ -305,7 +304,7 @@ fn check_training(train: &Settings, lora: &Lora, held_out: &[Dataset]) -> Result
     lora.check_saved_as(train.save_dtype)
 }
 
-/// Scorers stay as written for the stage, which loads their models; whether they can be built is known here.
+/// Scorers stay as written until the stage loads their models; this checks that they can be built.
 pub(crate) fn check_scorers(scorers: &[Value]) -> Result<()> {
     for (index, scorer) in scorers.iter().enumerate() {
         let place = format!("`scorers`[{index}]");
@@ -322,17 +321,17 @@ pub(crate) fn check_scorers(scorers: &[Value]) -> Result<()> {
 pub struct Dataset {
     /// A file, a directory, or a hub id.
     pub path: String,
-    /// Which part of a directory or hub dataset.
+    /// Split of a directory or hub dataset.
     pub split: String,
-    /// How much of it to use: 0.5 is half, 2 is all of it twice.
+    /// How much of it to use: 0.5 is half, 2 repeats it twice.
     #[serde(alias = "weight")]
     pub fraction: f64,
-    /// Which column of the file is read as which: `{prompt = "question"}`.
+    /// Renames columns of the file: `{prompt = "question"}`.
     pub columns: std::collections::BTreeMap<String, String>,
-    /// The format of its rows, where they have columns of several.
+    /// The row format, if the rows have columns of several formats.
     #[serde(rename = "type")]
     pub format: Option<Format>,
-    /// At most this many rows, from the start; 0 is all.
+    /// Maximum number of rows, from the start; 0 means all.
     pub limit: usize,
 }
 
@@ -350,7 +349,7 @@ impl Default for Dataset {
 }
 
 impl Dataset {
-    /// The dataset as the reader takes it.
+    /// The dataset as a reader source.
     pub fn source(&self, on_bad_row: OnBadRow) -> Source {
         let read = ReadOptions {
             columns: self.columns.clone().into_iter().collect(),
@@ -366,15 +365,15 @@ impl Dataset {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Synth {
-    /// The teacher: a checkpoint, or a server's table.
+    /// The teacher: a checkpoint, or the table of a server.
     pub teacher: TeacherSpec,
     /// The prompts.
     pub datasets: Vec<Dataset>,
-    /// How to sample.
+    /// Sampling settings.
     pub sampling: Sampling,
-    /// Only answers that pass all of these are kept (see [`ScorerSpec`]).
+    /// Keep only answers that pass all of these (see [`ScorerSpec`]).
     pub scorers: Vec<Value>,
-    /// Keep an answer whose score is at least this, where `scorers` are given.
+    /// Keep answers that score at least this, if `scorers` are set.
     pub min_score: f64,
 }
 
@@ -389,55 +388,7 @@ impl Synth {
     }
 }
 
-/// `sft`: supervised fine-tuning. Writes `checkpoint/`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Sft {
-    /// The start.
-    pub model_name_or_path: String,
-    /// What to learn.
-    pub datasets: Vec<Dataset>,
-    /// What to evaluate on while training; may be empty.
-    pub eval_datasets: Vec<Dataset>,
-    /// How rows become tokens.
-    pub data: SftOptions,
-    /// A built-in chat template or a Jinja file, for models that have none; empty keeps the model's own.
-    pub chat_template: String,
-    /// Special tokens to add to the tokenizer, with rows in the embedding (the mean of the old ones); those that it
-    /// has already stay as they are.
-    pub added_tokens: Vec<String>,
-    /// Begin with random weights: `model_name_or_path` holds a configuration and a tokenizer only.
-    pub random_init: bool,
-    /// How to train.
-    pub train: Settings,
-    /// Whether to train adapters instead.
-    pub lora: Lora,
-    /// What a trained token costs: `nll` or `dft`.
-    pub loss_type: TokenLoss,
-    /// What a step's sum is divided by: `token`, `row` or `step`.
-    pub loss_normalization: Normalization,
-    /// Share of each token's probability that is spread evenly over the vocabulary.
-    pub label_smoothing: f64,
-    /// Coefficient of the squared log-sum-exp of the logits (PaLM); 0 is off.
-    pub z_loss_coefficient: f64,
-    /// The column with each row's weight, 0 or more; empty weighs all rows the same.
-    pub row_weight_column: String,
-}
-
-impl Sft {
-    /// The loss, without weights of rows.
-    pub fn loss(&self) -> crate::loss::sft::Sft {
-        crate::loss::sft::Sft {
-            loss: self.loss_type,
-            normalization: self.loss_normalization,
-            label_smoothing: self.label_smoothing,
-            z_loss_coefficient: self.z_loss_coefficient,
-            ..Default::default()
-        }
-    }
-}
-
-/// `eval`: held-out measures. Writes `data.jsonl` with every answer; its numbers are in the record.
+/// `eval`: held-out evaluation. Writes `data.jsonl` with every answer; the metrics are in the record.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Eval {
@@ -445,11 +396,11 @@ pub struct Eval {
     pub model_name_or_path: String,
     /// Held-out prompts with answers.
     pub datasets: Vec<Dataset>,
-    /// How to sample.
+    /// Sampling settings.
     pub sampling: Sampling,
-    /// Who judges.
+    /// The scorers.
     pub scorers: Vec<Value>,
-    /// Model from which KL is measured; empty measures none.
+    /// Model to measure KL against; empty measures none.
     pub reference: String,
 }
 

@@ -1,5 +1,5 @@
 //! References to other stages' outputs: `"@name"`, `"@name.output"`, with `*` for all rounds so far and `?` for
-//! "left out where it does not exist yet".
+//! "omitted if it does not exist yet".
 
 use std::path::{Path, PathBuf};
 
@@ -13,16 +13,16 @@ use crate::error::{Error, Result};
 pub struct Reference<'a> {
     /// The stage.
     pub stage: &'a str,
-    /// The output, where one is named.
+    /// The output, if one is named.
     pub output: Option<&'a str>,
-    /// All rounds so far, oldest first, rather than the newest.
+    /// All rounds so far, oldest first, instead of only the newest.
     pub all: bool,
     /// May be absent.
     pub optional: bool,
 }
 
 impl<'a> Reference<'a> {
-    /// Parses `"@name.output*?"`; `None` where the text is no reference.
+    /// Parses `"@name.output*?"`; `None` if the text is no reference.
     ///
     /// ```
     /// use arriero::recipe::refs::Reference;
@@ -42,7 +42,7 @@ impl<'a> Reference<'a> {
     }
 }
 
-/// A stage that runs before the one whose references are looked up.
+/// A stage that runs before the one whose references are resolved.
 #[derive(Clone, Debug)]
 pub struct Done {
     /// Its name.
@@ -53,24 +53,24 @@ pub struct Done {
     pub dir: PathBuf,
 }
 
-/// What references are looked up in.
+/// The scope in which references are resolved.
 #[derive(Debug)]
 pub struct Scope<'a> {
     /// Names and kinds of all stages of the recipe.
     pub stages: &'a [(String, Kind)],
-    /// What has run before, oldest first.
+    /// The stages that run before, oldest first.
     pub done: &'a [Done],
-    /// The present round.
+    /// The current round.
     pub round: u32,
-    /// What the recipe's first policy begins with, once it is known.
+    /// The model that the recipe's first policy starts from, once known.
     pub base: Option<&'a str>,
-    /// The recipe's directory: the second place where paths are looked for.
+    /// The recipe's directory, searched second for relative paths.
     pub home: &'a Path,
 }
 
 impl Scope<'_> {
-    /// The paths that `text` stands for: of a reference the outputs that will exist by then, oldest first; of
-    /// anything else itself, or the same relative to the recipe where only that exists.
+    /// The paths that `text` stands for. A reference gives the outputs that will exist by then, oldest first; anything
+    /// else gives itself, or the same path relative to the recipe if only that exists.
     ///
     /// # Errors
     /// No such stage, output or file; or a stage that has not run by then.
@@ -152,7 +152,7 @@ fn output(text: &str, kind: Kind, reference: &Reference<'_>) -> Result<Output> {
     })
 }
 
-/// Whether `text` can be a hub id: `owner/name`, not the name of a data file.
+/// Whether `text` can be a hub id: `owner/name`, and not the name of a data file.
 pub fn is_hub_id(text: &str) -> bool {
     let part = |part: &str| {
         !part.is_empty()

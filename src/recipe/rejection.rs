@@ -1,4 +1,5 @@
-//! The settings of rejection sampling: who draws candidates for which prompts (`sample`), and what is chosen (`select`).
+//! The settings of rejection sampling: which policy draws candidates for which prompts (`sample`), and the selection
+//! (`select`).
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -11,7 +12,7 @@ use crate::error::{Context, Error, Result};
 use crate::generate::sampling::Sampling;
 use crate::score::select::{AnswerReader, PairStrategy, Rules, SftStrategy};
 
-/// `sample`: K candidates a prompt, scored. Writes `data.jsonl`.
+/// `sample`: K scored candidates per prompt. Writes `data.jsonl`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Sample {
@@ -19,40 +20,40 @@ pub struct Sample {
     pub model_name_or_path: String,
     /// The prompts.
     pub datasets: Vec<Dataset>,
-    /// How to sample; `num_samples` is K.
+    /// Sampling settings; `num_samples` is K.
     pub sampling: Sampling,
-    /// Who judges.
+    /// The scorers.
     pub scorers: Vec<Value>,
-    /// Earlier rounds' `data.jsonl`, whose best candidate of each prompt joins this round's.
+    /// `data.jsonl` of earlier rounds, whose best candidate per prompt joins this round's.
     pub earlier: Vec<String>,
-    /// Whether a row's own answer is a candidate too.
+    /// Whether a row's own answer is also a candidate.
     pub include_reference: bool,
-    /// Put before every prompt as a system message while answers are drawn; empty is none.
+    /// System message prepended to every prompt while sampling; empty is none.
     pub system: String,
-    /// Whether rows keep the system message that steered them.
+    /// Whether output rows keep that system message.
     pub keep_system: bool,
-    /// Other policies for some of the prompts; the first that fits a row draws for it.
+    /// Other policies for some of the prompts; the first that matches a row samples for it.
     pub policies: Vec<Policy>,
 }
 
-/// Who draws for the rows that it fits, with every setting decided.
+/// The policy for the rows that match its conditions, with every setting resolved.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Policy {
-    /// What the origin of its candidates calls it.
+    /// Its name in the origin of its candidates.
     pub name: String,
     /// All of these must hold.
     #[serde(rename = "where")]
     pub conditions: Vec<Condition>,
     /// The model.
     pub model_name_or_path: String,
-    /// Its system message; empty is none.
+    /// System message; empty is none.
     pub system: String,
-    /// How to sample.
+    /// Sampling settings.
     pub sampling: Sampling,
 }
 
-/// A column of the row must have one of some values.
+/// Requires a row's column to have one of several values.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Condition {
     /// The column.
@@ -62,7 +63,7 @@ pub struct Condition {
 }
 
 impl Condition {
-    /// Whether a row with these columns fulfils it. A column that is a list needs one of the values in it.
+    /// Whether a row with these columns satisfies it. For a column that is a list, one matching element is enough.
     pub fn holds(&self, columns: &Map<String, Value>) -> bool {
         match columns.get(&self.column) {
             None => false,
@@ -73,7 +74,7 @@ impl Condition {
 }
 
 impl Sample {
-    /// Refuses settings that cannot be acted on.
+    /// Refuses invalid settings.
     ///
     /// # Errors
     /// Names the key, its value and what was expected.
@@ -91,20 +92,20 @@ impl Sample {
         Ok(())
     }
 
-    /// The place of the policy that draws for a row with these columns; `None` is the stage's own.
+    /// Index of the policy that samples for a row with these columns; `None` is the stage's own.
     pub fn policy_of(&self, columns: &Map<String, Value>) -> Option<usize> {
         let fits = |policy: &Policy| policy.conditions.iter().all(|one| one.holds(columns));
         self.policies.iter().position(fits)
     }
 }
 
-/// Keys of a policy that are no sampling keys.
+/// Keys of a policy that are not sampling keys.
 const POLICY_KEYS: [&str; 4] = ["name", "where", "model_name_or_path", "system"];
 
-/// Brings the policies as written to the plan's form: what a policy leaves out is the stage's.
+/// Brings the policies as written to the plan's form: keys that a policy omits come from the stage.
 ///
 /// # Errors
-/// An unknown key, a wrong type, a model that is not there.
+/// An unknown key, a wrong type, a missing model.
 pub(super) fn fill_policies(
     stage: &mut Value,
     known: &indexmap::IndexMap<String, Known>,
@@ -158,7 +159,7 @@ fn fill(
         let value = inputs(canonical, value, scope).at(format_args!("`{key}`"))?;
         match (canonical, sampled) {
             (_, Some(_)) => policy["sampling"][canonical] = value,
-            // An optional reference that leads nowhere yet leaves the stage's model.
+            // An optional reference that resolves to nothing yet leaves the stage's model.
             ("model_name_or_path", None) if value == "" => {}
             (_, None) => policy[canonical] = value,
         }
@@ -176,7 +177,7 @@ fn unknown(key: &str, known: &indexmap::IndexMap<String, Known>) -> Error {
     Error::usage(format!("unknown key `{key}`")).hint(suggestion(key, &names))
 }
 
-/// `{column = value}` or `{column = [values]}` as a list of conditions.
+/// Converts `{column = value}` or `{column = [values]}` to a list of conditions.
 fn conditions(written: &Value) -> Result<Value> {
     let Value::Object(table) = written else {
         return Err(Error::usage(format!("`where` is {written}, expected a table"))
@@ -189,14 +190,14 @@ fn conditions(written: &Value) -> Result<Value> {
     Ok(serde_json::to_value(table.iter().map(condition).collect::<Vec<_>>())?)
 }
 
-/// A policy without a name is called after what it is for: the values of its first condition.
+/// An unnamed policy is named after the values of its first condition.
 fn default_name(conditions: &Value) -> Value {
     let values = conditions[0]["values"].as_array().map(Vec::as_slice).unwrap_or_default();
     let word = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     Value::String(values.iter().map(word).collect::<Vec<_>>().join("+"))
 }
 
-/// `select`: what is learned and what is preferred. Writes `sft.jsonl` and `pairs.jsonl`.
+/// `select`: chooses training rows and preference pairs. Writes `sft.jsonl` and `pairs.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Select {
@@ -206,19 +207,19 @@ pub struct Select {
     pub strategy: PairStrategy,
     /// Which candidates become training rows.
     pub sft_strategy: SftStrategy,
-    /// A training row needs at least this score.
+    /// Minimum score of a training row.
     pub min_score: f64,
-    /// A pair needs at least this distance between its scores.
+    /// Minimum score difference of a pair.
     pub min_margin: f64,
-    /// Best candidates a prompt that become training rows.
+    /// Number of best candidates per prompt that become training rows.
     pub best_of: usize,
-    /// Pairs a prompt.
+    /// Number of pairs per prompt.
     pub pairs_per_prompt: usize,
-    /// Share of all candidates that `sft_strategy = "top_quantile"` keeps.
+    /// Share of all candidates kept by `sft_strategy = "top_quantile"`.
     pub top_quantile: f64,
-    /// Share of the votes that an answer needs with `sft_strategy = "majority"`.
+    /// Share of votes that an answer needs for `sft_strategy = "majority"`.
     pub min_agreement: f64,
-    /// Where the final answer stands that `majority` votes on; empty takes the last `\boxed{…}` or number.
+    /// Pattern of the final answer that `majority` votes on; empty takes the last `\boxed{…}` or number.
     pub answer_pattern: String,
 }
 
@@ -241,12 +242,12 @@ impl Default for Select {
 }
 
 impl Select {
-    /// The rules of choosing, checked.
+    /// The selection rules, checked.
     ///
     /// # Errors
     /// Names the key, its value and what was expected.
     pub fn rules(&self, seed: u64) -> Result<Rules> {
-        // They are read as a `sample` stage wrote them.
+        // They are read as a `sample` stage wrote them, without options.
         let is_part = |dataset: &&Dataset| {
             **dataset != Dataset { path: dataset.path.clone(), ..Dataset::default() }
         };

@@ -1,5 +1,5 @@
-//! From the recipe as written to the plan: names made canonical, defaults filled in, references replaced by paths,
-//! rounds unrolled, every value checked.
+//! Resolves the recipe as written into the plan: canonicalizes names, fills in defaults, replaces references by paths,
+//! unrolls rounds, and checks every value.
 
 use std::path::Path;
 
@@ -17,22 +17,22 @@ use super::shape::{expand, inputs, shaped};
 use super::top::Top;
 use crate::error::{Context, Error, Result};
 
-/// Keys of every stage, whatever its kind.
+/// Keys of every stage kind.
 const STAGE_KEYS: [&str; 4] = ["name", "kind", "once", "seed"];
 
-/// A plan and what the user should know about how it was made.
+/// A plan, and notes for the user about how it was resolved.
 #[derive(Clone, Debug)]
 pub struct Resolved {
     /// The plan.
     pub plan: Plan,
-    /// Keys that were accepted without effect.
+    /// Notes on keys that were accepted without effect.
     pub notes: Vec<String>,
 }
 
 /// Resolves a recipe. `output_dir` overrides the recipe's.
 ///
 /// # Errors
-/// Unknown keys, wrong types, impossible values, references that lead nowhere: each with its line and a hint.
+/// Unknown keys, wrong types, invalid values, dangling references: each with its line and a hint.
 pub fn resolve(file: &RecipeFile, output_dir: Option<&Path>) -> Result<Resolved> {
     let top = Top::read(file)?;
     let mut notes = Vec::new();
@@ -84,7 +84,7 @@ pub fn resolve(file: &RecipeFile, output_dir: Option<&Path>) -> Result<Resolved>
     Ok(Resolved { plan, notes })
 }
 
-/// The seed of a stage in a round: 53 bits of a hash, so that every JSON reader keeps it whole.
+/// The seed of a stage in a round: 53 bits of a hash, so that every JSON reader preserves it.
 fn derive_seed(seed: u64, name: &str, round: u32) -> u64 {
     let digest = Sha256::digest(format!("{seed}/{name}/{round}"));
     digest[..8].iter().fold(0, |value, &byte| value << 8 | u64::from(byte)) >> 11
@@ -125,7 +125,7 @@ impl Stage {
             keys: keys::known(kind)?,
             values: IndexMap::new(),
         };
-        // What expansion refuses begins with its key.
+        // Errors of `expand` begin with the key.
         let entries = expand(&table.entries).map_err(|error| {
             let text = error.to_string();
             let key = text.split('`').nth(1);
@@ -137,7 +137,7 @@ impl Stage {
         }
         let own = stage.values.len();
         for entry in expand(&file.defaults).map_err(|error| error.at("[defaults]"))? {
-            // What a stage draws with is a key of all stages, and of some of them a setting too: it is derived, not set.
+            // `seed` is a key of every stage, and in some kinds also a setting, which is derived rather than set.
             let is_said = match keys::canonical(&entry.key, &stage.keys) {
                 _ if entry.key == "seed" => stage.seed.is_some(),
                 Some(key) => stage.values.contains_key(key),
@@ -153,11 +153,11 @@ impl Stage {
         Ok(stage)
     }
 
-    /// Keys of adapters in a stage that trains the whole model: a note where that is written, or where they are in `[defaults]`
-    /// for other stages. `own`: how many of the values are the stage's own.
+    /// Adapter keys in a stage that trains the whole model: returns a note if that is explicit or if the keys are in
+    /// `[defaults]` for other stages. `own`: how many of the values are the stage's own.
     ///
     /// # Errors
-    /// Keys of the stage itself, where nothing says that the whole model is meant.
+    /// Keys of the stage itself, if nothing says that the whole model is meant.
     fn unused_adapter_keys(&self, file: &RecipeFile, own: usize) -> Result<Option<String>> {
         let use_peft = self.values.get("use_peft").map(|(value, _)| value);
         if use_peft == Some(&Value::Bool(true)) {
@@ -166,7 +166,7 @@ impl Stage {
         let mut unused = Vec::new();
         for (at, (key, (value, place))) in self.values.iter().enumerate() {
             let is_adapters = self.keys[key].section.as_deref() == Some("lora");
-            // `quantization` is refused wherever it stands, once its value is known.
+            // `quantization` is refused everywhere, once its value is known.
             if !is_adapters || key == "use_peft" || key == "quantization" || is_off(value) {
                 continue;
             }
@@ -220,7 +220,7 @@ impl Stage {
         let value = shaped(key, entry.value.clone(), &self.keys[key].default);
         if let Some(expected) = keys::wrong_type(&value, &self.keys[key].default)
             && !value.is_null()
-            // A teacher may be a server, which is a table.
+            // A teacher may be a server, given as a table.
             && !(key == "teacher" && value.is_object())
         {
             return Err(wrong(expected));
@@ -229,7 +229,7 @@ impl Stage {
         if let Some((_, earlier)) = self.values.insert(key.clone(), (value, entry.place.clone()))
             && matches!((earlier, &entry.place), (Place::Line(_), Place::Line(_)))
         {
-            return Err(Error::usage(format!("`{}` says `{key}` a second time", entry.key))
+            return Err(Error::usage(format!("`{}` sets `{key}` again", entry.key))
                 .hint("keep one of the two"));
         }
         Ok(())
@@ -292,7 +292,7 @@ impl Stage {
             self.locate(file, place, error)
         })?;
         spec.check().map_err(|error| {
-            // Checks start with the key they refuse.
+            // Errors of a check start with the key.
             let text = error.to_string();
             let place = text
                 .split('`')
@@ -321,7 +321,7 @@ impl Stage {
     }
 }
 
-/// Whether a value asks for nothing.
+/// Whether a value requests nothing.
 fn is_off(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -344,7 +344,7 @@ fn typed<T: DeserializeOwned>(object: &Value) -> Result<T, (String, Error)> {
     })
 }
 
-/// Serde's message as an error, with the nearest name where one is unknown.
+/// Converts serde's message to an error, with a suggestion if a name is unknown.
 pub(super) fn misread(message: &str) -> Error {
     let failed = Error::usage(message);
     match near_miss(message) {
@@ -353,7 +353,7 @@ pub(super) fn misread(message: &str) -> Error {
     }
 }
 
-/// The known name nearest to the unknown one in serde's "unknown variant `a`, expected one of `b`, `c`".
+/// The known name closest to the unknown one in serde's "unknown variant `a`, expected one of `b`, `c`".
 fn near_miss(message: &str) -> Option<String> {
     let mut quoted = message.split('`').skip(1).step_by(2);
     let found = quoted.next()?;
@@ -406,7 +406,7 @@ mod tests {
         assert_eq!(format!("{:?}", plan(text).unwrap_err()), expected);
     }
 
-    /// `src` and `src/lib.rs` stand for a model and a dataset: tests run in the package's directory.
+    /// `src` and `src/lib.rs` stand in for a model and a dataset: tests run in the package's directory.
     const SFT: &str =
         "[[stage]]\nkind = 'sft'\nmodel_name_or_path = 'src'\ndatasets = 'src/lib.rs'\n";
 
@@ -462,7 +462,7 @@ mod tests {
                 "stage `sft`: `load_best_model_at_end` has no effect: without `eval_steps` the end is all that is evaluated",
             ],
         );
-        // They may stand in [defaults] for the sake of another stage.
+        // They may come from [defaults], for another stage.
         let both = format!(
             "[defaults]\neval_samples = 2\n{SFT}eval_datasets = 'src/lib.rs'\n[[stage]]\nkind = 'dpo'\nmodel_name_or_path = 'src'\ndatasets = 'src/lib.rs'\n"
         );
@@ -518,7 +518,7 @@ mod tests {
             &format!("{SFT}bf16 = 'auto'\n"),
             "r.toml:5: stage `sft`: `bf16` is \"auto\", expected true or false (hint: true is dtype = \"bf16\")",
         );
-        // The command line has the last word, by whichever of the two names.
+        // The command line overrides the recipe, under either name.
         for (written, argument, expected) in
             [("bf16 = true", "sft.dtype=f32", "f32"), ("dtype = 'f32'", "sft.bf16=true", "bf16")]
         {
@@ -569,7 +569,7 @@ mod tests {
         );
         refuses(
             &format!("{SFT}learning_rate = 1e-3\nlr = 1e-4\n"),
-            "r.toml:6: stage `sft`: `lr` says `learning_rate` a second time (hint: keep one of the two)",
+            "r.toml:6: stage `sft`: `lr` sets `learning_rate` again (hint: keep one of the two)",
         );
         refuses(
             &format!("{SFT}load_in_8bit = true\n"),

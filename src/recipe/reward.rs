@@ -1,4 +1,4 @@
-//! The settings of a `reward` stage: what its head says, and what it learns from.
+//! The settings of a `reward` stage: its head and its training data.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,18 +10,18 @@ use crate::loss::ranking::Ranking;
 use crate::model::lora::Lora;
 use crate::train::Settings;
 
-/// What a reward model's head says, and so which rows it learns from.
+/// The type of a reward model's head, which determines the rows it learns from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Head {
-    /// One score, learnt from ranked responses.
+    /// One score, learned from ranked responses.
     #[default]
     BradleyTerry,
-    /// One score an attribute, learnt from ratings.
+    /// One score per attribute, learned from ratings.
     Regression,
-    /// Wrong or right after each step of an answer.
+    /// Whether each step of an answer is right or wrong.
     Process,
-    /// The log odds that a response is right.
+    /// The log-odds that a response is right.
     Outcome,
 }
 
@@ -41,33 +41,33 @@ impl Head {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Reward {
-    /// The start.
+    /// The initial model.
     pub model_name_or_path: String,
-    /// What to learn: ranked responses; with other heads ratings, labelled responses or labelled steps.
+    /// Training data: ranked responses; for other heads ratings, labelled responses or labelled steps.
     pub datasets: Vec<Dataset>,
-    /// What to evaluate on; may be empty.
+    /// Data to evaluate on; may be empty.
     pub eval_datasets: Vec<Dataset>,
-    /// How rows become tokens.
+    /// How rows are tokenized.
     pub data: PairOptions,
     /// A built-in chat template or a Jinja file, for models that have none; empty keeps the model's own.
     pub chat_template: String,
-    /// How to train.
+    /// Training settings.
     pub train: Settings,
-    /// Whether to train adapters instead.
+    /// Adapter settings; off trains the whole model.
     pub lora: Lora,
-    /// What the model says: `bradley_terry`, `regression`, `process` or `outcome`.
+    /// The type of the head: `bradley_terry`, `regression`, `process` or `outcome`.
     pub head: Head,
-    /// What is compared of ranked responses: `all_pairs`, `adjacent` or `plackett_luce`.
+    /// Which comparisons to make among ranked responses: `all_pairs`, `adjacent` or `plackett_luce`.
     pub ranking: Ranking,
-    /// Ask for the column `margin` between the scores of a pair (Llama 2); Llama 3 does not.
+    /// Require the column `margin` between the scores of a pair (Llama 2); Llama 3 does not use it.
     pub use_margin: bool,
     /// Weight of the squared mean reward of each pair; 0 is off.
     pub center_rewards_coefficient: f64,
-    /// Put a row's responses one after another in a drawn order (Llama 3, section 4.1.2) instead of side by side.
+    /// Concatenate a row's responses in a random order (Llama 3, section 4.1.2) instead of branching from the prompt.
     pub concatenate_responses: bool,
     /// `regression`: the columns with ratings.
     pub attributes: Vec<String>,
-    /// `process`: the text that ends each step.
+    /// `process`: the text that terminates each step.
     pub step_separator: String,
 }
 

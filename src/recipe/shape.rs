@@ -1,4 +1,4 @@
-//! The shapes in which values may be written, brought to the one that the plan has; references become paths.
+//! Normalizes the shapes in which values may be written to that of the plan; references become paths.
 
 use std::path::Path;
 
@@ -10,10 +10,10 @@ use super::refs::Scope;
 use crate::error::{Error, Result};
 use crate::model::lora::ALL_LINEAR;
 
-/// Keys that say two things are written as the keys that say each.
+/// Expands keys that combine several settings into one key per setting.
 ///
 /// # Errors
-/// `loss_weights` of another length than the list of losses; `bf16` beside a `dtype` that says otherwise.
+/// `loss_weights` whose length differs from the list of losses; `bf16` with a conflicting `dtype`.
 pub(super) fn expand(entries: &[Entry]) -> Result<Vec<Entry>> {
     let has = |key: &str| entries.iter().any(|entry| entry.key == key);
     let lists_losses = |entry: &Entry| {
@@ -29,7 +29,7 @@ pub(super) fn expand(entries: &[Entry]) -> Result<Vec<Entry>> {
             place: entry.place.clone(),
         };
         match (entry.key.as_str(), &entry.value) {
-            // A scorer alone needs no table.
+            // A single scorer needs no table.
             ("verifier" | "reward_model", Value::String(_)) if !has("scorers") => {
                 let mut scorer = Map::new();
                 scorer.insert(entry.key.clone(), entry.value.clone());
@@ -42,7 +42,7 @@ pub(super) fn expand(entries: &[Entry]) -> Result<Vec<Entry>> {
                 expanded.extend(losses(entry, weights)?);
             }
             ("loss_weights", Value::Array(_)) if losses_listed => {}
-            // axolotl and torchtune ask the opposite question.
+            // axolotl and torchtune use the opposite flag.
             ("train_on_inputs" | "train_on_input" | "train_on_prompt", Value::Bool(all)) => {
                 expanded.push(with("assistant_only_loss", Value::Bool(!all)));
                 expanded.push(with("completion_only_loss", Value::Bool(!all)));
@@ -78,8 +78,8 @@ pub(super) fn expand(entries: &[Entry]) -> Result<Vec<Entry>> {
     Ok(expanded)
 }
 
-/// The boolean of Hugging Face, axolotl and LLaMA-Factory as the `dtype` that it stands for; nothing where that is written
-/// too. Of the two the one on the command line counts.
+/// Converts the boolean of Hugging Face, axolotl and LLaMA-Factory to the equivalent `dtype`; `None` if `dtype` is
+/// written too. If only one of them is on the command line, that one wins.
 fn bf16(entry: &Entry, entries: &[Entry]) -> Result<Option<Entry>> {
     let Value::Bool(on) = entry.value else {
         return Err(Error::usage(format!("`bf16` is {}, expected true or false", entry.value))
@@ -100,7 +100,7 @@ fn bf16(entry: &Entry, entries: &[Entry]) -> Result<Option<Entry>> {
     Ok(Some(Entry { key: "dtype".to_owned(), value, place: entry.place.clone() }))
 }
 
-/// TRL's list of losses with weights: the preference losses, and the weight of `sft` as a key of its own.
+/// Splits TRL's list of losses with weights into the preference losses and the weight of `sft` as a key of its own.
 fn losses(entry: &Entry, weights: Option<&Entry>) -> Result<Vec<Entry>> {
     let listed = match &entry.value {
         Value::Array(list) => list.clone(),
@@ -138,25 +138,27 @@ fn losses(entry: &Entry, weights: Option<&Entry>) -> Result<Vec<Entry>> {
     Ok(expanded)
 }
 
-/// One value where a list is meant becomes a list of one; datasets and scorers written as text become tables.
+/// Wraps a single value in a list where a list is expected; datasets and scorers written as text become tables.
 pub(super) fn shaped(key: &str, value: Value, default: &Value) -> Value {
     let value = match (default, value) {
         (Value::Array(_), value @ (Value::String(_) | Value::Number(_) | Value::Object(_))) => {
             Value::Array(vec![value])
         }
-        // TOML has no null: no limit is written 0.
+        // Its default is none, which shows no list.
+        (_, Value::String(role)) if key == "roles_to_train" => return Value::from(vec![role]),
+        // TOML has no null: 0 means no limit.
         (_, value) if key == "max_length" && value == 0 => return Value::Null,
-        // peft's boolean for what has three answers here.
+        // peft's boolean for a key that has three values here.
         (_, Value::Bool(true)) if key == "init_lora_weights" => return Value::from("default"),
-        // axolotl's way to say all projections.
+        // axolotl's flag for all projections.
         (_, Value::Bool(true)) if key == "lora_target_modules" => {
             return Value::from(vec![ALL_LINEAR]);
         }
-        // Hugging Face's boolean for what has three answers here.
+        // Hugging Face's boolean for a key that has three values here.
         (_, Value::Bool(flag)) if key == "gradient_checkpointing" => {
             return Value::from(if flag { "block" } else { "none" });
         }
-        // A list of models where one is meant: the first that exists, see `inputs`.
+        // A list of models where one is expected: the first that exists, see `inputs`.
         (Value::String(_), Value::Array(list)) if MODEL_KEYS.contains(&key) => {
             return Value::String(
                 list.iter()
@@ -193,9 +195,9 @@ const MODEL_KEYS: [&str; 6] = [
     "reference",
     "assistant_model",
 ];
-/// Words for references that are no paths.
+/// Words for references that are not paths.
 const REFERENCES: [&str; 3] = ["stage_start", "base", "none"];
-/// Between the alternatives of a model; no path has it.
+/// Separator between alternative models; no path contains it.
 const OR: &str = "\0";
 
 /// Replaces references and relative paths in the values that name inputs.
@@ -203,7 +205,7 @@ pub(super) fn inputs(key: &str, value: Value, scope: &Scope<'_>) -> Result<Value
     match (key, value) {
         ("ref_model_name_or_path", Value::String(text)) if REFERENCES.contains(&text.as_str()) => {
             Ok(Value::from(match text.as_str() {
-                // Of the first policy it is its own start.
+                // For the first policy, it is its own start.
                 "base" => scope.base.unwrap_or_default(),
                 "stage_start" => "",
                 word => word,
@@ -265,6 +267,6 @@ fn first_model(alternatives: &str, scope: &Scope<'_>) -> Result<String> {
             return Ok(path);
         }
     }
-    // Empty is "none": the spec's check refuses it where a model is needed.
+    // Empty means "none": the spec's check refuses it where a model is required.
     Ok(String::new())
 }

@@ -1,7 +1,7 @@
-//! What the recipes in the program read that the program does not carry: files of its repository, and files that scripts
-//! there bring. Outside a checkout they are not found, and the path alone does not say why.
+//! Files that shipped recipes read but the program does not carry: files of its repository, and files that its scripts
+//! download. Outside a checkout they are missing, and the path alone does not say why.
 
-/// Folders, each with the script that fills it; without one, the repository has it as it is.
+/// Folders, each with the script that fills it; `None` if the repository contains it.
 const FOLDERS: [(&str, Option<&str>); 4] = [
     ("data/tiny", None),
     ("data/smollm2", Some("scripts/fetch-smollm2")),
@@ -9,7 +9,7 @@ const FOLDERS: [(&str, Option<&str>); 4] = [
     ("data/truthfulqa", Some("scripts/fetch-truthfulqa")),
 ];
 
-/// What to do about a path that is not there, where it lies in one of the folders.
+/// Hint for a missing path that lies in one of the folders.
 pub(super) fn hint(path: &str) -> Option<String> {
     let lies_in =
         |folder: &str| path.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));

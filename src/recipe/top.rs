@@ -1,4 +1,4 @@
-//! The keys at the top of a recipe: name, seed, rounds, device, output directory.
+//! The top-level keys of a recipe: name, seed, rounds, device, output directory.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 /// Keys at the top of a recipe.
 pub const TOP_KEYS: [&str; 6] = ["name", "description", "seed", "rounds", "device", "output_dir"];
 
-/// The top-level keys, decided.
+/// The top-level keys, resolved.
 pub(super) struct Top {
     pub(super) name: String,
     pub(super) seed: u64,

@@ -1,5 +1,5 @@
 "use strict";
-// One row a line: parsed when shown, so that a page of ten thousand prompts opens at once. All text goes in as text.
+// One row per line, parsed when shown, so that a page of ten thousand prompts opens instantly. All text is set as text.
 const PAGE = 20;
 const byId = (id) => document.getElementById(id);
 const lines = byId("data").textContent.split("\n").filter((line) => line !== "");
@@ -12,7 +12,7 @@ function element(name, text, kind) {
   return made;
 }
 
-// What filters and orders need of every row, read once when first asked for.
+// The facts that filters and sort orders need of every row, read once on first use.
 function known() {
   if (facts === null) facts = lines.map((line) => {
     const all = JSON.parse(line).candidates, scores = all.map((one) => one.score);
@@ -58,7 +58,7 @@ function choose() {
   show();
 }
 
-// Which words two texts share in order (longest common subsequence); long texts are shown as they are.
+// Words shared by two texts in order (longest common subsequence); long texts are shown unchanged.
 function differences(worse, better) {
   const a = worse.split(/(\s+)/), b = better.split(/(\s+)/);
   if (a.length * b.length > 4e6) return [["del", worse], ["ins", better]];
@@ -90,7 +90,7 @@ function candidate(one, rank) {
     const why = (one.why || {})[judge];
     details.push(`${judge} ${number(score)}${why ? ` (${why})` : ""}`);
   }
-  // Judges that could not judge give a reason and no score.
+  // A judge that failed gives a reason and no score.
   for (const [judge, why] of Object.entries(one.why || {})) if (!(judge in (one.scores || {}))) details.push(`${judge}: ${why}`);
   line.append(element("span", details.join(" · ")));
   box.append(line, element("pre", one.text));

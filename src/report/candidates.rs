@@ -1,7 +1,7 @@
-//! `candidates.html`: every prompt with its candidates, ranked, in one file that needs nothing else.
+//! `candidates.html`: every prompt with its ranked candidates, in one self-contained file.
 //!
-//! Made from rows as `data.jsonl` holds them. The rows lie in the page as data, one a line, and a script of the page shows
-//! some at a time; nothing of them ever becomes markup.
+//! Built from the rows of `data.jsonl`. The page holds the rows as data, one per line, and its script renders a few at
+//! a time; nothing from the rows ever becomes markup.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -24,7 +24,7 @@ const SCRIPT: &str = include_str!("candidates.js");
 /// # Errors
 /// The file cannot be written.
 pub fn write<'a>(dir: &Path, rows: impl Iterator<Item = &'a Candidates> + Clone) -> Result<()> {
-    // While it works, a stage's directory is `<id>.work`.
+    // While a stage runs, its directory is `<id>.work`.
     let title = dir.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     let head = head(&title, rows.clone())?;
     let path = dir.join(PAGE);
@@ -39,7 +39,7 @@ pub fn write<'a>(dir: &Path, rows: impl Iterator<Item = &'a Candidates> + Clone)
     })
 }
 
-/// The page up to its rows.
+/// The page before its rows.
 fn head<'a>(title: &str, rows: impl Iterator<Item = &'a Candidates>) -> Result<String> {
     let (mut prompts, mut candidates) = (0_usize, 0_usize);
     let mut judges: BTreeSet<&str> = BTreeSet::new();
@@ -55,7 +55,7 @@ fn head<'a>(title: &str, rows: impl Iterator<Item = &'a Candidates>) -> Result<S
         .map_err(|error| Error::run(format!("the page of candidates: {error}")))
 }
 
-/// JSON that cannot end the script element which holds it: `<` occurs in strings alone, where its escape means the same.
+/// JSON that cannot close the enclosing script element: `<` occurs only in strings, where its escape means the same.
 fn inert(json: &str) -> String {
     json.replace('<', "\\u003c")
 }
@@ -105,7 +105,7 @@ mod tests {
         assert!(!page.contains("http:") && !page.contains("https:") && !page.contains("src="));
         assert_eq!((page.matches("<script").count(), page.matches("</script>").count()), (2, 2));
         assert!(!page.contains("alert(1)</"));
-        // The rows are whole: what a browser reads is what was written.
+        // The rows round-trip: a browser reads what was written.
         let data = page.split_once("id=\"data\">").unwrap().1.split_once("</script>").unwrap().0;
         let rows: Vec<Candidates> =
             data.trim().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -125,7 +125,7 @@ mod tests {
         for part in [r#""stdout":"\u003chello>\n","stderr":"oops""#, "not judged: too long"] {
             assert!(page.contains(part), "{page}");
         }
-        // The script reads what rows have under these names.
+        // The script reads the rows' fields under these names.
         for part in [r#"["stdout", "stderr"]"#, "one[stream]", "one.why", "row.unanswered"] {
             assert!(SCRIPT.contains(part), "{part}");
         }

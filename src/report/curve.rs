@@ -1,4 +1,4 @@
-//! Best of k and the spread of scores (`curve.json`) as tables and drawings.
+//! Best of k and the score distribution (`curve.json`) as tables and plots.
 
 use std::fmt::Write;
 
@@ -7,7 +7,7 @@ use super::record::Metrics;
 use crate::score::curve::Curve;
 use crate::score::statistics::{Distribution, Estimate};
 
-/// The curve as a table with a heading row.
+/// The curve as a table with a header row.
 pub fn table(curve: &Curve) -> Vec<Vec<String>> {
     let heading = [
         "k".to_owned(),
@@ -29,7 +29,7 @@ pub fn table(curve: &Curve) -> Vec<Vec<String>> {
     rows
 }
 
-/// Quantiles of the scores as a table with a heading row.
+/// Quantiles of the scores as a table with a header row.
 pub fn spread(scores: &Distribution) -> Vec<Vec<String>> {
     let mut heading = vec!["candidates".to_owned(), "mean ± std".to_owned()];
     let mut row =
@@ -51,7 +51,7 @@ fn with_interval(estimate: Option<Estimate>) -> String {
     estimate.map_or_else(|| "–".to_owned(), text)
 }
 
-/// The curve's lines by name, as the report draws those of training: k in the place of the step.
+/// The curve's lines by name, plotted like training curves: k takes the place of the step.
 pub fn lines(curve: &Curve) -> Vec<(u64, Metrics)> {
     let numbers = |point: &crate::score::curve::Point| {
         let mut numbers = Metrics::from([(curve.choice.clone(), point.score.mean)]);

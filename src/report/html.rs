@@ -1,4 +1,4 @@
-//! `report.html`: one file that needs nothing else: the measures, loss curves as inline SVG, the plan, the hashes.
+//! `report.html`, a self-contained file: the headline metrics, loss curves as inline SVG, the plan, the hashes.
 
 use std::fmt::Write;
 
@@ -16,7 +16,7 @@ th:nth-child(-n+2),td:nth-child(-n+2){text-align:left}pre{background:#f6f6f8;pad
 svg{background:#fafafa;border:1px solid #ddd}figure{display:inline-block;margin:0 1rem 1rem 0}figcaption{font-size:13px}\
 code{font-size:12px}@media(prefers-color-scheme:dark){body{background:#16161a;color:#e8e8ea}pre,svg{background:#222}th,td{border-color:#444}}";
 
-/// Curves that a stage of training draws, those that it has.
+/// Curves plotted for a training stage, if it has them.
 const CURVES: [&str; 12] = [
     "loss",
     "eval_loss",
@@ -81,7 +81,7 @@ fn measures(summary: &Summary, page: &mut String) {
     let _ = writeln!(page, "</tr>\n{rows}</table>");
 }
 
-/// What choosing among k answers gives, how the scores are spread, and the way to the answers themselves.
+/// The result of choosing among k answers, the score distribution, and a link to the answers.
 fn best_of_k(stage: &Finished, shown: &Curve, page: &mut String) {
     let id = escape(&stage.id);
     let _ = writeln!(page, "<h2>{id}: best of k by {}</h2>", escape(&shown.choice));
@@ -144,7 +144,7 @@ fn stage_row(stage: &Finished) -> String {
     )
 }
 
-/// One curve over the steps, or over what else `axis` counts; empty where there are no such numbers.
+/// One curve over the steps, or over another `axis`; empty if there are no such values.
 fn figure(name: &str, axis: &str, steps: &[(u64, Metrics)]) -> String {
     const WIDTH: f64 = 420.0;
     const HEIGHT: f64 = 160.0;

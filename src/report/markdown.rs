@@ -1,4 +1,4 @@
-//! `report.md`: the measures of each round and stage, every stage's numbers, and what made them.
+//! `report.md`: the headline metrics of each round and stage, every stage's metrics, and their inputs.
 
 use std::fmt::Write;
 
@@ -7,8 +7,8 @@ use super::progress::short;
 use super::quality;
 use super::summary::{HEADLINE, Summary};
 
-/// The table round × stage × (accuracy, best of k, reward, KL to base, mean length), aligned for reading as plain text. Empty
-/// where nothing was measured.
+/// The table round × stage × (accuracy, best of k, reward, KL to base, mean length), aligned to read as plain text.
+/// Empty if nothing was measured.
 pub fn headline(summary: &Summary) -> String {
     let mut rows = vec![
         ["round", "stage"]
@@ -25,7 +25,7 @@ pub fn headline(summary: &Summary) -> String {
     if rows.len() == 1 { String::new() } else { table(&rows) }
 }
 
-/// A Markdown table with aligned columns; the first row is the heading, text left and numbers right.
+/// A Markdown table with aligned columns; the first row is the header, text left and numbers right.
 fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let width =
@@ -115,7 +115,7 @@ pub fn render(summary: &Summary) -> String {
     text
 }
 
-/// What choosing among k answers gives, of every stage that drew several.
+/// The result of choosing among k answers, for each stage that drew several.
 fn curves(summary: &Summary, text: &mut String) {
     for stage in &summary.stages {
         let Some(shown) = &stage.curve else { continue };

@@ -1,7 +1,7 @@
-//! The numbers of each training step: `metrics.jsonl`, and a TensorBoard event file with the same scalars.
+//! The metrics of each training step: `metrics.jsonl`, and a TensorBoard event file with the same scalars.
 //!
-//! The JSON lines are the record; the event file is made from them. Neither holds the time of day, so that equal runs
-//! write equal files: TensorBoard's "wall time" is the step.
+//! The JSON lines are the source of truth; the event file is derived from them. Neither holds the time of day, so that
+//! equal runs write equal files: TensorBoard's "wall time" is the step.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -13,7 +13,7 @@ use super::record::Metrics;
 use crate::error::Result;
 use crate::store::{self, JsonlWriter};
 
-/// Name of the record of steps in a stage's directory.
+/// Name of the per-step record in a stage's directory.
 pub const METRICS: &str = "metrics.jsonl";
 /// Name of the TensorBoard file in a stage's directory.
 pub const EVENTS: &str = "events.out.tfevents.0.arriero";
@@ -27,7 +27,7 @@ pub struct MetricsLog {
 }
 
 impl MetricsLog {
-    /// Opens the log in a stage's directory, continuing after its last whole row.
+    /// Opens the log in a stage's directory, continuing after its last complete row.
     pub fn open(dir: &Path) -> Result<Self> {
         let rows = JsonlWriter::open(&dir.join(METRICS))?;
         let path = dir.join(EVENTS);
@@ -46,7 +46,7 @@ impl MetricsLog {
         Ok(Self { dir: dir.to_path_buf(), rows, events })
     }
 
-    /// Appends one step's numbers.
+    /// Appends one step's metrics.
     pub fn write(&mut self, step: u64, values: &Metrics) -> Result<()> {
         let mut row = Map::new();
         row.insert("step".to_owned(), Value::from(step));
@@ -57,7 +57,7 @@ impl MetricsLog {
             .map_err(|error| store::io_error(&self.dir.join(EVENTS), error))
     }
 
-    /// Drops the rows after `step`, which the process that wrote them did not live to save weights for.
+    /// Drops the rows after `step`, which a process wrote that died before saving the weights.
     pub fn resume_after(&mut self, step: u64) -> Result<()> {
         let path = self.dir.join(METRICS);
         let rows: Vec<Map<String, Value>> = store::read_ledger(&path)?;
@@ -82,7 +82,7 @@ fn step_of(row: &Map<String, Value>) -> u64 {
     row.get("step").and_then(Value::as_u64).unwrap_or_default()
 }
 
-/// Reads the steps of a stage's directory; none where it has no metrics. Numbers that are not finite are left out.
+/// Reads the steps of a stage's directory; empty if it has no metrics. Values that are not finite are skipped.
 pub fn read(dir: &Path) -> Result<Vec<(u64, Metrics)>> {
     let rows: Vec<Map<String, Value>> = store::read_ledger(&dir.join(METRICS))?;
     Ok(rows
@@ -109,7 +109,7 @@ fn record(bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-/// CRC-32C rotated and offset, so that a checksum of data that holds checksums stays strong.
+/// CRC-32C rotated and offset, so that the checksum stays strong for data that itself contains checksums.
 fn masked_crc(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
@@ -152,7 +152,7 @@ fn bytes_field(out: &mut Vec<u8>, field: u8, bytes: &[u8]) {
     out.extend(bytes);
 }
 
-/// Seven bits a byte, lowest first; the top bit says that more follow.
+/// Seven bits per byte, lowest first; the top bit marks that more follow.
 fn varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push(value as u8 | 0x80);
@@ -165,7 +165,7 @@ fn varint(out: &mut Vec<u8>, mut value: u64) {
 mod tests {
     use super::*;
 
-    /// A reader of the format written from its description, not from the writer.
+    /// A reader of the format, written from the specification and not from the writer.
     struct Reader<'a>(&'a [u8]);
 
     impl<'a> Reader<'a> {

@@ -1,4 +1,4 @@
-//! What happened, for people and for programs. Reports are made from records on disk, never from live state.
+//! Reports for people and for programs, built from records on disk, never from live state.
 
 pub mod candidates;
 pub mod curve;

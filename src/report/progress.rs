@@ -1,4 +1,4 @@
-//! Progress on standard error: bars on a terminal, plain lines elsewhere. Numbers of steps go to the stage's files.
+//! Progress on standard error: bars on a terminal, plain lines elsewhere. Step metrics go to the stage's files.
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::recipe::Step;
 use crate::stage::rounds::Observer;
 
-/// Watches a run for the user.
+/// Shows a run's progress to the user.
 #[derive(Debug)]
 pub struct Progress<'a> {
     interrupted: &'a AtomicBool,
@@ -22,13 +22,13 @@ pub struct Progress<'a> {
 }
 
 impl<'a> Progress<'a> {
-    /// Watches a run of so many stages. `interrupted` is set when the user asks to stop.
+    /// Tracks a run of `steps` stages. `interrupted` is set when the user asks to stop.
     pub fn new(steps: usize, interrupted: &'a AtomicBool) -> Self {
         Self { interrupted, steps, terminal: std::io::stderr().is_terminal() }
     }
 
     fn title(&self, step: &Step) -> String {
-        // The number in the id counts the stages of the run.
+        // The number in the id is the stage's index in the run.
         let number = step.id.split('-').next().unwrap_or_default();
         let kind = step.spec.kind().name();
         let kind = if kind == step.name { String::new() } else { format!(" ({kind})") };
@@ -82,7 +82,7 @@ impl Observer for Progress<'_> {
 }
 
 fn line(text: &str) {
-    // Nobody is left to tell when standard error is closed.
+    // Nothing can be reported when standard error is closed.
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
@@ -108,11 +108,11 @@ struct StageEvents<'a> {
     progress: &'a Progress<'a>,
     bar: ProgressBar,
     dir: std::path::PathBuf,
-    /// Opened at the first number: most stages have none.
+    /// Opened at the first metric: most stages have none.
     log: Mutex<Option<MetricsLog>>,
 }
 
-/// Progress of one piece of work outside of a run: a bar on standard error, cleared at its end.
+/// Progress of one piece of work outside a run: a bar on standard error, cleared at the end.
 #[derive(Debug)]
 pub struct Bar<'a> {
     interrupted: &'a AtomicBool,
@@ -120,7 +120,7 @@ pub struct Bar<'a> {
 }
 
 impl<'a> Bar<'a> {
-    /// Shows a bar under this title. `interrupted` is set when the user asks to stop.
+    /// Shows a bar with this title. `interrupted` is set when the user asks to stop.
     pub fn new(title: &str, interrupted: &'a AtomicBool) -> Self {
         Self { interrupted, bar: bar(title.to_owned()) }
     }
@@ -148,7 +148,7 @@ impl Drop for Bar<'_> {
 
 fn bar(title: String) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    // The template is a constant; a mistake in it would leave indicatif's own.
+    // The template is a constant; an invalid one would leave indicatif's default.
     if let Ok(style) = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} {eta}") {
         bar.set_style(style);
     }
@@ -168,7 +168,7 @@ fn show(bar: &ProgressBar, what: &str, done: u64, total: u64) {
 
 impl StageEvents<'_> {
     fn with_log<T>(&self, act: impl FnOnce(&mut MetricsLog) -> Result<T>) -> Result<T> {
-        // A panic elsewhere does not make the log wrong.
+        // A panic elsewhere does not corrupt the log.
         let mut guard = self.log.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if guard.is_none() {
             *guard = Some(MetricsLog::open(&self.dir)?);

@@ -1,4 +1,4 @@
-//! What a stage's numbers say of a reward model: accuracy by how clear a pair is, and its calibration, as tables.
+//! A reward model's accuracy by how clear a pair is, and its calibration, as tables of a stage's metrics.
 
 use std::collections::BTreeMap;
 
@@ -8,12 +8,12 @@ use super::record::Metrics;
 const LEVELS: &str = "eval_accuracy/";
 const BINS: &str = "eval_calibration/";
 
-/// Whether a number is shown in these tables, and so need not stand among the others.
+/// Whether a metric appears in these tables and is therefore omitted from the others.
 pub fn is_tabled(name: &str) -> bool {
     name.starts_with(LEVELS) || name.starts_with(BINS)
 }
 
-/// The tables of a stage, those that it has, each with a heading row.
+/// The tables a stage has, each with a header row.
 pub fn tables(metrics: &Metrics) -> Vec<Vec<Vec<String>>> {
     [levels(metrics), calibration(metrics)].into_iter().filter(|rows| rows.len() > 1).collect()
 }
@@ -22,7 +22,7 @@ fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
     cells.map(str::to_owned).to_vec()
 }
 
-/// Accuracy by margin, or by quarters of the margin or of the predicted gap.
+/// Accuracy by margin, or by quartiles of the margin or of the predicted gap.
 fn levels(metrics: &Metrics) -> Vec<Vec<String>> {
     let mut rows = vec![row(["pairs", "by", "accuracy"])];
     for (name, accuracy) in metrics {
@@ -38,7 +38,7 @@ fn levels(metrics: &Metrics) -> Vec<Vec<String>> {
     rows
 }
 
-/// Predicted probabilities beside the share that came true.
+/// Predicted probabilities next to the observed shares.
 fn calibration(metrics: &Metrics) -> Vec<Vec<String>> {
     let mut bins: BTreeMap<&str, BTreeMap<&str, f64>> = BTreeMap::new();
     for (name, value) in metrics {

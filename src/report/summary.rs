@@ -1,4 +1,4 @@
-//! What a run directory holds: the plan and the manifest of every finished stage. Reports are made from this.
+//! The contents of a run directory: the plan and the manifest of every finished stage. Reports are built from it.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::error::{Context, Error, Result};
 use crate::score::curve::{CURVE, Curve};
 use crate::store::{self, MANIFEST};
 
-/// The numbers that every report leads with: (key of the metrics, heading).
+/// The metrics that every report leads with: (metric key, heading).
 pub const HEADLINE: [(&str, &str); 5] = [
     ("accuracy", "accuracy"),
     ("best_of_k_accuracy", "best of k"),
@@ -19,14 +19,13 @@ pub const HEADLINE: [(&str, &str); 5] = [
     ("mean_length", "mean length"),
 ];
 
-/// A headline number. A stage that trained has accuracies of its last batch too: what it is worth is said by rows that it did not
-/// learn from.
+/// A headline metric. A training stage also has the accuracy of its last batch; only the held-out accuracy counts.
 fn headline(metrics: &Metrics, key: &str) -> Option<f64> {
     let key = if key == "accuracy" && metrics.contains_key("loss") { "eval_accuracy" } else { key };
     metrics.get(key).copied()
 }
 
-/// A stage of the plan and what there is of it.
+/// A stage of the plan and its results so far.
 #[derive(Clone, Debug)]
 pub struct Finished {
     /// Its directory's name.
@@ -37,11 +36,11 @@ pub struct Finished {
     pub kind: String,
     /// Its round.
     pub round: u64,
-    /// What it left; `None` while it is not finished.
+    /// Its manifest; `None` until it has finished.
     pub manifest: Option<Manifest>,
-    /// The numbers of its steps, where it trained.
+    /// Its per-step metrics, if it trained.
     pub steps: Vec<(u64, Metrics)>,
-    /// Best of k, where it drew and judged several answers a prompt.
+    /// Best of k, if it sampled and scored several answers per prompt.
     pub curve: Option<Curve>,
 }
 
@@ -99,7 +98,7 @@ impl Summary {
         Ok(Self { name: text(&plan, "name"), plan, recipe, stages })
     }
 
-    /// Stages with at least one headline number, each with all of those.
+    /// Stages with at least one headline metric, each with all of them.
     pub fn measured(&self) -> impl Iterator<Item = (&Finished, [Option<f64>; HEADLINE.len()])> {
         self.stages
             .iter()

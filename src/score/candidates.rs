@@ -1,4 +1,4 @@
-//! The rows that `sample` writes and `select` reads: a prompt with its scored candidates.
+//! Rows written by `sample` and read by `select`: a prompt with its scored candidates.
 
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
@@ -9,20 +9,20 @@ use super::sandbox::Streams;
 use crate::data::record::Message;
 use crate::generate::engine::Finish;
 
-/// One prompt with everything that was drawn for it. All rows have the same columns.
+/// One prompt with all its samples. All rows have the same columns.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Candidates {
-    /// What was asked, without a system message that only steered the drawing.
+    /// The prompt, without a system message used only for sampling.
     pub prompt: Vec<Message>,
-    /// The right answer; empty where the row has none.
+    /// The reference answer; empty if the row has none.
     #[serde(default)]
     pub answer: String,
     /// Tool descriptions for the chat template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tools: Option<Value>,
-    /// In the order in which they were drawn, earlier rounds' best last.
+    /// In sampling order; the best of earlier rounds come last.
     pub candidates: Vec<Candidate>,
-    /// Whether nothing was drawn: the prompt is too long for the model, and the recipe skips such prompts.
+    /// Whether nothing was sampled: the prompt is too long for the model, and the recipe skips such prompts.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unanswered: bool,
 }
@@ -30,48 +30,47 @@ pub struct Candidates {
 /// One candidate.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Candidate {
-    /// The text, without end-of-turn token.
+    /// The text, without the end-of-turn token.
     pub text: String,
-    /// Number of tokens drawn, the end-of-turn token included.
+    /// Number of sampled tokens, including the end-of-turn token.
     pub tokens: usize,
     /// Why it ended.
     pub finish: Finish,
-    /// Log-probability under the model that drew it, in nats.
+    /// Log-probability under the sampling model, in nats.
     pub logprob_sum: f64,
-    /// Every judge's score by its name.
+    /// Each judge's score by name.
     pub scores: IndexMap<String, f64>,
     /// The weighted sum of the scores.
     pub score: f64,
-    /// Whether every verifier accepts it; `None` where none judged.
+    /// Whether every verifier accepts it; `None` without verifiers.
     pub passed: Option<bool>,
-    /// Who drew it: the stage's round, the policy's name where it has one, and the sample's number; or [`REFERENCE`].
+    /// Source: the stage's round, the policy's name if it has one, and the sample number; or [`REFERENCE`].
     pub origin: String,
-    /// What the scores rest on, by judge; those that say something.
+    /// Explanations of the scores by judge, if given.
     #[serde(default, skip_serializing_if = "IndexMap::is_empty")]
     pub why: IndexMap<String, String>,
-    /// What its program wrote, where one was run: `stdout` and `stderr`.
+    /// Output of its program, if one was run: `stdout` and `stderr`.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub streams: Option<Streams>,
 }
 
-/// The origin of an answer that came with its row.
+/// Origin of an answer that came with its row.
 pub const REFERENCE: &str = "reference";
 
 impl Candidate {
-    /// Whether it may be preferred to another: it is finished, and no verifier refused it.
+    /// Whether it may be preferred over others: finished, and not rejected by a verifier.
     pub fn may_win(&self) -> bool {
         self.finish == Finish::Stop && self.passed != Some(false)
     }
 
-    /// Whether some judge could not judge it: that one says why, and gives no score.
+    /// Whether some judge could not judge it, and so has a reason but no score.
     pub fn is_unjudged(&self) -> bool {
         is_unjudged(&self.scores, &self.why)
     }
 }
 
 impl Candidates {
-    /// The candidate with the highest score among those that may win, or among all where none may; the first of
-    /// equals.
+    /// The candidate with the highest score among those that may win, otherwise among all; the first on ties.
     pub fn best(&self) -> Option<&Candidate> {
         let rank = |one: &Candidate| (one.may_win(), one.score);
         self.candidates
@@ -79,15 +78,15 @@ impl Candidates {
             .reduce(|best, other| if rank(other) > rank(best) { other } else { best })
     }
 
-    /// What two rows must share to be about the same prompt.
+    /// Key that identifies rows about the same prompt.
     pub fn key(&self) -> String {
         prompt_key(&self.prompt)
     }
 }
 
-/// A prompt as text, to find it again in another file.
+/// A prompt as a string key, to find it in another file.
 pub fn prompt_key(prompt: &[Message]) -> String {
-    // Messages are JSON already; writing them cannot fail.
+    // Messages come from JSON; serialising them cannot fail.
     serde_json::to_string(prompt).unwrap_or_default()
 }
 
@@ -97,7 +96,7 @@ mod tests {
 
     #[test]
     fn the_best_is_one_that_may_win_and_old_rows_still_read() {
-        // As rows were written before they said what scores rest on.
+        // Rows in the format before explanations were added.
         let row = |parts: &[(&str, f64, &str)]| -> Candidates {
             let candidates: Vec<Value> = parts
                 .iter()

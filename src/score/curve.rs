@@ -1,8 +1,8 @@
-//! What choosing the best of k answers gives, for every k: exact expectations over all subsets, not resampling.
+//! Best-of-k curves for every k: exact expectations over all subsets, without resampling.
 //!
-//! `pass@k` is the unbiased estimate of Chen et al. (2021). The best-of-k expectation weighs each answer by the share
-//! of subsets of size k in which it ranks first, and holds beside it how far such a choice can be from the policy:
-//! KL ≤ ln k − (k − 1) / k (Beirami et al. 2024; an equality where no two answers rank equally).
+//! `pass@k` is the unbiased estimate of Chen et al. (2021). The best-of-k expectation weighs each answer by the
+//! fraction of size-k subsets in which it ranks first. Each point also bounds the divergence of that choice from the
+//! policy: KL ≤ ln k − (k − 1) / k (Beirami et al. 2024; equality if no two answers tie).
 
 use serde::{Deserialize, Serialize};
 
@@ -14,46 +14,46 @@ pub const CURVE: &str = "curve.json";
 /// One answer to a prompt.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Drawn {
-    /// What the choice goes by: higher is better.
+    /// Selection score; higher is better.
     pub score: f64,
-    /// Whether the verifiers accept it; `None` where none judged.
+    /// Whether the verifiers accept it; `None` without verifiers.
     pub passed: Option<bool>,
 }
 
-/// Best of k at one k.
+/// The curve at one k.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Point {
-    /// Answers to choose from.
+    /// Number of answers to choose from.
     pub k: usize,
-    /// Most nats by which the choice's distribution can be from the policy's.
+    /// Upper bound on KL(best-of-k ‖ policy), in nats.
     pub kl_bound: f64,
     /// Expected score of the chosen answer.
     pub score: Estimate,
-    /// Share of prompts whose chosen answer is right.
+    /// Fraction of prompts whose chosen answer is right.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<Estimate>,
-    /// Share of prompts with a right answer among the k: what a perfect choice would give.
+    /// Fraction of prompts with a right answer among the k: the accuracy of a perfect choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pass_at_k: Option<Estimate>,
 }
 
-/// `curve.json`: best of k over all prompts, and how the scores are spread.
+/// `curve.json`: best of k over all prompts, and the score distribution.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Curve {
-    /// What the choice went by: `reward` or `score`.
+    /// Selection criterion: `reward` or `score`.
     pub choice: String,
-    /// Prompts.
+    /// Number of prompts.
     pub prompts: usize,
-    /// Fewest answers that a prompt has.
+    /// Fewest answers of any prompt.
     pub samples: usize,
     /// k = 1, 2, 4, … and `samples`.
     pub points: Vec<Point>,
-    /// The scores of all answers.
+    /// Distribution of all answers' scores.
     pub scores: Distribution,
 }
 
 impl Curve {
-    /// The curve of these prompts' answers; `None` where some prompt has none. Each prompt weighs the same.
+    /// The curve over these prompts' answers, equally weighted; `None` if a prompt has no answers.
     pub fn of(prompts: &[Vec<Drawn>], choice: &str) -> Option<Self> {
         let samples = prompts.iter().map(Vec::len).min()?;
         let scores = prompts.iter().flatten().map(|drawn| drawn.score).collect();
@@ -65,7 +65,7 @@ impl Curve {
         Some(Self { choice: choice.to_owned(), prompts: prompts.len(), samples, points, scores })
     }
 
-    /// The point of the most answers.
+    /// The point with the largest k.
     pub fn last(&self) -> Option<&Point> {
         self.points.last()
     }
@@ -77,7 +77,7 @@ fn point(prompts: &[Vec<Drawn>], k: usize) -> Option<Point> {
     };
     let share = |values: Vec<f64>| {
         let mean = values.iter().sum::<f64>() / values.len() as f64;
-        // Sums of exact shares may end a rounding above 1.
+        // Rounding may push sums of exact fractions above 1.
         Estimate::share(mean.clamp(0.0, 1.0), values.len())
     };
     let verified = prompts.iter().flatten().all(|drawn| drawn.passed.is_some());
@@ -94,7 +94,7 @@ fn point(prompts: &[Vec<Drawn>], k: usize) -> Option<Point> {
     })
 }
 
-/// The chance that at least one of k answers is right, where `right` of `n` were (Chen et al., 2021, eq. 1):
+/// Probability that at least one of k answers is right, given `right` of `n` (Chen et al., 2021, eq. 1):
 /// `1 − C(n − right, k) / C(n, k)`. `k` is at most `n`.
 ///
 /// ```
@@ -107,13 +107,13 @@ pub fn pass_at_k(n: usize, right: usize, k: usize) -> f64 {
     if n - right < k {
         return 1.0;
     }
-    // A product of factors below 1, where the binomials would overflow.
+    // A product of factors below 1; the binomials would overflow.
     let none: f64 = (n - right + 1..=n).map(|i| 1.0 - k as f64 / i as f64).product();
     1.0 - none
 }
 
-/// Expected `value` of the best scored of k answers drawn from `drawn` without replacement, k at most their number.
-/// Answers of one score are as likely to be taken for the best.
+/// Expected `value` of the best-scored of k answers drawn from `drawn` without replacement; k is at most their number.
+/// Ties are equally likely to be chosen.
 ///
 /// ```
 /// use arriero::score::curve::{Drawn, best_of_k};
@@ -125,7 +125,7 @@ pub fn best_of_k(drawn: &[Drawn], k: usize, value: &dyn Fn(&Drawn) -> f64) -> f6
     let n = drawn.len();
     let mut ranked: Vec<&Drawn> = drawn.iter().collect();
     ranked.sort_by(|a, b| b.score.total_cmp(&a.score));
-    // The share of subsets in which the answer of this rank is the best: C(n − rank, k − 1) / C(n, k), rank from 1.
+    // Fraction of subsets in which the answer of this rank is the best: C(n − rank, k − 1) / C(n, k), rank from 1.
     let mut share = k as f64 / n as f64;
     let mut expected = 0.0;
     let mut rank = 1;
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Every subset of size k in turn, ties shared equally.
+    /// By enumerating all subsets of size k, with ties shared equally.
     fn by_enumeration(drawn: &[Drawn], k: usize) -> (f64, f64, f64) {
         let (mut score, mut right, mut any, mut subsets) = (0.0, 0.0, 0.0, 0.0);
         for mask in 0_u32..1 << drawn.len() {
@@ -206,7 +206,7 @@ mod tests {
         assert!(curve.points.windows(2).all(|two| two[0].score.mean < two[1].score.mean));
         assert_eq!(curve.points[0].kl_bound.to_bits(), 0.0_f64.to_bits());
         let last = curve.last().unwrap();
-        // The worst scored is the right one: the choice never takes it from more than one answer.
+        // The worst-scored answer is the right one: it is never chosen from more than one answer.
         assert!(last.accuracy.unwrap().mean < 1e-12 && last.pass_at_k.unwrap().mean > 0.8);
         assert_eq!(curve.scores.count, 14);
         assert!(Curve::of(&[], "score").is_none() && Curve::of(&[vec![]], "score").is_none());

@@ -1,9 +1,8 @@
-//! A language model as a judge: it reads the question and an answer, or two answers, and says what it thinks of them
-//! as JSON.
+//! LLM as a judge: reads the question and one or two answers, and returns its verdict as JSON.
 //!
-//! Three forms: a score from 1 to 10 by a rubric; the two binary criteria by which Llama 3 filters code (section
-//! 4.3.1); and comparisons of pairs, each made in both orders, because judges like what stands first (Zheng et al.,
-//! 2023, section 3.4). The judge is any [`Teacher`]: a server or a model in this process.
+//! Three forms: a rubric score from 1 to 10; the two binary criteria of Llama 3's code filtering (section 4.3.1); and
+//! pairwise comparisons, each in both orders, since judges favour the first position (Zheng et al., 2023, section 3.4).
+//! The judge is any [`Teacher`]: a server or an in-process model.
 
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
@@ -21,30 +20,30 @@ use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::report::record::Events;
 use crate::store;
 
-/// How often a judge is asked before it is given up.
+/// Attempts per verdict.
 const TRIES: u64 = 3;
-/// Where votes are to differ, and where a judge is asked again.
+/// Temperature when votes should differ, or when asking again.
 const WARM: f64 = 0.7;
-/// Up to this many answers each is compared with each, beyond it all with the first.
+/// Up to this many answers are compared pairwise, more only with the first.
 const ROUND_ROBIN: usize = 8;
 
-/// What a judge is asked.
+/// The judge's question.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Form {
-    /// A score from 1 to 10, the mean over the votes.
+    /// A score from 1 to 10, averaged over the votes.
     #[default]
     Rubric,
-    /// Which of two answers is better: the share of comparisons that an answer wins, a tie counting half.
+    /// Which of two answers is better; the score is the fraction of comparisons won, a tie counting half.
     Pairwise,
-    /// Whether code is right and whether its style is good; 1 where most votes say yes to both, else 0.
+    /// Whether code is correct and well written; 1 if most votes agree to both, otherwise 0.
     Code,
 }
 
-/// A judge with what it is asked.
+/// A judge with its settings.
 pub struct Judge<'a> {
     teacher: Box<dyn Teacher + 'a>,
-    /// Whether the teacher is somewhere else.
+    /// Whether the teacher is remote.
     waits: bool,
     form: Form,
     rubric: String,
@@ -52,19 +51,19 @@ pub struct Judge<'a> {
     on_error: OnError,
 }
 
-/// What a judge said of one text.
+/// A judge's votes on one text.
 #[derive(Clone, Debug, Default)]
 struct Votes {
-    /// The verdicts with their reasons.
+    /// Verdicts with reasons.
     cast: Vec<(f64, String)>,
-    /// The first answer that held no verdict.
+    /// The first reply without a verdict.
     unread: Option<String>,
-    /// Whether it would not be asked.
+    /// Whether the server refused the question.
     refused: bool,
 }
 
 impl Votes {
-    /// Why there is no verdict, where there is none.
+    /// Why there is no verdict, if there is none.
     fn missing(&self) -> Option<String> {
         if !self.cast.is_empty() {
             return None;
@@ -85,11 +84,11 @@ const PAIRWISE: &str =
 const CODE: &str = "Correctness: does the code do what was asked, without errors? Style: is it readable, idiomatic and documented where that helps?";
 
 impl<'a> Judge<'a> {
-    /// A judge of a recipe's scorer. A model of one's own is loaded onto `device`; a server is not spoken to yet, and what
-    /// there is to say of it goes to `events`.
+    /// The judge of a scorer. A local model is loaded onto `device`; a server is not contacted yet, and messages about
+    /// it go to `events`.
     ///
     /// # Errors
-    /// What loading a checkpoint can fail with; a key that is not there.
+    /// A loading error; a missing API key.
     pub fn load(
         spec: &ScorerSpec,
         judge: &TeacherSpec,
@@ -110,7 +109,7 @@ impl<'a> Judge<'a> {
         Ok(Self::new(teacher, spec))
     }
 
-    /// A judge that asks `teacher` with the settings of `spec`.
+    /// A judge backed by `teacher`, with the settings of `spec`.
     pub fn new(teacher: Box<dyn Teacher + 'a>, spec: &ScorerSpec) -> Self {
         let preset = match spec.form {
             Form::Rubric => RUBRIC,
@@ -130,7 +129,7 @@ impl<'a> Judge<'a> {
         Self { teacher, waits, form: spec.form, rubric, sampling, on_error: spec.on_error }
     }
 
-    /// One score an answer by `read`, which makes a number of a verdict.
+    /// One score per answer; `read` turns a verdict into a number.
     fn alone(
         &self,
         question: &Question<'_>,
@@ -143,7 +142,7 @@ impl<'a> Judge<'a> {
         Ok(votes.into_iter().map(|votes| self.summed(&votes)).collect())
     }
 
-    /// What the votes on one answer come to.
+    /// The score from the votes on one answer.
     fn summed(&self, votes: &Votes) -> Score {
         if let Some(why) = votes.missing() {
             return Score::unjudged(why);
@@ -156,7 +155,7 @@ impl<'a> Judge<'a> {
         Score { value, why, ..Score::default() }
     }
 
-    /// The share of comparisons that each answer wins. One that could not be judged counts for neither side.
+    /// The fraction of comparisons each answer wins. A failed comparison counts for neither side.
     fn compared(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
         let pairs = pairs(answers.len());
         let asked: Vec<String> = pairs
@@ -185,7 +184,7 @@ impl<'a> Judge<'a> {
         let score = |((points, games), missing): ((f64, f64), Option<String>)| match missing {
             Some(why) if games <= 0.0 => Score::unjudged(why),
             _ => Score {
-                // Alone, an answer neither wins nor loses.
+                // Without opponents an answer neither wins nor loses.
                 value: if games > 0.0 { points / games } else { 0.5 },
                 why: format!("{points} of {games} comparisons"),
                 ..Score::default()
@@ -194,8 +193,8 @@ impl<'a> Judge<'a> {
         Ok(points.into_iter().zip(games).zip(missing).map(score).collect())
     }
 
-    /// Asks for as many verdicts as votes on each text. What cannot be read is asked again; what is never read is an error,
-    /// or has no votes where the recipe lets it fail.
+    /// Collects one verdict per vote on each text. Unparseable replies are retried; if retries fail, it is an error, or
+    /// no votes where the recipe allows failures.
     fn votes(
         &self,
         place: &str,
@@ -243,14 +242,14 @@ impl<'a> Judge<'a> {
 
     fn asked(&self, place: &str, text: &str, tried: u64) -> Asked {
         let system = format!("{}\n\n{}", self.rubric, self.form.instruction());
-        // The draw depends on what is judged and on nothing else.
+        // The seed depends only on what is judged.
         let digest = store::sha256_bytes(format!("{tried}/{system}/{text}").as_bytes());
         Asked {
             index: u64::from_str_radix(&digest[..15], 16).unwrap_or_default(),
             place: place.to_owned(),
             messages: vec![Message::new("system", system), Message::new("user", text)],
-            // A weak model that is held to the schema may never end its reason by itself. Servers are left alone with this:
-            // not all of them know `maxLength`.
+            // A weak model constrained by the schema may never end its reason. Not sent to servers, since not all of
+            // them support `maxLength`.
             schema: Some(
                 self.form.schema((!self.waits).then_some(self.sampling.max_new_tokens / 2)),
             ),
@@ -260,7 +259,7 @@ impl<'a> Judge<'a> {
 }
 
 impl Form {
-    /// What every rubric is followed by.
+    /// Text appended to every rubric.
     fn instruction(self) -> &'static str {
         match self {
             Self::Rubric => {
@@ -275,8 +274,8 @@ impl Form {
         }
     }
 
-    /// The schema of a verdict, its reason of at most `longest` letters. The reason comes first, so that the verdict
-    /// follows from it.
+    /// The verdict's schema, with a reason of at most `longest` characters. The reason comes first, so the verdict is
+    /// conditioned on it.
     fn schema(self, longest: Option<usize>) -> Value {
         let object = |properties: Value, required: &[&str]| {
             json!({
@@ -332,7 +331,7 @@ impl Scorer for Judge<'_> {
     }
 }
 
-/// The question with answers, as the judge reads them.
+/// The question with answers, as shown to the judge.
 fn shown(question: &Question<'_>, answers: &[(&str, &str)]) -> String {
     let mut parts = Vec::new();
     for message in question.prompt {
@@ -347,13 +346,13 @@ fn shown(question: &Question<'_>, answers: &[(&str, &str)]) -> String {
     parts.join("\n\n")
 }
 
-/// Who is compared with whom: each with each, or all with the first where there are many.
+/// The comparisons: all pairs, or all with the first if there are many answers.
 fn pairs(count: usize) -> Vec<(usize, usize)> {
     let firsts = if count > ROUND_ROBIN { 1 } else { count };
     (0..firsts).flat_map(|one| (one + 1..count).map(move |other| (one, other))).collect()
 }
 
-/// What two orders of one comparison come to: what both say, or a tie.
+/// Combines both orders of a comparison: the common verdict, or a tie.
 fn agreed(straight: f64, swapped: f64) -> f64 {
     if (straight - swapped).abs() < 0.25 { straight } else { 0.5 }
 }
@@ -371,7 +370,7 @@ fn both(verdict: &Value) -> Option<f64> {
     Some(f64::from(u8::from(bit("correctness")? && bit("style")?)))
 }
 
-/// 1 where A wins, 0 where B does.
+/// 1 if A wins, 0 if B does.
 fn winner(verdict: &Value) -> Option<f64> {
     match verdict.get("winner")?.as_str()?.trim().to_ascii_lowercase().as_str() {
         "a" | "answer a" => Some(1.0),
@@ -381,7 +380,7 @@ fn winner(verdict: &Value) -> Option<f64> {
     }
 }
 
-/// A number, which some judges write as text.
+/// A number, possibly quoted.
 fn number(value: &Value) -> Option<f64> {
     value.as_f64().or_else(|| value.as_str()?.trim().parse().ok())
 }
@@ -390,7 +389,7 @@ fn reason(verdict: &Value) -> String {
     start_of(verdict.get("reason").and_then(Value::as_str).unwrap_or_default(), 200)
 }
 
-/// The first JSON object in a text; what a model thinks aloud before it answers is passed over.
+/// The first JSON object in a text, skipping reasoning before it.
 fn first_object(text: &str) -> Option<Value> {
     let said = text.rsplit_once("</think>").map_or(text, |(_, said)| said);
     said.match_indices('{').find_map(|(at, _)| {
@@ -406,7 +405,7 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// A teacher that answers with what a function makes of the user's text and the number of the call.
+    /// A teacher whose replies are a function of the user's text and the call number.
     struct Parrot {
         says: fn(&str, usize) -> String,
         calls: Arc<AtomicUsize>,
@@ -430,7 +429,7 @@ mod tests {
         }
     }
 
-    /// The scores of answers by a judge that says what `says` makes of them, and how often it was asked.
+    /// Scores by a judge that replies with `says`, and its number of calls.
     fn judged(
         spec: Value,
         says: fn(&str, usize) -> String,
@@ -500,12 +499,12 @@ mod tests {
         assert_eq!((scores.unwrap(), calls), (vec![0.5; 10], 18));
     }
 
-    /// A model of a few thousand parameters has no opinion; held to the schema, it gives verdicts all the same.
+    /// A tiny untrained model still gives verdicts when constrained by the schema.
     #[test]
     fn a_model_of_ones_own_is_held_to_the_schema() {
         let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/data/tiny/student");
         let mut checkpoint = Checkpoint::load(tiny, &Device::Cpu, &LoadOptions::default()).unwrap();
-        // A rubric has more bytes than the model has positions.
+        // The rubric is longer than the model's maximum positions.
         checkpoint.config.max_position_embeddings = 2048;
         let spec = json!({"judge": tiny, "votes": 2, "max_tokens": 120});
         let judge = |form: &str, answers: &[&str]| {
@@ -520,7 +519,7 @@ mod tests {
             judge.score(&question, answers).unwrap()
         };
         let score = judge("rubric", &["2"]).remove(0);
-        // Two votes of 1 to 10: halves of whole numbers.
+        // Mean of two votes from 1 to 10: a multiple of one half.
         let twice = 2.0 * score.value;
         assert!((2.0..=20.0).contains(&twice) && twice.fract() == 0.0, "{score:?}");
         assert!(score.why.contains(" of 2 votes: "), "{score:?}");

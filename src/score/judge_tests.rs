@@ -1,4 +1,4 @@
-//! Judges that some answers are too much for.
+//! Judges that fail on some answers.
 
 use serde_json::{Value, json};
 
@@ -10,8 +10,7 @@ use crate::generate::engine::Answer;
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::{Asked, Teacher};
 
-/// Prefers the answer A where both are short; says nothing that can be read of odd ones, and refuses long ones where it
-/// may.
+/// Prefers answer A if both are short; returns nothing parseable for odd ones, and refuses long ones if it may.
 struct Fussy;
 
 impl Teacher for Fussy {
@@ -67,7 +66,7 @@ fn comparisons_that_cannot_be_made_count_for_nobody() {
     let pairwise = json!({"form": "pairwise", "on_error": "fail"});
     let scores = judged(pairwise.clone(), &["fine", "odd", "good", "long"]).unwrap();
     assert_eq!(unjudged(&scores), [false, true, false, true]);
-    // The two that were compared are a tie: each won where it stood first.
+    // The two compared answers tie: each won when placed first.
     assert!([0, 2].iter().all(|&at| (scores[at].value - 0.5).abs() < 1e-12), "{scores:?}");
     assert_eq!(scores[0].why, "0.5 of 1 comparisons");
     assert_eq!(unjudged(&judged(pairwise.clone(), &["fine", "odd"]).unwrap()), [true, true]);

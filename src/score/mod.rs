@@ -1,5 +1,5 @@
-//! Who judges answers: verifiers that check them, reward models that rank them, language models that give their
-//! opinion, and the selection made of it.
+//! Judges of answers: verifiers that check them, reward models that score them, language models as judges; and
+//! selection from their scores.
 
 pub mod candidates;
 pub mod curve;
@@ -31,7 +31,7 @@ use reward_model::{Reading, RewardModel, StepAggregation};
 use sandbox::Streams;
 use verifiers::{Check, Unit, Verifier};
 
-/// One judge as a recipe names it: a verifier, a reward model or a language model, and the weight of its score in the sum.
+/// One scorer in a recipe: a verifier, reward model or language model, and its weight in the total score.
 ///
 /// ```
 /// use arriero::score::ScorerSpec;
@@ -42,120 +42,120 @@ use verifiers::{Check, Unit, Verifier};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ScorerSpec {
-    /// Which check to make.
+    /// The check to run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verifier: Option<Check>,
     /// A reward model's checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reward_model: Option<String>,
-    /// A language model, as `teacher` names one: a checkpoint or a server.
+    /// A language model, given like `teacher`: a checkpoint or a server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub judge: Option<TeacherSpec>,
-    /// `judge`: what it is asked: `rubric`, `pairwise` or `code`.
+    /// `judge`: question form: `rubric`, `pairwise` or `code`.
     #[serde(default)]
     pub form: Form,
-    /// `judge`: what it should look at; each form has a text of its own.
+    /// `judge`: criteria; each form has a default text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rubric: Option<String>,
-    /// `judge`: how often it is asked about each answer or pair.
+    /// `judge`: number of votes per answer or pair.
     #[serde(default = "once")]
     pub votes: usize,
-    /// `judge`: how warm it is; 0 with one vote, 0.7 with several where absent.
+    /// `judge`: sampling temperature; by default 0 with one vote, 0.7 with several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
-    /// `judge`: most tokens of a verdict with its reason.
+    /// `judge`: most tokens in a verdict, including its reason.
     #[serde(default = "verdict_tokens")]
     pub max_tokens: usize,
-    /// `judge` and `reward_model`: what becomes of an answer that cannot be judged.
+    /// `judge` and `reward_model`: handling of an answer that cannot be judged.
     #[serde(default)]
     pub on_error: OnError,
-    /// What each attribute of a rating model counts, by name: `{helpfulness = 1, verbosity = -0.2}`.
+    /// Weights of a rating model's attributes, by name: `{helpfulness = 1, verbosity = -0.2}`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub attribute_weights: BTreeMap<String, f64>,
-    /// How a model that judges steps judges an answer: `min`, `last` or `product`.
+    /// Aggregation of a step-judging model's outputs: `min`, `last` or `product`.
     #[serde(default)]
     pub step_aggregation: StepAggregation,
-    /// The score's name in the rows; the verifier's name, `reward` or `judge` where absent.
+    /// Name of the score in the rows; by default the verifier's name, `reward` or `judge`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Weight in the sum.
+    /// Weight in the total score.
     #[serde(default = "one")]
     pub weight: f64,
-    /// What each token of an answer, or each character, takes off the score before it is weighed. Whether a verifier
-    /// accepts an answer does not depend on it.
+    /// Penalty per token or character of an answer, subtracted before weighting. It does not affect whether a verifier
+    /// accepts an answer.
     #[serde(default)]
     pub length_penalty: f64,
-    /// What `length_penalty` counts.
+    /// Unit of `length_penalty`.
     #[serde(default)]
     pub length_unit: LengthUnit,
-    /// `regex`: what the answer must match somewhere. `format`: what it must match as a whole. `exact`, `number`, `math`
+    /// `regex`: must match somewhere in the answer. `format`: must match the whole answer. `exact`, `number`, `math`
     /// and `choice`: where in the answer to look, the first group or the whole match.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pattern: Option<String>,
-    /// `contains`: what must occur, all of it; the row's `answer` where empty. `language`: codes of the languages that are
-    /// right; the row's `language` where empty.
+    /// `contains`: strings that must all occur; defaults to the row's `answer`. `language`: codes of accepted
+    /// languages; defaults to the row's `language`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub values: Vec<String>,
-    /// `length`: fewest units.
+    /// `length`: minimum, in units.
     #[serde(default)]
     pub min: usize,
-    /// `length`: most units.
+    /// `length`: maximum, in units.
     #[serde(default = "unlimited")]
     pub max: usize,
-    /// `length`: what is counted, `characters`, `words` or `tokens`.
+    /// `length`: unit, `characters`, `words` or `tokens`.
     #[serde(default)]
     pub unit: Unit,
-    /// `length` in tokens: a checkpoint whose tokenizer counts.
+    /// `length` in tokens: a checkpoint whose tokenizer to use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
-    /// `repetition`: words of a sequence; 3 where absent.
+    /// `repetition`: n-gram length in words; default 3.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ngram: Option<usize>,
-    /// `repetition`: the largest share of sequences that may stand there already; 0.2 where absent.
+    /// `repetition`: largest allowed fraction of repeated n-grams; default 0.2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_share: Option<f64>,
-    /// `json_schema`: the schema; the row's `schema` where absent.
+    /// `json_schema`: the schema; defaults to the row's `schema`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schema: Option<Value>,
-    /// `ifeval`: forgive a first or last line too many and asterisks.
+    /// `ifeval`: ignore an extra first or last line, and asterisks.
     #[serde(default)]
     pub loose: bool,
-    /// `code`: seconds that a program may take; 10 where absent.
+    /// `code`: time limit of a program in seconds; default 10.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_s: Option<f64>,
-    /// `code`: mebibytes that a program may take; 1024 where absent.
+    /// `code`: memory limit of a program in MiB; default 1024.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<u64>,
-    /// `code`: run programs without walls where there is no sandbox.
+    /// `code`: run programs unisolated if there is no sandbox.
     #[serde(default)]
     pub allow_unsandboxed: bool,
 }
 
-/// What a length is counted in.
+/// Unit of a length.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LengthUnit {
-    /// Tokens of the model that drew the answer, the end-of-turn token included.
+    /// Tokens of the sampling model, including the end-of-turn token.
     #[default]
     Tokens,
-    /// Characters, which are the same for every model.
+    /// Characters; the same for every model.
     Characters,
 }
 
-/// What becomes of an answer that cannot be judged: too long for the judge, refused by its server, or never given a verdict
-/// that can be read. A judge that is not there at all is an error in any case.
+/// Handling of an answer that cannot be judged: too long for the judge, refused by its server, or without a parseable
+/// verdict. An unavailable judge is always an error.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnError {
-    /// It ends the work.
+    /// The stage fails.
     #[default]
     Error,
-    /// It does not pass, and says why.
+    /// The answer fails, with the reason recorded.
     Fail,
 }
 
 impl OnError {
-    /// Adds the way out to an error, where nobody has taken it.
+    /// Adds a hint about `on_error` to an error, unless that is already set.
     fn hinted<T>(self, result: Result<T>) -> Result<T> {
         match self {
             Self::Error => result.hint(LET_FAIL),
@@ -164,7 +164,7 @@ impl OnError {
     }
 }
 
-/// The hint of errors that may be one answer's alone.
+/// Hint for errors that may concern a single answer.
 const LET_FAIL: &str =
     "on_error = \"fail\" in the scorer lets an answer that cannot be judged fail, and goes on";
 
@@ -172,7 +172,7 @@ fn one() -> f64 {
     1.0
 }
 
-/// Most votes of a judge on one answer.
+/// Most votes per answer.
 const MOST_VOTES: usize = 1000;
 
 fn once() -> usize {
@@ -188,7 +188,7 @@ fn unlimited() -> usize {
 }
 
 impl ScorerSpec {
-    /// A verifier without further settings.
+    /// A verifier with default settings.
     pub fn verifier(check: Check) -> Self {
         Self {
             verifier: Some(check),
@@ -222,7 +222,7 @@ impl ScorerSpec {
         }
     }
 
-    /// The score's name in the rows.
+    /// Name of the score in the rows.
     pub fn label(&self) -> &str {
         match (&self.name, self.verifier) {
             (Some(name), _) => name,
@@ -232,10 +232,10 @@ impl ScorerSpec {
         }
     }
 
-    /// Refuses what names no judge or two, or settings that the judge cannot use.
+    /// Rejects a scorer without exactly one judge, or with settings that the judge cannot use.
     ///
     /// # Errors
-    /// Says which.
+    /// Names the problem.
     pub fn check(&self) -> Result<()> {
         if !self.weight.is_finite() {
             let weight = self.weight;
@@ -304,11 +304,11 @@ impl ScorerSpec {
         judge.check().at("`judge`")
     }
 
-    /// Builds the judge. Models are loaded onto `device`; reward models that are adapters share what `bases` has. What
-    /// there is to say of a server goes to `events`.
+    /// Builds the judge. Models are loaded onto `device`; reward models that are adapters share the bases in `bases`.
+    /// Messages about servers go to `events`.
     ///
     /// # Errors
-    /// As [`check`](Self::check), and what loading a checkpoint can fail with.
+    /// As [`check`](Self::check), and loading errors.
     pub fn build<'a>(
         &self,
         device: &Device,
@@ -337,78 +337,78 @@ impl ScorerSpec {
 /// A prompt with the answers to judge.
 #[derive(Clone, Copy, Debug)]
 pub struct Question<'a> {
-    /// Names the row in errors.
+    /// Identifies the row in errors.
     pub place: &'a str,
-    /// What was asked.
+    /// The prompt.
     pub prompt: &'a [Message],
     /// Tool descriptions for the chat template.
     pub tools: Option<&'a Value>,
-    /// The right answer, where the row has one.
+    /// The reference answer, if the row has one.
     pub answer: Option<&'a str>,
-    /// The row's further columns, where it is at hand.
+    /// The row's further columns, if available.
     pub extra: Option<&'a Map<String, Value>>,
 }
 
-/// One judgement.
+/// One judge's score of an answer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Score {
-    /// Higher is better. A verifier's is 1 or 0.
+    /// Higher is better. Verifiers give 1 or 0.
     pub value: f64,
-    /// What it rests on, for people to read.
+    /// Human-readable explanation.
     pub why: String,
-    /// What the answer's program wrote, where one was run.
+    /// Output of the answer's program, if one was run.
     pub streams: Option<Streams>,
-    /// Whether nobody could judge it, and `why` says the reason. It does not pass then.
+    /// Whether it could not be judged, in which case `why` has the reason and the answer does not pass.
     #[serde(default)]
     pub unjudged: bool,
 }
 
-/// Whether some judge says why and gives no score: it could not judge.
+/// Whether a judge gives a reason but no score, meaning that it could not judge.
 fn is_unjudged(scores: &IndexMap<String, f64>, why: &IndexMap<String, String>) -> bool {
     why.keys().any(|judge| !scores.contains_key(judge))
 }
 
 impl Score {
-    /// Of an answer that could not be judged, where that is no error.
+    /// The score of an answer that could not be judged, if that is not an error.
     pub fn unjudged(why: impl fmt::Display) -> Self {
         Self { why: format!("not judged: {why}"), unjudged: true, ..Self::default() }
     }
 }
 
-/// Judges answers; several threads may ask it at once.
+/// Judges answers; may be called from several threads at once.
 pub trait Scorer: Send + Sync {
-    /// One score an answer, each depending on the question and that answer alone. A judge that compares answers looks at
-    /// the others too, and a reward model cuts a prompt that is too long as its longest answer demands.
+    /// One score per answer, depending only on the question and that answer. Exceptions: a comparing judge reads the
+    /// other answers too, and a reward model truncates a long prompt to fit its longest answer.
     ///
     /// # Errors
-    /// The row lacks what the judge needs.
+    /// The row lacks something the judge needs.
     fn score(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>>;
 
-    /// Whether a score below 1 means that the answer is wrong.
+    /// Whether a score below 1 means a wrong answer.
     fn verifies(&self) -> bool;
 
-    /// Whether it mostly waits for somebody else: then many prompts may be judged at once.
+    /// Whether it mostly waits for an external service, so that many prompts may be judged at once.
     fn waits(&self) -> bool {
         false
     }
 
-    /// Whether it runs programs, and waits for them: then whoever writes answers need not wait too. As many programs run
-    /// at once as there are cores, however many prompts are judged.
+    /// Whether it runs programs and waits for them, so that generation need not wait. At most one program per core runs
+    /// at a time, however many prompts are judged.
     fn runs_programs(&self) -> bool {
         false
     }
 
-    /// Whether it takes little time and memory, so that many may work side by side.
+    /// Whether it needs little time and memory, so that many can run in parallel.
     fn is_light(&self) -> bool {
         false
     }
 
-    /// As of a [`Teacher`](crate::generate::teacher::Teacher): one thread has to do all that computes on a GPU.
+    /// As for a [`Teacher`](crate::generate::teacher::Teacher): one thread must do all GPU work.
     fn on_gpu(&self) -> bool {
         false
     }
 
-    /// As of a [`Teacher`](crate::generate::teacher::Teacher): who judged and what it cost, where that is a server.
+    /// As for a [`Teacher`](crate::generate::teacher::Teacher): identity and usage of the server, if it is one.
     fn served_by(&self) -> Option<Account> {
         None
     }

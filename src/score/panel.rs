@@ -1,4 +1,4 @@
-//! All judges of a stage as one: whom to wait for, and what their scores come to.
+//! All judges of a stage as one: scheduling, and combining their scores.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -15,13 +15,13 @@ use crate::generate::openai::Account;
 use crate::model::bases::Bases;
 use crate::report::record::{Events, Silent};
 
-/// Questions that are asked at once where a judge is a server.
+/// Concurrent questions if a judge is a server.
 const ASKED_AT_ONCE: usize = 64;
 
 /// All judges of a stage.
 pub struct Panel<'a> {
     judges: Vec<Seat<'a>>,
-    /// Held by a judge that computes: one alone has all the memory and all cores, whoever else waits for servers.
+    /// Held by a judge that computes locally, so that only one at a time uses the memory and cores.
     computing: Mutex<()>,
 }
 
@@ -33,31 +33,31 @@ struct Seat<'a> {
     scorer: Box<dyn Scorer + 'a>,
 }
 
-/// What the judges say of one answer.
+/// The judges' combined verdict on one answer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Verdict {
-    /// Every judge's score by its name, before any `length_penalty`. One that could not judge gives none.
+    /// Each judge's score by name, before any `length_penalty`. A judge that could not judge has none.
     pub scores: IndexMap<String, f64>,
-    /// What each score rests on, where the judge says so.
+    /// Explanation of each score, if the judge gives one.
     pub why: IndexMap<String, String>,
-    /// What the answer's program wrote, the first time that one was run.
+    /// Output of the answer's program, the first time one was run.
     pub streams: Option<Streams>,
-    /// The weighted sum of the scores less their length penalties.
+    /// Weighted sum of the scores minus their length penalties.
     pub score: f64,
-    /// Whether every verifier accepts it; `None` where no judge verifies. What some judge could not judge does not pass.
+    /// Whether every verifier accepts it; `None` without verifiers. An answer that some judge could not judge does not
+    /// pass.
     pub passed: Option<bool>,
-    /// What the judges that do not verify say together, weighted, less their length penalties; `None` where there are
-    /// none.
+    /// Weighted sum over the judges that are not verifiers, minus their length penalties; `None` without such judges.
     pub reward: Option<f64>,
 }
 
 impl Verdict {
-    /// Whether some judge could not judge the answer: that one says why, and gives no score.
+    /// Whether some judge could not judge the answer, and so has a reason but no score.
     pub fn is_unjudged(&self) -> bool {
         is_unjudged(&self.scores, &self.why)
     }
 
-    /// What the scores rest on, as one text: each judge by its name where there are several.
+    /// The explanations as one text, prefixed by the judge's name if there are several.
     pub fn explanation(&self) -> String {
         match self.why.values().next() {
             Some(why) if self.why.len() == 1 && self.scores.len() <= 1 => why.clone(),
@@ -70,17 +70,17 @@ impl Verdict {
 }
 
 impl<'a> Panel<'a> {
-    /// Builds the judges of a recipe's `scorers`. Nobody hears what servers among them do, and nobody can interrupt them:
-    /// for tests and tools.
+    /// Builds the judges of a recipe's `scorers`, without events from servers and without interrupts: for tests and
+    /// tools.
     ///
     /// # Errors
-    /// A judge that cannot be built, by its place in the list; two of one name.
+    /// A judge that cannot be built, identified by its index; duplicate names.
     pub fn new(specs: &[Value], device: &Device) -> Result<Self> {
         Self::among(specs, device, &Bases::default(), &Silent)
     }
 
-    /// The same, sharing the bases of adapters with the other models of `bases`; what there is to say of servers goes to
-    /// `events`, and whether the user asked to stop comes from there.
+    /// As [`new`](Self::new), sharing adapter bases with the other models of `bases`. Messages about servers go to
+    /// `events`, which also reports interrupts.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -113,35 +113,35 @@ impl<'a> Panel<'a> {
         Ok(Self { judges, computing: Mutex::new(()) })
     }
 
-    /// Who judged and what it cost, of the judges that are servers, by their names.
+    /// Identity and usage of the judges that are servers, by name.
     pub fn served_by(&self) -> BTreeMap<String, Account> {
         let served = |judge: &Seat<'_>| Some((judge.label.clone(), judge.scorer.served_by()?));
         self.judges.iter().filter_map(served).collect()
     }
 
-    /// Whether nobody judges.
+    /// Whether there are no judges.
     pub fn is_empty(&self) -> bool {
         self.judges.is_empty()
     }
 
-    /// Whether a judge is a verifier, which may look at all columns of a row.
+    /// Whether a judge is a verifier, which may read all columns of a row.
     pub fn verifies(&self) -> bool {
         self.judges.iter().any(|judge| judge.scorer.verifies())
     }
 
-    /// Whether no judge takes much time or memory, so that many questions may be judged side by side.
+    /// Whether no judge needs much time or memory, so that many questions can be judged in parallel.
     pub fn is_light(&self) -> bool {
         self.judges.iter().all(|judge| judge.scorer.is_light())
     }
 
-    /// Whether a judge mostly waits, for somebody else or for programs, and other threads may ask all of them.
+    /// Whether a judge mostly waits, for a server or for programs, and all judges accept calls from other threads.
     pub fn waits(&self) -> bool {
         self.any(|scorer| scorer.waits() || scorer.runs_programs())
             && !self.any(|scorer| scorer.on_gpu())
     }
 
-    /// How many questions are worth asking at once where the panel [waits](Self::waits): one a core for programs, of which
-    /// no more run at once, so that a user who stops the work waits for few of them.
+    /// How many questions to ask at once if the panel [waits](Self::waits): one per core for programs, since no more
+    /// run at once, so that an interrupt waits for few of them.
     pub fn at_once(&self) -> usize {
         if self.any(|scorer| scorer.waits()) {
             return ASKED_AT_ONCE;
@@ -153,10 +153,10 @@ impl<'a> Panel<'a> {
         self.judges.iter().any(|judge| is(&*judge.scorer))
     }
 
-    /// Every judge's word on every answer. `tokens` are the answers' lengths.
+    /// Every judge's score of every answer. `tokens`: the answers' lengths.
     ///
     /// # Errors
-    /// A judge's error, by its name.
+    /// A judge's error, with its name.
     pub fn judge(
         &self,
         question: &Question<'_>,
@@ -190,10 +190,10 @@ impl<'a> Panel<'a> {
 }
 
 impl Seat<'_> {
-    /// Enters one score into the verdict on an answer of that length.
+    /// Adds one score to the verdict on an answer of that length.
     fn enter(&self, verdict: &mut Verdict, score: Score, length: usize) {
         if score.unjudged {
-            // It adds nothing to the sums, and no number that nobody gave stands in the row.
+            // It adds nothing to the sums, and no score to the row.
             verdict.passed = Some(false);
             if !self.scorer.verifies() {
                 verdict.reward.get_or_insert(0.0);
@@ -306,7 +306,7 @@ mod tests {
         assert_eq!(waits(&[json!({"verifier": "exact"})]), (false, true, true));
     }
 
-    /// Says that it can judge short answers alone.
+    /// A judge that can only judge short answers.
     struct Shortsighted(bool);
 
     impl Scorer for Shortsighted {
@@ -339,7 +339,7 @@ mod tests {
                 Question { place: "p:1", prompt: &[], tools: None, answer: None, extra: None };
             let verdicts = panel.judge(&question, &["no", "all or nothing"], &[]).unwrap();
             let brief: Vec<_> = verdicts.iter().map(|v| (v.score, v.passed, v.reward)).collect();
-            // 1 + 2 · (1 − 0.5 · 2), and 1 alone.
+            // 1 + 2 · (1 − 0.5 · 2); and 1 alone.
             let reward = (!verifies).then_some(0.0);
             assert_eq!(brief, [(1.0, Some(true), reward), (1.0, Some(false), reward)]);
             assert_eq!(verdicts[0].scores.len(), 2);

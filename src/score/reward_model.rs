@@ -1,4 +1,4 @@
-//! A learned reward model as a judge: all answers to a prompt in one tree, each read at its end; or each answer step by
+//! A learned reward model as a judge: scores all answers to a prompt in one tree, at their ends, or each answer step by
 //! step.
 
 use std::collections::BTreeMap;
@@ -22,31 +22,26 @@ use crate::model::bases::{Bases, Form, Model};
 use crate::model::transformer::Transformer;
 use crate::model::{Architecture, Config, Precision, labels};
 
-/// Most tokens of one forward pass.
+/// Most tokens per forward pass.
 const BUDGET: usize = 4096;
-/// Most answers of one tree.
+/// Most answers per tree.
 const ANSWERS: usize = 64;
 
-/// The key of `config.json` that says which form the rows had that a model learned from, where that was [`PLAIN_TEXT`].
-pub const PROMPT_FORMAT: &str = "prompt_format";
-/// Prompts and responses as text, one after the other, without the chat template.
-pub const PLAIN_TEXT: &str = "text";
-
-/// One number for an answer from the probabilities that its steps are right.
+/// Aggregates the probabilities that an answer's steps are right into one score.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StepAggregation {
-    /// The least sure step.
+    /// Minimum over steps.
     #[default]
     Min,
     /// The last step.
     Last,
-    /// All steps, as if they were independent (Lightman et al., 2023).
+    /// Product over steps, treated as independent (Lightman et al., 2023).
     Product,
 }
 
 impl StepAggregation {
-    /// Of an answer without steps, 0.
+    /// The aggregate; 0 for an answer without steps.
     ///
     /// ```
     /// use arriero::score::reward_model::StepAggregation::{Last, Min, Product};
@@ -66,19 +61,19 @@ impl StepAggregation {
 /// How a model's outputs become one score.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Reading {
-    /// Weights of a rating model's attributes; those that are not named weigh 0.
+    /// Weights of a rating model's attributes; attributes not listed have weight 0.
     pub attribute_weights: BTreeMap<String, f64>,
     /// For models that judge steps.
     pub step_aggregation: StepAggregation,
-    /// What becomes of an answer that the model cannot read.
+    /// Handling of an answer the model cannot score.
     pub on_error: OnError,
 }
 
-/// What the outputs are.
+/// Meaning of the outputs.
 enum Outputs {
-    /// One weight each.
+    /// Attribute ratings with their weights.
     Weighted(Vec<f64>),
-    /// Wrong or right after each step.
+    /// Right or wrong after each step.
     Steps { separator: String, aggregation: StepAggregation },
 }
 
@@ -87,8 +82,10 @@ impl Outputs {
         let (weights, labels) = (&reading.attribute_weights, &config.labels);
         let known = || format!("the model's are: {}", labels.join(", "));
         match config.architecture {
-            Architecture::CausalLm => Err(Error::usage("is no reward model: it has no score head")
-                .hint("give the checkpoint of a `reward` stage")),
+            Architecture::CausalLm => {
+                Err(Error::usage("is not a reward model: it has no score head")
+                    .hint("give the checkpoint of a `reward` stage"))
+            }
             Architecture::TokenClassification if !weights.is_empty() => {
                 Err(Error::usage("`attribute_weights` for a model that judges steps")
                     .hint(format!("it has no attributes; {}", known())))
@@ -124,12 +121,12 @@ impl Outputs {
 /// A reward model with its tokenizer.
 pub struct RewardModel {
     model: Transformer,
-    /// What the model is made of: while it is held, others that stand on the same base share it.
+    /// The underlying model; while held, other models on the same base can share it.
     held: Model,
     tokenizer: ChatTokenizer,
     outputs: Outputs,
     on_error: OnError,
-    /// Whether it learned from plain text, and so is asked about plain text.
+    /// Whether it was trained on plain text, and is therefore given plain text.
     plain: bool,
 }
 
@@ -137,14 +134,13 @@ impl RewardModel {
     /// Loads a checkpoint: a directory or a hub id.
     ///
     /// # Errors
-    /// What loading can fail with; a checkpoint without a score head or without a tokenizer; weights that do not fit its
-    /// attributes.
+    /// A loading error; a checkpoint without a score head or a tokenizer; weights that do not match its attributes.
     pub fn load(path: &str, device: &Device, reading: &Reading) -> Result<Self> {
         Self::load_among(&Bases::default(), path, device, reading)
     }
 
-    /// The same, sharing the base of an adapter with the other models of `bases`. An adapter stands beside its base, with
-    /// a score head of its own, and computes as it did in training.
+    /// As [`load`](Self::load), sharing an adapter's base with the other models of `bases`. The adapter is applied
+    /// beside its base with its own score head, and computes as in training.
     ///
     /// # Errors
     /// As [`load`](Self::load).
@@ -158,24 +154,24 @@ impl RewardModel {
         let tokenizer = held.tokenizer().at(path)?.clone();
         let outputs = Outputs::of(&held.config, reading).at(path)?;
         let on_error = reading.on_error;
-        let plain = held.config.other.get(PROMPT_FORMAT).is_some_and(|form| form == PLAIN_TEXT);
+        let plain = labels::is_of_plain_text(&held.config);
         Ok(Self { model: held.transformer()?, held, tokenizer, outputs, on_error, plain })
     }
 
-    /// Its tokenizer.
+    /// The tokenizer.
     pub fn tokenizer(&self) -> &ChatTokenizer {
         &self.tokenizer
     }
 
-    /// What it is made of.
+    /// The underlying model.
     pub fn made_of(&self) -> &Model {
         &self.held
     }
 
-    /// How many tokens a prompt has to the model.
+    /// Number of prompt tokens as the model sees them.
     ///
     /// # Errors
-    /// A conversation that it cannot be asked about, or that the chat template refuses.
+    /// A conversation the model does not support, or that the chat template refuses.
     pub fn prompt_len(&self, prompt: &[Message], tools: Option<&Value>) -> Result<usize> {
         match self.prompt(prompt, tools)? {
             Side::Text(text) => Ok(prompt_text_ids(&self.tokenizer, &text, false)?.len()),
@@ -183,7 +179,7 @@ impl RewardModel {
         }
     }
 
-    /// A prompt in the form that the model learned from.
+    /// A prompt in the model's training format.
     fn prompt(&self, prompt: &[Message], tools: Option<&Value>) -> Result<Side> {
         if !self.plain {
             return Ok(Side::Messages(prompt.to_vec()));
@@ -196,16 +192,16 @@ impl RewardModel {
         }
     }
 
-    /// Most tokens of a conversation with its answer; what is longer is cut before it is scored.
+    /// Most tokens in a conversation with its answer; longer ones are truncated before scoring.
     pub fn positions(&self) -> usize {
         self.model.config().max_position_embeddings
     }
 
-    /// The score of every response of every row, row by row in the rows' order. Ranked responses and completions are
-    /// scored at their ends; answers in steps, by a model that judges steps, as a whole.
+    /// Scores of all responses, row by row. Ranked responses and completions are scored at their ends; answers in
+    /// steps, by a step-judging model, as a whole.
     ///
     /// # Errors
-    /// A row that the chat template refuses, or that is longer than the model's positions.
+    /// A row that the chat template refuses, or that exceeds the model's maximum positions.
     pub fn score_rows(&self, rows: &[Row]) -> Result<Vec<Vec<f64>>> {
         self.score_trees(&self.trees(rows)?)
     }
@@ -220,7 +216,7 @@ impl RewardModel {
         Ok(self.ends(trees)?.into_iter().map(of_row).collect())
     }
 
-    /// What the model reads of each row.
+    /// The model's input for each row.
     fn trees(&self, rows: &[Row]) -> Result<Vec<Tree>> {
         let options = PairOptions {
             max_length: Some(self.model.config().max_position_embeddings),
@@ -241,7 +237,7 @@ impl RewardModel {
         Ok(rule.trees(rows, &self.tokenizer)?.trees)
     }
 
-    /// One number at each end of each tree.
+    /// One score per end of each tree.
     fn ends(&self, trees: &[Tree]) -> Result<Vec<Vec<f64>>> {
         let mut scores = Vec::with_capacity(trees.len());
         for range in micro_batches(trees, BUDGET) {
@@ -269,15 +265,15 @@ impl RewardModel {
         }
     }
 
-    /// The scores of answers that stand in one tree. What cannot be read is tried alone where it may fail: of several
-    /// answers the others need not.
+    /// Scores of answers in one tree. If they cannot be scored together and `on_error` allows failures, each is tried
+    /// alone.
     fn judged(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Score>> {
         match (self.trees(&self.rows(question, answers)?), self.on_error) {
             (Ok(trees), _) => {
                 let values = self.score_trees(&trees)?.into_iter().flatten();
                 Ok(values.map(|value| Score { value, ..Score::default() }).collect())
             }
-            // Of the prompt's messages no answer is to blame.
+            // Errors in the prompt are not an answer's fault.
             (Err(error), _) if template::is_refusal(&error) => Err(error),
             (Err(error), OnError::Error) => Err(self.unreadable(question, &error).because(error)),
             (Err(error), OnError::Fail) if answers.len() == 1 => {
@@ -290,8 +286,8 @@ impl RewardModel {
         }
     }
 
-    /// The error without the row's place, which whoever asks knows, and with the way out of a scorer: its own hint speaks of
-    /// keys that training has.
+    /// The error without the row's place, which the caller adds, and with a scorer's hint; its own hint names training
+    /// keys.
     fn unreadable(&self, question: &Question<'_>, error: &Error) -> Error {
         let error = error.to_string();
         let place = format!("{}: ", question.place);
@@ -300,7 +296,7 @@ impl RewardModel {
         Error::run(format!("{said} (the model has {positions} positions)")).hint(LET_FAIL)
     }
 
-    /// The rows that ask for a score of each answer.
+    /// Rows that request a score for each answer.
     fn rows(&self, question: &Question<'_>, answers: &[&str]) -> Result<Vec<Row>> {
         let side_of_prompt = self.prompt(question.prompt, question.tools)?;
         let prompt = || side_of_prompt.clone();
@@ -335,7 +331,7 @@ impl RewardModel {
     }
 }
 
-/// The steps of an answer. One without any text is one step, which the model judges as it is.
+/// The steps of an answer. Without any text it is one step, judged as is.
 fn steps_of(answer: &str, separator: &str) -> Vec<String> {
     let parts = answer.split(separator).filter(|part| !part.trim().is_empty());
     let steps: Vec<String> = parts.map(str::to_owned).collect();

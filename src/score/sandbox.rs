@@ -1,12 +1,15 @@
-//! Runs programs that nobody has read, so that they can do no harm: no network, no files of this machine, bounded
-//! time, memory, processes and output.
+//! Runs untrusted programs: no network, no access to this machine's files, and bounded time, memory, processes and
+//! output.
 //!
-//! The walls are bubblewrap's namespaces and the limits of prlimit; the clock, the memory of all processes together and
-//! the size of the output are watched from outside. Memory is what processes have mapped: open files without a name
-//! are bounded by their size and their number, segments of System V shared memory that nobody has mapped are not. It
-//! is no virtual machine: a hole in the kernel is a hole in it.
+//! Isolation comes from bubblewrap's namespaces, a system-call filter and prlimit; wall time, total memory and output size
+//! are monitored from outside. Memory is that mapped by processes; the filter refuses calls that would keep it elsewhere.
+//! Memory that the kernel holds for a program, such as socket buffers, has only the kernel's own limits. This is not a
+//! virtual machine: a kernel vulnerability breaks it.
 
-use std::io::{Read, Write};
+mod filter;
+
+use std::io::{PipeReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -14,38 +17,39 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Signal, geteuid, kill_process_group};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 
-/// Most of a stream that is kept, half of it from its beginning and half from its end.
+/// Most bytes of a stream kept, half from its start and half from its end.
 const KEPT: usize = 64 << 10;
-/// Most bytes of a stream that are shown.
+/// Most bytes of a stream shown.
 const SHOWN: usize = 4 << 10;
-/// The user and group of programs in the sandbox: nobody.
+/// User and group id of sandboxed programs: `nobody`.
 const NOBODY: u32 = 65534;
-/// Between two looks at a running program.
+/// Polling interval of a running program.
 const LOOK: Duration = Duration::from_millis(2);
-/// Between two sums of its memory.
+/// Polling interval of its memory.
 const WEIGH: Duration = Duration::from_millis(20);
-/// Most open files of a process. Those that only memory holds are counted nowhere else.
+/// Most open files per process.
 const OPEN_FILES: u64 = 64;
-/// How long a stream may stay open after its program has ended: someone else must hold it then.
+/// How long a stream may stay open after its program ended: another process must be holding it.
 const LINGER: Duration = Duration::from_millis(500);
 
-/// What a program may use.
+/// Resource limits of a program.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
-    /// Time by the clock.
+    /// Wall time.
     pub wall: Duration,
-    /// Processor time of each process, in seconds.
+    /// CPU time per process, in seconds.
     pub cpu_s: u64,
-    /// Memory that all processes together have mapped, in bytes; the address space of each.
+    /// Memory mapped by all processes together, and address space of each, in bytes.
     pub memory: u64,
-    /// Processes and threads at once. Without a sandbox there is no such limit.
+    /// Concurrent processes and threads. Not enforced without a sandbox.
     pub processes: u64,
-    /// Size of a file, in bytes. All files together may take 16 times as much.
+    /// File size, in bytes. All files together may take 16 times as much.
     pub file: u64,
 }
 
@@ -64,24 +68,24 @@ impl Default for Limits {
 /// How a program ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// By itself, with this status. Killed by a signal inside the sandbox, it has 128 and the signal's number.
+    /// Exited with this status. If killed by a signal inside the sandbox: 128 plus the signal number.
     Exited(i32),
-    /// By a signal.
+    /// Killed by a signal.
     Signal(i32),
-    /// Its time was up.
+    /// Exceeded its time limit.
     TimedOut,
-    /// It took more memory than it may.
+    /// Exceeded its memory limit.
     OutOfMemory,
 }
 
-/// What a program wrote to a stream.
+/// A program's output on one stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Output {
     /// The first bytes.
     head: Vec<u8>,
     /// The last bytes of the rest.
     tail: Vec<u8>,
-    /// How many bytes there were.
+    /// Total number of bytes.
     pub bytes: u64,
 }
 
@@ -92,18 +96,18 @@ impl Output {
         self.head.extend_from_slice(&part[..room]);
         part = &part[room..];
         self.tail.extend_from_slice(part);
-        // Cut now and then, not at every part.
+        // Trimmed occasionally rather than on every read.
         if self.tail.len() > KEPT {
             self.tail.drain(..self.tail.len() - KEPT / 2);
         }
     }
 
-    /// The text: all of it, or its beginning and its end with `…` between.
+    /// The text, complete or with `…` between its start and end.
     pub fn text(&self) -> String {
         let end = &self.tail[self.tail.len().saturating_sub(KEPT / 2)..];
         let whole = self.head.len() + end.len();
         let cut = if self.bytes > whole as u64 { "\n…\n" } else { "" };
-        // Joined before it is decoded, so that no letter is cut where nothing was left out.
+        // Joined before decoding, so that no character is split where nothing was cut.
         if cut.is_empty() {
             return String::from_utf8_lossy(&[&self.head, end].concat()).into_owned();
         }
@@ -111,7 +115,7 @@ impl Output {
     }
 }
 
-/// What a program wrote, for people to read: text, whatever the bytes were, and no more than the beginning and the end.
+/// A program's output for display: lossily decoded, start and end only.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Streams {
     /// Standard output.
@@ -121,7 +125,7 @@ pub struct Streams {
 }
 
 impl Streams {
-    /// Keeps 4 KiB of each, half from its beginning and half from its end, with `…` between.
+    /// Keeps 4 KiB of each stream, half from its start and half from its end, with `…` between.
     pub fn of(stdout: &str, stderr: &str) -> Self {
         let brief = |text: &str| {
             let half = SHOWN / 2;
@@ -136,7 +140,7 @@ impl Streams {
     }
 }
 
-/// What happened.
+/// Result of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Execution {
     /// How it ended.
@@ -145,20 +149,20 @@ pub struct Execution {
     pub stdout: Output,
     /// Standard error.
     pub stderr: Output,
-    /// How long it took by the clock.
+    /// Wall time used.
     pub wall: Duration,
 }
 
-/// The walls.
+/// Kind of isolation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Walls {
-    /// Bubblewrap, started by `nobody` where this program runs as root: the kernel does not count root's processes.
+    /// Bubblewrap; run as `nobody` if this program is root, since the kernel does not count root's processes.
     Bubblewrap { as_nobody: bool },
-    /// None; the limits hold.
+    /// None; only the resource limits apply.
     Bare,
 }
 
-/// A place to run programs in.
+/// An environment to run programs in.
 #[derive(Clone, Debug)]
 pub struct Sandbox {
     walls: Walls,
@@ -166,10 +170,10 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Finds out, once a process, whether programs can be walled in here.
+    /// Checks, once per process, whether programs can be isolated here.
     ///
     /// # Errors
-    /// They cannot, and `allow_unsandboxed` does not say that they may run all the same.
+    /// They cannot, and `allow_unsandboxed` is not set.
     pub fn new(limits: Limits, allow_unsandboxed: bool) -> Result<Self> {
         static WALLS: OnceLock<std::result::Result<Walls, (String, String)>> = OnceLock::new();
         let walls = match WALLS.get_or_init(walls) {
@@ -180,32 +184,32 @@ impl Sandbox {
         Ok(Self { walls, limits })
     }
 
-    /// Runs a program, gives it `input` to read, and returns when all of its processes are gone. Waits while as many
-    /// programs run already as this machine has cores. Open files that this process was itself started with, and that
-    /// are not marked to be closed, stay open in the program.
+    /// Runs a program with `input` on stdin, and returns once all its processes are gone. Waits while as many programs
+    /// are running as there are cores. Files that this process inherited open without close-on-exec stay open in the
+    /// program.
     ///
     /// # Errors
-    /// It could not be started. A program that fails is no error.
+    /// The program could not be started. A failing program is not an error.
     pub fn run(&self, program: &[&str], input: &[u8]) -> Result<Execution> {
         let _turn = Turn::take();
-        // Without walls it gets a directory of its own, which goes away with it.
+        // Without isolation it gets a temporary directory.
         let home = match self.walls {
             Walls::Bare => Some(tempfile::tempdir().at("a directory for a program")?),
             Walls::Bubblewrap { .. } => None,
         };
-        let mut command = self.command(program, home.as_ref().map(tempfile::TempDir::path));
+        let (mut command, filter) =
+            self.command(program, home.as_ref().map(tempfile::TempDir::path))?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        // A group of its own, to be killed as one.
+        // Its own process group, to be killed as one.
         command.process_group(0);
         let started = Instant::now();
-        let mut child = command
-            .spawn()
+        let mut child = start(&mut command, filter)
             .map_err(|error| Error::run(format!("cannot start a sandbox: {error}")))?;
         let stdout = child.stdout.take().map(Drain::start);
         let stderr = child.stderr.take().map(Drain::start);
         let ending = thread::scope(|scope| {
             if let Some(mut pipe) = child.stdin.take() {
-                // One that does not read ends with an error here, which is its own affair.
+                // Writing fails if the program does not read its input, which is not our error.
                 scope.spawn(move || pipe.write_all(input));
             }
             self.watch(&mut child, started)
@@ -215,18 +219,24 @@ impl Sandbox {
         Ok(Execution { ending, stdout: finish(stdout), stderr: finish(stderr), wall })
     }
 
-    fn command(&self, program: &[&str], home: Option<&Path>) -> Command {
+    /// The command line, and the filter that it reads where there are walls.
+    fn command(
+        &self,
+        program: &[&str],
+        home: Option<&Path>,
+    ) -> Result<(Command, Option<PipeReader>)> {
         let limits = &self.limits;
-        let mut command = match self.walls {
+        let (mut command, filter) = match self.walls {
             Walls::Bubblewrap { as_nobody } => {
-                let mut command = bubblewrap(as_nobody, limits.file * 16);
+                let (mut command, filter) =
+                    bubblewrap(as_nobody, limits.file * 16).map_err(Error::run)?;
                 command.arg("prlimit").arg(format!("--nproc={}", limits.processes));
-                command
+                (command, Some(filter))
             }
             Walls::Bare => {
                 let mut command = Command::new("prlimit");
                 command.env_clear().env("PATH", "/usr/bin:/bin");
-                command
+                (command, None)
             }
         };
         command
@@ -237,15 +247,15 @@ impl Sandbox {
             .arg("--core=0")
             .args(program)
             .current_dir(home.unwrap_or(Path::new("/")));
-        command
+        Ok((command, filter))
     }
 
-    /// Waits for the end, or makes it.
+    /// Waits for the program to end, or ends it.
     fn watch(&self, child: &mut Child, started: Instant) -> Result<Ending> {
         let mut weighed = started;
         let forced = loop {
             if let Some(status) = child.try_wait()? {
-                // What it left behind in its group goes too.
+                // Also kills remaining processes in its group.
                 kill(child);
                 let by_itself = status.code().map(Ending::Exited);
                 return Ok(by_itself.unwrap_or(Ending::Signal(status.signal().unwrap_or(0))));
@@ -267,44 +277,65 @@ impl Sandbox {
     }
 }
 
-/// The command line of the walls. Everything that can be written is in memory and bounded by `room`.
-fn bubblewrap(as_nobody: bool, room: u64) -> Command {
+/// The bubblewrap command line, and the system-call filter that it reads. Everything writable is in memory and bounded by
+/// `room`.
+fn bubblewrap(as_nobody: bool, room: u64) -> std::result::Result<(Command, PipeReader), String> {
+    let filter = filter::pipe()?;
     let mut command = Command::new("bwrap");
     if as_nobody {
         command.uid(NOBODY).gid(NOBODY);
     }
     let (room, nobody) = (room.to_string(), NOBODY.to_string());
     command
+        .args(["--seccomp", &filter.as_raw_fd().to_string()])
         .args(["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"])
         .args(["--new-session", "--clearenv", "--setenv", "PATH", "/usr/bin"])
         .args(["--setenv", "LANG", "C.UTF-8", "--setenv", "HOME", "/tmp"])
-        // The order of Python's sets must not change from run to run.
+        // Python's set order must be reproducible across runs.
         .args(["--setenv", "PYTHONHASHSEED", "0"])
         .args(["--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin"])
         .args(["--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"])
         .args(["--proc", "/proc", "--dev", "/dev", "--size", &room, "--tmpfs", "/tmp"])
+        // What maps this device to share it has memory without a file, which the filter refuses elsewhere.
+        .args(["--ro-bind", "/dev/null", "/dev/zero"])
         .args(["--size", &room, "--tmpfs", "/dev/shm", "--remount-ro", "/dev", "--remount-ro", "/"])
         .args(["--uid", &nobody, "--gid", &nobody, "--cap-drop", "ALL", "--hostname", "sandbox"])
         .args(["--chdir", "/tmp"]);
-    command
+    Ok((command, filter))
 }
 
-/// Kills the group. Bubblewrap's death takes everything in its namespace along.
+/// Starts a command that inherits the filter: one at a time, so that none inherits another's too.
+fn start(command: &mut Command, filter: Option<PipeReader>) -> std::io::Result<Child> {
+    static STARTING: Mutex<()> = Mutex::new(());
+    let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(filter) = &filter {
+        fcntl_setfd(filter, FdFlags::empty())?;
+    }
+    let child = command.spawn();
+    drop(filter);
+    child
+}
+
+/// Kills the process group. Killing bubblewrap ends everything in its namespace.
 fn kill(child: &Child) {
     if let Some(group) = Pid::from_raw(child.id() as i32) {
-        // An error means that nobody is left.
+        // An error means that the group is already empty.
         let _ = kill_process_group(group, Signal::KILL);
     }
 }
 
-/// Which walls there are; an error and what to do about it where there are none.
+/// The available isolation, or an error and a remedy.
 fn walls() -> std::result::Result<Walls, (String, String)> {
     let candidates: &[bool] = if geteuid().is_root() { &[true, false] } else { &[false] };
     let mut failed = String::new();
     for &as_nobody in candidates {
-        let mut command = bubblewrap(as_nobody, 1 << 20);
+        let (mut command, filter) = bubblewrap(as_nobody, 1 << 20).map_err(|error| {
+            let trusted = "allow_unsandboxed = true where every program is trusted".to_owned();
+            (error, trusted)
+        })?;
         command.args(["prlimit", "--nproc=8", "/usr/bin/true"]).current_dir("/");
-        match command.stdin(Stdio::null()).output() {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        match start(&mut command, Some(filter)).and_then(Child::wait_with_output) {
             Ok(output) if output.status.success() => return Ok(Walls::Bubblewrap { as_nobody }),
             Ok(output) => String::from_utf8_lossy(&output.stderr).trim().clone_into(&mut failed),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -326,13 +357,13 @@ fn walls() -> std::result::Result<Walls, (String, String)> {
     ))
 }
 
-/// Memory of a process and all that descend from it, in bytes.
+/// Memory of a process and all its descendants, in bytes.
 fn resident(root: u32) -> u64 {
     let page = rustix::param::page_size() as u64;
     let (mut pages, mut left) = (0, vec![root]);
     while let Some(process) = left.pop() {
         let folder = PathBuf::from(format!("/proc/{process}"));
-        // Whoever is gone by now has none.
+        // A process that has exited uses none.
         let statm = std::fs::read_to_string(folder.join("statm")).unwrap_or_default();
         pages += statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0);
         let Ok(threads) = std::fs::read_dir(folder.join("task")) else { continue };
@@ -345,7 +376,7 @@ fn resident(root: u32) -> u64 {
     pages * page
 }
 
-/// Reads a stream to its end on a thread of its own, so that the program never waits and memory never fills.
+/// Reads a stream to its end on its own thread, so that the program never blocks and memory stays bounded.
 struct Drain {
     output: Arc<Mutex<Output>>,
     thread: thread::JoinHandle<()>,
@@ -364,7 +395,7 @@ impl Drain {
         Self { output, thread }
     }
 
-    /// What was read. Who fled from a program that had no walls may hold the stream: nobody waits for him.
+    /// The data read. A process that escaped an unisolated run may hold the stream open; it is not waited for.
     fn finish(self) -> Output {
         let until = Instant::now() + LINGER;
         while !self.thread.is_finished() && Instant::now() < until {
@@ -374,7 +405,7 @@ impl Drain {
     }
 }
 
-/// The right to run one program.
+/// Permission to run one program.
 struct Turn;
 
 static RUNNING: Mutex<usize> = Mutex::new(0);

@@ -1,24 +1,24 @@
-//! Numbers about numbers: shares and means with their intervals, quantiles, histograms.
+//! Summary statistics: proportions and means with confidence intervals, quantiles, histograms.
 
 use serde::{Deserialize, Serialize};
 
-/// The normal distribution's 97.5 % point.
+/// The 97.5 % quantile of the normal distribution.
 const Z: f64 = 1.959_963_984_540_054;
 
-/// A share or a mean with its 95 % interval.
+/// A proportion or mean with its 95 % confidence interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     /// The value.
     pub mean: f64,
-    /// The lower end.
+    /// Lower bound.
     pub low: f64,
-    /// The upper end.
+    /// Upper bound.
     pub high: f64,
 }
 
 impl Estimate {
-    /// A share, one part of it from each of `count` trials (Wilson, 1927). Where a trial's part lies between 0 and 1,
-    /// as the share of a prompt's answers that are right, the interval is wider than it need be.
+    /// A proportion over `count` trials with its Wilson interval (Wilson, 1927). If trials contribute values between 0
+    /// and 1, such as a prompt's fraction of right answers, the interval is conservative.
     ///
     /// ```
     /// use arriero::score::statistics::Estimate;
@@ -38,8 +38,8 @@ impl Estimate {
         Self { mean: share, low: low.max(0.0), high: high.min(1.0) }
     }
 
-    /// A mean of independent values, by the normal distribution; `None` of none. Of one value nothing is known about
-    /// the spread, and the ends are the value.
+    /// Mean of independent values with a normal interval; `None` without values. For a single value the bounds equal
+    /// it.
     pub fn of_mean(values: &[f64]) -> Option<Self> {
         let n = values.len() as f64;
         let mean = values.iter().sum::<f64>() / n;
@@ -53,37 +53,37 @@ impl Estimate {
     }
 }
 
-/// How some numbers are spread.
+/// Distribution summary.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Distribution {
-    /// How many there are.
+    /// Number of values.
     pub count: usize,
-    /// Their mean.
+    /// Mean.
     pub mean: f64,
-    /// Their standard deviation.
+    /// Standard deviation.
     pub std: f64,
-    /// (share, the value that this share of the numbers does not exceed), the median in the middle.
+    /// Quantiles as (probability, value), including the median.
     pub quantiles: Vec<(f64, f64)>,
-    /// Borders of the histogram's bins, one more than there are counts.
+    /// Edges of the histogram's bins, one more than the counts.
     pub edges: Vec<f64>,
-    /// Numbers in each bin; a border belongs to the bin above it, the last one to the last bin.
+    /// Number of values per bin; an edge belongs to the bin above it, the last one to the last bin.
     pub counts: Vec<usize>,
 }
 
-/// Shares at which a distribution is described.
+/// Probabilities of the reported quantiles.
 const SHARES: [f64; 9] = [0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0];
-/// Bins of a histogram.
+/// Number of histogram bins.
 const BINS: usize = 20;
 
 impl Distribution {
-    /// Describes the values; `None` of none.
+    /// Summarises the values; `None` without values.
     pub fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);
         let (&low, &high) = (values.first()?, values.last()?);
         let n = values.len() as f64;
         let mean = values.iter().sum::<f64>() / n;
         let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / n;
-        // All the same: one bin, as there is no width to divide.
+        // One bin if all values are equal, since the range is 0.
         let bins = if high > low { BINS } else { 1 };
         let width = (high - low) / bins as f64;
         let edges = (0..=bins).map(|at| if at == bins { high } else { low + width * at as f64 });
@@ -103,11 +103,11 @@ impl Distribution {
 }
 
 fn bin(above: f64, width: f64, bins: usize) -> usize {
-    // A width of 0 gives NaN, which the cast takes to the first bin.
+    // A width of 0 gives NaN, which casts to bin 0.
     ((above / width) as usize).min(bins - 1)
 }
 
-/// Between the two nearest of the sorted values, linearly (the default of R and NumPy).
+/// Linear interpolation between the nearest sorted values (the default of R and NumPy).
 fn quantile(sorted: &[f64], share: f64) -> f64 {
     let place = share * (sorted.len() - 1) as f64;
     let below = place.floor() as usize;

@@ -1,4 +1,4 @@
-//! From the engine's events to a response: whole, or piece by piece as server-sent events.
+//! Turns engine events into a response: complete, or streamed as server-sent events.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -13,7 +13,7 @@ use super::engine::Open;
 use super::problem::Problem;
 use crate::generate::engine::{Answer, Event, Finish, Piece, PromptScores};
 
-/// How many tokens a request took.
+/// Token usage of a request.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Usage {
     pub(super) prompt: usize,
@@ -32,7 +32,7 @@ impl Usage {
     }
 }
 
-/// OpenAI's word for why an answer ended.
+/// OpenAI's name for the finish reason.
 pub(super) fn reason(finish: Finish) -> &'static str {
     match finish {
         Finish::Stop => "stop",
@@ -41,19 +41,19 @@ pub(super) fn reason(finish: Finish) -> &'static str {
     }
 }
 
-/// What an HTTP request's answers are made into.
+/// Response format of an HTTP request.
 pub(super) trait Format: Send + 'static {
-    /// The response as a whole. `all` has each prompt's answers.
+    /// The complete response. `all`: the answers to each prompt.
     fn whole(&mut self, all: Vec<(Vec<Answer>, PromptScores)>) -> Value;
-    /// What is sent of a streamed piece.
+    /// Chunks to send for a streamed piece.
     fn piece(&mut self, place: usize, piece: Piece) -> Vec<Value>;
-    /// A streamed prompt has all its answers.
+    /// All answers to a streamed prompt are complete.
     fn done(&mut self, scores: &PromptScores);
-    /// What is sent at the end of a stream.
+    /// Chunks to send at the end of a stream.
     fn end(&mut self) -> Vec<Value>;
 }
 
-/// The response to `open`, once it is complete or as it comes.
+/// The response to `open`, complete or streamed.
 pub(super) async fn respond(open: Open, format: impl Format, stream: bool) -> Response {
     if stream {
         return pieces(open, format);
@@ -79,7 +79,7 @@ async fn collect(mut open: Open) -> Result<Vec<(Vec<Answer>, PromptScores)>, Pro
 }
 
 struct Streaming<F> {
-    /// `None` once there is nothing more to wait for.
+    /// `None` once nothing more is expected.
     open: Option<Open>,
     format: F,
     ready: VecDeque<String>,
@@ -123,6 +123,6 @@ fn pieces(open: Open, format: impl Format) -> Response {
         let data = streaming.next().await?;
         Some((Ok::<_, Infallible>(Sent::default().data(data)), streaming))
     });
-    // A comment now and then tells whether the client is still there while a long prompt is read.
+    // Periodic keep-alive comments detect a disconnected client while a long prompt is prefilled.
     Sse::new(events).keep_alive(KeepAlive::default()).into_response()
 }

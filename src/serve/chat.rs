@@ -31,7 +31,7 @@ impl Conversation {
     /// Takes `messages` and `chat_template_kwargs`.
     ///
     /// # Errors
-    /// No messages, or what this model cannot read.
+    /// No messages, or ones this model does not support.
     pub(super) fn take(fields: &mut Fields) -> Result<Self, Problem> {
         let values: Vec<Value> = fields.need("messages")?;
         let template_kwargs = fields.take("chat_template_kwargs")?.unwrap_or_default();
@@ -47,10 +47,10 @@ impl Conversation {
         Ok(Self { messages, template_kwargs })
     }
 
-    /// The ids of the conversation as the chat template renders it, up to where the answer begins.
+    /// Token ids of the rendered conversation, up to where the answer begins.
     ///
     /// # Errors
-    /// No template, or one that refuses the messages or knows no tools.
+    /// No template, or one that refuses the messages or does not support tools.
     pub(super) fn encode(
         self,
         tokenizer: &ChatTokenizer,
@@ -67,7 +67,7 @@ impl Conversation {
     }
 }
 
-/// One message as chat templates expect it: text parts joined, arguments of calls as objects.
+/// A message as chat templates expect it: text parts joined, call arguments as objects.
 fn message(value: Value) -> Result<Message> {
     let mut message = Message::from_value(value)?;
     match message.fields().get("content") {
@@ -103,10 +103,10 @@ fn part(part: &Value) -> Result<&str> {
     }
 }
 
-/// Reads a request. `fresh` is a seed and an id for it.
+/// Parses a request. `fresh`: a seed and id for it.
 ///
 /// # Errors
-/// What cannot be honoured.
+/// An unsupported request.
 pub(super) fn parse(
     served: &Arc<Served>,
     body: &[u8],
@@ -129,7 +129,7 @@ pub(super) fn parse(
             let message = "an answer that must be a call can have no other form";
             return Err(Problem::invalid(message).on("tool_choice"));
         }
-        manner.form = Some(form.clone());
+        manner.form = Some(("tools", form.clone()));
     }
     manner.extras.top_logprobs = top.unwrap_or(0);
     manner.extras.adaptation = voice.adaptation();
@@ -149,7 +149,7 @@ pub(super) fn parse(
     Ok(Asked { requests, stream, format })
 }
 
-/// The newer of the two names wins nothing: together they must agree.
+/// Neither of the two names takes precedence: if both are set they must agree.
 fn max_tokens(fields: &mut Fields) -> Result<Option<usize>, Problem> {
     let newer: Option<usize> = fields.take("max_completion_tokens")?;
     let older: Option<usize> = fields.take("max_tokens")?;
@@ -166,7 +166,7 @@ fn max_tokens(fields: &mut Fields) -> Result<Option<usize>, Problem> {
     }
 }
 
-/// How many likely tokens are named at each place; `None` where no log-probabilities are wanted.
+/// Number of top tokens per position; `None` if no log-probabilities are requested.
 fn top(fields: &mut Fields) -> Result<Option<usize>, Problem> {
     let wanted = fields.take("logprobs")?.unwrap_or(false);
     let top: Option<usize> = fields.take("top_logprobs")?;
@@ -182,13 +182,13 @@ fn top(fields: &mut Fields) -> Result<Option<usize>, Problem> {
     }
 }
 
-/// A streamed answer so far.
+/// State of a streamed answer.
 #[derive(Default)]
 struct Stream {
     begun: bool,
-    /// Whether the answer has turned out to be no call of a tool.
+    /// Whether the answer is known not to be a tool call.
     plain: bool,
-    /// Text that waits until it is known whether it is a call.
+    /// Text held back until it is known whether it is a call.
     held: String,
     ids: Vec<u32>,
     logprobs: Vec<f32>,
@@ -223,7 +223,7 @@ impl Chat {
         json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish})
     }
 
-    /// The calls of an answer; in a stream each says its number.
+    /// The calls of an answer; in a stream each has its index.
     fn calls(&self, index: usize, calls: &[Call], numbered: bool) -> Value {
         let id = format!("{}_{index}", self.head.id.trim_start_matches("chatcmpl-"));
         let object = |(number, call): (usize, &Call)| {
@@ -242,7 +242,7 @@ impl Chat {
         self.head.chunk(CHUNK, &choice, self.include_usage)
     }
 
-    /// The log-probabilities of the tokens whose text is about to be sent.
+    /// Log-probabilities of the tokens whose text is about to be sent.
     fn logprobs(&mut self, index: usize) -> Value {
         let stream = &mut self.streams[index];
         let (ids, logprobs) =

@@ -1,4 +1,4 @@
-//! `POST /v1/completions`: text that goes on from a prompt, and how likely a given text is.
+//! `POST /v1/completions`: text completion, and log-probabilities of a given text.
 
 use std::sync::Arc;
 
@@ -15,13 +15,13 @@ use super::served::{Served, check_ids, now};
 use super::voices::Voice;
 use crate::generate::engine::{Answer, Piece, PromptScores, Request};
 
-/// A prompt's text, where it came as text, and its ids.
+/// A prompt's text, if given as text, and its ids.
 type Encoded = (Option<String>, Vec<u32>);
 
-/// Tokens of an answer where the request names no number, as OpenAI has it.
+/// OpenAI's default for `max_tokens`.
 const DEFAULT_TOKENS: usize = 16;
 
-/// One text or several, as text or as tokens.
+/// One or several texts, as strings or token ids.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(
     untagged,
@@ -43,10 +43,10 @@ impl Texts {
         }
     }
 
-    /// The ids of each, with the text where it was given as text.
+    /// Token ids of each, with the text if given as text.
     ///
     /// # Errors
-    /// No text at all, or ids that are no tokens.
+    /// No text, or ids outside the vocabulary.
     pub(super) fn encode(
         self,
         served: &Served,
@@ -70,14 +70,14 @@ impl Texts {
     }
 }
 
-/// A parsed request: what the engine is asked, and what is made of its answers.
+/// A parsed request: the engine's input, and the response format.
 pub(super) struct Asked<F> {
     pub(super) requests: Vec<Request>,
     pub(super) stream: bool,
     pub(super) format: F,
 }
 
-/// The fields that chat does not have.
+/// Fields that chat does not have.
 struct Own {
     max_tokens: usize,
     echo: bool,
@@ -114,10 +114,10 @@ impl Own {
     }
 }
 
-/// Reads a request. `fresh` is a seed and an id for it.
+/// Parses a request. `fresh`: a seed and id for it.
 ///
 /// # Errors
-/// What cannot be honoured.
+/// An unsupported request.
 pub(super) fn parse(
     served: &Arc<Served>,
     body: &[u8],
@@ -141,7 +141,7 @@ pub(super) fn parse(
     let texts = echo.then(|| texts.into_iter().zip(&prompts).map(echoed).collect());
     let n = manner.sampling.num_samples;
     let usage = Usage { prompt: prompts.iter().map(Vec::len).sum(), ..Usage::default() };
-    // Refused before anything is set up for as many answers as were asked for.
+    // Checked before anything is allocated for the requested number of answers.
     let requests = manner.requests(served, prompts.clone(), Some(max_tokens))?;
     let format = Completion {
         head: Head::new(&voice, format!("cmpl-{}", fresh.id)),
@@ -158,7 +158,7 @@ pub(super) fn parse(
     Ok(Asked { requests, stream, format })
 }
 
-/// What every object of one response says.
+/// Fields common to all objects of a response.
 #[derive(Clone, Debug)]
 pub(super) struct Head {
     pub(super) id: String,
@@ -173,7 +173,7 @@ impl Head {
         Self { id, created: now(), model, fingerprint }
     }
 
-    /// An object of the response.
+    /// A response object.
     pub(super) fn object(&self, object: &str, choices: &[Value]) -> Value {
         json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model,
@@ -181,7 +181,7 @@ impl Head {
         })
     }
 
-    /// A chunk of a stream; all of them have a place for the usage where it was asked for.
+    /// A stream chunk; each has a `usage` field if usage was requested.
     pub(super) fn chunk(&self, object: &str, choice: &Value, include_usage: bool) -> Value {
         let mut chunk = self.object(object, std::slice::from_ref(choice));
         if include_usage {
@@ -202,10 +202,10 @@ pub(super) struct Completion {
     served: Arc<Served>,
     head: Head,
     n: usize,
-    /// The prompts' texts, where they come back.
+    /// The prompts' texts, if echoed.
     echo: Option<Vec<String>>,
     prompts: Vec<Vec<u32>>,
-    /// Whether only the prompt is asked about: the engine draws one token, which is left out.
+    /// Whether only the prompt is scored: the engine samples one token, which is dropped.
     nothing_new: bool,
     top: Option<usize>,
     include_usage: bool,
@@ -277,7 +277,7 @@ impl Format for Completion {
         }
         let finish =
             piece.finish.map(|finish| if self.nothing_new { "length" } else { reason(finish) });
-        // Text that waits brings its tokens' log-probabilities with it when it comes.
+        // Log-probabilities of held-back text are sent with that text.
         if text.is_empty() && finish.is_none() {
             return Vec::new();
         }

@@ -1,7 +1,7 @@
-//! The one thread that computes, and how request handlers talk with it.
+//! The compute thread, and its interface to request handlers.
 //!
-//! Generation, embeddings and scores are all computed here, one forward pass at a time, so that they never fight for the
-//! cores. Without work the thread sleeps on its channel.
+//! Generation, embeddings and scores all run here, one forward pass at a time, so that they never compete for cores.
+//! When idle, the thread blocks on its channel.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Instant;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 use super::metrics::Metrics;
+use super::places::{Place, Places};
 use super::problem::Problem;
 use crate::data::record::Message;
 use crate::error::{Error, Result};
@@ -19,14 +20,16 @@ use crate::generate::engine::{Event, Limits, Request, Schedule, Ticket};
 use crate::generate::local::LocalModel;
 use crate::ops::cuda::device::still_works;
 
-/// What is asked of the engine.
+/// A command to the engine.
 pub(super) enum Command {
     Generate(Job),
-    /// The states of texts, each as one vector.
+    /// Embed texts, one vector each.
     Embed(Embed, oneshot::Sender<Result<Vec<Vec<f32>>>>),
-    /// The rewards of answers.
+    /// Score answers.
     Score(Judged, oneshot::Sender<Result<Vec<f64>>>),
     Cancel(u64),
+    /// See [`Schedule::tidy`].
+    Tidy,
     /// Wakes an engine that was told to stop.
     Stop,
 }
@@ -34,16 +37,16 @@ pub(super) enum Command {
 /// One prompt to answer.
 pub(super) struct Job {
     id: u64,
-    /// Which of its HTTP request's prompts.
+    /// The prompt's index in its HTTP request.
     place: usize,
     request: Request,
-    /// Whether pieces are wanted, not only the end.
+    /// Whether to report pieces, not only the end.
     stream: bool,
     arrived: Instant,
     events: mpsc::UnboundedSender<(usize, Event)>,
 }
 
-/// How the states of a text become one vector.
+/// How the states of a text are pooled into one vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Pooling {
@@ -61,17 +64,17 @@ pub(super) struct Embed {
 pub(super) struct Judged {
     pub(super) prompt: Vec<Message>,
     pub(super) tools: Option<serde_json::Value>,
-    /// Answers of the same request before these.
+    /// Number of earlier answers in the same request.
     pub(super) first: usize,
     pub(super) answers: Vec<String>,
 }
 
-/// Tokens of texts or answers that the engine is given at once, and what is reckoned for one.
+/// Tokens of texts or answers given to the engine at once, and the estimated bytes per token.
 const PART_TOKENS: usize = 2048;
 const BYTES_A_TOKEN: usize = 3;
 
-/// Parts of `most` in all at most, or of a single item that is larger. An item counts as at least 16: of a thousand empty ones
-/// each takes its time too.
+/// Splits items into parts of total size at most `most`, or a single larger item. Each item counts as at least 16,
+/// since empty ones take time too.
 fn parts<T>(items: Vec<T>, most: usize, size: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
     let (mut parts, mut room) = (Vec::<Vec<T>>::new(), 0);
     for item in items {
@@ -88,81 +91,80 @@ fn parts<T>(items: Vec<T>, most: usize, size: impl Fn(&T) -> usize) -> Vec<Vec<T
     parts
 }
 
-/// What the engine computes besides answers.
+/// Engine computations other than generation.
 pub(super) trait Others {
-    /// One vector a text, of length 1.
+    /// One unit vector per text.
     fn embed(&self, embed: &Embed) -> Result<Vec<Vec<f32>>>;
-    /// One number an answer.
+    /// One score per answer.
     fn score(&self, judged: &Judged) -> Result<Vec<f64>>;
 }
 
-/// The handlers' end.
+/// The handlers' end of the channel.
 pub(super) struct Client {
     commands: Sender<Command>,
-    places: Arc<Semaphore>,
-    most: usize,
+    /// Of those who are asked for answers, embeddings or scores.
+    pub(super) places: Places,
     next: AtomicU64,
     told_to_stop: Arc<AtomicBool>,
 }
 
 impl Client {
-    /// Lets at most `most` prompts be under way or wait.
+    /// Allows at most `most` prompts in progress or waiting.
     pub(super) fn new(commands: Sender<Command>, most: usize) -> Self {
         Self {
             commands,
-            places: Arc::new(Semaphore::new(most)),
-            most,
+            places: Places::new(most),
             next: AtomicU64::new(0),
             told_to_stop: Arc::default(),
         }
     }
 
-    /// Becomes true when the engine shall stop; for [`Engine::run`].
+    /// Set when the engine should stop; for [`Engine::run`].
     pub(super) fn told_to_stop(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.told_to_stop)
     }
 
-    /// Whether nothing is under way.
+    /// Whether nothing is in progress.
     pub(super) fn is_idle(&self) -> bool {
-        self.places.available_permits() == self.most
+        self.places.are_all_free()
     }
 
-    /// Ends the engine after its present step, whatever else waits.
+    /// Ends the engine after its current step, regardless of waiting work.
     pub(super) fn stop(&self) {
         self.told_to_stop.store(true, Ordering::Relaxed);
         // An engine that is gone has stopped.
         let _ = self.commands.send(Command::Stop);
     }
 
-    fn places(&self, count: usize) -> Result<OwnedSemaphorePermit, Problem> {
-        if count > self.most {
-            let most = self.most;
-            return Err(Problem::invalid(format!(
-                "{count} prompts, and the server takes {most} at once"
-            )));
-        }
-        let places = Arc::clone(&self.places).try_acquire_many_owned(count as u32);
-        places.map_err(|_| Problem::busy(self.most))
+    /// Lets what was kept of adapters go that are gone.
+    pub(super) fn tidy(&self) {
+        // An engine that is gone keeps nothing.
+        let _ = self.commands.send(Command::Tidy);
     }
 
     fn send(&self, command: Command) -> Result<(), Problem> {
         self.commands.send(command).map_err(|_| Problem::stopping())
     }
 
-    /// Asks for answers to prompts; where no place is free, says so at once.
+    /// Requests answers to prompts; fails at once if `place` must cover more prompts than there are free slots.
     ///
     /// # Errors
-    /// Too many requests; an engine that has stopped.
-    pub(super) fn generate(&self, requests: Vec<Request>, stream: bool) -> Result<Open, Problem> {
+    /// Too many prompts; a stopped engine.
+    pub(super) fn generate(
+        &self,
+        requests: Vec<Request>,
+        stream: bool,
+        mut place: Place,
+    ) -> Result<Open, Problem> {
         let count = requests.len();
-        let places = self.places(count)?;
+        place.hold(count)?;
         let first = self.next.fetch_add(count as u64, Ordering::Relaxed);
         let (events, receiver) = mpsc::unbounded_channel();
         let open = Open {
             commands: self.commands.clone(),
             events: receiver,
             ids: (first..first + count as u64).map(Some).collect(),
-            _places: places,
+            _place: place,
         };
         for (place, request) in requests.into_iter().enumerate() {
             let (id, events) = (first + place as u64, events.clone());
@@ -172,13 +174,12 @@ impl Client {
         Ok(open)
     }
 
-    /// See [`Others::embed`]. The engine is given some texts at a time: it goes on with answers between them, and is given no more
-    /// once nobody waits.
+    /// See [`Others::embed`]. The engine gets a few texts at a time, so that it continues with answers in between, and
+    /// gets no more once the client is gone. The caller holds a place.
     ///
     /// # Errors
-    /// As [`generate`](Self::generate), and the model's.
-    pub(super) async fn embed(&self, embed: Embed) -> Result<Vec<Vec<f32>>, Problem> {
-        let _place = self.places(1)?;
+    /// A stopped engine, and model errors.
+    pub(super) async fn embed(&self, embed: Embed, _: &Place) -> Result<Vec<Vec<f32>>, Problem> {
         let Embed { texts, pooling } = embed;
         let mut all = Vec::with_capacity(texts.len());
         for texts in parts(texts, PART_TOKENS, Vec::len) {
@@ -188,12 +189,11 @@ impl Client {
         Ok(all)
     }
 
-    /// See [`Others::score`]. The engine is given some answers at a time, as with [`embed`](Self::embed).
+    /// See [`Others::score`]. The engine gets a few answers at a time, as with [`embed`](Self::embed).
     ///
     /// # Errors
-    /// As [`generate`](Self::generate), and the model's.
-    pub(super) async fn score(&self, judged: Judged) -> Result<Vec<f64>, Problem> {
-        let _place = self.places(1)?;
+    /// As [`embed`](Self::embed).
+    pub(super) async fn score(&self, judged: Judged, _: &Place) -> Result<Vec<f64>, Problem> {
         let Judged { prompt, tools, answers, .. } = judged;
         let mut all = Vec::with_capacity(answers.len());
         for answers in parts(answers, PART_TOKENS, |answer| answer.len() / BYTES_A_TOKEN) {
@@ -214,20 +214,20 @@ impl Client {
     }
 }
 
-/// Prompts under way. Dropped early, as when the client goes away, it cancels what is not answered yet.
+/// Prompts in progress. Dropping it early, as when the client disconnects, cancels the unanswered ones.
 pub(super) struct Open {
     commands: Sender<Command>,
     events: mpsc::UnboundedReceiver<(usize, Event)>,
-    /// Of the prompts that are not answered yet.
+    /// Ids of the unanswered prompts.
     ids: Vec<Option<u64>>,
-    _places: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Open {
-    /// What happens next, with its prompt's place; `None` after the last prompt's end.
+    /// The next event with its prompt's index; `None` after the last prompt has ended.
     ///
     /// # Errors
-    /// An engine that has stopped.
+    /// A stopped engine.
     pub(super) async fn next(&mut self) -> Result<Option<(usize, Event)>, Problem> {
         if self.ids.iter().all(Option::is_none) {
             return Ok(None);
@@ -249,7 +249,7 @@ impl Drop for Open {
     }
 }
 
-/// A prompt that the scheduler has.
+/// A prompt in the scheduler.
 struct Under {
     id: u64,
     place: usize,
@@ -260,7 +260,7 @@ struct Under {
     events: mpsc::UnboundedSender<(usize, Event)>,
 }
 
-/// The computing thread's end.
+/// The compute thread's end of the channel.
 pub(super) struct Engine<'a> {
     model: &'a LocalModel,
     limits: Limits,
@@ -271,7 +271,7 @@ pub(super) struct Engine<'a> {
 }
 
 impl<'a> Engine<'a> {
-    /// An engine without work.
+    /// An idle engine.
     pub(super) fn new(
         model: &'a LocalModel,
         limits: Limits,
@@ -282,11 +282,11 @@ impl<'a> Engine<'a> {
         Self { model, limits, others, metrics, schedule, open: BTreeMap::new() }
     }
 
-    /// Works until it is told to stop; commands that came before and still wait are not obeyed any more. Computes on the
-    /// calling thread, which should be one of rayon's.
+    /// Runs until told to stop; commands still queued then are dropped. Computes on the calling thread, which should
+    /// belong to rayon's pool.
     ///
     /// # Errors
-    /// A GPU that has failed for good. Whoever was answered has been told; whoever waits is told by the engine's end.
+    /// A GPU that has failed permanently. Clients already answered know; waiting ones learn of it when the engine ends.
     pub(super) fn run(
         mut self,
         commands: &Receiver<Command>,
@@ -301,7 +301,7 @@ impl<'a> Engine<'a> {
                     }
                     let computes = matches!(command, Command::Embed(..) | Command::Score(..));
                     self.take(command)?;
-                    // One of those at a time, so that answers go on between them.
+                    // One such computation at a time, so that answers continue in between.
                     next = if computes { None } else { commands.try_recv().ok() };
                 }
                 self.count();
@@ -332,18 +332,19 @@ impl<'a> Engine<'a> {
                     self.metrics.cancelled.add(1);
                 }
             }
+            Command::Tidy => self.schedule.tidy(),
             Command::Embed(..) | Command::Score(..) | Command::Stop => {}
         }
         Ok(())
     }
 
-    /// Gives what was computed to whoever asked.
+    /// Sends a result to its requester.
     fn tell<T>(&self, answer: oneshot::Sender<Result<T>>, computed: Result<T>) -> Result<()> {
         let works = match &computed {
             Ok(_) => Ok(()),
             Err(error) => still_works(self.model.device(), error),
         };
-        // Nobody hears an answer whose receiver is gone.
+        // Sending fails if the receiver is gone.
         let _ = answer.send(computed);
         works
     }
@@ -371,7 +372,7 @@ impl<'a> Engine<'a> {
         });
         match worked {
             Ok(true) => {}
-            // A scheduler with nothing to do while requests are open has lost them.
+            // A scheduler that is idle while requests are open has lost them.
             Ok(false) if self.open.is_empty() => {}
             Ok(false) => self.fail("the engine lost a request"),
             Err(error) => {
@@ -382,7 +383,7 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Tells all who wait what went wrong, and begins anew: nobody knows what the caches hold now.
+    /// Reports an error to all waiting clients and restarts: the state of the caches is unknown.
     fn fail(&mut self, why: &str) {
         for under in std::mem::take(&mut self.open).into_values() {
             let event = Event::Failed(Ticket(u64::MAX), Error::run(why));
@@ -399,7 +400,7 @@ impl<'a> Engine<'a> {
     }
 }
 
-/// Counts an event and gives it to its handler. A handler that is gone cancels by itself.
+/// Counts an event and forwards it to its handler. A handler that is gone cancels by itself.
 fn pass_on(open: &mut BTreeMap<Ticket, Under>, metrics: &Metrics, event: Event) {
     let (Event::Piece(ticket, _) | Event::Done(ticket, ..) | Event::Failed(ticket, _)) = event;
     let Some(under) = open.get_mut(&ticket) else { return };
@@ -439,7 +440,7 @@ mod tests {
     use crate::generate::sampling::Sampling;
     use crate::model::checkpoint::Checkpoint;
 
-    /// Nobody may ask it.
+    /// Must not be called.
     struct Never;
 
     impl Others for Never {
@@ -473,7 +474,7 @@ mod tests {
         let engine = Engine::new(&model, model.limits(), &Never, &metrics);
         engine.run(&commands, &client.told_to_stop()).unwrap();
         drop(commands);
-        // Their senders are gone, which is how those who wait hear of it.
+        // Their senders are gone, which tells the waiting clients.
         assert_eq!(embedded.try_recv().err(), Some(oneshot::error::TryRecvError::Closed));
         assert_eq!(scored.try_recv().err(), Some(oneshot::error::TryRecvError::Closed));
     }
@@ -486,7 +487,7 @@ mod tests {
         assert_eq!(parts.concat(), sizes);
     }
 
-    /// Keeps how many texts it was asked for at once, and lets nobody wait for a second part.
+    /// Records how many texts were requested at once; every part is answered immediately.
     struct Counts(std::sync::Mutex<Vec<usize>>);
 
     impl Others for Counts {
@@ -497,11 +498,13 @@ mod tests {
 
         fn score(&self, judged: &Judged) -> Result<Vec<f64>> {
             self.0.lock().unwrap().push(judged.answers.len());
+            // Long enough for the client to wait, however the threads are scheduled.
+            std::thread::sleep(std::time::Duration::from_millis(10));
             Ok((0..judged.answers.len()).map(|at| (judged.first + at) as f64).collect())
         }
     }
 
-    /// What a client that runs on a thread of its own gets, and the parts that the engine was asked for.
+    /// A client's result, run on its own thread, and the parts the engine was asked for.
     fn asked<T: Send + 'static>(
         ask: impl FnOnce(tokio::runtime::Runtime, Client) -> T + Send + 'static,
     ) -> (T, Vec<usize>) {
@@ -526,18 +529,21 @@ mod tests {
             first: 0,
             answers: vec!["yes".to_owned(); count],
         };
-        let (scores, parts) =
-            asked(move |runtime, client| runtime.block_on(client.score(judged(200))).unwrap());
+        let (scores, parts) = asked(move |runtime, client| {
+            runtime.block_on(client.score(judged(200), &client.places.take().unwrap())).unwrap()
+        });
         assert_eq!(scores, (0..200).map(f64::from).collect::<Vec<_>>());
         assert_eq!(parts, [128, 72]);
         let embed = Embed { texts: vec![vec![1; 2048]; 3], pooling: Pooling::Last };
-        let (vectors, parts) =
-            asked(move |runtime, client| runtime.block_on(client.embed(embed)).unwrap());
+        let (vectors, parts) = asked(move |runtime, client| {
+            runtime.block_on(client.embed(embed, &client.places.take().unwrap())).unwrap()
+        });
         assert_eq!((vectors.len(), parts), (3, vec![1, 1, 1]));
-        // A client that goes away after the first look: one part was asked for at most.
+        // A client that disconnects after the first poll: at most one part was requested.
         let ((), parts) = asked(move |runtime, client| {
             runtime.block_on(async {
-                let waits = client.score(judged(1000));
+                let place = client.places.take().unwrap();
+                let waits = client.score(judged(1000), &place);
                 let gone = std::future::ready(());
                 tokio::select! { biased; _ = waits => panic!("all was computed"), () = gone => {} }
             });
@@ -546,7 +552,7 @@ mod tests {
         assert!(parts.len() <= 1, "{parts:?}");
     }
 
-    /// Fails as a GPU does, at whatever it is asked.
+    /// Fails at every request, as a failed GPU does.
     struct Fails(&'static str);
 
     impl Others for Fails {
@@ -577,13 +583,15 @@ mod tests {
         fn cached_tokens(&self) -> usize {
             0
         }
+
+        fn tidy(&mut self) {}
     }
 
     const LOST: &str = "DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\")";
     const FULL: &str = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
 
-    /// Runs an engine that fails with these words at an embedding and then at an answer, until nobody can ask it any more;
-    /// says how it ended, and which of the two heard the words.
+    /// Runs an engine that fails with this message at an embedding and then at an answer, until all clients are gone;
+    /// returns its result and which of the two received the message.
     fn failing(said: &'static str, embeds: bool) -> (Result<()>, [bool; 2]) {
         let (model, metrics, others) = (student(), Metrics::default(), Fails(said));
         let (sender, commands) = std::sync::mpsc::channel();
@@ -595,7 +603,8 @@ mod tests {
         }
         let prompt = Prompt { index: 0, tokens: vec![1] };
         let request = Request::new(prompt, Arc::new(Sampling::greedy(1)));
-        let mut open = client.generate(vec![request], false).unwrap();
+        let mut open =
+            client.generate(vec![request], false, client.places.take().unwrap()).unwrap();
         drop((sender, std::mem::replace(&mut open.commands, std::sync::mpsc::channel().0)));
         let told_to_stop = client.told_to_stop();
         drop(client);

@@ -1,11 +1,11 @@
-//! A request's JSON object, taken field by field: what nobody took in the end is a mistake, and is told.
+//! A request's JSON object, consumed field by field: unknown fields are an error.
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::problem::{Problem, nearest};
 
-/// Fields of OpenAI's interface that never change an answer here: they name the caller or ask for another bill.
+/// Fields of OpenAI's API that never affect an answer here: they identify the caller or concern billing.
 const WITHOUT_EFFECT: [&str; 7] = [
     "user",
     "metadata",
@@ -16,7 +16,7 @@ const WITHOUT_EFFECT: [&str; 7] = [
     "prompt_cache_retention",
 ];
 
-/// What is left of a request.
+/// The unconsumed fields of a request.
 #[derive(Debug)]
 pub(super) struct Fields {
     left: Map<String, Value>,
@@ -24,24 +24,24 @@ pub(super) struct Fields {
 }
 
 impl Fields {
-    /// Reads a body.
+    /// Parses a body.
     ///
     /// # Errors
-    /// No JSON object.
+    /// Not a JSON object.
     pub(super) fn parse(body: &[u8]) -> Result<Self, Problem> {
         let value: Value = serde_json::from_slice(body)
-            .map_err(|error| Problem::invalid(format!("the body is no JSON: {error}")))?;
+            .map_err(|error| Problem::invalid(format!("the body is not valid JSON: {error}")))?;
         let Value::Object(mut left) = value else {
-            return Err(Problem::invalid("the body is no JSON object"));
+            return Err(Problem::invalid("the body is not a JSON object"));
         };
         left.retain(|name, _| !WITHOUT_EFFECT.contains(&name.as_str()));
         Ok(Self { left, known: Vec::new() })
     }
 
-    /// A field's value; `None` where it is absent or null.
+    /// Takes a field's value; `None` if absent or null.
     ///
     /// # Errors
-    /// A value of another type, by its place.
+    /// A value of another type, with its location.
     pub(super) fn take<T: DeserializeOwned>(
         &mut self,
         name: &'static str,
@@ -60,19 +60,19 @@ impl Fields {
         })
     }
 
-    /// A field that must be there.
+    /// Takes a required field.
     ///
     /// # Errors
-    /// As [`take`](Self::take), and where it is absent.
+    /// As [`take`](Self::take), or an absent field.
     pub(super) fn need<T: DeserializeOwned>(&mut self, name: &'static str) -> Result<T, Problem> {
         let missing = || Problem::invalid(format!("`{name}` is missing")).on(name);
         self.take(name)?.ok_or_else(missing)
     }
 
-    /// Refuses what is left.
+    /// Rejects unconsumed fields.
     ///
     /// # Errors
-    /// Names the first field that nobody knows.
+    /// Names the first unknown field.
     pub(super) fn finish(self) -> Result<(), Problem> {
         match self.left.keys().next() {
             None => Ok(()),

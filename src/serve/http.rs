@@ -1,18 +1,19 @@
-//! Routes, the key, and refusals while the server stops.
+//! Routes, authentication, and refusals while the server stops.
 
 use std::future::{Future, Ready, ready};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use axum::Json;
 use axum::Router;
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use futures_util::StreamExt;
 use rand::RngCore;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
@@ -21,6 +22,7 @@ use super::answering::{Format, respond};
 use super::completions::Asked;
 use super::engine::Client;
 use super::metrics::Metrics;
+use super::places::{Place, Places};
 use super::problem::Problem;
 use super::served::Served;
 use super::voices::Voice;
@@ -28,7 +30,7 @@ use super::{chat, completions, digest, others, voices};
 use crate::error::Error;
 use crate::rng::Stream;
 
-/// Every route, for counting and for "did you mean".
+/// All routes, for metrics and "did you mean".
 const ROUTES: [&str; 11] = [
     "/v1/models",
     "/v1/completions",
@@ -43,31 +45,39 @@ const ROUTES: [&str; 11] = [
     "/metrics",
 ];
 
-/// Routes that need no key: they say nothing of models or of what is asked.
+/// Routes without authentication: they reveal nothing about models or requests.
 const OPEN: [&str; 2] = ["/health", "/metrics"];
 
-/// What handlers share.
+/// Time limit for a request's body. It holds a place meanwhile, which others wait for.
+const BODY_WITHIN: Duration = Duration::from_mins(1);
+
+/// How long a refused client may keep sending.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// State shared by handlers.
 pub(super) struct Shared {
     pub(super) served: Arc<Served>,
-    /// The reward model's name, where there is one.
+    /// The reward model's name, if there is one.
     pub(super) judge: Option<String>,
     pub(super) client: Client,
+    /// Places of those who are asked for nothing that the engine computes.
+    pub(super) beside: Places,
     pub(super) metrics: Arc<Metrics>,
-    /// The [`digest`] of the key. The server does not keep the key itself.
+    /// [`digest`] of the key. The server does not store the key itself.
     pub(super) key: Option<[u8; 32]>,
     pub(super) stopping: AtomicBool,
-    /// Told when the engine has ended, whether or not it was asked to.
+    /// Notified when the engine has ended for any reason.
     pub(super) engine_gone: Notify,
     pub(super) entropy: Entropy,
 }
 
-/// Seeds and ids for requests that bring none.
+/// Seeds and ids for requests without their own.
 pub(super) struct Entropy {
     stream: Stream,
     next: AtomicU64,
 }
 
-/// What a request is given that brings none of its own.
+/// Defaults for a request without its own seed and id.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Fresh {
     pub(super) seed: u64,
@@ -75,7 +85,7 @@ pub(super) struct Fresh {
 }
 
 impl Entropy {
-    /// Different at each start of the program.
+    /// Different at each program start.
     pub(super) fn new(start: u64) -> Self {
         Self { stream: Stream::new(start, "serve"), next: AtomicU64::new(0) }
     }
@@ -86,7 +96,6 @@ impl Entropy {
     }
 }
 
-type Body = Result<Bytes, BytesRejection>;
 type Answered = Result<Json<Value>, Problem>;
 
 /// All routes, with requests of at most `max_body` bytes.
@@ -111,7 +120,7 @@ pub(super) fn router(shared: Arc<Shared>, max_body: usize) -> Router {
         .with_state(shared)
 }
 
-/// Refuses who may not enter, and counts everybody.
+/// Rejects unauthorised requests, and counts all of them.
 async fn gate(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
     let route = route(request.uri().path());
     let response = match shared.refusal(&request) {
@@ -122,7 +131,7 @@ async fn gate(State(shared): State<Arc<Shared>>, request: Request, next: Next) -
     response
 }
 
-/// The route that a path belongs to: a fixed set, so that strangers cannot fill the counters.
+/// The route of a path: a fixed set, so that arbitrary paths cannot fill the counters.
 fn route(path: &str) -> &'static str {
     let own = ROUTES.iter().find(|route| path == **route);
     let model = || path.starts_with("/v1/models/").then_some(&ROUTES[0]);
@@ -139,43 +148,77 @@ impl Shared {
         let given = request.headers().get(header::AUTHORIZATION);
         let given = given.and_then(|value| value.to_str().ok()).unwrap_or_default();
         let given = given.strip_prefix("Bearer ").unwrap_or_default();
-        // Digests are compared, all of their bytes: how long it takes tells nothing of the key.
+        // Constant-time comparison of digests, so that timing reveals nothing about the key.
         let apart = key.iter().zip(digest(given)).fold(0, |apart, (a, b)| apart | (a ^ b));
         (apart != 0).then(Problem::unauthorized)
     }
 }
 
-fn read(body: Body) -> Result<Bytes, Problem> {
-    body.map_err(|rejection| {
-        let too_large = rejection.status() == StatusCode::PAYLOAD_TOO_LARGE;
-        let code = if too_large { "body_too_large" } else { "unreadable_body" };
-        Problem::invalid(rejection.body_text()).status(rejection.status()).code(code)
-    })
+/// Lets a request in: takes a place for it and then reads its body. Where no place is free, nothing is read.
+async fn enter(places: &Places, request: Request) -> Result<(Place, Bytes), Problem> {
+    match places.take() {
+        Ok(place) => Ok((place, read(request, BODY_WITHIN).await?)),
+        Err(problem) => {
+            let_it_end(request.into_body());
+            Err(problem)
+        }
+    }
 }
 
-/// Runs what may take long, as tokenizing a long text does, beside the threads that serve connections.
+async fn read(request: Request, within: Duration) -> Result<Bytes, Problem> {
+    match tokio::time::timeout(within, Bytes::from_request(request, &())).await {
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(rejection)) => {
+            let too_large = rejection.status() == StatusCode::PAYLOAD_TOO_LARGE;
+            let code = if too_large { "body_too_large" } else { "unreadable_body" };
+            Err(Problem::invalid(rejection.body_text()).status(rejection.status()).code(code))
+        }
+        Err(_) => {
+            let seconds = within.as_secs();
+            let message =
+                format!("the body did not come whole within {seconds} seconds; try again");
+            Err(Problem::invalid(message).status(StatusCode::REQUEST_TIMEOUT).code("body_too_slow"))
+        }
+    }
+}
+
+/// Reads and drops the rest of a refused client's body in the background: if the connection were cut while the client
+/// is still sending, it might not read the reason.
+fn let_it_end(body: Body) {
+    tokio::spawn(async move {
+        let mut rest = body.into_data_stream();
+        let rest = async { while let Some(Ok(_)) = rest.next().await {} };
+        // A client that is still sending is cut off after all.
+        let _ = tokio::time::timeout(LINGER, rest).await;
+    });
+}
+
+/// Runs potentially slow work, such as tokenizing a long text, off the threads that serve connections. It keeps its place
+/// until it ends, even if the client is gone, so there is never more of it than there are places.
 async fn aside<T: Send + 'static>(
+    place: Place,
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
-) -> Result<T, Problem> {
+) -> Result<(T, Place), Problem> {
+    let work = move || work().map(|done| (done, place));
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
-        // What has not begun when the runtime ends is cancelled.
+        // Tasks not begun when the runtime ends are cancelled.
         if !error.is_panic() {
             return Err(Problem::stopping());
         }
-        Err(Problem::from(Error::run("a mistake of the server: the request broke its reader")))
+        Err(Problem::from(Error::run("internal error: the request handler panicked")))
     })
 }
 
-/// Reads a request's body.
+/// Parses a request's body.
 type Parse<F> = fn(&Arc<Served>, &[u8], &Fresh) -> Result<Asked<F>, Problem>;
 
-async fn generate<F: Format>(shared: Arc<Shared>, body: Body, parse: Parse<F>) -> Response {
+async fn generate<F: Format>(shared: Arc<Shared>, request: Request, parse: Parse<F>) -> Response {
     let open = async {
-        let body = read(body)?;
+        let (place, body) = enter(&shared.client.places, request).await?;
         let (served, fresh) = (Arc::clone(&shared.served), shared.entropy.fresh());
-        let Asked { requests, stream, format } =
-            aside(move || parse(&served, &body, &fresh)).await?;
-        let open = shared.client.generate(requests, stream)?;
+        let (asked, place) = aside(place, move || parse(&served, &body, &fresh)).await?;
+        let Asked { requests, stream, format } = asked;
+        let open = shared.client.generate(requests, stream, place)?;
         Ok::<_, Problem>((open, format, stream))
     };
     match open.await {
@@ -184,46 +227,61 @@ async fn generate<F: Format>(shared: Arc<Shared>, body: Body, parse: Parse<F>) -
     }
 }
 
-fn complete(State(shared): State<Arc<Shared>>, body: Body) -> impl Future<Output = Response> {
-    generate(shared, body, completions::parse)
+fn complete(State(shared): State<Arc<Shared>>, asked: Request) -> impl Future<Output = Response> {
+    generate(shared, asked, completions::parse)
 }
 
-fn converse(State(shared): State<Arc<Shared>>, body: Body) -> impl Future<Output = Response> {
-    generate(shared, body, chat::parse)
+fn converse(State(shared): State<Arc<Shared>>, asked: Request) -> impl Future<Output = Response> {
+    generate(shared, asked, chat::parse)
 }
 
-async fn embed(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
-    let (body, served) = (read(body)?, Arc::clone(&shared.served));
-    let (embed, wanted) = aside(move || others::Embeddings::parse(&served, &body)).await?;
-    let vectors = shared.client.embed(embed).await?;
-    aside(move || wanted.answer(shared.served.name(), &vectors)).await.map(Json)
+async fn embed(State(shared): State<Arc<Shared>>, request: Request) -> Answered {
+    let (place, body) = enter(&shared.client.places, request).await?;
+    let served = Arc::clone(&shared.served);
+    let parsed = aside(place, move || others::Embeddings::parse(&served, &body)).await?;
+    let ((embed, wanted), place) = parsed;
+    let vectors = shared.client.embed(embed, &place).await?;
+    let answer = aside(place, move || wanted.answer(shared.served.name(), &vectors)).await?;
+    Ok(Json(answer.0))
 }
 
-async fn score(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
-    let (body, reader) = (read(body)?, Arc::clone(&shared));
-    let judged = aside(move || others::judged(reader.judge.as_deref(), &body)).await?;
-    let scores = shared.client.score(judged).await?;
+async fn score(State(shared): State<Arc<Shared>>, request: Request) -> Answered {
+    let (place, body) = enter(&shared.client.places, request).await?;
+    let reader = Arc::clone(&shared);
+    let parsed = aside(place, move || others::judged(reader.judge.as_deref(), &body)).await?;
+    let (judged, place) = parsed;
+    let scores = shared.client.score(judged, &place).await?;
     Ok(Json(others::scores(shared.judge.as_deref(), &scores)))
 }
 
-async fn tokenize(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
-    let body = read(body)?;
-    aside(move || others::tokenize(&shared.served, &body)).await.map(Json)
+/// Answers what the engine is not asked for, in a place beside those who wait for it.
+async fn by_itself(
+    shared: &Arc<Shared>,
+    request: Request,
+    answer: fn(&Served, &[u8]) -> Result<Value, Problem>,
+) -> Answered {
+    let (place, body) = enter(&shared.beside, request).await?;
+    let served = Arc::clone(&shared.served);
+    let (answer, _) = aside(place, move || answer(&served, &body)).await?;
+    Ok(Json(answer))
 }
 
-async fn detokenize(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
-    let body = read(body)?;
-    aside(move || others::detokenize(&shared.served, &body)).await.map(Json)
+async fn tokenize(State(shared): State<Arc<Shared>>, request: Request) -> Answered {
+    by_itself(&shared, request, others::tokenize).await
 }
 
-async fn load(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
-    let body = read(body)?;
-    aside(move || voices::load(&shared.served, &body)).await.map(Json)
+async fn detokenize(State(shared): State<Arc<Shared>>, request: Request) -> Answered {
+    by_itself(&shared, request, others::detokenize).await
 }
 
-async fn unload(State(shared): State<Arc<Shared>>, body: Body) -> Answered {
-    let body = read(body)?;
-    aside(move || voices::unload(&shared.served, &body)).await.map(Json)
+async fn load(State(shared): State<Arc<Shared>>, request: Request) -> Answered {
+    by_itself(&shared, request, voices::load).await
+}
+
+async fn unload(State(shared): State<Arc<Shared>>, request: Request) -> Answered {
+    let told = by_itself(&shared, request, voices::unload).await?;
+    shared.client.tidy();
+    Ok(told)
 }
 
 fn models(State(shared): State<Arc<Shared>>) -> Ready<Json<Value>> {
@@ -276,5 +334,34 @@ mod tests {
         let all = [entropy.fresh(), entropy.fresh(), Entropy::new(2).fresh()];
         assert!(all[0] != all[1] && all[0] != all[2]);
         assert_eq!(all[0].id.len(), 24);
+    }
+
+    #[tokio::test]
+    async fn a_body_that_does_not_come_is_waited_for_so_long_only() {
+        let never = futures_util::stream::pending::<Result<Bytes, std::convert::Infallible>>();
+        let request = Request::new(Body::from_stream(never));
+        let problem = read(request, Duration::from_millis(20)).await.unwrap_err();
+        assert!(problem.message().contains("did not come whole"), "{problem:?}");
+        assert_eq!(problem.into_response().status(), StatusCode::REQUEST_TIMEOUT);
+        let request = Request::new(Body::from("all"));
+        assert_eq!(read(request, BODY_WITHIN).await.unwrap(), "all");
+    }
+
+    #[tokio::test]
+    async fn work_keeps_its_place_when_nobody_waits_for_it_any_more() {
+        let places = Places::new(1);
+        let (go, gone) = std::sync::mpsc::channel::<()>();
+        let works = aside(places.take().unwrap(), move || {
+            let _ = gone.recv();
+            Ok(())
+        });
+        let impatient = tokio::time::timeout(Duration::from_millis(20), works).await;
+        assert!(impatient.is_err() && places.take().is_err());
+        go.send(()).unwrap();
+        while !places.are_all_free() {
+            tokio::task::yield_now().await;
+        }
+        let fails = aside(places.take().unwrap(), || Err::<(), _>(Problem::stopping())).await;
+        assert!(fails.is_err() && places.are_all_free());
     }
 }

@@ -1,4 +1,4 @@
-//! Log-probabilities in the two layouts of OpenAI's interface.
+//! Log-probabilities in the two layouts of OpenAI's API.
 
 use std::fmt::Write;
 
@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use super::served::Served;
 use crate::generate::engine::Likely;
 
-/// Some tokens with their log-probabilities, where each has one, and the likeliest tokens at their places.
+/// Tokens, their log-probabilities if available, and the likeliest tokens at their positions.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Scored<'a> {
     pub(super) ids: &'a [u32],
@@ -15,7 +15,7 @@ pub(super) struct Scored<'a> {
     pub(super) top: &'a [Vec<Likely>],
 }
 
-/// The `logprobs` of a chat answer: exact bytes beside each token's text.
+/// The `logprobs` of a chat answer: raw bytes beside each token's text.
 pub(super) fn of_chat(served: &Served, scored: Scored<'_>) -> Value {
     let likely = |id: u32, logprob: f32| {
         let bytes = served.bytes(id);
@@ -32,14 +32,14 @@ pub(super) fn of_chat(served: &Served, scored: Scored<'_>) -> Value {
     json!({"content": content, "refusal": null})
 }
 
-/// The `logprobs` of a plain completion, grown token by token.
+/// The `logprobs` of a plain completion, built token by token.
 #[derive(Debug, Default)]
 pub(super) struct Legacy {
     tokens: Vec<String>,
     token_logprobs: Vec<Option<f32>>,
     top_logprobs: Vec<Option<Map<String, Value>>>,
     text_offset: Vec<usize>,
-    /// Characters begun so far.
+    /// Number of characters begun so far.
     offset: usize,
 }
 
@@ -63,7 +63,7 @@ impl Legacy {
         let bytes = served.bytes(id);
         self.tokens.push(spelled(bytes));
         self.token_logprobs.push(logprob);
-        // Bytes of the form 10xxxxxx continue a character, which begins where it begins.
+        // Bytes of the form 10xxxxxx continue a character, so the token's offset is that character's.
         let begins = |byte: &u8| byte & 0xC0 != 0x80;
         let within = bytes.first().is_some_and(|byte| !begins(byte));
         self.text_offset.push(self.offset.saturating_sub(usize::from(within)));
@@ -73,13 +73,13 @@ impl Legacy {
                 .iter()
                 .map(|&(id, logprob)| (spelled(served.bytes(id)), json!(logprob)))
                 .collect();
-            // The token itself is named even where it is not among the likeliest.
+            // The sampled token is included even if it is not among the likeliest.
             all.entry(spelled(bytes)).or_insert(json!(logprob));
             all
         }));
     }
 
-    /// OpenAI's object. `top` says whether the likeliest tokens were asked for.
+    /// OpenAI's object. `top`: whether the likeliest tokens were requested.
     pub(super) fn take(&mut self, top: bool) -> Value {
         let offset = self.offset;
         let Self { tokens, token_logprobs, top_logprobs, text_offset, .. } = std::mem::take(self);
@@ -92,7 +92,7 @@ impl Legacy {
     }
 }
 
-/// A token's text; where it is a piece of a character, its bytes as OpenAI spells them.
+/// A token's text, or for a partial character its bytes in OpenAI's notation.
 fn spelled(bytes: &[u8]) -> String {
     match std::str::from_utf8(bytes) {
         Ok(text) => text.to_owned(),

@@ -1,4 +1,4 @@
-//! How an answer is wanted: the fields that chat and plain completions share.
+//! Generation options: the fields that chat and plain completions share.
 
 use std::sync::Arc;
 
@@ -8,16 +8,17 @@ use serde_json::{Map, Value, json};
 use super::fields::Fields;
 use super::problem::{Problem, nearest};
 use super::served::Served;
+use crate::error::Context;
 use crate::generate::engine::{Extras, Prompt, Request};
 use crate::generate::grammar::Grammar;
 use crate::generate::sampling::{Sampling, one_or_many};
 
-/// Most likely tokens that can be named at each place.
+/// Most top tokens per position.
 pub(super) const MOST_TOP: usize = 20;
-/// Most answers to one prompt.
+/// Most answers per prompt.
 const MOST_ANSWERS: usize = 128;
 
-/// The form that an answer must have.
+/// A required answer format.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Form {
     Schema(Value),
@@ -25,36 +26,37 @@ pub(super) enum Form {
 }
 
 impl Form {
-    /// Ready to be obeyed.
+    /// Compiles the format to a grammar. `field` is the request field that asked for it.
     ///
     /// # Errors
-    /// A form that cannot be enforced.
-    pub(super) fn grammar(&self, served: &Served) -> Result<Arc<Grammar>, Problem> {
+    /// A format that cannot be enforced.
+    pub(super) fn grammar(&self, served: &Served, field: &str) -> Result<Arc<Grammar>, Problem> {
         let grammars = served.model.grammars()?;
         let grammar = match self {
             Self::Schema(schema) => grammars.json_schema(schema),
             Self::Regex(pattern) => grammars.regex(pattern),
         };
-        Ok(grammar?)
+        Ok(grammar.at(format_args!("`{field}`"))?)
     }
 }
 
 /// The shared fields of a request.
 #[derive(Debug)]
 pub(super) struct Manner {
-    /// Everything but how many tokens.
+    /// All sampling settings except the token limit.
     pub(super) sampling: Sampling,
     pub(super) extras: Extras,
-    pub(super) form: Option<Form>,
+    /// With the field that asked for it.
+    pub(super) form: Option<(&'static str, Form)>,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
 }
 
 impl Manner {
-    /// Takes the shared fields. `fresh` is the seed of a request that names none.
+    /// Takes the shared fields. `fresh` is the seed if the request has none.
     ///
     /// # Errors
-    /// Values that cannot be honoured.
+    /// Unsupported values.
     pub(super) fn take(fields: &mut Fields, fresh: u64) -> Result<Self, Problem> {
         let sampling = sampling(fields, fresh)?;
         let extras = Extras {
@@ -62,7 +64,7 @@ impl Manner {
             presence_penalty: penalty(fields, "presence_penalty")?,
             frequency_penalty: penalty(fields, "frequency_penalty")?,
             stop_token_ids: stop_token_ids(fields)?,
-            // Pieces are how tokens are counted as they come, whether or not the client wants them.
+            // Always streamed: tokens are counted by pieces, whether or not the client wants them.
             stream: true,
             ..Extras::default()
         };
@@ -71,10 +73,10 @@ impl Manner {
         Ok(Self { sampling, extras, form: form(fields)?, stream, include_usage })
     }
 
-    /// The request for answers of at most `max_tokens` to a prompt.
+    /// The engine requests for answers of at most `max_tokens` to the prompts; with 0, only the prompts are scored.
     ///
     /// # Errors
-    /// A prompt without room for one of them, in the model's positions or in the caches.
+    /// A prompt that leaves no room for an answer in the model's positions or the caches.
     pub(super) fn requests(
         self,
         served: &Served,
@@ -82,10 +84,11 @@ impl Manner {
         max_tokens: Option<usize>,
     ) -> Result<Vec<Request>, Problem> {
         let Self { mut sampling, mut extras, form, .. } = self;
-        extras.grammar = form.map(|form| form.grammar(served)).transpose()?;
+        extras.grammar = form.map(|(field, form)| form.grammar(served, field)).transpose()?;
+        extras.prompt_only = max_tokens == Some(0);
         let extras = Arc::new(extras);
         let n = sampling.num_samples;
-        // Without a number, what fits: the smallest room of all prompts, so that they share one setting.
+        // Without a limit, whatever fits: the smallest room over all prompts, since they share their settings.
         let rooms: Vec<usize> = prompts
             .iter()
             .map(|tokens| room(served, tokens.len(), max_tokens, n))
@@ -106,33 +109,39 @@ impl Manner {
     }
 }
 
-/// How many tokens an answer to a prompt of `len` tokens may have.
+/// Token limit of an answer to a prompt of `len` tokens.
 fn room(served: &Served, len: usize, wanted: Option<usize>, n: usize) -> Result<usize, Problem> {
     let (positions, cache) = (served.limits.max_positions, served.limits.cache_tokens);
     let too_long = |message: String| Problem::invalid(message).code("context_length_exceeded");
     if len == 0 {
         return Err(Problem::invalid("a prompt without tokens"));
     }
-    if len >= positions {
+    let prompt_only = wanted == Some(0);
+    if prompt_only && len > positions {
+        return Err(too_long(format!(
+            "the prompt has {len} tokens, expected at most the model's {positions} positions"
+        )));
+    }
+    if !prompt_only && len >= positions {
         return Err(too_long(format!(
             "the prompt has {len} tokens, and the model's {positions} positions must hold an answer too"
         )));
     }
     let room = positions - len;
-    // Without a number, answers have what lets them all be written at once, in the engine's pages.
+    // Without a limit, all `n` answers must fit in the cache at once, in whole pages.
     let (page, prompt) = (served.model.in_pages(1), served.model.in_pages(len));
     let each = wanted.unwrap_or_else(|| {
         let fitting = cache.saturating_sub(prompt) / n.max(1) / page * page;
         room.min(fitting.max(page))
     });
-    // Not as a sum: it may be more than any number.
+    // Not compared as a sum, which could overflow.
     if each > room {
         return Err(too_long(format!(
             "the prompt has {len} tokens and `max_tokens` is {each}, together more than the model's {positions} positions"
         ))
         .on("max_tokens"));
     }
-    // More answers than fit beside each other take turns.
+    // If not all answers fit in the cache at once, they take turns.
     let taken = prompt + served.model.in_pages(each);
     if taken > cache {
         return Err(Problem::invalid(format!(
@@ -162,7 +171,7 @@ fn sampling(fields: &mut Fields, fresh: u64) -> Result<Sampling, Problem> {
         min_p: fields.take("min_p")?.unwrap_or(default.min_p),
         repetition_penalty: repetition_penalty(fields)?.unwrap_or(default.repetition_penalty),
         stop: fields.take("stop")?.map(|Stop(strings)| strings).unwrap_or_default(),
-        // Negative seeds are as good as any.
+        // Negative seeds are valid too.
         seed: fields.take::<i64>("seed")?.map_or(fresh, i64::cast_unsigned),
         num_samples,
         ..default
@@ -171,7 +180,7 @@ fn sampling(fields: &mut Fields, fresh: u64) -> Result<Sampling, Problem> {
     Ok(sampling)
 }
 
-/// Under vLLM's name or llama.cpp's; clients that do not know their server send both.
+/// Under vLLM's or llama.cpp's name; clients unsure of their server send both.
 fn repetition_penalty(fields: &mut Fields) -> Result<Option<f64>, Problem> {
     let own: Option<f64> = fields.take("repetition_penalty")?;
     let other: Option<f64> = fields.take("repeat_penalty")?;
@@ -190,7 +199,7 @@ fn repetition_penalty(fields: &mut Fields) -> Result<Option<f64>, Problem> {
 #[serde(transparent)]
 struct Stop(#[serde(deserialize_with = "one_or_many")] Vec<String>);
 
-/// vLLM's. Each once: every token that is drawn is looked up among them.
+/// vLLM's field, deduplicated, since every sampled token is looked up in it.
 fn stop_token_ids(fields: &mut Fields) -> Result<Vec<u32>, Problem> {
     let mut ids: Vec<u32> = fields.take("stop_token_ids")?.unwrap_or_default();
     ids.sort_unstable();
@@ -227,7 +236,7 @@ fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, Problem> {
     struct Options {
         #[serde(default)]
         include_usage: bool,
-        /// Noise in the length of chunks, against listeners on an encrypted line: there is none here.
+        /// Padding of chunks against eavesdroppers on an encrypted connection; not needed here.
         #[serde(default, rename = "include_obfuscation")]
         _include_obfuscation: bool,
     }
@@ -239,15 +248,19 @@ fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, Problem> {
     Ok(options.is_some_and(|options| options.include_usage))
 }
 
-/// What `response_format` and vLLM's fields ask for; one of them at most.
-fn form(fields: &mut Fields) -> Result<Option<Form>, Problem> {
+/// The format requested by `response_format` or vLLM's fields, with the field; at most one may be set.
+fn form(fields: &mut Fields) -> Result<Option<(&'static str, Form)>, Problem> {
+    let format = fields.take("response_format")?.map(|value| response_format(&value));
     let asked = [
-        fields.take("response_format")?.map(|value| response_format(&value)).transpose()?.flatten(),
-        fields.take("guided_regex")?.map(Form::Regex),
-        fields.take("guided_json")?.map(Form::Schema),
-        fields.take("structured_outputs")?.map(structured_outputs).transpose()?,
+        ("response_format", format.transpose()?.flatten()),
+        ("guided_regex", fields.take("guided_regex")?.map(Form::Regex)),
+        ("guided_json", fields.take("guided_json")?.map(Form::Schema)),
+        (
+            "structured_outputs",
+            fields.take("structured_outputs")?.map(structured_outputs).transpose()?,
+        ),
     ];
-    let mut asked = asked.into_iter().flatten();
+    let mut asked = asked.into_iter().filter_map(|(field, form)| Some((field, form?)));
     match (asked.next(), asked.next()) {
         (form, None) => Ok(form),
         _ => Err(Problem::invalid("an answer can have one form only").on("response_format")),
@@ -281,8 +294,11 @@ fn structured_outputs(wanted: Map<String, Value>) -> Result<Form, Problem> {
             ("regex", Value::String(pattern)) => Ok(Form::Regex(pattern)),
             ("json", Value::String(text)) => serde_json::from_str(&text)
                 .map(Form::Schema)
-                .map_err(|_| problem("`structured_outputs.json` is no JSON")),
+                .map_err(|_| problem("`structured_outputs.json` is not valid JSON")),
             ("json", schema) => Ok(Form::Schema(schema)),
+            ("choice", Value::Array(choices)) if choices.is_empty() => {
+                Err(problem("`structured_outputs.choice` is empty, expected what to choose from"))
+            }
             ("choice", Value::Array(choices)) if choices.iter().all(Value::is_string) => {
                 let choices = choices.iter().filter_map(Value::as_str).map(regex::escape);
                 Ok(Form::Regex(choices.collect::<Vec<_>>().join("|")))
@@ -324,7 +340,7 @@ mod tests {
 
     #[test]
     fn forms_are_read_from_all_their_fields() {
-        let form = |body: Value| take(&body).unwrap().form;
+        let form = |body: Value| take(&body).unwrap().form.map(|(_, form)| form);
         let schema = json!({"type": "string"});
         let of_schema = Some(Form::Schema(schema.clone()));
         let named = json!({"name": "s", "schema": schema, "strict": true});
@@ -361,6 +377,7 @@ mod tests {
             (json!({"response_format": {"type": "json_schema"}}), "missing"),
             (json!({"guided_regex": "a", "guided_json": {}}), "one form"),
             (json!({"structured_outputs": {"grammar": "x"}}), "knows"),
+            (json!({"structured_outputs": {"choice": []}}), "`structured_outputs.choice` is empty"),
             (json!({"best_off": 2}), "unknown field"),
         ] {
             let problem = take(&body).unwrap_err().body().to_string();

@@ -1,4 +1,4 @@
-//! What the server counts, in Prometheus' text format.
+//! Server metrics in Prometheus' text format.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -10,7 +10,7 @@ use std::time::Duration;
 const BOUNDS: [f64; 14] =
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
 
-/// A number that goes up, or up and down.
+/// A counter or gauge.
 #[derive(Debug, Default)]
 pub(super) struct Number(AtomicU64);
 
@@ -28,7 +28,7 @@ impl Number {
     }
 }
 
-/// How long something took, by buckets.
+/// A histogram of durations.
 #[derive(Debug, Default)]
 pub(super) struct Histogram(Mutex<Buckets>);
 
@@ -63,12 +63,12 @@ impl Histogram {
     }
 }
 
-/// A count stays right whatever a thread that held it did.
+/// Counts stay valid even if a thread panicked while holding the lock.
 fn locked<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Everything that is counted.
+/// All metrics.
 #[derive(Debug, Default)]
 pub(super) struct Metrics {
     answered: Mutex<BTreeMap<(&'static str, u16), u64>>,
@@ -89,7 +89,7 @@ impl Metrics {
         *locked(&self.answered).entry((route, status)).or_default() += 1;
     }
 
-    /// The page that Prometheus reads.
+    /// The page scraped by Prometheus.
     pub(super) fn page(&self) -> String {
         let mut text = String::new();
         head(&mut text, "arriero_requests_total", "counter", "HTTP requests by route and status.");

@@ -1,9 +1,10 @@
-//! A model behind OpenAI's HTTP interface (`arriero serve`).
+//! A model behind OpenAI's HTTP API (`arriero serve`).
 //!
-//! One thread owns the model and computes ([`engine`]); the HTTP side parses, waits and formats. Answers are the
-//! engine's: on the CPU the same request with the same seed is answered the same, whatever else is going on.
+//! One thread owns the model and computes ([`engine`]); the HTTP side parses, waits and formats. On the CPU the same
+//! request with the same seed gets the same answer, whatever the load.
 //!
-//! Does not load models by request (adapters may be), keep conversations or files, or speak TLS: a proxy does that.
+//! Does not load models on request (only adapters, if allowed), store conversations or files, or speak TLS, which is
+//! left to a proxy.
 
 mod answering;
 mod chat;
@@ -15,6 +16,7 @@ mod logprobs;
 mod manner;
 mod metrics;
 mod others;
+mod places;
 mod problem;
 mod served;
 mod tools;
@@ -38,56 +40,57 @@ use crate::score::reward_model::RewardModel;
 use engine::{Client, Command, Engine};
 use http::{Entropy, Shared};
 use metrics::Metrics;
+use places::Places;
 use served::{Companions, Served};
 use voices::{Base, Voices};
 
-/// How long clients may take to read the last words of a server that stops.
+/// How long clients may take to read the last bytes of a stopping server.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// How the server is run.
+/// Server settings.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The names that requests may call the model by; answers carry the first.
+    /// Names under which requests may address the model; answers report the first.
     pub names: Vec<String>,
-    /// How the model's matrices are held.
+    /// Storage format of the model's matrices.
     pub quantization: WeightFormat,
-    /// Adapters to load beside the model, by the names that requests call them.
+    /// Adapters to load beside the model, as (name, path).
     pub adapters: Vec<(String, String)>,
-    /// Whether requests may load adapters from this machine's directories, and unload them.
+    /// Whether requests may load adapters from this machine's directories and unload them.
     pub allow_runtime_lora_updating: bool,
-    /// The [`digest`] of the key that a request must bring in its `Authorization` header.
+    /// [`digest`] of the key required in the `Authorization` header.
     pub key: Option<[u8; 32]>,
-    /// Most answers under way at once; the model's default where absent.
+    /// Most answers decoded at once; defaults to the model's limit.
     pub max_batch: Option<usize>,
-    /// Most tokens in all caches together; the model's default where absent.
+    /// Most tokens in all caches together; defaults to the model's limit.
     pub cache_tokens: Option<usize>,
-    /// Most prompts that are under way or wait; more are refused for the moment.
+    /// Most prompts in progress or waiting; further ones are refused before they are read.
     pub max_requests: usize,
-    /// Most bytes of a request.
+    /// Most bytes in a request.
     pub max_body: usize,
-    /// How long requests under way may take to end once the server was told to stop.
+    /// How long requests in progress may take to finish once the server is told to stop.
     pub drain: Duration,
 }
 
-/// What answers, and what judges.
+/// The served models.
 pub struct Models {
     /// The model that answers.
     pub policy: Checkpoint,
-    /// What [`peft::fingerprint`](crate::model::lora::peft::fingerprint) says of it as it was loaded.
+    /// Result of [`peft::fingerprint`](crate::model::lora::peft::fingerprint) for the policy as loaded.
     pub fingerprint: String,
-    /// A reward model with its name, for `/score`.
+    /// A reward model and its name, for `/score`.
     pub judge: Option<(String, RewardModel)>,
 }
 
-/// SHA-256 of a key, which is all that the server keeps of it.
+/// SHA-256 of a key; the server stores nothing else of it.
 pub fn digest(key: &str) -> [u8; 32] {
     Sha256::digest(key.as_bytes()).into()
 }
 
-/// Takes an address. Done before a model is loaded, so that an address in use is known at once.
+/// Binds an address, before loading a model, so that an address in use is reported at once.
 ///
 /// # Errors
-/// No such address, or one that is taken.
+/// No such address, or one in use.
 pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
     let listener = TcpListener::bind((host, port))
         .map_err(Error::from)
@@ -98,11 +101,11 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
     Ok(listener)
 }
 
-/// Serves until SIGINT or SIGTERM. Computes on the calling thread, which should be one of rayon's. `ready` is called
-/// with the address once requests are answered.
+/// Serves until SIGINT or SIGTERM. Computes on the calling thread, which should belong to rayon's pool. `ready` is
+/// called with the address once requests are accepted.
 ///
 /// # Errors
-/// Models that cannot be served, the operating system's refusals, and a GPU that has failed for good.
+/// Models that cannot be served, operating system errors, and a GPU that has failed permanently.
 pub fn serve(
     listener: TcpListener,
     models: Models,
@@ -121,24 +124,24 @@ pub fn serve(
     ready(address);
     let engine = Engine::new(&served.model, served.limits, &companions, &shared.metrics);
     let worked = engine.run(&commands, &shared.client.told_to_stop());
-    // Whoever still waits hears now that the engine is gone.
+    // Waiting clients now learn that the engine is gone.
     drop(commands);
     shared.engine_gone.notify_one();
     let ended = runtime.block_on(async { tokio::time::timeout(2 * FAREWELL, ended).await });
     runtime.shutdown_timeout(Duration::from_secs(1));
     if worked.is_err() {
-        // What lies on a GPU that has failed cannot be freed, and closing cuBLAS there panics.
+        // Memory on a failed GPU cannot be freed, and closing cuBLAS there panics.
         std::mem::forget(companions);
     }
     worked?;
     match ended {
         Ok(Ok(result)) => result,
-        // Connections that did not end in time are cut; there is nothing to lose.
+        // Connections that did not end in time are cut; nothing is lost.
         Ok(Err(_)) | Err(_) => Ok(()),
     }
 }
 
-/// What handlers share. They ask the engine by `sender`.
+/// State shared by handlers. They reach the engine through `sender`.
 fn shared(
     served: Arc<Served>,
     judge: Option<String>,
@@ -150,6 +153,7 @@ fn shared(
         served,
         judge,
         client: Client::new(sender, settings.max_requests),
+        beside: Places::new(settings.max_requests),
         metrics: Arc::new(Metrics::default()),
         key: settings.key,
         stopping: AtomicBool::new(false),
@@ -160,7 +164,7 @@ fn shared(
 
 fn served(policy: Checkpoint, fingerprint: String, settings: &Settings) -> Result<Served> {
     let by_request = settings.allow_runtime_lora_updating;
-    // What nobody else holds is freed while the model takes it.
+    // Weights that nothing else owns are freed while the model converts them.
     let adapted = by_request || !settings.adapters.is_empty();
     let base = adapted.then(|| Base { weights: policy.weights.clone(), fingerprint });
     let voices = Voices::new(base, by_request);
@@ -171,13 +175,13 @@ fn served(policy: Checkpoint, fingerprint: String, settings: &Settings) -> Resul
         served.load(name, path).map_err(|problem| Error::usage(problem.message()))?;
     }
     if !by_request {
-        // Where the model shares them, nothing is freed.
+        // Frees nothing if the model shares them.
         served.voices.close();
     }
     Ok(served)
 }
 
-/// Stops the engine when the HTTP side ends, however it ends.
+/// Stops the engine when the HTTP side ends for any reason.
 struct StopsEngine(Arc<Shared>);
 
 impl Drop for StopsEngine {
@@ -193,7 +197,7 @@ fn start_http(
     settings: &Settings,
 ) -> Result<tokio::task::JoinHandle<Result<()>>> {
     let (max_body, drain) = (settings.max_body, settings.drain);
-    // Signals are listened for before anybody can know that the server is up.
+    // Install signal handlers before the server can be known to be up.
     let (listener, mut signals) = {
         let _inside = runtime.enter();
         (tokio::net::TcpListener::from_std(listener)?, Signals::listen()?)
@@ -203,24 +207,24 @@ fn start_http(
         let router = http::router(Arc::clone(&shared), max_body);
         let (drained, is_drained) = tokio::sync::oneshot::channel::<()>();
         let serving = axum::serve(listener, router).with_graceful_shutdown(async {
-            // A sender that is dropped says the same.
+            // A dropped sender means the same.
             let _ = is_drained.await;
         });
         let stopping = async {
             tokio::select! {
                 () = signals.next() => {}
-                // By itself it ends where it can compute no more.
+                // Also ends by itself if the engine can no longer compute.
                 () = shared.engine_gone.notified() => {}
             }
             shared.stopping.store(true, Ordering::Relaxed);
-            // Asked twice, it waits no longer. Without an engine nothing stays under way.
+            // A second signal ends the wait. Without an engine nothing remains in progress.
             tokio::select! {
                 () = idle(&shared) => {}
                 () = signals.next() => {}
                 () = tokio::time::sleep(drain) => {}
             }
-            // Whoever still waits is told, and has a moment to read it. Connections end with their last byte; those that
-            // do not are cut.
+            // Waiting clients are notified and get a moment to read it. Connections close after their last byte; others
+            // are cut.
             shared.client.stop();
             let _ = drained.send(());
             tokio::time::sleep(FAREWELL).await;
@@ -255,7 +259,7 @@ impl Signals {
         Ok(Self { interrupt: signal(interrupt)?, terminate: signal(terminate)? })
     }
 
-    /// Ends with the next of them.
+    /// Resolves at the next signal.
     async fn next(&mut self) {
         tokio::select! { _ = self.interrupt.recv() => {}, _ = self.terminate.recv() => {} }
     }
@@ -271,7 +275,7 @@ impl Signals {
         Ok(Self)
     }
 
-    /// Ends with the next one.
+    /// Resolves at the next Ctrl-C.
     async fn next(&mut self) {
         let _ = tokio::signal::ctrl_c().await;
     }

@@ -1,4 +1,4 @@
-//! The smaller endpoints: embeddings, tokens of texts and back, rewards.
+//! The smaller endpoints: embeddings, tokenize and detokenize, scores.
 
 use serde_json::{Map, Value, json};
 
@@ -7,11 +7,11 @@ use super::completions::Texts;
 use super::engine::{Embed, Judged, Pooling};
 use super::fields::Fields;
 use super::problem::Problem;
-use super::served::{Served, check_ids, in_base64};
+use super::served::{Served, begin, check_ids, in_base64};
 use super::tools::Tools;
 use crate::data::record::Message;
 
-/// Most texts or answers of a request: OpenAI's number for embeddings.
+/// Most texts or answers per request: OpenAI's limit for embeddings.
 const MOST: usize = 2048;
 
 fn at_most(count: usize, what: &str) -> Result<(), Problem> {
@@ -21,7 +21,7 @@ fn at_most(count: usize, what: &str) -> Result<(), Problem> {
     Err(Problem::invalid(format!("{count} items in `{what}`, expected {MOST} at most")).on(what))
 }
 
-/// `POST /v1/embeddings`: how the vectors are wanted.
+/// `POST /v1/embeddings`: output options.
 pub(super) struct Embeddings {
     tokens: usize,
     base64: bool,
@@ -32,7 +32,7 @@ impl Embeddings {
     /// Reads a request.
     ///
     /// # Errors
-    /// What cannot be honoured.
+    /// An unsupported request.
     pub(super) fn parse(served: &Served, body: &[u8]) -> Result<(Embed, Self), Problem> {
         let mut fields = Fields::parse(body)?;
         served.take_name(&mut fields)?;
@@ -65,10 +65,10 @@ impl Embeddings {
         Ok((Embed { texts, pooling }, Self { tokens, base64, dimensions }))
     }
 
-    /// The answer.
+    /// The response body.
     ///
     /// # Errors
-    /// Another length than was asked for.
+    /// A dimension other than requested.
     pub(super) fn answer(&self, name: &str, vectors: &[Vec<f32>]) -> Result<Value, Problem> {
         let width = vectors.first().map_or(0, Vec::len);
         if let Some(dimensions) = self.dimensions.filter(|dimensions| *dimensions != width) {
@@ -85,15 +85,15 @@ impl Embeddings {
     }
 }
 
-/// `POST /tokenize`: of a text or of a conversation.
+/// `POST /tokenize`, for a text or a conversation.
 ///
 /// # Errors
-/// What cannot be honoured.
+/// An unsupported request.
 pub(super) fn tokenize(served: &Served, body: &[u8]) -> Result<Value, Problem> {
     let mut fields = Fields::parse(body)?;
     let voice = served.take_voice(&mut fields)?;
     let prompt: Option<String> = fields.take("prompt")?;
-    let add_special = fields.take("add_special_tokens")?;
+    let add_special: Option<bool> = fields.take("add_special_tokens")?;
     let with_texts = fields.take("return_token_strs")?.unwrap_or(false);
     let ids = if let Some(prompt) = prompt {
         fields.finish()?;
@@ -102,7 +102,13 @@ pub(super) fn tokenize(served: &Served, body: &[u8]) -> Result<Value, Problem> {
         let conversation = Conversation::take(&mut fields)?;
         let tools = Tools::take(&mut fields)?;
         fields.finish()?;
-        conversation.encode(voice.tokenizer(served), tools.described.as_ref())?
+        let tokenizer = voice.tokenizer(served);
+        let mut ids = conversation.encode(tokenizer, tools.described.as_ref())?;
+        // Templates write them where they belong.
+        if add_special.unwrap_or(false) {
+            begin(&mut ids, tokenizer);
+        }
+        ids
     };
     let texts: Option<Vec<String>> = with_texts.then(|| {
         ids.iter().map(|&id| String::from_utf8_lossy(served.bytes(id)).into_owned()).collect()
@@ -114,7 +120,7 @@ pub(super) fn tokenize(served: &Served, body: &[u8]) -> Result<Value, Problem> {
 /// `POST /detokenize`.
 ///
 /// # Errors
-/// What cannot be honoured.
+/// An unsupported request.
 pub(super) fn detokenize(served: &Served, body: &[u8]) -> Result<Value, Problem> {
     let mut fields = Fields::parse(body)?;
     served.take_name(&mut fields)?;
@@ -124,10 +130,10 @@ pub(super) fn detokenize(served: &Served, body: &[u8]) -> Result<Value, Problem>
     Ok(json!({"prompt": served.tokenizer().decode(&ids, false)}))
 }
 
-/// `POST /score`: reads which answers the reward model is to judge.
+/// `POST /score`: parses the answers to score.
 ///
 /// # Errors
-/// What cannot be honoured; a server without a reward model.
+/// An unsupported request; a server without a reward model.
 pub(super) fn judged(judge: Option<&str>, body: &[u8]) -> Result<Judged, Problem> {
     let Some(judge) = judge else {
         let message = "no reward model is served; start the server with --reward-model";
@@ -160,10 +166,50 @@ pub(super) fn judged(judge: Option<&str>, body: &[u8]) -> Result<Judged, Problem
     Ok(Judged { prompt, tools, first: 0, answers })
 }
 
-/// What the reward model, of this name, thinks of them.
+/// The response body with the scores of the reward model of this name.
 pub(super) fn scores(judge: Option<&str>, scores: &[f64]) -> Value {
     let object =
         |(index, score): (usize, &f64)| json!({"object": "score", "index": index, "score": score});
     let data: Vec<Value> = scores.iter().enumerate().map(object).collect();
     json!({"object": "list", "data": data, "model": judge})
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::data::tokenizer::{ChatTokenizer, TokenizerSettings};
+    use crate::generate::sampling::WeightFormat;
+    use crate::model::checkpoint::Checkpoint;
+    use crate::serve::voices::Voices;
+
+    #[test]
+    fn special_tokens_are_added_to_a_text_unasked_and_to_a_conversation_where_asked() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
+        let mut model = Checkpoint::load_dir(&dir, &Device::Cpu).unwrap();
+        let own = model.tokenizer().unwrap();
+        let settings = TokenizerSettings { add_bos: true, ..own.settings().clone() };
+        let bos = settings.bos.unwrap();
+        model.tokenizer = Some(ChatTokenizer::new(own.inner().clone(), settings).unwrap());
+        let voices = Voices::new(None, false);
+        let served =
+            Served::new(model, vec!["tiny".to_owned()], WeightFormat::None, voices).unwrap();
+        let first = |body: Value| {
+            let answer = tokenize(&served, body.to_string().as_bytes()).unwrap();
+            answer["tokens"][0].as_u64() == Some(u64::from(bos))
+        };
+        let with = |add: Value, key: &str, asked: Value| {
+            first(json!({key: asked, "add_special_tokens": add}))
+        };
+        let messages = json!([{"role": "user", "content": "Tom"}]);
+        for (add, text, conversation) in
+            [(Value::Null, true, false), (json!(true), true, true), (json!(false), false, false)]
+        {
+            assert_eq!(with(add.clone(), "prompt", json!("Tom")), text, "{add}");
+            assert_eq!(with(add.clone(), "messages", messages.clone()), conversation, "{add}");
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! What is told to a client that cannot be served: an HTTP status and OpenAI's error object.
+//! Error responses: an HTTP status and OpenAI's error object.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Kind, did_you_mean};
 
-/// A refusal or a failure, for the client to read.
+/// A refusal or failure reported to the client.
 #[derive(Debug)]
 pub(super) struct Problem {
     status: StatusCode,
@@ -22,62 +22,62 @@ impl Problem {
         Self { status, kind, message: message.into(), param: None, code: None }
     }
 
-    /// A request that cannot be honoured.
+    /// An unsupported request.
     pub(super) fn invalid(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
     }
 
-    /// Another status for the same words.
+    /// Sets the status.
     pub(super) fn status(mut self, status: StatusCode) -> Self {
         self.status = status;
         self
     }
 
-    /// The field that is wrong.
+    /// Sets the offending field.
     pub(super) fn on(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
         self
     }
 
-    /// A word for programs.
+    /// Sets the machine-readable code.
     pub(super) fn code(mut self, code: &'static str) -> Self {
         self.code = Some(code);
         self
     }
 
-    /// No such model here.
+    /// Unknown model.
     pub(super) fn no_model(name: &str, known: &[String]) -> Self {
         let message = format!("no model `{name}`; {}", nearest(name, known));
         Self::invalid(message).status(StatusCode::NOT_FOUND).on("model").code("model_not_found")
     }
 
-    /// No such address here.
+    /// Unknown route.
     pub(super) fn no_route(method: &str, path: &str, known: &[String]) -> Self {
         Self::invalid(format!("no {method} {path}; {}", nearest(path, known)))
             .status(StatusCode::NOT_FOUND)
     }
 
-    /// Without the key, or with a wrong one.
+    /// A missing or wrong key.
     pub(super) fn unauthorized() -> Self {
         Self::invalid("no valid API key; send the header `Authorization: Bearer KEY`")
             .status(StatusCode::UNAUTHORIZED)
             .code("invalid_api_key")
     }
 
-    /// All places are taken.
+    /// All slots are taken.
     pub(super) fn busy(most: usize) -> Self {
         let message =
             format!("{most} requests are under way or wait, which is the most; try again");
         Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message).code("queue_full")
     }
 
-    /// The server stops or has stopped.
+    /// The server is stopping or has stopped.
     pub(super) fn stopping() -> Self {
         let message = "the server is stopping";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", message).code("stopping")
     }
 
-    /// In words.
+    /// The message.
     pub(super) fn message(&self) -> &str {
         &self.message
     }
@@ -88,7 +88,7 @@ impl Problem {
     }
 }
 
-/// "did you mean" for a name, or all there is.
+/// "did you mean" for a name, or the list of all names.
 pub(super) fn nearest<S: AsRef<str>>(name: &str, known: &[S]) -> String {
     if let Some(near) = did_you_mean(name, known.iter().map(AsRef::as_ref)) {
         return format!("did you mean `{near}`?");
@@ -97,7 +97,7 @@ pub(super) fn nearest<S: AsRef<str>>(name: &str, known: &[S]) -> String {
     format!("there is: {}", all.join(", "))
 }
 
-/// A usage error is the client's, any other the server's.
+/// Usage errors are the client's, all others the server's.
 impl From<Error> for Problem {
     fn from(error: Error) -> Self {
         let message = match error.hint_text() {
@@ -106,7 +106,7 @@ impl From<Error> for Problem {
         };
         match error.kind() {
             Kind::Usage => {
-                // Such messages begin with the field that is wrong, where it is one.
+                // Such messages begin with the offending field, if there is one.
                 let param = message.strip_prefix('`').and_then(|rest| rest.split_once('`'));
                 let param = param.map(|(name, _)| name.to_owned());
                 Self { param, ..Self::invalid(message) }

@@ -1,4 +1,4 @@
-//! The models that are served, and what is said of them.
+//! The served models and their descriptions.
 
 use std::sync::{Arc, OnceLock};
 
@@ -21,26 +21,26 @@ use crate::score::reward_model::RewardModel;
 use crate::score::{Question, Scorer};
 use crate::store::sha256_bytes;
 
-/// The model that answers, with its names.
+/// The answering model, with its names.
 pub(super) struct Served {
-    /// The first is the one that answers carry.
+    /// The first one is reported in answers.
     pub(super) names: Vec<String>,
     pub(super) model: LocalModel,
     pub(super) limits: Limits,
     /// The model without adapters.
     pub(super) alone: Arc<Voice>,
     pub(super) voices: Voices,
-    /// Seconds since 1970 at the server's start.
+    /// Unix time of the server's start, in seconds.
     pub(super) created: u64,
     words: OnceLock<Vec<Vec<u8>>>,
 }
 
 impl Served {
-    /// Takes a checkpoint. Where adapters may come, they are held against its weights, which are then shared, not copied,
-    /// unless they are rounded; else the model has them in the form that it reads fastest.
+    /// Wraps a checkpoint. If adapters may be loaded, they need its weights, which are then shared rather than copied
+    /// (unless quantised); otherwise the model uses its fastest storage format.
     ///
     /// # Errors
-    /// A reward model, or a checkpoint without tokenizer.
+    /// A reward model, or a checkpoint without a tokenizer.
     pub(super) fn new(
         checkpoint: Checkpoint,
         names: Vec<String>,
@@ -53,7 +53,7 @@ impl Served {
             adapter: None,
         };
         let model = match quantization {
-            // A copy in another order would be a second one.
+            // A packed copy would duplicate the weights.
             WeightFormat::None if voices.is_open() => LocalModel::new(&checkpoint)?,
             format => LocalModel::held(checkpoint, format)?,
         };
@@ -69,12 +69,12 @@ impl Served {
         })
     }
 
-    /// The name that answers carry.
+    /// The name reported in answers.
     pub(super) fn name(&self) -> &str {
         &self.alone.name
     }
 
-    /// The entry of `/v1/models` for one of the names.
+    /// The `/v1/models` entry of a name.
     pub(super) fn card(&self, name: &str) -> Value {
         json!({
             "id": name, "object": "model", "created": self.created, "owned_by": "arriero", "root": self.name(),
@@ -87,28 +87,35 @@ impl Served {
         self.model.tokenizer()
     }
 
-    /// The ids of plain text, special tokens in it parsed, and `bos` before it where the tokenizer wants that.
+    /// Token ids of plain text, with special tokens parsed, and preceded by `bos` if the tokenizer adds it.
     ///
     /// # Errors
-    /// Text that the vocabulary cannot spell.
+    /// Text that the vocabulary cannot represent.
     pub(super) fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let tokenizer = self.tokenizer();
         let mut ids = tokenizer.encode_special(text)?;
-        let bos = tokenizer.bos().filter(|_| add_special && tokenizer.settings().add_bos);
-        if let Some(bos) = bos.filter(|bos| ids.first() != Some(bos)) {
-            ids.insert(0, bos);
+        if add_special {
+            begin(&mut ids, tokenizer);
         }
         Ok(ids)
     }
 
-    /// The bytes of a token. A special token's are its name.
+    /// The bytes of a token; for a special token, those of its name.
     pub(super) fn bytes(&self, id: u32) -> &[u8] {
         let words = self.words.get_or_init(|| words(self.tokenizer()));
         words.get(id as usize).map_or(&[], Vec::as_slice)
     }
 }
 
-/// Refuses ids that are no tokens.
+/// Prepends `bos` to ids that do not begin with it, if the tokenizer is set to add it.
+pub(super) fn begin(ids: &mut Vec<u32>, tokenizer: &ChatTokenizer) {
+    let bos = tokenizer.bos().filter(|_| tokenizer.settings().add_bos);
+    if let Some(bos) = bos.filter(|bos| ids.first() != Some(bos)) {
+        ids.insert(0, bos);
+    }
+}
+
+/// Rejects ids outside the vocabulary.
 ///
 /// # Errors
 /// Names the first.
@@ -120,14 +127,14 @@ pub(super) fn check_ids(ids: &[u32], served: &Served) -> Result<(), Problem> {
     }
 }
 
-/// Seconds since 1970.
+/// Unix time in seconds.
 #[expect(clippy::disallowed_methods, reason = "answers carry the time of day; no artefact does")]
 pub(super) fn now() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |since| since.as_secs())
 }
 
-/// Each token's bytes, by its id.
+/// Bytes of each token, by id.
 fn words(tokenizer: &ChatTokenizer) -> Vec<Vec<u8>> {
     let json = tokenizer.inner().to_string(false).ok();
     let json = json.and_then(|json| serde_json::from_str(&json).ok());
@@ -144,8 +151,8 @@ fn words(tokenizer: &ChatTokenizer) -> Vec<Vec<u8>> {
     words
 }
 
-/// Of the shape, the tokenizer and the beginning of every parameter: another model or another type of numbers has
-/// another one, and no file is read for it.
+/// Hash of the shape, the tokenizer and the first values of every parameter: distinguishes models and dtypes without
+/// reading a file.
 fn fingerprint(checkpoint: &Checkpoint, quantization: WeightFormat) -> Result<String> {
     const LOOKED_AT: usize = 64;
     let mut all = checkpoint.config.to_json().into_bytes();
@@ -163,7 +170,7 @@ fn fingerprint(checkpoint: &Checkpoint, quantization: WeightFormat) -> Result<St
     Ok(format!("fp_{}", &sha256_bytes(&all)[..12]))
 }
 
-/// What the engine's thread computes besides answers.
+/// Computations on the engine's thread other than generation.
 pub(super) struct Companions {
     pub(super) served: Arc<Served>,
     pub(super) judge: Option<RewardModel>,
@@ -173,7 +180,7 @@ impl Others for Companions {
     fn embed(&self, embed: &Embed) -> Result<Vec<Vec<f32>>> {
         let model = &self.served.model;
         let mut all = vec![Vec::new(); embed.texts.len()];
-        // Pooled as they come: the states of a whole request may be more than fits.
+        // Pooled as they arrive: the states of a whole request may not fit in memory.
         model.states(&embed.texts, &mut |place, states| {
             all[place] = pooled(&states, model.hidden_size(), embed.pooling);
         })?;
@@ -186,7 +193,7 @@ impl Others for Companions {
         let prompt = judge.prompt_len(&judged.prompt, judged.tools.as_ref());
         let prompt = prompt.map_err(Error::as_usage).at("`messages`")?;
         for (place, answer) in judged.answers.iter().enumerate() {
-            // And the end of the turn.
+            // Plus the end of the turn.
             let len = prompt + tokenizer.encode(answer).len() + 1;
             if len > limit {
                 return Err(Error::usage(format!(
@@ -204,7 +211,7 @@ impl Others for Companions {
         };
         let answers: Vec<&str> = judged.answers.iter().map(String::as_str).collect();
         let scores = judge.score(&question, &answers).map_err(|error| {
-            // A template may take the prompt and refuse it with its answer.
+            // A template may accept the prompt but refuse it with its answer.
             if is_refusal(&error) { error.as_usage() } else { error }
         })?;
         let scores: Vec<f64> = scores.into_iter().map(|score| score.value).collect();
@@ -215,7 +222,7 @@ impl Others for Companions {
     }
 }
 
-/// One vector of length 1 of a text's states. Shapes: `[T, D] -> [D]`.
+/// Pools a text's states into a unit vector. Shapes: `[T, D] -> [D]`.
 fn pooled(states: &[f32], width: usize, pooling: Pooling) -> Vec<f32> {
     let last = states.len().saturating_sub(width);
     let mut vector = match pooling {
@@ -237,7 +244,7 @@ fn pooled(states: &[f32], width: usize, pooling: Pooling) -> Vec<f32> {
     vector
 }
 
-/// Little-endian 32-bit floats in base64, as OpenAI's clients ask for them.
+/// Little-endian 32-bit floats in base64, the format OpenAI's clients request.
 pub(super) fn in_base64(vector: &[f32]) -> String {
     let bytes: Vec<u8> = vector.iter().flat_map(|value| value.to_le_bytes()).collect();
     base64::engine::general_purpose::STANDARD.encode(bytes)

@@ -1,7 +1,7 @@
-//! Calls of tools: what a client offers, how an answer is bound to a call, and calls found in an answer's text.
+//! Tool calling: tools offered by a client, constraining an answer to a call, and parsing calls from an answer's text.
 //!
-//! Understood is the JSON that Llama 3.1 and later write, `{"name": …, "parameters": {…}}`, several of them apart by
-//! `;` or in a list, and the same between the tags of Qwen.
+//! Supported formats: the JSON of Llama 3.1 and later, `{"name": …, "parameters": {…}}`, several of them separated by
+//! `;` or in a list, and the same between Qwen's tags.
 
 use serde_json::{Map, Value, json};
 
@@ -9,21 +9,21 @@ use super::fields::Fields;
 use super::manner::Form;
 use super::problem::{Problem, nearest};
 
-/// What stands around calls and is no part of them.
+/// Markup around calls.
 const AROUND: [&str; 3] = ["<|python_tag|>", "<tool_call>", "</tool_call>"];
 
 /// The tools of a request.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Tools {
-    /// As the client described them, for the chat template; none where no call is wanted.
+    /// The client's tool descriptions, for the chat template; `None` if no call is wanted.
     pub(super) described: Option<Value>,
-    /// What binds the answer to a call, where one is required.
+    /// Format that forces a call, if one is required.
     pub(super) form: Option<Form>,
     names: Vec<String>,
     one_at_most: bool,
 }
 
-/// A call in an answer.
+/// A tool call in an answer.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Call {
     pub(super) name: String,
@@ -34,7 +34,7 @@ impl Tools {
     /// Takes `tools`, `tool_choice` and `parallel_tool_calls`.
     ///
     /// # Errors
-    /// Tools that are no functions, and the choice of one that is not offered.
+    /// Tools that are not functions; a choice that is not offered.
     pub(super) fn take(fields: &mut Fields) -> Result<Self, Problem> {
         let tools: Vec<Value> = fields.take("tools")?.unwrap_or_default();
         let choice: Option<Value> = fields.take("tool_choice")?;
@@ -63,12 +63,12 @@ impl Tools {
         Ok(Self { described: Some(Value::Array(tools)), form, names, one_at_most })
     }
 
-    /// Whether any were offered.
+    /// Whether any tools were offered.
     pub(super) fn are_offered(&self) -> bool {
         self.described.is_some()
     }
 
-    /// Whether text that begins so may yet be calls.
+    /// Whether text with this beginning may still become calls.
     pub(super) fn may_be_calls(&self, text: &str) -> bool {
         let text = text.trim_start();
         let list = |text: &str| {
@@ -80,7 +80,7 @@ impl Tools {
         self.are_offered() && (text.starts_with('{') || list(text) || AROUND.iter().any(tag))
     }
 
-    /// The calls that a whole answer consists of; `None` where it is something else.
+    /// The calls an answer consists of; `None` if it is anything else.
     pub(super) fn calls(&self, text: &str) -> Option<Vec<Call>> {
         if !self.may_be_calls(text) {
             return None;
@@ -121,7 +121,7 @@ impl Tools {
 }
 
 impl Call {
-    /// OpenAI's object. `number` is the call's place in the answer.
+    /// OpenAI's object. `number` is the call's index in the answer.
     pub(super) fn object(&self, id: &str, number: usize) -> Value {
         let arguments = Value::Object(self.arguments.clone()).to_string();
         json!({
@@ -164,7 +164,7 @@ fn chosen<'a>(choice: &Value, names: &[String], tools: &'a [Value]) -> Result<&'
     })
 }
 
-/// The schema of one call of one of these tools.
+/// Schema of one call of any of these tools.
 fn schema(tools: &[&Value]) -> Value {
     let of = |(place, tool): (usize, &&Value)| {
         let function = &tool["function"];
@@ -179,7 +179,7 @@ fn schema(tools: &[&Value]) -> Value {
     json!({"anyOf": tools.iter().enumerate().map(of).collect::<Vec<_>>()})
 }
 
-/// Lets the references of a schema find their aims once it stands at `place` of another one.
+/// Rebases a schema's references for its new location `place` inside another schema.
 fn move_references(schema: &mut Value, place: &str) {
     match schema {
         Value::Object(fields) => {
@@ -200,7 +200,7 @@ fn move_references(schema: &mut Value, place: &str) {
     }
 }
 
-/// A reference that counts from a schema's root, counted from the root above `place`; `None` for any other.
+/// A root-relative reference, rebased to the root above `place`; `None` for any other.
 fn moved(aim: &str, place: &str) -> Option<String> {
     let within = aim.strip_prefix('#')?.trim_end_matches('/');
     (within.is_empty() || within.starts_with('/')).then(|| format!("#{place}{within}"))
@@ -303,7 +303,7 @@ mod tests {
             assert_eq!(form.pointer(&at).unwrap()["$ref"], aim);
             assert!(form.pointer(&aim[1..]).is_some(), "{aim}");
         }
-        // A property of that name, and what lies elsewhere.
+        // A property named `$ref`, and a reference to another file.
         let mut other = json!({"properties": {"$ref": {"type": "null"}}, "$ref": "other.json#/a"});
         let before = other.clone();
         move_references(&mut other, first);

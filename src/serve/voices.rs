@@ -1,5 +1,5 @@
-//! Who answers: the model by itself, or with one of the adapters that were loaded beside it. Adapters come and go while
-//! the server runs; answers under way keep theirs.
+//! The base model and the adapters loaded beside it. Adapters may be loaded and unloaded while the server runs; answers
+//! in progress keep theirs.
 
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -19,11 +19,11 @@ use crate::model::packed::Quantization;
 use crate::ops::cuda::device;
 use crate::store::sha256_path;
 
-/// What a request's `model` names.
+/// What a request's `model` refers to.
 pub(super) struct Voice {
-    /// What answers call it.
+    /// Name reported in answers.
     pub(super) name: String,
-    /// Says whether two answers came from the same weights.
+    /// Identifies the weights behind an answer.
     pub(super) fingerprint: String,
     pub(super) adapter: Option<Loaded>,
 }
@@ -31,40 +31,40 @@ pub(super) struct Voice {
 /// An adapter.
 pub(super) struct Loaded {
     pub(super) adaptation: Arc<Adaptation>,
-    /// Its own, whose chat template may be another than the model's.
+    /// The adapter's own tokenizer, whose chat template may differ from the model's.
     tokenizer: Option<ChatTokenizer>,
     path: String,
     created: u64,
-    /// What else there is to know of it.
+    /// Further information.
     note: Option<String>,
 }
 
-/// The base that adapters are held against.
+/// The base that adapters apply to.
 pub(super) struct Base {
-    /// In the type that is computed with, not rounded to blocks or in another order.
+    /// In the compute dtype, neither quantised nor packed.
     pub(super) weights: Weights,
-    /// What [`peft::fingerprint`] said of the weights as they were loaded.
+    /// Result of [`peft::fingerprint`] for the weights as loaded.
     pub(super) fingerprint: String,
 }
 
 impl Base {
-    /// Where the weights lie, if there are any.
+    /// Device of the weights, if any.
     fn device(&self) -> Option<&Device> {
         self.weights.values().next().map(Tensor::device)
     }
 }
 
-/// The adapters that are loaded, in the order in which they came.
+/// The loaded adapters, in loading order.
 pub(super) struct Voices {
-    /// None where adapters cannot be loaded any more.
+    /// `None` once adapters can no longer be loaded.
     base: Option<Base>,
     all: RwLock<Vec<Arc<Voice>>>,
-    /// Whether requests may load and unload.
+    /// Whether requests may load and unload adapters.
     by_request: bool,
 }
 
 impl Voices {
-    /// No adapter.
+    /// No adapters.
     pub(super) fn new(base: Option<Base>, by_request: bool) -> Self {
         Self { base, all: RwLock::default(), by_request }
     }
@@ -74,12 +74,12 @@ impl Voices {
         self.base.is_some()
     }
 
-    /// Lets the base's weights go: no further adapter can be loaded.
+    /// Drops the base's weights: no further adapter can be loaded.
     pub(super) fn close(&mut self) {
         self.base = None;
     }
 
-    /// All that are loaded.
+    /// All loaded adapters.
     pub(super) fn all(&self) -> Vec<Arc<Voice>> {
         self.all.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -88,10 +88,10 @@ impl Voices {
         self.all().into_iter().find(|voice| voice.name == name)
     }
 
-    /// Adds a voice.
+    /// Adds an adapter.
     ///
     /// # Errors
-    /// A name that another has.
+    /// A name already in use.
     fn add(&self, voice: Voice) -> Result<(), Problem> {
         let mut all = self.all.write().unwrap_or_else(PoisonError::into_inner);
         if all.iter().any(|known| known.name == voice.name) {
@@ -107,7 +107,7 @@ impl Voices {
             let known: Vec<String> = all.iter().map(|voice| voice.name.clone()).collect();
             return Err(Problem::no_model(name, &known).on("lora_name"));
         };
-        // What it holds of a GPU may be freed here.
+        // GPU memory may be freed here.
         if let Some(home) = self.base.as_ref().and_then(Base::device) {
             let _ = device::bind(home);
         }
@@ -131,20 +131,20 @@ impl Voice {
         card
     }
 
-    /// What renders its conversations.
+    /// The tokenizer that renders its conversations.
     pub(super) fn tokenizer<'a>(&'a self, served: &'a Served) -> &'a ChatTokenizer {
         let own = self.adapter.as_ref().and_then(|adapter| adapter.tokenizer.as_ref());
         own.unwrap_or_else(|| served.tokenizer())
     }
 
-    /// The adapter that the engine computes with.
+    /// The adapter used by the engine.
     pub(super) fn adaptation(&self) -> Option<Arc<Adaptation>> {
         self.adapter.as_ref().map(|adapter| Arc::clone(&adapter.adaptation))
     }
 }
 
 impl Served {
-    /// Takes the field `model`; without it, the model by itself.
+    /// Takes the field `model`; by default the base model.
     ///
     /// # Errors
     /// A model that is not served.
@@ -155,7 +155,7 @@ impl Served {
         }
     }
 
-    /// Takes the field `model` of a request that only the model by itself can answer.
+    /// Takes the field `model` of a request that only the base model can answer.
     ///
     /// # Errors
     /// A model that is not served, or an adapter.
@@ -168,10 +168,10 @@ impl Served {
         Err(Problem::invalid(message).on("model"))
     }
 
-    /// Who is called so.
+    /// Looks up a name.
     ///
     /// # Errors
-    /// Says who there is.
+    /// Lists the available names.
     pub(super) fn voice(&self, name: &str) -> Result<Arc<Voice>, Problem> {
         if self.names.iter().any(|known| known == name) {
             return Ok(Arc::clone(&self.alone));
@@ -183,10 +183,10 @@ impl Served {
         })
     }
 
-    /// Loads an adapter's directory under a name.
+    /// Loads an adapter directory under a name.
     ///
     /// # Errors
-    /// A name that is taken; a directory that holds no adapter of this model.
+    /// A name already in use; a directory without an adapter of this model.
     pub(super) fn load(&self, name: &str, path: &str) -> Result<(), Problem> {
         if self.voice(name).is_ok() {
             return Err(taken(name));
@@ -202,7 +202,7 @@ impl Served {
             return Err(Error::usage("the weights that adapters are held against are gone")
                 .hint("start the server with --allow-runtime-lora-updating"));
         };
-        // Whatever is wrong with the directory, whoever named it can mend it.
+        // Any error in the directory is the client's to fix.
         let home = base.device().unwrap_or(&Device::Cpu);
         device::bind(home)?;
         let saved = peft::read(path, home).map_err(Error::as_usage)?;
@@ -214,7 +214,7 @@ impl Served {
                 "`arriero merge` makes a model of base and adapter, which can be served alone",
             ));
         }
-        // Whoever loads is not who computes, and on a GPU each has a stream of its own.
+        // The loading thread is not the computing one, and on a GPU each has its own stream.
         home.synchronize()?;
         let note = (saved.quantization() == Quantization::Nf4).then(|| {
             "trained beside NF4 and standing beside the server's own weights: another model than in training, by NF4's rounding; \
@@ -233,7 +233,7 @@ fn taken(name: &str) -> Problem {
 /// `POST /v1/load_lora_adapter`.
 ///
 /// # Errors
-/// A server that allows it not; as [`Served::load`].
+/// A server that does not allow it; as [`Served::load`].
 pub(super) fn load(served: &Served, body: &[u8]) -> Result<Value, Problem> {
     let mut fields = updating(served, body)?;
     let name: String = fields.need("lora_name")?;
@@ -253,7 +253,7 @@ pub(super) fn load(served: &Served, body: &[u8]) -> Result<Value, Problem> {
 /// `POST /v1/unload_lora_adapter`.
 ///
 /// # Errors
-/// A server that allows it not; a name that is not loaded.
+/// A server that does not allow it; a name that is not loaded.
 pub(super) fn unload(served: &Served, body: &[u8]) -> Result<Value, Problem> {
     let mut fields = updating(served, body)?;
     let name: String = fields.need("lora_name")?;
@@ -264,7 +264,7 @@ pub(super) fn unload(served: &Served, body: &[u8]) -> Result<Value, Problem> {
 
 fn updating(served: &Served, body: &[u8]) -> Result<Fields, Problem> {
     if !served.voices.by_request {
-        // A request names a path of this machine, which not everybody who may ask should do.
+        // A request names a path on this machine, which not every client should be able to do.
         let message = "adapters come at the start only; --allow-runtime-lora-updating lets requests load them";
         return Err(Problem::invalid(message).code("not_allowed"));
     }

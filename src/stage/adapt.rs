@@ -1,4 +1,4 @@
-//! What a training stage trains and saves: the whole model, or adapters beside a frozen one.
+//! What a training stage trains and saves: the whole model, or adapters on a frozen one.
 
 use std::path::Path;
 
@@ -17,22 +17,22 @@ use crate::model::source;
 use crate::model::{Architecture, Config, Precision, Tensors, Weights, packed};
 use crate::train::{Held, Learner, Settings};
 
-/// How a stage's keys ask for its model to be trained.
+/// How a stage's keys request its model to be trained.
 #[derive(Clone, Copy, Debug)]
 pub struct Adapt<'a> {
     /// The keys.
     pub lora: &'a Lora,
-    /// Where the start comes from: what an adapter's file names as its base.
+    /// Origin of the initial model; an adapter's file names it as its base.
     pub base: &'a str,
-    /// What products compute with.
+    /// Compute type of matrix products.
     pub dtype: Precision,
-    /// Masters and moments in host memory.
+    /// Keep masters and moments in host memory.
     pub offloaded: bool,
     /// Seed of the factors.
     pub seed: u64,
 }
 
-/// A model in training, and how it is saved.
+/// A model in training, and how to save it.
 pub struct Trainee {
     /// The model.
     pub learner: Learner,
@@ -41,16 +41,16 @@ pub struct Trainee {
     adapter: Option<Files>,
 }
 
-/// What an adapter's files say besides the factors.
+/// Contents of an adapter's files besides the factors.
 struct Files {
     config: AdapterConfig,
     base: BaseRecord,
-    /// The factors of the first step, where they are not zero: what is trained is the difference to them.
+    /// The initial factors, if they are not zero: the adapter is the difference to them.
     first: Option<Attached>,
 }
 
 impl<'a> Adapt<'a> {
-    /// What a stage asks for.
+    /// The request of a stage.
     pub fn new(
         context: &StageContext<'_>,
         (lora, base): (&'a Lora, &'a str),
@@ -64,10 +64,10 @@ impl<'a> Adapt<'a> {
         Held { dtype: self.dtype, offloaded: self.offloaded }
     }
 
-    /// The model in training. The start's weights are freed on the way where nobody else holds them.
+    /// Builds the model in training. The initial weights are freed along the way unless something else holds them.
     ///
     /// # Errors
-    /// A rank, a module or a model that cannot be adapted or packed as asked.
+    /// A rank, a module or a model that cannot be adapted or quantized as requested.
     pub fn trainee(&self, start: impl Into<Start>) -> Result<Trainee> {
         let Start { checkpoint, base } = start.into();
         let Checkpoint { config, mut weights, tokenizer } = checkpoint;
@@ -131,10 +131,10 @@ impl<'a> Adapt<'a> {
 }
 
 impl Trainee {
-    /// A model in this training as it is now, adapters merged: what samples are drawn from.
+    /// The current state of a model in this training, with adapters merged, to draw samples from.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn checkpoint(&self, learner: &Learner) -> Result<Checkpoint> {
         let weights = match &self.adapter {
             Some(_) => learner.tensors().merged_in(learner.dtype())?,
@@ -144,10 +144,10 @@ impl Trainee {
         Ok(Checkpoint { config: self.config.clone(), weights, tokenizer })
     }
 
-    /// Writes a checkpoint to go on from: trained weights in f32, exactly as they are.
+    /// Writes a checkpoint to resume from: the trained weights in f32, unchanged.
     ///
     /// # Errors
-    /// Weights that are not finite, I/O.
+    /// Weights that are not finite; an I/O error.
     pub fn write(&self, dir: &Path) -> Result<()> {
         match &self.adapter {
             Some(files) => {
@@ -158,7 +158,7 @@ impl Trainee {
         }
     }
 
-    /// Writes what the stage leaves: a Hugging Face directory, or an adapter that peft loads beside the base.
+    /// Writes the stage's output: a Hugging Face directory, or an adapter that peft loads on the base.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -201,7 +201,7 @@ impl Trainee {
     }
 }
 
-/// PiSSA's factors as an adapter of the whole weight rather than of what they left of it, of twice the rank:
+/// PiSSA's factors as an adapter of the original weight rather than of its residual, with twice the rank:
 /// `s·(B·A − B₀·A₀) = s·[B, −B₀]·[A; A₀]` (Meng et al., 2024, section 4).
 fn relative(
     config: &AdapterConfig,
@@ -220,7 +220,7 @@ fn relative(
             trained.insert(name, both);
         }
     }
-    // The scale stays: alpha grows with the rank, or with its root.
+    // Keep the scale: alpha grows with the rank, or with its square root.
     let growth = if config.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
     let config =
         AdapterConfig { r: 2 * config.r, lora_alpha: growth * config.lora_alpha, ..config.clone() };
@@ -316,7 +316,7 @@ mod tests {
             Ok(context.dir.join("checkpoint"))
         }
 
-        /// Trains adapters on the pairs; returns the checkpoint's directory and what was measured, unless it was stopped.
+        /// Trains adapters on the pairs; returns the checkpoint's directory and the metrics, unless it was stopped.
         fn dpo(&self, name: &str, keys: Dpo, stop: u64) -> Result<(std::path::PathBuf, Metrics)> {
             let events = StopAfter(stop, AtomicU64::default());
             let context = self.context(name, &events);
@@ -385,7 +385,7 @@ mod tests {
                 worst(&outputs(&trained), &outputs(&base)) > 1e-2,
                 "{name}: nothing was learned"
             );
-            // What no adapter stands beside has its old bits.
+            // Parameters without an adapter are bit-identical.
             let same = |weights: &Weights| weights[params::EMBEDDING].to_vec2::<f32>().unwrap();
             assert_eq!(same(&trained.weights), same(&base.weights));
 
@@ -449,7 +449,7 @@ mod tests {
             let dir = home.sft(&name, &lora, NEVER).unwrap();
             let saved = peft::read(&dir, &Device::Cpu).unwrap();
             assert_eq!(saved.config.modules_to_save.as_ref(), Some(&expected));
-            // peft looks for the head that is tied to the embedding.
+            // peft looks for the head tied to the embedding.
             let has_head = saved.weights.contains_key(params::HEAD);
             assert_eq!(has_head, module == "embed_tokens" && base.config.is_tied());
             let trained = load(&dir);
@@ -472,7 +472,7 @@ mod tests {
             };
             merge::merge(&work).unwrap();
             assert_eq!(outputs(&load(&out)), outputs(&trained), "{name}");
-            // Older files have the names as they are in the recipe.
+            // Older files use the names from the recipe.
             let (record, modules_to_save) = (saved.base.clone(), Some(vec![module.to_owned()]));
             let config = AdapterConfig { modules_to_save, ..saved.config.clone() };
             peft::write(&dir, &config, &saved.into_trained(), record.as_ref()).unwrap();
@@ -499,7 +499,7 @@ mod tests {
         assert!(apart > 0.0 && apart < 0.1 * largest, "{apart} of {largest}");
     }
 
-    /// An adapter that another program wrote says nothing of its base: shapes are all there is to go by.
+    /// An adapter written by another program does not describe its base: only the shapes can be checked.
     #[test]
     fn an_adapter_that_does_not_fit_its_base_is_refused_by_merge() {
         let home = Home::new();
@@ -546,7 +546,7 @@ mod tests {
         }
     }
 
-    /// An average that hardly moves stays where the factors began, and changes nothing of what the model says.
+    /// An average that hardly moves stays at the initial factors, and the model's outputs are unchanged.
     #[test]
     fn the_average_of_adapters_is_what_is_saved() {
         let home = Home::new();
@@ -568,7 +568,7 @@ mod tests {
         }
     }
 
-    /// The reference's own factors are saved and read again: without them the steps after a stop would differ.
+    /// The reference's own factors are saved and restored: without them the steps after a stop would differ.
     #[test]
     fn adapters_with_a_moving_reference_end_with_the_same_bits_after_a_stop() {
         let home = Home::new();

@@ -1,5 +1,5 @@
-//! Several checkpoints into one (Llama 3, section 4.1.5): the weighted mean, the arc between two, task arithmetic, and
-//! the greedy soup. Weights stay on disk; only the soup loads a model, to measure it.
+//! Merges several checkpoints (Llama 3, section 4.1.5): weighted mean, spherical interpolation of two, task arithmetic,
+//! and the greedy soup. Weights stay on disk; only the soup loads a model, to evaluate it.
 
 use std::path::Path;
 
@@ -18,10 +18,10 @@ use crate::recipe::plan::{self, AverageMethod, Head, SoupMetric};
 use crate::store;
 use crate::train::step;
 
-/// Tokens of a micro-batch in which a soup is measured: the default of training.
+/// Tokens per micro-batch when evaluating a soup: the training default.
 const EVAL_TOKENS: usize = 4096;
 
-/// Averages tensor by tensor in f32. Input: checkpoints of one shape and vocabulary. Output: `checkpoint/`.
+/// Averages tensor by tensor in f32. Input: checkpoints of the same shape and vocabulary. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Average) -> Result<Metrics> {
     let of_adapters = check_kinds(spec)?;
     let count = spec.models.len();
@@ -75,7 +75,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Average) -> Result<Metrics> 
 /// Whether the models are adapters.
 ///
 /// # Errors
-/// A method that has no meaning for what they are.
+/// A method that does not apply to them.
 fn check_kinds(spec: &plan::Average) -> Result<bool> {
     let mut adapters = Vec::new();
     for name in &spec.models {
@@ -107,7 +107,7 @@ fn check_kinds(spec: &plan::Average) -> Result<bool> {
     }
 }
 
-/// Types change what is saved, never what a model means: worth a line, not a refusal.
+/// Types only change what is saved, never the model's meaning, so this is a note and not an error.
 fn note_types(context: &StageContext<'_>, models: &[OnDisk]) {
     let types: Vec<&str> = models.iter().map(|model| model.dtype().as_str()).collect();
     if types.iter().any(|dtype| *dtype != types[0]) {
@@ -122,7 +122,7 @@ fn shares(weights: &[f64]) -> Vec<f64> {
     weights.iter().map(|weight| weight / sum).collect()
 }
 
-/// Writes the sum of adapters as one.
+/// Writes the sum of adapters as one adapter.
 fn join(spec: &plan::Average, (dir, names): (&Path, &[String]), weights: &[f64]) -> Result<()> {
     let rank = match (spec.method, spec.svd_rank) {
         (AverageMethod::Svd, 0) => match lora::load::directory(&names[0])? {
@@ -169,7 +169,8 @@ fn write(
     average::write(dir, models, shares, output, &mut watch)
 }
 
-/// Wortsman et al. (2022), recipe 1. A candidate is measured as it would be saved: written, loaded and evaluated.
+/// Greedy soup (Wortsman et al., 2022, recipe 1). A candidate is measured as it would be saved: written, loaded and
+/// evaluated.
 struct Soup<'a> {
     context: &'a StageContext<'a>,
     spec: &'a plan::Average,
@@ -190,7 +191,7 @@ impl<'a> Soup<'a> {
         spec: &'a plan::Average,
         of_adapters: bool,
     ) -> Result<Self> {
-        // All are looked at before the first is measured. One alone stays what it is.
+        // Check all models before evaluating the first. A single adapter is left unchanged.
         match (of_adapters, spec.models.len()) {
             (false, _) => note_types(context, &average::open(&spec.models)?),
             (true, 1) => {}
@@ -210,7 +211,7 @@ impl<'a> Soup<'a> {
             self.context.events.note(&format!("{name}: eval_{metric} {value:.4}"));
             sorted.push((value, name));
         }
-        // Equal ones stay in the order given.
+        // Ties keep the given order.
         sorted.sort_by(|(one, _), (other, _)| self.cost(*one).total_cmp(&self.cost(*other)));
         let best_single = sorted[0].0;
         let (mut kept, mut value) = (Vec::new(), best_single);
@@ -237,7 +238,7 @@ impl<'a> Soup<'a> {
         }
     }
 
-    /// The value, or its negative where more is better.
+    /// The value, negated if higher is better.
     fn cost(&self, value: f64) -> f64 {
         match self.spec.metric_for_best_model {
             SoupMetric::Loss => value,
@@ -253,7 +254,7 @@ impl<'a> Soup<'a> {
 
     fn write_mean(&self, dir: &Path, names: &[String]) -> Result<()> {
         let equal = shares(&vec![1.0; names.len()]);
-        // An adapter alone keeps its factors, rank and scale, of whatever kind it is.
+        // A single adapter keeps its factors, rank and scale, whatever its kind.
         if self.of_adapters && names.len() > 1 {
             return join(self.spec, (dir, names), &equal);
         }
@@ -261,7 +262,7 @@ impl<'a> Soup<'a> {
         write(self.context, self.spec, (dir, &models), &Shares::Fixed(equal))
     }
 
-    /// What decides, over the held-out rows.
+    /// The criterion, over the held-out rows.
     fn value(&self, model: &str) -> Result<f64> {
         self.context.events.check_interrupt()?;
         let checkpoint = load(self.context, model, "")?;
@@ -278,7 +279,7 @@ impl<'a> Soup<'a> {
     }
 }
 
-/// How held-out rows are read and what they are measured by: as in `sft`, or in `reward` for a model with its head.
+/// How held-out rows are read and evaluated: as in `sft`, or as in `reward` for a model with its head.
 fn measure(spec: &plan::Average, model: &Config, seed: u64) -> Result<(Rule, Box<dyn Objective>)> {
     let head = match (model.architecture, model.labels.len()) {
         (Architecture::CausalLm, _) => {
@@ -336,7 +337,7 @@ mod tests {
 
     const TEACHER: &str = "data/tiny/teacher";
 
-    /// The teacher with noise of this size on its weights.
+    /// The teacher with noise of this size added to its weights.
     fn noisy(dir: &Path, size: f64, seed: u64) -> String {
         let mut checkpoint = Checkpoint::load_dir(TEACHER.as_ref(), &Device::Cpu).unwrap();
         let noise = crate::model::init::random(&checkpoint.config, seed, &Device::Cpu).unwrap();
@@ -360,7 +361,7 @@ mod tests {
         Ok((metrics, saved.weights))
     }
 
-    /// Fails unless `Σ share · model` is what was saved.
+    /// Asserts that `Σ share · model` was saved.
     #[track_caller]
     fn assert_saved(models: &[&str], shares: &[f64], saved: &Weights) {
         let load = |name: &&str| Checkpoint::load_dir(name.as_ref(), &Device::Cpu).unwrap().weights;
@@ -414,7 +415,7 @@ mod tests {
         let rows = "{\"prompt\": \"Rosa has 9 eggs. Tom has twice as many. How many eggs does Tom have?\", \"completion\": \"9 + 9 = 18. Tom has 18 eggs.\"}\n";
         let held_out = home.path().join("rows.jsonl");
         store::write_atomic(&held_out, rows.as_bytes()).unwrap();
-        // Independent noise halves in the mean; the ruined model would spoil it.
+        // Averaging halves the variance of independent noise; the ruined model would spoil it.
         let [a, ruined, b] = [(0.3, 1), (3.0, 2), (0.3, 3)]
             .map(|(size, seed)| noisy(&home.path().join(seed.to_string()), size, seed));
         let spec = Average {
@@ -432,7 +433,7 @@ mod tests {
         assert_saved(&[&a, &b], &[0.5, 0.5], &saved);
     }
 
-    /// Adapters of other ranks and scales, as merged: what is averaged are the models.
+    /// Adapters of different ranks and scales are averaged as if merged.
     #[test]
     fn adapters_are_summed_in_what_they_stand_for() {
         const BASE: &str = "data/tiny/student";
@@ -464,7 +465,7 @@ mod tests {
         assert_eq!(rank("cat"), 7);
         let (_, unwritten) = run("mean", of(AverageMethod::default(), [&a, &b])).unwrap();
         assert_saved(&[&a, &b], &[0.75, 0.25], &unwritten);
-        // At the sum of the ranks nothing is lost; at the first one's rank something is.
+        // The sum of the ranks loses nothing; the first one's rank does.
         let whole = Average { svd_rank: 7, ..of(AverageMethod::Svd, [&a, &b]) };
         let (_, saved) = run("whole", whole).unwrap();
         assert_saved(&[&a, &b], &[0.75, 0.25], &saved);
@@ -497,7 +498,7 @@ mod tests {
         refused(of(AverageMethod::Linear, [&a, &b]), "in the first adapter");
     }
 
-    /// A base has many paths, and adapters that peft wrote know nothing else of it.
+    /// A base has many paths, and adapters written by peft know nothing else about it.
     #[test]
     fn adapters_of_one_base_are_told_by_where_it_lies() {
         const BASE: &str = "data/tiny/student";
@@ -540,17 +541,20 @@ mod tests {
         }
     }
 
-    /// A model that rates by these labels, or with those of steps judges them.
-    fn headed(base: Checkpoint, (labels, separator): (&[&str], &str)) -> Result<Checkpoint> {
-        if *labels != labels::STEP {
-            return base.into_scorer(Architecture::SequenceClassification, labels, 1);
-        }
-        let mut model = base.into_scorer(Architecture::TokenClassification, labels, 1)?;
-        model.config.other.insert(labels::STEP_SEPARATOR.to_owned(), json!(separator));
+    /// A model that rates by these labels, or judges steps if they are the step labels. `format` is its prompt format, or its
+    /// step separator.
+    fn headed(base: Checkpoint, (labels, format): (&[&str], &str)) -> Result<Checkpoint> {
+        let (architecture, key) = if *labels == labels::STEP {
+            (Architecture::TokenClassification, labels::STEP_SEPARATOR)
+        } else {
+            (Architecture::SequenceClassification, labels::PROMPT_FORMAT)
+        };
+        let mut model = base.into_scorer(architecture, labels, 1)?;
+        model.config.other.insert(key.to_owned(), json!(format));
         Ok(model)
     }
 
-    /// The mean of help and verbosity is neither, and who judges lines knows nothing of other steps.
+    /// The mean of helpfulness and verbosity is neither, and a judge of lines knows nothing of other steps.
     #[test]
     fn heads_whose_outputs_mean_other_things_are_refused() {
         const BASE: &str = "data/tiny/student";
@@ -564,6 +568,10 @@ mod tests {
             (
                 [(labels::STEP, "\n"), (labels::STEP, " ки")],
                 r#"1: `step_separator` is " ки", in the first one "\n""#,
+            ),
+            (
+                [(rates, ""), (rates, labels::PLAIN_TEXT)],
+                "1: `prompt_format` is text, in the first one messages",
             ),
         ] {
             let home = tempfile::tempdir().unwrap();
@@ -588,7 +596,7 @@ mod tests {
         }
     }
 
-    /// Two adapters that cancel each other out leave the teacher, which is right, and one that ruins it is left out.
+    /// Two adapters that cancel out leave the teacher, which is right; one that ruins it is left out.
     #[test]
     fn a_greedy_soup_of_adapters_sums_what_helps_and_copies_what_stays_alone() {
         let home = tempfile::tempdir().unwrap();
@@ -646,7 +654,7 @@ mod tests {
         let (_, saved) = soup("dora", &[&dora], &held_out).unwrap();
         assert_saved(&[&dora], &[1.0], &saved);
         assert!(kept("dora").use_dora);
-        // Nothing is measured before: there are no rows.
+        // The check comes before any evaluation: the rows do not exist.
         let error = soup("both", &[&a, &dora], &home.path().join("nowhere.jsonl")).unwrap_err();
         assert!(error.to_string().contains("dora: the sum of DoRA adapters"), "{error}");
     }
@@ -667,7 +675,7 @@ mod tests {
         assert_eq!(saved.unwrap().dtype(), candle_core::DType::BF16);
     }
 
-    /// Their heads are averaged with them, and what the outputs are called stays with them.
+    /// Their heads are averaged too, and keep the names of their outputs.
     #[test]
     fn averaged_adapters_of_rating_models_rate_as_those_did() {
         let home = tempfile::tempdir().unwrap();
@@ -691,7 +699,7 @@ mod tests {
         }
     }
 
-    /// Pairs that the teacher's own score orders: models near it are right about all, one with the other sign about none.
+    /// Pairs ordered by the teacher's own score: models near it get all right, a sign-flipped one gets none.
     #[test]
     fn a_greedy_soup_of_reward_models_goes_by_accuracy_or_loss() {
         let home = tempfile::tempdir().unwrap();

@@ -1,6 +1,6 @@
-//! How fast this machine takes steps: the trainer's own step and the generator's own loop on made-up tokens.
+//! Step speed on this machine: the trainer's own step and the generator's own loop on synthetic tokens.
 //!
-//! Tokens are drawn at random: what a step costs depends on how many there are, not on which.
+//! Tokens are random: the cost of a step depends on their number, not on their values.
 
 pub mod ceiling;
 mod parts;
@@ -36,7 +36,7 @@ use crate::train::step::StepOptions;
 use crate::train::update::{Pace, update};
 use crate::train::{Order, Recompute, Settings};
 
-/// What to measure.
+/// The benchmark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
     /// Steps of supervised fine-tuning on rows of `seq` tokens, all trained.
@@ -45,7 +45,7 @@ pub enum Method {
     Dpo,
     /// Steps of a reward model on the same pairs.
     Reward,
-    /// The vocabulary head alone, forward and backward, over `batch · seq` rows with a target each.
+    /// The vocabulary head alone, forward and backward, over `batch · seq` rows with one target each.
     Head,
     /// One block's attention alone, forward and backward, over `batch` rows of `seq` tokens.
     Attention,
@@ -61,34 +61,34 @@ impl Method {
     }
 }
 
-/// How much to measure.
+/// Size of the measurement.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// A checkpoint directory, a GGUF file or a hub id.
     pub model: String,
-    /// Where to measure.
+    /// The device to measure.
     pub device: Device,
-    /// Rows, pairs or samples a step.
+    /// Rows, pairs or samples per step.
     pub batch: usize,
-    /// Tokens of a sequence.
+    /// Tokens per sequence.
     pub seq: usize,
     /// Tokens of its prompt.
     pub prompt: usize,
-    /// SFT on rows of 60 to 400 tokens of which the first third is a masked prompt, rather than of `seq` tokens.
+    /// SFT on rows of 60 to 400 tokens whose first third is a masked prompt, instead of `seq` tokens.
     pub chat: bool,
-    /// Steps, after one that is not counted.
+    /// Number of steps, after one warm-up step.
     pub steps: usize,
     /// Recompute blocks in the backward pass.
     pub recompute: bool,
-    /// Recompute as many blocks as this much memory asks for, such as "5GiB"; empty: as `recompute` says.
+    /// Recompute as many blocks as this memory budget requires, such as "5GiB"; empty: as `recompute` says.
     pub memory_budget: String,
     /// Compute type.
     pub dtype: Precision,
-    /// Train adapters of all projections instead of the model.
+    /// Train adapters of all projections instead of the whole model.
     pub lora: Lora,
-    /// Prompts to sample at once, `batch` answers each.
+    /// Prompts to sample at once, with `batch` answers each.
     pub prompts: usize,
-    /// How the model that writes holds its matrices.
+    /// Weight format of the generating model.
     pub weights: WeightFormat,
 }
 
@@ -138,35 +138,36 @@ impl Options {
     }
 }
 
-/// What was measured. Rates are of the median step.
+/// The measurements. Rates are those of the median step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Figures {
-    /// Tokens a second; those of a shared prompt count once for each sequence that has it, as other programs compute
-    /// them. Generation counts new tokens.
+    /// Tokens per second; those of a shared prompt count once per sequence, as other programs compute them. Generation
+    /// counts new tokens.
     pub tokens_per_s: f64,
-    /// Pairs a second, where there are pairs.
+    /// Pairs per second, if there are pairs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pairs_per_s: Option<f64>,
     /// Seconds of the median step.
     pub step_s: f64,
     /// Seconds of each step.
     pub steps_s: Vec<f64>,
-    /// Loss and norm of the gradient of each step, where steps train: what another device has to come to.
+    /// Loss and gradient norm of each step, if steps train: another device has to reproduce them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub losses: Vec<[f64; 2]>,
-    /// Seconds that the reference's log-probabilities of one step took, where there is a reference.
+    /// Seconds for the reference's log-probabilities of one step, if there is a reference.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reference_s: Option<f64>,
-    /// Bytes by which memory rose above what was held before, where a part of a step was measured.
+    /// Increase in memory over what was held before, in bytes, if a part of a step was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub extra_peak_bytes: Option<u64>,
-    /// Bytes of weights that are read a second, where one sequence is written with dense ones: each token needs all of them.
+    /// Bytes of weights read per second when one sequence is generated with dense weights: each token needs all of
+    /// them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights_read_per_s: Option<f64>,
-    /// Bytes a second that memory gives when it is only read, between the steps: the limit of `weights_read_per_s`.
+    /// Memory read bandwidth in bytes per second, measured between the steps: the limit of `weights_read_per_s`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_read_per_s: Option<f64>,
-    /// The share of it that the weights take, step by step; the median.
+    /// The median over steps of the share of that bandwidth used for reading weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_read_share: Option<f64>,
 }
@@ -191,7 +192,7 @@ fn load(options: &Options) -> Result<Checkpoint> {
     Checkpoint::load(&options.model, &options.device, &LoadOptions::default())
 }
 
-/// The model's shape; its weights stay where they are.
+/// The model's configuration; its weights are not loaded.
 fn config(model: &str) -> Result<Config> {
     let (Source::Directory(path) | Source::Gguf(path)) = source::resolve(model, None)?;
     Ok(checkpoint::peek(&path)?.0)
@@ -208,7 +209,7 @@ fn tokens(vocab: usize, index: usize, len: usize) -> Vec<u32> {
         .collect()
 }
 
-/// One step's examples. The rows of a chat differ from step to step in length, everything else repeats.
+/// The examples of one step. Chat rows differ in length from step to step; everything else repeats.
 fn trees(method: Method, options: &Options, vocab: usize, step: usize) -> Vec<Tree> {
     let Options { batch, seq, prompt, .. } = *options;
     let response = |index: usize| {
@@ -229,7 +230,7 @@ fn trees(method: Method, options: &Options, vocab: usize, step: usize) -> Vec<Tr
         .collect()
 }
 
-/// Row `row` of the chats, the same lengths as in `benches/peers/work.py`.
+/// Row `row` of the chats, with the same lengths as in `benches/peers/work.py`.
 fn chat(vocab: usize, row: usize, source: usize) -> Tree {
     let len = 60 + row * 137 % 341;
     let mut roles = vec![Role::Content; len];
@@ -286,18 +287,18 @@ fn train(start: Checkpoint, method: Method, options: &Options) -> Result<Figures
     })
 }
 
-/// Waits for the device: what was asked of a GPU may not have been done yet.
+/// Waits for the device, because work is enqueued asynchronously on a GPU.
 fn finished(device: &Device) -> Result<()> {
     Ok(device.synchronize()?)
 }
 
-/// Tokens of a tree's sequences, shared ones once for each.
+/// Tokens of a tree's sequences; shared ones count once per sequence.
 fn sequence_tokens(tree: &Tree) -> usize {
     let paths = tree.leaves().into_iter().map(|leaf| tree.path(leaf));
     paths.flatten().map(|segment| tree.segments[segment].tokens.len()).sum()
 }
 
-/// The objective with the start as its reference.
+/// The objective with the initial model as its reference.
 fn dpo(start: &Checkpoint, trees: &[Tree], settings: &Settings) -> Result<Preference> {
     let mut objective = Preference::default();
     let scratch = tempfile::tempdir()?;
@@ -318,7 +319,7 @@ fn generate(start: Checkpoint, options: &Options) -> Result<Figures> {
     let alone = options.batch * options.prompts.max(1) == 1
         && options.weights == WeightFormat::None
         && options.device.is_cpu();
-    // Where nobody asks what memory gives, the weights are let go as soon as they are laid out.
+    // If memory bandwidth is not measured, the original weights are freed as soon as they are laid out.
     let read = if alone { read_by_a_token(&start)? } else { Vec::new() };
     let vocab_size = start.config.vocab_size;
     let prompt =
@@ -360,7 +361,7 @@ fn generate(start: Checkpoint, options: &Options) -> Result<Figures> {
     }
     let size = options.dtype.dtype().size_in_bytes();
     let bytes: usize = read.iter().map(|x| x.elem_count() * size).sum();
-    // What memory gives differs from one second to the next: each step is held against the moments before and after it.
+    // Memory bandwidth varies from second to second, so compare each step with the readings before and after it.
     let around: Vec<f64> =
         memory.windows(2).skip(1).map(|ends| ends.iter().sum::<f64>() / 2.0).collect();
     let shares: Vec<f64> =
@@ -373,7 +374,8 @@ fn generate(start: Checkpoint, options: &Options) -> Result<Figures> {
     })
 }
 
-/// The matrices that a forward pass of one token reads whole: of an embedding that is not the head too it reads a row.
+/// The matrices that a one-token forward pass reads in full; only a row is read of an embedding that is not also the
+/// head.
 fn read_by_a_token(start: &Checkpoint) -> Result<Vec<Tensor>> {
     let whole = |name: &str| start.config.tie_word_embeddings || !name.contains("embed_tokens");
     let matrices = start.weights.iter().filter(|(name, weight)| whole(name) && weight.rank() == 2);
@@ -444,9 +446,9 @@ mod tests {
                 (roles.len(), roles.iter().filter(|role| **role == Role::Context).count())
             })
             .collect();
-        // Rows 3, 4 and 5: 60 + (411, 548, 685) mod 341, a third of it masked.
+        // Rows 3, 4 and 5: 60 + (411, 548, 685) mod 341, a third of each masked.
         assert_eq!(found, [(130, 43), (267, 89), (63, 21)]);
-        // Rows 0 and 1 have 60 and 197 tokens: the tiny model has room for them.
+        // Rows 0 and 1 have 60 and 197 tokens, which fit the tiny model.
         let options = Options { batch: 1, steps: 1, ..options };
         assert!(run(Method::Sft, &options).unwrap().tokens_per_s > 0.0);
     }

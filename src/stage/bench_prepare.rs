@@ -1,4 +1,4 @@
-//! How fast this machine prepares a dataset for training, and reads the examples back in a shuffled order.
+//! How fast this machine prepares a dataset for training and reads the examples back in shuffled order.
 
 use std::path::Path;
 use std::time::Instant;
@@ -17,30 +17,30 @@ use crate::recipe::plan::Dataset;
 use crate::rng::Stream;
 use crate::store;
 
-/// What was measured.
+/// The measurements.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Figures {
     /// Rows read.
     pub rows: usize,
-    /// Examples that they became.
+    /// Examples made from them.
     pub examples: usize,
     /// Tokens of all examples.
     pub tokens: usize,
-    /// Bytes of the file of examples.
+    /// Size of the file of examples in bytes.
     pub bytes: u64,
     /// Seconds to hash, read, prepare and write everything, and to verify the file.
     pub prepare_s: f64,
-    /// Rows prepared a second.
+    /// Rows prepared per second.
     pub rows_per_s: f64,
-    /// Examples read back a second, in a shuffled order.
+    /// Examples read back per second, in shuffled order.
     pub reads_per_s: f64,
 }
 
 /// Prepares `data` for the model in the directory or GGUF file `model`, with the default settings of `sft`, or of `dpo`
-/// where the first row is a preference. The file of examples goes to the system's directory for temporary files.
+/// if the first row is a preference. The examples are written to the system's temporary directory.
 ///
 /// # Errors
-/// No such model or data, a model without a tokenizer, and as [`Pipeline::write`].
+/// No such model or data, a model without a tokenizer; as [`Pipeline::write`].
 pub fn run(model: &str, data: &str) -> Result<Figures> {
     let (config, tokenizer) = peek(&run_dir::model(Path::new(model))?)?;
     let tokenizer = tokenizer.ok_or_else(|| {

@@ -1,18 +1,18 @@
-//! The device that a run asks for.
+//! The device that a run requests.
 //!
-//! A program that is linked to CUDA does not start where there is no driver, so there are two (`docs/decisions/0012`): this
-//! one computes on the CPU and, where a GPU is asked for, continues as `arriero-cuda`, which lies beside it.
+//! A program linked against CUDA does not start without a driver, so there are two (`docs/decisions/0012`): this one
+//! computes on the CPU and, if a GPU is requested, continues as `arriero-cuda` from the same folder.
 
 use candle_core::Device;
 
 use crate::error::{Context, Error, Result};
 
-/// The device that `cpu` or `cuda:N` names; `cuda` is the first GPU.
+/// Opens the device named by `cpu` or `cuda:N`; `cuda` is the first GPU.
 ///
-/// In a program without CUDA this does not return where the other one takes over.
+/// In a program without CUDA, this does not return if the other program takes over.
 ///
 /// # Errors
-/// There is no program for GPUs, it does not start here, or there is no such GPU.
+/// The GPU program is missing or does not start here, or there is no such GPU.
 pub fn open(name: &str) -> Result<Device> {
     if name == "cpu" {
         return Ok(Device::Cpu);
@@ -37,7 +37,7 @@ fn gpu(_: usize) -> Result<Device> {
     Err(other::become_it(&own.with_file_name(other::NAME), &arguments))
 }
 
-/// The program that was built for GPUs.
+/// The program built for GPUs.
 #[cfg(not(feature = "cuda"))]
 mod other {
     use std::ffi::OsString;
@@ -47,17 +47,17 @@ mod other {
 
     use crate::error::Error;
 
-    /// Its name, in the folder of this one.
+    /// Its name, in this program's folder.
     pub(super) const NAME: &str = "arriero-cuda";
 
-    /// Continues as `program`; returns only where that cannot be, with the reason.
+    /// Continues as `program`; returns only if that fails, with the reason.
     pub(super) fn become_it(program: &Path, arguments: &[OsString]) -> Error {
         if !program.is_file() {
             return Error::usage("this program was built for the CPU alone").hint(
                 "build the other one with `cargo build --release --features cuda` and put it beside this one as arriero-cuda",
             );
         }
-        // Where a library is missing it ends before its first line: it is asked for its version to see that.
+        // With a library missing, it fails before `main`; asking for its version detects that.
         let asked = Command::new(program).arg("--version").stdin(Stdio::null()).output();
         let output = match asked {
             Ok(output) => output,
@@ -78,7 +78,7 @@ mod other {
         format!("arriero {}", env!("CARGO_PKG_VERSION"))
     }
 
-    /// What the system's loader said, in words.
+    /// Explains the system loader's message.
     fn unstarted(program: &Path, said: &str) -> Error {
         let library = said
             .split_once("loading shared libraries: ")
@@ -100,7 +100,7 @@ mod other {
 
         use super::*;
 
-        /// What is said of a program that is this script.
+        /// The message for a program that consists of this script.
         fn said(script: &str) -> String {
             let folder = tempfile::tempdir().unwrap();
             let program = folder.path().join(NAME);

@@ -1,4 +1,4 @@
-//! An op with inputs, held against the CPU's own on a device, however the inputs lie in memory.
+//! An op with inputs, compared between a device and the CPU for every memory layout of the inputs.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 
@@ -7,25 +7,26 @@ use crate::ops::residual;
 
 pub(super) type Op = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
 
-/// An op with its inputs. Tensors that follow the device and the type are given; the rest is in the function.
+/// An op with its inputs. Tensors that follow the device and the type are passed in; the rest is captured by the
+/// function.
 pub(super) struct Case {
     pub(super) op: String,
     pub(super) inputs: Vec<(&'static str, Tensor)>,
     pub(super) run: Op,
-    /// Types that the device computes in.
+    /// Types supported on the device.
     pub(super) types: &'static [DType],
 }
 
-/// Elements of an input up to which it is laid out in every way.
+/// Inputs of up to this many elements are tested in every layout.
 const SMALL: usize = 1 << 13;
 
-/// How an op's inputs lie in memory.
+/// Memory layout of an op's inputs.
 #[derive(Clone, Copy)]
 pub(super) enum Lie {
     Whole,
-    /// The first and the last dimension have changed places: there are gaps.
+    /// First and last dimension swapped, so that there are gaps.
     Turned,
-    /// Within a larger tensor, from an odd place on.
+    /// A view into a larger tensor, from an odd offset.
     Within,
 }
 
@@ -53,7 +54,7 @@ impl Lie {
 }
 
 impl Case {
-    /// Every result in every type against the CPU's; of small inputs also where they lie otherwise in memory.
+    /// Compares every result in every type with the CPU's; for small inputs, in every memory layout.
     pub(super) fn check(&self, device: &Device) -> Result<Vec<Checked>> {
         let expected = self.results((&Device::Cpu, DType::F32), Lie::Whole)?;
         let small = self.inputs.iter().all(|(_, x)| x.elem_count() <= SMALL);
@@ -73,7 +74,7 @@ impl Case {
         Ok(all)
     }
 
-    /// With its last input left on the CPU, which every op has to refuse.
+    /// Leaves the last input on the CPU, which every op has to refuse.
     fn mixed(&self, device: &Device) -> Result<Option<Checked>> {
         let Some(((_, last), rest)) = self.inputs.split_last() else { return Ok(None) };
         if rest.is_empty() || device.is_cpu() {
@@ -99,7 +100,7 @@ impl Case {
         let given = vars.iter().map(|var| lie.of(var.as_tensor()));
         let out = (self.run)(&given.collect::<Result<Vec<_>>>()?)?;
         let d_out = moved(&numbers(11, out.shape())?)?;
-        // The root's value means nothing: its gradient is `d_out`.
+        // The root's value is meaningless: its gradient is `d_out`.
         let grads = residual::vjp_root(&out, &d_out)?.backward()?;
         let mut results = vec![("forward".to_owned(), home(&out)?)];
         for ((name, _), var) in self.inputs.iter().zip(&vars) {

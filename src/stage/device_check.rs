@@ -1,8 +1,9 @@
-//! Every op on a device held against the CPU's own, forward and backward, and steps of every kind: what `arriero doctor --device cuda:0 --check` prints.
-//! Tests cannot do that where there is no GPU, so the program does where there is one.
+//! Compares every op on a device with the CPU, forward and backward, and steps of every kind: what
+//! `arriero doctor --device cuda:0 --check` prints. Tests cannot do this without a GPU, so the program does it where
+//! there is one.
 //!
-//! All numbers are ones that bf16 can hold. The CPU computes in f32, the device in either type; an error is the largest
-//! difference over the largest number of the CPU's result.
+//! All inputs are representable in bf16. The CPU computes in f32, the device in either type; an error is the largest
+//! difference relative to the largest value of the CPU's result.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,40 +29,40 @@ use crate::rng::Stream;
 /// One result of one op.
 #[derive(Clone, Debug, Serialize)]
 pub struct Checked {
-    /// `attention`, at its shape.
+    /// The op with its shape.
     pub op: String,
-    /// What the device computed in.
+    /// The type that the device computed in.
     pub dtype: &'static str,
-    /// `forward`, or what the gradient is of.
+    /// `forward`, or the input that the gradient belongs to.
     pub what: String,
-    /// The largest difference, over the CPU's largest number.
+    /// The largest difference, relative to the CPU's largest value.
     pub error: f64,
-    /// What it may be.
+    /// Maximum allowed error.
     pub bound: f64,
 }
 
 impl Checked {
-    /// An op that the device did not finish.
+    /// An op that failed on the device.
     pub fn failed(op: &str, error: &candle_core::Error) -> Self {
         let what = format!("failed: {error}");
         Self { op: op.to_owned(), dtype: "–", what, error: f64::NAN, bound: 0.0 }
     }
 
-    /// Whether the device agrees. A result that is not a number does not.
+    /// Whether the device agrees. A NaN does not.
     pub fn agrees(&self) -> bool {
         self.error <= self.bound
     }
 }
 
 const BOTH: &[DType] = &[DType::F32, DType::BF16];
-/// Norms read and write the residual stream, which is f32 whatever the model computes in.
+/// Norms read and write the residual stream, which is f32 in any compute type.
 const F32: &[DType] = &[DType::F32];
 
-/// Runs every op on the CPU and on the device. An op that fails there is a result that does not agree: what comes after it
-/// is still worth knowing.
+/// Runs every op on the CPU and on the device. An op that fails there counts as a result that does not agree, and the
+/// check continues.
 ///
 /// # Errors
-/// Inputs that cannot be made.
+/// Inputs that cannot be created.
 pub fn run(device: &Device) -> Result<Vec<Checked>> {
     let mut all = Vec::new();
     let mut keep = |op: &str, found: Result<Vec<Checked>>| match found {
@@ -72,7 +73,7 @@ pub fn run(device: &Device) -> Result<Vec<Checked>> {
         keep(&case.op, case.check(device));
     }
     for dtype in BOTH {
-        // A vocabulary of a page and, on a GPU, more rows than a chunk of logits has.
+        // A small vocabulary and, on a GPU, more rows than fit in one chunk of logits.
         for shape in [(67, 96, 5003), (4101, 32, 101)] {
             keep("head", of_the_head(device, *dtype, shape));
         }
@@ -109,14 +110,14 @@ fn cases() -> Result<Vec<Case>> {
         let run: Op = Box::new(|x| linear(&x[0], &x[1], None));
         cases.push(Case { op: named("linear"), inputs, run, types: BOTH });
     }
-    // Query heads, key heads and the width of one.
+    // Query heads, key heads and head width.
     for (h, g, e) in [(2, 1, 8), (4, 2, 32), (9, 3, 64), (3, 1, 96), (8, 2, 128)] {
         cases.extend(of_heads(h, g, e)?);
     }
     Ok(cases)
 }
 
-/// The norm after a residual sum, both of which go on. What is added and normed is f32 whatever the norm's type.
+/// The norm after a residual sum, both of which are outputs. The summands and the norm's input are f32 in any type.
 fn of_a_sum(t: usize, d: usize) -> Result<Case> {
     let inputs =
         vec![("x", numbers(3, (t, d))?), ("y", numbers(4, (t, d))?), ("weight", numbers(2, d)?)];
@@ -130,7 +131,7 @@ fn of_a_sum(t: usize, d: usize) -> Result<Case> {
     Ok(Case { op: format!("residual_norm {t}×{d}"), inputs, run, types: BOTH })
 }
 
-/// Rotation and attention over a forest: a row, a prompt with two answers, and a row of one token.
+/// Rotation and attention over a forest: a row, a prompt with two answers, and a one-token row.
 fn of_heads(h: usize, g: usize, e: usize) -> Result<Vec<Case>> {
     let tokens = |len| (vec![0; len], vec![Role::Content; len]);
     let (row, roles) = tokens(70);
@@ -164,7 +165,7 @@ fn of_heads(h: usize, g: usize, e: usize) -> Result<Vec<Case>> {
     ])
 }
 
-/// A copy that is turned, one in its own memory, and one where that is a part of something which stays as it was.
+/// Rotation of a copy, in place, and in place as part of a tensor whose rest stays unchanged.
 fn of_a_rotation(op: String, inputs: Vec<(&'static str, Tensor)>, rotary: Rotary) -> Case {
     let run: Op = Box::new(move |x| {
         let both = Tensor::cat(&[&x[0], &x[0]], 0)?;
@@ -177,7 +178,7 @@ fn of_a_rotation(op: String, inputs: Vec<(&'static str, Tensor)>, rotary: Rotary
     Case { op, inputs, run, types: BOTH }
 }
 
-/// Two trees' pairs of five sequences, whose targets lie scattered, and a loss of each kind.
+/// Pairs from two trees with five sequences, with scattered targets, and one loss of each kind.
 fn pairs(targets: usize) -> head::Pairs {
     let term = |loss, referenced, by_length| head::PairTerm {
         loss,
@@ -216,7 +217,7 @@ fn of_the_head(
     let (hidden, weight) = (numbers(12, (t, d))?, numbers(13, (v, d))?);
     let results = |device: &Device, dtype: DType| -> Result<Vec<(&'static str, Tensor)>> {
         let weight = weight.to_device(device)?.to_dtype(dtype)?;
-        let asked = head::Asked { rows: true, d_weight: true };
+        let asked = head::Asked { detail: head::Detail::Top, d_weight: true };
         let hidden = hidden.to_device(device)?;
         let grads = head::backward(&hidden, &weight, &targets, slopes.as_slice().into(), asked)?;
         let Some(d_weight) = &grads.d_weight else { candle_core::bail!("head: no d_weight") };
@@ -238,6 +239,7 @@ fn of_the_head(
             ("logps", column(readings.logps.clone())?),
             ("log_sum_exp", of_rows(|row| row.log_sum_exp)?),
             ("entropy", of_rows(|row| row.entropy)?),
+            ("top_entropy", of_rows(|row| row.top_entropy)?),
             ("d_hidden", home(&grads.d_hidden)?),
             ("d_weight", home(d_weight)?),
             ("logps for pairs", column(of_pairs.readings.wait()?.logps)?),
@@ -255,9 +257,9 @@ fn of_the_head(
         .collect()
 }
 
-/// Matrices of few bits: what they are when dense, to the bit, and products with them.
+/// Quantized matrices: their dequantized values, bit for bit, and products with them.
 fn of_packed(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
-    // No whole number of scales that share one.
+    // Not a whole number of the scales that share a second-level scale.
     let (t, i, o) = (5, 96, 333);
     let (weight, x) = (numbers(21, (o, i))?, numbers(22, (t, i))?);
     let kinds = [BlockType::Q4_0, BlockType::Q4_1, BlockType::Q8_0];
@@ -283,7 +285,7 @@ fn of_packed(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
     Ok(checks)
 }
 
-/// Rows of the table, and its gradient from tokens that repeat.
+/// Rows of the table, and its gradient for repeated tokens.
 fn of_the_embedding(device: &Device) -> Result<Vec<Checked>> {
     let (v, d, t) = (101, 33, 300);
     let tokens: Vec<u32> = (0..t as u32).map(|at| at * at % 53).collect();
@@ -302,8 +304,8 @@ fn of_the_embedding(device: &Device) -> Result<Vec<Checked>> {
         .collect()
 }
 
-/// Two steps of AdamW, the norm of its gradient, and the place of an element that is not finite. Master and moments are f32
-/// whatever is computed in.
+/// Two steps of AdamW, its gradient norm, and the position of a non-finite element. Master and moments are f32 in any
+/// compute type.
 fn of_the_optimizer(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
     let results = |device: &Device| -> crate::Result<[Tensor; 4]> {
         let (param, norms) = two_steps(device, dtype, &mut AdamW::new(HYPER))?;
@@ -320,7 +322,7 @@ fn of_the_optimizer(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
         [&Device::Cpu, device].map(|device| results(device).map_err(candle_core::Error::wrap));
     let [expected, found] = both;
     let (expected, found) = (expected?, found?);
-    // The copy is within a rounding of its master.
+    // The copy is within rounding of its master.
     [("master", DType::F32), ("copy", dtype), ("norm", DType::F32), ("place", DType::F32)]
         .iter()
         .zip(expected.iter().zip(&found))
@@ -332,7 +334,7 @@ const HYPER: Hyper =
     Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decayed: is_decayed };
 const PARAMETER: &str = "w.weight";
 
-/// A parameter after two steps, and the norms of its gradients.
+/// A parameter after two steps, and its gradient norms.
 fn two_steps(device: &Device, dtype: DType, adamw: &mut AdamW) -> crate::Result<(Param, Vec<f32>)> {
     let start = numbers(16, (67, 33))?.to_device(device)?;
     let param = Param::computed_in(&start, dtype)?;
@@ -347,7 +349,7 @@ fn two_steps(device: &Device, dtype: DType, adamw: &mut AdamW) -> crate::Result<
     Ok((param, norms))
 }
 
-/// A copy that the device rounds by chance is, to the bit, the one that the CPU makes of the device's master.
+/// A copy that the device rounds stochastically equals, bit for bit, the CPU's rounding of the device's master.
 fn of_chance(device: &Device) -> Result<Checked> {
     let results = || -> crate::Result<[Tensor; 2]> {
         let mut adamw = AdamW::new(HYPER).rounding_by_chance(Some(7));
@@ -365,12 +367,13 @@ pub(super) fn checked(
     dtype: DType,
     pair: (&Tensor, &Tensor),
 ) -> Result<Checked> {
-    // f32: another order of summation over some thousands. bf16: roundings to eight bits on the way and at the end.
+    // f32: a different order of summation over some thousands. bf16: rounding to eight bits along the way and at the
+    // end.
     let kind = if dtype == DType::F32 { ("f32", 3e-5) } else { ("bf16", 3.2e-2) };
     compared(names, kind, pair)
 }
 
-/// Two tensors on the CPU, with what they may differ by.
+/// Compares two tensors on the CPU within a bound.
 pub(super) fn compared(
     (op, what): (&str, &str),
     (dtype, bound): (&'static str, f64),
@@ -379,7 +382,7 @@ pub(super) fn compared(
     let (expected, found) = (flat(expected)?, flat(found)?);
     let largest = expected.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
     let apart = expected.iter().zip(&found).map(|(a, b)| f64::from((a - b).abs()));
-    // `max` would pass over what is not a number.
+    // `max` would skip NaN.
     let worst = apart.fold(0.0, |worst: f64, x| if x > worst || x.is_nan() { x } else { worst });
     let error = if expected.len() == found.len() { worst / f64::from(largest) } else { f64::NAN };
     Ok(Checked { op: op.to_owned(), dtype, what: what.to_owned(), error, bound })
@@ -389,7 +392,7 @@ fn flat(x: &Tensor) -> Result<Vec<f32>> {
     x.flatten_all()?.to_vec1()
 }
 
-/// As f32 on the CPU, without a graph.
+/// Moves a tensor to the CPU as f32, without a graph.
 pub(super) fn home(x: &Tensor) -> Result<Tensor> {
     x.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)
 }
@@ -406,7 +409,7 @@ mod tests {
     use super::super::device_case::Lie;
     use super::*;
 
-    /// The CPU agrees with itself to the last bit, in f32: what is left is the check's own business.
+    /// The CPU agrees with itself to the last bit, in f32: any difference would come from the check itself.
     #[test]
     fn the_cpu_agrees_with_itself() {
         let all: Vec<Checked> = cases()
@@ -438,7 +441,7 @@ mod tests {
         let failed = Checked::failed("op", &candle_core::Error::msg("illegal address"));
         assert!(!failed.agrees() && failed.what.contains("illegal address"));
         let all = run(&Device::Cpu).unwrap();
-        // The CPU's plain forms in bf16 are no twin of anything; in f32 all agree.
+        // The CPU's plain bf16 implementations have no exact counterpart; in f32 all agree.
         assert!(all.iter().filter(|one| one.dtype == "f32").all(Checked::agrees), "{all:?}");
         assert!(all.iter().any(|one| one.op.starts_with("draws")), "the last is there");
     }

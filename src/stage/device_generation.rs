@@ -1,4 +1,4 @@
-//! What generation adds to the check of a device: attention over pages, predictions, and draws.
+//! The device check for generation: attention over pages, predictions, and draws.
 
 use candle_core::{DType, Device, Result, Tensor};
 use llguidance::toktrie::SimpleVob;
@@ -10,10 +10,10 @@ use crate::ops::head;
 use crate::ops::sample::Chance;
 use crate::rng::Stream;
 
-/// New tokens of a long sequence and of one that shares its first page, over pages that are filled first.
+/// New tokens of a long sequence and of one that shares its first page, over pages filled beforehand.
 pub(super) fn of_the_cache(device: &Device, dtype: DType) -> Result<Vec<Checked>> {
     let mut all = Vec::new();
-    // Key heads, query heads to each, and the width of one.
+    // Key heads, query heads per key head, and head width.
     for shape in [(1, 2, 8), (2, 1, 32), (3, 3, 64), (1, 2, 96), (2, 4, 128)] {
         let (expected, found) =
             (over_pages(&Device::Cpu, DType::F32, shape)?, over_pages(device, dtype, shape)?);
@@ -26,7 +26,7 @@ pub(super) fn of_the_cache(device: &Device, dtype: DType) -> Result<Vec<Checked>
     Ok(all)
 }
 
-/// Attention of each of two passes: prompts, then a few new tokens of three sequences.
+/// Attention in each of two passes: prompts, then a few new tokens of three sequences.
 fn over_pages(
     device: &Device,
     dtype: DType,
@@ -44,7 +44,7 @@ fn over_pages(
         };
         Sequence { spans: pages.iter().enumerate().map(span).collect(), new }
     };
-    // More positions than one part of the kernel's has.
+    // More positions than one partition of the kernel holds.
     let beside = [pages[0].clone(), pages[6].clone()];
     let passes = [
         vec![sequence(&pages[..5], 300, 300), sequence(&pages[7..8], 20, 20)],
@@ -70,8 +70,8 @@ fn over_pages(
     Ok([first, second])
 }
 
-/// Predictions, and tokens drawn from them in every way that the kernel knows, some with the likeliest named or with some of
-/// them not allowed.
+/// Predictions, and tokens drawn from them in every way the kernel supports, some with the top tokens reported or with
+/// tokens masked out.
 pub(super) fn of_the_draws(device: &Device) -> Result<Vec<Checked>> {
     let base = Chance::default();
     let ways = [
@@ -127,7 +127,7 @@ pub(super) fn of_the_draws(device: &Device) -> Result<Vec<Checked>> {
         .collect()
 }
 
-/// A number of each named token of all draws.
+/// One value per reported token of all draws.
 fn likely(drawn: &[Draw], value: fn((u32, f32)) -> f32) -> Result<Tensor> {
     let values: Vec<f32> = drawn.iter().flat_map(|draw| &draw.top).map(|&one| value(one)).collect();
     let count = values.len();

@@ -1,5 +1,6 @@
-//! Whole models on a device held against numbers that transformers, TRL and peft computed with PyTorch: logits, and the loss
-//! of a step of SFT, whole and of adapters, of DPO and of a reward model, with the gradients. What `arriero doctor --device cuda:0 --check --goldens DIR` adds to the ops.
+//! Compares whole models on a device with values that transformers, TRL and peft computed with PyTorch: logits, and the
+//! loss and gradients of one step of SFT (full and with adapters), of DPO and of a reward model. Added to the ops by
+//! `arriero doctor --device cuda:0 --check --goldens DIR`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -23,19 +24,19 @@ use crate::store;
 use crate::train::learner::Learner;
 use crate::train::step::{self, StepOptions, StepReport};
 
-/// Llama models of different shapes, by the names of their files.
+/// Llama models of different shapes, by file name.
 const VARIANTS: [&str; 3] = ["tied", "untied", "llama3rope"];
-/// The label of a token that is not trained.
+/// The label of an untrained token.
 const IGNORED: i64 = -100;
-/// Logits and gradients: what two blocks add up in another order, over the largest number.
+/// Bound for logits and gradients, relative to the largest value: a different order of summation in two blocks.
 const KIND: (&str, f64) = ("f32", 1e-4);
-/// Of the loss, relatively.
+/// Relative bound for the loss.
 const LOSS_BOUND: f64 = 1e-5;
 
-/// Adapters of peft, by the names of their files.
+/// peft adapters, by file name.
 const ADAPTERS: [&str; 2] = ["qv_r4_a8", "all_r3_a12_rslora"];
 
-/// What is read of the numbers of a step.
+/// The fields read from the goldens of a step.
 #[derive(Deserialize)]
 struct Step {
     loss: f64,
@@ -43,7 +44,7 @@ struct Step {
     grad_norms: BTreeMap<String, f64>,
 }
 
-/// What is read of TRL's numbers.
+/// The fields read from TRL's goldens.
 #[derive(Deserialize)]
 struct Golden {
     #[serde(alias = "policy", default)]
@@ -87,7 +88,7 @@ impl Golden {
 /// Runs every model in f32.
 ///
 /// # Errors
-/// Files that are missing; the device's.
+/// Missing files; a device error.
 pub fn run(device: &Device, folder: &Path) -> Result<Vec<Checked>> {
     let mut all = Vec::new();
     for variant in VARIANTS {
@@ -105,7 +106,7 @@ pub fn run(device: &Device, folder: &Path) -> Result<Vec<Checked>> {
 }
 
 fn tensors(folder: &Path, name: &str) -> Result<Weights> {
-    // Ids and masks are whole numbers, which no model's file has.
+    // Ids and masks are integers, which no model file contains.
     let path = folder.join(name);
     let found = candle_core::safetensors::load(&path, &Device::Cpu).map_err(Error::from);
     Ok(found.at(path.display())?.into_iter().collect())
@@ -115,7 +116,7 @@ fn get<'a>(tensors: &'a Weights, name: &str) -> Result<&'a Tensor> {
     tensors.get(name).ok_or_else(|| Error::run(format!("missing tensor `{name}`")))
 }
 
-/// Rows of a padded batch as trees of one segment.
+/// Rows of a padded batch as one-segment trees.
 fn rows(ids: &Tensor, mask: &Tensor, labels: Option<&Tensor>) -> Result<Vec<Tree>> {
     let read = |tensor: &Tensor| tensor.to_dtype(DType::I64)?.to_vec2::<i64>();
     let labels = labels.map(read).transpose()?;
@@ -151,7 +152,7 @@ fn logits(checkpoint: &Checkpoint, folder: &Path, variant: &str) -> Result<Vec<C
     Ok(all)
 }
 
-/// A step of DPO with the sigmoid loss, prompts shared.
+/// One step of DPO with the sigmoid loss and shared prompts.
 fn dpo(device: &Device, folder: &Path) -> Result<Vec<Checked>> {
     let golden = Golden::read(folder, "c_dpo.json")?;
     let trees = golden.trees();
@@ -171,7 +172,7 @@ fn dpo(device: &Device, folder: &Path) -> Result<Vec<Checked>> {
     Ok(all)
 }
 
-/// A step of a reward model: the loss, and the norm of each gradient.
+/// One step of a reward model: the loss, and the norm of each gradient.
 fn reward(device: &Device, folder: &Path) -> Result<Vec<Checked>> {
     let golden = Golden::read(folder, "d_reward.json")?;
     let checkpoint = Checkpoint::load_dir(&folder.join(&golden.model), device)?;
@@ -187,7 +188,7 @@ fn reward(device: &Device, folder: &Path) -> Result<Vec<Checked>> {
     Ok(all)
 }
 
-/// A step of SFT of an adapter that peft wrote.
+/// One SFT step of an adapter written by peft.
 fn adapters(device: &Device, folder: &Path, case: &str) -> Result<Vec<Checked>> {
     let base = Checkpoint::load_dir(&folder.join("model_tied"), device)?;
     let saved = peft::read(&folder.join(format!("f_adapter_{case}")), device)?;
@@ -219,7 +220,7 @@ fn taken(
     step::gradients(learner, objective, &trees, StepOptions::new(1 << 20))
 }
 
-/// Gradients against those of a file, whose names `ours` translates.
+/// Compares gradients with those of a file, whose names `ours` translates.
 fn gradients(
     op: &str,
     grads: &Gradients,

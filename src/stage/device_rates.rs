@@ -1,4 +1,4 @@
-//! How fast a device's kernels move memory, those that do little else, and what the device does at its best.
+//! Memory throughput of a device's memory-bound kernels, and the device's peak rates.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -15,14 +15,14 @@ use crate::ops::{Rotary, embed, rope, swiglu};
 use crate::optim::Param;
 use crate::optim::adamw::{AdamW, Hyper, is_decayed};
 
-/// One kernel.
+/// The rate of one kernel.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Rate {
-    /// What it does.
+    /// Its name.
     pub kernel: &'static str,
-    /// Bytes that it must read and write at least; see the floors of `docs/gpu.md`.
+    /// Minimum number of bytes that it must read and write; see the floors in `docs/gpu.md`.
     pub bytes: f64,
-    /// Seconds of the best of ten.
+    /// Seconds, the best of ten.
     pub seconds: f64,
 }
 
@@ -34,15 +34,15 @@ struct Sizes {
     heads: usize,
     vocab: usize,
     parameters: usize,
-    /// What products are computed in.
+    /// Type of matrix products.
     dtype: DType,
 }
 
-/// Bytes of a parameter: master, gradient, two moments, and a copy in bf16.
+/// Bytes per parameter: master, gradient, two moments, and a bf16 copy.
 const PARAMETER: u64 = 18;
 
 impl Sizes {
-    /// On a GPU by the bytes that are `free` there: parameters fill an eighth of them, if that many are wanted.
+    /// For a GPU with `free` bytes: parameters take at most an eighth of them.
     fn of(device: &Device, free: u64) -> Self {
         if device.is_cpu() {
             let (tokens, width, inner, heads) = (64, 64, 96, 2);
@@ -56,10 +56,10 @@ impl Sizes {
     }
 }
 
-/// Times them.
+/// Measures the kernels.
 ///
 /// # Errors
-/// The device's.
+/// A device error.
 pub fn run(device: &Device) -> Result<Vec<Rate>> {
     let free = facts(device).map_err(candle_core::Error::wrap)?.map_or(0, |facts| facts.free);
     let sizes = Sizes::of(device, free);
@@ -69,7 +69,7 @@ pub fn run(device: &Device) -> Result<Vec<Rate>> {
     Ok(rates)
 }
 
-/// Matrices of few bits made dense: what they take is read, the dense matrix written.
+/// Dequantization: reads the quantized matrix, writes the dense one.
 fn of_packed(device: &Device, sizes: &Sizes) -> Result<[Rate; 2]> {
     let (i, o) = (sizes.width, sizes.inner);
     let weight = Tensor::zeros((o, i), DType::F32, &Device::Cpu)?;
@@ -134,21 +134,21 @@ fn of_the_optimizer(device: &Device, sizes: &Sizes) -> Result<Rate> {
     Ok(Rate { kernel: "adamw", bytes, seconds })
 }
 
-/// What a device does at its best, measured.
+/// A device's measured peak rates.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Peak {
-    /// Operations a second of a large product: in bf16, on the CPU in f32.
+    /// Operations per second of a large product: in bf16, on the CPU in f32.
     pub flops_per_s: f64,
-    /// Bytes read and written a second by a kernel that does little else.
+    /// Bytes read and written per second by a kernel that does little else.
     pub bytes_per_s: f64,
 }
 
 /// Measures [`Peak`]: the best of ten.
 ///
 /// # Errors
-/// The device's.
+/// A device error.
 pub fn peak(device: &Device) -> Result<Peak> {
-    // A product of 8192 keeps an H100 busy for a millisecond and a half.
+    // A product of size 8192 keeps an H100 busy for 1.5 ms.
     let (size, dtype, elements) =
         if device.is_cpu() { (256, DType::F32, 1 << 20) } else { (8192, DType::BF16, 1 << 27) };
     let a = Tensor::ones((size, size), dtype, device)?;
@@ -161,7 +161,7 @@ pub fn peak(device: &Device) -> Result<Peak> {
     })
 }
 
-/// Seconds of the fastest of ten calls, after one that is not counted.
+/// Seconds of the fastest of ten calls, after one warm-up.
 fn best<T>(device: &Device, mut work: impl FnMut() -> Result<T>) -> Result<f64> {
     let mut seconds = f64::INFINITY;
     for call in 0..11 {
@@ -191,7 +191,7 @@ mod tests {
         let rates = run(&Device::Cpu).unwrap();
         assert!(rates.iter().all(|rate| rate.seconds > 0.0), "{rates:?}");
         let bytes: Vec<(&str, f64)> = rates.iter().map(|rate| (rate.kernel, rate.bytes)).collect();
-        // f32 throughout: 64 rows of 64 or 96; 28 bytes a parameter.
+        // f32 throughout: 64 rows of 64 or 96; 28 bytes per parameter.
         let rows = 64.0 * 64.0 * 4.0;
         let expected = [
             ("rms_norm", 2.0 * rows),
@@ -200,7 +200,8 @@ mod tests {
             ("swiglu", 4.5 * rows),
             ("embedding", 2.0 * rows),
             ("adamw", 28.0 * 4096.0),
-            // 96 rows of a block of 64: half a byte a number, a byte a block, and a number for up to 256 of these.
+            // 96 rows of one block of 64: half a byte per number, one byte per block, and one number per up to 256 of
+            // these.
             ("nf4 made dense", 1.5 * rows + 3072.0 + 96.0 + 4.0),
             ("q4_1 made dense", 1.5 * rows + 192.0 * 20.0),
         ];

@@ -1,5 +1,5 @@
-//! Whole optimizer steps of a small model on a device, in every way that settings offer, held against the CPU's plainest step
-//! of the same: all at once, in f32, nothing recomputed, nothing elsewhere.
+//! Whole optimizer steps of a small model on a device, with every option that settings offer, compared with the
+//! plainest step on the CPU: all at once, in f32, without recomputation or offloading.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -23,37 +23,38 @@ use crate::train::step::StepOptions;
 use crate::train::update::{Pace, update};
 use crate::train::{Held, Learner, Recompute};
 
-/// Steps: the second begins where the first went.
+/// Number of steps: the second starts from the first's result.
 const STEPS: usize = 2;
 const VOCAB: usize = 211;
-/// Of what a step moves: sums of two blocks in another order, and in bf16 their roundings.
+/// Relative error bounds: sums over two blocks in a different order, and in bf16 their rounding.
 const BOUNDS: [(&str, f64); 2] = [("f32", 1e-4), ("bf16", 6e-2)];
 
-/// What is trained.
+/// The training task.
 #[derive(Clone, Copy, PartialEq)]
 enum Task {
     Sft,
     Dpo,
     Reward,
-    /// SFT whose slopes follow from what the head reads.
+    /// SFT whose slopes depend on the head's readings.
     Dft,
-    /// Losses of pairs that the host weighs, one of them over the whole step.
+    Eaft,
+    /// Pair losses weighed on the host, one of them coupled over the whole step.
     Weighed,
 }
 
-/// A way to take steps.
+/// One configuration of a step.
 pub(super) struct Way {
     pub(super) name: &'static str,
     task: Task,
-    /// What adapters are trained beside, where they are.
+    /// Quantization of the frozen base, if adapters are trained.
     adapters: Option<Quantization>,
     dtype: Precision,
     max_grad_norm: f64,
-    /// What differs from the plainest step.
+    /// How it differs from the plainest step.
     change: fn(StepOptions) -> StepOptions,
 }
 
-/// All of them.
+/// All configurations.
 pub(super) fn ways() -> Vec<Way> {
     const SFT: Way = Way {
         name: "plain",
@@ -93,6 +94,7 @@ pub(super) fn ways() -> Vec<Way> {
         Way { name: "dpo", task: dpo, change: PARTS, ..SFT },
         Way { name: "dpo bf16", task: dpo, change: PARTS, dtype: Precision::Bf16, ..SFT },
         Way { name: "dft", task: Task::Dft, change: PARTS, ..SFT },
+        Way { name: "eaft", task: Task::Eaft, change: PARTS, ..SFT },
         Way { name: "dpo by the host", task: Task::Weighed, change: PARTS, ..SFT },
         Way { name: "reward", task: reward, change: PARTS, ..SFT },
         Way { name: "reward bf16", task: reward, dtype: Precision::Bf16, ..SFT },
@@ -100,10 +102,10 @@ pub(super) fn ways() -> Vec<Way> {
 }
 
 impl Way {
-    /// Losses, norms of the gradient, and how far all parameters went.
+    /// Compares the losses, the gradient norms, and the total change of all parameters.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub(super) fn check(&self, device: &Device) -> Result<Vec<Checked>> {
         let plainest = Self { dtype: Precision::F32, change: |options| options, ..*self };
         let (expected, found) = (plainest.results(&Device::Cpu)?, self.results(device)?);
@@ -121,7 +123,7 @@ impl Way {
         };
         let learner = self.learner(device, options.optimizer_offload)?;
         let start = positions(&learner)?;
-        // With so large an eps a move is in proportion to the gradient: its signs where it is almost 0 decide nothing.
+        // With such a large eps, updates are proportional to the gradient, so signs near 0 do not matter.
         let hyper =
             Hyper { beta1: 0.9, beta2: 0.95, eps: 1.0, weight_decay: 0.0, decayed: is_decayed };
         let (objective, trees) = (self.objective(), self.trees());
@@ -153,7 +155,7 @@ impl Way {
         Learner::adapted(&config, start, &attached, held, |_| false)
     }
 
-    /// Heads of 32, two to a key head.
+    /// Head width 32, two query heads per key head.
     fn config(&self) -> Result<Config> {
         let architecture = if self.task == Task::Reward {
             "LlamaForSequenceClassification"
@@ -169,12 +171,13 @@ impl Way {
     }
 
     fn objective(&self) -> Box<dyn Objective> {
-        // Not the policy's own: margins are not 0.
+        // Different from the policy's own, so that margins are not 0.
         let reference = (0..3).map(|row| (row, vec![-70.0 - row as f64, -64.0]));
         let reference: BTreeMap<_, _> = reference.collect();
         match self.task {
             Task::Sft => Box::new(Sft::default()),
             Task::Dft => Box::new(Sft { loss: TokenLoss::Dft, ..Sft::default() }),
+            Task::Eaft => Box::new(Sft { loss: TokenLoss::Eaft, ..Sft::default() }),
             Task::Reward => Box::new(Reward::default()),
             Task::Dpo => Box::new(Preference { reference, ..Preference::default() }),
             Task::Weighed => {
@@ -186,7 +189,7 @@ impl Way {
         }
     }
 
-    /// Three rows, each of them more than a micro-batch of 64 tokens has room for beside another.
+    /// Three rows, of which no two fit in a micro-batch of 64 tokens.
     fn trees(&self) -> Vec<Tree> {
         let tokens = |len: usize, step: usize| -> Vec<u32> {
             (0..len).map(|at| (at * step % VOCAB) as u32).collect()
@@ -195,7 +198,7 @@ impl Way {
         let tree = |row: usize| {
             let (first, second) = (content(17 + 9 * row, 7 + row), content(12, 29 + row));
             match self.task {
-                Task::Sft | Task::Dft => {
+                Task::Sft | Task::Dft | Task::Eaft => {
                     Tree::sequence(tokens(33 + 5 * row, 11), vec![Role::Content; 33 + 5 * row], row)
                 }
                 _ => Tree::siblings(tokens(21, 13 + row), vec![first, second], row),
@@ -205,7 +208,7 @@ impl Way {
     }
 }
 
-/// Takes the projections out and packs them; what would be a GGUF file's blocks are made here.
+/// Removes the projections and packs them; the blocks of a GGUF file are made here.
 fn packed(weights: &mut Weights, kind: Quantization) -> Result<PackedWeights> {
     if kind != Quantization::Gguf {
         return packed::pack(weights, kind, &Source::Directory(PathBuf::new()), &[]);
@@ -218,12 +221,12 @@ fn packed(weights: &mut Weights, kind: Quantization) -> Result<PackedWeights> {
         .collect()
 }
 
-/// All trained parameters, one after the other.
+/// All trained parameters, concatenated.
 fn positions(learner: &Learner) -> Result<Tensor> {
     let flat = |master: &Tensor| home(&master.flatten_all()?);
     let all = learner.params().values().map(|param| flat(&param.master));
     let all: Vec<Tensor> = all.collect::<candle_core::Result<_>>()?;
-    // A copy of its own: masters move where they are.
+    // An explicit copy, because masters are updated in place.
     Ok(Tensor::cat(&all, 0)?.to_dtype(DType::F32)?.copy()?)
 }
 

@@ -1,5 +1,5 @@
-//! Preference optimization: DPO in the form of Llama 3 (section 4.1.4) by default, any of the losses of
-//! [`loss::preference`](crate::loss::preference) by `loss_type`.
+//! Preference optimization: Llama 3's form of DPO (section 4.1.4) by default, or any of the losses of
+//! [`loss::preference`](crate::loss::preference) via `loss_type`.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ use crate::recipe::plan;
 use crate::train::reference::{Logps, Request, reference_logps};
 use crate::train::{Data, Follower, Order};
 
-/// Trains the policy on preferences, against a frozen reference where a loss reads one: by default its own start.
+/// Trains the policy on preferences, against a frozen reference if a loss reads one; by default the initial policy.
 /// Input: a checkpoint and pairs, or labelled responses. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     let bases = Bases::default();
@@ -32,7 +32,8 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     let other = spec.other_reference();
     let mut follower = None;
     if let Some(other) = other {
-        // Held and computed with as the policy's base is: where it is that base, or an adapter of it, it shares its tensors.
+        // Loaded in the same form as the policy's base: if it is that base, or an adapter of it, the tensors are
+        // shared.
         let model = bases.model(other, &adapt.form(&context.device))?;
         training::check_writes(other, &model.config)?;
         check_reference(&start.checkpoint, &model, spec.sync_ref_model).at(other)?;
@@ -50,7 +51,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
 
     let trainee = adapt.trainee(start)?;
     if spec.needs_reference() && other.is_none() {
-        // The reference is the policy before its first step: no second model, and margins of exactly 0.
+        // The reference is the initial policy: no second model, and margins of exactly 0.
         if spec.sync_ref_model {
             follower = Some(Follower::beside(&trainee.learner, spec.pace())?);
         } else {
@@ -77,7 +78,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Dpo) -> Result<Metrics> {
     training::fit(context, &work)
 }
 
-/// Refuses a reference to which the policy's tokens mean something else, and one that cannot follow the policy's weights.
+/// Refuses a reference whose tokenizer differs from the policy's, and one that cannot follow the policy's weights.
 fn check_reference(policy: &Checkpoint, reference: &bases::Model, follows: bool) -> Result<()> {
     if let (Some(own), Some(other)) = (&policy.tokenizer, &reference.tokenizer)
         && let Some((id, [own, other])) = own.first_difference(other)
@@ -100,7 +101,7 @@ fn check_reference(policy: &Checkpoint, reference: &bases::Model, follows: bool)
     }
 }
 
-/// Reads the log-probabilities of a reference that stays as it is.
+/// Computes the log-probabilities of a fixed reference.
 fn read_references(
     context: &StageContext<'_>,
     spec: &plan::Dpo,
@@ -110,7 +111,7 @@ fn read_references(
     datasets.into_iter().try_for_each(|dataset| dataset.read_reference(context, spec, reference))
 }
 
-/// What one dataset is trained with.
+/// The objective of one dataset.
 enum Method {
     Paired(Preference),
     Unpaired(Unpaired),
@@ -193,7 +194,7 @@ impl Method {
     }
 }
 
-/// Trees with their objective.
+/// Trees and their objective.
 struct Labelled {
     trees: Vec<Tree>,
     method: Method,
@@ -215,8 +216,8 @@ impl Labelled {
             Method::Paired(_) => Rule::Pairs(spec.data.clone()),
             Method::Unpaired(_) => Rule::Responses(spec.data.clone()),
         };
-        // A response may be a call of a tool, which the template writes: that the mask leaves nothing of it is the
-        // setting's doing, not a fault of the row.
+        // A response may be a tool call, which the template writes: if the mask leaves nothing of it, that is due to
+        // the setting and not a fault of the row.
         let check = |row: &Row, tree: &Tree| -> Result<Option<String>> {
             row.check_said()?;
             if spec.mask_formatting_tokens && spec.summing().lengths(tree).contains(&0) {
@@ -293,7 +294,7 @@ mod tests {
         StageContext { dir, round: 1, seed: 3, device: Device::Cpu, events: &Silent }
     }
 
-    /// Against itself as the reference every order is as likely as any other.
+    /// With itself as the reference, every order is equally likely.
     #[test]
     fn ranked_lists_begin_at_ln_two_a_pair_and_at_ln_six_a_list_of_three() {
         let dir = tempfile::tempdir().unwrap();
@@ -334,7 +335,7 @@ mod tests {
         let metrics = run(&within(dir.path().join("stage")), &spec).unwrap();
         assert!((metrics["first_loss"] - 2_f64.ln()).abs() < 1e-12, "{metrics:?}");
         assert!(metrics["loss"] < 0.9 * 2_f64.ln(), "{metrics:?}");
-        // The probability of an order needs one.
+        // A Plackett-Luce probability needs a strict order.
         spec.ranking = Ranking::PlackettLuce;
         let error = run(&within(dir.path().join("list")), &spec).unwrap_err().to_string();
         assert!(error.contains("equal `ranks` with ranking = \"plackett_luce\""), "{error}");
@@ -379,7 +380,7 @@ mod tests {
         assert!(error.contains(&expected), "{error}");
     }
 
-    /// A rate that ruins the model makes desirable responses unlikely too.
+    /// A learning rate that ruins the model makes desirable responses unlikely too.
     #[test]
     fn the_watchdog_looks_at_the_desirable_ones_of_single_responses() {
         let dir = tempfile::tempdir().unwrap();

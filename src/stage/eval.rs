@@ -1,5 +1,5 @@
-//! Held-out measures of a policy: accuracy, reward, distance from a reference, length, and what choosing among K
-//! answers by the reward model would give.
+//! Held-out evaluation of a policy: accuracy, reward, KL to a reference, length, and the result of choosing among K
+//! answers by the reward model.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,23 +19,23 @@ use crate::score::curve::{Curve, Drawn};
 use crate::score::statistics::Estimate;
 use crate::score::{Panel, Verdict};
 
-/// One prompt's answers and measures.
+/// One prompt's answers and measurements.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     /// The prompt with its judged answers.
     #[serde(flatten)]
     pub row: Candidates,
-    /// The reward model's score of each answer, nothing for one that could not be judged; empty where there is none.
+    /// The reward model's score of each answer, `None` if it could not be scored; empty without a reward model.
     pub rewards: Vec<Option<f64>>,
-    /// Σ log p(policy) − log p(reference) over all tokens of all answers; 0 where there is no reference.
+    /// Σ log p(policy) − log p(reference) over all tokens of all answers, in nats; 0 without a reference.
     pub kl_sum: f64,
 }
 
-/// Answers and judges the held-out prompts. Input: a checkpoint, rows, a reference. Output: `data.jsonl`; for people
+/// Answers and scores the held-out prompts. Input: a checkpoint, rows, a reference. Output: `data.jsonl`; for people
 /// `candidates.html` and `curve.json`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
     let rows = generation::rows(context, &spec.datasets, &spec.scorers)?;
-    // Adapters of one base share it: reference and reward models do as long as they stay, the policy while it is read.
+    // Adapters of one base share it: reference and reward models permanently, the policy while it is loaded.
     let bases = Bases::default();
     let form = Form::dense(&context.device, Precision::F32);
     let read = bases.model(&spec.model_name_or_path, &form)?;
@@ -79,11 +79,10 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Eval) -> Result<Metrics> {
     metrics.extend(generation::write_curve(context, curve.as_ref())?);
     metrics.extend(curve.as_ref().map(best_of_k).unwrap_or_default());
     metrics.extend(pace.metrics());
-    generation::close_ledger(context)?;
     Ok(metrics)
 }
 
-/// Loads the reference, which must read the policy's tokens.
+/// Loads the reference, whose tokens must match the policy's.
 fn reference(
     spec: &plan::Eval,
     (bases, form): (&Bases, &Form),
@@ -102,21 +101,21 @@ fn reference(
     if spec.sampling.dtype == Precision::F32 {
         return Ok(Some(read.transformer()?));
     }
-    // Rounded as the policy is: after an adapter was merged.
+    // Rounded like the policy: after merging an adapter.
     let checkpoint = read.checkpoint()?.computed_in(spec.sampling.dtype)?;
     Ok(Some(Transformer::new(&checkpoint.config, &checkpoint.weights)?))
 }
 
-/// Σ log p(policy) − log p(reference) over the tokens of the policy's own answers: an unbiased estimate of the KL
-/// divergence where the answers were drawn at temperature 1. A policy that writes with rounded weights is `rescored` by
-/// its own.
+/// Σ log p(policy) − log p(reference) over the tokens of the policy's own answers, in nats: an unbiased estimate of the
+/// KL divergence if the answers were sampled at temperature 1. A policy that generates with quantized weights is
+/// `rescored` with its original ones.
 fn kl(
     (policy, rescored): (&LocalModel, Option<&Transformer>),
     reference: &Transformer,
     asked: &Asked,
     answers: &[Answer],
 ) -> Result<f64> {
-    // The prompt may be one that was skipped because no model could read it.
+    // The prompt may have been skipped because no model could read it.
     if answers.is_empty() {
         return Ok(0.0);
     }
@@ -131,7 +130,7 @@ fn kl(
     Ok(pairs.map(|(policy, reference)| f64::from(*policy) - f64::from(*reference)).sum())
 }
 
-/// The numbers of a whole evaluation. `verified`: by verifiers.
+/// Metrics of a whole evaluation. `verified`: scored by verifiers.
 fn measures(measured: &[Measured], has_reference: bool, verified: bool) -> Metrics {
     let all = || measured.iter().flat_map(|one| &one.row.candidates);
     let tokens: f64 = all().map(|candidate| candidate.tokens as f64).sum();
@@ -151,7 +150,7 @@ fn measures(measured: &[Measured], has_reference: bool, verified: bool) -> Metri
         ("kl", has_reference.then(|| kl_sum / tokens.max(1.0))),
     ];
     if let Some(accuracy) = accuracy {
-        // Answers to one prompt count as one trial.
+        // All answers to one prompt count as one trial.
         let Estimate { low, high, .. } = Estimate::share(accuracy, shares.len());
         numbers.extend([("accuracy_low", Some(low)), ("accuracy_high", Some(high))]);
     }
@@ -162,10 +161,10 @@ fn as_number(yes: bool) -> f64 {
     f64::from(u8::from(yes))
 }
 
-/// Best of k by the reward model, or by the weighted score where nothing but verifiers judges.
+/// Best of k by the reward model, or by the weighted score if only verifiers score.
 fn curve(measured: &[Measured], verified: bool) -> Option<Curve> {
     let rewarded = measured.iter().all(|one| one.rewards.len() == one.row.candidates.len());
-    // Nobody chooses what could not be judged.
+    // Answers that could not be scored are never chosen.
     let lowest = lowest(measured.iter().flat_map(|one| one.rewards.iter().copied().flatten()));
     let drawn = |one: &Measured| {
         let candidates = one.row.candidates.iter().enumerate();
@@ -180,8 +179,8 @@ fn curve(measured: &[Measured], verified: bool) -> Option<Curve> {
     Curve::of(&prompts, if rewarded { "reward" } else { "score" })
 }
 
-/// Accuracy of the answer that the reward model likes best, of a random one, and of the best there is; nothing where
-/// a prompt has one answer or no reward.
+/// Accuracy of the answer ranked first by the reward model, of a random one, and of the best one; empty if a prompt has
+/// a single answer or no reward.
 fn best_of_k(curve: &Curve) -> Metrics {
     let mut metrics = Metrics::new();
     if curve.choice != "reward" || curve.samples < 2 {
@@ -211,7 +210,7 @@ mod tests {
 
     const BASE: &str = "data/tiny/student";
 
-    /// Rewards may be negative all: an answer without one is not the best of them.
+    /// Rewards may all be negative: an answer without one is not the best.
     #[test]
     fn what_could_not_be_judged_has_no_reward_and_is_never_chosen() {
         let candidate = |at: usize, reward: Option<f64>| Candidate {
@@ -247,7 +246,7 @@ mod tests {
         assert!(best.k == 3 && (best.score.mean + 1.0).abs() < 1e-12, "{best:?}");
     }
 
-    /// Read as [`run`] reads them, and `sample` its policies and judges.
+    /// Loaded as in [`run`], and as `sample` loads its policies and scorers.
     #[test]
     fn adapters_that_write_refer_and_judge_are_one_base_in_memory() {
         let home = tempfile::tempdir().unwrap();
@@ -271,7 +270,7 @@ mod tests {
         assert_eq!(bases.reads(), 1);
         assert!(!panel.is_empty());
         let own = &read.base.tensors.weights;
-        // The student's head is its embedding.
+        // The student's head is tied to its embedding.
         assert_eq!(other.head().id(), own[crate::model::params::EMBEDDING].id());
         for (name, tensor) in own {
             assert_eq!(read.tensors.weights[name].id(), tensor.id(), "{name}");

@@ -1,4 +1,4 @@
-//! What the stages that generate share: the policy, the questions, the ledger that survives a kill, the judging.
+//! Shared by the generating stages: the policy, the questions, the ledger that survives a kill, the scoring.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,7 +19,6 @@ use crate::data::record::Row;
 use crate::error::{Context, Error, Kind, Result};
 use crate::generate::engine::Answer;
 use crate::generate::local::LocalModel;
-use crate::generate::openai::ledger::seen_beside;
 use crate::generate::openai::spec::ServerSpec;
 use crate::generate::openai::{Account, Server};
 use crate::generate::sampling::Sampling;
@@ -33,20 +32,22 @@ use crate::score::statistics::Estimate;
 use crate::score::{Panel, Question, Verdict};
 use crate::store::{self, JsonlWriter};
 
-/// What a server has answered, request by request; beside the ledger of finished prompts.
-const REQUESTS: &str = "requests.jsonl";
-/// Which servers have judged and what that cost, by the scorers' names.
+/// Finished prompts, each with its answers and their scores.
+pub const LEDGER: &str = "ledger.jsonl";
+/// A server's responses, request by request, next to the ledger of finished prompts.
+pub const REQUESTS: &str = "requests.jsonl";
+/// Servers used as judges and their usage, by scorer name.
 const JUDGES: &str = "judges.json";
 
-/// Loads a model that writes text, held as the sampling settings say.
+/// Loads a generating model in the weight format of the sampling settings.
 pub fn load(context: &StageContext<'_>, model: &str, sampling: &Sampling) -> Result<LocalModel> {
     let form = Form::dense(&context.device, Precision::F32);
     let read = Bases::default().model(model, &form)?;
     written_by(context, (model, read), sampling)
 }
 
-/// The same of a model that was read as one of several. Its matrices are its own from here on: an adapter's are merged,
-/// and on the CPU all are laid out anew.
+/// [`load`] for a model that was read together with others. From here on its matrices are its own: an adapter's are
+/// merged, and on the CPU all are laid out anew.
 pub fn written_by(
     context: &StageContext<'_>,
     (name, read): (&str, Model),
@@ -77,7 +78,7 @@ pub fn teacher<'a>(
     })
 }
 
-/// A teacher, wherever it is.
+/// A local or remote teacher.
 pub enum Someone<'a> {
     /// In this process.
     Here(Box<LocalModel>),
@@ -86,7 +87,7 @@ pub enum Someone<'a> {
 }
 
 impl Someone<'_> {
-    /// Writes who answered and what it cost, where that was a server.
+    /// Writes which server answered and its usage, if the teacher is a server.
     pub fn write_account(&self, context: &StageContext<'_>) -> Result<()> {
         match self.served_by() {
             None => Ok(()),
@@ -123,11 +124,10 @@ impl Teacher for Someone<'_> {
     }
 }
 
-/// Reads the rows whose prompts are to be answered, and whose answers are to be judged by `scorers`. To be called before a
-/// model is loaded.
+/// Reads the rows whose prompts are to be answered and scored by `scorers`. Call before loading a model.
 ///
 /// # Errors
-/// A row that cannot be read, or that lacks what a verifier among the scorers needs.
+/// A row that cannot be read, or that lacks what one of the verifiers needs.
 pub fn rows(
     context: &StageContext<'_>,
     datasets: &[Dataset],
@@ -138,7 +138,7 @@ pub fn rows(
     Ok(rows)
 }
 
-/// What the given rows ask.
+/// The questions of the rows `wanted`.
 pub fn questions(rows: &[Row], wanted: &[usize]) -> Result<Vec<Asked>> {
     wanted.iter().map(|&index| Asked::from_row(index, &rows[index])).collect()
 }
@@ -149,20 +149,20 @@ struct Entry<T> {
     result: T,
 }
 
-/// Takes one result: its place among all, and the result.
+/// Receives one result: its index and the result.
 pub type Keep<'a, T> = dyn FnMut(usize, T) -> Result<()> + 'a;
 
-/// Does `count` pieces of work, each once: what an earlier, killed process finished stands in the ledger. `work` is
-/// given the places of the pieces that are left and reports each finished one. Returns all results by place.
+/// Runs `count` work items, each once: those that an earlier, killed process finished are in the ledger. `work` gets
+/// the indices of the remaining items and reports each finished one. Returns all results by index.
 ///
 /// # Errors
-/// The work's, and [`Error::interrupted`] between two pieces.
+/// Errors of `work`; [`Error::interrupted`] between two items.
 pub fn once_each<T: Serialize + DeserializeOwned>(
     context: &StageContext<'_>,
     count: usize,
     work: impl FnOnce(&[usize], &mut Keep<'_, T>) -> Result<()>,
 ) -> Result<Vec<T>> {
-    let path = context.dir.join("ledger.jsonl");
+    let path = context.dir.join(LEDGER);
     let mut is_done = vec![false; count];
     for entry in store::read_ledger::<Entry<serde_json::Value>>(&path)? {
         if let Some(done) = is_done.get_mut(entry.index) {
@@ -183,7 +183,7 @@ pub fn once_each<T: Serialize + DeserializeOwned>(
         })?;
         ledger.sync()?;
     }
-    // Read back even what was just made, so that numbers go through the same text whoever made them.
+    // Read back even new results, so that numbers take the same path through text whichever process computed them.
     let mut entries: Vec<Entry<T>> = store::read_ledger(&path)?;
     entries.sort_by_key(|entry| entry.index);
     entries.dedup_by_key(|entry| entry.index);
@@ -195,17 +195,17 @@ pub fn once_each<T: Serialize + DeserializeOwned>(
     Ok(entries.into_iter().map(|entry| entry.result).collect())
 }
 
-/// How often somebody who waits for a judge to be free looks at what was judged.
+/// Polling interval for results while waiting for a free judge.
 const TICK: Duration = Duration::from_millis(20);
-/// Prompts that are named where they are skipped.
+/// Maximum number of skipped prompts listed.
 const NAMED: usize = 20;
 
-/// Has every question answered, every answer judged by `judge`, and every result kept, in any order. Where a judge is
-/// a server or runs programs, many prompts are judged at once, beside the answering: one after the other they would each
-/// wait for it, and the model for all of them.
+/// Answers every question, scores every answer with `judge`, and keeps every result, in any order. If a judge is a
+/// server or runs programs, many prompts are judged concurrently with generation; one at a time, each would wait for
+/// the judge, and the model for all of them.
 ///
 /// # Errors
-/// The first one; what was judged by then is kept.
+/// The first error; results judged before it are kept.
 pub fn answer_and_judge<T: Send>(
     (teacher, asked, sampling): (&dyn Teacher, &[Asked], &Sampling),
     panel: &Panel<'_>,
@@ -216,9 +216,9 @@ pub fn answer_and_judge<T: Send>(
         let asks = (teacher, asked, sampling);
         return answers(asks, &mut |place, answers| keep(place, judge(place, &answers)?));
     }
-    // What waits here is drawn again after a kill: no more of it than keeps those who judge busy.
+    // Queued answers are drawn again after a kill, so queue no more than keeps the judges busy.
     let (work, waiting) = mpsc::sync_channel::<(usize, Vec<Answer>)>(panel.at_once());
-    // It ends with the last of those who take from it.
+    // The channel closes when the last receiver ends.
     let (waiting, ending) = (Arc::new(Mutex::new(waiting)), AtomicBool::new(false));
     thread::scope(|scope| {
         let (judged, results) = mpsc::channel();
@@ -233,7 +233,7 @@ pub fn answer_and_judge<T: Send>(
                         if result.as_ref().is_err_and(|error| error.kind() == Kind::Interrupted) {
                             ending.store(true, Ordering::Relaxed);
                         }
-                        // Nobody listens any more after an error.
+                        // After an error the receiver is gone.
                         let _ = judged.send((place, result));
                     }
                 }
@@ -249,7 +249,7 @@ pub fn answer_and_judge<T: Send>(
         let mut kept = answers((teacher, asked, sampling), &mut |place, answers| {
             let mut next = (place, answers);
             loop {
-                // What is judged is kept at once, also while those who judge have all that they can do.
+                // Keep results immediately, even while all judges are busy.
                 results.try_iter().try_for_each(&mut settle)?;
                 match work.try_send(next) {
                     Ok(()) => return Ok(()),
@@ -274,11 +274,11 @@ pub fn answer_and_judge<T: Send>(
     })
 }
 
-/// The result of judging, once it stands in `dir` which servers judged and what that cost: of work that failed as well,
-/// whose requests were made all the same. To be called once a process, which adds its own to what earlier ones wrote.
+/// Returns `judged` after recording in `dir` which servers judged and their usage, even on failure, since the requests
+/// were made. Call once per process; it adds to what earlier processes recorded.
 ///
 /// # Errors
-/// The work's; a full disk.
+/// Errors of the work; a full disk.
 pub fn accounted<T>(dir: &Path, panel: &Panel<'_>, judged: Result<T>) -> Result<T> {
     let written = add_judges(dir, panel);
     let judged = judged?;
@@ -301,24 +301,24 @@ fn add_judges(dir: &Path, panel: &Panel<'_>) -> Result<()> {
     store::write_json(&dir.join(JUDGES), &all)
 }
 
-/// The servers that have judged for the work in `dir`, by the scorers' names.
+/// The servers that judged for the work in `dir`, by scorer name.
 ///
 /// # Errors
-/// A file that is none of these.
+/// An invalid file.
 pub fn judges(dir: &Path) -> Result<BTreeMap<String, Account>> {
     let path = dir.join(JUDGES);
     if path.exists() { store::read_json(&path) } else { Ok(BTreeMap::new()) }
 }
 
-/// Forgets them: other work begins in `dir`.
+/// Deletes that record, because other work starts in `dir`.
 ///
 /// # Errors
-/// A directory that cannot be written to.
+/// A directory that is not writable.
 pub fn forget_judges(dir: &Path) -> Result<()> {
     store::remove(&dir.join(JUDGES))
 }
 
-/// Asks the teacher. Its own errors name the way out for a prompt that is too long for it.
+/// Asks the teacher. For a prompt that is too long, the teacher's own error carries the hint.
 fn answers(
     (teacher, asked, sampling): (&dyn Teacher, &[Asked], &Sampling),
     done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
@@ -337,7 +337,7 @@ fn answers(
     }
 }
 
-/// Says which prompts went unanswered, and enters how many.
+/// Notes which prompts went unanswered, and records their number.
 pub fn name_skipped<'a>(
     context: &StageContext<'_>,
     metrics: &mut Metrics,
@@ -356,7 +356,7 @@ pub fn name_skipped<'a>(
     metrics.insert("skipped".to_owned(), count as f64);
 }
 
-/// Writes one of the stage's files of rows, whole.
+/// Writes one of the stage's row files atomically.
 ///
 /// # Errors
 /// A full disk.
@@ -369,22 +369,14 @@ pub fn write_rows<T: Serialize>(context: &StageContext<'_>, name: &str, rows: &[
     store::write_atomic(&context.dir.join(name), &text)
 }
 
-/// Removes the ledgers once its content stands in the outputs.
-pub fn close_ledger(context: &StageContext<'_>) -> Result<()> {
-    let requests = context.dir.join(REQUESTS);
-    store::remove(&requests)?;
-    store::remove(&seen_beside(&requests))?;
-    store::remove(&context.dir.join("ledger.jsonl"))
-}
-
-/// Judges answers to one row; `tokens` are their lengths.
+/// Scores the answers to one row; `tokens` are their lengths.
 pub fn judge(
     panel: &Panel<'_>,
     asked: &Asked,
     row: &Row,
     (texts, tokens): (&[&str], &[usize]),
 ) -> Result<Vec<Verdict>> {
-    // Of a prompt that was skipped.
+    // The prompt was skipped.
     if texts.is_empty() {
         return Ok(Vec::new());
     }
@@ -399,7 +391,7 @@ pub fn judge(
     panel.judge(&question, texts, tokens)
 }
 
-/// One row's answers with what the judges say; `others`, from elsewhere, are judged beside them.
+/// One row's answers with their scores; `others`, from elsewhere, are scored as well.
 pub fn candidates(
     panel: &Panel<'_>,
     asked: &Asked,
@@ -440,7 +432,7 @@ pub fn candidates(
     Ok((row, verdicts))
 }
 
-/// How fast this process draws. The time goes to the record of the stage, never into its rows.
+/// Sampling speed of this process. The time goes into the stage's record, never into its rows.
 pub struct Pace {
     started: Instant,
     samples: usize,
@@ -448,18 +440,18 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Counts from now.
+    /// Starts the clock.
     pub fn start() -> Self {
         Self { started: Instant::now(), samples: 0, tokens: 0 }
     }
 
-    /// Counts answers to a prompt and their tokens.
+    /// Adds a prompt's answers and their tokens.
     pub fn add(&mut self, samples: usize, tokens: usize) {
         self.samples += samples;
         self.tokens += tokens;
     }
 
-    /// Samples and tokens a second, judging included; nothing where an earlier process drew them all.
+    /// Samples and tokens per second, including scoring; empty if an earlier process drew them all.
     pub fn metrics(&self) -> Metrics {
         let seconds = self.started.elapsed().as_secs_f64();
         if self.samples == 0 || seconds <= 0.0 {
@@ -472,8 +464,8 @@ impl Pace {
     }
 }
 
-/// Writes `curve.json` and returns the numbers that lead it: `pass@1`, `pass@K` and the score of the best of K, with
-/// their intervals. Nothing where there is no choice to speak of.
+/// Writes `curve.json` and returns its headline metrics: `pass@1`, `pass@K` and the score of the best of K, with their
+/// intervals. Empty if there is nothing to choose from.
 pub fn write_curve(context: &StageContext<'_>, curve: Option<&Curve>) -> Result<Metrics> {
     let mut metrics = Metrics::new();
     let Some(curve) = curve else { return Ok(metrics) };
@@ -490,7 +482,7 @@ pub fn write_curve(context: &StageContext<'_>, curve: Option<&Curve>) -> Result<
     Ok(metrics)
 }
 
-/// Enters an estimate as three numbers.
+/// Records an estimate as three metrics.
 pub fn enter(metrics: &mut Metrics, name: &str, estimate: Option<Estimate>) {
     let Some(Estimate { mean, low, high }) = estimate else { return };
     metrics.insert(name.to_owned(), mean);
@@ -498,12 +490,12 @@ pub fn enter(metrics: &mut Metrics, name: &str, estimate: Option<Estimate>) {
     metrics.insert(format!("{name}_high"), high);
 }
 
-/// The lowest of some numbers; 0 of none.
+/// The lowest of the values; 0 if there are none.
 pub fn lowest(values: impl IntoIterator<Item = f64>) -> f64 {
     values.into_iter().reduce(f64::min).unwrap_or(0.0)
 }
 
-/// The mean of some numbers; `None` of none.
+/// The mean of the values; `None` if there are none.
 pub fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let (mut sum, mut count) = (0.0, 0_usize);
     for value in values {

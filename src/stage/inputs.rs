@@ -1,5 +1,5 @@
-//! What a stage's outputs depend on, as one hash: its settings, the content of everything it reads, its seed, and
-//! the version of its kind. Where things lie and which binary ran is not part of it.
+//! Hashes what a stage's outputs depend on: its settings, the contents of everything it reads, its seed, and the
+//! version of its kind. Paths and the binary are not part of it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,37 +14,37 @@ use crate::recipe::keys::INPUT_KEYS;
 use crate::recipe::{Step, refs};
 use crate::store;
 
-/// Keys that name a model, as text, or a server, as a table.
+/// Keys that name a model (as text) or a server (as a table).
 const SERVER_KEYS: [&str; 2] = ["teacher", "judge"];
-/// Keys that say what becomes of a row that cannot be answered or judged, each with the table that has it. As of a server's
-/// keys, finished work does not depend on them: who meets such a row adds the key and goes on where the run ended.
+/// Keys that decide what happens to rows that cannot be answered or judged, each with its table. Like a server's keys
+/// they do not affect finished work: on hitting such a row, one can add the key and resume the run.
 const PATIENCE: [(&str, &str); 2] = [("sampling", "skip_refused"), ("scorers", "on_error")];
 
-/// Keys whose directories hold rows, not a model.
+/// Keys whose directories contain rows, not a model.
 const DATA_KEYS: [&str; 3] = ["path", "earlier", "data"];
 
-/// Content hashes of paths, each computed once a process.
+/// Content hashes of paths, each computed once per process.
 #[derive(Debug, Default)]
 pub struct Hashes {
     known: BTreeMap<String, String>,
 }
 
-/// What decides a stage's outputs.
+/// The inputs that determine a stage's outputs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Inputs {
-    /// The one hash.
+    /// The combined hash.
     pub hash: String,
-    /// Content hash of every input by its path.
+    /// Content hash of every input, by path.
     pub contents: BTreeMap<String, String>,
-    /// The settings as planned, for people.
+    /// The settings as planned; informational.
     pub settings: Value,
 }
 
 impl Hashes {
-    /// Hashes what `step` depends on.
+    /// Hashes everything `step` depends on.
     ///
     /// # Errors
-    /// An input that is not there.
+    /// A missing input.
     pub fn of(&mut self, step: &Step) -> Result<Inputs> {
         let settings = serde_json::to_value(&step.spec)?;
         let mut contents = BTreeMap::new();
@@ -60,16 +60,16 @@ impl Hashes {
         Ok(Inputs { hash: store::sha256_bytes(all.to_string().as_bytes()), contents, settings })
     }
 
-    /// Forgets what was known about a path and everything below it, because it has been written anew.
+    /// Forgets the hashes of a path and everything below it, because it was rewritten.
     pub fn forget(&mut self, path: &Path) {
         self.known.retain(|known, _| !Path::new(known).starts_with(path));
     }
 
-    /// The value with what names something to read replaced by its content's hash, at any depth, and with those keys of
-    /// a server only that decide answers. `key` is the value's own; `contents` gets the hashes by their paths.
+    /// Replaces everything that names an input by its content hash, at any depth, and reduces a server to the keys that
+    /// determine its answers. `key` is the value's own key; `contents` collects the hashes by path.
     ///
     /// # Errors
-    /// An input that is not there.
+    /// A missing input.
     pub(super) fn replace(
         &mut self,
         key: &str,
@@ -87,7 +87,7 @@ impl Hashes {
                 Value::Array(list.collect::<Result<_>>()?)
             }
             Value::Object(mut table) => {
-                // Of a server only what decides answers: not where it is, nor how fast it is asked.
+                // For a server, only what determines its answers: not its address, nor the request rate.
                 if SERVER_KEYS.contains(&key) {
                     ServerSpec::deciding(&mut table);
                 }
@@ -103,17 +103,17 @@ impl Hashes {
         })
     }
 
-    /// The content's hash of what `text` names as the value of `key`: a path, a glob, or a hub id at its commit.
+    /// The content hash of what `text` names as the value of `key`: a path, a glob, or a hub id at its commit.
     ///
     /// # Errors
-    /// Nothing of that name.
+    /// Nothing with that name.
     pub(super) fn content(&mut self, key: &str, text: &str) -> Result<String> {
         if let Some(known) = self.known.get(text) {
             return Ok(known.clone());
         }
         let path = Path::new(text);
         let hash = if path.is_dir() && !DATA_KEYS.contains(&key) {
-            // Of a stage's or a run's directory the model alone decides: logs and reports beside it may be written anew.
+            // In a stage or run directory only the model counts: logs and reports next to it may be rewritten.
             store::sha256_path(&run_dir::model(path).at(format_args!("`{key}`"))?)?
         } else if path.exists() {
             store::sha256_path(path)?
@@ -124,10 +124,10 @@ impl Hashes {
             }
             store::sha256_bytes(files.as_bytes())
         } else if key == "chat_template" {
-            // A built-in template stands for itself.
+            // A built-in template is identified by its name.
             text.to_owned()
         } else if refs::is_hub_id(text) {
-            // A branch moves: what was made from an earlier commit is not made from this one.
+            // A branch moves: work made from an earlier commit does not match this one.
             format!("{text}@{}", hub::commit(text, key == "path").at(format_args!("`{key}`"))?)
         } else {
             return Err(Error::run(format!("`{text}` is not there"))
@@ -172,7 +172,7 @@ mod tests {
         let replaced = |value| Hashes::default().replace("", value, &mut BTreeMap::new()).unwrap();
         assert_eq!(replaced(settings(Value::Null)), settings(Value::Null));
         assert_eq!(replaced(settings(json!("fail"))), settings(Value::Null));
-        // Elsewhere the names mean what they say.
+        // Elsewhere these names have no special meaning.
         let columns = json!({"columns": {"on_error": "x", "skip_refused": "y"}});
         assert_eq!(replaced(columns.clone()), columns);
     }

@@ -1,5 +1,5 @@
-//! Whether rows have what the verifiers read, such as `answer`: found before a model is loaded or asked, as an answer that
-//! is drawn first and cannot be judged then is work lost.
+//! Checks that rows have what the verifiers read, such as `answer`, before a model is loaded or queried: answers that
+//! cannot be scored after generation are wasted work.
 
 use rayon::prelude::*;
 use serde_json::Value;
@@ -9,21 +9,21 @@ use crate::error::{Context, Result};
 use crate::score::verifiers::{self, Check, Verifier};
 use crate::score::{Question, Scorer, ScorerSpec};
 
-/// A text that any verifier can judge, and none likes. Not the empty one, of which some do not look at the row.
+/// A text that every verifier can judge and none accepts. Not empty, since some verifiers then ignore the row.
 const TEXT: &str = ".";
 
-/// The verifiers among some scorers that read more of a row than its prompt.
+/// The verifiers among the scorers that read more of a row than its prompt.
 pub struct Readers(Vec<(String, Reader)>);
 
 enum Reader {
-    /// Judges in no time.
+    /// Judges instantly.
     Rule(Verifier),
-    /// `code`, whose programs are not run for this.
+    /// `code`, whose programs are not run for this check.
     Tests,
 }
 
 impl Readers {
-    /// Those among `scorers`, as in a recipe.
+    /// The verifiers among `scorers`, given as in a recipe.
     ///
     /// # Errors
     /// A scorer that a recipe would refuse.
@@ -33,7 +33,7 @@ impl Readers {
             let spec: ScorerSpec = serde_json::from_value(scorer.clone())?;
             let reader = match spec.verifier {
                 Some(Check::Code) => Reader::Tests,
-                // They look at the text alone, one of them by a tokenizer that would have to be read.
+                // These look only at the text, one of them with a tokenizer that would have to be read.
                 None | Some(Check::Regex | Check::Format | Check::Length | Check::Repetition) => {
                     continue;
                 }
@@ -44,10 +44,10 @@ impl Readers {
         Ok(Self(readers))
     }
 
-    /// Refuses a row that one of them could not judge any answer of.
+    /// Refuses a row for which a verifier could not judge any answer.
     ///
     /// # Errors
-    /// What the row lacks, by the row's place and the scorer's name.
+    /// What the row lacks, by the row's location and the scorer's name.
     pub fn check(&self, question: &Question<'_>) -> Result<()> {
         for (label, reader) in &self.0 {
             let read = match reader {
@@ -59,14 +59,14 @@ impl Readers {
         Ok(())
     }
 
-    /// The same of prompts' rows: the first of them that is refused.
+    /// Checks the rows of prompts; reports the first that is refused.
     ///
     /// # Errors
     /// As [`check`](Self::check).
     pub fn check_rows(&self, rows: &[Row]) -> Result<()> {
         let check = |row: &Row| {
             let answer = row.answer();
-            // Nobody here reads the prompt itself.
+            // No verifier here reads the prompt itself.
             let question = Question {
                 place: &row.place,
                 prompt: &[],
@@ -76,7 +76,7 @@ impl Readers {
             };
             self.check(&question).err()
         };
-        // The first in the order of the rows, whichever core finds one first.
+        // The first in row order, whichever core finds one first.
         rows.par_iter().find_map_first(check).map_or(Ok(()), Err)
     }
 }
@@ -130,7 +130,7 @@ mod tests {
             assert!(error.starts_with(&format!("p.jsonl:3: scorer `{name}`: ")), "{error}");
             assert!(error.contains(part), "{error}");
         }
-        // What is given in the scorer is not asked of the rows.
+        // What the scorer itself provides is not required of the rows.
         let alone = [
             json!({"verifier": "contains", "values": ["4"]}),
             json!({"verifier": "length", "max": 9, "unit": "tokens", "tokenizer": "not/read/here"}),

@@ -1,4 +1,4 @@
-//! Memory of this process, as Linux counts it. Elsewhere nothing is known.
+//! Memory of this process as counted by Linux; `None` on other systems.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -7,22 +7,22 @@ use crate::train::memory::kibibytes;
 
 const STATUS: &str = "/proc/self/status";
 
-/// The most bytes that this process has held.
+/// Peak memory of this process, in bytes.
 pub fn peak_bytes() -> Option<u64> {
     kibibytes(STATUS, "VmHWM:")
 }
 
-/// Measures how far memory rises above what is held at one moment.
+/// Measures the increase in peak memory from a given moment.
 #[derive(Debug)]
 pub struct Extra {
-    /// Bytes held at the beginning; none where the peak cannot be measured from there.
+    /// Bytes held at the start; `None` if the peak could not be reset.
     start: Option<u64>,
 }
 
 impl Extra {
-    /// Begins here: the peak that the system remembers falls back to what is held now.
+    /// Starts here: resets the system's peak to the current usage.
     pub fn begin() -> Self {
-        // "5" is the request for that, see proc_pid_clear_refs(5).
+        // Writing "5" requests that, see proc_pid_clear_refs(5).
         let reset = OpenOptions::new()
             .write(true)
             .open("/proc/self/clear_refs")
@@ -30,7 +30,7 @@ impl Extra {
         Self { start: reset.ok().and_then(|()| kibibytes(STATUS, "VmRSS:")) }
     }
 
-    /// The highest rise since the beginning, in bytes.
+    /// The largest increase since the start, in bytes.
     pub fn peak_bytes(&self) -> Option<u64> {
         Some(peak_bytes()?.saturating_sub(self.start?))
     }

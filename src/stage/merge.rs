@@ -1,4 +1,4 @@
-//! `arriero merge`: an adapter becomes part of its base, and success is reported after the numbers agree.
+//! `arriero merge`: merges an adapter into its base and reports success only once the outputs agree.
 
 use std::path::{Path, PathBuf};
 
@@ -16,47 +16,49 @@ use crate::model::lora::peft::{self, Saved};
 use crate::model::save::SaveOptions;
 use crate::rng::Stream;
 
-/// What to merge.
+/// The adapter to merge, and its options.
 #[derive(Clone, Debug)]
 pub struct Merge {
     /// The adapter's directory.
     pub adapter: PathBuf,
-    /// The base, where it is not the one that the adapter names.
+    /// The base, if it is not the one named by the adapter.
     pub base: Option<String>,
     /// The new checkpoint's directory.
     pub out: PathBuf,
-    /// How its weights are stored.
+    /// Storage type of its weights.
     pub encoding: Encoding,
-    /// Merge into the base's own weights, though the adapter was trained beside packed ones.
+    /// Merge into the base's own weights although the adapter was trained on quantized ones.
     pub dense_base: bool,
 }
 
-/// What was found on the way.
+/// The result of a merge.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Merged {
     /// Adapted projections.
     pub modules: usize,
-    /// How the base's projections were held while the adapter was trained: `none`, `nf4` or `gguf`.
+    /// Format of the base's projections during adapter training: `none`, `nf4` or `gguf`.
     pub trained_beside: &'static str,
-    /// The largest difference between an output of the model that was trained and of the merged model: more than rounding
-    /// where the base's own weights were asked for.
+    /// Largest difference between an output of the trained model and of the merged model: more than rounding if the
+    /// base's own weights were requested.
     pub from_trained: f64,
-    /// The largest difference between an output of the base with its adapter beside it and of the merged model.
+    /// Largest difference between an output of the base with the adapter attached and of the merged model.
     pub max_difference: f64,
-    /// How far the merged model is from itself as it was written and read again.
+    /// Difference between the merged model and itself after writing and reading back.
     pub stored: Difference,
 }
 
-/// Tokens of the sequence on which the two are compared.
+/// Length of the sequence used for the comparison, in tokens.
 const TOKENS: usize = 64;
-/// The share of the largest output by which the merged model may differ: sums in another order, no more.
+/// Maximum difference, relative to the largest output: only a different order of summation.
 const BOUND: f64 = 1e-4;
 
-/// Merges, compares, writes, reads back and compares again. What an adapter was trained beside is what it is merged into:
-/// packed weights unpacked, unless the base's own are asked for. It is compared with the adapter beside the same weights.
+/// Merges, compares, writes, reads back and compares again. An adapter is merged into the weights it was trained on:
+/// dequantized if they were quantized, unless the base's own are requested. It is compared with the adapter attached to
+/// the same weights.
 ///
 /// # Errors
-/// `out` is there; an adapter of another base; outputs that differ by more than rounding. Nothing is left behind then.
+/// `out` exists; an adapter of another base; outputs that differ by more than rounding. In that case nothing is left
+/// behind.
 pub fn merge(work: &Merge) -> Result<Merged> {
     check_new(&work.out)?;
     let saved = peft::read(&work.adapter, &Device::Cpu)?;
@@ -83,19 +85,19 @@ pub fn merge(work: &Merge) -> Result<Merged> {
     Ok(Merged { modules, trained_beside, from_trained, max_difference, stored })
 }
 
-/// What the base says with its adapter beside it, packed as it was in training.
+/// Outputs of the base with the adapter attached, quantized as in training.
 fn live(base: &Checkpoint, (saved, dir): (&Saved, &Path)) -> Result<Vec<f32>> {
     let start = base.clone().prepare_for(saved, dir)?;
     outputs(&Transformer::of(&start.config, &saved.beside(start.weights)?)?)
 }
 
-/// The largest difference between outputs; not a number where one of them is none.
+/// The largest difference between outputs; NaN if any output is.
 fn distance(one: &[f32], other: &[f32]) -> f64 {
     let apart = one.iter().zip(other).map(|(a, b)| f64::from((a - b).abs()));
     apart.fold(0.0, |max: f64, x| if max.is_nan() || x <= max { max } else { x })
 }
 
-/// The distance of the merged model, where it is rounding.
+/// The distance of the merged model; an error if it exceeds rounding.
 fn compare(expected: &[f32], found: &[f32]) -> Result<f64> {
     let apart = distance(expected, found);
     let largest = expected.iter().fold(0.0, |max: f64, x| max.max(f64::from(x.abs())));
@@ -131,12 +133,12 @@ pub(super) mod tests {
 
     const BASE: &str = "data/tiny/student";
 
-    /// Writes an adapter that has moved from where it begins; returns what the model in training says.
+    /// Writes an adapter that has moved from its initial values; returns the outputs of the model in training.
     fn trained(dir: &Path, base: &str, lora: &Lora) -> Vec<f32> {
         adapter(dir, (base, lora), 3, Ok)
     }
 
-    /// The same, of the base with what `head` makes of it.
+    /// The same, for the base as modified by `head`.
     pub(in crate::stage) fn adapter(
         dir: &Path,
         (base, lora): (&str, &Lora),
@@ -157,7 +159,7 @@ pub(super) mod tests {
         outputs(trainee.learner.model()).unwrap()
     }
 
-    /// What is named to be trained in full has moved, packed base or not; the file has peft's names for it.
+    /// Modules trained in full have changed, on a packed base or not; the file uses peft's names for them.
     fn check_in_full(adapter: &Path, lora: &Lora) {
         let saved = peft::read(adapter, &Device::Cpu).unwrap();
         let base = load::base_of(adapter, &saved.config).unwrap();
@@ -215,7 +217,7 @@ pub(super) mod tests {
             assert_eq!(merged.trained_beside, lora.quantization.name());
             assert!(merged.max_difference <= rounding, "{name}: {merged:?}");
             assert!(distance(&live, &said_by(&work.out)) <= rounding, "{name}");
-            // Wherever it is named it is that model.
+            // However it is loaded, it is the same model.
             assert!(distance(&live, &said_by(&work.adapter)) <= rounding, "{name}");
             let form = Form::dense(&Device::Cpu, Precision::F32);
             let beside = Bases::default().model(work.adapter.to_str().unwrap(), &form).unwrap();
@@ -227,13 +229,13 @@ pub(super) mod tests {
             assert!(merged.max_difference <= rounding, "{name}: {merged:?}");
             let apart = distance(&live, &said_by(&work.out));
             assert!((merged.from_trained - apart).abs() <= rounding, "{name}: {apart}, {merged:?}");
-            // A GGUF file's blocks are all that there is of it.
+            // A GGUF file contains only its blocks.
             let is_apart = lora.quantization == Quantization::Nf4;
             assert_eq!(apart > 10.0 * rounding, is_apart, "{name}: {apart}");
         }
     }
 
-    /// The comparison sees one adapter of all that is not merged, and one weight of all that is a hundredth too large.
+    /// The comparison notices a single unmerged adapter, and a single weight that is 1 % too large.
     #[test]
     fn merged_weights_that_are_wrong_are_found() {
         let home = tempfile::tempdir().unwrap();

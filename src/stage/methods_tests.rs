@@ -1,6 +1,6 @@
-//! Methods that a recipe names by a key or two: what the first step of a stage costs against the policy's own start, where
-//! every implicit reward is 0, against another model, and of rows to imitate. What is expected follows from the definitions
-//! and from plain logits, not from the losses' own code or the head that trains.
+//! Methods that a recipe selects by a key or two: the first step's loss against the initial policy, where every
+//! implicit reward is 0, against another model, and on rows to imitate. Expected values follow from the definitions and
+//! plain logits, not from the losses' own code or the training head.
 
 use std::f64::consts::LN_2;
 use std::path::Path;
@@ -19,13 +19,13 @@ use crate::model::checkpoint::Checkpoint;
 const STUDENT: &str = "data/tiny/student";
 const TEACHER: &str = "data/tiny/teacher";
 
-/// The default strength of the tie to the reference.
+/// The default strength of the KL regularization.
 const BETA: f64 = 0.1;
 
 /// The column `margin` of each pair.
 const MARGINS: [f64; 3] = [2.0, 0.5, 1.0];
 
-/// Runs a recipe's one stage, a single step of all rows.
+/// Runs a recipe's only stage, a single step over all rows.
 fn run(rows: &[Value], kind: &str, keys: &[(&str, Value)]) -> Metrics {
     let dir = tempfile::tempdir().unwrap();
     recipe_tests::written(dir.path(), rows);
@@ -33,7 +33,7 @@ fn run(rows: &[Value], kind: &str, keys: &[(&str, Value)]) -> Metrics {
     recipe_tests::run(dir.path(), kind, &[&[all], keys].concat())
 }
 
-/// Sums of f32 numbers: the tolerance is a share of the number, which may be small.
+/// Sums of f32 values: the tolerance is relative to the value, which may be small.
 #[track_caller]
 fn assert_first(metrics: &Metrics, name: &str, value: f64, what: &str) {
     let logged = metrics[&format!("first_{name}")];
@@ -41,7 +41,7 @@ fn assert_first(metrics: &Metrics, name: &str, value: f64, what: &str) {
     assert!(error <= 1e-4 * value.abs(), "{what}: {name} is {logged}, not {value}");
 }
 
-/// A trained token as a model sees it.
+/// A trained token as seen by a model.
 #[derive(Clone, Copy)]
 struct Token {
     role: Role,
@@ -53,18 +53,26 @@ struct Token {
     lse: f64,
     /// `ln Σ p²`.
     squares: f64,
+    /// The entropy of the softmax over the 20 largest logits.
+    top_entropy: f64,
 }
 
 impl Token {
     fn new(logits: &[f32], target: &Target) -> Self {
         let logits: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
         let lse = logits.iter().map(|x| x.exp()).sum::<f64>().ln();
+        let mut top = logits.clone();
+        top.sort_by(|a, b| b.total_cmp(a));
+        top.truncate(20);
+        let total: f64 = top.iter().map(|x| x.exp()).sum();
+        let top = top.iter().map(|x| x.exp() / total);
         Self {
             role: target.role,
             logp: logits[target.id as usize] - lse,
             mean_logp: mean(logits.iter().map(|x| x - lse)),
             lse,
             squares: logits.iter().map(|x| (2.0 * (x - lse)).exp()).sum::<f64>().ln(),
+            top_entropy: -top.map(|q| q * q.ln()).sum::<f64>(),
         }
     }
 }
@@ -74,7 +82,7 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
     all.iter().sum::<f64>() / all.len() as f64
 }
 
-/// The trees that a stage makes of rows.
+/// The trees that a stage builds from rows.
 fn trees(rows: &[Value], rule: &Rule) -> Vec<Tree> {
     let student = Checkpoint::load_dir(Path::new(STUDENT), &Device::Cpu).unwrap();
     let tokenizer = student.tokenizer().unwrap().with_template("chatml").unwrap();
@@ -84,7 +92,7 @@ fn trees(rows: &[Value], rule: &Rule) -> Vec<Tree> {
     rule.trees(&rows, &tokenizer).unwrap().trees
 }
 
-/// Each trained token, by response, of every tree.
+/// Every trained token, by response, of every tree.
 fn tokens(model: &str, trees: &[Tree]) -> Vec<Vec<Vec<Token>>> {
     let Checkpoint { config, weights, .. } =
         Checkpoint::load_dir(Path::new(model), &Device::Cpu).unwrap();
@@ -104,8 +112,8 @@ fn tokens(model: &str, trees: &[Tree]) -> Vec<Vec<Vec<Token>>> {
     trees.iter().map(of_tree).collect()
 }
 
-/// Pairs of the models' own world, so that none is too unlikely to weigh something. The longer response is once the chosen
-/// and once the rejected one.
+/// Pairs from the models' own domain, so that none is too unlikely to have a weight. The longer response is chosen in
+/// one pair and rejected in another.
 fn pairs() -> Vec<Value> {
     let texts = [
         [
@@ -134,15 +142,15 @@ fn pairs() -> Vec<Value> {
     texts.into_iter().zip(MARGINS).map(pair).collect()
 }
 
-/// What both models say of a response.
+/// Both models' view of a response.
 struct Said {
-    /// Log-probability by the policy.
+    /// Log-probability under the policy.
     own: f64,
-    /// By the reference.
+    /// Log-probability under the reference.
     other: f64,
-    /// Tokens in either sum.
+    /// Number of tokens in either sum.
     length: f64,
-    /// Mean of `ln p − ln Σp²` over these tokens by the policy.
+    /// Mean of `ln p − ln Σp²` over these tokens under the policy.
     alignment: f64,
 }
 
@@ -152,7 +160,7 @@ impl Said {
     }
 }
 
-/// What is said of a pair's two responses. Tokens beyond the length of the shorter one weigh `alpha`.
+/// Sums for a pair's two responses. Tokens beyond the length of the shorter one have weight `alpha`.
 fn said(own: &[Vec<Token>], other: &[Vec<Token>], masked: bool, alpha: f64) -> [Said; 2] {
     let enters = |token: &&Token| !masked || token.role == Role::Content;
     let length = |side: usize| own[side].iter().filter(enters).count();
@@ -171,7 +179,7 @@ fn said(own: &[Vec<Token>], other: &[Vec<Token>], masked: bool, alpha: f64) -> [
     })
 }
 
-/// The same of every row, by a policy and a reference.
+/// [`said`] for every row, under a policy and a reference.
 fn all_said(
     rows: &[Value],
     [policy, reference]: [&str; 2],
@@ -183,7 +191,7 @@ fn all_said(
     own.iter().zip(&other).map(|(own, other)| said(own, other, masked, alpha)).collect()
 }
 
-/// The mean over pairs of what the rewards of both sides cost.
+/// The mean over pairs of `cost` applied to both sides' rewards.
 fn of_rewards(pairs: &[[Said; 2]], cost: impl Fn(f64, f64) -> f64) -> f64 {
     mean(pairs.iter().map(|[c, r]| cost(BETA * c.ratio(), BETA * r.ratio())))
 }
@@ -197,14 +205,14 @@ fn nls(x: f64) -> f64 {
     (-x).exp().ln_1p()
 }
 
-/// `KL(p ‖ q)` of two coins with log odds `x` and `y`.
+/// `KL(p ‖ q)` of two coins with log-odds `x` and `y`.
 fn coins(x: f64, y: f64) -> f64 {
     let side = |x: f64, y: f64| sigmoid(x) * (nls(y) - nls(x));
     side(x, y) + side(-x, -y)
 }
 
-/// A step of the pairs against the policy's own start costs `value`, in the term that the recipe names, finds rewards of 0
-/// and has a gradient.
+/// Asserts that a step over the pairs against the initial policy has loss `value`, in the term that the recipe names,
+/// rewards of 0 and a gradient.
 #[track_caller]
 fn assert_begins_at(keys: &[(&str, Value)], loss: &str, value: f64) {
     let metrics = run(&pairs(), "dpo", keys);
@@ -225,25 +233,25 @@ fn assert_begins_at(keys: &[(&str, Value)], loss: &str, value: f64) {
     assert_eq!(no_kl, loss == "kto", "{keys:?}: kto's estimate is logged by it alone, here as 0");
 }
 
-/// Rewards are exactly 0 there, and the numbers are those of no model.
+/// Rewards are exactly 0 there, so the values depend on no model.
 #[test]
 fn against_its_own_start_each_loss_begins_where_its_definition_puts_rewards_of_zero() {
     for (loss, more, value) in [
-        // Both sides cost 1 − σ(0); a pair is the mean of its sides, each with its weight.
+        // Each side costs 1 − σ(0); a pair is the mean of its weighted sides.
         ("kto", vec![], 0.5),
         ("kto", vec![("desirable_weight", 3.0), ("undesirable_weight", 0.5)], 0.875),
         ("apo_zero_unpaired", vec![], 0.5),
-        // One −ln σ(0) a side, which a shift by a mean reward of 0 leaves as they are.
+        // One −ln σ(0) per side, unchanged by a shift by a mean reward of 0.
         ("bco_pair", vec![], 2.0 * LN_2),
         ("bco", vec![], 2.0 * LN_2),
-        // Sorted gaps of one model against the same of the other.
+        // Sorted gaps of one model against the same gaps of the other.
         ("aot", vec![], LN_2),
         ("aot_unpaired", vec![], LN_2),
-        // One −ln σ(0), and half of one a side.
+        // One −ln σ(0), and half of one per side.
         ("nca_pair", vec![], 2.0 * LN_2),
         ("apo_zero", vec![], 1.0),
         ("apo_down", vec![], 1.0),
-        // (1/2β)² a side.
+        // (1/2β)² per side.
         ("sppo_hard", vec![("beta", 0.25)], 8.0),
         ("hinge", vec![], 1.0),
         // Half of −ln σ(0), and half of e^0.
@@ -251,7 +259,7 @@ fn against_its_own_start_each_loss_begins_where_its_definition_puts_rewards_of_z
         ("robust", vec![("label_smoothing", 0.1)], LN_2),
         // KL of a fair coin from one of ¾: ½ ln ⅔ + ½ ln 2.
         ("exo_pair", vec![("label_smoothing", 0.25)], 0.5 * (4.0_f64 / 3.0).ln()),
-        // Fewer tokens on both sides of a difference that is 0.
+        // Fewer tokens on both sides of a difference of 0.
         ("sigmoid", vec![("ld_alpha", 0.5)], LN_2),
     ] {
         let mut keys = vec![("loss_type", json!([loss]))];
@@ -261,7 +269,7 @@ fn against_its_own_start_each_loss_begins_where_its_definition_puts_rewards_of_z
     assert_begins_at(&[("preset", json!("tulu3"))], "sigmoid_norm", LN_2);
 }
 
-/// A reward gap of 0 is a fair coin; the given margin is one with its own odds.
+/// A reward gap of 0 is a fair coin; the given margin is a coin with its own odds.
 #[test]
 fn rpo_begins_at_the_divergence_between_its_margins_and_a_fair_coin() {
     for scale in [1.0, 0.4] {
@@ -277,7 +285,7 @@ fn rpo_begins_at_the_divergence_between_its_margins_and_a_fair_coin() {
     }
 }
 
-/// The weights are the policy's own: they are there before anything is learned, and whatever the reference says.
+/// The weights come from the policy: they apply before anything is learned, whatever the reference says.
 #[test]
 fn weighted_pairs_begin_at_ln_two_times_how_likely_the_policy_is_to_answer_so() {
     let said = all_said(&pairs(), [STUDENT, STUDENT], true, 1.0);
@@ -288,7 +296,7 @@ fn weighted_pairs_begin_at_ln_two_times_how_likely_the_policy_is_to_answer_so() 
     assert_first(&metrics, "loss", weight * LN_2, "wpo");
 }
 
-/// Where rewards are not 0 the methods come apart: each from plain `sigmoid`, too.
+/// Where rewards are not 0, the methods differ from each other and from plain `sigmoid`.
 #[test]
 fn against_another_model_each_method_costs_what_its_definition_says() {
     let rows = pairs();
@@ -329,7 +337,7 @@ fn against_another_model_each_method_costs_what_its_definition_says() {
     for (key, value, said, loss) in cases {
         let what = format!("{key} = {value}");
         assert!((loss - sigmoid).abs() > 0.01 * sigmoid, "{what}: {loss} is what sigmoid costs");
-        // Without a written `loss_type` the NLL term would be there.
+        // Without an explicit `loss_type`, the NLL term would be included.
         let others = [("reference", json!(TEACHER)), ("sft_loss_weight", json!(0.0))];
         let metrics = run(&rows, "dpo", &[&others[..], &[(key, value)]].concat());
         let side = |at: usize, of: fn(&Said) -> f64| mean(said.iter().map(|pair| of(&pair[at])));
@@ -345,8 +353,8 @@ fn against_another_model_each_method_costs_what_its_definition_says() {
     }
 }
 
-/// The estimate is the mean log-ratio of the responses of the pair before, under this pair's prompt. Of the two directions
-/// one has it above 0, and in the other it is held there.
+/// The estimate is the mean log-ratio of the previous pair's responses under this pair's prompt. In one of the two
+/// directions it is above 0, in the other it is clamped to 0.
 #[test]
 fn kto_on_pairs_measures_rewards_from_the_kl_of_exchanged_responses() {
     let rows = pairs();
@@ -363,7 +371,7 @@ fn kto_on_pairs_measures_rewards_from_the_kl_of_exchanged_responses() {
         assert_eq!(kl > 1.0, models[0] == STUDENT, "{models:?}: {kl}");
         let zero = BETA * kl;
         let cost = |chosen: f64, rejected: f64| {
-            // The weight of desirable responses tells the two sides apart.
+            // The weight of desirable responses distinguishes the two sides.
             f64::midpoint(3.0 * (1.0 - sigmoid(chosen - zero)), 1.0 - sigmoid(zero - rejected))
         };
         let keys = [
@@ -401,7 +409,7 @@ fn talk(weights: Option<[f64; 2]>) -> Value {
     talk
 }
 
-/// One answer, of which no row says what it weighs.
+/// One answer without a weight.
 fn answer() -> Value {
     json!({"messages": [
         {"role": "user", "content": "Rosa has 9 eggs. Tom has twice as many. How many eggs does Tom have?"},
@@ -423,7 +431,7 @@ fn label_smoothing_and_the_z_loss_change_the_loss_of_sft_by_what_their_definitio
     let nll = of(|token| -token.logp);
     let uniform = of(|token| -token.mean_logp);
     let z_loss = of(|token| token.lse * token.lse);
-    // Both raise the loss: the model knows more than nothing, and its logits are not normalised.
+    // Both raise the loss: the model is better than uniform, and its logits are not normalized.
     assert!(uniform > nll + 0.1 && z_loss > 0.1, "{nll}, {uniform}, {z_loss}");
     for (epsilon, c) in [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.2, 0.005)] {
         let what = format!("label_smoothing {epsilon}, z_loss_coefficient {c}");
@@ -444,14 +452,32 @@ fn label_smoothing_and_the_z_loss_change_the_loss_of_sft_by_what_their_definitio
     }
 }
 
-/// A row's weighed negative log-likelihood, and what its tokens weigh.
+#[test]
+fn eaft_scales_each_tokens_loss_by_the_entropy_of_its_likeliest_tokens() {
+    let rows = [talk(None), answer()];
+    let tokens = trained(&rows).concat();
+    for alpha in [1.0, 2.5] {
+        let factor = |token: &Token| (token.top_entropy / 20_f64.ln()).powf(alpha);
+        let loss = mean(tokens.iter().map(|token| -token.logp * factor(token)));
+        // The factors are neither all alike nor next to nothing.
+        let factors: Vec<f64> = tokens.iter().map(factor).collect();
+        let (least, most) =
+            factors.iter().fold((1.0_f64, 0.0_f64), |(a, b), x| (a.min(*x), b.max(*x)));
+        assert!(most > 0.1 && most - least > 0.05, "{factors:?}");
+        let keys = [("loss_type", json!("eaft")), ("eaft_alpha", json!(alpha))];
+        let metrics = run(&rows, "sft", &keys);
+        assert_first(&metrics, "loss", loss, &format!("alpha {alpha}"));
+    }
+}
+
+/// A row's weighted negative log-likelihood, and the sum of its weights.
 fn weighed(tokens: &[Token], weight: impl Fn(usize) -> f64) -> (f64, f64) {
     tokens.iter().enumerate().fold((0.0, 0.0), |(sum, count), (at, token)| {
         (sum - weight(at) * token.logp, count + weight(at))
     })
 }
 
-/// What a step of two such rows costs, by what its sum is divided by.
+/// The loss of a step over two such rows, by normalization.
 fn divided(normalization: &str, [a, b]: [(f64, f64); 2]) -> f64 {
     match normalization {
         "token" => (a.0 + b.0) / (a.1 + b.1),
@@ -460,12 +486,12 @@ fn divided(normalization: &str, [a, b]: [(f64, f64); 2]) -> f64 {
     }
 }
 
-/// Beside a row whose messages say nothing and weigh 1.
+/// Next to a row whose messages have no weight, which counts as 1.
 #[test]
 fn a_message_weighs_in_the_loss_of_sft_what_its_row_says() {
     let whole = talk(None);
     let rows = trained(&[whole.clone(), answer()]);
-    // Up to its answer a conversation is the same whatever follows.
+    // A conversation is the same up to its answer, whatever follows.
     let begin = json!({"messages": &whole["messages"].as_array().unwrap()[..2]});
     let first = trained(&[begin])[0].len();
     assert!(first < rows[0].len(), "{first}");

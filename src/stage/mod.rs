@@ -1,8 +1,8 @@
 //! The methods, one file each, and the runner that composes them into a run.
 //!
-//! A stage is a function from its settings and a [`StageContext`] to its final numbers. It writes what its kind
-//! promises ([`Kind::outputs`](crate::recipe::Kind::outputs)) into [`StageContext::dir`] and nothing elsewhere. After a kill it is
-//! called again with the same directory and continues from what it finds there; only when it returns does the
+//! A stage is a function from its settings and a [`StageContext`] to its final metrics. It writes what its kind
+//! promises ([`Kind::outputs`](crate::recipe::Kind::outputs)) into [`StageContext::dir`] and nothing elsewhere. After a
+//! kill it is called again with the same directory and resumes from what it finds there; only once it returns does the
 //! runner write the manifest and give the directory its final name.
 
 pub mod adapt;
@@ -42,21 +42,21 @@ use crate::error::Result;
 use crate::recipe::Spec;
 pub use crate::report::record::{Events, Metrics, StageRecord};
 
-/// What a stage is given besides its settings.
+/// A stage's inputs besides its settings.
 pub struct StageContext<'a> {
-    /// Its directory, kept over kills until the stage is finished.
+    /// Its directory, kept across kills until the stage is finished.
     pub dir: PathBuf,
     /// The round, counted from 1.
     pub round: u32,
     /// Seed of this stage in this round.
     pub seed: u64,
-    /// Where to compute.
+    /// The compute device.
     pub device: Device,
-    /// Progress, numbers, and whether the user asked to stop.
+    /// Progress, metrics, and whether the user asked to stop.
     pub events: &'a dyn Events,
 }
 
-/// Runs one stage: the one place that knows which function belongs to which kind.
+/// Runs one stage: the only place that maps kinds to functions.
 pub fn run_stage(context: &StageContext<'_>, spec: &Spec) -> Result<Metrics> {
     match spec {
         Spec::Sft(spec) => sft::run(context, spec),

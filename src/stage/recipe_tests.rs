@@ -1,5 +1,5 @@
-//! Training stages from the text of a recipe: their first numbers against those worked out from the models'
-//! log-probabilities, and what the kept log-probabilities of a reference hang on.
+//! Training stages from recipe text: their first metrics compared with values derived from the models'
+//! log-probabilities, and what the cached reference log-probabilities depend on.
 
 use std::path::{Path, PathBuf};
 
@@ -31,7 +31,7 @@ pub(super) fn written(dir: &Path, rows: &[Value]) -> PathBuf {
     path
 }
 
-/// Runs a recipe's one stage, a single step of two rows unless `keys` say otherwise, in `dir`.
+/// Runs a recipe's only stage in `dir`, a single step of two rows unless `keys` say otherwise.
 pub(super) fn run(dir: &Path, kind: &str, keys: &[(&str, Value)]) -> Metrics {
     attempt(dir, kind, keys).unwrap()
 }
@@ -93,15 +93,19 @@ fn pairs() -> Vec<Value> {
     ]
 }
 
-/// Its head has as many rows as it has outputs: taken for a vocabulary, it would learn, or say, nothing of it.
+/// Its head has only as many rows as outputs: taken for a vocabulary head, it could learn and say nothing sensible.
 #[test]
 fn a_reward_model_is_no_policy_and_no_reference() {
     let dir = tempfile::tempdir().unwrap();
     written(dir.path(), &pairs());
     let reward = dir.path().join("reward");
     let student = Checkpoint::load_dir(Path::new(STUDENT), &Device::Cpu).unwrap();
-    let model = student.into_reward_model(1).unwrap();
+    let mut model = student.into_reward_model(1).unwrap();
     model.save(&reward, &SaveOptions::new(DType::F32)).unwrap();
+    // As transformers writes a head whose output nobody named.
+    model.config.labels = vec!["LABEL_0".to_owned()];
+    let unnamed = dir.path().join("unnamed");
+    model.save(&unnamed, &SaveOptions::new(DType::F32)).unwrap();
     let reward = json!(reward);
     let start = "model_name_or_path";
     for (kind, key) in [("sft", start), ("dpo", start), ("dpo", "reference")] {
@@ -113,16 +117,18 @@ fn a_reward_model_is_no_policy_and_no_reference() {
             assert!(error.hint_text().is_some(), "{kind} {key}");
         }
     }
-    run(dir.path(), "reward", &[(start, reward)]);
+    let goes_on =
+        [reward, json!(unnamed)].map(|model| run(dir.path(), "reward", &[(start, model)]));
+    assert_eq!(goes_on[0]["loss"].to_bits(), goes_on[1]["loss"].to_bits());
 }
 
-/// Sum and length of what enters of a response.
+/// Sum and length of a response's counted tokens.
 fn summed(tokens: &[(f64, Role)], mask: bool) -> (f64, f64) {
     let entering = tokens.iter().filter(|(_, role)| !mask || *role == Role::Content);
     entering.fold((0.0, 0.0), |(sum, count), (logp, _)| (sum + logp, count + 1.0))
 }
 
-/// What a step over the pairs says, by the textbook: the policy is the student, the reference the teacher.
+/// Textbook metrics of a step over the pairs: the policy is the student, the reference the teacher.
 fn expected_of_pairs(path: &Path, loss: &str, mask: bool) -> Vec<(&'static str, f64)> {
     let rows = read(path.to_str().unwrap(), &ReadOptions::default()).unwrap().rows;
     let student = Checkpoint::load_dir(Path::new(STUDENT), &Device::Cpu).unwrap();
@@ -158,7 +164,7 @@ fn expected_of_pairs(path: &Path, loss: &str, mask: bool) -> Vec<(&'static str, 
         all.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number / 2.0);
         ratios += c - ref_c;
         tokens[0] += lc;
-        // The NLL is over all tokens, masked or not.
+        // The NLL covers all tokens, masked or not.
         let (sum, count) = summed(&own[0], false);
         nll -= sum;
         tokens[1] += count;
@@ -180,7 +186,7 @@ fn expected_of_pairs(path: &Path, loss: &str, mask: bool) -> Vec<(&'static str, 
     names.into_iter().zip(all).chain([("kl/chosen", ratios / tokens[0])]).collect()
 }
 
-/// Against another model as the reference nothing is 0, and what a recipe asks for is what is computed.
+/// With another model as the reference nothing is 0, and what the recipe asks for is computed.
 #[test]
 fn a_step_against_another_model_logs_what_both_models_say() {
     for (loss, mask) in
@@ -214,13 +220,13 @@ fn student_but(dir: &Path, file: &str, change: fn(&mut Vec<u8>)) -> Value {
     json!(dir.join("model"))
 }
 
-/// The last bit of the last weight, which is bf16.
+/// Flips the last bit of the last weight, which is bf16.
 fn flip_a_bit(bytes: &mut [u8]) {
     let last = bytes.len() - 2;
     bytes[last] ^= 1;
 }
 
-/// `o` and `a` change their ids.
+/// Swaps the ids of `o` and `a`.
 fn swap_two_tokens(bytes: &mut Vec<u8>) {
     let mut tokenizer: Value = serde_json::from_slice(bytes).unwrap();
     let vocabulary = &mut tokenizer["model"]["vocab"];
@@ -230,7 +236,7 @@ fn swap_two_tokens(bytes: &mut Vec<u8>) {
     *bytes = tokenizer.to_string().into_bytes();
 }
 
-/// What the log-probabilities of the reference are kept as.
+/// Name of the cached reference log-probabilities.
 fn kept(dir: &Path, rows: &[Value], keys: &[(&str, Value)]) -> String {
     written(dir, rows);
     run(dir, "dpo", keys);
@@ -265,7 +271,7 @@ fn log_probabilities_of_a_reference_are_kept_under_what_they_hang_on_and_nothing
     let student = json!(STUDENT);
     let mut seen = vec![
         ("first", first),
-        // The policy's start is the reference where none is written.
+        // The initial policy is the reference if none is given.
         ("start", kept(&place("start"), &pairs(), &[])),
         (
             "its weights",
@@ -309,12 +315,13 @@ fn responses_without_text_are_bad_rows_of_pairs_and_of_labelled_responses() {
     }
 }
 
-/// Two rows of unequal lengths and weights, under each loss and each way to divide.
+/// Two rows of unequal lengths and weights, under each loss and each normalization.
 #[test]
 fn losses_weights_and_divisors_of_sft_are_those_that_the_recipe_names() {
     let dir = tempfile::tempdir().unwrap();
-    let row = |answer: &str, importance: f64| json!({"prompt": "How many?", "completion": answer, "importance": importance});
-    let path = written(dir.path(), &[row("Four pears and a plum", 3.0), row("no", 0.5)]);
+    let row = |answer: &str, [importance, share]: [f64; 2]| json!({"prompt": "How many?", "completion": answer, "importance": importance, "share": share});
+    let rows = [row("Four pears and a plum", [3.0, 0.25]), row("no", [0.5, 0.125])];
+    let path = written(dir.path(), &rows);
     let rows = read(path.to_str().unwrap(), &ReadOptions::default()).unwrap().rows;
     let student = Checkpoint::load_dir(Path::new(STUDENT), &Device::Cpu).unwrap();
     let tokenizer = student.tokenizer().unwrap().with_template("chatml").unwrap();
@@ -324,7 +331,10 @@ fn losses_weights_and_divisors_of_sft_are_those_that_the_recipe_names() {
         .map(|leaves| leaves[0].iter().map(|(logp, _)| *logp).collect())
         .collect();
     for loss in ["nll", "dft"] {
-        for (weight_column, [a, b]) in [("importance", [3.0, 0.5]), ("", [1.0, 1.0])] {
+        // What is counted may be less than one row.
+        for (weight_column, [a, b]) in
+            [("importance", [3.0, 0.5]), ("share", [0.25, 0.125]), ("", [1.0, 1.0])]
+        {
             let cost = |logp: &f64| if loss == "dft" { -logp * logp.exp() } else { -logp };
             let sum = |row: usize| tokens[row].iter().map(cost).sum::<f64>();
             let count = |row: usize| tokens[row].len() as f64;

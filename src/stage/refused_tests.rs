@@ -1,4 +1,4 @@
-//! Rows that cannot be answered or judged, and programs that take their time: none of them may hold up the others.
+//! Rows that cannot be answered or judged, and programs that take a while: none of them may hold up the others.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,7 +20,7 @@ use crate::report::record::{Events, Silent};
 use crate::score::Panel;
 use crate::store;
 
-/// Keeps what a stage says.
+/// Records a stage's notes.
 #[derive(Default)]
 struct Notes(Mutex<Vec<String>>);
 
@@ -86,7 +86,7 @@ fn a_prompt_that_leaves_no_room_ends_the_stage_or_is_counted_and_named() {
     }
     for (name, spec) in stages(home.path(), true) {
         let notes = Notes::default();
-        // In the directory where the error ended the work, as a resumed run would.
+        // In the directory where the error ended the work, like a resumed run.
         let dir = home.path().join(name);
         let metrics = run(dir.clone(), &spec, &notes).unwrap();
         let counts = [metrics["prompts"], metrics["skipped"]];
@@ -104,7 +104,7 @@ fn a_prompt_that_leaves_no_room_ends_the_stage_or_is_counted_and_named() {
             rows.iter().map(|row| row["candidates"].as_array().unwrap().len()).collect();
         let reference = usize::from(name == "sample");
         assert_eq!(drawn, [4, 0, 4].map(|drawn| drawn + reference), "{name}");
-        // The prompt that has no answers takes no part in what is said of them.
+        // The unanswered prompt does not count in the statistics.
         let curve: Value = store::read_json(&dir.join("curve.json")).unwrap();
         assert_eq!((&curve["prompts"], &curve["samples"]), (&json!(2), &json!(4)), "{name}");
     }
@@ -113,7 +113,7 @@ fn a_prompt_that_leaves_no_room_ends_the_stage_or_is_counted_and_named() {
 #[test]
 fn what_a_judge_of_ones_own_cannot_read_does_not_pass_and_says_why() {
     let home = tempfile::tempdir().unwrap();
-    // A rubric alone has more bytes than this judge has positions.
+    // The rubric alone has more bytes than this judge has positions.
     let judge = save_model(&home.path().join("judge"), 2, false);
     let policy = save_model(&home.path().join("policy"), 1, false);
     let path = home.path().join("prompts.jsonl");
@@ -136,7 +136,7 @@ fn what_a_judge_of_ones_own_cannot_read_does_not_pass_and_says_why() {
     assert!(error.contains("scorer `judge`") && error.contains("on_error = \"fail\""), "{error}");
     let (rows, metrics) = sample(json!({"judge": judge, "on_error": "fail"})).unwrap();
     assert_eq!(metrics["unjudged"] as usize, 4, "{metrics:?}");
-    // Nobody verified anything, so nothing is said of what is right.
+    // There is no verifier, so nothing is reported as right.
     let right = ["accuracy", "pass@1", "pass@2"];
     assert!(right.iter().all(|name| !metrics.contains_key(*name)), "{metrics:?}");
     for one in rows.iter().flat_map(|row| row["candidates"].as_array().unwrap()) {
@@ -159,7 +159,7 @@ fn code_panel() -> Panel<'static> {
     Panel::new(&[code], &Device::Cpu).unwrap()
 }
 
-/// A row with a test, and what it asks.
+/// A row with a test, and its question.
 fn task() -> (Asked, Row) {
     let mut row = Row::new("p:1", Record::Prompt(Side::Text("say hello".to_owned())));
     row.extra.insert("test".to_owned(), json!("assert hello"));
@@ -182,7 +182,7 @@ fn sampled_rows_have_what_their_programs_wrote() {
     assert!(wrong["stderr"].as_str().unwrap().contains("AssertionError"), "{wrong}");
 }
 
-/// Answers two questions at once, and remembers whether the first was judged before the second was drawn.
+/// Answers two questions at once, and records whether the first was judged before the second was drawn.
 struct Quick<'a> {
     judged: &'a AtomicBool,
     waited: AtomicBool,

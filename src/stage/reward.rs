@@ -1,5 +1,5 @@
-//! Reward modelling (Llama 3, section 4.1.2): the base model with a score head learns which responses people prefer, how they
-//! rate them, or which answers and steps are right.
+//! Reward modelling (Llama 3, section 4.1.2): the base model with a score head learns which responses people prefer,
+//! how people rate them, or which answers and steps are right.
 
 use serde_json::Value;
 
@@ -15,18 +15,18 @@ use crate::loss::reward::{Correctness, Regression, Reward};
 use crate::model::Architecture;
 use crate::model::bases::Bases;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::labels;
+use crate::model::labels::{self, PLAIN_TEXT, PROMPT_FORMAT};
 use crate::recipe::plan::{self, Head};
-use crate::score::reward_model::{PLAIN_TEXT, PROMPT_FORMAT};
 
-/// Trains a score head and the model under it. Input: a checkpoint (the paper takes the pre-trained one) and rows that fit
-/// the head. Output: `checkpoint/`, a `LlamaForSequenceClassification`, or for steps a `LlamaForTokenClassification`.
+/// Trains a score head and the model under it. Input: a checkpoint (the paper uses the pre-trained one) and rows that
+/// match the head. Output: `checkpoint/`, a `LlamaForSequenceClassification`, or for steps a
+/// `LlamaForTokenClassification`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
     let begin = training::base(context, (&adapt, &Bases::default()), &spec.chat_template)?;
     let mut checkpoint = with_head(begin.checkpoint, spec, context.seed)?;
     let rule = spec.rule(context.seed);
-    // Who scores with the model must ask as it was taught, which may not be as its start was.
+    // Scorers must format prompts as in this training, which may differ from that of the initial model.
     let facts = &mut checkpoint.config.other;
     facts.retain(|key, _| key != PROMPT_FORMAT);
     if of_plain_text(context, &spec.datasets, &rule)? {
@@ -49,7 +49,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Reward) -> Result<Metrics> {
     training::fit(context, &work)
 }
 
-/// Whether the first rows are texts, which are learned from without the chat template.
+/// Whether the first rows are plain text, which is trained on without the chat template.
 fn of_plain_text(
     context: &StageContext<'_>,
     datasets: &[plan::Dataset],
@@ -71,7 +71,7 @@ fn with_head(start: Checkpoint, spec: &plan::Reward, seed: u64) -> Result<Checkp
         Head::Process => {
             let architecture = Architecture::TokenClassification;
             let mut model = start.into_scorer(architecture, &labels::STEP, seed)?;
-            // Who scores with the model must cut answers as it was taught.
+            // Scorers must split answers into steps as in training.
             let separator = Value::String(spec.step_separator.clone());
             model.config.other.insert(labels::STEP_SEPARATOR.to_owned(), separator);
             Ok(model)
@@ -79,7 +79,7 @@ fn with_head(start: Checkpoint, spec: &plan::Reward, seed: u64) -> Result<Checkp
     }
 }
 
-/// What a stage of these settings learns, and is measured by.
+/// The objective for training and evaluation with these settings.
 pub(super) fn objective(spec: &plan::Reward) -> Box<dyn Objective> {
     match spec.head {
         Head::BradleyTerry => Box::new(Reward {

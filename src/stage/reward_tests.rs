@@ -1,4 +1,4 @@
-//! Each head of a reward stage: learns a planted feature from rows in a file, is saved, and judges answers again.
+//! Each head of a reward stage learns a planted feature from a file of rows, is saved, and scores answers again.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,17 +11,16 @@ use crate::data::record::Message;
 use crate::loss::log_sigmoid;
 use crate::model::Architecture;
 use crate::model::checkpoint::load_config;
+use crate::model::labels::{PLAIN_TEXT, PROMPT_FORMAT};
 use crate::optim::schedule::Schedule;
 use crate::recipe::plan::{self, Dataset, Head};
 use crate::report::record::Silent;
-use crate::score::reward_model::{
-    PLAIN_TEXT, PROMPT_FORMAT, Reading, RewardModel, StepAggregation,
-};
+use crate::score::reward_model::{Reading, RewardModel, StepAggregation};
 use crate::score::{OnError, Question, Scorer};
 
 const STUDENT: &str = "data/tiny/student";
 
-/// Trains on the rows, evaluates on them, and returns the numbers.
+/// Trains on the rows, evaluates on them, and returns the metrics.
 fn train(dir: &Path, rows: &[Value], spec: plan::Reward) -> Metrics {
     let path = dir.join("rows.jsonl");
     let lines = rows.iter().map(Value::to_string).collect::<Vec<_>>().join("\n");
@@ -145,7 +144,7 @@ fn steps_are_judged_one_by_one_and_an_answer_by_its_worst() {
     assert!(min[0] < 0.5 && last[0] > 0.5 && min[1] > 0.5, "{min:?} {last:?}");
     assert!(by(StepAggregation::Product)[0] < min[0]);
 
-    // Longer than the model's 256 positions from its first step on.
+    // Longer than the model's 256 positions from the first step on.
     let long = "9 apples ".repeat(200);
     let judge = |on_error, answers: &[&str]| {
         let reading = Reading { on_error, ..Reading::default() };
@@ -183,7 +182,7 @@ fn right_and_wrong_responses_are_told_apart() {
     assert!(found[0] > 0.0 && found[1] < 0.0, "{found:?}");
     assert_eq!(scores(dir.path(), &Reading::default(), &["9 apples"]), found[..1]);
 
-    // What was measured before saving is what the saved model says.
+    // The saved model reproduces the metrics from before saving.
     let loss = |fruit: &str, sign: f64| {
         let answers = COUNTS.map(|n| format!("{n} {fruit}"));
         let answers: Vec<&str> = answers.iter().map(String::as_str).collect();
@@ -194,7 +193,7 @@ fn right_and_wrong_responses_are_told_apart() {
     assert!((after - metrics["eval_loss"]).abs() < 1e-12, "{after} {metrics:?}");
 }
 
-/// Text is learned from without the chat template, and so it is judged.
+/// Text is trained on without the chat template, and scored the same way.
 #[test]
 fn a_model_that_learned_from_text_is_asked_in_text() {
     let sides = |text: &dyn Fn(String) -> Value| {
@@ -210,7 +209,7 @@ fn a_model_that_learned_from_text_is_asked_in_text() {
     let dir = tempfile::tempdir().unwrap();
     let metrics = train(dir.path(), &sides(&|text| json!(text)), plan::Reward::default());
     assert_eq!(form(dir.path()), Some(json!(PLAIN_TEXT)));
-    // What was measured before saving is what the saved model says.
+    // The saved model reproduces the metrics from before saving.
     let gap = |n: &str| {
         let answers = [format!("{n} apples"), format!("{n} pears")];
         let found = scores(dir.path(), &Reading::default(), &[&answers[0], &answers[1]]);
@@ -230,7 +229,7 @@ fn a_model_that_learned_from_text_is_asked_in_text() {
         "{error}"
     );
 
-    // From there with messages: what it learned last is how it is asked.
+    // Continue from there with messages: the model is queried in the format it learned last.
     let start = checkpoint.to_str().unwrap().to_owned();
     let next = tempfile::tempdir().unwrap();
     let spec = plan::Reward { model_name_or_path: start, ..plan::Reward::default() };

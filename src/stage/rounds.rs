@@ -1,4 +1,4 @@
-//! A whole run: every stage of every round in order.
+//! A whole run: all stages of all rounds in order.
 
 pub use super::device::open as device;
 use super::run::Shelf;
@@ -7,12 +7,12 @@ use crate::error::{Error, Result};
 use crate::recipe::{Plan, Spec, Step};
 use crate::store::{self, RunLock};
 
-/// What executes a stage: [`run_stage`](super::run_stage), or a fake one in tests.
+/// Executes a stage: [`run_stage`](super::run_stage), or a fake in tests.
 pub type StageFn<'a> = dyn Fn(&StageContext<'_>, &Spec) -> Result<Metrics> + 'a;
 
-/// Who watches a run: the terminal, the log files, or a test.
+/// Observes a run: the terminal, the log files, or a test.
 pub trait Observer {
-    /// A stage begins or continues in `dir`; the events of its work go where this says.
+    /// A stage starts or resumes in `dir`; returns the receiver of its events.
     fn begin<'a>(
         &'a self,
         step: &Step,
@@ -20,18 +20,18 @@ pub trait Observer {
         resumes: bool,
     ) -> Result<Box<dyn Events + 'a>>;
 
-    /// A stage is finished, or was taken over.
+    /// A stage is finished, or was reused.
     fn end(&self, step: &Step, record: &StageRecord);
 
     /// Whether the user asked to stop.
     fn interrupted(&self) -> bool;
 }
 
-/// Runs the plan in its run directory: finished work is taken over, begun work continued. `recipe` is the recipe as
+/// Runs the plan in its run directory: finished work is reused, unfinished work resumed. `recipe` is the recipe as
 /// written, which is kept with the run.
 ///
 /// # Errors
-/// The first stage that fails; another process in the same directory; an interrupt. What was finished is kept.
+/// The first stage that fails; another process in the same directory; an interrupt. Finished work is kept.
 pub fn run_plan(
     plan: &Plan,
     recipe: &str,

@@ -1,8 +1,8 @@
-//! One stage of a run: taken over if its work exists, continued if it was begun, done otherwise.
+//! One stage of a run: reused if its work exists, resumed if it was started, executed otherwise.
 //!
 //! A stage works in `stages/<id>.work/`, which survives a kill. When it is finished, every file is flushed, the
-//! manifest is written last, and the directory gets its final name. Work that another recipe's stage of the same
-//! name displaces moves to `stages/earlier/` and is found there by its hash.
+//! manifest is written last, and the directory gets its final name. Finished work displaced by another recipe's stage
+//! of the same name moves to `stages/earlier/` and is found there by its hash.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,12 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use super::generation::{LEDGER, REQUESTS};
 use super::inputs::{Hashes, Inputs};
 use super::training::PREPARED;
 use super::{Metrics, StageRecord};
 use crate::error::{Context, Error, Result};
+use crate::generate::openai::ledger::SEEN;
 use crate::ops::cpu::isa::Isa;
 use crate::recipe::Step;
 use crate::report::record::Manifest;
@@ -22,28 +24,28 @@ use crate::store::{self, MANIFEST};
 /// The stages of one run directory.
 pub struct Shelf {
     stages: PathBuf,
-    /// Where the finished work of each inputs hash lies.
+    /// Directory of the finished work for each input hash.
     finished: BTreeMap<String, PathBuf>,
     hashes: Hashes,
 }
 
-/// What a work directory was begun for.
+/// Identifies the work that a directory was started for.
 #[derive(Serialize, Deserialize)]
 struct Begun {
     inputs_hash: String,
-    /// Seconds that earlier processes worked on it.
+    /// Seconds of work by earlier processes.
     wall_s: f64,
 }
 
 const BEGUN: &str = "begun.json";
 
-/// What only unfinished work needs: a finished stage has its `checkpoint/`, and nothing continues from optimizer state
-/// or prepared examples.
-const SCRATCH: [&str; 4] = [BEGUN, "checkpoints", "best.safetensors", PREPARED];
+/// Files that only unfinished work needs: nothing continues from a finished stage's optimizer state, prepared examples or
+/// ledgers, whose content is in its outputs.
+const SCRATCH: [&str; 7] =
+    [BEGUN, "checkpoints", "best.safetensors", PREPARED, LEDGER, REQUESTS, SEEN];
 
 impl Shelf {
-    /// Opens the run's `stages/`, sweeping up what killed processes left half-written. The caller holds the run's
-    /// lock.
+    /// Opens the run's `stages/` and removes what killed processes left half-written. The caller holds the run's lock.
     pub fn open(run: &Path) -> Result<Self> {
         let stages = run.join("stages");
         store::create_dir(&stages)?;
@@ -54,7 +56,7 @@ impl Shelf {
                 if is_work(&entry) {
                     sweep(&entry)?;
                 } else if entry.join(MANIFEST).is_file() {
-                    // A manifest of another version of the program that cannot be read is no finished work.
+                    // An unreadable manifest, from another version of the program, does not count as finished work.
                     if let Ok(manifest) = store::read_json::<Manifest>(&entry.join(MANIFEST)) {
                         finished.insert(manifest.inputs_hash, entry);
                     }
@@ -64,14 +66,14 @@ impl Shelf {
         Ok(Self { stages, finished, hashes: Hashes::default() })
     }
 
-    /// The hash of what `step` depends on, and whether its work is there already.
+    /// The hash of everything `step` depends on, and whether its work already exists.
     pub fn look_up(&mut self, step: &Step) -> Result<(Inputs, bool)> {
         let inputs = self.hashes.of(step).at(format_args!("stage `{}`", step.name))?;
         let found = self.finished.get(&inputs.hash).is_some_and(|dir| is_whole(dir, step));
         Ok((inputs, found))
     }
 
-    /// Takes over the finished work of `inputs`.
+    /// Reuses the finished work of `inputs`.
     pub fn reuse(&mut self, step: &Step, inputs: &Inputs) -> Result<StageRecord> {
         let target = self.stages.join(&step.id);
         let found = self.finished.get(&inputs.hash).cloned().unwrap_or_else(|| target.clone());
@@ -85,7 +87,7 @@ impl Shelf {
         Ok(StageRecord { reused: true, round: step.round, ..in_place(manifest.record, &target) })
     }
 
-    /// Where `step` works, with what an earlier process of equal inputs left there.
+    /// The work directory of `step`, and whether an earlier process with equal inputs started it.
     pub fn work_dir(&self, step: &Step, inputs: &Inputs) -> Result<(PathBuf, bool)> {
         let work = self.stages.join(format!("{}.work", step.id));
         let begun = work.join(BEGUN);
@@ -99,7 +101,7 @@ impl Shelf {
         Ok((work, resumes))
     }
 
-    /// Does the work of `step` in its work directory and shelves the result.
+    /// Executes `step` in its work directory and stores the result.
     pub fn execute(
         &mut self,
         step: &Step,
@@ -114,7 +116,7 @@ impl Shelf {
         match outcome {
             Ok(metrics) => self.shelve(step, inputs, metrics, wall_s),
             Err(error) => {
-                // Only the time is lost where this cannot be written; the stage's own error matters more.
+                // If this fails, only the time is lost; the stage's own error matters more.
                 let _ = store::write_json(&dir.join(BEGUN), &Begun { wall_s, ..before });
                 Err(error.at(format_args!("stage `{}`, round {}", step.name, step.round)))
             }
@@ -128,7 +130,7 @@ impl Shelf {
         mut metrics: Metrics,
         wall_s: f64,
     ) -> Result<StageRecord> {
-        // JSON has no NaN: such a number would make the manifest unreadable.
+        // JSON has no NaN: such a value would make the manifest unreadable.
         metrics.retain(|_, value| value.is_finite());
         let work = self.stages.join(format!("{}.work", step.id));
         let work = work.as_path();
@@ -165,7 +167,7 @@ impl Shelf {
         let target = self.stages.join(&step.id);
         self.clear(&target)?;
         store::move_into_place(work, &target)?;
-        // Not earlier: a work directory without it would be thrown away after a kill.
+        // Not earlier: without it, a work directory would be discarded after a kill.
         for name in SCRATCH {
             store::remove(&target.join(name))?;
         }
@@ -284,8 +286,8 @@ mod tests {
             Self { dir, ran: RefCell::new(Vec::new()), started: AtomicUsize::new(0) }
         }
 
-        /// Runs the recipe, failing in the stage that is started as number `fails_at`; returns who ran and who was
-        /// reused.
+        /// Runs the recipe, failing in the stage started as number `fails_at`; returns the records, or the error, and
+        /// the stages that ran.
         fn run(&self, recipe: &str, fails_at: usize) -> (Result<Vec<StageRecord>>, Vec<String>) {
             let base = self.dir.path().join("base");
             store::write_atomic(&base.join("model.safetensors"), b"w").unwrap();
@@ -339,7 +341,34 @@ mod tests {
         }
         let run = home.dir.path().join("run");
         assert!(run.join("plan.json").exists() && run.join("recipe.toml").exists());
-        assert!(!run.join("stages/01-synth/begun.json").exists());
+        for scratch in SCRATCH {
+            assert!(!run.join("stages/01-synth").join(scratch).exists(), "{scratch}");
+        }
+    }
+
+    /// Until the work has its final name a kill must find the ledgers: what they record may have cost money.
+    #[test]
+    fn a_stage_whose_manifest_cannot_be_written_keeps_its_ledgers() {
+        let home = Home::new();
+        let path = home.dir.path();
+        store::write_atomic(&path.join("base/model.safetensors"), b"w").unwrap();
+        let recipe = format!(
+            "[[stage]]\nkind = 'synth'\nteacher = '{}'\ndatasets = 'prompts.jsonl'\n",
+            path.join("base").display()
+        );
+        let file = RecipeFile::parse(&recipe, &path.join("r.toml")).unwrap();
+        let plan = resolve(&file, Some(&path.join("run"))).unwrap().plan;
+        run_plan(&plan, &recipe, &Nobody, &|context, _| {
+            store::write_atomic(&context.dir.join("data.jsonl"), b"{}\n")?;
+            store::write_atomic(&context.dir.join(LEDGER), b"{}\n")?;
+            store::write_atomic(&context.dir.join(REQUESTS), b"{}\n")?;
+            // In the manifest's place is a directory that is not empty.
+            store::write_atomic(&context.dir.join(MANIFEST).join("taken"), b"")?;
+            Ok(Metrics::new())
+        })
+        .unwrap_err();
+        let work = path.join("run/stages/01-synth.work");
+        assert!(work.join(LEDGER).is_file() && work.join(REQUESTS).is_file());
     }
 
     #[test]
@@ -350,7 +379,7 @@ mod tests {
         assert_eq!(ran, ALL[..2]);
         let (records, ran) = home.run(RECIPE, NEVER);
         assert_eq!(ran, ALL[2..]);
-        // Its ledger has the row of both processes.
+        // Its ledger has the rows of both processes.
         assert_eq!(records.unwrap()[2].metrics["rows"].to_bits(), 2.0_f64.to_bits());
     }
 
@@ -388,8 +417,9 @@ mod tests {
         assert_eq!(home.run(RECIPE, NEVER).1, ["03-select"]);
     }
 
-    /// The hash decides which finished work is taken over. Where this fails, a key, a default or a version has
-    /// changed: see that old work may still be reused, raise [`Kind::version`](crate::recipe::Kind::version) if not, then update the table.
+    /// The hash decides which finished work is reused. If this test fails, a key, a default or a version has changed:
+    /// check whether old work may still be reused, raise [`Kind::version`](crate::recipe::Kind::version) if not, then
+    /// update the table.
     #[test]
     fn the_version_of_each_kind_is_raised_on_purpose() {
         let versions: Vec<String> = crate::recipe::Kind::ALL

@@ -1,5 +1,5 @@
-//! Rejection sampling's draw (Llama 3, section 4.2.2): K candidates a prompt from the newest policy or the one for the
-//! prompt's capability, each judged.
+//! The sampling half of rejection sampling (Llama 3, section 4.2.2): K candidates per prompt from the newest policy, or
+//! from the policy for the prompt's capability, each scored.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,8 +21,8 @@ use crate::score::candidates::{Candidate, Candidates, REFERENCE, prompt_key};
 use crate::score::curve::{Curve, Drawn};
 use crate::store;
 
-/// Draws and judges K candidates a prompt. Input: checkpoints, prompts, earlier rounds' candidates. Output: `data.jsonl`,
-/// one row a prompt; for people `candidates.html` and `curve.json`.
+/// Draws and scores K candidates per prompt. Input: checkpoints, prompts, earlier rounds' candidates. Output:
+/// `data.jsonl`, one row per prompt; for people `candidates.html` and `curve.json`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
     let rows = generation::rows(context, &spec.datasets, &spec.scorers)?;
     if spec.include_reference && rows.iter().all(|row| row.reference_answer().is_none()) {
@@ -34,7 +34,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
             context.events.note(&format!("policy `{}` draws for none of the rows", policy.name));
         }
     }
-    // Policies that are adapters are read beside the base of the reward models, which stay.
+    // Adapter policies share the base of the reward models, which stay loaded.
     let bases = Bases::default();
     let panel = Panel::among(&spec.scorers, &context.device, &bases, context.events)?;
     let form = Form::dense(&context.device, Precision::F32);
@@ -72,11 +72,10 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sample) -> Result<Metrics> {
         metrics.extend(generation::write_curve(context, curve.as_ref())?);
     }
     metrics.extend(pace.metrics());
-    generation::close_ledger(context)?;
     Ok(metrics)
 }
 
-/// One policy with the rows that it draws for.
+/// One policy with the rows that it samples for.
 struct Turn<'a> {
     name: &'a str,
     model: &'a str,
@@ -87,7 +86,7 @@ struct Turn<'a> {
 
 impl Turn<'_> {
     fn shares_model(&self, other: &Self) -> bool {
-        // All that is decided when a model is loaded.
+        // Everything that is fixed when a model is loaded.
         let held = |turn: &Self| {
             let Sampling { dtype, quantization, prompt_lookup_num_tokens, .. } = *turn.sampling;
             (turn.model.to_owned(), dtype, quantization, prompt_lookup_num_tokens)
@@ -99,7 +98,7 @@ impl Turn<'_> {
     }
 }
 
-/// Who draws for a row; no rows yet.
+/// The policy that samples for a row; its list of rows is empty.
 fn way<'a>(spec: &'a plan::Sample, row: &Row) -> Turn<'a> {
     match spec.policy_of(&row.extra).map(|at| &spec.policies[at]) {
         Some(policy) => Turn {
@@ -119,13 +118,12 @@ fn way<'a>(spec: &'a plan::Sample, row: &Row) -> Turn<'a> {
     }
 }
 
-/// How many of a row's candidates were drawn here.
+/// How many of a row's candidates were drawn in this stage.
 fn drawn(spec: &plan::Sample, row: &Row, sampled: &Candidates) -> usize {
     if sampled.unanswered { 0 } else { way(spec, row).sampling.num_samples }
 }
 
-/// The policies that have something to do among the rows that are left, those of one model in a row: each model is
-/// loaded once, and one at a time.
+/// The policies needed for the remaining rows, grouped by model: each model is loaded once, and one at a time.
 fn turns<'a>(spec: &'a plan::Sample, rows: &[Row], left: &[usize]) -> Vec<Turn<'a>> {
     let mut turns: Vec<Turn<'a>> = Vec::new();
     for &index in left {
@@ -142,7 +140,7 @@ fn turns<'a>(spec: &'a plan::Sample, rows: &[Row], left: &[usize]) -> Vec<Turn<'
     turns
 }
 
-/// What every answer is drawn and judged with.
+/// The shared inputs for drawing and scoring answers.
 struct Draw<'a> {
     round: u32,
     spec: &'a plan::Sample,
@@ -152,7 +150,7 @@ struct Draw<'a> {
 }
 
 impl Draw<'_> {
-    /// Draws and judges the answers of one policy.
+    /// Draws and scores the answers of one policy.
     fn answers(
         &self,
         turn: &Turn<'_>,
@@ -184,7 +182,7 @@ impl Draw<'_> {
         )
     }
 
-    /// Candidates that were not drawn here: the row's own answer, then the best of each earlier round.
+    /// Candidates not drawn in this stage: the row's own answer, then the best of each earlier round.
     fn others(&self, asked: &Asked, row: &Row, model: &LocalModel) -> Vec<Candidate> {
         let mut others = Vec::new();
         if self.spec.include_reference
@@ -202,8 +200,8 @@ impl Draw<'_> {
     }
 }
 
-/// The question with the system message before it; one of the row's own follows in the same message, as chat templates
-/// know one alone.
+/// Prepends the system message to the question; an existing one follows in the same message, since chat templates
+/// expect only one.
 fn steer(asked: &Asked, system: &str) -> Asked {
     let mut steered = asked.clone();
     if system.is_empty() {
@@ -216,8 +214,8 @@ fn steer(asked: &Asked, system: &str) -> Asked {
     steered
 }
 
-/// The answer that came with its row. No model drew it, so its log-probability is left at 0; its length is what the
-/// policy's tokenizer makes of it, the end-of-turn token included.
+/// The row's own answer. No model drew it, so its log-probability stays 0; its length is that under the policy's
+/// tokenizer, including the end-of-turn token.
 fn reference(text: String, model: &LocalModel) -> Candidate {
     let tokens = model.tokenizer().encode(&text).len() + 1;
     Candidate {
@@ -234,7 +232,7 @@ fn reference(text: String, model: &LocalModel) -> Candidate {
     }
 }
 
-/// The best candidate of each earlier round for each prompt.
+/// The best candidate per prompt of each earlier round.
 fn earlier_best(files: &[String]) -> Result<BTreeMap<String, Vec<Candidate>>> {
     let mut best: BTreeMap<String, Vec<Candidate>> = BTreeMap::new();
     for file in files {
@@ -249,10 +247,10 @@ fn earlier_best(files: &[String]) -> Result<BTreeMap<String, Vec<Candidate>>> {
     Ok(best)
 }
 
-/// What the policies drew, without what came from elsewhere and prompts that were skipped.
+/// The policies' draws, without candidates from elsewhere and skipped prompts.
 fn choices(sampled: &[Candidates], drawn: &[usize], verified: bool) -> Vec<Vec<Drawn>> {
     let judged = |one: &&Candidate| !one.is_unjudged();
-    // Nobody chooses what could not be judged.
+    // Answers that could not be scored are never chosen.
     let lowest = generation::lowest(
         sampled.iter().flat_map(|row| row.candidates.iter().filter(judged).map(|one| one.score)),
     );
@@ -268,8 +266,8 @@ fn choices(sampled: &[Candidates], drawn: &[usize], verified: bool) -> Vec<Vec<D
     sampled.iter().zip(drawn).filter(|(_, drawn)| **drawn > 0).map(of_row).collect()
 }
 
-/// What this round's draws are like; earlier rounds' candidates and references are left out, but for `best_score`.
-/// `verified`: by verifiers; otherwise no answer is right, though one that could not be judged did not pass.
+/// Metrics of this round's draws; earlier rounds' candidates and references count only in `best_score`. `verified`:
+/// scored by verifiers; otherwise no answer is right, though one that could not be judged did not pass.
 fn measures(sampled: &[Candidates], drawn: &[usize], verified: bool) -> Metrics {
     let all =
         || sampled.iter().zip(drawn).flat_map(|(row, drawn)| row.candidates.iter().take(*drawn));

@@ -1,8 +1,8 @@
-//! `arriero score`: judges the completions in a file and writes its rows with `score` and `why` added.
+//! `arriero score`: scores the completions in a file and writes its rows with `score` and `why` added.
 //!
-//! Rows are read twice: once to find every mistake before a model is loaded, once to be judged. Consecutive rows of one
-//! prompt are judged in one call, so that a reward model reads the prompt once. Judged groups go to a file in a directory
-//! beside the output, one a line, which a later call continues; the output appears whole.
+//! Rows are read twice: once to find every mistake before a model is loaded, once to score them. Consecutive rows with
+//! the same prompt are scored in one call, so that a reward model reads the prompt once. Scored groups go to a file in
+//! a directory next to the output, one per line, where a later call resumes; the output appears atomically.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -30,54 +30,54 @@ use crate::report::record::Events;
 use crate::score::{Panel, Question, Verdict};
 use crate::store::{self, JsonlWriter, RunLock};
 
-/// Most completions of one call.
+/// Maximum number of completions per call.
 const GROUP: usize = 64;
-/// Groups of verifiers' work between two writes, for each core.
+/// Groups of verifier work between two writes, per core.
 const AT_ONCE: usize = 16;
-/// Raised when the same work would write other rows.
+/// Raised when the same work would write different rows.
 const VERSION: u32 = 4;
 
-/// What to judge, and by whom.
+/// The rows to score, and the scorers.
 #[derive(Clone, Debug)]
 pub struct Scoring {
     /// The rows: a file, a directory or a glob.
     pub data: String,
-    /// Where they go with their scores.
+    /// The output file.
     pub out: PathBuf,
-    /// Whether `out` is replaced where it is there already.
+    /// Whether to replace an existing `out`.
     pub replace: bool,
-    /// The judges, as in a recipe.
+    /// The scorers, as in a recipe.
     pub scorers: Vec<Value>,
     /// Column names of this file: canonical name → its name here.
     pub columns: IndexMap<String, String>,
-    /// Where reward models compute.
+    /// Device of reward models.
     pub device: Device,
 }
 
-/// What came of it.
+/// The summary of a scoring.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Scored {
-    /// Rows.
+    /// Number of rows.
     pub rows: usize,
     /// Completions of all rows.
     pub completions: usize,
-    /// Mean of their scores.
+    /// Mean score of the completions.
     pub mean_score: f64,
-    /// Completions that every verifier accepts; absent where none judged.
+    /// Completions that every verifier accepts; absent without verifiers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub passed: Option<usize>,
-    /// The servers that judged and what that cost, by the scorers' names.
+    /// Servers used as judges and their usage, by scorer name.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub judges: BTreeMap<String, Account>,
 }
 
-/// Reads a list of judges, or one, written as JSON; a text names a verifier.
+/// Reads one scorer or a list of scorers from JSON; a string names a verifier.
 ///
 /// # Errors
-/// No JSON; judges that a recipe would refuse.
+/// Invalid JSON; scorers that a recipe would refuse.
 pub fn scorers(text: &str) -> Result<Vec<Value>> {
     let value: Value = serde_json::from_str(text)
-        .map_err(|error| Error::usage(format!("`--scorers` is no JSON: {error}")))?;
+        .map_err(|error| Error::usage(format!("`--scorers` is not valid JSON: {error}")))?;
     let list = match value {
         Value::Array(list) => list,
         one => vec![one],
@@ -88,16 +88,16 @@ pub fn scorers(text: &str) -> Result<Vec<Value>> {
     };
     let scorers: Vec<Value> = list.into_iter().map(named).collect();
     if scorers.is_empty() {
-        return Err(Error::usage("`--scorers` names nobody"));
+        return Err(Error::usage("`--scorers` is empty"));
     }
     check_scorers(&scorers)?;
     Ok(scorers)
 }
 
-/// Judges every row.
+/// Scores every row.
 ///
 /// # Errors
-/// A row that cannot be judged, by file and line; what a judge can fail with. Finished rows are kept for the next call.
+/// A row that cannot be scored, by file and line; errors of the scorers. Finished rows are kept for the next call.
 pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
     check_scorers(&work.scorers)?;
     refuse_tokens(&work.scorers)?;
@@ -113,14 +113,14 @@ pub fn score(work: &Scoring, events: &dyn Events) -> Result<Scored> {
         generation::accounted(&folder.path, &panel, judged)?;
     }
     let mut scored = finish(&path, &work.out, total)?;
-    // What a judge could not judge does not pass either, but where nobody verifies there is nothing to count.
+    // Unjudged completions do not pass either, but without a verifier there is nothing to count.
     scored.passed = scored.passed.filter(|_| work.scorers.iter().any(verifies));
     scored.judges = generation::judges(&folder.path)?;
     folder.remove()?;
     Ok(scored)
 }
 
-/// How many rows there are: each can be read and judged, and every name in `columns` is one of theirs.
+/// Number of rows, after checking that each can be read and scored and that every name in `columns` exists.
 fn check_rows(work: &Scoring) -> Result<u64> {
     let mut unseen = Unseen::new(&work.columns);
     let readers = Readers::among(&work.scorers)?;
@@ -140,7 +140,7 @@ fn check_rows(work: &Scoring) -> Result<u64> {
     Ok(total)
 }
 
-/// Judges the rows after the first `done`, and writes them behind those.
+/// Scores the rows after the first `done`, and appends them.
 fn judge_rest(
     work: &Scoring,
     (path, panel): (&Path, &Panel<'_>),
@@ -169,12 +169,12 @@ fn judge_rest(
     }
 }
 
-/// Whether a scorer says that answers are wrong.
+/// Whether a scorer can declare answers wrong.
 fn verifies(scorer: &Value) -> bool {
     scorer.get("verifier").is_some() || scorer["form"] == "code"
 }
 
-/// Refuses a penalty for tokens: rows are text, which no tokenizer has written.
+/// Refuses a length penalty in tokens: rows are text, which no tokenizer has produced.
 fn refuse_tokens(scorers: &[Value]) -> Result<()> {
     let counts = |scorer: &&Value| {
         scorer["length_penalty"].as_f64().is_some_and(|penalty| penalty != 0.0)
@@ -187,7 +187,7 @@ fn refuse_tokens(scorers: &[Value]) -> Result<()> {
     }
 }
 
-/// Refuses to write over a file that somebody may still want.
+/// Refuses to overwrite an existing file without consent.
 fn refuse_taken(work: &Scoring) -> Result<()> {
     if work.out.exists() && !work.replace {
         return Err(Error::usage(format!("`{}` is already there", work.out.display()))
@@ -215,7 +215,7 @@ fn refuse_own_input(work: &Scoring) -> Result<()> {
         let file = file.canonicalize().unwrap_or_default();
         file == out || file.starts_with(&unfinished)
     };
-    // A hub id stands for no files here.
+    // A hub id refers to no files here.
     let files = paths::files(&work.data, None).unwrap_or_default();
     if within || files.iter().any(reads) {
         let (out, data) = (work.out.display(), &work.data);
@@ -225,7 +225,7 @@ fn refuse_own_input(work: &Scoring) -> Result<()> {
     Ok(())
 }
 
-/// One row to judge.
+/// One row to score.
 struct Asked {
     place: String,
     columns: Map<String, Value>,
@@ -309,14 +309,14 @@ fn nothing_to_judge(found: &Map<String, Value>) -> Error {
         .hint(format!("found: {}; name yours with --column completion=…", found.join(", ")))
 }
 
-/// The text of a completion: of several messages, the last.
+/// The text of a completion; of several messages, the last.
 fn text(value: Value) -> Result<String> {
     let messages = Side::from_value(value)?.into_messages("assistant");
     let last = messages.last().ok_or_else(|| Error::run("an empty list of messages"))?;
     Ok(last.text())
 }
 
-/// Consecutive rows that one call can judge.
+/// Consecutive rows that one call can score.
 struct Groups<'a, I: Iterator<Item = Result<Asked>>> {
     rows: std::iter::Peekable<I>,
     panel: &'a Panel<'a>,
@@ -332,7 +332,7 @@ impl<I: Iterator<Item = Result<Asked>>> Iterator for Groups<'_, I> {
         };
         let mut size = first.completions.len();
         let mut group = vec![first];
-        // A verifier sees a row's other columns: rows that differ in them have questions of their own.
+        // A verifier sees a row's other columns, so rows that differ in them are separate questions.
         let whole_row = self.panel.verifies();
         while size < GROUP
             && let Some(row) = self.rows.next_if(|row| {
@@ -352,19 +352,19 @@ impl<I: Iterator<Item = Result<Asked>>> Iterator for Groups<'_, I> {
 }
 
 fn judge_all(panel: &Panel<'_>, batch: Vec<Vec<Asked>>) -> Result<Vec<Vec<Map<String, Value>>>> {
-    // Verifiers alone, programs among them, have the cores to themselves: a thread for each of those is enough.
+    // Verifiers alone, including programs, have the cores to themselves: one thread per core is enough.
     if panel.waits() && !panel.is_light() {
-        // As many threads as questions: they wait for the server. What computes here, computes one at a time.
+        // One thread per question: they wait for the server. Local computation runs one at a time.
         return thread::scope(|scope| {
             let asked: Vec<_> =
                 batch.into_iter().map(|group| scope.spawn(|| judge(panel, group))).collect();
             let heard = asked.into_iter().map(|thread| {
-                thread.join().unwrap_or_else(|_| Err(Error::run("a judge's thread has broken off")))
+                thread.join().unwrap_or_else(|_| Err(Error::run("a judge thread panicked")))
             });
             heard.collect()
         });
     }
-    // One after the other where a model judges: it uses all cores by itself.
+    // One at a time if a model scores: it uses all cores by itself.
     match batch.len() {
         1 => batch.into_iter().map(|group| judge(panel, group)).collect(),
         _ => batch.into_par_iter().map(|group| judge(panel, group)).collect(),
@@ -385,8 +385,8 @@ fn judge(panel: &Panel<'_>, group: Vec<Asked>) -> Result<Vec<Map<String, Value>>
     Ok(group.into_iter().map(row).collect())
 }
 
-/// The row with `score` and `why`, `passed` where a verifier judged, `scores` where several did, `stdout` and `stderr`
-/// where a program was run; lists of them where it has a list of completions.
+/// The row with `score` and `why`, `passed` if a verifier judged, `scores` if several scorers did, `stdout` and
+/// `stderr` if a program was run; each is a list if the row has a list of completions.
 fn with_scores(row: Asked, verdicts: &[Verdict]) -> Map<String, Value> {
     let mut columns = row.columns;
     let mut add = |name: &str, value: &dyn Fn(&Verdict) -> Value| {
@@ -411,7 +411,7 @@ fn with_scores(row: Asked, verdicts: &[Verdict]) -> Map<String, Value> {
     columns
 }
 
-/// Where unfinished work lies: `<out>.unfinished`. One process at a time has it.
+/// Directory of unfinished work: `<out>.unfinished`. One process at a time holds it.
 struct Folder {
     path: PathBuf,
     lock: RunLock,
@@ -424,7 +424,7 @@ struct Work {
 }
 
 impl Folder {
-    /// Opens the folder; rows in it that other work has made are dropped.
+    /// Opens the folder; rows in it that belong to other work are dropped.
     fn open(work: &Scoring) -> Result<Self> {
         let path = unfinished(&work.out);
         let lock = RunLock::acquire(&path)?;
@@ -449,14 +449,14 @@ impl Folder {
     }
 }
 
-/// Where the work that becomes `out` lies until it is finished.
+/// The directory for the work on `out` until it is finished.
 fn unfinished(out: &Path) -> PathBuf {
     let mut name = out.file_name().unwrap_or_default().to_os_string();
     name.push(".unfinished");
     out.with_file_name(name)
 }
 
-/// Of everything that the result depends on: the rows, the judges with their models, the columns' names.
+/// Hash of everything the result depends on: the rows, the scorers with their models, the column names.
 fn hash(work: &Scoring) -> Result<String> {
     let mut hashes = Hashes::default();
     let judges = hashes.replace("scorers", json!(work.scorers), &mut BTreeMap::new())?;
@@ -464,12 +464,12 @@ fn hash(work: &Scoring) -> Result<String> {
     Ok(store::sha256_bytes(json!([judges, work.columns, rows]).to_string().as_bytes()))
 }
 
-/// How many rows the groups in a file have, which need not exist.
+/// Number of rows in the groups of a file, which need not exist.
 fn judged(path: &Path) -> Result<u64> {
     if !path.exists() {
         return Ok(0);
     }
-    // Cuts off a torn last line.
+    // Truncates a torn last line.
     drop(JsonlWriter::open(path)?);
     groups(path)?.try_fold(0, |rows, group| Ok(rows + group?.len() as u64))
 }
@@ -483,7 +483,7 @@ fn groups(path: &Path) -> Result<impl Iterator<Item = Result<Vec<Map<String, Val
     }))
 }
 
-/// Copies the judged rows to their final name and sums them up.
+/// Copies the scored rows to their final name and summarizes them.
 fn finish(rows: &Path, out: &Path, total: u64) -> Result<Scored> {
     let mut scored = Scored::default();
     let (mut sum, mut passed, mut verified) = (0.0, 0, false);
@@ -515,7 +515,7 @@ fn finish(rows: &Path, out: &Path, total: u64) -> Result<Scored> {
     Ok(scored)
 }
 
-/// The values of a list, or the one value; none of null.
+/// The values of a list, or the single value; null has none.
 fn each(value: Option<&Value>) -> impl Iterator<Item = &Value> {
     let (list, one) = match value {
         Some(Value::Array(list)) => (list.as_slice(), None),

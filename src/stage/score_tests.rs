@@ -1,4 +1,4 @@
-//! Scoring files: what is added to rows, what is refused, and what a stop leaves.
+//! Scoring files: what is added to rows, what is refused, and what a stop leaves behind.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -67,7 +67,7 @@ fn what_a_judge_cannot_read_fails_alone_where_that_is_said() {
     assert!(format!("{error:?}").contains("on_error = \"fail\" in the scorer"), "{error:?}");
     let work = work(dir.path(), &rows, &judge(r#", "on_error": "fail""#));
     let scored = score(&work, &Silent).unwrap();
-    // Nobody verifies, so nothing is said of how many are right.
+    // Without a verifier, the number of right answers is not reported.
     assert_eq!((scored.completions, scored.passed), (2, None));
     let row = written(&work).remove(0);
     assert_eq!((&row["score"], &row["passed"]), (&json!([0.0, 0.0]), &json!([false, false])));
@@ -129,7 +129,7 @@ fn mistakes_are_named_by_file_and_line_before_anything_is_judged() {
     assert!(scorers(r#"{"verifier": "nummber"}"#).unwrap_err().to_string().contains("nummber"));
 }
 
-/// Stops after so many reports of progress.
+/// Stops after this many progress reports.
 struct StopAfter(AtomicU64);
 
 impl Events for StopAfter {
@@ -155,7 +155,7 @@ fn what_was_judged_before_a_stop_is_kept_and_other_work_starts_anew() {
     let partial = dir.path().join("out.jsonl.unfinished/rows.jsonl");
     let kept = judged(&partial).unwrap();
     assert!(kept > 0 && kept < 2000, "{kept}");
-    // A torn line, as a kill leaves it.
+    // A torn line, as left by a kill.
     let mut text = std::fs::read(&partial).unwrap();
     text.extend(b"{\"prompt\": \"to");
     store::write_atomic(&partial, &text).unwrap();
@@ -165,7 +165,7 @@ fn what_was_judged_before_a_stop_is_kept_and_other_work_starts_anew() {
     score(&other, &Silent).unwrap();
     assert_eq!(whole, std::fs::read(&other.out).unwrap());
 
-    // Other judges: rows that were kept are not theirs.
+    // Different scorers: the kept rows do not belong to them.
     let other = Scoring { out: dir.path().join("third.jsonl"), ..work };
     score(&other, &StopAfter(AtomicU64::new(2))).unwrap_err();
     let other =

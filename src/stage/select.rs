@@ -1,5 +1,5 @@
-//! Rejection sampling's choice (Llama 3, section 4.2.2): good candidates are learned, better ones are preferred to worse
-//! ones.
+//! The selection half of rejection sampling (Llama 3, section 4.2.2): good candidates become training rows, better and
+//! worse ones become preference pairs.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::score::candidates::{Candidates, REFERENCE};
 use crate::score::select::{Outcome, PairRow, SftRow, select};
 use crate::store;
 
-/// Chooses from every prompt's candidates. Input: `sample` stages' rows. Output: `sft.jsonl` and `pairs.jsonl`.
+/// Selects from every prompt's candidates. Input: rows of `sample` stages. Output: `sft.jsonl` and `pairs.jsonl`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Select) -> Result<Metrics> {
     let rules = spec.rules(context.seed)?;
     let mut rows: Vec<Candidates> = Vec::new();

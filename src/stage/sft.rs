@@ -12,7 +12,7 @@ use crate::loss::sft::Sft;
 use crate::model::bases::Bases;
 use crate::recipe::plan;
 
-/// Trains the start on the dataset. Input: a checkpoint and rows. Output: `checkpoint/`.
+/// Trains the initial model on the dataset. Input: a checkpoint and rows. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
     let adapt = Adapt::new(context, (&spec.lora, &spec.model_name_or_path), &spec.train);
     let mut begin = if spec.random_init {
@@ -52,8 +52,8 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
     training::fit(context, &work)
 }
 
-/// The loss that the recipe names, with the rows' weights. Rows to learn from that have none, or a bad one, were refused or
-/// left out when they were prepared; held-out rows need none.
+/// The loss named in the recipe, with the rows' weights. Training rows with a missing or bad weight were refused or
+/// skipped during preparation; held-out rows need none.
 fn objective(
     context: &StageContext<'_>,
     spec: &plan::Sft,

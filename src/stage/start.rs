@@ -1,5 +1,5 @@
-//! What a training stage begins with: a whole checkpoint, or a base that is held as it will stay while adapters are
-//! trained beside it.
+//! A training stage's initial model: a full checkpoint, or a base in the form it keeps while adapters are trained on
+//! it.
 
 use std::sync::Arc;
 
@@ -11,11 +11,11 @@ use crate::model::bases::{Base, Bases, Form};
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::model::lora::Init;
 
-/// A training stage's start.
+/// The initial model of a training stage.
 pub struct Start {
-    /// Configuration, tokenizer, and the weights that are not packed.
+    /// Configuration, tokenizer, and the unpacked weights.
     pub checkpoint: Checkpoint,
-    /// The base, where it has the form in which it stays. While it is held here, a reference beside it shares it.
+    /// The base, if it is in its final form. While it is held here, a reference can share it.
     pub(super) base: Option<Arc<Base>>,
 }
 
@@ -26,7 +26,7 @@ impl From<Checkpoint> for Start {
 }
 
 impl Adapt<'_> {
-    /// How the base lies in memory.
+    /// Memory form of the base.
     pub fn form(&self, device: &Device) -> Form {
         Form {
             device: device.clone(),
@@ -36,11 +36,11 @@ impl Adapt<'_> {
         }
     }
 
-    /// Loads the start. Where adapters are trained, each tensor is rounded or packed before the next is read, so that the
-    /// model never lies in memory in f32; PiSSA alone takes its factors from the whole.
+    /// Loads the initial model. If adapters are trained, each tensor is rounded or packed before the next is read, so
+    /// that the model is never in memory in f32; only PiSSA computes its factors from the full weights.
     ///
     /// # Errors
-    /// All of [`Checkpoint::load`], and a model that cannot be packed as asked.
+    /// As [`Checkpoint::load`]; a model that cannot be quantized as requested.
     pub fn start(&self, bases: &Bases, device: &Device) -> Result<Start> {
         if !self.lora.use_peft || self.lora.init_lora_weights == Init::Pissa {
             return Ok(Checkpoint::load(self.base, device, &LoadOptions::default())?.into());

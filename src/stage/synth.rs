@@ -1,4 +1,4 @@
-//! A teacher answers prompts (Llama 3, section 4.2.3): what the student later learns by heart.
+//! A teacher answers prompts (Llama 3, section 4.2.3), for the student to imitate.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,7 +13,7 @@ use crate::model::bases::Bases;
 use crate::recipe::plan;
 use crate::score::Panel;
 
-/// One taught conversation.
+/// One conversation with a teacher's answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Taught {
     /// The prompt and the teacher's answer.
@@ -21,40 +21,40 @@ pub struct Taught {
     /// Tool descriptions for the chat template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tools: Option<Value>,
-    /// The right answer; empty where the prompt's row has none.
+    /// The right answer; empty if the prompt's row has none.
     pub answer: String,
-    /// Where it comes from.
+    /// Its origin.
     pub meta: Meta,
 }
 
-/// Where a taught conversation comes from.
+/// Origin of a taught conversation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Meta {
     /// The prompt's file and line.
     pub source: String,
-    /// The sample's number.
+    /// Index of the sample.
     pub sample: usize,
-    /// The judges' weighted sum.
+    /// Weighted sum of the scores.
     pub score: f64,
-    /// Tokens of the answer.
+    /// Number of tokens of the answer.
     pub tokens: usize,
-    /// Log-probability of the answer under a server's model, in nats, where it was asked for.
+    /// Log-probability of the answer under a server's model, in nats, if it was requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprob_sum: Option<f64>,
 }
 
-/// What came of one prompt.
+/// The result for one prompt.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Kept {
     taught: Vec<Taught>,
-    /// Answers that a judge could not judge.
+    /// Answers that a scorer could not judge.
     unjudged: usize,
-    /// Whether the teacher could not be asked, and the recipe skips such prompts.
+    /// Whether the teacher could not be asked and the recipe skips such prompts.
     skipped: bool,
 }
 
-/// Lets the teacher answer every prompt and keeps what the judges accept. Input: a checkpoint and prompts. Output:
-/// `data.jsonl`.
+/// Lets the teacher answer every prompt and keeps the answers that the scorers accept. Input: a checkpoint and prompts.
+/// Output: `data.jsonl`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
     let rows = generation::rows(context, &spec.datasets, &spec.scorers)?;
     let teacher = generation::teacher(context, &spec.teacher, &spec.sampling)?;
@@ -85,7 +85,6 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
     }
     generation::write_rows(context, "data.jsonl", &taught)?;
     teacher.write_account(context)?;
-    generation::close_ledger(context)?;
     let drawn = asked * spec.sampling.num_samples;
     let length = mean(taught.iter().map(|row| row.meta.tokens as f64));
     let numbers = [
@@ -98,7 +97,7 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Synth) -> Result<Metrics> {
     Ok(metrics)
 }
 
-/// The whole, different, accepted answers to one prompt.
+/// The complete, distinct, accepted answers to one prompt.
 fn accepted(
     panel: &Panel<'_>,
     asked: &Asked,
@@ -140,8 +139,8 @@ fn accepted(
     Ok(Kept { taught: kept, unjudged, skipped: false })
 }
 
-/// What a server said of its answer's probability. A model in this process can be asked again at any time, so its rows
-/// do not carry it.
+/// The answer's log-probability as reported by a server. A local model can be asked again at any time, so its rows do
+/// not carry it.
 fn server_logprob_sum(answer: &Answer) -> Option<f64> {
     let from_server = answer.sample_logprobs.is_empty() && !answer.logprobs.is_empty();
     from_server.then(|| answer.logprob_sum())

@@ -1,4 +1,4 @@
-//! What the three training stages share: load the start, read rows into trees, fit, save. No method is known here.
+//! Shared by the three training stages: load the initial model, turn rows into trees, fit, save. Knows no methods.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,14 +27,14 @@ use crate::recipe::plan::Dataset;
 use crate::report::record::Metrics;
 use crate::train::{self, Data, Follower, Job, Learner, Settings};
 
-/// Loads a checkpoint and, where one is named, gives its tokenizer another chat template.
+/// Loads a checkpoint and replaces its chat template, if one is given.
 pub fn load(context: &StageContext<'_>, model: &str, chat_template: &str) -> Result<Checkpoint> {
     let mut checkpoint = Checkpoint::load(model, &context.device, &LoadOptions::default())?;
     set_template(&mut checkpoint, chat_template)?;
     Ok(checkpoint)
 }
 
-/// Loads the policy that a stage trains, as [`base`] does.
+/// Loads the policy that a stage trains, like [`base`].
 ///
 /// # Errors
 /// As [`Adapt::start`] and [`check_writes`].
@@ -48,8 +48,8 @@ pub fn start(
     Ok(start)
 }
 
-/// Refuses a reward model where a policy is trained or asked: its score head would be taken for the projection to the
-/// vocabulary.
+/// Refuses a reward model where a policy is trained or queried: its score head would be taken for the vocabulary
+/// projection.
 ///
 /// # Errors
 /// Names the model and its head.
@@ -66,7 +66,7 @@ pub fn check_writes(name: &str, model: &Config) -> Result<()> {
     .hint("name the model that it was trained from, or the checkpoint of an `sft` or `dpo` stage"))
 }
 
-/// Loads what a stage trains, whatever stands on its transformer, as [`Adapt::start`] says, with the template.
+/// Loads the model that a stage trains, with any head, as in [`Adapt::start`], and sets the template.
 ///
 /// # Errors
 /// As [`Adapt::start`].
@@ -80,7 +80,7 @@ pub fn base(
     Ok(start)
 }
 
-/// A model of random weights from a directory that has a configuration and a tokenizer.
+/// A randomly initialized model from a directory with a configuration and a tokenizer.
 pub fn random(context: &StageContext<'_>, dir: &str, chat_template: &str) -> Result<Checkpoint> {
     let dir = &run_dir::model(std::path::Path::new(dir))?;
     let config = crate::model::checkpoint::load_config(dir)?;
@@ -100,7 +100,7 @@ fn set_template(checkpoint: &mut Checkpoint, chat_template: &str) -> Result<()> 
     Ok(())
 }
 
-/// Reads and joins datasets into memory, in their own order: prompts of the stages that sample.
+/// Reads and joins datasets into memory, in order: prompts of the sampling stages.
 pub fn rows(
     context: &StageContext<'_>,
     datasets: &[Dataset],
@@ -126,12 +126,11 @@ pub fn rows(
     Ok(all)
 }
 
-/// Where a training stage keeps its prepared examples until it is finished.
+/// Directory of a training stage's prepared examples, until it is finished.
 pub const PREPARED: &str = "prepared";
 
-/// The examples of datasets, joined in their own order: training shuffles them anew each epoch. They lie in a file of
-/// the stage's directory, which a stage that continues uses again if it is whole and made from the same data and
-/// settings.
+/// The examples of the datasets, joined in order: training reshuffles them each epoch. They are stored in a file in the
+/// stage's directory, which a resumed stage reuses if it is intact and was made from the same data and settings.
 ///
 /// # Errors
 /// As [`Pipeline::write`].
@@ -149,10 +148,10 @@ pub fn examples(
     Ok(Box::new(stored))
 }
 
-/// What a stage trains on: the examples of its datasets, or with `streaming` a stream of them.
+/// A stage's training data: the examples of its datasets, or with `streaming` a stream of them.
 ///
 /// # Errors
-/// As [`examples`]; of a stream, none yet.
+/// As [`examples`]; for a stream, none at this point.
 pub fn data(
     context: &StageContext<'_>,
     start: &Checkpoint,
@@ -184,7 +183,7 @@ fn pipeline(
     })
 }
 
-/// The file of a pipeline's examples, written where it is not there or cannot be trusted.
+/// The file of a pipeline's examples, rewritten if it is missing or invalid.
 fn stored(context: &StageContext<'_>, pipeline: &Pipeline) -> Result<Stored> {
     let hash = pipeline.hash()?;
     let name = format!("{}.trees", &crate::store::hex(&hash)[..16]);
@@ -203,7 +202,7 @@ fn stored(context: &StageContext<'_>, pipeline: &Pipeline) -> Result<Stored> {
     Stored::open(&path, &hash)
 }
 
-/// Says what preparation left out.
+/// Notes what preparation skipped.
 pub fn note_report(context: &StageContext<'_>, report: &PrepareReport) {
     for (path, unread) in &report.unread {
         note_skipped(context, path, unread);
@@ -228,11 +227,11 @@ fn note_skipped(context: &StageContext<'_>, what: &str, skipped: &Skipped) {
     ));
 }
 
-/// What a stage trains, and on what.
+/// The model of a training stage, and its data.
 pub struct Work<'a> {
     /// The model; its configuration and tokenizer are saved with the result.
     pub trainee: Trainee,
-    /// What to minimise.
+    /// The objective to minimize.
     pub objective: &'a dyn Objective,
     /// Training examples.
     pub train: &'a Data,
@@ -242,7 +241,7 @@ pub struct Work<'a> {
     pub follower: Option<&'a Follower>,
     /// Prompts to answer at each evaluation, for people to read.
     pub samples: &'a [Row],
-    /// How to train.
+    /// Training settings.
     pub settings: &'a Settings,
 }
 
@@ -307,7 +306,7 @@ mod tests {
     use crate::data::tree::Tree;
     use crate::report::record::Events;
 
-    /// Keeps what was noted, and how often progress was.
+    /// Records the notes, and the number of progress reports.
     #[derive(Default)]
     struct Heard {
         notes: Mutex<Vec<String>>,
@@ -359,7 +358,7 @@ mod tests {
         let (trees, notes, batches) = prepare();
         assert_eq!((trees.len(), notes.len(), batches), (3, 1, 1));
         assert!(notes[0].contains("a.jsonl: 3 rows were skipped\n"), "{notes:?}");
-        // Nothing is read again, and what was skipped is still said.
+        // Nothing is read again, and skipped rows are still reported.
         assert_eq!(prepare(), (trees.clone(), notes.clone(), 0));
 
         let files = crate::store::entries(&dir.path().join("stage").join(PREPARED)).unwrap();
@@ -400,7 +399,7 @@ mod tests {
                 streaming: true,
                 shuffle_buffer_size: 5,
                 per_device_train_batch_size: 4,
-                // Into the second pass, whose first ended in a partial step.
+                // Into the second pass; the first ended in a partial step.
                 max_steps: 9,
                 learning_rate: 1e-3,
                 ..Settings::default()

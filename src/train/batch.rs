@@ -1,5 +1,5 @@
-//! All of an optimizer step that is known before the model has computed anything: its examples packed into micro-batches, and
-//! what the blocks share of each. Made on the host, so that a thread may be ahead of the steps (see [`feed`](super::feed)).
+//! The part of an optimizer step that is known before the model computes anything: examples packed into micro-batches,
+//! and the layout that all blocks share. Built on the host, so a thread can run ahead (see [`feed`](super::feed)).
 
 use std::borrow::Borrow;
 
@@ -9,12 +9,12 @@ use crate::error::Result;
 use crate::model::block::Layout;
 use crate::model::transformer::Transformer;
 
-/// One micro-batch, ready to be computed.
+/// One micro-batch, ready to compute.
 #[derive(Debug)]
 pub struct MicroBatch {
     /// The packed examples.
     pub forest: Forest,
-    /// Positions and who sees whom.
+    /// Positions, and which tokens attend to which.
     pub layout: Layout,
 }
 
@@ -27,17 +27,18 @@ impl Borrow<Forest> for MicroBatch {
 /// The micro-batches of one step.
 #[derive(Debug)]
 pub struct Batch {
-    /// The rows that its examples come from, in their order.
+    /// Rows of the step's examples, in order.
     pub rows: Vec<usize>,
-    /// In the order in which they are computed.
+    /// In the order of computation.
     pub parts: Vec<MicroBatch>,
 }
 
 impl Batch {
-    /// Packs `trees` for `model` by a token budget. For a GPU, what it is sent of the layouts waits in page-locked memory.
+    /// Packs `trees` for `model` within a token budget. For a GPU, the layout data to upload is staged in page-locked
+    /// memory.
     ///
     /// # Errors
-    /// A tree that breaks its invariants; a sequence longer than the model's positions; the device's.
+    /// A tree that breaks its invariants; a sequence longer than the model's positions; a device error.
     pub fn new<T: Borrow<Tree>>(
         model: &Transformer,
         trees: &[T],
@@ -55,7 +56,7 @@ impl Batch {
         Ok(Self { parts: parts.collect::<Result<_>>()?, rows })
     }
 
-    /// Its tokens, shared ones once.
+    /// Number of tokens, shared ones counted once.
     pub fn tokens(&self) -> usize {
         self.parts.iter().map(|part| part.forest.len()).sum()
     }

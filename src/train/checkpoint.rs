@@ -1,6 +1,6 @@
-//! Checkpoints inside a stage: a complete Hugging Face directory, or a peft adapter, whose f32 weights are the masters,
-//! the optimizer's state, the average of the weights where there is one, and the cursor. Written to a temporary directory
-//! and renamed: a killed write leaves nothing that is read.
+//! Checkpoints within a stage: a complete Hugging Face directory or a peft adapter, whose f32 weights are the masters,
+//! plus the optimizer state, the weight average if there is one, and the cursor. Written to a temporary directory and
+//! renamed, so a killed write leaves nothing that would be read.
 
 use std::path::{Path, PathBuf};
 
@@ -19,32 +19,32 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const AVERAGE: &str = "ema.safetensors";
 const STATE: &str = "trainer_state.json";
 
-/// Where training stands. With the weights and the optimizer's state, everything that the rest of a run depends on:
-/// the order of a set of examples is a function of the seed and the step.
+/// Training progress. Together with the weights and the optimizer state it determines the rest of a run: the order of a
+/// set of examples is a function of the seed and the step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Optimizer steps taken.
     pub step: usize,
     /// Tokens processed.
     pub tokens: u64,
-    /// Numbers of the first step.
+    /// Metrics of the first step.
     pub first: Metrics,
-    /// Numbers of the last step.
+    /// Metrics of the last step.
     pub last: Metrics,
-    /// Numbers of the last evaluation.
+    /// Metrics of the last evaluation.
     pub eval: Metrics,
     /// The lowest evaluation loss.
     pub best: Option<f64>,
-    /// Evaluations since then.
+    /// Evaluations since the lowest loss.
     #[serde(default)]
     pub evals_since_best: usize,
-    /// Steps whose gradient was clipped.
+    /// Steps with a clipped gradient.
     #[serde(default)]
     pub clipped: usize,
-    /// What the watchdog saw.
+    /// State of the watchdog.
     #[serde(default)]
     pub watch: Watch,
-    /// Where a stream of examples stands.
+    /// Position in a stream of examples.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cursor: Option<Cursor>,
 }
@@ -75,7 +75,7 @@ impl Saved {
         target.commit(state)
     }
 
-    /// The newest whole checkpoint, after clearing away half-written ones.
+    /// The newest complete checkpoint, after removing half-written ones.
     pub fn newest(dir: &Path) -> Result<Option<Self>> {
         if !dir.is_dir() {
             return Ok(None);
@@ -101,7 +101,7 @@ impl Saved {
         &self.dir
     }
 
-    /// Puts weights, their average and the optimizer back to where they were.
+    /// Restores the weights, their average and the optimizer.
     pub fn load(
         &self,
         (learner, ema): (&Learner, Option<&Ema>),
@@ -126,12 +126,12 @@ impl Saved {
         all[..surplus].iter().try_for_each(|saved| store::remove(&saved.dir))
     }
 
-    /// Keeps the current weights as the best so far.
+    /// Saves the current weights as the best so far.
     pub fn write_best(dir: &Path, learner: &Learner) -> Result<()> {
         write_tensors(&learner.weights(), &dir.join("best.safetensors"))
     }
 
-    /// Goes back to the best weights.
+    /// Restores the best weights.
     pub fn load_best(dir: &Path, learner: &Learner) -> Result<()> {
         load_tensors(&dir.join("best.safetensors"), learner)
     }

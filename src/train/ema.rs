@@ -1,7 +1,7 @@
-//! An exponential moving average of the weights in training (Polyak averaging): `e ← decay · e + (1 − decay) · w` after
-//! each optimizer step, from the weights that training starts with, in f32.
+//! An exponential moving average of the trained weights (Polyak averaging), in f32: `e ← decay · e + (1 − decay) · w`
+//! after each optimizer step, starting from the initial weights.
 //!
-//! What is evaluated and saved is the average; what is trained never sees it.
+//! The average is what gets evaluated and saved; training never sees it.
 
 use rayon::prelude::*;
 
@@ -12,7 +12,7 @@ use crate::optim::Param;
 
 const CHUNK: usize = 1 << 16;
 
-/// The average: a model of its own, which no optimizer moves.
+/// The averaged weights, as a separate model that no optimizer updates.
 #[derive(Debug)]
 pub struct Ema {
     decay: f32,
@@ -20,10 +20,10 @@ pub struct Ema {
 }
 
 impl Ema {
-    /// An average that begins at the learner's weights, where the settings ask for one.
+    /// Starts an average at the learner's weights, if the settings ask for one.
     ///
     /// # Errors
-    /// A device that is out of memory.
+    /// The device is out of memory.
     pub fn new(learner: &Learner, settings: &Settings) -> Result<Option<Self>> {
         if settings.ema_decay <= 0.0 {
             return Ok(None);
@@ -39,7 +39,7 @@ impl Ema {
     /// Moves the average towards the learner's weights.
     ///
     /// # Errors
-    /// Names a parameter that cannot be read or written.
+    /// Names a parameter that could not be read or written.
     pub fn update(&self, learner: &Learner) -> Result<()> {
         let pairs = self.average.params().iter().zip(learner.params().values());
         pairs.into_iter().try_for_each(|((name, average), param)| self.mix(average, param).at(name))

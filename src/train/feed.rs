@@ -1,5 +1,5 @@
-//! Where the steps of a run come from: a set of known size, or a stream. A thread of its own reads and packs the examples of
-//! the next step while the model computes this one.
+//! Source of a run's steps: a set of known size, or a stream. A separate thread reads and packs the examples of the
+//! next step while the model computes the current one.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -13,42 +13,42 @@ use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::model::transformer::Transformer;
 
-/// What to train on.
+/// Training data of a run.
 pub enum Data {
     /// A set of known size, shuffled whole each epoch.
     Set(Box<dyn Examples>),
-    /// Files of any length, read while training goes on and shuffled in a window.
+    /// Files of any length, read during training and shuffled within a window.
     Stream(Arc<Origin>),
 }
 
-/// Where a run begins.
+/// Where a run starts or resumes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct From {
-    /// Seed of the order of examples.
+    /// Seed of the example order.
     pub seed: u64,
-    /// Steps taken before.
+    /// Steps already taken.
     pub step: usize,
-    /// Where a stream stood after them.
+    /// Position of a stream after those steps.
     pub cursor: Option<Cursor>,
 }
 
 /// One step's examples.
 pub(super) struct Prepared {
     pub batch: Batch,
-    /// Where a stream stands after them.
+    /// Position of a stream after these examples.
     pub cursor: Option<Cursor>,
-    /// Epochs after them; whole ones where nobody knows how long one is.
+    /// Epochs completed after these examples; a whole number if the length of an epoch is unknown.
     pub epoch: f64,
 }
 
-/// One step after another, each prepared while the one before it is taken.
+/// Yields steps in order, each prepared while the previous one runs.
 pub(super) struct Feed {
     ready: Receiver<Result<Prepared>>,
     total: usize,
 }
 
 impl Feed {
-    /// Begins to prepare the steps that are left of a run, on a thread that ends with its scope or once nobody listens.
+    /// Starts preparing a run's remaining steps on a thread that ends with its scope or when the receiver is dropped.
     ///
     /// # Errors
     /// No examples.
@@ -61,7 +61,7 @@ impl Feed {
     ) -> Result<Self> {
         let mut examples = Steps::new(data, settings, from)?;
         let total = examples.total();
-        // Without room in between, one step is ready while another one is taken.
+        // A zero-capacity channel: one step is ready while another one runs.
         let (send, ready) = sync_channel(0);
         let prepare = move || {
             for step in from.step..total {
@@ -76,7 +76,7 @@ impl Feed {
         Ok(Self { ready, total })
     }
 
-    /// Steps of the whole run.
+    /// Number of steps in the whole run.
     pub(super) fn total_steps(&self) -> usize {
         self.total
     }
@@ -84,7 +84,7 @@ impl Feed {
     /// The next step.
     ///
     /// # Errors
-    /// A row that cannot be read or used, where the settings do not skip it; as [`Batch::new`].
+    /// A row that cannot be read or used, unless the settings skip it; as [`Batch::new`].
     pub(super) fn next(&self) -> Result<Prepared> {
         self.ready
             .recv()
@@ -92,7 +92,7 @@ impl Feed {
     }
 }
 
-/// The examples of one step after another.
+/// Yields the examples of consecutive steps.
 enum Steps<'a> {
     Set { order: Order, examples: &'a dyn Examples },
     Stream { stream: Stream, settings: &'a Settings },
@@ -118,12 +118,12 @@ impl<'a> Steps<'a> {
     fn total(&self) -> usize {
         match self {
             Self::Set { order, .. } => order.total_steps(),
-            // The settings' own check asks for `max_steps`.
+            // `Settings::check` requires `max_steps`.
             Self::Stream { settings, .. } => settings.max_steps,
         }
     }
 
-    /// The step after `step` others. A stream gives the examples that follow the last ones.
+    /// Prepares step `step`, counted from 0. A stream continues after its last example.
     fn prepared(
         &mut self,
         step: usize,
@@ -155,7 +155,7 @@ mod tests {
     use crate::data::tree::Role;
     use crate::model::checkpoint::Checkpoint;
 
-    /// Rows of one to three tokens, of which one may be unreadable, and how often one was asked for.
+    /// Rows of one to three tokens, one of which may be unreadable, and the number of reads.
     struct Rows {
         count: usize,
         broken: Option<usize>,
@@ -192,7 +192,7 @@ mod tests {
         }
     }
 
-    /// Takes up to `most` of the steps after `step` others: their rows, or what went wrong, and how many rows were read.
+    /// Takes up to `most` steps from step `step` on. Returns their rows or errors, and how many rows were read.
     fn taken(rows: (usize, Option<usize>), step: usize, most: usize) -> (Vec<String>, usize) {
         let asked = Arc::new(AtomicUsize::new(0));
         let (count, broken) = rows;
@@ -223,7 +223,7 @@ mod tests {
 
     #[test]
     fn who_stops_listening_ends_the_thread_one_step_ahead() {
-        // Steps of three rows: two were taken, a third was ready, and no fourth is.
+        // Steps of three rows: two were taken and a third may be ready, but no fourth.
         let (steps, asked) = taken((10, None), 0, 2);
         assert_eq!(steps.len(), 2);
         assert!((6..=9).contains(&asked), "{asked} rows were read");
@@ -236,7 +236,7 @@ mod tests {
         let (said, _) = taken((10, Some(broken)), 0, 4);
         assert!(said[1].starts_with(&format!("{:?}", order.step(1))), "{said:?}");
         assert_eq!(said[2], format!("row {broken}: damaged"));
-        // Nothing comes after it.
+        // Nothing follows the error.
         assert_eq!(said[3], "the thread that prepares steps has ended");
     }
 

@@ -1,5 +1,5 @@
-//! The loop around the step: schedule, clipping, evaluation, checkpoints, and the guard against divergence. It knows
-//! only an [`Objective`].
+//! The training loop: schedule, clipping, evaluation, checkpoints, and the divergence guard. It knows only an
+//! [`Objective`].
 
 use std::path::{Path, PathBuf};
 use std::thread::Scope;
@@ -17,43 +17,44 @@ use crate::loss::Objective;
 use crate::optim::adamw::AdamW;
 use crate::report::record::{Events, Metrics};
 
-/// Answers prompts with the current weights; returns lines to note.
+/// Answers prompts with the current weights; returns lines to log.
 pub type Samples<'a> = dyn Fn(&Learner) -> Result<Vec<String>> + 'a;
 
-/// Everything a run of training is given.
+/// The inputs of a training run.
 pub struct Job<'a> {
-    /// What to minimise.
+    /// The objective to minimize.
     pub objective: &'a dyn Objective,
     /// Training examples.
     pub train: &'a Data,
-    /// Held-out examples with their objective; may be empty.
+    /// Held-out examples, possibly none, and their objective.
     pub eval: (&'a dyn Objective, &'a dyn Examples),
-    /// How to train.
+    /// Training settings.
     pub settings: &'a Settings,
-    /// Seed of the order of examples, and of all that is drawn in training.
+    /// Seed of the example order and of all random draws in training.
     pub seed: u64,
-    /// The stage's directory; checkpoints go to `checkpoints/` in it.
+    /// The stage's directory; checkpoints go to its `checkpoints/`.
     pub dir: &'a Path,
     /// Writes the current weights as a complete Hugging Face directory.
     pub save: &'a dyn Fn(&Learner, &Path) -> Result<()>,
-    /// A reference that follows the policy, where the objective asks one.
+    /// A reference that follows the policy, if the objective needs one.
     pub follower: Option<&'a Follower>,
-    /// Answers a few held-out prompts with the current weights, for people to read. Returns lines to note.
+    /// Answers a few held-out prompts with the current weights, for people to read. Returns lines to log.
     pub samples: Option<&'a Samples<'a>>,
-    /// Where progress and numbers go.
+    /// Receives progress and metrics.
     pub events: &'a dyn Events,
 }
 
-/// Trains to the end, continuing from the newest whole checkpoint in the stage's directory. Returns the final numbers.
-/// With `ema_decay`, the learner ends with the average of its weights.
+/// Trains to the end, resuming from the newest complete checkpoint in the stage's directory. Returns the final metrics.
+/// With `ema_decay`, the learner ends with the averaged weights.
 ///
-/// A run that was killed and resumed ends with the same bits as one that was not.
+/// A run that was killed and resumed ends with the same bits as an uninterrupted one.
 ///
 /// # Errors
-/// Settings that do not fit the job; no examples; a loss or gradient that is not finite, named by step and rows; [`Error::interrupted`] after saving.
+/// Settings that do not fit the job; no examples; a loss or gradient that is not finite, named by step and rows;
+/// [`Error::interrupted`] after saving.
 pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
     check(learner, job)?;
-    // The thread that is a step ahead ends with the run.
+    // The thread that prepares the next step ends with the run.
     std::thread::scope(|scope| {
         let mut run = Run::resume(learner, job, scope)?;
         while run.state.step < run.feed.total_steps() && !run.waited_long_enough() {
@@ -64,7 +65,7 @@ pub fn fit(learner: &Learner, job: &Job<'_>) -> Result<Metrics> {
     })
 }
 
-/// Refuses settings that this model and these examples have no use for.
+/// Refuses settings that do not apply to this model and these examples.
 fn check(learner: &Learner, job: &Job<'_>) -> Result<()> {
     job.settings.check()?;
     job.settings.check_held_out(!job.eval.1.is_empty())?;
@@ -114,7 +115,7 @@ impl<'a> Run<'a> {
         };
         job.events.resume_after(state.step as u64)?;
         let averaged = ema.as_ref().map_or(0, |ema| ema.learner().trained_bytes());
-        // Of a run that goes on the moments are there already.
+        // A resumed run has already allocated the moments.
         let moments = adamw.bytes(learner.model().device());
         let held = learner.bytes() + averaged + moments + job.follower.map_or(0, Follower::bytes);
         let options = StepOptions {
@@ -197,7 +198,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Evaluation and checkpoints that are due after a step; the answer to Ctrl-C.
+    /// Runs the evaluation and checkpoints due after a step; handles Ctrl-C.
     fn after_step(&mut self) -> Result<()> {
         let settings = self.job.settings;
         let step = self.state.step;
@@ -220,12 +221,12 @@ impl<'a> Run<'a> {
         if interrupted { Err(Error::interrupted()) } else { Ok(()) }
     }
 
-    /// What is evaluated and kept: the average of the weights where there is one.
+    /// The weights to evaluate and save: the average if there is one.
     fn kept(&self) -> &Learner {
         self.ema.as_ref().map_or(self.learner, Ema::learner)
     }
 
-    /// Evaluates what is kept, as a file of it is read: rounded to nearest.
+    /// Evaluates those weights as if read back from a file, that is, rounded to nearest.
     fn evaluate(&mut self) -> Result<()> {
         let by_chance = self.job.settings.stochastic_rounding && self.ema.is_none();
         if by_chance {
@@ -252,7 +253,7 @@ impl<'a> Run<'a> {
             );
             self.job.events.metrics(self.state.step as u64, &metrics)?;
             let best = self.compare(report.loss)?;
-            // What is reported in the end is of the weights that are saved.
+            // The final report is about the weights that are saved.
             if best || !self.job.settings.load_best_model_at_end {
                 self.state.eval = metrics;
             }
@@ -263,7 +264,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Counts evaluations without a new lowest loss, and keeps the weights of the lowest. Returns whether this is it.
+    /// Tracks the lowest evaluation loss and saves its weights. Returns whether this loss is the lowest.
     fn compare(&mut self, loss: f64) -> Result<bool> {
         if !loss.is_nan() && self.state.best.is_none_or(|best| loss < best) {
             (self.state.best, self.state.evals_since_best) = (Some(loss), 0);
@@ -294,7 +295,7 @@ impl<'a> Run<'a> {
             self.learner.set(&ema.learner().weights())?;
         }
         let State { step, tokens, first, last, eval, best, .. } = self.state;
-        // Where training began is told by what the objective measures.
+        // Of the first step, report only what the objective measures.
         let told = |name: &str| {
             !["tokens_per_second", "num_tokens", "epoch", "clipped_share"].contains(&name)
                 && !name.starts_with("grad_norm/")

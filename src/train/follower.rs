@@ -19,16 +19,16 @@ use crate::store::sha256_bytes;
 
 const FILE: &str = "reference.safetensors";
 
-/// When and how far a reference follows. Named as in TRL.
+/// When and how far a reference follows the policy. Named as in TRL.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pace {
     /// `α`: the reference becomes `α · policy + (1 − α) · reference`; 1 replaces it.
     pub mixup_alpha: f64,
-    /// After every so many optimizer steps.
+    /// Sync after every this many optimizer steps.
     pub sync_steps: usize,
 }
 
-/// The reference as it stands, shared with those that ask it.
+/// The current reference, shared with the losses that query it.
 #[derive(Clone, Debug)]
 pub struct Follower {
     pace: Pace,
@@ -37,29 +37,29 @@ pub struct Follower {
 
 #[derive(Debug)]
 struct Now {
-    /// Its parameters in f32, so that small steps towards the policy are not lost.
+    /// The reference's parameters in f32, so that small steps towards the policy are not lost.
     reference: Learner,
-    /// The same storage, without graphs.
+    /// The same storage, without autograd graphs.
     model: Transformer,
-    /// What it said of each forest of the step: a loss that couples the step asks once for its statistics and once again
-    /// for its slopes.
+    /// Log-probabilities per forest of this step, cached: a loss that couples the step asks once for its statistics and
+    /// again for its slopes.
     said: BTreeMap<String, Vec<f32>>,
 }
 
 impl Follower {
-    /// Begins at `masters`, computing in `dtype`.
+    /// Starts at `masters`, computing in `dtype`.
     ///
     /// # Errors
-    /// Names a tensor that is missing.
+    /// Names a missing tensor.
     pub fn new(config: &Config, masters: Weights, dtype: Precision, pace: Pace) -> Result<Self> {
         Self::of(Learner::with(config, masters, dtype, |_| false)?, pace)
     }
 
-    /// Begins where a model in training stands. What is frozen is shared: of adapters, the reference is a second set of
-    /// factors beside the same base.
+    /// Starts at the weights of a model in training. Frozen weights are shared: with adapters, the reference is a
+    /// second set of factors on the same base.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn beside(policy: &Learner, pace: Pace) -> Result<Self> {
         Self::of(policy.twin()?, pace)
     }
@@ -70,12 +70,12 @@ impl Follower {
         Ok(Self { pace, now: Arc::new(Mutex::new(now)) })
     }
 
-    /// Bytes that it takes beside the policy.
+    /// Bytes taken in addition to the policy.
     pub fn bytes(&self) -> u64 {
         self.lock().reference.trained_bytes()
     }
 
-    /// What the losses ask.
+    /// The reference as the losses query it.
     pub fn live(&self) -> LiveReference {
         let follower = self.clone();
         LiveReference::new(move |forest: &Forest| follower.ask(forest))
@@ -93,8 +93,8 @@ impl Follower {
         Ok(said)
     }
 
-    /// Follows the policy after its optimizer step number `step`, where one is due. Of adapters it is `A`, `B` and the
-    /// magnitudes that are mixed, as any other parameters: only at `α` = 1 is their product mixed likewise.
+    /// Follows the policy after optimizer step number `step`, if a sync is due. For adapters, `A`, `B` and the
+    /// magnitudes are mixed like any other parameters; only at `α` = 1 does that mix their product in the same way.
     pub(super) fn after_step(&self, policy: &Learner, step: usize) -> Result<()> {
         let mut now = self.lock();
         now.said.clear();
@@ -112,7 +112,7 @@ impl Follower {
                 let own = own.master.as_tensor().detach();
                 ((own * (1.0 - alpha))? + (policy * alpha)?)?
             } else {
-                // The policy's storage moves on.
+                // The policy's storage keeps changing.
                 policy.copy()?
             };
             own.set(&mixed).at(name)?;
@@ -123,12 +123,12 @@ impl Follower {
     /// Writes the reference into a checkpoint's directory.
     ///
     /// # Errors
-    /// The file system's.
+    /// A file system error.
     pub fn save(&self, dir: &Path) -> Result<()> {
         write_tensors(&self.lock().reference.weights(), &dir.join(FILE))
     }
 
-    /// Goes back to where it stood at a checkpoint.
+    /// Restores the reference from a checkpoint.
     pub(super) fn load(&self, dir: &Path) -> Result<()> {
         let path = dir.join(FILE);
         let mut now = self.lock();
@@ -138,7 +138,7 @@ impl Follower {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Now> {
-        // A panic elsewhere leaves whole weights behind.
+        // A panic elsewhere leaves complete weights behind.
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -178,7 +178,7 @@ mod tests {
             let own = |learner: &Learner| learner.tensors().weights[EMBEDDING].id();
             assert_eq!(own(&now.reference), own(&policy));
         }
-        // A fifth of the base at most, here where the base is tiny.
+        // Less than a third of the total, although the base is tiny here.
         assert_eq!(follower.bytes(), policy.trained_bytes());
         assert!(policy.trained_bytes() < policy.bytes() / 3);
 
@@ -216,7 +216,7 @@ mod tests {
         let policy = policy();
         let follower = Follower::beside(&policy, PACE).unwrap();
         let said = follower.ask(&forest()).unwrap();
-        // What is kept is what is answered.
+        // The cached values are returned.
         follower.lock().said.values_mut().for_each(|said| said[0] = 7.0);
         assert_eq!(follower.ask(&forest()).unwrap()[0].to_bits(), 7.0_f32.to_bits());
         let tree = Tree::sequence((6..26).collect(), vec![Role::Content; 20], 0);

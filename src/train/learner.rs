@@ -1,4 +1,4 @@
-//! A model whose weights move: named parameters, and a transformer that reads them.
+//! A trainable model: named parameters, and a transformer that reads them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,12 +14,12 @@ use crate::ops::cuda::device::out_of_memory;
 use crate::optim::Param;
 use crate::train::memory::Adapted;
 
-/// How a model in training is held.
+/// How a model in training is stored.
 #[derive(Clone, Copy, Debug)]
 pub struct Held {
-    /// What its matrices are computed with.
+    /// Compute type of the matrices.
     pub dtype: Precision,
-    /// Masters are in host memory, and so are the optimizer's moments.
+    /// Masters and optimizer moments live in host memory.
     pub offloaded: bool,
 }
 
@@ -35,7 +35,7 @@ impl Held {
         if self.offloaded { param.offloaded() } else { Ok(param) }
     }
 
-    /// An error of taking a copy of weights. Where it says that a GPU is full: what was to lie there.
+    /// An error from copying weights. If a GPU is full, the message says what was to be stored there.
     fn unfit(self, error: Error, config: &Config) -> Error {
         let count = params::count(config) as u64;
         let copies = if self.dtype == Precision::F32 { 0 } else { 2 * count };
@@ -46,31 +46,30 @@ impl Held {
     }
 }
 
-/// A model in training. The weights are f32 masters; the transformer shares their storage, or that of their bf16
-/// copies.
+/// A model in training. The weights are f32 masters; the transformer shares their storage or that of their bf16 copies.
 #[derive(Debug)]
 pub struct Learner {
     params: BTreeMap<String, Param>,
     tensors: Tensors,
     model: Transformer,
-    /// Share of what adapters read that is dropped in training.
+    /// Dropout rate on the adapters' inputs in training.
     dropout: f64,
 }
 
 impl Learner {
-    /// Takes a copy of `weights`, all of them trained, computing in f32.
+    /// Copies `weights`, all of them trained, computing in f32.
     ///
     /// # Errors
-    /// Names a tensor that is missing.
+    /// Names a missing tensor.
     pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
         Self::with(config, weights.clone(), Precision::F32, |_| false)
     }
 
-    /// Takes a copy of `weights`, one tensor after the other, so that the given ones are freed on the way where nobody
-    /// else holds them. Parameters whose name is `frozen` keep their bits and cost no gradient work.
+    /// Copies `weights` one tensor at a time, so that the originals are freed along the way unless something else holds
+    /// them. Parameters whose name is `frozen` keep their bits and cost no gradient work.
     ///
     /// # Errors
-    /// Names a tensor that is missing.
+    /// Names a missing tensor.
     pub fn with(
         config: &Config,
         weights: Weights,
@@ -102,10 +101,10 @@ impl Learner {
         Ok(Self { params, model: Transformer::of(config, &tensors)?, tensors, dropout: 0.0 })
     }
 
-    /// Trains adapters beside a model whose own parameters stay as they are, but for those that `trained` names.
+    /// Trains adapters on a model whose own parameters are frozen, except those that `trained` names.
     ///
     /// # Errors
-    /// Names a tensor that is missing.
+    /// Names a missing tensor.
     pub fn adapted(
         config: &Config,
         start: Tensors,
@@ -142,22 +141,22 @@ impl Learner {
         }
         learner.dropout = attached.dropout;
         learner.model = Transformer::of(config, &learner.tensors)?;
-        // Now, so that whoever asks how much memory is left is told what will be.
+        // Place them now, so that a query for free memory already accounts for them.
         for packed in learner.tensors.packed.values() {
             packed.place(learner.model.device())?;
         }
         Ok(learner)
     }
 
-    /// The dropout of a step after `step` others.
+    /// Dropout for the step with 0-based index `step`; `None` at rate 0.
     pub fn dropout(&self, seed: u64, step: usize) -> Option<Dropout> {
         (self.dropout > 0.0).then_some(Dropout { rate: self.dropout, seed, step })
     }
 
-    /// The same model with trained parameters of its own; what is frozen is shared.
+    /// The same model with its own copy of the trained parameters; frozen ones are shared.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn twin(&self) -> Result<Self> {
         let params = self.params.iter().map(|(name, param)| Ok((name.clone(), param.twin()?)));
         let params: BTreeMap<String, Param> = params.collect::<Result<_>>()?;
@@ -178,15 +177,15 @@ impl Learner {
         Ok(Self { params, tensors, model, dropout: self.dropout })
     }
 
-    /// All that the model is made of.
+    /// All tensors of the model.
     pub fn tensors(&self) -> &Tensors {
         &self.tensors
     }
 
-    /// Trained parameters as a directory holds them: an adapter's, or a whole checkpoint's.
+    /// Reads the trained parameters from a directory: an adapter's, or a full checkpoint's.
     ///
     /// # Errors
-    /// Files that are missing, damaged, or of another model.
+    /// Files that are missing, damaged, or from another model.
     pub fn read(&self, dir: &Path) -> Result<Weights> {
         if self.tensors.adapters.is_empty() {
             return load_weights(dir, self.model.config(), self.model.device());
@@ -194,35 +193,35 @@ impl Learner {
         Ok(peft::read(dir, self.model.device())?.into_trained())
     }
 
-    /// The model as it is now.
+    /// The current model.
     pub fn model(&self) -> &Transformer {
         &self.model
     }
 
-    /// Whether masters are in host memory, see [`Held`].
+    /// Whether the masters are in host memory, see [`Held`].
     pub fn is_offloaded(&self) -> bool {
         self.params.values().any(|param| param.offloaded)
     }
 
-    /// Whether a trained parameter is computed with in bf16.
+    /// Whether any trained parameter is computed in bf16.
     pub fn rounds(&self) -> bool {
         self.params.values().any(|param| param.computed().dtype() == DType::BF16)
     }
 
-    /// Rounds all copies to nearest.
+    /// Rounds all bf16 copies to nearest.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn round_to_nearest(&self) -> Result<()> {
         self.params.values().try_for_each(|param| param.send(&param.master))
     }
 
-    /// Where the masters are, and the optimizer's moments.
+    /// The device of the masters and the optimizer moments.
     pub fn master_device(&self) -> &Device {
         self.params.values().next().map_or(self.model.device(), |param| param.master.device())
     }
 
-    /// What the model computes in.
+    /// The compute type.
     pub fn dtype(&self) -> Precision {
         match self.model.dtype() {
             DType::BF16 => Precision::Bf16,
@@ -230,12 +229,12 @@ impl Learner {
         }
     }
 
-    /// Bytes on the model's device of trained masters, their copies, and of what is frozen.
+    /// Bytes on the model's device: trained masters, their copies, and frozen weights.
     pub fn bytes(&self) -> u64 {
         self.trained_bytes() + self.frozen_bytes()
     }
 
-    /// Bytes on the model's device of trained masters and their copies.
+    /// Bytes on the model's device: trained masters and their copies.
     pub fn trained_bytes(&self) -> u64 {
         let bytes = |param: &Param| {
             let copy = param.copy.as_ref().map_or(0, |copy| size(copy));
@@ -251,7 +250,7 @@ impl Learner {
         frozen.map(size).sum::<u64>() + packed as u64
     }
 
-    /// What is held, where adapters are trained.
+    /// Sizes, if adapters are trained.
     pub fn adapted_sizes(&self) -> Option<Adapted> {
         let trained = self.params.values().map(|param| param.master.elem_count() as u64).sum();
         let head = self.model.head().is_variable();
@@ -279,13 +278,13 @@ impl Learner {
     /// Overwrites trained weights.
     ///
     /// # Errors
-    /// Names a tensor that is missing or has another shape.
+    /// Names a tensor that is missing or has the wrong shape.
     pub fn set(&self, weights: &Weights) -> Result<()> {
         for (name, param) in &self.params {
             let tensor = weights
                 .get(name)
                 .ok_or_else(|| Error::run("missing from the saved weights").at(name))?;
-            // A checkpoint of this very model may alias the variable's storage.
+            // A checkpoint of this same model may alias the variable's storage.
             param.set(&tensor.copy()?).at(name)?;
         }
         Ok(())

@@ -1,5 +1,5 @@
-//! What a training step holds at its peak, from sizes alone: `validate` prints it, and `gradient_checkpointing = "auto"`
-//! decides by it how many blocks keep their activations.
+//! Peak memory of a training step, computed from sizes alone: `validate` prints it, and
+//! `gradient_checkpointing = "auto"` uses it to decide how many blocks keep their activations.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -13,7 +13,7 @@ use crate::ops::head::{CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS};
 
 const F32: u64 = 4;
 
-/// Which blocks run again in the backward pass instead of keeping their activations.
+/// Which blocks are recomputed in the backward pass instead of keeping their activations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Recompute {
     /// None: fastest.
@@ -21,7 +21,7 @@ pub enum Recompute {
     None,
     /// Every block: leanest.
     Block,
-    /// As many as the memory budget asks for.
+    /// As many as the memory budget requires.
     Auto,
 }
 
@@ -36,7 +36,7 @@ impl Serialize for Recompute {
 }
 
 impl<'de> Deserialize<'de> for Recompute {
-    /// Takes Hugging Face's booleans too.
+    /// Also accepts Hugging Face's booleans.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
         #[serde(untagged, expecting = "expected \"none\", \"block\", \"auto\", true or false")]
@@ -59,19 +59,19 @@ impl<'de> Deserialize<'de> for Recompute {
     }
 }
 
-/// What is held where only adapters, and what is trained in full beside them, move.
+/// Sizes when only adapters, and the parameters trained in full beside them, are trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Adapted {
     /// Trained parameters.
     pub trained: u64,
-    /// Bytes of everything frozen, and of the one packed matrix that is dense for the moment of its product.
+    /// Bytes of everything frozen, plus one packed matrix dequantized for its product.
     pub frozen: u64,
     /// Whether the head's weight is trained.
     pub head: bool,
 }
 
 impl Adapted {
-    /// From sizes alone.
+    /// Computes the sizes from the configuration alone.
     ///
     /// # Errors
     /// A module that the model does not have.
@@ -104,37 +104,38 @@ impl Adapted {
     }
 }
 
-/// Bytes of one step over one micro-batch, on the device that computes it.
+/// Bytes of one step over one micro-batch, on the compute device.
 #[derive(Clone, Copy, Debug)]
 pub struct Footprint {
-    /// Weights and both moments; in bf16 the copies too. The weights once more where they are averaged, and where a
-    /// reference follows them.
+    /// Weights and both moments, plus bf16 copies. The weights count again for a moving average and for a reference
+    /// that follows.
     pub state: u64,
-    /// What of them is in host memory instead.
+    /// The part of that state in host memory.
     pub host_state: u64,
-    /// Gradients at the start of the blocks' backward (the head's), and at its end.
+    /// Gradients at the start of the blocks' backward pass (the head's) and at its end.
     pub gradients: [u64; 2],
-    /// What a block is given, kept until its backward.
+    /// One block's input, kept until its backward pass.
     pub boundary: u64,
-    /// Those of blocks that run again wait in host memory.
+    /// Inputs of recomputed blocks wait in host memory.
     pub boundaries_wait: bool,
-    /// What one block keeps besides.
+    /// One block's other kept activations.
     pub block: u64,
-    /// Blocks of the model.
+    /// Number of blocks.
     pub blocks: usize,
-    /// The most that is held on top at any one time: one block on its way back, or the head.
+    /// Peak working memory on top of that: one block's backward pass, or the head.
     pub working: u64,
 }
 
 impl Footprint {
-    /// Of a micro-batch of `tokens` tokens.
+    /// The footprint of a micro-batch of `tokens` tokens.
     pub fn new(config: &Config, options: &StepOptions, tokens: usize) -> Self {
         let all = Adapted { trained: count(config) as u64, frozen: 0, head: true };
         let Adapted { trained, frozen, head } = options.adapted.unwrap_or(all);
         let [state, host_state] = held(options);
         let table = (config.vocab_size * config.hidden_size) as u64 * F32;
         let head_gradient = if head { table } else { 0 };
-        // Where the optimizer runs in the backward, those of one block at a time, and at the end of what is no block's.
+        // With the optimizer in the backward pass: one block's gradients at a time, and finally those outside the
+        // blocks.
         let own_head = options.adapted.is_none()
             && config.architecture == Architecture::CausalLm
             && !config.tie_word_embeddings;
@@ -159,36 +160,36 @@ impl Footprint {
         }
     }
 
-    /// Bytes at the peak where `keep` blocks keep their activations.
+    /// Peak bytes when `keep` blocks keep their activations.
     pub fn bytes(&self, keep: usize) -> u64 {
-        // A block that runs again holds for a moment what it did not keep.
+        // A recomputed block briefly holds the activations that it did not keep.
         let again = if keep < self.blocks { self.block } else { 0 };
-        // Gradients come as activations go.
+        // Gradients grow as activations are freed.
         let [first, last] = self.gradients;
         let both = (keep as u64 * self.block + first).max(last);
         self.state + self.boundaries(keep) + both + again + self.working
     }
 
-    /// Bytes of a forward pass that keeps nothing, besides the weights.
+    /// Bytes of a forward pass that keeps nothing, excluding the weights.
     pub fn pass(&self) -> u64 {
         self.block + self.working
     }
 
-    /// What the blocks and the final norm are given.
+    /// Inputs of the blocks and of the final norm.
     fn boundaries(&self, keep: usize) -> u64 {
         let all = self.blocks + 1;
-        // One is on its way, and the final norm's stays.
+        // One is in transit, and the final norm's stays.
         let here = if self.boundaries_wait { (keep + 2).min(all) } else { all };
         here as u64 * self.boundary
     }
 
-    /// Bytes in host memory of a step that a GPU computes.
+    /// Bytes in host memory during a step on a GPU.
     pub fn host_bytes(&self, keep: usize) -> u64 {
         let waiting = if self.boundaries_wait { self.blocks.saturating_sub(keep) } else { 0 };
         self.host_state + waiting as u64 * self.boundary
     }
 
-    /// What the device holds, part by part.
+    /// Device memory, by part.
     pub fn parts(&self, keep: usize) -> [(&'static str, u64); 5] {
         let again = if keep < self.blocks { self.block } else { 0 };
         [
@@ -200,13 +201,13 @@ impl Footprint {
         ]
     }
 
-    /// How many blocks may keep their activations within `budget` bytes; 0 where not even that is enough.
+    /// How many blocks can keep their activations within `budget` bytes; 0 if even that does not fit.
     pub fn keep_within(&self, budget: u64) -> usize {
         (0..=self.blocks).rev().find(|&keep| self.bytes(keep) <= budget).unwrap_or(0)
     }
 }
 
-/// An error of a forward pass over `options.max_tokens` tokens. Where it says that a GPU is full: what fills it, and which
+/// Error of a forward pass over `options.max_tokens` tokens. For a full GPU, it says what fills the memory and which
 /// settings help.
 pub fn full_in_pass(error: Error, what: &str, (config, options): (&Config, &StepOptions)) -> Error {
     let footprint = Footprint::new(config, options, options.max_tokens);
@@ -221,10 +222,10 @@ fn element(options: &StepOptions) -> u64 {
     options.dtype.dtype().size_in_bytes() as u64
 }
 
-/// Bytes of a trained parameter on the device that computes and, where that is not the host, in its memory.
+/// Bytes per trained parameter: on the compute device, and in host memory if that is separate.
 fn held(options: &StepOptions) -> [u64; 2] {
     let copy = if options.dtype == Precision::F32 { 0 } else { element(options) };
-    // Averages, and a reference that follows.
+    // Moving averages, and a reference that follows.
     let beside = u64::from(options.averages) + u64::from(options.follows);
     if options.optimizer_offload {
         return [element(options) * (1 + beside), (3 + beside) * F32];
@@ -232,23 +233,23 @@ fn held(options: &StepOptions) -> [u64; 2] {
     [3 * F32 + copy + beside * (F32 + copy), 0]
 }
 
-/// Bytes a token that a block keeps besides its input, and that are held on top while it is taken back.
+/// Bytes per token: what a block keeps besides its input, and the extra working memory of its backward pass.
 fn of_block(config: &Config, options: &StepOptions) -> (u64, u64) {
     let (h, f) = (config.hidden_size as u64, config.intermediate_size as u64);
     let q = (config.num_attention_heads * config.head_dim) as u64;
     let kv = (config.num_key_value_heads * config.head_dim) as u64;
     let (heads, element) = (config.num_attention_heads as u64, element(options));
-    // `model::block_cpu`: queries and what they saw, keys and values, gate and up; log-sum-exps and the sum between.
+    // `model::block_cpu`: queries, attention output, keys, values, gate and up; log-sum-exps and the residual between.
     let kept = (2 * q + 2 * kv + 2 * f) * element + (h + heads) * F32;
-    // A graph keeps what every op gave: normed rows, the activation, and both products that are added to the residual stream
-    // as they were and in f32. Queries and keys are turned where they are.
+    // Autograd keeps the output of every op: normed rows, the activation, and both products added to the residual
+    // stream, as computed and in f32. Queries and keys are rotated in place.
     let graph = (4 * h + f) * element + 3 * h * F32;
     // Norms, the activation and gradients.
     let back = (6 * h + f) * F32 + 3 * f * element;
     (if options.gpu { kept + graph } else { kept }, back)
 }
 
-/// Bytes of a block's gradients that no sum over the step counts.
+/// Bytes of a block's gradients that are not in the step's gradient sum.
 fn block_gradients(config: &Config, options: &StepOptions) -> u64 {
     if options.adapted.is_some() {
         return 0;
@@ -257,16 +258,16 @@ fn block_gradients(config: &Config, options: &StepOptions) -> u64 {
     let shapes = shapes(config);
     let count: usize =
         shapes.iter().filter(of_first).map(|(_, shape)| shape.iter().product::<usize>()).sum();
-    // A graph gives them in the type of the weights.
+    // Autograd returns them in the type of the weights.
     let given = if options.gpu && options.dtype != Precision::F32 { element(options) } else { 0 };
     let taken = if options.optimizer_in_backward { F32 } else { 0 };
     count as u64 * (given + taken)
 }
 
-/// A number of bytes as people write it: `6GiB`, `500 MB`, `1073741824`.
+/// Parses a human-readable number of bytes: `6GiB`, `500 MB`, `1073741824`.
 ///
 /// # Errors
-/// Names the key, what was written and what is expected.
+/// Names the key, the value and what was expected.
 pub fn parse_bytes(key: &str, text: &str) -> Result<u64> {
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
@@ -287,12 +288,12 @@ pub fn parse_bytes(key: &str, text: &str) -> Result<u64> {
     }
 }
 
-/// Bytes that this process may still take: what the system calls available.
+/// Bytes that this process may still allocate: what the system reports as available.
 pub fn available() -> Option<u64> {
     kibibytes("/proc/meminfo", "MemAvailable:")
 }
 
-/// A field of one of Linux's status files that is given in kB, in bytes. Elsewhere nothing is known.
+/// A kB field of a Linux status file, in bytes; `None` on other systems.
 pub fn kibibytes(path: &str, field: &str) -> Option<u64> {
     let text = std::fs::read_to_string(path).ok()?;
     let line = text.lines().find(|line| line.starts_with(field))?;
@@ -311,7 +312,7 @@ mod tests {
         assert_eq!(footprint.keep_within(footprint.bytes(30)), 30);
         assert_eq!(footprint.keep_within(footprint.bytes(20)), 20);
         assert_eq!(footprint.keep_within(footprint.bytes(20) - 1), 19);
-        // A block that runs again needs as much, for its moment, as one that is kept.
+        // A recomputed block briefly needs as much as a kept one.
         assert_eq!(footprint.keep_within(footprint.bytes(30) - 1), 28);
         assert_eq!(footprint.keep_within(0), 0);
     }
@@ -324,12 +325,12 @@ mod tests {
         let bytes = |options, tokens, keep| Footprint::new(&smollm2(), options, tokens).bytes(keep);
         assert!(bytes(&f32, 4096, 30) > bytes(&bf16, 4096, 30));
         assert!(bytes(&bf16, 4096, 30) > bytes(&bf16, 2048, 30));
-        // Where activations are not what decides, gradients are.
+        // Where activations do not dominate, gradients do.
         assert!(bytes(&bf16, 2048, 0) > bytes(&fused, 2048, 0));
-        // 18 bytes a trained parameter, of which 4 are the gradient's.
+        // 18 bytes per trained parameter, 4 of them for the gradient.
         let state = Footprint::new(&smollm2(), &bf16, 1).state;
         assert_eq!(state, 14 * count(&smollm2()) as u64);
-        // A graph, and larger chunks of the head's logits.
+        // An autograd graph, and larger chunks of the head's logits.
         let gpu = StepOptions { gpu: true, ..bf16 };
         assert!(bytes(&gpu, 4096, 30) > bytes(&bf16, 4096, 30));
         let averaged = StepOptions { averages: true, ..bf16 };
@@ -338,7 +339,7 @@ mod tests {
         let followed = StepOptions { follows: true, ..averaged };
         let state = Footprint::new(&smollm2(), &followed, 1).state;
         assert_eq!(state, 26 * count(&smollm2()) as u64);
-        // Of adapters, the reference is a second set.
+        // With adapters, the reference is a second set.
         let sizes = Adapted { trained: 1000, frozen: 1 << 20, head: false };
         let adapters = StepOptions { adapted: Some(sizes), ..f32 };
         let followed = StepOptions { follows: true, ..adapters };
@@ -366,27 +367,27 @@ mod tests {
         let config = llama([4096, 32, 14336, 32], false);
         let gpu = StepOptions { gpu: true, dtype: Precision::Bf16, ..StepOptions::new(4096) };
         let footprint = |options: &StepOptions| Footprint::new(&config, options, 4096);
-        // Kept of a token: 77 824 of queries, keys, values, gate and up, 16 512 of sums; 110 592 that only a graph keeps.
+        // Kept per token: 77 824 for queries, keys, values, gate and up, 16 512 for sums; 110 592 only by autograd.
         let block = 4096 * (77_824 + 16_512 + 110_592);
         assert_eq!((footprint(&gpu).block, block), (839_385_088, 839_385_088));
-        // 14 P, 33 inputs of 67 108 864, gradients of 4 P which outweigh the 32 blocks, and a block on its way back: 241 664
-        // a token, and its gradients in bf16.
+        // 14 P, 33 inputs of 67 108 864, gradients of 4 P (more than the 32 blocks), and one block's backward pass:
+        // 241 664 per token, plus its gradients in bf16.
         let back = 4096 * 241_664 + 2 * 218_112_000;
         let all: u64 = 14 * 8_030_261_248 + 33 * 67_108_864 + 4 * 8_030_261_248 + back;
         assert_eq!((footprint(&gpu).bytes(32), all), (148_185_374_720, 148_185_374_720));
-        // One block's gradients at a time, in f32 too; at the end those of embedding and head, 2 101 346 304 each.
+        // One block's gradients at a time, also in f32; finally the embedding's and the head's, 2 101 346 304 each.
         let lean = StepOptions { optimizer_in_backward: true, ..gpu };
         let back = 4096 * 241_664 + 6 * 218_112_000;
         let rest = 2 * 2_101_346_304 + block + back;
         assert_eq!(footprint(&lean).bytes(0), 14 * 8_030_261_248 + 33 * 67_108_864 + rest);
         assert_eq!(footprint(&lean).bytes(0) >> 30, 113);
         assert_eq!(footprint(&lean).host_bytes(0), 0);
-        // In bf16 alone on the GPU, and two inputs of blocks; 12 P and 32 inputs wait elsewhere.
+        // Only bf16 weights on the GPU, and two block inputs; 12 P and 32 inputs wait in host memory.
         let leanest = StepOptions { optimizer_offload: true, activation_offload: true, ..lean };
         assert_eq!(footprint(&leanest).bytes(0), 2 * 8_030_261_248 + 2 * 67_108_864 + rest);
         assert_eq!(footprint(&leanest).bytes(0) >> 30, 21);
         assert_eq!(footprint(&leanest).host_bytes(0), 12 * 8_030_261_248 + 32 * 67_108_864);
-        // Blocks that keep their activations keep their inputs.
+        // Blocks that keep their activations keep their inputs too.
         assert_eq!(footprint(&leanest).host_bytes(20), 12 * 8_030_261_248 + 12 * 67_108_864);
     }
 

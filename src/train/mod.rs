@@ -1,4 +1,4 @@
-//! The one training step, the loop around it, and its checkpoints. Knows no methods: an
+//! The training step, the loop around it, and its checkpoints. It knows no methods: an
 //! [`Objective`](crate::loss::Objective) says what a log-probability is worth.
 
 pub mod batch;

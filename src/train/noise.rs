@@ -1,4 +1,4 @@
-//! NEFTune: noise on the embedded tokens while training (Jain et al., 2023, algorithm 1).
+//! NEFTune: noise on the token embeddings during training (Jain et al., 2023, algorithm 1).
 
 use candle_core::{DType, Tensor};
 use rand::Rng;
@@ -8,15 +8,15 @@ use crate::error::Result;
 use crate::ops::host::sent;
 use crate::rng::Stream;
 
-/// The noise of one optimizer step. A row's noise depends on the seed, the step and the row alone, never on how the step is
-/// cut into micro-batches or on where the run stopped.
+/// The noise of one optimizer step. A row's noise depends only on the seed, the step and the row, never on how the step
+/// is split into micro-batches or on where the run was resumed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Noise {
-    /// `α`: each element is uniform within `±α / sqrt(L D)`, with `L` the tokens of the row's longest sequence.
+    /// `α`: each element is uniform in `±α / sqrt(L D)`, where `L` is the token count of the row's longest sequence.
     pub alpha: f64,
     /// Seed of the run.
     pub seed: u64,
-    /// Steps taken before.
+    /// Steps already taken.
     pub step: usize,
 }
 
@@ -26,7 +26,7 @@ impl Noise {
         let (_, width) = x.dims2()?;
         let stream = Stream::new(self.seed, "train/neftune");
         let mut noise = Vec::with_capacity(forest.len() * width);
-        // The spans of a tree follow one another.
+        // The spans of a tree are contiguous.
         for spans in forest.spans.chunk_by(|a, b| a.tree == b.tree) {
             let longest = spans.iter().map(|span| span.position + span.len).max().unwrap_or(0);
             let tokens: usize = spans.iter().map(|span| span.len).sum();

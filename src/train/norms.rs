@@ -1,4 +1,4 @@
-//! Gradient norms: of everything, for clipping, and of the parts of the model, for people.
+//! Gradient norms: global for clipping, and per part of the model for logging.
 
 use std::collections::BTreeMap;
 
@@ -12,25 +12,25 @@ pub(super) struct Norms {
 }
 
 impl Norms {
-    /// Adds one parameter's sum of squares.
+    /// Adds the sum of squares of one parameter's gradient.
     pub(super) fn add(&mut self, name: &str, square: f64) {
         self.total += square;
         *self.parts.entry(part(name)).or_default() += square;
     }
 
-    /// Euclidean norm over everything that was added, in its order.
+    /// Euclidean norm of everything added, summed in that order.
     pub(super) fn total(&self) -> f64 {
         self.total.sqrt()
     }
 
-    /// `grad_norm/<part>` of each part.
+    /// Logs `grad_norm/<part>` for each part.
     pub(super) fn log(&self, metrics: &mut Metrics) {
         let parts = self.parts.iter();
         metrics.extend(parts.map(|(part, square)| (format!("grad_norm/{part}"), square.sqrt())));
     }
 }
 
-/// The part of the model that a parameter belongs to. A tied head is part of the embedding.
+/// The part of the model that a parameter belongs to. A tied head counts as embedding.
 fn part(name: &str) -> &'static str {
     if name.contains("norm.") {
         return "norms";

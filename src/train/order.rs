@@ -9,7 +9,7 @@ use crate::data::tree::Tree;
 use crate::error::Result;
 use crate::rng::Stream;
 
-/// The order of a run. A step never straddles two epochs; an epoch's last step may be partial and still counts.
+/// The example order of a run. A step never spans two epochs; an epoch's last step may be partial and still counts.
 #[derive(Clone, Debug)]
 pub struct Order {
     stream: Stream,
@@ -17,7 +17,7 @@ pub struct Order {
     per_step: usize,
     shuffle: bool,
     total: usize,
-    /// The shuffled indices of the epoch that was last asked for.
+    /// Shuffled indices of the most recently requested epoch.
     epoch: RefCell<Option<(usize, Vec<usize>)>>,
 }
 
@@ -34,12 +34,12 @@ impl Order {
         }
     }
 
-    /// Steps of the whole run.
+    /// Number of steps in the whole run.
     pub fn total_steps(&self) -> usize {
         self.total
     }
 
-    /// Steps of one epoch.
+    /// Number of steps per epoch.
     pub fn steps_per_epoch(&self) -> usize {
         self.examples.div_ceil(self.per_step)
     }
@@ -89,7 +89,7 @@ mod tests {
         };
         let (one, two) = (epoch(0), epoch(4));
         assert_ne!(one, two);
-        // Going back gives what was given before, although only one epoch is kept.
+        // Going back gives the same order, although only one epoch is cached.
         assert_eq!(epoch(0), one);
         for mut seen in [one, two] {
             seen.sort_unstable();

@@ -1,6 +1,6 @@
-//! Log-probabilities of the frozen reference, computed once, kept on disk, and checked for holes.
+//! Log-probabilities of the frozen reference: computed once, cached on disk, and checked for gaps.
 //!
-//! One number a leaf: the chosen response's, the rejected one's, and those of responses to other prompts.
+//! One value per leaf: the chosen response, the rejected one, and responses to other prompts.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -23,7 +23,7 @@ use crate::report::record::Events;
 use crate::store;
 use crate::train::step::{self, StepOptions};
 
-/// What the reference says about a set of pairs.
+/// A request for the reference's log-probabilities of a set of pairs.
 pub struct Request<'a> {
     /// The frozen model.
     pub model: &'a Transformer,
@@ -31,31 +31,31 @@ pub struct Request<'a> {
     pub weights_hash: &'a str,
     /// The pairs.
     pub pairs: &'a dyn Examples,
-    /// How the pairs will be packed: read in exactly the micro-batches of the first epoch, a reference that equals the
-    /// policy gives equal bits, and every margin of the first step is exactly 0.
+    /// How the pairs will be packed. Computed in exactly the micro-batches of the first epoch, a reference equal to the
+    /// policy gives equal bits, so every margin of the first step is exactly 0.
     pub order: &'a Order,
     /// Training settings.
     pub settings: &'a Settings,
-    /// Where the cache lies.
+    /// Directory of the cache.
     pub dir: &'a Path,
     /// Progress.
     pub events: &'a dyn Events,
 }
 
-/// Log-probabilities of each row's leaves, in the order of the tree.
+/// Log-probabilities of each row's leaves, in tree order.
 pub type Logps = BTreeMap<usize, Vec<f64>>;
 
-/// Reads the cache, or computes and writes it. Keyed by the trees' rows.
+/// Reads the cache, or computes and writes it. Keyed by tree row.
 ///
 /// # Errors
-/// A cached or computed value that is missing or not finite, named by its row.
+/// A cached or computed value that is missing or not finite, named by row.
 pub fn reference_logps(request: &Request<'_>, summing: Summing) -> Result<Logps> {
     let name = format!("reference-{}.safetensors", &key(request, summing)?[..16]);
     let path = request.dir.join(name);
     if path.is_file() {
         return read(&path, request.pairs);
     }
-    // Filled with NaN first: a response that no micro-batch visited cannot pass for a number.
+    // Fill with NaN first, so that a response that no micro-batch visited cannot pass for a number.
     let mut table: Logps = leaves(request.pairs)?
         .into_iter()
         .map(|(source, leaves)| (source, vec![f64::NAN; leaves]))
@@ -80,7 +80,7 @@ pub fn reference_logps(request: &Request<'_>, summing: Summing) -> Result<Logps>
     Ok(table)
 }
 
-/// What a GPU was too small for. Of the reference nothing is trained.
+/// Out-of-memory error. Nothing of the reference is trained.
 fn full(error: Error, request: &Request<'_>) -> Error {
     let (config, settings) = (request.model.config(), request.settings);
     let size = settings.dtype.dtype().size_in_bytes() as u64;
@@ -94,7 +94,7 @@ fn full(error: Error, request: &Request<'_>) -> Error {
     full_in_pass(error, "in the reference's forward pass", (config, &options))
 }
 
-/// Everything the numbers depend on.
+/// Cache key: everything the values depend on.
 fn key(request: &Request<'_>, summing: Summing) -> Result<String> {
     let mut hasher = Sha256::new();
     hasher.update(request.weights_hash);
@@ -108,7 +108,7 @@ fn key(request: &Request<'_>, summing: Summing) -> Result<String> {
     Ok(store::hex(&hasher.finalize()))
 }
 
-/// How many leaves the tree of each row has.
+/// Number of leaves of each row's tree.
 fn leaves(pairs: &dyn Examples) -> Result<BTreeMap<usize, usize>> {
     let of = |tree: Result<Tree>| -> Result<(usize, usize)> {
         let tree = tree?;

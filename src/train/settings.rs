@@ -1,4 +1,4 @@
-//! How to train: the keys that every training stage shares, named as in Hugging Face's `TrainingArguments`.
+//! Training settings: the keys shared by all training stages, named as in Hugging Face's `TrainingArguments`.
 
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
@@ -13,20 +13,20 @@ use crate::ops::cuda::device::facts;
 use crate::optim::adamw::{AdamW, Hyper, is_decayed};
 use crate::optim::schedule::Schedule;
 
-/// Training keys, resolved: every field has a value that is used.
+/// Training keys, resolved: every field holds the value in use.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a key of a recipe, named by others")]
 pub struct Settings {
     /// Peak learning rate.
     pub learning_rate: f64,
-    /// Shape of the learning rate after warm-up.
+    /// Shape of the learning rate schedule after warm-up.
     pub lr_scheduler_type: Schedule,
-    /// Share of all steps that warm up linearly. Ignored where `warmup_steps` is set.
+    /// Share of all steps used for linear warm-up. Ignored if `warmup_steps` is set.
     pub warmup_ratio: f64,
-    /// Steps that warm up linearly; 0 leaves it to `warmup_ratio`.
+    /// Number of linear warm-up steps; 0 defers to `warmup_ratio`.
     pub warmup_steps: usize,
-    /// Decoupled weight decay of matrices. Norm weights and biases are never decayed (Hugging Face grouping).
+    /// Decoupled weight decay of matrices. Norm weights and biases are never decayed (Hugging Face's grouping).
     pub weight_decay: f64,
     /// AdamW's first-moment decay.
     pub adam_beta1: f64,
@@ -34,69 +34,69 @@ pub struct Settings {
     pub adam_beta2: f64,
     /// AdamW's epsilon.
     pub adam_epsilon: f64,
-    /// Round the bf16 copies that products compute with up or down by chance, so that on average they are their f32 masters.
-    /// Needs `dtype = "bf16"`. Masters are f32 with it or without and lose nothing: what goes is the bias of the copies alone,
-    /// for a noise that changes with each step. Draws follow from the stage's seed, the step and the element. Evaluations
-    /// round to nearest, as whoever reads a checkpoint does.
+    /// Round the bf16 compute copies stochastically, so that in expectation they equal their f32 masters. Needs
+    /// `dtype = "bf16"`. The masters are f32 either way and lose nothing: it only trades the rounding bias of the
+    /// copies for noise that changes every step. Draws follow from the stage's seed, the step and the element.
+    /// Evaluation rounds to nearest, as does anything that reads a checkpoint.
     pub stochastic_rounding: bool,
-    /// Clip the global gradient norm to this; 0 turns clipping off.
+    /// Clip the global gradient norm to this; 0 disables clipping.
     pub max_grad_norm: f64,
-    /// Passes over the data. Ignored where `max_steps` is set.
+    /// Passes over the data. Ignored if `max_steps` is set.
     pub num_train_epochs: f64,
-    /// Optimizer steps; 0 leaves it to `num_train_epochs`.
+    /// Optimizer steps; 0 defers to `num_train_epochs`.
     pub max_steps: usize,
-    /// Examples in a micro-batch as other trainers count them. Only its product with
-    /// `gradient_accumulation_steps`, the examples an optimizer step, changes the result.
+    /// Examples per micro-batch as other trainers count them. Only its product with `gradient_accumulation_steps`, the
+    /// examples per optimizer step, affects the result.
     pub per_device_train_batch_size: usize,
     /// See `per_device_train_batch_size`.
     pub gradient_accumulation_steps: usize,
-    /// Token budget that cuts a step's examples into packed micro-batches. Changes memory, never the result.
+    /// Token budget for packing a step's examples into micro-batches. Affects memory, never the result.
     pub max_tokens_per_micro_batch: usize,
-    /// Which blocks run again in the backward pass instead of keeping their activations: `"none"` or false, `"block"` or
-    /// true, `"auto"` by `memory_budget`. Changes memory and speed, never the result.
+    /// Which blocks are recomputed in the backward pass instead of keeping their activations: `"none"` or false,
+    /// `"block"` or true, `"auto"` by `memory_budget`. Affects memory and speed, never the result.
     pub gradient_checkpointing: Recompute,
-    /// Bytes that `gradient_checkpointing = "auto"` may fill, such as `"6GiB"`; empty: nine tenths of what is free.
+    /// Bytes that `gradient_checkpointing = "auto"` may use, such as `"6GiB"`; empty: nine tenths of what is free.
     pub memory_budget: String,
-    /// Update a block's weights as soon as its gradient is there, and free it: gradients of one block exist at a time.
-    /// For steps of one micro-batch without clipping (`max_grad_norm = 0`).
+    /// Update a block's weights as soon as its gradient is computed, then free the gradient: only one block's gradients
+    /// exist at a time. For steps of one micro-batch without clipping (`max_grad_norm = 0`).
     pub optimizer_in_backward: bool,
-    /// Masters and AdamW's moments are in host memory and move there: of a trained parameter the GPU holds what it computes
-    /// with. Changes nothing on the CPU.
+    /// Keep masters and AdamW's moments in host memory and update them there; the GPU holds only the compute copy of a
+    /// trained parameter. No effect on the CPU.
     pub optimizer_offload: bool,
-    /// Inputs of blocks that `gradient_checkpointing` runs again wait in host memory. Changes nothing on the CPU.
+    /// Keep the inputs of blocks that `gradient_checkpointing` recomputes in host memory. No effect on the CPU.
     pub activation_offload: bool,
-    /// NEFTune: uniform noise within `±alpha / sqrt(L D)` on the embedded tokens while training, with `L` the row's tokens and
-    /// `D` the width; 0 is off, the paper takes 5 to 15.
+    /// NEFTune: uniform noise in `±alpha / sqrt(L D)` on the token embeddings during training, with `L` the row's
+    /// tokens and `D` the width; 0 is off, the paper uses 5 to 15.
     pub neftune_noise_alpha: f64,
-    /// Evaluate every so many steps; 0 evaluates at the end only.
+    /// Evaluate every this many steps; 0 evaluates only at the end.
     pub eval_steps: usize,
-    /// Write a checkpoint every so many steps; 0 writes none before the end.
+    /// Write a checkpoint every this many steps; 0 writes none before the end.
     pub save_steps: usize,
-    /// Keep this many checkpoints; older ones are deleted after a newer one is whole.
+    /// Number of checkpoints to keep; older ones are deleted once a newer one is complete.
     pub save_total_limit: usize,
-    /// Log every so many steps.
+    /// Log every this many steps.
     pub logging_steps: usize,
     /// Finish with the weights of the best evaluation rather than the last.
     pub load_best_model_at_end: bool,
-    /// Stop after so many evaluations in a row without a new lowest loss; 0 never does. Needs `eval_steps`.
+    /// Stop after this many evaluations in a row without a new lowest loss; 0 never stops early. Needs `eval_steps`.
     pub early_stopping_patience: usize,
-    /// What to do when a preference loss makes the chosen responses unlikely, by 1 nat a token: `"warn"`, `"stop"` or
-    /// `"off"`.
+    /// What to do when preference training lowers the chosen responses' log-probability by 1 nat per token: `"warn"`,
+    /// `"stop"` or `"off"`.
     pub watchdog: Watchdog,
-    /// What products compute with: `f32`, or `bf16` with f32 masters, sums, norms and softmax.
+    /// Compute type of matrix products: `f32`, or `bf16` with f32 masters, sums, norms and softmax.
     pub dtype: Precision,
     /// Element type of the saved weights.
     pub save_dtype: Precision,
-    /// Evaluate and save an exponential moving average of the weights, which keeps this much of itself at each step: 0.999
-    /// averages about the last 1000 steps; 0 keeps none.
+    /// Decay per step of an exponential moving average of the weights, which is then evaluated and saved: 0.999
+    /// averages about the last 1000 steps; 0 keeps no average.
     pub ema_decay: f64,
-    /// Prompts of the held-out set to answer at each evaluation, for people to read.
+    /// Held-out prompts to answer at each evaluation, for people to read.
     pub eval_samples: usize,
-    /// Shuffle the examples anew each epoch.
+    /// Reshuffle the examples each epoch.
     pub shuffle: bool,
-    /// Read and prepare the training data while training goes on, instead of all of it beforehand. Needs `max_steps`.
+    /// Read and prepare the training data during training instead of all of it beforehand. Needs `max_steps`.
     pub streaming: bool,
-    /// How many examples of a stream are held and drawn from at random.
+    /// Number of examples of a stream held in the shuffle buffer.
     pub shuffle_buffer_size: usize,
 }
 
@@ -143,21 +143,21 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Examples an optimizer step.
+    /// Examples per optimizer step.
     pub fn examples_per_step(&self) -> usize {
         self.per_device_train_batch_size * self.gradient_accumulation_steps
     }
 
-    /// How a step is computed on a device. `held`: bytes of the step's memory that are taken already, such as the masters.
+    /// How a step runs on a device. `held`: bytes of the step's memory that are already allocated, such as the masters.
     ///
     /// # Errors
-    /// Recomputation by memory where neither `memory_budget` nor what is free is known.
+    /// Recomputation by memory when neither `memory_budget` nor the free memory is known.
     pub fn step_options(&self, held: u64, device: &Device) -> Result<StepOptions> {
         Ok(StepOptions { budget: self.budget(held, device)?, ..self.options(!device.is_cpu()) })
     }
 
-    /// The same for an estimate, where nobody opens a GPU. How many blocks `"auto"` keeps there is not known without
-    /// `memory_budget`: none is the least that it needs.
+    /// The same for an estimate that opens no GPU. Without `memory_budget`, how many blocks `"auto"` keeps on a GPU is
+    /// unknown; none is assumed, the minimum.
     ///
     /// # Errors
     /// On the CPU as [`step_options`](Self::step_options).
@@ -204,13 +204,13 @@ impl Settings {
         })
     }
 
-    /// The noise of a step, after `step` others.
+    /// NEFTune noise for the step with 0-based index `step`; `None` if off.
     pub fn noise(&self, seed: u64, step: usize) -> Option<Noise> {
         let alpha = self.neftune_noise_alpha;
         (alpha > 0.0).then_some(Noise { alpha, seed, step })
     }
 
-    /// AdamW's constants.
+    /// AdamW's hyperparameters.
     pub fn hyper(&self) -> Hyper {
         Hyper {
             beta1: self.adam_beta1,
@@ -221,12 +221,12 @@ impl Settings {
         }
     }
 
-    /// The optimizer of a stage with this seed, before its first step.
+    /// A fresh optimizer for a stage with this seed.
     pub fn optimizer(&self, seed: u64) -> AdamW {
         AdamW::new(self.hyper()).rounding_by_chance(self.stochastic_rounding.then_some(seed))
     }
 
-    /// Optimizer steps for `examples` training examples. The last, partial step counts.
+    /// Optimizer steps for `examples` training examples. A partial last step counts.
     pub fn total_steps(&self, examples: usize) -> usize {
         if self.max_steps > 0 {
             return self.max_steps;
@@ -243,7 +243,7 @@ impl Settings {
         }
     }
 
-    /// Refuses values that cannot train.
+    /// Refuses values that cannot work.
     ///
     /// # Errors
     /// Names the key, its value and what was expected.
@@ -308,10 +308,10 @@ impl Settings {
         Ok(())
     }
 
-    /// Refuses to wait for evaluations that there are not.
+    /// Refuses early stopping without evaluations.
     ///
     /// # Errors
-    /// `early_stopping_patience` where nothing is held out.
+    /// `early_stopping_patience` without held-out data.
     pub fn check_held_out(&self, is_there: bool) -> Result<()> {
         if self.early_stopping_patience > 0 && !is_there {
             return Err(Error::usage("`early_stopping_patience` without `eval_datasets`")
@@ -341,7 +341,7 @@ impl Settings {
         Ok(())
     }
 
-    /// What of these settings changes nothing on the CPU, for people.
+    /// Names the enabled settings that have no effect on the CPU, for people.
     pub fn without_effect(&self, device: &Device) -> Option<String> {
         let asked = [
             (self.optimizer_offload, "`optimizer_offload`"),

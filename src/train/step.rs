@@ -1,4 +1,4 @@
-//! The one training step: forward block by block, the head, then blocks backwards, one micro-batch at a time.
+//! The training step: forward block by block, the head, then blocks backwards, one micro-batch at a time.
 
 use std::borrow::Borrow;
 
@@ -20,35 +20,35 @@ use crate::ops::cuda::device;
 use crate::ops::head::{Pending, Readings};
 use crate::report::record::Metrics;
 
-/// How a step is computed; all but the type, the dropout and the noise changes memory and speed, never what is computed.
+/// How a step runs. All but the type, the dropout and the noise affect only memory and speed, never the result.
 #[derive(Clone, Copy, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 pub struct StepOptions {
     /// Token budget of a micro-batch.
     pub max_tokens: usize,
-    /// Which blocks run again in the backward pass.
+    /// Which blocks are recomputed in the backward pass.
     pub recompute: Recompute,
-    /// Bytes that a step may fill, where `recompute` is by memory.
+    /// Bytes that a step may use, if `recompute` is by memory.
     pub budget: u64,
-    /// What the model computes with.
+    /// Compute type of the model.
     pub dtype: Precision,
-    /// What is held, where not the whole model is trained.
+    /// Sizes, if only part of the model is trained.
     pub adapted: Option<Adapted>,
-    /// What adapters do not read.
+    /// Dropout on the adapters' inputs.
     pub dropout: Option<Dropout>,
-    /// Weights move in the backward pass: see [`update`](super::update::update).
+    /// Weights are updated in the backward pass: see [`update`](super::update::update).
     pub optimizer_in_backward: bool,
     /// Masters and moments are in host memory, not on the device.
     pub optimizer_offload: bool,
-    /// Inputs of blocks that run again wait in host memory.
+    /// Inputs of recomputed blocks wait in host memory.
     pub activation_offload: bool,
-    /// A moving average of the weights is held beside them: see [`Ema`](super::Ema).
+    /// A moving average of the weights is held as well: see [`Ema`](super::Ema).
     pub averages: bool,
-    /// A reference that follows is held beside them: see [`Follower`](super::Follower).
+    /// A reference that follows the policy is held as well: see [`Follower`](super::Follower).
     pub follows: bool,
-    /// Noise on the embedded tokens.
+    /// Noise on the token embeddings.
     pub noise: Option<Noise>,
-    /// It runs on a GPU, where more is held at once, and slopes of pairs are computed there.
+    /// Runs on a GPU, where more is held at once and slopes of pairs are computed on the device.
     pub gpu: bool,
 }
 
@@ -72,7 +72,7 @@ impl StepOptions {
         }
     }
 
-    /// What recomputation by memory comes to, for people.
+    /// The outcome of recomputation by memory, for people.
     pub fn explain(&self, config: &Config) -> String {
         let (tokens, budget) = (self.max_tokens, self.budget >> 20);
         let keep = self.keep(config, tokens);
@@ -89,7 +89,7 @@ impl StepOptions {
         )
     }
 
-    /// An error of a step. Where it says that the device is full: what fills it, largest first, and which settings help.
+    /// Error of a step. For a full device, it says what fills the memory, largest first, and which settings help.
     pub fn out_of_memory(&self, config: &Config, error: Error) -> Error {
         let (tokens, keep) = (self.max_tokens, self.keep(config, self.max_tokens));
         let parts = Footprint::new(config, self, tokens).parts(keep);
@@ -109,7 +109,7 @@ impl StepOptions {
         device::out_of_memory(error, &what, parts, &ways.join(", or "))
     }
 
-    /// How many blocks keep their activations over `tokens` tokens.
+    /// How many blocks keep their activations for `tokens` tokens.
     pub fn keep(&self, config: &Config, tokens: usize) -> usize {
         match self.recompute {
             Recompute::None => config.num_hidden_layers,
@@ -119,21 +119,21 @@ impl StepOptions {
     }
 }
 
-/// What one step (or one evaluation) measured.
+/// Measurements of one step (or one evaluation).
 #[derive(Clone, Debug, Default)]
 pub struct StepReport {
     /// `Σ weight · sum / count` over the objective's terms.
     pub loss: f64,
     /// `loss/<term>` for each term, and the objective's metrics as means over the step.
     pub metrics: Metrics,
-    /// Tokens processed, shared ones once.
+    /// Tokens processed, shared ones counted once.
     pub tokens: usize,
 }
 
-/// The gradient of the objective over all `trees`, whatever the micro-batches, and what was measured on the way.
+/// The gradient of the objective over all `trees`, independent of the micro-batches, and the step's measurements.
 ///
 /// # Errors
-/// A step without anything trained; a value that is not finite, named by its row.
+/// A step in which nothing is trained; a value that is not finite, named by its row.
 pub fn gradients(
     learner: &Learner,
     objective: &dyn Objective,
@@ -144,7 +144,7 @@ pub fn gradients(
     gradients_of(learner, objective, batch, options)
 }
 
-/// The same of a step that is prepared.
+/// [`gradients`] of a prepared step.
 pub(super) fn gradients_of(
     learner: &Learner,
     objective: &dyn Objective,
@@ -156,7 +156,7 @@ pub(super) fn gradients_of(
         totals(objective, &parts, &|part| read_as_trained(model, objective, part, options))?;
     let mut grads = Gradients::new(model.device());
     let mut measured = Vec::with_capacity(parts.len());
-    // What a device was sent of a part is freed with it.
+    // A part's device data is freed with the part.
     for part in parts {
         let forest = &part.forest;
         let trace = trace(model, &part, options)?;
@@ -165,7 +165,7 @@ pub(super) fn gradients_of(
         model.backward(forest, trace, &d_hidden, &mut grads)?;
         measured.push((part.forest, own));
     }
-    // On a GPU all micro-batches are under way before the host waits for the first.
+    // On a GPU, all micro-batches are enqueued before the host waits for the first.
     let mut sums = Sums::new(objective);
     for (forest, measured) in measured {
         sums.add(measured.wait(objective, &forest, &totals)?, &forest);
@@ -186,7 +186,7 @@ pub(super) fn trace(model: &Transformer, part: &MicroBatch, options: StepOptions
     model.trace_embedded(layout, &x, Keep { blocks: keep, masks, inputs_on_host })
 }
 
-/// The same measures without gradients, one micro-batch at a time.
+/// Measures the objective without gradients, one micro-batch at a time.
 pub fn evaluate(
     model: &Transformer,
     objective: &dyn Objective,
@@ -194,7 +194,7 @@ pub fn evaluate(
     max_tokens: usize,
 ) -> Result<StepReport> {
     let totals = if objective.coupled() {
-        // Statistics are over all examples at once.
+        // Statistics cover all examples at once.
         let forests: Vec<Forest> = packed(examples, max_tokens).collect::<Result<_>>()?;
         let read = |forest: &Forest| {
             weighing::readings(model, objective, (forest, &model.hidden(forest)?))
@@ -220,14 +220,14 @@ pub fn evaluate(
     Ok(report)
 }
 
-/// The values an objective reads from one forest: log-probabilities of its targets or scores of its leaves.
+/// The values an objective reads from one forest: log-probabilities of its targets, `[N]`, or scores at its ends,
+/// `[E, L]` flattened.
 pub fn read(model: &Transformer, readout: Readout, forest: &Forest) -> Result<Vec<f32>> {
     let values = weighing::values(model, readout, (forest, &model.hidden(forest)?))?;
     Ok(values.wait()?.logps)
 }
 
-/// The same values as the step's own pass has them, with its noise and its dropout: what a coupled objective compares
-/// them with.
+/// [`read`] with the noise and dropout of the step's own pass: the values that a coupled objective compares with.
 pub(super) fn read_as_trained(
     model: &Transformer,
     objective: &dyn Objective,
@@ -262,7 +262,7 @@ impl<'a> Counts<'a> {
         self.rows.extend(forest.sources.iter().take(4 - self.rows.len()));
     }
 
-    /// The counts, where no term that weighs something has nothing to weigh.
+    /// Returns the counts, or an error if a term with nonzero weight has nothing to train on.
     fn check(self) -> Result<Vec<f64>> {
         for ((term, weight), count) in self.objective.terms().iter().zip(&self.of_terms) {
             if *weight != 0.0 && *count <= 0.0 {
@@ -276,8 +276,8 @@ impl<'a> Counts<'a> {
     }
 }
 
-/// Counts, and the statistics of a coupled objective, over all micro-batches, whose values `read` reads: on a GPU all are
-/// under way before the host waits for the first.
+/// Counts, and the statistics of a coupled objective, over all micro-batches, with values from `read`. On a GPU, all
+/// are enqueued before the host waits for the first.
 pub(super) fn totals<F: Borrow<Forest>>(
     objective: &dyn Objective,
     forests: &[F],
@@ -332,7 +332,8 @@ impl Sums {
         let mut report = StepReport { tokens: self.tokens, ..StepReport::default() };
         let terms = objective.terms();
         for (((name, weight), sum), count) in terms.iter().zip(&self.terms).zip(&totals.counts) {
-            let value = sum / count.max(1.0);
+            // Weights below 1 may leave a count below 1; a step without anything to count has no sum either.
+            let value = if *count > 0.0 { sum / count } else { 0.0 };
             report.loss += weight * value;
             if terms.len() > 1 && *weight != 0.0 {
                 report.metrics.insert(format!("loss/{name}"), value);

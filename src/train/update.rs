@@ -1,4 +1,4 @@
-//! One whole optimizer step: the gradient, its norm, and the weights' move, after the backward pass or within it.
+//! One complete optimizer step: the gradient, its norm, and the weight update, after or within the backward pass.
 
 #[cfg(feature = "cuda")]
 mod on_cuda;
@@ -19,19 +19,19 @@ use crate::model::gradients::{Gradients, square_sum};
 use crate::optim::adamw::AdamW;
 use crate::optim::clip_factor;
 
-/// How far the weights move.
+/// Learning rate and clipping of one step.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     /// The learning rate of this step.
     pub lr: f64,
-    /// Clips the global gradient norm; 0 does not.
+    /// Clips the global gradient norm; 0 disables clipping.
     pub max_grad_norm: f64,
 }
 
-/// Takes one optimizer step. Returns what was measured, and the norm of all gradients before clipping.
+/// Takes one optimizer step. Returns the measurements and the global gradient norm before clipping.
 ///
 /// # Errors
-/// As [`step::gradients`]; a loss or a gradient that is not finite, before any weight has moved.
+/// As [`step::gradients`]; a loss or gradient that is not finite, before any weight is updated.
 pub fn update(
     learner: &Learner,
     (objective, trees): (&dyn Objective, &[&Tree]),
@@ -43,7 +43,7 @@ pub fn update(
     take(learner, (objective, batch), options, adamw, pace)
 }
 
-/// The same of a step that is prepared.
+/// [`update`] for a prepared step.
 pub(super) fn take(
     learner: &Learner,
     (objective, batch): (&dyn Objective, Batch),
@@ -72,11 +72,11 @@ pub(super) fn take(
     Ok((report, norm))
 }
 
-/// The weights move in the backward pass: a block's gradients are used and freed before the next block's exist.
+/// Updates the weights in the backward pass: a block's gradients are used and freed before the next block's exist.
 ///
 /// # Errors
-/// More than one micro-batch; a loss or a gradient of the hidden states that is not finite, before any weight has moved;
-/// a gradient further down that is not, after those of later blocks have.
+/// More than one micro-batch; a loss or gradient of the hidden states that is not finite, before any weight is updated;
+/// a gradient further down that is not, after the weights of later blocks are.
 fn in_backward(
     learner: &Learner,
     (objective, batch): (&dyn Objective, &Batch),
@@ -96,7 +96,7 @@ fn in_backward(
     let trace = step::trace(model, part, options)?;
     let place = (forest, &trace.hidden);
     let (measured, d_hidden) = head_step((model, options), objective, place, &totals, &mut grads)?;
-    // Weights move as the backward pass goes: what was read comes first.
+    // The backward pass updates the weights, so read the measurements first.
     sums.add(measured.wait(objective, forest, &totals)?, forest);
     let mut report = sums.report(objective, &totals);
     check(report.loss, square_sum(&d_hidden)?.sqrt(), &batch.rows)?;
@@ -122,19 +122,19 @@ fn in_backward(
     Ok((report, moving.norms.total()))
 }
 
-/// Weights that move, part by part.
+/// The weight update, part by part.
 struct Moving<'a> {
     learner: &'a Learner,
     adamw: &'a mut AdamW,
     lr: f64,
     norms: Norms,
-    /// Of the gradients on a GPU, which nobody has looked at yet.
+    /// Norms of gradients on a GPU that the host has not read yet.
     #[cfg(feature = "cuda")]
     unread: Option<on_cuda::Unread>,
 }
 
 impl Moving<'_> {
-    /// Moves what these are the gradients of.
+    /// Updates the parameters of these gradients.
     fn apply(&mut self, grads: Vec<(String, Tensor)>) -> Result<()> {
         for (name, grad) in grads {
             #[cfg(feature = "cuda")]
@@ -149,7 +149,7 @@ impl Moving<'_> {
         Ok(())
     }
 
-    /// Takes down a gradient's sum of squares.
+    /// Records a gradient's sum of squares.
     fn note(&mut self, name: &str, square: f64) -> Result<()> {
         if square.is_finite() {
             self.norms.add(name, square);
@@ -160,7 +160,7 @@ impl Moving<'_> {
             .hint("later blocks have moved: go on from the last checkpoint"))
     }
 
-    /// Takes down what the GPU has, once it is there.
+    /// Records the sums from the GPU, once available.
     #[cfg(feature = "cuda")]
     fn read(&mut self) -> Result<()> {
         if let Some(unread) = self.unread.take() {
@@ -180,7 +180,7 @@ fn check(loss: f64, norm: f64, rows: &[usize]) -> Result<()> {
         .hint("no update was made; lower learning_rate, or look at these rows"))
 }
 
-/// [`check`] of the norm of these gradients, which says where the first is that is not finite.
+/// [`check`] of the norm of these gradients; the error locates the first element that is not finite.
 fn check_norm((loss, norm): (f64, f64), grads: &Gradients, rows: &[usize]) -> Result<()> {
     let Err(error) = check(loss, norm, rows) else { return Ok(()) };
     Err(match grads.first_not_finite()? {

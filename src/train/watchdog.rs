@@ -1,43 +1,43 @@
-//! Notices when preference training makes the chosen responses unlikely too: the usual way in which DPO goes wrong.
+//! Notices when preference training makes the chosen responses unlikely too: DPO's usual failure mode.
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::report::record::Metrics;
 
-/// Steps whose mean is compared.
+/// Number of steps averaged for the comparison.
 const STEPS: usize = 10;
-/// How far the chosen responses' log-probability a token may fall, in nats: to a third of the probability.
+/// Allowed fall of the chosen responses' log-probability per token, in nats: to about a third of the probability.
 const FALL: f64 = 1.0;
 
 /// What to do when the chosen responses become unlikely.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Watchdog {
-    /// Nothing.
+    /// Do nothing.
     Off,
-    /// Say so, once.
+    /// Warn once.
     #[default]
     Warn,
     /// Stop with an error.
     Stop,
 }
 
-/// What was seen so far; part of a checkpoint.
+/// What the watchdog has seen so far; part of a checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Watch {
-    /// Chosen log-probability a token of the first steps.
+    /// Chosen log-probability per token in the first steps.
     first: Vec<f64>,
-    /// And of the last ones.
+    /// The same in the last steps.
     last: Vec<f64>,
     warned: bool,
 }
 
 impl Watch {
-    /// Looks at one step's numbers. Returns a warning, the first time that there is cause for one.
+    /// Looks at one step's metrics. Returns a warning the first time there is cause for one.
     ///
     /// # Errors
-    /// With [`Watchdog::Stop`], the same as an error.
+    /// With [`Watchdog::Stop`], that warning as an error.
     pub fn see(&mut self, metrics: &Metrics, watchdog: Watchdog) -> Result<Option<String>> {
         let number = |name: &str| metrics.get(name).copied();
         let (Some(logp), Some(length)) = (number("logps/chosen"), number("lengths/chosen")) else {
@@ -78,7 +78,7 @@ impl Watch {
 mod tests {
     use super::*;
 
-    /// Steps of chosen responses of 4 tokens that lose `fall` nats a token each step; the first warning or error.
+    /// Steps of chosen responses of 4 tokens that lose `fall` nats per token each step; the first warning or error.
     fn run(fall: f64, watchdog: Watchdog) -> Option<(usize, String)> {
         let mut watch = Watch::default();
         let mut heard = None;
@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn a_collapse_is_heard_once_and_drift_is_not() {
-        // The means are `step - 10` steps apart: 21 nats in 1,000 are more than 1 after 48.
+        // The means are `step - 10` steps apart: at 0.021 nats per step they differ by more than 1 after 48 steps.
         let (step, text) = run(0.021, Watchdog::Warn).unwrap();
         assert_eq!(step, 58);
         assert_eq!(
@@ -115,7 +115,7 @@ mod tests {
         let (step, error) = run(0.11, Watchdog::Stop).unwrap();
         assert_eq!(step, 20);
         assert!(error.ends_with("watchdog = \"warn\" goes on)"), "{error}");
-        // A mean over other numbers, such as SFT's, is none of its business.
+        // Ignores other metrics, such as SFT's.
         let other = Metrics::from([("loss".to_owned(), 9.0)]);
         assert_eq!(Watch::default().see(&other, Watchdog::Stop).unwrap(), None);
     }

@@ -1,7 +1,7 @@
-//! What a micro-batch's pass says, what its objective makes of it, and the gradient that goes down into the blocks.
+//! Reads a micro-batch's values, has the objective weigh them, and computes the gradient passed down into the blocks.
 //!
-//! On a GPU nothing here waits: where the objective has to be asked between the head's two passes, the driver asks it when the
-//! values are there, and what is logged is read after all micro-batches of the step are under way.
+//! On a GPU nothing here waits: if the objective is needed between the head's two passes, a driver callback calls it
+//! once the values are there, and logged values are read after all micro-batches of the step are enqueued.
 
 use std::sync::Arc;
 
@@ -14,22 +14,24 @@ use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
 use crate::model::gradients::Gradients;
 use crate::model::transformer::Transformer;
 use crate::ops;
-use crate::ops::head::{self, Asked, Pending, Readings, RowStats};
+use crate::ops::head::{self, Asked, Detail, Pending, Readings, RowStats};
 
-/// The values an objective reads from one forest, of hidden states that are there.
+/// The values an objective reads from hidden states, `[T, D]`: log-probabilities, `[N]`, or scores, `[E, L]`.
 pub(super) fn values(
     model: &Transformer,
     readout: Readout,
     (forest, hidden): (&Forest, &Tensor),
 ) -> Result<Pending> {
     match readout {
-        Readout::Logps => Ok(head::reading(hidden, model.head(), &forest.targets, false)?),
+        Readout::Logps => {
+            Ok(head::reading(hidden, model.head(), &forest.targets, Detail::Targets)?)
+        }
         Readout::Scores => Ok(model.scores_of(hidden, &forest.ends)?.into()),
     }
 }
 
-/// The same with what the objective or the log needs of each row: by the very kernel that a step's own pass reads with, as a
-/// coupled objective looks its values up among them.
+/// The same plus the row statistics that the objective or the log needs, read by the same kernel as in the step's own
+/// pass, because a coupled objective looks its values up among them.
 pub(super) fn readings(
     model: &Transformer,
     objective: &dyn Objective,
@@ -37,31 +39,32 @@ pub(super) fn readings(
 ) -> Result<Pending> {
     match objective.readout() {
         Readout::Logps => {
-            let rows = wants_rows(model, objective);
-            Ok(head::reading(hidden, model.head(), &forest.targets, rows)?)
+            let detail = detail(model, objective);
+            Ok(head::reading(hidden, model.head(), &forest.targets, detail)?)
         }
         Readout::Scores => values(model, Readout::Scores, (forest, hidden)),
     }
 }
 
-/// Rows cost the CPU two or three parts in a hundred of the head, half a part of a step, and a GPU's kernel no more memory
-/// traffic; the plain form more than that.
-fn wants_rows(model: &Transformer, objective: &dyn Objective) -> bool {
-    objective.reads_rows() || !model.device().is_metal()
+/// What the objective needs and what is logged. Row statistics cost the CPU 2-3 % of the head (0.5 % of a step) and a GPU kernel
+/// no extra memory traffic; the plain implementation, used on Metal, costs more.
+fn detail(model: &Transformer, objective: &dyn Objective) -> Detail {
+    let logged = if model.device().is_metal() { Detail::Targets } else { Detail::Rows };
+    objective.detail().max(logged)
 }
 
-/// What was read of a micro-batch, perhaps still on its way from a GPU.
+/// Values read from a micro-batch, possibly still in flight from a GPU.
 pub(super) struct Measured {
     readings: Pending,
-    /// The objective as it was asked for slopes; nothing where it was not.
+    /// The objective that was asked for slopes, if any.
     asked: Option<Arc<dyn Objective>>,
 }
 
 impl Measured {
-    /// What the objective says of it.
+    /// Waits for the readings and returns the objective's evaluation of them.
     ///
     /// # Errors
-    /// A value that is not finite, named by its row; what the objective finds wrong.
+    /// A value that is not finite, named by its row; an error of the objective.
     pub(super) fn wait(
         self,
         objective: &dyn Objective,
@@ -73,11 +76,11 @@ impl Measured {
     }
 }
 
-/// Reads the head and returns the gradient of the hidden states, by what the objective says of the readings.
+/// Reads the head and returns the gradient of the hidden states, `[T, D]`, from the objective's slopes of the readings.
 ///
 /// # Errors
-/// The device's. Of a value that is not finite, and of what the objective finds wrong, whoever waits is told: the gradient
-/// is NaN.
+/// A device error. Values that are not finite and errors of the objective surface in [`Measured::wait`]; the gradient
+/// is then NaN.
 pub(super) fn head_step(
     (model, options): (&Transformer, StepOptions),
     objective: &dyn Objective,
@@ -101,7 +104,7 @@ pub(super) fn head_step(
         let d_hidden = model.scores_backward(hidden, &forest.ends, &d_scores, grads)?;
         return Ok((Measured { readings: scores.into(), asked: Some(asked) }, d_hidden));
     }
-    let wanted = Asked { rows: wants_rows(model, objective), d_weight: weight.is_variable() };
+    let wanted = Asked { detail: detail(model, objective), d_weight: weight.is_variable() };
     let pairs = if options.gpu { objective.pairs(forest, totals)? } else { None };
     let mut asked = None;
     let out = if let Some(known) = objective.fixed_gradient(forest, totals) {
@@ -119,10 +122,10 @@ pub(super) fn head_step(
     Ok((Measured { readings: out.readings, asked }, out.d_hidden))
 }
 
-/// What makes slopes of readings on any thread, at any time, and the objective that it asks.
+/// A closure that turns readings into slopes on any thread, at any time, and the objective that it calls.
 type Weigher<W> = (W, Arc<dyn Objective>);
 
-/// Slopes are NaN where the objective finds something wrong, or has nothing to say.
+/// Slopes are NaN if the objective fails or has nothing to say.
 fn weigher(
     objective: &dyn Objective,
     forest: &Forest,

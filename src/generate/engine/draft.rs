@@ -1,4 +1,5 @@
-//! A small model that guesses for a large one (Leviathan et al., 2023), drawing with the large one's own random numbers.
+//! Speculative decoding with a small draft model (Leviathan et al., 2023) that samples with the target model's random
+//! numbers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,36 +10,36 @@ use crate::error::Result;
 use crate::generate::decode::{Decoder, Feed, Predictions, Wanted};
 use crate::generate::sampler::Sampler;
 
-/// Most prompt tokens that are read at once.
+/// Most prompt tokens read at once.
 const PREFILL: usize = 512;
 
-/// Guesses with a decoder of the same vocabulary.
+/// Drafts with a decoder of the same vocabulary.
 pub struct Draft<'a, D: Decoder> {
     decoder: &'a D,
     max_positions: usize,
-    /// Prompts by ticket.
+    /// Prompt caches by ticket.
     prompts: BTreeMap<u64, Arc<D::Cache>>,
     answers: BTreeMap<(u64, usize), State<D::Cache>>,
     predictions: Predictions,
 }
 
-/// How far an answer was followed.
+/// Draft state of one answer.
 struct State<C> {
     cache: C,
-    /// Tokens of the answer that the cache holds, guesses among them.
+    /// Answer tokens in the cache, including drafted ones.
     read: Vec<u32>,
     sampler: Sampler,
 }
 
-/// One answer within a call.
+/// One answer's state within a call.
 struct Turn {
     asked: usize,
-    /// What is read next.
+    /// Tokens to read next.
     feed: Vec<u32>,
 }
 
 impl<'a, D: Decoder> Draft<'a, D> {
-    /// A guesser that knows no answer yet.
+    /// A drafter without any answers.
     pub fn new(decoder: &'a D, max_positions: usize) -> Self {
         Self {
             decoder,
@@ -49,7 +50,7 @@ impl<'a, D: Decoder> Draft<'a, D> {
         }
     }
 
-    /// The cache of a request's prompt, read where this is its first answer.
+    /// The cache of a request's prompt; prefilled on its first answer.
     fn prompt(&mut self, ticket: u64, tokens: &[u32]) -> Result<Arc<D::Cache>> {
         if let Some(cache) = self.prompts.get(&ticket) {
             return Ok(Arc::clone(cache));
@@ -65,7 +66,7 @@ impl<'a, D: Decoder> Draft<'a, D> {
         Ok(cache)
     }
 
-    /// Brings an answer's cache back to what was really drawn, and says what it has not read.
+    /// Rolls an answer's cache back to the tokens actually sampled, and collects the unread ones.
     fn catch_up(&mut self, index: usize, asked: &Guess<'_>) -> Result<Turn> {
         let prompt = &asked.request.prompt.tokens;
         if !self.answers.contains_key(&asked.key) {
@@ -87,9 +88,9 @@ impl<'a, D: Decoder> Draft<'a, D> {
         Ok(Turn { asked: index, feed })
     }
 
-    /// Reads what each answer has not read, and returns the predictions after the last tokens.
+    /// Reads each answer's unread tokens; returns the predictions after the last ones.
     fn read(&mut self, turns: &mut [Turn], asked: &[Guess<'_>]) -> Result<Predictions> {
-        // In the order of the keys, as the answers come.
+        // In key order, as the answers arrive.
         turns.sort_by_key(|turn| asked[turn.asked].key);
         let mut feeds = Vec::with_capacity(turns.len());
         let mut states = self.answers.iter_mut();
@@ -134,7 +135,7 @@ impl<D: Decoder> Guesser for Draft<'_, D> {
                 }
                 let answer = one.request.prompt.tokens.len();
                 turn.feed.clear();
-                // A draft whose numbers went wrong has no more to say; the answer does not depend on it.
+                // A draft with non-finite logits stops guessing; the answer does not depend on it.
                 if let Ok(draw) = state.sampler.draw(logits, (&history, answer), None, &mut one.rng)
                 {
                     one.guess.push(draw.id);

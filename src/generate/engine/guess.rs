@@ -1,51 +1,51 @@
-//! Speculative decoding: tokens that are guessed to come next are read together with the last one, and those that would
-//! have been drawn anyway are kept.
+//! Speculative decoding: guessed tokens are read together with the last one, and those that would have been sampled
+//! anyway are kept.
 //!
-//! Guesses are only ever compared with what the model itself draws, place by place, with the random numbers of that
-//! place. So guessing changes how many tokens a forward pass gives, and never an answer, to the last bit: the exact
-//! distribution is kept because the very draw is (compare Leviathan et al., 2023, whose acceptance test keeps it on
-//! average). A guesser that draws with the same random numbers from a similar distribution is right most often.
+//! Each guess is compared with the token the model itself samples at that position, with that position's random
+//! numbers. Speculation therefore changes the number of tokens per forward pass but never an answer, bit for bit: the
+//! exact distribution is kept because each draw is the same (Leviathan et al., 2023, keep it through an acceptance
+//! test). A draft that samples from a similar distribution with the same random numbers is usually right.
 
 use rand_chacha::ChaCha8Rng;
 
 use super::Request;
 use crate::error::Result;
 
-/// An answer whose next tokens are to be guessed.
+/// An answer whose next tokens to guess.
 pub struct Guess<'a> {
-    /// Names the answer: its request's ticket and its sample. The same answer comes again with more tokens.
+    /// Identifies the answer: its request's ticket and its sample. It reappears with more tokens.
     pub key: (u64, usize),
-    /// What was asked.
+    /// The request.
     pub request: &'a Request,
     /// The answer so far, at least one token.
     pub ids: &'a [u32],
-    /// The random numbers of the places that come next.
+    /// Random numbers of the next positions.
     pub rng: ChaCha8Rng,
-    /// Most tokens that are of use.
+    /// Most guesses that can be used.
     pub most: usize,
-    /// The guess goes here.
+    /// Receives the guess.
     pub guess: &'a mut Vec<u32>,
 }
 
-/// Guesses what comes next.
+/// A source of speculative tokens.
 pub trait Guesser {
-    /// Fills in guesses, which may be empty.
+    /// Fills in the guesses; they may be empty.
     ///
     /// # Errors
-    /// A model's.
+    /// A model error.
     fn guess(&mut self, asked: &mut [Guess<'_>]) -> Result<()>;
 
     /// An answer has ended.
     fn forget(&mut self, _key: (u64, usize)) {}
 }
 
-/// Looks the newest tokens up in the prompt and the answer, and guesses that it goes on as it did there: for answers that
-/// repeat parts of their prompt.
+/// Prompt lookup: finds the newest tokens earlier in prompt and answer, and guesses the tokens that followed there.
+/// Suited to answers that repeat parts of their prompt.
 #[derive(Clone, Copy, Debug)]
 pub struct Lookup {
-    /// Most tokens that are looked up together.
+    /// Longest n-gram to look up.
     pub longest: usize,
-    /// Fewest.
+    /// Shortest n-gram to look up.
     pub shortest: usize,
 }
 
@@ -69,7 +69,7 @@ impl Guesser for Lookup {
 }
 
 impl Lookup {
-    /// What followed the last earlier place where the newest tokens stood, the longest such.
+    /// Tokens after the last earlier match of the newest tokens; longer matches first.
     fn after<'a>(&self, seen: &'a [u32], most: usize) -> &'a [u32] {
         for len in (self.shortest..=self.longest.min(seen.len().saturating_sub(1))).rev() {
             let (earlier, newest) = (&seen[..seen.len() - 1], &seen[seen.len() - len..]);

@@ -1,9 +1,9 @@
-//! Continuous batching: prompts are read in pieces beside the answers that are written, samples of a prompt share its
-//! cache, prompts that begin alike share what they have in common, and a finished answer's place goes to the next one.
+//! Continuous batching with chunked prefill: prompts are read in pieces beside running answers, samples of a prompt
+//! share its cache, prompts share common prefixes, and a finished answer's slot goes to the next one.
 //!
-//! An answer depends on its prompt, its settings and its own random stream, never on its neighbours: the CPU decoder
-//! keeps the row rule and draws are keyed by (seed, prompt index, sample index). On a GPU the draws are the same, but
-//! cuBLAS adds in an order that depends on the number of rows.
+//! An answer depends on its prompt, its settings and its own random stream, never on other requests: the CPU decoder
+//! keeps the row rule, and draws are keyed by (seed, prompt index, sample index). On a GPU the draws are the same, but
+//! cuBLAS sums in an order that depends on the number of rows.
 
 mod draft;
 mod guess;
@@ -25,61 +25,63 @@ pub use scheduler::Scheduler;
 use super::sampling::Sampling;
 use crate::error::{Context, Result};
 
-/// What bounds a batch. Changes speed and memory, and on the CPU never an answer.
+/// Batch limits. They change speed and memory, but on the CPU never an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most answers under way at once.
+    /// Most answers decoded at once.
     pub max_batch: usize,
     /// Most prompt tokens read in one forward pass.
     pub max_prefill: usize,
-    /// Most tokens in all caches of this model together, counted in whole pages of [`Decoder::page`](super::decode::Decoder::page);
-    /// a draft model's are its own. One answer is always let in.
+    /// Most tokens in all caches of this model together, in whole pages of
+    /// [`Decoder::page`](super::decode::Decoder::page); excludes a draft model's. One request is always admitted.
     pub cache_tokens: usize,
-    /// The model's positions.
+    /// The model's maximum positions.
     pub max_positions: usize,
-    /// Whether caches of answered prompts are kept for prompts that come later, as long as there is room. Where not, a
-    /// cache is kept that way only if the prompt that waits first begins like it.
+    /// Keep caches of answered prompts for later prompts while there is room. If false, a cache is kept only if the
+    /// first waiting prompt shares its prefix.
     pub keep_prefixes: bool,
 }
 
-/// What generation needs to know of the text behind the tokens.
+/// Tokenizer functions needed during generation.
 pub trait Vocabulary: Sync {
-    /// Tokens to text, special tokens left out.
+    /// Decodes tokens, without special tokens.
     fn text(&self, ids: &[u32]) -> String;
     /// Tokens that end an answer.
     fn ends(&self) -> &[u32];
 }
 
-/// A [`Scheduler`] of any decoder.
+/// A [`Scheduler`] over any decoder.
 pub trait Schedule {
-    /// Takes a request. Tickets count from 0.
+    /// Queues a request. Tickets count from 0.
     ///
     /// # Errors
-    /// A request that this model can never answer.
+    /// A request this model can never answer.
     fn submit(&mut self, request: Request) -> Result<Ticket>;
 
-    /// Forgets a request, wherever it stands. Nothing more is reported of it.
+    /// Drops a request in any state. It produces no further events.
     fn cancel(&mut self, ticket: Ticket);
 
-    /// One forward pass: a piece of the prompts that are read, and the next token of every answer. False where nothing
-    /// is left to do.
+    /// One forward pass: a chunk of prefill and the next token of every answer. False if there is nothing left to do.
     ///
     /// # Errors
-    /// The device's, and those of `on`. What is wrong with one request alone is reported as [`Event::Failed`].
+    /// Device errors and those of `on`. Errors of a single request are reported as [`Event::Failed`].
     fn step(&mut self, on: &mut dyn FnMut(Event) -> Result<()>) -> Result<bool>;
 
-    /// How many requests wait to be read, and how many answers are under way.
+    /// Number of requests not yet read, and of answers in progress.
     fn load(&self) -> (usize, usize);
 
-    /// Tokens in all caches, and promised to them.
+    /// Tokens in all caches, including reserved ones.
     fn cached_tokens(&self) -> usize;
+
+    /// Lets caches go that were kept for prompts of adapters that nobody has any more. Each step does so at its end.
+    fn tidy(&mut self);
 }
 
-/// Has an idle scheduler draw `sampling.num_samples` answers to each prompt. `done` is called with a prompt's place in the
-/// list and its answers, in the order of the samples, as soon as they are all there; an error from it ends the call.
+/// Samples `sampling.num_samples` answers to each prompt on an idle scheduler. `done` is called with a prompt's index
+/// and its answers, in sample order, as soon as all are finished; an error from it ends the call.
 ///
 /// # Errors
-/// Settings that no distribution has; a prompt that is empty or leaves no position for an answer.
+/// Invalid sampling settings; an empty prompt, or one that leaves no position for an answer.
 pub fn answer_all(
     scheduler: &mut dyn Schedule,
     prompts: &[Prompt],
@@ -92,10 +94,10 @@ pub fn answer_all(
     answer_requests(scheduler, requests, done)
 }
 
-/// Has an idle scheduler answer all requests. `done` is called with a request's place and its answers.
+/// Answers all requests on an idle scheduler. `done` is called with a request's index and its answers.
 ///
 /// # Errors
-/// The first request's that cannot be answered.
+/// The first error of a request.
 pub fn answer_requests(
     scheduler: &mut dyn Schedule,
     requests: impl Iterator<Item = Request>,
@@ -106,7 +108,7 @@ pub fn answer_requests(
         let Ticket(ticket) = scheduler.submit(request).at(format_args!("prompt {place}"))?;
         first.get_or_insert(ticket);
     }
-    // Tickets are numbered as they are given.
+    // Tickets are numbered consecutively.
     let first = first.unwrap_or(0);
     let mut on = |event| match event {
         Event::Done(ticket, answers, _) => done((ticket.0 - first) as usize, answers),

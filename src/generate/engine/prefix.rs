@@ -1,20 +1,19 @@
-//! Caches of what was read, with their share of the memory, and those that are kept for prompts with an equal beginning.
+//! Memory accounting of KV caches, and the prefix cache: caches kept for prompts with a common prefix.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
-use super::request::same;
 use crate::generate::adaptation::Adaptation;
 
-/// Fewest equal tokens that are worth sharing.
+/// Shortest common prefix worth sharing, in tokens.
 pub(super) const WORTH: usize = 16;
-/// Most caches that are kept for later prompts.
+/// Most caches kept for later prompts.
 const KEPT: usize = 64;
 
-/// Tokens promised to caches, counted by all who hold some.
+/// Tokens reserved by all caches together.
 pub(super) type Reserved = Arc<AtomicUsize>;
 
-/// A share of the memory; given back when dropped.
+/// A share of the cache memory; returned on drop.
 #[derive(Debug)]
 pub(super) struct Share {
     tokens: usize,
@@ -27,7 +26,7 @@ impl Share {
         Self { tokens, reserved: Arc::clone(reserved) }
     }
 
-    /// Gives back what was promised beyond `tokens`.
+    /// Returns the part reserved beyond `tokens`.
     pub(super) fn shrink(&mut self, tokens: usize) {
         let tokens = tokens.min(self.tokens);
         self.reserved.fetch_sub(self.tokens - tokens, Ordering::Relaxed);
@@ -41,7 +40,7 @@ impl Drop for Share {
     }
 }
 
-/// A cache that is read and not written any more. Holds its parents' shares as long as its own.
+/// A cache that is now read-only. Keeps its parents' shares alive with its own.
 #[derive(Debug)]
 pub(super) struct Held<C> {
     pub(super) cache: Arc<C>,
@@ -49,19 +48,32 @@ pub(super) struct Held<C> {
     pub(super) _parent: Option<Arc<Self>>,
 }
 
-/// How many tokens two lists begin with in common.
+/// Length of the common prefix of two token lists.
 pub(super) fn common(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 struct Entry<C> {
     tokens: Vec<u32>,
-    adaptation: Option<Arc<Adaptation>>,
+    /// The adapter that it was read with. It may go while this is kept, but its address is no other's until then.
+    adaptation: Option<Weak<Adaptation>>,
     held: Arc<Held<C>>,
     used: u64,
 }
 
-/// Caches kept for prompts that begin like ones read before. The least recently used go first.
+impl<C> Entry<C> {
+    /// Whether it was computed with this adapter, or without one.
+    fn is_of(&self, adaptation: Option<&Arc<Adaptation>>) -> bool {
+        self.adaptation.as_ref().map(Weak::as_ptr) == adaptation.map(Arc::as_ptr)
+    }
+
+    /// Whether its adapter is gone, so that no request can match it.
+    fn is_lost(&self) -> bool {
+        self.adaptation.as_ref().is_some_and(|adaptation| adaptation.strong_count() == 0)
+    }
+}
+
+/// Caches kept for prompts that begin like earlier ones. The least recently used is evicted first.
 pub(super) struct Prefixes<C> {
     entries: Vec<Entry<C>>,
     clock: u64,
@@ -74,8 +86,8 @@ impl<C> Default for Prefixes<C> {
 }
 
 impl<C> Prefixes<C> {
-    /// The cache that shares the longest beginning with `tokens`, and its length: at most all but the last token, whose
-    /// prediction is wanted. Keys and values of another adapter are of no use.
+    /// The cache with the longest prefix in common with `tokens`, and that length: at most all but the last token,
+    /// since its prediction is needed. Caches of another adapter do not match.
     pub(super) fn find(
         &mut self,
         tokens: &[u32],
@@ -83,7 +95,7 @@ impl<C> Prefixes<C> {
     ) -> Option<(Arc<Held<C>>, usize)> {
         let most = tokens.len().saturating_sub(1);
         let shared = |entry: &Entry<C>| common(&entry.tokens, &tokens[..most]);
-        let own = |entry: &&mut Entry<C>| same(entry.adaptation.as_ref(), adaptation);
+        let own = |entry: &&mut Entry<C>| entry.is_of(adaptation);
         let best = self.entries.iter_mut().filter(own).max_by_key(|entry| shared(entry))?;
         let len = common(&best.tokens, &tokens[..most]);
         if len < WORTH {
@@ -94,25 +106,28 @@ impl<C> Prefixes<C> {
         Some((Arc::clone(&best.held), len))
     }
 
-    /// Keeps a cache of `tokens`; one that it continues is no longer needed by itself.
+    /// Keeps a cache of `tokens`; entries it extends are dropped.
     pub(super) fn keep(
         &mut self,
         tokens: Vec<u32>,
-        adaptation: Option<Arc<Adaptation>>,
+        adaptation: Option<&Arc<Adaptation>>,
         held: Arc<Held<C>>,
     ) {
-        self.entries.retain(|entry| {
-            !same(entry.adaptation.as_ref(), adaptation.as_ref())
-                || !tokens.starts_with(&entry.tokens)
-        });
+        self.entries.retain(|entry| !entry.is_of(adaptation) || !tokens.starts_with(&entry.tokens));
         if self.entries.len() >= KEPT {
             self.drop_oldest_where(|_| true);
         }
         self.clock += 1;
+        let adaptation = adaptation.map(Arc::downgrade);
         self.entries.push(Entry { tokens, adaptation, held, used: self.clock });
     }
 
-    /// Lets the least recently used cache go that nobody else holds, which frees its memory; false where there is none.
+    /// Drops the caches of adapters that are gone.
+    pub(super) fn drop_lost(&mut self) {
+        self.entries.retain(|entry| !entry.is_lost());
+    }
+
+    /// Evicts the least recently used cache that nothing else holds, which frees its memory; false if there is none.
     pub(super) fn free_oldest(&mut self) -> bool {
         self.drop_oldest_where(|held| Arc::strong_count(held) == 1)
     }
@@ -144,7 +159,7 @@ mod tests {
         prefixes.keep((0..17).collect(), None, held("short"));
         prefixes.keep((100..150).collect(), None, held("other"));
         prefixes.keep(tokens(7), None, held("long"));
-        // `long` continues `short`, which is let go.
+        // `long` extends `short`, which is dropped.
         assert_eq!(reserved.load(Ordering::Relaxed), 20);
         let (found, len) = prefixes.find(&tokens(8), None).unwrap();
         assert_eq!((*found.cache, len), ("long", 20));
@@ -153,7 +168,7 @@ mod tests {
         assert!(prefixes.find(&(0..10).chain(50..80).collect::<Vec<u32>>(), None).is_none());
         assert!(prefixes.free_oldest());
         assert!(prefixes.find(&(100..150).collect::<Vec<u32>>(), None).is_none());
-        // `long` is in use: letting it go would free nothing.
+        // `long` is in use: evicting it would free nothing.
         assert!(!prefixes.free_oldest());
         let mut share = Share::new(8, &reserved);
         share.shrink(3);

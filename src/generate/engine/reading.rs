@@ -1,4 +1,4 @@
-//! A prompt on its way into a cache.
+//! A prompt during prefill.
 
 use std::sync::Arc;
 
@@ -8,25 +8,25 @@ use crate::error::Result;
 use crate::generate::decode::Wanted;
 use crate::generate::sampler;
 
-/// Most prompt tokens of a forward pass whose predictions are all wanted: they take a vocabulary's numbers each.
+/// Most prompt tokens per forward pass when every position is scored: each needs a row of `V` logits.
 pub(super) const SCORED: usize = 64;
 
-/// A prompt that is being read.
+/// A prompt being prefilled.
 pub(super) struct Reading<C> {
     pub(super) ticket: Ticket,
     pub(super) request: Arc<Request>,
     pub(super) cache: C,
     pub(super) parent: Option<Arc<Held<C>>>,
     pub(super) share: Share,
-    /// Tokens that are read.
+    /// Tokens already read.
     pub(super) done: usize,
-    /// Tokens that the next forward pass reads.
+    /// Tokens read by the next forward pass.
     pub(super) now: usize,
     pub(super) scores: PromptScores,
 }
 
 impl<C> Reading<C> {
-    /// Decides how much is read now, of at most `most` tokens, and of `scored` where all predictions are wanted.
+    /// Chooses how many tokens to read now: at most `most`, and at most `scored` if every position is scored.
     pub(super) fn plan(&mut self, most: usize, scored: &mut usize) -> usize {
         self.now = self.left().min(most);
         if self.request.extras.prompt_logprobs {
@@ -36,12 +36,12 @@ impl<C> Reading<C> {
         self.now
     }
 
-    /// Tokens that are not read.
+    /// Tokens not yet read.
     pub(super) fn left(&self) -> usize {
         self.request.prompt.tokens.len() - self.done
     }
 
-    /// What the next forward pass must predict.
+    /// Which predictions the next forward pass must return.
     pub(super) fn wanted(&self) -> Wanted<'static> {
         match self.request.extras.prompt_logprobs {
             true => Wanted::All,
@@ -50,7 +50,7 @@ impl<C> Reading<C> {
         }
     }
 
-    /// Scores the prompt's next token by the prediction for it.
+    /// Scores the prompt's next token with its logits.
     pub(super) fn score(&mut self, logits: &[f32]) -> Result<()> {
         let Request { prompt, extras, .. } = &*self.request;
         let place = self.scores.logprobs.len() + 1;

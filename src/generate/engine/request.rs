@@ -1,4 +1,4 @@
-//! What is asked of the engine and what comes back.
+//! Requests to the engine, and its results.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ pub enum Finish {
     Stop,
     /// `max_new_tokens`, or the model's last position.
     Length,
-    /// A server's filter withheld the answer or the rest of it.
+    /// A server's filter withheld all or part of the answer.
     Filtered,
 }
 
@@ -37,33 +37,32 @@ pub type Likely = (u32, f32);
 /// One answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
-    /// The text, without the token or the string that ended it.
+    /// Text, without the end token or stop string.
     pub text: String,
-    /// Every token drawn, the end-of-turn token included; empty where a server did not say them.
+    /// Every sampled token, including the end-of-turn token; empty if a server did not return them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ids: Vec<u32>,
-    /// Log-probability of each under the model alone, in nats; empty where a server did not say them.
+    /// Log-probability of each token under the model alone, in nats; empty if a server did not return them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<f32>,
-    /// Log-probability of each under the distribution it was drawn from, in nats; servers do not say them.
+    /// Log-probability of each token under the sampling distribution, in nats; empty for servers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sample_logprobs: Vec<f32>,
-    /// The likeliest tokens at each place under the model alone, likeliest first; empty where they were not asked for.
+    /// The likeliest tokens at each position under the model alone, likeliest first; empty if not requested.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub top_logprobs: Vec<Vec<Likely>>,
-    /// How many tokens were drawn. A server that only counts the tokens of several answers together has each
-    /// answer take an equal share.
+    /// Number of sampled tokens. If a server only reports a total for several answers, it is divided equally.
     pub tokens: usize,
-    /// Why it ended.
+    /// Why the answer ended.
     pub finish: Finish,
-    /// Further fields of the message, as a server gave them: `tool_calls`, `reasoning_content`.
+    /// Further message fields from a server: `tool_calls`, `reasoning_content`.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub fields: Map<String, Value>,
 }
 
 #[cfg(test)]
 impl Answer {
-    /// A whole answer of one token, of which nothing but its text is known.
+    /// A complete answer of one token, with nothing known but its text.
     pub(crate) fn said(text: &str) -> Self {
         Self {
             text: text.to_owned(),
@@ -79,60 +78,57 @@ impl Answer {
 }
 
 impl Answer {
-    /// Log-probability of the whole answer under the model alone, in nats; 0 where it is not known.
+    /// Log-probability of the whole answer under the model alone, in nats; 0 if unknown.
     pub fn logprob_sum(&self) -> f64 {
         self.logprobs.iter().map(|&logprob| f64::from(logprob)).sum()
     }
 }
 
-/// What a request may ask for besides how to sample; nothing by default.
+/// Request options beyond sampling; all off by default.
 #[derive(Clone, Debug, Default)]
 pub struct Extras {
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
-    /// Taken from the logits of tokens that the answer has already (OpenAI's interface).
+    /// Subtracted from the logits of tokens already in the answer (OpenAI's definition).
     pub presence_penalty: f32,
-    /// Taken from the logits of tokens as often as the answer has them already (OpenAI's interface).
+    /// Subtracted from a token's logit once per occurrence in the answer (OpenAI's definition).
     pub frequency_penalty: f32,
-    /// Tokens that end the answer, besides the model's own.
+    /// Tokens that end the answer, besides the model's own end tokens.
     pub stop_token_ids: Vec<u32>,
-    /// How many of the likeliest tokens to name at each place.
+    /// How many of the likeliest tokens to return at each position.
     pub top_logprobs: usize,
-    /// Whether to say how likely the prompt's own tokens are.
+    /// Whether to return the prompt's token log-probabilities.
     pub prompt_logprobs: bool,
-    /// What the answer must have the form of.
+    /// Only the prompt is scored. The one token that is drawn anyway needs no position.
+    pub prompt_only: bool,
+    /// Grammar the answer must match.
     pub grammar: Option<Arc<Grammar>>,
-    /// Whether to report text as it comes.
+    /// Whether to report text as it is generated.
     pub stream: bool,
-    /// The adapter to answer with; the model alone where there is none.
+    /// The adapter to answer with; `None` for the base model.
     pub adaptation: Option<Arc<Adaptation>>,
 }
 
 impl Extras {
-    /// Whether caches of one are caches of the other.
+    /// Whether caches are interchangeable between the two.
     pub(super) fn same_adaptation(&self, other: &Self) -> bool {
-        same(self.adaptation.as_ref(), other.adaptation.as_ref())
+        self.adaptation.as_ref().map(Arc::as_ptr) == other.adaptation.as_ref().map(Arc::as_ptr)
     }
 }
 
-/// Whether two are the same adapter.
-pub(super) fn same(a: Option<&Arc<Adaptation>>, b: Option<&Arc<Adaptation>>) -> bool {
-    a.map(Arc::as_ptr) == b.map(Arc::as_ptr)
-}
-
-/// A prompt with how it is to be answered.
+/// A prompt and how to answer it.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// What to answer.
+    /// The prompt.
     pub prompt: Prompt,
     /// How to sample; shared by the requests of a dataset.
     pub sampling: Arc<Sampling>,
-    /// What else is wanted.
+    /// Further options.
     pub extras: Arc<Extras>,
 }
 
 impl Request {
-    /// A request for answers and nothing else.
+    /// A request without further options.
     pub fn new(prompt: Prompt, sampling: Arc<Sampling>) -> Self {
         Self { prompt, sampling, extras: Arc::default() }
     }
@@ -142,22 +138,28 @@ impl Request {
         self.extras.adaptation.as_deref()
     }
 
-    /// Whether a model with `limit` positions has one left for an answer.
+    /// Whether a model with `limit` positions has room for an answer token, if one is wanted.
     pub fn leaves_room(&self, limit: usize) -> bool {
-        self.prompt.tokens.len() < limit
+        self.prompt.tokens.len() <= self.longest(limit)
     }
 
-    /// Refuses what no model with `limit` positions and `vocab_size` tokens can answer.
+    /// Most tokens of the prompt for a model with `limit` positions.
+    fn longest(&self, limit: usize) -> usize {
+        if self.extras.prompt_only { limit } else { limit.saturating_sub(1) }
+    }
+
+    /// Rejects requests that no model with `limit` positions and `vocab_size` tokens can answer.
     ///
     /// # Errors
-    /// Says what, and what was expected.
+    /// Names the problem and what was expected.
     pub fn check(&self, limit: usize, vocab_size: usize) -> Result<()> {
         self.sampling.check()?;
         let len = self.prompt.tokens.len();
         if len == 0 || !self.leaves_room(limit) {
+            let answer = if self.extras.prompt_only { "them" } else { "an answer" };
             return Err(Error::usage(format!(
-                "{len} tokens, expected 1 to {} so that the model's {limit} positions hold an answer",
-                limit - 1
+                "{len} tokens, expected 1 to {} so that the model's {limit} positions hold {answer}",
+                self.longest(limit)
             )));
         }
         if let Some(id) = self.prompt.tokens.iter().find(|&&id| id as usize >= vocab_size) {
@@ -189,18 +191,19 @@ impl Request {
     }
 }
 
-/// How likely a prompt's own tokens are, each after those before it: all but the first. And how many need not be read.
+/// Log-probabilities of a prompt's tokens after the first, each given its predecessors, and the number of cached
+/// tokens.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PromptScores {
-    /// How many of the first tokens a kept cache had already.
+    /// Number of leading tokens found in the prefix cache.
     pub cached: usize,
-    /// Log-probabilities in nats.
+    /// Log-probabilities, in nats.
     pub logprobs: Vec<f32>,
-    /// The likeliest tokens at each place, as many as `top_logprobs` says.
+    /// The `top_logprobs` likeliest tokens at each position.
     pub top_logprobs: Vec<Vec<Likely>>,
 }
 
-/// Names a request.
+/// Identifies a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub u64);
 
@@ -209,25 +212,25 @@ pub struct Ticket(pub u64);
 pub struct Piece {
     /// Which of the prompt's answers.
     pub sample: usize,
-    /// Text that is certain now; may be empty.
+    /// Text that is final; may be empty.
     pub text: String,
-    /// Tokens drawn since the last piece.
+    /// Tokens sampled since the last piece.
     pub ids: Vec<u32>,
     /// Their log-probabilities under the model alone, in nats.
     pub logprobs: Vec<f32>,
-    /// The likeliest tokens at each place, where they were asked for.
+    /// The likeliest tokens at each position, if requested.
     pub top_logprobs: Vec<Vec<Likely>>,
     /// Set with the last piece of the answer.
     pub finish: Option<Finish>,
 }
 
-/// What the engine reports.
+/// An engine event.
 #[derive(Debug)]
 pub enum Event {
     /// More of a streamed answer.
     Piece(Ticket, Piece),
-    /// All answers of a request, in the order of the samples, and its prompt's scores where they were asked for.
+    /// All answers of a request, in sample order, and its prompt's scores if requested.
     Done(Ticket, Vec<Answer>, PromptScores),
-    /// A request that cannot be answered; the others go on.
+    /// A request that cannot be answered; others continue.
     Failed(Ticket, Error),
 }

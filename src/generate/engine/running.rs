@@ -1,4 +1,4 @@
-//! An answer under way.
+//! An answer being decoded.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::generate::sampler::{Draw, Sampler};
 use crate::generate::stop::{Shown, StopStrings};
 use crate::ops::sample::Chance;
 
-/// Which answer, and what it needs from its request.
+/// Identifies the answer, and holds what it needs from its request.
 pub(super) struct Task<C> {
     pub(super) ticket: Ticket,
     pub(super) sample: usize,
@@ -25,7 +25,7 @@ pub(super) struct Task<C> {
     pub(super) held: Arc<Held<C>>,
     pub(super) share: Share,
     pub(super) rng: ChaCha8Rng,
-    /// Most tokens of this answer.
+    /// Most tokens in this answer.
     pub(super) room: usize,
 }
 
@@ -33,19 +33,19 @@ pub(super) struct Running<C> {
     pub(super) task: Task<C>,
     sampler: Sampler,
     matcher: Option<Matcher>,
-    /// What penalties look back on: the prompt and the answer; empty where there are none.
+    /// Tokens that penalties apply to: prompt and answer; empty without penalties.
     history: Vec<u32>,
     pub(super) ids: Vec<u32>,
     logprobs: Vec<f32>,
     sample_logprobs: Vec<f32>,
     top_logprobs: Vec<Vec<Likely>>,
-    /// Tokens guessed to come next, read together with the last one.
+    /// Speculative tokens, read together with the last token.
     pub(super) guess: Vec<u32>,
-    /// What the next forward pass reads: the last token and the guess.
+    /// Input of the next forward pass: the last token and the guess.
     pub(super) feed: Vec<u32>,
-    /// What the decoder draws the next token by, if it does.
+    /// The next draw, if the decoder samples it.
     chance: Option<Chance>,
-    /// What the grammar allows it to draw.
+    /// Tokens the grammar allows for that draw.
     allowed: Option<SimpleVob>,
     shown: Shown,
     pub(super) ended: Option<(Finish, String)>,
@@ -75,8 +75,8 @@ impl<C> Running<C> {
         }
     }
 
-    /// Decides what the next forward pass reads, and whether a decoder that `draws` draws what follows: where no guess
-    /// waits to be checked, and nothing but the settings and a grammar has a say in it.
+    /// Chooses the next forward pass's input, and whether a decoder that `draws` samples the next token: only without a
+    /// pending guess, and if the draw depends on nothing but the settings and a grammar.
     pub(super) fn prepare(&mut self, draws: bool) {
         self.feed.clear();
         self.feed.extend(self.ids.last());
@@ -87,13 +87,13 @@ impl<C> Running<C> {
         if let (Some(_), Some(matcher)) = (self.chance, &mut self.matcher) {
             match matcher.allowed() {
                 Ok(allowed) => self.allowed = Some(allowed),
-                // The draw here says what is wrong.
+                // The draw on the host reports the error.
                 Err(_) => self.chance = None,
             }
         }
     }
 
-    /// What the next forward pass is asked, for its cache.
+    /// The next forward pass's feed for this answer's cache.
     pub(super) fn next(&mut self) -> Feed<'_, C> {
         let wanted = match self.chance {
             Some(chance) => Wanted::Token(chance, self.allowed.as_ref()),
@@ -107,30 +107,30 @@ impl<C> Running<C> {
         }
     }
 
-    /// Whether the decoder draws the next token.
+    /// Whether the decoder samples the next token.
     pub(super) fn is_drawn_there(&self) -> bool {
         self.chance.is_some()
     }
 
-    /// Takes a token that the decoder drew.
+    /// Accepts a token the decoder sampled.
     ///
     /// # Errors
-    /// A grammar that went wrong.
+    /// A grammar error.
     pub(super) fn take_drawn(&mut self, draw: Draw, vocabulary: &dyn Vocabulary) -> Result<()> {
         self.sampler.skip(&mut self.task.rng);
         self.take(draw, vocabulary)
     }
 
-    /// Rows of logits that the next forward pass says for it.
+    /// Rows of logits that the next forward pass returns for it.
     pub(super) fn rows(&self) -> usize {
         if self.is_drawn_there() { 0 } else { self.feed.len() }
     }
 
-    /// Draws from the predictions after the last token and each guessed one, as long as the guesses come true: what is
-    /// drawn is what would have been drawn without guesses. Returns how many tokens were drawn.
+    /// Samples after the last token and after each guessed one while the guesses hold, so the tokens are those that
+    /// would be sampled without speculation. Returns the number of sampled tokens.
     ///
     /// # Errors
-    /// Logits that are not finite; a grammar that went wrong.
+    /// Non-finite logits; a grammar error.
     pub(super) fn draw_all(
         &mut self,
         logits: &mut [f32],
@@ -148,7 +148,7 @@ impl<C> Running<C> {
         Ok(drawn)
     }
 
-    /// Draws one token.
+    /// Samples one token.
     pub(super) fn draw(&mut self, logits: &mut [f32], vocabulary: &dyn Vocabulary) -> Result<u32> {
         let allowed = self.matcher.as_mut().map(Matcher::allowed).transpose()?;
         let answer = self.task.request.prompt.tokens.len();
@@ -181,7 +181,7 @@ impl<C> Running<C> {
         Ok(())
     }
 
-    /// Whether the answer ends after its newest token, and its text if so.
+    /// Whether the answer ends at its newest token, and its text if so.
     fn end(&self, vocabulary: &dyn Vocabulary) -> Option<(Finish, String)> {
         let (last, before) = self.ids.split_last()?;
         let own = &self.task.request.extras.stop_token_ids;
@@ -197,7 +197,7 @@ impl<C> Running<C> {
         (self.ids.len() >= self.task.room).then(|| (Finish::Length, vocabulary.text(&self.ids)))
     }
 
-    /// What became certain since the last piece, where the answer is streamed.
+    /// The output that became final since the last piece, if the answer is streamed.
     pub(super) fn piece(&mut self, drawn: usize, vocabulary: &dyn Vocabulary) -> Option<Piece> {
         if !self.task.request.extras.stream {
             return None;

@@ -1,4 +1,4 @@
-//! Which prompts are read and which answers are written in the next forward pass.
+//! Decides which prompts are read and which answers are decoded in the next forward pass.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -17,26 +17,27 @@ use crate::generate::sampler::Draw;
 use crate::generate::stop::StopStrings;
 use crate::rng::Stream;
 
-/// Called with what happens; an error from it ends the work.
+/// Event callback; an error from it ends the work.
 pub(super) type On<'a> = dyn FnMut(Event) -> Result<()> + 'a;
 
-/// Requests that cannot be answered, each with its first error.
+/// Requests that failed, each with its first error.
 type Failed = BTreeMap<Ticket, Error>;
 
-/// A prompt that was read and whose answers are not all there yet.
+/// A prefilled prompt with unfinished answers.
 struct Open<C> {
     request: Arc<Request>,
     stops: Arc<StopStrings>,
     stream: Stream,
     held: Arc<Held<C>>,
-    /// The prediction after the prompt: every sample starts from it.
+    /// Logits after the prompt, from which every sample starts.
     logits: Vec<f32>,
     started: usize,
     answers: Vec<Option<Answer>>,
     scores: PromptScores,
 }
 
-/// Reads prompts and writes answers, one forward pass a [`step`](Schedule::step). Requests may come and go at any time.
+/// Prefills prompts and decodes answers, one forward pass per [`step`](Schedule::step). Requests may come and go at any
+/// time.
 pub struct Scheduler<'a, D: Decoder> {
     decoder: &'a D,
     vocabulary: &'a dyn Vocabulary,
@@ -46,7 +47,7 @@ pub struct Scheduler<'a, D: Decoder> {
     queue: VecDeque<(Ticket, Arc<Request>)>,
     reading: Vec<Reading<D::Cache>>,
     open: BTreeMap<Ticket, Open<D::Cache>>,
-    /// Prompts that were read, with samples to start.
+    /// Prefilled prompts with samples left to start.
     waiting: VecDeque<Ticket>,
     running: Vec<Running<D::Cache>>,
     prefixes: Prefixes<D::Cache>,
@@ -74,14 +75,14 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         }
     }
 
-    /// Lets `guesser` guess up to `most` tokens ahead.
+    /// Lets `guesser` speculate up to `most` tokens ahead.
     #[must_use]
     pub fn guessing(mut self, guesser: Box<dyn Guesser + 'a>, most: usize) -> Self {
         self.guesser = Some((guesser, most));
         self
     }
 
-    /// Fills the batch: starts samples of prompts that were read, and reads more prompts when those run out.
+    /// Fills the batch: starts samples of prefilled prompts, and prefills more prompts when those run out.
     fn admit(&mut self, on: &mut On<'_>) -> Result<()> {
         while let Some(&ticket) = self.waiting.front() {
             let Some(open) = self.open.get(&ticket) else { break };
@@ -102,16 +103,16 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         Ok(())
     }
 
-    /// Takes prompts from the queue while their samples find places. A prompt keeps its place in the caches until its
-    /// answers are there, so the largest answer that has yet to begin must fit beside all prompts: two that each fit
-    /// alone would else wait for each other.
+    /// Takes prompts from the queue while there are slots for their samples. A prompt occupies the cache until its
+    /// answers are done, so the largest answer yet to start must fit beside all prompts; otherwise two prompts that fit
+    /// alone could deadlock.
     fn take_prompts(&mut self) {
         let samples = |request: &Request| request.sampling.num_samples;
         let coming: usize = self.reading.iter().map(|one| samples(&one.request)).sum();
         let mut places = self.limits.max_batch.saturating_sub(self.running.len() + coming);
         let mut left = self.limits.max_prefill.max(1);
         left = left.saturating_sub(self.reading.iter().map(Reading::left).sum());
-        // Nobody waits when this is called: what has yet to begin is asked by those that are read.
+        // Nothing in `waiting` here: all answers yet to start belong to prompts being read.
         let coming = self.reading.iter().map(|one| self.answer_pages(&one.request));
         let mut largest = coming.max().unwrap_or(0);
         while let Some((ticket, request)) = self.queue.front() {
@@ -128,7 +129,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                     && prefix::common(&one.request.prompt.tokens, tokens) >= shared + prefix::WORTH
             };
             if !request.extras.prompt_logprobs && self.reading.iter().any(begins_like) {
-                // What they have in common is soon there to share.
+                // Their common prefix can be shared soon.
                 break;
             }
             let own = tokens.len() - shared;
@@ -155,8 +156,8 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         }
     }
 
-    /// The kept cache that a prompt may continue, with room for an answer of so many tokens in whole pages. One whose own
-    /// tokens are to be scored must be read anew.
+    /// The cached prefix a prompt may extend, if there is room for an answer of `answer` tokens in whole pages. A
+    /// prompt whose tokens are to be scored must be read anew.
     fn usable_prefix(
         &mut self,
         request: &Request,
@@ -168,16 +169,16 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         }
         let found = self.prefixes.find(&prompt.tokens, extras.adaptation.as_ref())?;
         let own = self.decoder.in_pages(prompt.tokens.len() - found.1);
-        // One that is alone is let in whatever it takes; read anew, it lets go of what it would continue.
+        // An idle scheduler admits any request; reading it anew allows evicting the cache it would extend.
         (!self.is_idle() || self.fits(own + answer)).then_some(found)
     }
 
-    /// Whether something with so many more tokens, in whole pages, may begin. One request is always let in.
+    /// Whether a request needing `tokens` more tokens, in whole pages, may start. One request is always admitted.
     fn has_room(&mut self, tokens: usize) -> bool {
         self.running.len() < self.limits.max_batch.max(1) && (self.fits(tokens) || self.is_idle())
     }
 
-    /// Whether so many more tokens, in whole pages, fit, letting kept caches go where needed.
+    /// Whether `tokens` more tokens, in whole pages, fit, evicting kept caches if needed.
     fn fits(&mut self, tokens: usize) -> bool {
         while self.cached_tokens() + tokens > self.limits.cache_tokens {
             if !self.prefixes.free_oldest() {
@@ -192,6 +193,10 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
     }
 
     fn answer_room(&self, request: &Request) -> usize {
+        if request.extras.prompt_only {
+            // What is drawn is not read again.
+            return 0;
+        }
         let left = self.limits.max_positions - request.prompt.tokens.len();
         request.sampling.max_new_tokens.min(left)
     }
@@ -200,7 +205,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         self.decoder.in_pages(self.answer_room(request))
     }
 
-    /// Starts the next sample of a prompt that was read.
+    /// Starts the next sample of a prefilled prompt.
     fn start(&mut self, ticket: Ticket, room: usize, on: &mut On<'_>) -> Result<()> {
         let pages = self.decoder.in_pages(room);
         let Some(open) = self.open.get_mut(&ticket) else { return Ok(()) };
@@ -266,7 +271,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         let draws = self.decoder.draws();
         let mut feeds = Vec::with_capacity(self.running.len() + self.reading.len());
         if draws {
-            // What grammars allow is asked for here, and takes long.
+            // Computing the allowed tokens of grammars is slow, so it runs in parallel.
             self.running.par_iter_mut().for_each(|running| running.prepare(draws));
         } else {
             self.running.iter_mut().for_each(|running| running.prepare(draws));
@@ -281,7 +286,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         self.decoder.forward(&mut feeds, predictions)
     }
 
-    /// Draws for every answer that was not drawn for; says for each how many tokens, or what went wrong.
+    /// Samples for every answer the decoder did not sample for; returns each one's token count or error.
     fn draw(&mut self, logits: &mut [f32], draws: &mut Vec<Result<Draw>>) -> Vec<Result<usize>> {
         let vocab = self.decoder.vocab_size();
         let (decoder, vocabulary) = (self.decoder, self.vocabulary);
@@ -309,7 +314,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         let keep = |(running, drawn): (&mut Running<D::Cache>, Result<usize>)| {
             let drawn = drawn?;
             if drawn < running.feed.len() {
-                // Everything up to the last token drawn was read; that one is read next.
+                // All but the last sampled token were read; that one is read next.
                 let end = running.task.request.prompt.tokens.len() + running.ids.len() - 1;
                 decoder.truncate(&mut running.task.cache, end)?;
             }
@@ -318,7 +323,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         self.running.iter_mut().zip(drawn).map(keep).collect()
     }
 
-    /// Passes on what was drawn, and lets finished answers go.
+    /// Reports the sampled tokens, and retires finished answers.
     fn report(
         &mut self,
         drawn: Vec<Result<usize>>,
@@ -339,7 +344,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 }
                 Err(error) => {
                     failed.entry(running.task.ticket).or_insert(error);
-                    // Whatever is kept of it goes when its request is cancelled.
+                    // Cancelling the request drops whatever is kept of it.
                     self.running.push(running);
                 }
             }
@@ -347,8 +352,8 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         Ok(())
     }
 
-    /// Takes the predictions of the prompts that were read, and opens those that were read to their end. Returns those
-    /// that cannot be scored.
+    /// Takes the predictions of the prompts that were read, and opens fully read ones. Returns those that cannot be
+    /// scored.
     fn take_read(&mut self, logits: &[f32]) -> Failed {
         let vocab = self.decoder.vocab_size();
         let mut rows = logits.chunks_exact(vocab);
@@ -380,7 +385,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 && prefix::common(&next.prompt.tokens, tokens) >= prefix::WORTH
         };
         if self.limits.keep_prefixes || self.queue.front().is_some_and(next_begins_like) {
-            let adaptation = request.extras.adaptation.clone();
+            let adaptation = request.extras.adaptation.as_ref();
             self.prefixes.keep(tokens.clone(), adaptation, Arc::clone(&held));
         }
         self.waiting.push_back(ticket);
@@ -409,12 +414,12 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             guesser.forget((ticket.0, sample));
         }
         if self.limits.keep_prefixes && request.sampling.num_samples == 1 {
-            // The next turn of a conversation begins with this one. The last token was drawn and not read.
+            // The next turn of a conversation extends this one. The last token was sampled but not read.
             let mut tokens = request.prompt.tokens.clone();
             tokens.extend_from_slice(&answer.ids[..answer.ids.len() - 1]);
             share.shrink(self.decoder.in_pages(answer.ids.len() - 1));
             let held = Held { cache: Arc::new(cache), _share: share, _parent: Some(held) };
-            self.prefixes.keep(tokens, request.extras.adaptation.clone(), Arc::new(held));
+            self.prefixes.keep(tokens, request.extras.adaptation.as_ref(), Arc::new(held));
         }
         let Some(open) = self.open.get_mut(&ticket) else { return Ok(()) };
         open.answers[sample] = Some(answer);
@@ -447,6 +452,7 @@ impl<D: Decoder> Schedule for Scheduler<'_, D> {
             }
             running.task.ticket != ticket
         });
+        self.tidy();
     }
 
     fn step(&mut self, on: &mut On<'_>) -> Result<bool> {
@@ -468,6 +474,8 @@ impl<D: Decoder> Schedule for Scheduler<'_, D> {
             self.cancel(ticket);
             on(Event::Failed(ticket, error))?;
         }
+        // The last requests with an adapter may be among those that have ended.
+        self.tidy();
         Ok(true)
     }
 
@@ -477,5 +485,9 @@ impl<D: Decoder> Schedule for Scheduler<'_, D> {
 
     fn cached_tokens(&self) -> usize {
         self.reserved.load(Ordering::Relaxed)
+    }
+
+    fn tidy(&mut self) {
+        self.prefixes.drop_lost();
     }
 }

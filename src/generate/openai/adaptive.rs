@@ -1,27 +1,27 @@
-//! How many requests a server is given at once: more while it keeps up, half as many when it does not
-//! (additive increase, multiplicative decrease; Chiu and Jain, 1989).
+//! Adaptive request concurrency: additive increase while the server keeps up, multiplicative decrease when it does not
+//! (Chiu and Jain, 1989).
 
 use std::time::Instant;
 
-/// Requests at once before anything is known of the server.
+/// Initial concurrency.
 const START: f64 = 8.0;
-/// The window stays as it is while requests take this many times as long as they did at best. A batching server's
-/// single request slows down long before its throughput does, so this is generous.
+/// The window stops growing once requests take this many times their best time. A batching server slows a single
+/// request long before its throughput saturates, so this is generous.
 const STABLE: f64 = 4.0;
-/// Share of a new measurement in the running mean.
+/// Weight of a new measurement in the running mean.
 const FRESH: f64 = 0.1;
-/// The best time is forgotten slowly: a server may have become slower for good.
+/// Slow decay of the best time, in case a server has become permanently slower.
 const FORGET: f64 = 1.001;
 
-/// The number of requests that may be under way.
+/// The allowed number of concurrent requests.
 #[derive(Clone, Debug)]
 pub struct Window {
     size: f64,
     most: f64,
-    /// Until the first trouble every answer lets one more in: the window doubles each round.
+    /// Slow start: until the first failure each answer adds one, so the window doubles each round trip.
     doubling: bool,
     cut_at: Option<Instant>,
-    /// Running mean of the time a token takes.
+    /// Running mean of seconds per token.
     pace: f64,
     best: f64,
 }
@@ -45,13 +45,13 @@ impl Window {
         Self { size: START.min(most), most, doubling: true, cut_at: None, pace, best }
     }
 
-    /// How many requests may be under way now.
+    /// Current limit on concurrent requests.
     pub fn limit(&self) -> usize {
         self.size as usize
     }
 
-    /// A request was answered in `seconds` a token; `full` says whether the window was in use to its limit, without
-    /// which nothing was learned about a larger one.
+    /// Records an answer that took `seconds` per token; `full` says whether the window was fully used, without which
+    /// nothing is learned about a larger one.
     pub fn answered(&mut self, seconds: f64, full: bool) {
         self.pace =
             if self.pace > 0.0 { self.pace + FRESH * (seconds - self.pace) } else { seconds };
@@ -64,7 +64,7 @@ impl Window {
         }
     }
 
-    /// A request that was begun at `begun` was turned away or lost. All that were under way together count as one.
+    /// Records a rejected or lost request, begun at `begun`. Concurrent failures count once.
     pub fn trouble(&mut self, begun: Instant) {
         self.doubling = false;
         if self.cut_at.is_none_or(|cut_at| begun >= cut_at) {
@@ -73,7 +73,7 @@ impl Window {
         }
     }
 
-    /// The server comes back after it was away: one request shows whether it works.
+    /// Restarts the window after the server was away, with a single request as a test.
     pub fn restart(&mut self) {
         self.size = 1.0;
         self.doubling = true;

@@ -1,5 +1,5 @@
-//! Several URLs that serve one model: each request goes where the fewest are under way, a URL that fails is set
-//! aside for a while and tried again. Limits are a host's: URLs that differ in their path alone share them.
+//! Several URLs serving one model: each request goes to the least loaded one; a failing URL is set aside for a while
+//! and retried. Limits are per host: URLs that differ only in their path share them.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,13 +12,13 @@ use super::http::{Failure, Trouble};
 use super::pace::Bucket;
 use super::spec::ServerSpec;
 
-/// Failures in a row after which a URL is set aside.
+/// Consecutive failures after which a URL is set aside.
 const PATIENCE: u32 = 3;
-/// Seconds that it is set aside for at first; doubled each time, up to a minute.
+/// Seconds it is set aside at first; doubled each time, up to a minute.
 const AWAY: f64 = 1.0;
 const LONGEST_AWAY: f64 = 60.0;
 
-/// All URLs.
+/// All endpoints.
 #[derive(Debug)]
 pub(super) struct Endpoints {
     all: Mutex<All>,
@@ -34,16 +34,16 @@ struct All {
 #[derive(Debug)]
 struct Endpoint {
     url: String,
-    /// The place of its host.
+    /// Index of its host.
     host: usize,
     in_flight: usize,
-    /// It has failed too often: nobody is sent there before, and then one request at a time until one is answered.
+    /// Set after too many failures: no request is sent before then, and afterwards one at a time until one succeeds.
     away_until: Option<Instant>,
-    /// Failures in a row.
+    /// Consecutive failures.
     failures: u32,
 }
 
-/// A name with a port, and what it can bear.
+/// A host and port, with its limits.
 #[derive(Debug)]
 struct Host {
     name: String,
@@ -51,17 +51,17 @@ struct Host {
     window: Window,
     requests: Bucket,
     tokens: Bucket,
-    /// It asked not to be spoken to before (`Retry-After`).
+    /// No requests before then (`Retry-After`).
     paused_until: Option<Instant>,
 }
 
-/// A place in a host's window.
+/// A slot in a host's window.
 #[derive(Clone, Debug)]
 pub(super) struct Lease {
     pub(super) url: String,
     index: usize,
     begun: Instant,
-    /// Tokens reserved, to be settled when the answer is there.
+    /// Reserved tokens, settled when the answer arrives.
     reserved: f64,
     full: bool,
 }
@@ -85,7 +85,7 @@ impl All {
         self.urls.push(Endpoint { url, host, in_flight: 0, away_until: None, failures: 0 });
     }
 
-    /// The URL of a lease that ends, and its host; its place is free again.
+    /// Frees a lease's slot; returns its URL and host.
     fn release(&mut self, lease: &Lease) -> (&mut Endpoint, &mut Host) {
         let endpoint = &mut self.urls[lease.index];
         let host = &mut self.hosts[endpoint.host];
@@ -95,7 +95,7 @@ impl All {
     }
 }
 
-/// `name:port` of a URL; all of a text that is none.
+/// `name:port` of a URL; the whole text if it is not a URL.
 fn host_of(url: &str) -> String {
     let parsed = reqwest::Url::parse(url).ok();
     let host =
@@ -114,11 +114,11 @@ impl Endpoints {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, All> {
-        // Nothing panics while it is held; were it so, the numbers would still be usable.
+        // Nothing panics while holding it; even then the counters would be usable.
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Waits for a place; none where the run ends meanwhile. `tokens` is what the request may use at most.
+    /// Waits for a slot; `None` if the run ends meanwhile. `tokens`: upper bound of the request's usage.
     pub(super) async fn lease(&self, tokens: f64, stopping: &AtomicBool) -> Option<Lease> {
         loop {
             let freed = self.freed.notified();
@@ -131,12 +131,12 @@ impl Endpoints {
                 Ok(lease) => return Some(lease),
                 Err(wait) => wait,
             };
-            // The notice may go to another: look again after the wait in any case.
+            // The notification may go to another waiter, so check again after the timeout.
             let _ = tokio::time::timeout(wait, freed).await;
         }
     }
 
-    /// A place, or how long to wait at most before asking again.
+    /// A slot, or how long to wait at most before retrying.
     fn try_lease(&self, tokens: f64, now: Instant) -> Result<Lease, Duration> {
         let mut all = self.lock();
         let All { urls, hosts } = &mut *all;
@@ -175,7 +175,7 @@ impl Endpoints {
         Ok(Lease { url: endpoint.url.clone(), index, begun: now, reserved: tokens, full })
     }
 
-    /// Gives a place back that was not used.
+    /// Returns an unused slot.
     pub(super) fn unused(&self, lease: &Lease) {
         let mut all = self.lock();
         let (_, host) = all.release(lease);
@@ -185,7 +185,7 @@ impl Endpoints {
         self.freed.notify_one();
     }
 
-    /// Gives a place back after an answer of `completion` tokens that used `tokens` in all.
+    /// Frees a slot after an answer of `completion` tokens that used `tokens` in total.
     pub(super) fn answered(&self, lease: &Lease, completion: u64, tokens: u64) {
         let seconds = lease.begun.elapsed().as_secs_f64() / completion.max(1) as f64;
         let mut all = self.lock();
@@ -194,17 +194,17 @@ impl Endpoints {
         let was_away = endpoint.away_until.take().is_some();
         host.tokens.take(tokens as f64 - lease.reserved);
         if was_away && host.in_flight == 0 {
-            // What was learned of it was of the time before.
+            // The window was learned before the outage.
             host.window.restart();
         }
         host.window.answered(seconds, lease.full);
         drop(all);
-        // Two, because the window may have grown by one.
+        // Twice, because the window may have grown by one.
         self.freed.notify_one();
         self.freed.notify_one();
     }
 
-    /// Gives a place back after a failure, with what follows from it for the URL and its host.
+    /// Frees a slot after a failure, and applies the failure to the URL and its host.
     pub(super) fn failed(&self, lease: &Lease, failure: &Failure) {
         let now = Instant::now();
         let mut all = self.lock();
@@ -292,7 +292,7 @@ mod tests {
         };
         let [one, two, other] = PATHS;
         assert_eq!(urls(&endpoints(&PATHS, 2)), [one, other, two, other]);
-        // A burst of two requests a host, and two a second.
+        // A burst of two requests per host, then two per second.
         let by_the_minute = ServerSpec { requests_per_minute: 60.0, ..spec(&PATHS, 8) };
         let endpoints = Endpoints::new(&by_the_minute);
         assert_eq!(urls(&endpoints), [one, other, two, other]);
@@ -318,7 +318,7 @@ mod tests {
         let later = Instant::now() + Duration::from_secs(2);
         assert_eq!(endpoints.try_lease(0.0, later).unwrap().url, PATHS[0]);
         assert_eq!(endpoints.try_lease(0.0, later).unwrap().url, PATHS[1]);
-        // Its places are the host's, which was halved once.
+        // Its slots are the host's, whose window was halved once.
         assert!(endpoints.try_lease(0.0, later).is_err());
     }
 

@@ -1,4 +1,4 @@
-//! One request over the wire: its answer as JSON, or what went wrong and whether it is worth another try.
+//! One HTTP exchange: JSON reply, or a failure and whether to retry it.
 
 use std::time::Duration;
 
@@ -10,42 +10,42 @@ use serde_json::Value;
 use super::spec::{ApiKey, ServerSpec};
 use crate::error::{Context, Error, Result, start_of};
 
-/// Largest answer that is read.
+/// Largest reply accepted, in bytes.
 const MAX_BYTES: usize = 64 << 20;
-/// Longest pause that a server may ask for.
+/// Longest pause a server may request.
 const LONGEST_PAUSE: Duration = Duration::from_mins(10);
 
-/// What kind of failure it was.
+/// Kind of failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Trouble {
     /// Too many requests (429, or 503 with `Retry-After`).
     Busy,
-    /// The server failed (5xx, 408).
+    /// Server error (5xx, 408).
     Server,
-    /// No answer in time.
+    /// Timeout.
     Silent,
-    /// No connection, or it was lost.
+    /// No connection, or a lost one.
     Unreachable,
-    /// An answer that is not what the interface promises.
+    /// A reply that violates the protocol.
     Malformed,
-    /// This prompt is refused (400, 413, 422); another may not be.
+    /// This prompt is refused (400, 413, 422); others may be accepted.
     Refused,
-    /// Every request would be refused: a wrong key, model or path.
+    /// All requests would be refused: wrong key, model or path.
     Denied,
 }
 
 impl Trouble {
-    /// Whether the same request may fare better later.
+    /// Whether a retry may succeed.
     pub(super) fn passes(self) -> bool {
         !matches!(self, Self::Refused | Self::Denied)
     }
 }
 
-/// A request that failed.
+/// A failed request.
 #[derive(Clone, Debug)]
 pub(super) struct Failure {
     pub(super) trouble: Trouble,
-    /// What happened, the URL included.
+    /// Description, including the URL.
     pub(super) message: String,
     pub(super) hint: Option<String>,
     pub(super) retry_after: Option<Duration>,
@@ -61,7 +61,7 @@ impl Failure {
         self
     }
 
-    /// Says how often it was tried, where that was more than once.
+    /// Adds the number of attempts, if more than one.
     pub(super) fn tried(mut self, times: u64) -> Self {
         if times > 1 {
             self.message = format!("{} (tried {times} times)", self.message);
@@ -80,7 +80,7 @@ impl From<Failure> for Error {
     }
 }
 
-/// Speaks HTTP with the settings of a [`ServerSpec`].
+/// HTTP client with the settings of a [`ServerSpec`].
 #[derive(Debug)]
 pub(super) struct Http {
     client: reqwest::Client,
@@ -89,7 +89,7 @@ pub(super) struct Http {
     timeout: f64,
 }
 
-/// An answer and the name that the server gives itself.
+/// A reply, and the server's name for itself.
 #[derive(Debug)]
 pub(super) struct Reply<T> {
     pub(super) body: T,
@@ -101,7 +101,7 @@ impl Http {
         let key = spec.api_key()?;
         let mut headers = HeaderMap::new();
         if let Some(key) = &key {
-            // The error would show the key.
+            // The original error would reveal the key.
             let mut value = HeaderValue::from_str(&key.header()).map_err(|_| {
                 Error::usage(format!("`{}` holds what no HTTP header can", spec.api_key_env))
             })?;
@@ -122,7 +122,7 @@ impl Http {
         Ok(Self { client, key, key_env: spec.api_key_env.clone(), timeout: spec.timeout })
     }
 
-    /// Sends a JSON body, and reads a JSON answer.
+    /// Sends a JSON body and reads a JSON reply.
     pub(super) async fn post<T: DeserializeOwned>(
         &self,
         url: &str,
@@ -132,7 +132,7 @@ impl Http {
         self.finish(url, request).await
     }
 
-    /// Reads a JSON answer.
+    /// Reads a JSON reply.
     pub(super) async fn get<T: DeserializeOwned>(&self, url: &str) -> Result<Reply<T>, Failure> {
         self.finish(url, self.client.get(url)).await
     }
@@ -162,7 +162,7 @@ impl Http {
         }
     }
 
-    /// A connection that did not come about, was lost, or stayed silent.
+    /// A connection that failed, was lost or timed out.
     fn lost(&self, url: &str, error: &reqwest::Error) -> Failure {
         let mut cause: &dyn std::error::Error = error;
         while let Some(deeper) = cause.source() {
@@ -181,7 +181,7 @@ impl Http {
     }
 
     fn unreadable(&self, url: &str, bytes: &[u8], error: &serde_json::Error) -> Failure {
-        // Some servers report an error with status 200.
+        // Some servers report errors with status 200.
         if let Some(message) = error_message(bytes) {
             return Failure::new(Trouble::Server, format!("{url}: {}", self.clean(&message)));
         }
@@ -236,7 +236,7 @@ impl Http {
         }
     }
 
-    /// The start of what a server said, on one line and without the key.
+    /// The start of a server's text, on one line and without the key.
     fn clean(&self, text: &str) -> String {
         start_of(&self.redacted(text), 200)
     }
@@ -245,13 +245,13 @@ impl Http {
         self.key.as_ref().map_or_else(|| text.to_owned(), |key| key.redact(text))
     }
 
-    /// The failure, its message without the key and no longer than one likes to read.
+    /// The failure with the key removed from its message, which is shortened.
     pub(super) fn without_key(&self, failure: Failure) -> Failure {
         Failure { message: start_of(&self.redacted(&failure.message), 300), ..failure }
     }
 }
 
-/// The message of `{"error": …}` in its various shapes.
+/// The message of `{"error": …}`, in its various forms.
 fn error_message(bytes: &[u8]) -> Option<String> {
     let body: Value = serde_json::from_slice(bytes).ok()?;
     let error = body.get("error").or_else(|| body.get("detail")).unwrap_or(&body);
@@ -266,7 +266,7 @@ fn error_message(bytes: &[u8]) -> Option<String> {
     }
 }
 
-/// How long the server asks to wait: seconds or a date, which is compared with the server's own clock.
+/// The requested delay: seconds, or a date compared with the server's own clock.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let seconds = if let Ok(seconds) = text.parse::<f64>() {

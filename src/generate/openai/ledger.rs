@@ -1,9 +1,9 @@
-//! What a server has answered, line by line, so that a killed run asks for nothing twice.
+//! A line-by-line record of server answers, so that a resumed run repeats no request.
 //!
-//! A stage's own ledger has one line a prompt, written when all its answers are there and judged. Here every request
-//! has its line as soon as it is answered: of a prompt with thirty requests under way none is lost that came back. A
-//! request is known by the SHA-256 of its body (model, messages, how to sample, how many answers) and its seed. What the
-//! server can do decides what bodies look like, so what the first process saw of it is kept beside the file ([`Seen`]).
+//! A stage's own ledger has one line per prompt, written once all its answers are in and judged. Here each request is
+//! recorded as soon as it is answered, so a prompt with thirty requests in flight loses none that returned. A request's
+//! key is the SHA-256 of its body (model, messages, sampling, number of answers) and its seed. Since the body depends
+//! on the server's abilities, those the first process observed are stored beside the file ([`Seen`]).
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,14 +22,14 @@ use crate::store::{self, JsonlWriter};
 struct Line {
     key: String,
     seed: u64,
-    /// How often it was sent.
+    /// Number of attempts.
     attempts: u64,
     /// Tokens of prompt and answers.
     tokens: u64,
     answers: Vec<Answer>,
 }
 
-/// The same without the answers: what is read of every line.
+/// The line without its answers, as read during the scan.
 #[derive(Deserialize)]
 struct Head {
     key: String,
@@ -38,30 +38,36 @@ struct Head {
     tokens: u64,
 }
 
-/// What earlier processes and this one have used.
+/// Total usage by this and earlier processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Spent {
-    /// Requests that were sent.
+    /// Requests sent.
     pub requests: u64,
-    /// Tokens of prompts and answers.
+    /// Tokens in prompts and answers.
     pub tokens: u64,
 }
 
-/// What a server was seen to do that decides what requests look like, or what was said of it to people: a later process
-/// goes by it, as by another day's word it would recognise no request that was recorded.
+/// Observed server abilities that determine request bodies or were reported to the user. A later process reuses them:
+/// with other values it would not recognise recorded requests.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
-    /// Of which model.
+    /// The model they belong to.
     pub model: String,
-    /// As in [`Probe`](super::probe::Probe): several answers to one request.
+    /// The model that its answers named.
+    #[serde(default)]
+    pub answers_as: Option<String>,
+    /// Several answers per request, as in [`Probe`](super::probe::Probe).
     pub n: Option<bool>,
-    /// Answers held to a JSON schema.
+    /// Answers constrained to a JSON schema.
     pub json_schema: Option<bool>,
     /// Equal answers for equal seeds.
     pub seed: Option<bool>,
 }
 
-/// Where [`Seen`] lies beside a ledger.
+/// The name of [`Seen`]'s file beside a ledger of requests.
+pub const SEEN: &str = "requests.seen.json";
+
+/// Path of [`Seen`] beside a ledger.
 ///
 /// ```
 /// use arriero::generate::openai::ledger::seen_beside;
@@ -77,15 +83,15 @@ pub fn seen_beside(ledger: &Path) -> PathBuf {
 pub struct Ledger {
     path: PathBuf,
     writer: JsonlWriter,
-    /// Where the line of each request lies that an earlier process had answered; only the places, however long the file.
+    /// Offset and length of each line from earlier processes; answers stay on disk, however long the file.
     known: BTreeMap<(String, u64), (u64, usize)>,
 }
 
 impl Ledger {
-    /// Opens `path`, creating it if needed. Returns what was used so far.
+    /// Opens `path`, creating it if needed. Returns the usage so far.
     ///
     /// # Errors
-    /// A line that is none of a ledger.
+    /// A line that is not a ledger line.
     pub fn open(path: &Path) -> Result<(Self, Spent)> {
         let writer = JsonlWriter::open(path)?;
         let mut ledger = Self { path: path.to_path_buf(), writer, known: BTreeMap::new() };
@@ -99,10 +105,10 @@ impl Ledger {
         Ok((ledger, spent))
     }
 
-    /// What earlier processes have seen `model` do; nothing of another model.
+    /// Abilities of `model` observed by earlier processes; empty for another model.
     ///
     /// # Errors
-    /// A file that is none of these.
+    /// A file that is not of this format.
     pub fn seen(&self, model: &str) -> Result<Seen> {
         let path = seen_beside(&self.path);
         let nothing = Seen { model: model.to_owned(), ..Seen::default() };
@@ -114,7 +120,7 @@ impl Ledger {
         Ok(if seen.model == model { seen } else { nothing })
     }
 
-    /// Keeps what the server was seen to do.
+    /// Stores observed server abilities.
     ///
     /// # Errors
     /// A full disk.
@@ -122,10 +128,10 @@ impl Ledger {
         store::write_json(&seen_beside(&self.path), seen)
     }
 
-    /// The answers of an earlier process to a request.
+    /// An earlier process's answers to a request.
     ///
     /// # Errors
-    /// The file has changed underneath.
+    /// The file was modified meanwhile.
     pub fn take(&mut self, key: &str, seed: u64) -> Result<Option<Vec<Answer>>> {
         let Some((start, length)) = self.known.remove(&(key.to_owned(), seed)) else {
             return Ok(None);
@@ -159,7 +165,7 @@ impl Ledger {
         })
     }
 
-    /// Calls `each` with every line's head and its place: first byte and length.
+    /// Calls `each` with every line's head and its location (offset, length).
     fn each_line(&self, mut each: impl FnMut(Head, (u64, usize))) -> Result<()> {
         let failed = |error| store::io_error(&self.path, error);
         let mut reader = BufReader::new(File::open(&self.path).map_err(failed)?);
@@ -180,9 +186,9 @@ impl Ledger {
     }
 }
 
-/// The name of a request, its seed apart.
+/// The key of a request, without its seed.
 pub(super) fn key(body: &Map<String, Value>) -> String {
-    // A map of JSON values can always be written.
+    // A map of JSON values always serialises.
     store::sha256_bytes(serde_json::to_string(body).unwrap_or_default().as_bytes())
 }
 

@@ -1,4 +1,4 @@
-//! A teacher behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, this program's own.
+//! A teacher behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, or this program's own.
 //!
 //! ```text
 //! answer()        one thread: makes requests as places free up, records and hands out what comes back  (run)
@@ -7,9 +7,9 @@
 //!       └ http    one exchange, and what kind of failure it was                                        (http, wire)
 //! ```
 //!
-//! A request's seed comes from (seed, prompt, sample), so that a resumed run asks for the same answers; whether a
-//! server repeats itself for a seed is its own affair. What came back is in a ledger before anything else happens
-//! to it. Memory does not grow with the number of prompts.
+//! A request's seed is derived from (seed, prompt, sample), so a resumed run sends the same requests; whether a server
+//! is deterministic for a seed is up to the server. Answers are written to the ledger before anything else is done with
+//! them. Memory does not grow with the number of prompts.
 
 pub mod adaptive;
 mod endpoints;
@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use self::http::Failure;
+use self::http::{Failure, Trouble};
 use self::ledger::{Ledger, Seen, Spent};
 use self::probe::{Needs, Probe};
 use self::request::Sender;
@@ -40,42 +40,42 @@ use super::teacher::{Asked, Teacher};
 use crate::error::{Error, Result};
 use crate::report::record::Events;
 
-/// After this long without any answer the user is told what the trouble is.
+/// After this long without an answer, the user is told what the problem is.
 const SILENCE: Duration = Duration::from_secs(30);
 
 /// A server's client.
 pub struct Server<'a> {
     spec: ServerSpec,
-    /// Requests run here; dropped, it ends those under way.
+    /// Runs the requests; dropping it ends those in flight.
     runtime: tokio::runtime::Runtime,
     sender: Arc<Sender>,
     ledger: Mutex<Option<Ledger>>,
-    /// What was found out, or what was in the way: it holds for all who ask, each of whom would wait as long for it.
+    /// The probe's result or failure, shared by all callers: each would wait just as long for the same outcome.
     probed: OnceLock<Result<Probe, Failure>>,
     /// Held while the server is being probed.
     probing: Mutex<()>,
     events: &'a dyn Events,
 }
 
-/// Who answered and what it cost, for people.
+/// Usage report of a server.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Account {
-    /// Where.
+    /// Its URLs.
     pub base_url: Vec<String>,
-    /// The model's name there.
+    /// The server's name for the model.
     pub model: String,
-    /// What the server says of itself; nothing where nothing was asked.
+    /// The server's self-description; `None` if no request was sent.
     pub probe: Option<Probe>,
-    /// Requests, repetitions included, of all processes that worked on this.
+    /// Requests including retries, over all processes of this stage.
     pub requests: u64,
-    /// Tokens of prompts and answers.
+    /// Tokens in prompts and answers.
     pub tokens: u64,
-    /// Requests that failed and were tried again, in this process.
+    /// Requests that failed and were retried, in this process.
     pub retries: u64,
 }
 
 impl Account {
-    /// This process's account of a server without a ledger, with what `earlier` ones have come to.
+    /// This process's usage of a server without a ledger, added to the `earlier` ones.
     #[must_use]
     pub fn after(self, earlier: Self) -> Self {
         Self {
@@ -89,10 +89,10 @@ impl Account {
 }
 
 impl<'a> Server<'a> {
-    /// A client of `spec`. Answers are recorded in `ledger` where one is given. Speaks to nobody yet.
+    /// A client of `spec`. Answers are recorded in `ledger`, if given. Sends no request yet.
     ///
     /// # Errors
-    /// Settings that cannot be acted on, a key that is not there, a ledger that cannot be read.
+    /// Invalid settings, a missing key, an unreadable ledger.
     pub fn new(spec: &ServerSpec, ledger: Option<&Path>, events: &'a dyn Events) -> Result<Self> {
         spec.check()?;
         let opened = ledger.map(Ledger::open).transpose()?;
@@ -116,17 +116,17 @@ impl<'a> Server<'a> {
         })
     }
 
-    /// Finds out what the server can do, with a few small requests.
+    /// Probes the server's abilities with a few small requests.
     ///
     /// # Errors
-    /// No URL answers, no such model, a key that is not accepted, or something missing that is needed.
+    /// No reachable URL, no such model, a rejected key, or a missing ability that is needed.
     pub fn probe(&self, needs: Needs) -> Result<Probe> {
         self.visited(needs)?.map_err(Error::from)
     }
 
-    /// What the server can do, or what kept it from showing it; an error where the user asked to stop.
+    /// The probe's result or the server's failure; an error if the user asked to stop.
     fn visited(&self, needs: Needs) -> Result<Result<Probe, Failure>> {
-        // Of many who wait for one another here each would begin before it looks.
+        // Threads queueing for the probe would otherwise each start one before noticing the interrupt.
         self.events.check_interrupt()?;
         let mut heard = Instant::now();
         self.runtime.block_on(async {
@@ -141,7 +141,7 @@ impl<'a> Server<'a> {
         })
     }
 
-    /// What the server can do, found out once, whoever asks first.
+    /// The server's abilities, probed once by the first caller.
     fn probed(&self, needs: Needs) -> Result<&Probe> {
         let _one = self.probing.lock().unwrap_or_else(PoisonError::into_inner);
         let found = if let Some(found) = self.probed.get() {
@@ -153,7 +153,7 @@ impl<'a> Server<'a> {
         found.as_ref().map_err(|failure| failure.clone().into())
     }
 
-    /// The same, of what no earlier process has seen; keeps it for later ones, and says what is missing.
+    /// Probes abilities that no earlier process has observed, stores them, and reports what is missing.
     fn find_out(&self, needs: Needs) -> Result<Result<Probe, Failure>> {
         let model = &self.spec.model;
         let seen = self.ledger().as_ref().map(|ledger| ledger.seen(model)).transpose()?;
@@ -162,12 +162,16 @@ impl<'a> Server<'a> {
             Ok(probe) => probe,
             failed @ Err(_) => return Ok(failed),
         };
+        if let Some(failure) = other_model(&seen, &probe) {
+            return Ok(Err(failure));
+        }
         probe.n = seen.n.or(probe.n);
         probe.json_schema = seen.json_schema.or(probe.json_schema);
         probe.seed = seen.seed.or(probe.seed);
         if let Some(ledger) = self.ledger().as_ref() {
             let Probe { n, json_schema, seed, .. } = probe;
-            let now = Seen { model: model.clone(), n, json_schema, seed };
+            let answers_as = seen.answers_as.clone().or_else(|| probe.answers_as.clone());
+            let now = Seen { model: model.clone(), answers_as, n, json_schema, seed };
             if now != seen {
                 ledger.see(&now)?;
             }
@@ -175,15 +179,20 @@ impl<'a> Server<'a> {
         for lack in probe.lacks() {
             self.note(&format!("the server {lack}"));
         }
+        if let Some(name) = &probe.answers_as
+            && !name.starts_with(model.as_str())
+        {
+            self.note(&format!("the server's answers name another model: `{name}`"));
+        }
         Ok(Ok(probe))
     }
 
-    /// Tells the user something of this server: there may be several.
+    /// Notifies the user, naming the server: there may be several.
     fn note(&self, text: &str) {
         self.events.note(&format!("{}: {text}", self.spec.model));
     }
 
-    /// Tells the user what the trouble is, where nothing has been `heard` for long.
+    /// Tells the user about the current problem if nothing was `heard` for a while.
     fn say_trouble(&self, heard: &mut Instant) {
         if heard.elapsed() > SILENCE
             && let Some(trouble) = self.sender.take_trouble()
@@ -197,7 +206,7 @@ impl<'a> Server<'a> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Who answered and what it cost.
+    /// The server's identity and usage.
     pub fn account(&self) -> Account {
         let spent = self.sender.spent();
         Account {
@@ -209,6 +218,18 @@ impl<'a> Server<'a> {
             retries: self.sender.retries(),
         }
     }
+}
+
+/// The failure of a server whose model was exchanged since earlier answers were recorded.
+fn other_model(seen: &Seen, probe: &Probe) -> Option<Failure> {
+    let (before, now) = (seen.answers_as.as_ref()?, probe.answers_as.as_ref()?);
+    (before != now).then(|| Failure {
+        hint: Some(format!("serve `{before}` again, or begin in a new run directory")),
+        ..Failure::new(
+            Trouble::Denied,
+            format!("an answer of `{now}`, those recorded so far were of `{before}`"),
+        )
+    })
 }
 
 impl Teacher for Server<'_> {

@@ -1,5 +1,4 @@
-//! When the next request may go: limits by the minute, so many requests, so many tokens; and pauses before a request
-//! that failed is tried again.
+//! Rate limits (requests and tokens per minute) and retry delays.
 
 use std::time::{Duration, Instant};
 
@@ -7,28 +6,28 @@ use rand::Rng;
 
 use crate::rng::Stream;
 
-/// Seconds of the limit that may be used at once after a pause.
+/// Seconds' worth of the limit that may be used at once after a pause.
 const BURST: f64 = 2.0;
-/// Longest pause between two tries, in seconds.
+/// Longest delay between two attempts, in seconds.
 const LONGEST_PAUSE: f64 = 60.0;
 
-/// One limit as a bucket that fills steadily. It may be overdrawn: the next one then waits longer.
+/// A token bucket. It may be overdrawn; the next request then waits longer.
 #[derive(Clone, Debug)]
 pub struct Bucket {
-    /// Units a second; 0 is no limit.
+    /// Units per second; 0 for no limit.
     rate: f64,
     filled: f64,
     at: Instant,
 }
 
 impl Bucket {
-    /// A bucket of `a_minute` units a minute; 0 is no limit.
+    /// A bucket of `a_minute` units per minute; 0 for no limit.
     pub fn new(a_minute: f64, now: Instant) -> Self {
         let rate = a_minute / 60.0;
         Self { rate, filled: (rate * BURST).max(1.0), at: now }
     }
 
-    /// How long until something may be taken: zero where it may be now.
+    /// Time until units are available; zero if they are now.
     pub fn wait(&mut self, now: Instant) -> Duration {
         if self.rate <= 0.0 {
             return Duration::ZERO;
@@ -36,7 +35,7 @@ impl Bucket {
         let passed = now.saturating_duration_since(self.at).as_secs_f64();
         self.filled = (self.filled + passed * self.rate).min((self.rate * BURST).max(1.0));
         self.at = now;
-        // Half a unit of rounding must not cost a second round of waiting.
+        // Rounding must not cause a second wait.
         if self.filled >= 0.999 {
             Duration::ZERO
         } else {
@@ -44,7 +43,7 @@ impl Bucket {
         }
     }
 
-    /// Takes `units`; a negative number gives back.
+    /// Takes `units`; a negative number returns them.
     pub fn take(&mut self, units: f64) {
         if self.rate > 0.0 {
             self.filled -= units;
@@ -52,8 +51,8 @@ impl Bucket {
     }
 }
 
-/// The pause before try `tried` + 1: a random part of a span that is `first` seconds at first and doubles each time, up
-/// to a minute ("full jitter"), so that requests that failed together do not come back together.
+/// Delay before attempt `tried` + 1: exponential backoff with full jitter, over a span of `first` seconds that doubles
+/// each time up to a minute, so that requests that failed together are not retried together.
 pub(super) fn backoff(first: f64, seed: u64, tried: u32) -> Duration {
     let span = (first * 2.0_f64.powi(tried.clamp(1, 31) as i32 - 1)).min(LONGEST_PAUSE);
     let share: f64 = Stream::new(seed, "teacher-retry").at(0, u64::from(tried)).random();
@@ -73,7 +72,7 @@ mod tests {
             let pauses: Vec<f64> =
                 (0..REQUESTS).map(|seed| backoff(0.5, seed, tried).as_secs_f64()).collect();
             assert!(pauses.iter().all(|pause| (0.0..=span).contains(pause)), "{tried}: {pauses:?}");
-            // Uniform over the span: its mean within five standard errors of the half, its ends reached.
+            // Uniform over the span: mean within five standard errors of its half, extremes near both ends.
             let mean = pauses.iter().sum::<f64>() / REQUESTS as f64;
             let error = span / (12.0 * REQUESTS as f64).sqrt();
             assert!((mean - span / 2.0).abs() < 5.0 * error, "{tried}: {mean}");

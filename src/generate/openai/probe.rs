@@ -1,5 +1,5 @@
-//! What a server can do, found out with a few requests of a few tokens: servers ignore in silence what they do not
-//! know, and that must come to light before a long run, not after it.
+//! Probes a server's abilities with a few short requests: servers silently ignore unknown keys, which must surface
+//! before a long run, not after it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,24 +15,24 @@ use crate::error::{did_you_mean, start_of};
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::Asked;
 
-/// What a run needs to know of the server.
+/// Abilities a run needs to know about.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a question of its own")]
 pub struct Needs {
-    /// Several answers to one request.
+    /// Several answers per request.
     pub n: bool,
-    /// Log-probabilities of the answer's tokens; without them the run cannot be.
+    /// Token log-probabilities; the run cannot proceed without them.
     pub logprobs: bool,
-    /// Answers held to a JSON schema.
+    /// Answers constrained to a JSON schema.
     pub json_schema: bool,
     /// Equal answers for equal seeds.
     pub seed: bool,
-    /// Everything else there is to know, for people.
+    /// Everything else, for a report.
     pub all: bool,
 }
 
 impl Needs {
-    /// What is left to find out where something was seen before.
+    /// The needs not already covered by earlier observations.
     pub(super) fn beyond(self, seen: &Seen) -> Self {
         Self {
             n: self.n && seen.n.is_none(),
@@ -43,35 +43,38 @@ impl Needs {
     }
 }
 
-/// What a server says of itself and what it was seen to do. `None` was not tried.
+/// A server's self-description and observed abilities. `None`: not tried.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
-    /// The models it lists; none where it lists none.
+    /// The models it lists; may be empty.
     pub models: Vec<String>,
-    /// What it is: `vllm`, `sglang`, `llamacpp`.
+    /// Server software: `vllm`, `sglang`, `llamacpp`.
     pub server: Option<String>,
-    /// Its version.
+    /// Server version.
     pub version: Option<String>,
     /// `system_fingerprint` of its first answer.
     pub fingerprint: Option<String>,
-    /// Says how an answer ended (`finish_reason`).
+    /// The model that its first answer names, which may be an alias's full name.
+    #[serde(default)]
+    pub answers_as: Option<String>,
+    /// Reports why an answer ended (`finish_reason`).
     pub finish_reason: Option<bool>,
-    /// Gives `n` choices to a request with `n`.
+    /// Returns `n` choices to a request with `n`.
     pub n: Option<bool>,
-    /// Gives a log-probability for every token of an answer.
+    /// Returns a log-probability for every token of an answer.
     pub logprobs: Option<bool>,
     /// Repeats an answer for an equal seed.
     pub seed: Option<bool>,
-    /// Gives log-probabilities of a prompt with `echo` (completions).
+    /// Returns prompt log-probabilities with `echo` (completions).
     pub echo: Option<bool>,
-    /// Gives log-probabilities of a prompt with `prompt_logprobs` (vLLM).
+    /// Returns prompt log-probabilities with `prompt_logprobs` (vLLM).
     pub prompt_logprobs: Option<bool>,
-    /// Holds an answer to a JSON schema.
+    /// Constrains an answer to a JSON schema.
     pub json_schema: Option<bool>,
 }
 
 impl Probe {
-    /// What a run has to do without, in words for people.
+    /// Missing abilities the run must do without, in words.
     pub(super) fn lacks(&self) -> impl Iterator<Item = &'static str> {
         let all = [
             (
@@ -105,10 +108,10 @@ struct Model {
     owned_by: Option<String>,
 }
 
-/// Finds out what the server at `url` can do of what is needed. `is_last`: nobody will try again.
+/// Probes the needed abilities of the server at `url`. `is_last`: there will be no retry.
 ///
 /// # Errors
-/// A failure that more patience may cure, or that nothing will.
+/// A transient or permanent failure.
 pub(super) async fn probe(
     http: &Http,
     url: &str,
@@ -121,6 +124,7 @@ pub(super) async fn probe(
     let visitor = Visitor { http, url, spec, is_last, says_end: AtomicBool::new(false) };
     let first = visitor.chat(&[("max_tokens", json!(1))]).await?;
     found.fingerprint.clone_from(&first.body.system_fingerprint);
+    found.answers_as = first.body.model.clone().filter(|model| !model.is_empty());
     first.body.answers(url, 1, false, false).map_err(|failure| http.without_key(failure))?;
     found.server = found.server.or(first.server);
     found.version = visitor.version().await;
@@ -151,7 +155,7 @@ pub(super) async fn probe(
     Ok(found)
 }
 
-/// Looks the model up among those that the server lists. Not every server lists any.
+/// Looks the model up among those the server lists. Not every server lists any.
 pub(super) async fn models(
     http: &Http,
     url: &str,
@@ -160,7 +164,7 @@ pub(super) async fn models(
 ) -> Result<(), Failure> {
     let list = match http.get::<Models>(&format!("{url}/models")).await {
         Ok(reply) => reply.body.data,
-        // Not offered; a wrong address shows itself in the next request.
+        // Not supported; a wrong address will fail in the next request.
         Err(failure)
             if failure.message.contains(": 404 ") || failure.message.contains(": 405 ") =>
         {
@@ -184,7 +188,7 @@ pub(super) async fn models(
     Ok(())
 }
 
-/// The failure of a server at what it was asked for, with what leads around it.
+/// A server's failure at a particular ability, with a hint how to avoid needing it.
 fn way_out(failure: Failure, hint: &str) -> Failure {
     match failure.trouble {
         Trouble::Server => Failure { hint: Some(hint.to_owned()), ..failure },
@@ -192,18 +196,18 @@ fn way_out(failure: Failure, hint: &str) -> Failure {
     }
 }
 
-/// Asks one server small things.
+/// Sends small requests to one server.
 struct Visitor<'a> {
     http: &'a Http,
     url: &'a str,
     spec: &'a ServerSpec,
     is_last: bool,
-    /// Whether an answer said how it ended.
+    /// An answer had a finish reason.
     says_end: AtomicBool,
 }
 
-/// Whether a server says that it does not know what it was asked for. Any other failure, of a key or a quota say, is
-/// no word on what it can do.
+/// Whether a server says that it does not support what was requested. Other failures (key, quota) say nothing about its
+/// abilities.
 fn is_unknown(failure: &Failure) -> bool {
     let says = |status: &&str| failure.message.contains(*status);
     match failure.trouble {
@@ -240,8 +244,8 @@ impl Visitor<'_> {
         Ok(reply)
     }
 
-    /// An answer, or none where the server says that it does not know what was changed. A failure that may pass has to
-    /// be tried again: taken for an answer it would decide the whole run, and a resumed one otherwise.
+    /// The reply, or `None` if the server says that it does not support the changes. Transient failures must be
+    /// retried: taken as an answer they would decide the whole run, and differently for a resumed one.
     async fn tried(&self, changes: &[(&str, Value)]) -> Result<Option<ChatReply>, Failure> {
         match self.chat(changes).await {
             Ok(reply) => Ok(Some(reply.body)),
@@ -261,7 +265,7 @@ impl Visitor<'_> {
         Ok(reply.is_some_and(|reply| reply.choices.len() == 2))
     }
 
-    /// What is missing, where something is.
+    /// `Err` names what is missing.
     async fn logprobs(&self) -> Result<Result<(), String>, Failure> {
         let url = self.url;
         let reply = self.tried(&[("logprobs", json!(true))]).await.map_err(|failure| {
@@ -272,7 +276,7 @@ impl Visitor<'_> {
         };
         let entries = reply.logprob_count();
         let tokens = reply.usage.map_or(1, |usage| usage.completion_tokens as usize);
-        // The end-of-turn token may be without one.
+        // The end-of-turn token may lack one.
         if entries == 0 || entries + 1 < tokens {
             return Ok(Err(format!("{url}: {entries} log-probabilities for {tokens} tokens")));
         }
@@ -301,8 +305,8 @@ impl Visitor<'_> {
         let format = wire::response_format(&schema);
         let changes = [("response_format", format), ("max_tokens", json!(64))];
         let reply = match self.tried(&changes).await {
-            // Some servers fail with 500 at what they do not know. One that goes on failing at this alone is read as it
-            // speaks: no setting would lead around it, and nobody pays for it.
+            // Some servers return 500 for unknown keys. If only this request keeps failing, count it as unsupported: no
+            // setting would work around it, and failures cost nothing.
             Err(failure) if self.is_last && failure.trouble == Trouble::Server => {
                 self.chat(&[("max_tokens", json!(1))]).await?;
                 None
@@ -320,7 +324,7 @@ impl Visitor<'_> {
         Ok(entries.is_some_and(|entries| entries.as_array().is_some_and(|list| !list.is_empty())))
     }
 
-    /// Whether completions give more log-probabilities than they draw tokens: those of the prompt.
+    /// Whether completions return more log-probabilities than sampled tokens: those of the prompt.
     async fn echo(&self) -> Result<bool, Failure> {
         let body = json!({
             "model": self.spec.model, "prompt": "one two three four", "max_tokens": 1,
@@ -329,7 +333,7 @@ impl Visitor<'_> {
         let url = format!("{}/completions", self.url);
         let reply = match self.http.post::<Value>(&url, body.to_string().into_bytes()).await {
             Ok(reply) => reply,
-            // Not everybody has this interface beside the other.
+            // Not every server has this endpoint.
             Err(failure) if !failure.trouble.passes() || failure.trouble == Trouble::Malformed => {
                 return Ok(false);
             }
@@ -340,7 +344,7 @@ impl Visitor<'_> {
         Ok(entries.is_some_and(|entries| entries.len() > 2))
     }
 
-    /// vLLM tells its version under /version, llama.cpp under /props.
+    /// vLLM reports its version under /version, llama.cpp under /props.
     async fn version(&self) -> Option<String> {
         let root = self.url.strip_suffix("/v1").unwrap_or(self.url);
         for (path, key) in [("version", "version"), ("props", "build_info")] {

@@ -1,4 +1,4 @@
-//! One request until it is answered or given up: a place, the exchange, the pause before the next try.
+//! One request until it is answered or abandoned: slot, exchange, delay before the next attempt.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -14,13 +14,12 @@ use super::wire::ChatReply;
 use crate::error::Result;
 use crate::generate::engine::Answer;
 
-/// How often a request is tried again whose answer is not what the interface promises: a proxy's hiccup passes, a
-/// server that is made that way does not.
+/// Retries after a malformed reply: a proxy's hiccup passes, a non-conforming server does not improve.
 const MALFORMED_RETRIES: u32 = 2;
-/// How often a waiting request looks whether it is still wanted.
+/// How often a waiting request checks for an interrupt.
 const TICK: Duration = Duration::from_millis(200);
 
-/// What all requests of a server share.
+/// State shared by all requests of a server.
 #[derive(Debug)]
 pub(super) struct Sender {
     http: Http,
@@ -28,47 +27,47 @@ pub(super) struct Sender {
     max_retries: u32,
     retry_delay: f64,
     logprobs: bool,
-    /// An answer has said how it ended: all others have to.
+    /// An answer had a finish reason, so all others must.
     says_end: AtomicBool,
     max_requests: u64,
     max_tokens: u64,
     requests: AtomicU64,
     tokens: AtomicU64,
     retries: AtomicU64,
-    /// What the first answer said that it is from.
+    /// Model named in the first reply.
     model: OnceLock<String>,
-    /// The newest failure, for people who wonder why nothing happens.
+    /// The latest failure, shown to users who wait.
     trouble: Mutex<Option<String>>,
 }
 
 /// A request to send.
 #[derive(Debug)]
 pub(super) struct Job {
-    /// The prompt's place in the list.
+    /// The prompt's index in the list.
     pub(super) place: usize,
-    /// The first sample that it asks for.
+    /// First sample requested.
     pub(super) first: usize,
-    /// How many answers it asks for.
+    /// Number of answers requested.
     pub(super) count: usize,
     pub(super) key: String,
     pub(super) seed: u64,
     pub(super) body: Vec<u8>,
-    /// Tokens that it may use at most, roughly.
+    /// Rough upper bound of its token usage.
     pub(super) tokens: f64,
 }
 
-/// How a request ended.
+/// Result of a request.
 #[derive(Debug)]
 pub(super) enum Ended {
     Answered(Vec<Answer>),
     Failed(Failure),
-    /// The budget named here is used up.
+    /// The named budget is used up.
     OutOfBudget(&'static str),
     /// The run is ending.
     Stopped,
 }
 
-/// A request that has ended.
+/// A finished request.
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) job: Job,
@@ -106,12 +105,12 @@ impl Sender {
         self.retries.load(Ordering::Relaxed)
     }
 
-    /// What went wrong last, once.
+    /// The latest failure; returned once.
     pub(super) fn take_trouble(&self) -> Option<String> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Sends a request until it is answered, nothing more can be hoped for, or its run is `stopping`.
+    /// Sends a request until it is answered, cannot succeed, or its run is `stopping`.
     pub(super) async fn ask(&self, job: Job, stopping: &AtomicBool) -> Outcome {
         let mut used = Spent::default();
         let ended = self.attempts(&job, &mut used, stopping).await;
@@ -145,7 +144,7 @@ impl Sender {
                             self.endpoints.answered(&lease, usage.completion_tokens, tokens);
                             return Ended::Answered(answers);
                         }
-                        // What a server says within a good answer has not been read for the key yet.
+                        // The key has not yet been redacted from text inside a valid reply.
                         Err(failure) => self.http.without_key(failure),
                     }
                 }
@@ -180,7 +179,7 @@ impl Sender {
         Ok(())
     }
 
-    /// Refuses an answer of another model than the first one's: some server behind the URLs is not who it should be.
+    /// Rejects an answer from a different model than the first: one of the URLs serves the wrong model.
     fn same_model(&self, url: &str, model: Option<&str>) -> Result<(), Failure> {
         let Some(model) = model.filter(|model| !model.is_empty()) else { return Ok(()) };
         let first = self.model.get_or_init(|| model.to_owned());
@@ -200,7 +199,7 @@ impl Sender {
         *trouble = Some(failure.message.clone());
     }
 
-    /// Waits before try `tried` + 1. `false` where the run ends meanwhile.
+    /// Waits before attempt `tried` + 1. `false` if the run ends meanwhile.
     async fn pause(&self, seed: u64, tried: u32, stopping: &AtomicBool) -> bool {
         let mut left = backoff(self.retry_delay, seed, tried);
         while !left.is_zero() {
@@ -214,7 +213,7 @@ impl Sender {
         !stopping.load(Ordering::Relaxed)
     }
 
-    /// Refuses a URL that is there and serves another model than it should. One that is away may come back.
+    /// Rejects a reachable URL that serves the wrong model. An unreachable one may come back.
     async fn check_others(&self, answered: &String, spec: &ServerSpec) -> Result<(), Failure> {
         for url in spec.base_url.iter().filter(|url| *url != answered) {
             match probe::models(&self.http, url, spec, &mut Probe::default()).await {
@@ -225,8 +224,8 @@ impl Sender {
         Ok(())
     }
 
-    /// Finds out what the server can do; see [`probe::probe`]. Of several URLs the first that answers speaks for
-    /// all; the others are asked which models they serve.
+    /// Probes the server; see [`probe::probe`]. The first URL that answers stands for all; the others are only asked
+    /// which models they serve.
     pub(super) async fn probe(&self, spec: &ServerSpec, needs: Needs) -> Result<Probe, Failure> {
         let mut tried = 0;
         loop {

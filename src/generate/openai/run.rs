@@ -1,4 +1,4 @@
-//! One call of [`Server`]: makes requests as places free up, records what comes back, hands out whole prompts.
+//! One call of [`Server`]: sends requests as slots free up, records answers, hands out completed prompts.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,13 +22,13 @@ use crate::generate::sampling::Sampling;
 use crate::generate::teacher::Asked;
 use crate::rng::Stream;
 
-/// How often a run that waits looks whether it is still wanted.
+/// How often a waiting run checks for an interrupt.
 pub(super) const TICK: Duration = Duration::from_millis(200);
 
-/// Takes a prompt's place and its answers.
+/// Receives a prompt's index and its answers.
 type Done<'d> = dyn FnMut(usize, Vec<Answer>) -> Result<()> + 'd;
 
-/// A prompt whose answers are not all there.
+/// A prompt with missing answers.
 struct Open {
     answers: Vec<Option<Answer>>,
     missing: usize,
@@ -36,16 +36,16 @@ struct Open {
     refused: bool,
 }
 
-/// The state of one call.
+/// State of one call.
 pub(super) struct Run<'r, 'a> {
     server: &'r Server<'a>,
     asked: &'r [Asked],
     sampling: &'r Sampling,
-    /// Whether answers can be held to a schema.
+    /// Whether the server supports JSON schemas.
     schema: bool,
-    /// Answers a request.
+    /// Answers per request.
     at_once: usize,
-    /// The next request: its prompt's place and its first sample.
+    /// The next request: prompt index and first sample.
     next: (usize, usize),
     open: BTreeMap<usize, Open>,
     tasks: JoinSet<()>,
@@ -54,9 +54,9 @@ pub(super) struct Run<'r, 'a> {
     capacity: usize,
     answered: usize,
     failed: Option<Error>,
-    /// Nothing new is to be sent.
+    /// Send nothing new.
     stopping: Arc<AtomicBool>,
-    /// Nobody takes answers any more; those under way are only recorded.
+    /// The caller takes no more answers; those in flight are only recorded.
     deaf: bool,
     /// Whether answers are recorded.
     records: bool,
@@ -97,8 +97,9 @@ impl<'r, 'a> Run<'r, 'a> {
         }
     }
 
-    /// Answers everything. On an error, of a request or of `done`, and on an interrupt nothing more is sent, but what is
-    /// under way is waited for and recorded: it is paid for. Without a ledger nobody would have anything of it.
+    /// Answers all prompts. On an error (of a request or of `done`) or an interrupt nothing more is sent, but requests
+    /// in flight are awaited and recorded, since they are paid for. Without a ledger, an error of `done` or an
+    /// interrupt drops them.
     pub(super) fn go(mut self, done: &mut Done<'_>) -> Result<()> {
         loop {
             self.fill(done)?;
@@ -112,7 +113,7 @@ impl<'r, 'a> Run<'r, 'a> {
         self.failed.map_or(Ok(()), Err)
     }
 
-    /// How many answers the request that begins with sample `first` asks for.
+    /// Number of answers in the request that starts at sample `first`.
     fn count(&self, first: usize) -> usize {
         self.at_once.min(self.sampling.num_samples - first)
     }
@@ -121,7 +122,7 @@ impl<'r, 'a> Run<'r, 'a> {
         wire::body(&self.server.spec, asked, self.sampling, count, self.schema)
     }
 
-    /// The next request, made only now: however many prompts there are, those that wait cost nothing.
+    /// Builds the next request only now, so that pending prompts use no memory.
     fn next_job(&mut self) -> Option<Job> {
         let (place, first) = self.next;
         let asked = self.asked.get(place)?;
@@ -133,16 +134,16 @@ impl<'r, 'a> Run<'r, 'a> {
         let mut body = self.body(asked, count);
         let key = ledger::key(&body);
         let base: u32 = Stream::new(self.sampling.seed, "teacher").at(0, asked.index).random();
-        // Below 2^31: servers read seeds as integers of various widths.
+        // Below 2^31: servers parse seeds as integers of various widths.
         let seed = u64::from((base >> 1).wrapping_add(first as u32) & 0x7fff_ffff);
         body.insert("seed".to_owned(), Value::from(seed));
         let body = Value::Object(body).to_string().into_bytes();
-        // About four bytes a token, for the limit by the minute only.
+        // About four bytes per token; used by the rate limit only.
         let tokens = (body.len() / 4 + self.sampling.max_new_tokens * count) as f64;
         Some(Job { place, first, count, key, seed, body, tokens })
     }
 
-    /// Sends requests while there is room; those of the ledger are answered at once.
+    /// Sends requests while there are slots; those in the ledger are answered at once.
     fn fill(&mut self, done: &mut Done<'_>) -> Result<()> {
         while self.failed.is_none() && self.in_flight < self.capacity {
             let Some(job) = self.next_job() else { return Ok(()) };
@@ -160,7 +161,7 @@ impl<'r, 'a> Run<'r, 'a> {
             let stopping = Arc::clone(&self.stopping);
             let task = async move {
                 let outcome = sender.ask(job, &stopping).await;
-                // Nobody listens any more where the call has ended with an error.
+                // The receiver is gone if the call ended with an error.
                 let _ = outcomes.send(outcome);
             };
             self.tasks.spawn_on(task, self.server.runtime.handle());
@@ -176,10 +177,10 @@ impl<'r, 'a> Run<'r, 'a> {
         }
     }
 
-    /// The next outcome, or none after a while without one.
+    /// The next outcome, or `None` after a timeout.
     fn receive(&mut self) -> Result<Option<Outcome>> {
         while let Some(ended) = self.tasks.try_join_next() {
-            ended.map_err(|error| Error::run(format!("a request broke off: {error}")))?;
+            ended.map_err(|error| Error::run(format!("a request task panicked: {error}")))?;
         }
         match self.outcomes.1.recv_timeout(TICK) {
             Ok(outcome) => {
@@ -200,7 +201,7 @@ impl<'r, 'a> Run<'r, 'a> {
         }
     }
 
-    /// Records an outcome and acts on it.
+    /// Records and processes an outcome.
     fn settle(&mut self, outcome: Outcome, done: &mut Done<'_>) -> Result<()> {
         let Outcome { job, used, ended } = outcome;
         match ended {
@@ -233,13 +234,13 @@ impl<'r, 'a> Run<'r, 'a> {
         Ok(())
     }
 
-    /// Keeps the first error and sends nothing more.
+    /// Keeps the first error and stops sending.
     fn fail(&mut self, error: impl FnOnce() -> Error) {
         self.failed.get_or_insert_with(error);
         self.stopping.store(true, Ordering::Relaxed);
     }
 
-    /// The same for an error of whoever takes the answers, or an interrupt: they take no more.
+    /// As [`fail`](Self::fail), for an error of `done` or an interrupt: the caller takes no more answers.
     fn leave(&mut self, error: Error) {
         self.deaf = true;
         self.fail(|| error);
@@ -249,7 +250,7 @@ impl<'r, 'a> Run<'r, 'a> {
         }
     }
 
-    /// Takes a request's answers, or none where the server refused the prompt, and hands out the prompt once whole.
+    /// Takes a request's answers, or `None` if the server refused the prompt; hands out the prompt once complete.
     fn take(&mut self, job: &Job, answers: Option<Vec<Answer>>, done: &mut Done<'_>) {
         if self.deaf {
             return;

@@ -1,4 +1,4 @@
-//! A server as a recipe names it, and which of its keys decide answers.
+//! A recipe's server settings, and which of them affect answers.
 
 use std::fmt;
 
@@ -8,14 +8,14 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::generate::sampling::one_or_many;
 
-/// Where the key is looked for unless the recipe says otherwise.
+/// Default environment variable of the API key.
 const DEFAULT_KEY: &str = "OPENAI_API_KEY";
 
-/// Keys of a server's table that decide what it answers. All others say where it is, how fast it is asked and when
-/// to give up: finished work does not depend on them.
+/// Server keys that affect answers. All others concern location, rate and timeouts, so finished work does not depend on
+/// them.
 const DECIDING: [&str; 5] = ["kind", "model", "logprobs", "samples_per_request", "extra_body"];
 
-/// How a server is spoken to.
+/// Protocol of the server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Interface {
@@ -30,38 +30,38 @@ pub enum Interface {
 pub struct ServerSpec {
     /// `openai`.
     pub kind: Interface,
-    /// Where the interface begins, usually ending in `/v1`; several serve the same model and share the work.
+    /// Base URL of the API, usually ending in `/v1`; several URLs serve the same model and share the work.
     #[serde(alias = "endpoint", alias = "base_urls", deserialize_with = "urls")]
     pub base_url: Vec<String>,
-    /// The model's name at the server.
+    /// The server's name for the model.
     pub model: String,
-    /// Environment variable that holds the key. The key itself is never written anywhere.
+    /// Environment variable with the API key. The key itself is never written anywhere.
     pub api_key_env: String,
-    /// Most requests under way at once at each host: URLs with the same name and port share its limits.
+    /// Most concurrent requests per host; URLs with the same name and port share the limits.
     pub max_concurrency: usize,
-    /// Most requests a minute at each host; 0 sets no limit.
+    /// Most requests per minute and host; 0 for no limit.
     pub requests_per_minute: f64,
-    /// Most tokens a minute at each host, prompts and answers together; 0 sets no limit.
+    /// Most tokens per minute and host, prompts plus answers; 0 for no limit.
     pub tokens_per_minute: f64,
-    /// Seconds after which a request without an answer is given up and tried again.
+    /// Seconds after which an unanswered request is aborted and retried.
     pub timeout: f64,
-    /// Seconds after which a connection that does not come about is given up.
+    /// Seconds after which a connection attempt is aborted.
     pub connect_timeout: f64,
-    /// How often a request is tried again before the stage ends with an error.
+    /// Number of retries before the stage ends with an error.
     pub max_retries: u32,
-    /// Seconds before the first repetition, at most; doubled with each further one, up to a minute.
+    /// Upper bound of the first retry's delay, in seconds; doubled with each retry, up to a minute.
     pub retry_delay: f64,
-    /// Most requests of the whole stage, repetitions included; 0 sets no limit.
+    /// Most requests in the whole stage, including retries; 0 for no limit.
     pub max_requests: u64,
-    /// Most tokens of the whole stage, prompts and answers together; 0 sets no limit.
+    /// Most tokens in the whole stage, prompts plus answers; 0 for no limit.
     pub max_tokens_total: u64,
-    /// Answers asked for in one request; 0 asks for all of a prompt together.
+    /// Answers per request; 0 requests all of a prompt's answers together.
     pub samples_per_request: usize,
-    /// Ask for the log-probability of every token.
+    /// Request the log-probability of every token.
     pub logprobs: bool,
-    /// A prompt that the server refuses (too long, for instance) goes unanswered instead of ending the stage.
+    /// Leave a prompt unanswered if the server refuses it (too long, for instance), instead of ending the stage.
     pub skip_refused: bool,
-    /// Further keys of the request's body, sent as they are: `{chat_template_kwargs = {enable_thinking = false}}`.
+    /// Further keys for the request body, sent unchanged: `{chat_template_kwargs = {enable_thinking = false}}`.
     pub extra_body: Map<String, Value>,
 }
 
@@ -90,17 +90,17 @@ impl Default for ServerSpec {
 }
 
 impl ServerSpec {
-    /// Refuses settings that cannot be acted on. Speaks to nobody.
+    /// Rejects invalid settings. Sends no requests.
     ///
     /// # Errors
-    /// Names the key, its value and what was expected.
+    /// Names the key, its value and the expected range.
     pub fn check(&self) -> Result<()> {
         if self.base_url.is_empty() {
             return Err(Error::usage("`base_url` is missing")
                 .hint("for example \"http://localhost:8000/v1\"; several URLs are a list"));
         }
         for url in &self.base_url {
-            // What stands in a URL ends up in plans, logs and errors: a name or password is not repeated here either.
+            // URLs end up in plans, logs and errors, so do not echo a name or password in them.
             let shown = if url.contains('@') { "…" } else { url };
             let parsed = reqwest::Url::parse(url)
                 .map_err(|error| Error::usage(format!("`base_url` is `{shown}`: {error}")))?;
@@ -143,7 +143,7 @@ impl ServerSpec {
             ("requests_per_minute", self.requests_per_minute, 0.0),
             ("tokens_per_minute", self.tokens_per_minute, 0.0),
         ] {
-            // A day is more than any of them needs, and less than overflows a clock.
+            // A day is more than any of them needs, and does not overflow a clock.
             let most = if key.ends_with("minute") { f64::MAX } else { 86_400.0 };
             if !(least..=most).contains(&value) {
                 return Err(Error::usage(format!("`{key}` is {value}, expected {least} or more"))
@@ -153,7 +153,7 @@ impl ServerSpec {
         Ok(())
     }
 
-    /// Leaves of a table as written what decides answers: what finished work depends on.
+    /// Keeps only a table's keys that affect answers: those finished work depends on.
     pub fn deciding(table: &mut Map<String, Value>) {
         table.retain(|key, _| DECIDING.contains(&key.as_str()));
     }
@@ -161,7 +161,7 @@ impl ServerSpec {
     /// Reads the key from the environment.
     ///
     /// # Errors
-    /// A variable that the recipe names is not set. The usual one need not be: most servers of one's own ask for no key.
+    /// A variable named in the recipe is not set. The default one may be missing: most self-hosted servers need no key.
     pub fn api_key(&self) -> Result<Option<ApiKey>> {
         let name = &self.api_key_env;
         match std::env::var(name) {
@@ -174,7 +174,7 @@ impl ServerSpec {
     }
 }
 
-/// A server's key. Shows itself to nobody but the server.
+/// A server's API key; hidden from `Debug` output.
 #[derive(Clone)]
 pub struct ApiKey(String);
 
@@ -185,18 +185,18 @@ impl fmt::Debug for ApiKey {
 }
 
 impl ApiKey {
-    /// The header that carries it.
+    /// Value of the authorization header.
     pub(super) fn header(&self) -> String {
         format!("Bearer {}", self.0)
     }
 
-    /// A text of the server without the key, which some repeat when they refuse it.
+    /// Removes the key from a server's text; some servers echo it when they refuse it.
     pub(super) fn redact(&self, text: &str) -> String {
         text.replace(&self.0, "…")
     }
 }
 
-/// Accepts one URL where a list is meant, and takes off what does not belong to it.
+/// Accepts a single URL in place of a list; strips a trailing slash and `/chat/completions`.
 fn urls<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     let urls = one_or_many(deserializer)?;
     let bare =

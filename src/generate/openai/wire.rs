@@ -1,4 +1,4 @@
-//! What goes over the wire: the body of a chat request, and the answers that come back.
+//! Wire format: the body of a chat request, and its reply.
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -10,8 +10,8 @@ use crate::generate::engine::{Answer, Finish};
 use crate::generate::sampling::Sampling;
 use crate::generate::teacher::Asked;
 
-/// The body of a chat request for `count` answers, without its seed: what is asked, and how. `schema` says whether
-/// the server can be held to one.
+/// The body of a chat request for `count` answers, without its seed. `schema` says whether the server supports JSON
+/// schemas.
 pub(super) fn body(
     spec: &ServerSpec,
     asked: &Asked,
@@ -28,7 +28,7 @@ pub(super) fn body(
     }
     set("temperature", json!(sampling.temperature));
     set("max_tokens", json!(sampling.max_new_tokens));
-    // What is off is left out: not every server knows every key.
+    // Disabled options are omitted: not every server knows every key.
     if sampling.top_p < 1.0 {
         set("top_p", json!(sampling.top_p));
     }
@@ -40,7 +40,7 @@ pub(super) fn body(
     }
     if (sampling.repetition_penalty - 1.0).abs() > 0.0 {
         set("repetition_penalty", json!(sampling.repetition_penalty));
-        // The same under llama.cpp's name.
+        // llama.cpp's name for it.
         set("repeat_penalty", json!(sampling.repetition_penalty));
     }
     if !sampling.stop.is_empty() {
@@ -64,7 +64,7 @@ pub(super) fn body(
     body
 }
 
-/// A message as servers read it: without what only training looks at, arguments of tools as text.
+/// A message in the servers' format: without training-only fields, tool arguments as text.
 fn message(message: &Message) -> Value {
     let mut fields = message.fields().clone();
     fields.retain(|key, _| !["training", "train", "weight"].contains(&key.as_str()));
@@ -77,7 +77,7 @@ fn message(message: &Message) -> Value {
     Value::Object(fields)
 }
 
-/// How a request asks for JSON of a schema.
+/// The request field for JSON that follows a schema.
 pub(super) fn response_format(schema: &Value) -> Value {
     json!({
         "type": "json_schema",
@@ -85,14 +85,14 @@ pub(super) fn response_format(schema: &Value) -> Value {
     })
 }
 
-/// What a chat request is answered with.
+/// The reply to a chat request.
 #[derive(Debug, Deserialize)]
 pub(super) struct ChatReply {
     #[serde(default)]
     pub(super) choices: Vec<Choice>,
     #[serde(default)]
     pub(super) usage: Option<Usage>,
-    /// The model that answered, as the server calls it.
+    /// The answering model, as named by the server.
     #[serde(default)]
     pub(super) model: Option<String>,
     #[serde(default)]
@@ -103,7 +103,7 @@ pub(super) struct ChatReply {
     error: Option<Value>,
 }
 
-/// Tokens that a request used.
+/// Tokens a request used.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 pub(super) struct Usage {
     #[serde(default)]
@@ -124,7 +124,7 @@ pub(super) struct Choice {
     pub(super) logprobs: Option<Logprobs>,
 }
 
-/// Log-probabilities of the tokens of one choice.
+/// Token log-probabilities of one choice.
 #[derive(Debug, Deserialize)]
 pub(super) struct Logprobs {
     #[serde(default)]
@@ -133,33 +133,33 @@ pub(super) struct Logprobs {
 
 #[derive(Debug, Deserialize)]
 pub(super) struct TokenLogprob {
-    /// The token's number: llama.cpp's extension.
+    /// The token id: llama.cpp's extension.
     #[serde(default)]
     id: Option<u32>,
     logprob: f64,
 }
 
 impl ChatReply {
-    /// The text of the first choice.
+    /// Text of the first choice.
     pub(super) fn text(&self) -> &str {
         let message = self.choices.first().map(|choice| &choice.message);
         message.and_then(|message| message.get("content")).and_then(Value::as_str).unwrap_or("")
     }
 
-    /// Entries of log-probabilities of the first choice.
+    /// Number of log-probability entries of the first choice.
     pub(super) fn logprob_count(&self) -> usize {
         self.choices.first().map_or(0, |choice| choice.entries().len())
     }
 
-    /// Whether it says how an answer ended.
+    /// Whether it gives a finish reason.
     pub(super) fn says_end(&self) -> bool {
         self.choices.iter().any(|choice| choice.finish_reason.is_some())
     }
 
-    /// Refuses an error in place of answers, or nothing: some servers send either with status 200.
+    /// Rejects an error or an empty reply: some servers send either with status 200.
     pub(super) fn check(&self, url: &str) -> Result<(), Failure> {
         if let Some(error) = self.error.as_ref().filter(|error| !error.is_null()) {
-            // Shortened once the key was looked for in it.
+            // Shortened after the key has been redacted.
             return Err(Failure::new(Trouble::Server, format!("{url}: {error}")));
         }
         if self.choices.is_empty() {
@@ -169,8 +169,8 @@ impl ChatReply {
         Ok(())
     }
 
-    /// The answers, which must be `count` and have what was asked for. `url` names the server in errors; `says_end`
-    /// tells that it says of its answers how they ended.
+    /// The answers; there must be `count`, with everything that was requested. `url` names the server in errors;
+    /// `says_end` means that the server is known to send finish reasons.
     pub(super) fn answers(
         self,
         url: &str,
@@ -214,7 +214,7 @@ impl Choice {
         self.finish_reason.as_deref() == Some(reason)
     }
 
-    /// `share` is how many tokens it has if all choices are alike.
+    /// `share` is its token count if all choices are equally long.
     fn answer(self, url: &str, share: usize, says_end: bool) -> Result<Answer, Failure> {
         let finish = match self.finish_reason.as_deref() {
             // It may have been cut off anywhere, and a student would learn to stop there.
@@ -225,7 +225,7 @@ impl Choice {
             None | Some("stop" | "eos" | "tool_calls" | "function_call") => Finish::Stop,
             Some("length") => Finish::Length,
             Some("content_filter") => Finish::Filtered,
-            // vLLM says `abort` of a request that it dropped.
+            // vLLM reports `abort` for a request it dropped.
             Some(other) => {
                 let message = format!("{url}: an answer that ended with `{other}`");
                 return Err(Failure::new(Trouble::Malformed, message));
@@ -234,7 +234,7 @@ impl Choice {
         let text = self.text().to_owned();
         let entries = self.logprobs.and_then(|logprobs| logprobs.content).unwrap_or_default();
         let fields = further_fields(self.message);
-        // Tokens without text are text that the server took away, reasoning for instance: no whole answer.
+        // Tokens without text mean that the server removed text, reasoning for instance: not a complete answer.
         let withheld = text.is_empty() && fields.is_empty() && share > 2;
         let finish = if withheld && finish == Finish::Stop { Finish::Filtered } else { finish };
         let ids: Option<Vec<u32>> = entries.iter().map(|entry| entry.id).collect();
@@ -252,8 +252,8 @@ impl Choice {
     }
 }
 
-/// Refuses log-probabilities that are fewer than the tokens, of which the server says only how many all answers to one
-/// request have together. End-of-turn tokens may be without one, and so may what was withheld.
+/// Rejects log-probabilities fewer than the tokens; the server only reports the total over all answers of a request.
+/// End-of-turn tokens and withheld answers may lack one.
 fn check_logprobs(choices: &[Choice], total: usize) -> Result<(), String> {
     let found: usize = choices.iter().map(|one| one.entries().len()).sum();
     let unlisted = choices.iter().filter(|one| !one.ended_by("length")).count();
@@ -273,8 +273,8 @@ fn check_logprobs(choices: &[Choice], total: usize) -> Result<(), String> {
     }
 }
 
-/// What a message has besides its text: calls of tools, whose arguments become objects as chat templates expect
-/// them, and reasoning that the server took out of the text.
+/// A message's fields besides its text: tool calls, with arguments parsed into objects as chat templates expect, and
+/// reasoning that the server split off.
 fn further_fields(message: Map<String, Value>) -> Map<String, Value> {
     let mut fields = Map::new();
     for (key, mut value) in message {
@@ -335,7 +335,7 @@ mod tests {
         let mut call = Message::new("assistant", "");
         let calls = json!([{"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2]}}}]);
         call.fields_mut().insert("tool_calls".to_owned(), calls);
-        // What only training looks at.
+        // Training-only field.
         call.fields_mut().insert("weight".to_owned(), json!(0.5));
         let tools = json!([{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]);
         let asked = Asked {
@@ -380,7 +380,7 @@ mod tests {
             Value::Object(body(spec, &asked, &sampling, 2, schema))
         };
         assert_eq!(written(true, &spec), expected);
-        // A server that cannot be held to a schema is not sent one; the recipe's keys have the last word.
+        // Without schema support none is sent; the recipe's own keys take precedence.
         expected.as_object_mut().unwrap().remove("response_format");
         expected["chat_template_kwargs"] = json!({"enable_thinking": true});
         let extra_body = json!({"priority": 3, "chat_template_kwargs": {"enable_thinking": true}});
@@ -450,7 +450,7 @@ mod tests {
             refused(with(json!([choice(3, "abort")]), 3), 1),
             "http://u: an answer that ended with `abort`"
         );
-        // Of several answers only the sum is known.
+        // Only the sum over several answers is known.
         assert_eq!(
             refused(with(json!([choice(2, "stop"), choice(1, "length")]), 6), 2),
             "http://u: 3 log-probabilities for 5 tokens of 2 answers"
@@ -459,7 +459,7 @@ mod tests {
         assert_eq!(both.answers("u", 2, true, true).unwrap().len(), 2);
         let whole = with(json!([choice(2, "stop")]), 3).answers("u", 1, true, true).unwrap();
         assert_eq!((whole[0].ids.as_slice(), whole[0].tokens), (&[0, 1][..], 2));
-        // Not every server says how many tokens there are.
+        // Not every server reports token counts.
         let uncounted = |entries: usize| reply(json!({"choices": [choice(entries, "stop")]}));
         assert_eq!(uncounted(2).answers("u", 1, true, true).unwrap()[0].tokens, 2);
         assert_eq!(
@@ -467,7 +467,7 @@ mod tests {
             "http://u: no log-probabilities for an answer with text"
         );
         assert_eq!(uncounted(0).answers("u", 1, false, true).unwrap()[0].text, "hey");
-        // What a filter withheld has none.
+        // A filtered answer has none.
         let filtered = with(json!([choice(0, "content_filter"), choice(2, "length")]), 9);
         assert_eq!(filtered.answers("u", 2, true, true).unwrap()[0].finish, Finish::Filtered);
     }

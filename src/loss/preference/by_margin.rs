@@ -1,5 +1,5 @@
-//! Losses of a pair that are a function of one margin, in the form in which a GPU takes their slopes between the head's
-//! two passes ([`Pairs`]). What they cost and what is logged is the host's, once the log-probabilities are there.
+//! Pair losses that depend on a single margin, in the form in which a GPU computes their gradients between the head's
+//! two passes ([`Pairs`]). The host computes loss values and metrics once the log-probabilities arrive.
 
 use super::objective::is_first;
 use super::{FDivergence, LossOptions, Preference, PreferenceLoss};
@@ -10,7 +10,7 @@ use crate::loss::ranking::Ranking;
 use crate::ops::head::{self, MarginLoss, PairTerm, Pairs};
 
 impl PreferenceLoss {
-    /// The loss of a pair by its margin; nothing where it is another function.
+    /// The loss as a function of a pair's margin; `None` if it is not one.
     fn by_margin(self, options: &LossOptions) -> Option<PairTerm> {
         let LossOptions { beta, label_smoothing: epsilon, .. } = *options;
         if self.reads_divergence() && options.divergence != FDivergence::ReverseKl {
@@ -24,7 +24,7 @@ impl PreferenceLoss {
             by_length: false,
             scale: 1.0,
         };
-        // `robust` weighs the two labels by (1 − ε) and −ε, over their sum.
+        // `robust` weighs the two labels by (1 − ε) and −ε, divided by their sum.
         let unbiased = MarginLoss::Sigmoid(-epsilon / (1.0 - 2.0 * epsilon));
         Some(match self {
             Self::Sigmoid | Self::Cpo => sigmoid,
@@ -39,7 +39,7 @@ impl PreferenceLoss {
 }
 
 impl Preference {
-    /// See [`Objective::pairs`](crate::loss::Objective::pairs). Nothing where a weight depends on the policy, or the
+    /// See [`Objective::pairs`](crate::loss::Objective::pairs). `None` if a weight depends on the policy or the
     /// reference moves.
     pub(super) fn by_margin(&self, forest: &Forest, totals: &StepTotals) -> Result<Option<Pairs>> {
         if self.weighting || self.live.is_some() || self.ranking == Ranking::PlackettLuce {
@@ -50,7 +50,7 @@ impl Preference {
             Some(PairTerm { scale: weight / count, ..term })
         });
         let Some(terms) = terms.collect() else { return Ok(None) };
-        // References, lengths and places are what they are whatever the policy says.
+        // References, lengths and indices do not depend on the policy.
         let read = self.read(forest, &vec![0.0; forest.targets.len()])?;
         let leaves = forest.leaves.len();
         let mut pairs = Pairs {
@@ -76,7 +76,7 @@ impl Preference {
         Ok(Some(pairs))
     }
 
-    /// What the best responses' negative log-likelihood adds to the slope of each target.
+    /// Contribution of the best responses' negative log-likelihood to each target's gradient.
     fn nll_slopes(&self, forest: &Forest, totals: &StepTotals) -> Vec<f64> {
         let (best, per_token) = (is_first(forest), self.per_token(totals));
         let of_target = |leaf: u32| if best[leaf as usize] { -per_token } else { 0.0 };
@@ -94,7 +94,7 @@ mod tests {
     use crate::loss::Objective;
     use crate::loss::preference::Summing;
 
-    /// Lists of two to four responses with formatting tokens, and what the policy and a reference say of them.
+    /// Lists of two to four responses with formatting tokens, and policy and reference log-probabilities.
     fn case(seed: u64) -> (Forest, Vec<f32>, Preference) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut objective = Preference::default();
@@ -118,7 +118,7 @@ mod tests {
         (forest, logps, objective)
     }
 
-    /// The slopes that a GPU computes are those that the objective weighs by.
+    /// Gradients in the GPU's form equal those of the objective.
     #[track_caller]
     fn check(objective: &Preference, forest: &Forest, logps: &[f32]) {
         let counts = objective.counts(forest).into_iter().map(|count| count + 3.0).collect();
@@ -146,7 +146,7 @@ mod tests {
                     check(&Preference { losses, options, ..base.clone() }, &forest, &logps);
                 }
             }
-            // Several losses, the likelihood of the best, formatting tokens and the ends of longer responses.
+            // Several losses, the NLL term, formatting tokens and LD-DPO tails.
             let several = Preference {
                 losses: vec![(Sigmoid, 1.0), (Ipo, 0.01), (Simpo, 0.5)],
                 sft_weight: 0.2,
@@ -154,7 +154,7 @@ mod tests {
                 ..base.clone()
             };
             check(&several, &forest, &logps);
-            // Rows with equal ranks, of which the first has no pair at all.
+            // Tied ranks; the first row has no pair at all.
             let ranks = base.reference.iter().map(|(&row, leaves)| {
                 let rank = |at: usize| if row == 0 { 0.0 } else { (at / 2) as f64 };
                 (row, (0..leaves.len()).map(rank).collect())

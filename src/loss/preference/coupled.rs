@@ -1,14 +1,14 @@
-//! Losses that look at the whole optimizer step: their statistics, and what one pair adds given them.
+//! Losses that depend on the whole optimizer step: their statistics, and the loss of one pair given them.
 //!
-//! The statistics are taken before the first backward pass over all pairs of the step, however it is cut into
-//! micro-batches, and are constants to the gradient, as in TRL.
+//! Statistics are taken over all pairs of the step before the first backward pass, independently of the split into
+//! micro-batches. As in TRL, gradients treat them as constants.
 
 use super::pairwise::smoothed;
 use super::{LossOptions, Pair, PairLoss, PreferenceLoss};
 
 impl PreferenceLoss {
-    /// The step's statistic: nothing for losses that are not coupled; the mean reward for `bco`; the KL estimate for
-    /// `kto`, from the log-ratios of `mismatched` responses; two sorted lists for `aot`.
+    /// The step's statistic: the mean reward for `bco`; the KL estimate for `kto`, from the log-ratios of `mismatched`
+    /// responses; two concatenated sorted lists for `aot`; empty for other losses.
     pub fn statistics(self, pairs: &[Pair], mismatched: &[f64], options: &LossOptions) -> Vec<f64> {
         let count = pairs.len().max(1) as f64;
         match self {
@@ -32,7 +32,7 @@ impl PreferenceLoss {
         }
     }
 
-    /// How many numbers [`statistics`](Self::statistics) returns for a step of `pairs` pairs.
+    /// Length of [`statistics`](Self::statistics) for a step of `pairs` pairs.
     pub(super) fn statistics_len(self, pairs: usize) -> usize {
         match self {
             Self::Bco | Self::Kto => 1,
@@ -42,12 +42,12 @@ impl PreferenceLoss {
     }
 }
 
-/// `KL(π ‖ π_ref)` of the step, in nats: the mean log-ratio of responses to other prompts, not below 0.
+/// `KL(π ‖ π_ref)` of the step, in nats: mean log-ratio of responses to other prompts, clamped at 0 from below.
 pub(super) fn kl_estimate(mismatched: &[f64]) -> f64 {
     (mismatched.iter().sum::<f64>() / mismatched.len().max(1) as f64).max(0.0)
 }
 
-/// The one number of `bco` and `kto`.
+/// The scalar statistic of `bco` and `kto`.
 pub(super) fn shift(statistics: &[f64]) -> f64 {
     statistics.first().copied().unwrap_or(0.0)
 }
@@ -61,7 +61,7 @@ fn sorted_lists(first: impl Iterator<Item = f64>, second: impl Iterator<Item = f
     first
 }
 
-/// AOT: the k-th smallest of one list against the k-th smallest of the other, `−ln σ(β (a_k − b_k))`.
+/// AOT pairs the k-th smallest values of the two lists: `−ln σ(β (a_k − b_k))`.
 pub(super) fn aot(
     loss: PreferenceLoss,
     pair: &Pair,
@@ -84,8 +84,8 @@ pub(super) fn aot(
     PairLoss { loss: value, d_chosen: up, d_rejected: -down }
 }
 
-/// The mean of `at` over the ranks that `value` holds in a sorted list. Equal values share their ranks: which of them
-/// comes first is an accident of the sort. A value that is not in the list has no rank: NaN, which ends the step.
+/// Mean of `at` over the ranks of `value` in a sorted list; ties share their ranks, since their order in the sort is
+/// arbitrary. A value not in the list gives NaN, which ends the step.
 fn over_ranks(list: &[f64], value: f64, at: impl Fn(usize) -> (f64, f64)) -> (f64, f64) {
     let low = list.partition_point(|other| *other < value);
     let high = list.partition_point(|other| *other <= value);

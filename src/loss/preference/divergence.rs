@@ -1,11 +1,11 @@
-//! f-divergences in place of the reverse KL (Wang et al., 2023): a score is `f'(π/π_ref)` up to a constant that cancels
-//! between the two sides.
+//! f-divergences in place of the reverse KL (Wang et al., 2023): the score is `f'(π/π_ref)`, up to a constant that
+//! cancels between the two sides.
 
 use serde::{Deserialize, Serialize};
 
 use crate::loss::{log_sigmoid, sigmoid};
 
-/// How a log-ratio `r = ln(π/π_ref)` becomes a score.
+/// The divergence that turns a log-ratio `r = ln(π/π_ref)` into a score.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FDivergence {
@@ -22,11 +22,11 @@ pub enum FDivergence {
     AlphaDivergence,
 }
 
-/// Largest exponent: beyond it a score stays where it is, as in TRL, and its slope is 0.
+/// Largest exponent; beyond it the score is constant, as in TRL, and its derivative is 0.
 const LARGEST: f64 = 80.0;
 
 impl FDivergence {
-    /// Score of a log-ratio and its slope; `alpha` is the coefficient of [`Self::AlphaDivergence`].
+    /// Score of a log-ratio and its derivative; `alpha` is the coefficient of [`Self::AlphaDivergence`].
     ///
     /// ```
     /// use arriero::loss::preference::FDivergence;
@@ -41,14 +41,14 @@ impl FDivergence {
             Self::JsDivergence => {
                 (std::f64::consts::LN_2 + log_sigmoid(log_ratio), sigmoid(-log_ratio))
             }
-            // Close to 1 the quotient is rounding only.
+            // Near 1 the quotient is dominated by rounding.
             Self::AlphaDivergence if (alpha - 1.0).abs() < 1e-6 => (log_ratio, 1.0),
             Self::AlphaDivergence => power(alpha - 1.0, log_ratio),
         }
     }
 }
 
-/// `(e^{c r} − 1) / c` and its slope `e^{c r}`.
+/// `(e^{c r} − 1) / c` and its derivative `e^{c r}`.
 fn power(c: f64, log_ratio: f64) -> (f64, f64) {
     let exponent = c * log_ratio;
     let held = exponent.min(LARGEST);

@@ -1,4 +1,4 @@
-//! A reference that is asked anew for every micro-batch, because it moves.
+//! A moving reference, evaluated anew for every micro-batch.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -12,17 +12,17 @@ use crate::loss::of_rows;
 
 type Ask = dyn Fn(&Forest) -> Result<Vec<f32>> + Send + Sync;
 
-/// Where a moving reference's log-probabilities of a forest's targets come from.
+/// Source of a moving reference's log-probabilities for a forest's targets.
 #[derive(Clone)]
 pub struct LiveReference(Arc<Ask>);
 
 impl LiveReference {
-    /// Asks `ask` for one log-probability a target.
+    /// Wraps `ask`, which returns one log-probability per target.
     pub fn new(ask: impl Fn(&Forest) -> Result<Vec<f32>> + Send + Sync + 'static) -> Self {
         Self(Arc::new(ask))
     }
 
-    /// The log-probability of each leaf by row: what `live` says of this forest where there is one, else what is `kept`.
+    /// Log-probability of each leaf by row: from `live` for this forest if set, otherwise from `kept`.
     pub(super) fn table<'a>(
         live: Option<&Self>,
         kept: &'a BTreeMap<usize, Vec<f64>>,
@@ -34,7 +34,7 @@ impl LiveReference {
         }
     }
 
-    /// The same of this forest's rows alone, to keep.
+    /// As `table`, restricted to this forest's rows and owned.
     pub(super) fn of_forest(
         live: Option<&Self>,
         kept: &BTreeMap<usize, Vec<f64>>,

@@ -1,13 +1,13 @@
 //! Preference losses on the log-probabilities of a chosen and a rejected response.
 //!
-//! [`PreferenceLoss`] names the losses as TRL does and says what each of them needs. `pairwise` has those that look at one
-//! pair alone, `coupled` those that look at the whole optimizer step, `divergence` the f-divergences that turn
-//! log-ratios into scores. [`Preference`] applies any number of them at once to the pairs of a forest, [`Unpaired`] the
-//! KTO family to single labelled responses. What is tested how stands in `docs/losses.md`.
+//! [`PreferenceLoss`] names the losses as TRL does and states what each one needs. `pairwise` holds losses of a single
+//! pair, `coupled` those that depend on the whole optimizer step, `divergence` the f-divergences that turn log-ratios
+//! into scores. [`Preference`] applies any number of them to the pairs of a forest, [`Unpaired`] the KTO family to
+//! single labelled responses. `docs/losses.md` lists the tests of each loss.
 //!
-//! Conventions: log-probabilities are natural logarithms, summed over the tokens that [`Summing`] lets in; a *log-ratio*
-//! is `log π(y|x) − log π_ref(y|x)`, a *reward* `β` times it. A length is the number of those same tokens. Rewards that
-//! are logged are never divided by a length (TRL 1.16).
+//! Conventions: log-probabilities are natural logarithms, summed over the tokens that [`Summing`] includes; a
+//! *log-ratio* is `log π(y|x) − log π_ref(y|x)`, a *reward* is `β` times it, `Δ` is the chosen log-ratio minus the
+//! rejected one. Lengths count the same tokens. Logged rewards are never divided by a length (TRL 1.16).
 
 mod by_margin;
 mod coupled;
@@ -28,37 +28,37 @@ pub use objective::Preference;
 pub use summing::{Response, Summing};
 pub use unpaired::Unpaired;
 
-/// One number for each side of a pair.
+/// One value for each side of a pair.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sides {
-    /// Of the preferred response.
+    /// Value for the preferred response.
     pub chosen: f64,
-    /// Of the other.
+    /// Value for the other response.
     pub rejected: f64,
 }
 
 impl Sides {
-    /// Chosen less rejected.
+    /// Chosen minus rejected.
     pub fn gap(self) -> f64 {
         self.chosen - self.rejected
     }
 }
 
-/// What a loss is told of one pair.
+/// Inputs of a pairwise loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Pair {
-    /// The policy's log-probabilities, each summed over its response's tokens.
+    /// The policy's log-probabilities, each summed over its response's tokens, in nats.
     pub policy: Sides,
-    /// The reference's, under the same mask; zeros where no loss reads them.
+    /// The reference's log-probabilities under the same mask; zeros if no loss reads them.
     pub reference: Sides,
-    /// Tokens in each sum.
+    /// Number of tokens in each sum.
     pub lengths: Sides,
-    /// By how much an annotator or a reward model scored the chosen response higher (column `margin`).
+    /// How much higher an annotator or reward model scored the chosen response (column `margin`).
     pub margin: f64,
 }
 
 impl Pair {
-    /// Log-ratios of both sides.
+    /// Log-ratios of policy to reference, per side.
     pub fn log_ratios(&self) -> Sides {
         Sides {
             chosen: self.policy.chosen - self.reference.chosen,
@@ -67,26 +67,26 @@ impl Pair {
     }
 }
 
-/// One pair's loss and its slopes.
+/// Loss of one pair and its derivatives.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PairLoss {
-    /// Value.
+    /// Loss value.
     pub loss: f64,
-    /// Slope with respect to the policy's chosen log-probability.
+    /// Derivative with respect to the policy's chosen log-probability.
     pub d_chosen: f64,
-    /// Slope with respect to the policy's rejected log-probability.
+    /// Derivative with respect to the policy's rejected log-probability.
     pub d_rejected: f64,
 }
 
 /// Constants of the losses, named as in TRL.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossOptions {
-    /// Strength of the tie to the reference; the regularisation `τ` of IPO, the temperature of CPO and SimPO, the
-    /// weight of ORPO's odds ratio.
+    /// KL-regularisation strength `β`; the regularisation `τ` of IPO, the temperature of CPO and SimPO, the weight of
+    /// ORPO's odds-ratio term.
     pub beta: f64,
-    /// Share `ε` of labels taken to be wrong.
+    /// Assumed fraction `ε` of flipped labels.
     pub label_smoothing: f64,
-    /// How a log-ratio becomes a score.
+    /// f-divergence that turns a log-ratio into a score.
     pub divergence: FDivergence,
     /// Coefficient `α` of the α-divergence.
     pub alpha: f64,
@@ -94,11 +94,11 @@ pub struct LossOptions {
     pub simpo_gamma: f64,
     /// DiscoPOP's temperature `τ`.
     pub discopop_tau: f64,
-    /// RPO's scale `η` of the column `margin`.
+    /// RPO's scale `η` for the column `margin`.
     pub gt_reward_scale: f64,
-    /// KTO's weight of desirable responses.
+    /// KTO's weight for desirable responses.
     pub desirable_weight: f64,
-    /// KTO's weight of undesirable responses.
+    /// KTO's weight for undesirable responses.
     pub undesirable_weight: f64,
 }
 
@@ -118,68 +118,70 @@ impl Default for LossOptions {
     }
 }
 
-/// The preference losses. Names are TRL's where TRL has the loss; aliases are other trainers'.
+/// The preference losses, under TRL's names where TRL has the loss; aliases are other trainers' names. `r_c` and `r_r`
+/// are the rewards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PreferenceLoss {
-    /// DPO, `−ln σ(βΔ)` (Rafailov et al., 2023, equation 7); with label smoothing cDPO (Mitchell, 2023).
+    /// DPO, `−ln σ(βΔ)` (Rafailov et al., 2023, equation 7); with label smoothing, cDPO (Mitchell, 2023).
     #[serde(alias = "dpo")]
     Sigmoid,
-    /// DPO on log-ratios a token (Tulu 3, section 5.1.1; length-normalised DPO).
+    /// DPO on per-token log-ratios (length-normalised DPO; Tulu 3, section 5.1.1).
     #[serde(alias = "dpo_norm")]
     SigmoidNorm,
     /// `max(0, 1 − βΔ)` (SLiC, Zhao et al., 2023; RSO, Liu et al., 2023).
     #[serde(alias = "rso", alias = "slic")]
     Hinge,
-    /// `(Δ − 1/2β)²` on log-ratios a token (Azar et al., 2023, equation 17).
+    /// `(Δ − 1/2β)²` on per-token log-ratios (Azar et al., 2023, equation 17).
     Ipo,
-    /// Unbiased under flipped labels (Chowdhury et al., 2024).
+    /// `((ε − 1) ln σ(βΔ) + ε ln σ(−βΔ)) / (1 − 2ε)`: unbiased under flipped labels (Chowdhury et al., 2024).
     Robust,
     /// `KL(p_θ ‖ p_labels)` over the two responses (Ji et al., 2024, equation 16).
     #[serde(alias = "exo")]
     ExoPair,
-    /// Noise contrastive alignment (Chen et al., 2024).
+    /// Noise contrastive alignment, `−ln σ(r_c) − ½ ln σ(−r_c) − ½ ln σ(−r_r)` (Chen et al., 2024).
     #[serde(alias = "nca")]
     NcaPair,
-    /// Binary classification of each side without a shift: what TRL 1.16 calls `bco_pair`.
+    /// `−ln σ(r_c) − ln σ(−r_r)`: binary classification of each side without a shift, TRL 1.16's `bco_pair`.
     BcoPair,
-    /// Binary classifier optimisation (Jung et al., 2024) with its reward shift, the mean reward of the step.
+    /// Binary classifier optimisation (Jung et al., 2024): as `bco_pair`, with rewards shifted by the step's mean
+    /// reward.
     Bco,
-    /// Self-play preference optimisation with hard labels (Wu et al., 2024).
+    /// Self-play preference optimisation with hard labels, `(r_c/β − 1/2β)² + (r_r/β + 1/2β)²` (Wu et al., 2024).
     #[serde(alias = "sppo")]
     SppoHard,
-    /// Anchored preference optimisation, for chosen responses better than the policy (D'Oosterlinck et al., 2024,
-    /// equation 7).
+    /// Anchored preference optimisation for chosen responses better than the policy, `1 − σ(r_c) + σ(r_r)`
+    /// (D'Oosterlinck et al., 2024, equation 7).
     ApoZero,
-    /// The same for chosen responses worse than the policy (equation 8).
+    /// APO for chosen responses worse than the policy, `σ(r_c) + 1 − σ(r_c − r_r)` (equation 8).
     ApoDown,
-    /// Alignment by optimal transport: sorted preference gaps of policy and reference (Melnyk et al., 2024).
+    /// Alignment by optimal transport, on the sorted gaps of policy and reference (Melnyk et al., 2024).
     #[serde(alias = "aot_pair", alias = "aot_paired")]
     Aot,
-    /// The same on sorted log-ratios of chosen and rejected responses.
+    /// AOT on the sorted log-ratios of chosen and of rejected responses.
     AotUnpaired,
     /// Log-ratio modulated loss (Lu et al., 2024, equation 5).
     Discopop,
     /// Reward-aware preference optimisation, `KL(σ(ηr) ‖ σ(βΔ))` (Nemotron-4 340B, 2024; as in NeMo-Aligner).
     #[serde(alias = "rpo")]
     RpoBwdKl,
-    /// The same with `KL(σ(βΔ) ‖ σ(ηr))`.
+    /// RPO with `KL(σ(βΔ) ‖ σ(ηr))`.
     RpoFwdKl,
     /// Kahneman-Tversky optimisation (Ethayarajh et al., 2024, equation 7) with its KL estimate.
     #[serde(alias = "kto_pair")]
     Kto,
-    /// Each side anchored at zero: KTO without its KL estimate (TRL's KTO trainer).
+    /// KTO with its KL estimate fixed at zero (TRL's KTO trainer).
     ApoZeroUnpaired,
-    /// `−ln σ(β (log π_c − log π_r))` without a reference (Xu et al., 2024, equation 3).
+    /// `−ln σ(β (log π_c − log π_r))`, without a reference (Xu et al., 2024, equation 3).
     Cpo,
-    /// CPO on log-probabilities a token with a margin `γ` (Meng et al., 2024).
+    /// CPO on per-token log-probabilities with a target margin `γ` (Meng et al., 2024).
     Simpo,
-    /// `−β ln σ` of the log odds ratio (Hong et al., 2024, equation 7); its NLL is the term `sft`.
+    /// `−β ln σ` of the log odds ratio (Hong et al., 2024, equation 7); its NLL is the separate term `sft`.
     Orpo,
 }
 
 impl PreferenceLoss {
-    /// Every loss, in the order of the documentation.
+    /// All losses, in the order of the documentation.
     pub const ALL: [Self; 22] = [
         Self::Sigmoid,
         Self::SigmoidNorm,
@@ -205,7 +207,7 @@ impl PreferenceLoss {
         Self::Orpo,
     ];
 
-    /// Its name in recipes and metrics.
+    /// Name in recipes and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Sigmoid => "sigmoid",
@@ -243,17 +245,17 @@ impl PreferenceLoss {
         matches!(self, Self::RpoBwdKl | Self::RpoFwdKl)
     }
 
-    /// Whether it needs, beside each response, one that answers another prompt (KTO's KL estimate).
+    /// Whether it needs an additional response to another prompt per row (for KTO's KL estimate).
     pub fn needs_mismatched(self) -> bool {
         self == Self::Kto
     }
 
-    /// Whether it can be taken of one labelled response, without a pair.
+    /// Whether it is defined for a single labelled response.
     pub fn unpaired(self) -> bool {
         matches!(self, Self::Kto | Self::ApoZeroUnpaired)
     }
 
-    /// Whether a pair's loss depends on the other pairs of its step.
+    /// Whether a pair's loss depends on the other pairs of the step.
     pub fn coupled(self) -> bool {
         matches!(self, Self::Kto | Self::Bco | Self::Aot | Self::AotUnpaired)
     }
@@ -273,7 +275,7 @@ impl PreferenceLoss {
         )
     }
 
-    /// Whether the f-divergence changes it: the others are defined on log-ratios themselves.
+    /// Whether the f-divergence changes it; the other losses are defined on the log-ratios directly.
     pub fn reads_divergence(self) -> bool {
         matches!(
             self,
@@ -289,10 +291,10 @@ impl PreferenceLoss {
 }
 
 impl LossOptions {
-    /// Refuses constants that the given losses cannot be taken with, or that none of them reads.
+    /// Rejects constants that are invalid for the given losses, or that none of them reads.
     ///
     /// # Errors
-    /// Names the key, its value and what was expected.
+    /// Names the key, its value and the expected range.
     pub fn check(&self, losses: &[PreferenceLoss]) -> Result<()> {
         let refuse = |key: &str, value: f64, expected: &str| {
             Err(Error::usage(format!("`{key}` is {value}, expected {expected}")))
@@ -311,7 +313,7 @@ impl LossOptions {
         if !self.simpo_gamma.is_finite() || self.simpo_gamma < 0.0 {
             return refuse("simpo_gamma", self.simpo_gamma, "0 or more");
         }
-        // Above 1 the exponential wins over the modulation and a hopeless pair has an infinite loss.
+        // Above 1 the exponential outgrows the modulation, and very negative margins give an infinite loss.
         if !(self.discopop_tau > 0.0 && self.discopop_tau <= 1.0) {
             return refuse("discopop_tau", self.discopop_tau, "more than 0 and at most 1");
         }
@@ -345,7 +347,7 @@ impl LossOptions {
         self.check_read(losses)
     }
 
-    /// Refuses constants that were written and that nothing reads.
+    /// Rejects constants that were set but are not read.
     fn check_read(&self, losses: &[PreferenceLoss]) -> Result<()> {
         use PreferenceLoss::{ApoZeroUnpaired, Discopop, Kto, RpoBwdKl, RpoFwdKl, Simpo};
         let plain = Self::default();

@@ -1,8 +1,8 @@
-//! Preference losses over the pairs of a forest, or its ranked lists (DPO, appendix A.3), several at once, with the best
-//! response's negative log-likelihood beside them.
+//! Preference objective over the pairs or ranked lists (DPO, appendix A.3) of a forest: any number of losses, plus an
+//! optional negative log-likelihood of the best response.
 //!
-//! In the form of Llama 3 (section 4.1.4): `sigmoid`, formatting tokens left out of both sides' log-probabilities, and
-//! 0.2 of the chosen response's negative log-likelihood over all its tokens.
+//! Llama 3's recipe (section 4.1.4): `sigmoid` with formatting tokens masked on both sides, plus 0.2 of the chosen
+//! response's negative log-likelihood over all its tokens.
 
 use std::collections::BTreeMap;
 use std::mem::replace;
@@ -13,35 +13,33 @@ use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::ranking::{Ranking, plackett_luce};
 use crate::loss::{Mean, Objective, Reading, StepTotals, Weighed, of_rows};
-use crate::ops::head::{Pairs, RowStats};
+use crate::ops::head::{Detail, Pairs, RowStats};
 
-/// The preference objective: each tree's leaves are ranked responses, best first, mostly a chosen and a rejected one. With
-/// [`PreferenceLoss::Kto`] a tree has two, and further leaves are responses to other prompts.
+/// The preference objective. A tree's leaves are ranked responses, best first, usually one chosen and one rejected.
+/// With [`PreferenceLoss::Kto`] the first two are the pair and further leaves are responses to other prompts.
 #[derive(Clone, Debug)]
 pub struct Preference {
-    /// The losses, each with its weight; may be empty beside `sft_weight`.
+    /// Losses and their weights; may be empty if `sft_weight` is set.
     pub losses: Vec<(PreferenceLoss, f64)>,
-    /// Their constants.
+    /// Constants of the losses.
     pub options: LossOptions,
-    /// What is compared of more than two responses. By pairs, losses are means over all pairs of the step; as
-    /// Plackett-Luce lists, over its trees.
+    /// How more than two responses are compared. Pairwise losses are means over the step's pairs, Plackett-Luce over
+    /// its trees.
     pub ranking: Ranking,
-    /// Weight of the best response's negative log-likelihood, a mean over the tokens of the step's best responses; 0 turns
-    /// it off.
+    /// Weight of the best responses' negative log-likelihood, a mean over their tokens in the step; 0 disables it.
     pub sft_weight: f64,
     /// Which tokens enter the preference losses.
     pub summing: Summing,
-    /// Weigh each pair by how likely the policy itself is to answer so (`use_weighting`; WPO, Zhou et al., 2024,
-    /// equation 2): by `exp` of the mean of `ln p − ln Σp²` over each response's tokens, held constant.
+    /// Weight each pair by the policy's own likelihood of it (`use_weighting`; WPO, Zhou et al., 2024, equation 2):
+    /// `exp` of the mean of `ln p − ln Σp²` over each response's tokens, held constant.
     pub weighting: bool,
-    /// The reference's log-probability of each leaf, under the same mask, by the pair's row. Empty where no loss
-    /// needs one.
+    /// Reference log-probability of each leaf, under the same mask, by row. Empty if no loss needs one.
     pub reference: BTreeMap<usize, Vec<f64>>,
-    /// A reference that moves; asked instead of `reference` where there is one.
+    /// A moving reference; overrides `reference` if set.
     pub live: Option<LiveReference>,
-    /// The column `margin` by row, where a loss reads it: by how much each response is better than the next.
+    /// Column `margin` by row, if a loss reads it: how much each response is better than the next.
     pub margins: BTreeMap<usize, Vec<f64>>,
-    /// The column `ranks` by row, best first, of those that have one: of equal ranks neither is better.
+    /// Column `ranks` by row, best first, if present; tied responses are not compared.
     pub ranks: BTreeMap<usize, Vec<f64>>,
 }
 
@@ -62,20 +60,20 @@ impl Default for Preference {
     }
 }
 
-/// What one forest's log-probabilities say.
+/// Loss inputs read from one forest's log-probabilities.
 #[derive(Default)]
 pub(super) struct Read {
     pub(super) pairs: Vec<Pair>,
     /// Leaves (better, worse) of each pair.
     pub(super) leaves: Vec<(usize, usize)>,
-    /// Each tree's first leaf, and the log-ratios of its responses, best first.
+    /// Each tree's first leaf, and its responses' log-ratios, best first.
     lists: Vec<(usize, Vec<f64>)>,
-    /// Log-ratios of the responses to other prompts.
+    /// Log-ratios of responses to other prompts.
     mismatched: Vec<f64>,
 }
 
 impl Preference {
-    /// Whether a loss with weight reads the reference.
+    /// Whether a loss with non-zero weight reads the reference.
     pub fn needs_reference(&self) -> bool {
         self.has(PreferenceLoss::needs_reference)
     }
@@ -84,11 +82,11 @@ impl Preference {
         self.losses.iter().any(|(loss, _)| property(*loss))
     }
 
-    /// Refuses a row's tree that no loss can be taken of: not two or more responses, one without a token that enters, two
-    /// that are equal.
+    /// Rejects a row's tree that has no valid loss: fewer than two responses, a response without a contributing token,
+    /// or two identical responses.
     ///
     /// # Errors
-    /// Says which.
+    /// Names the problem.
     pub fn check_tree(&self, tree: &Tree) -> Result<()> {
         let leaves = tree.leaves();
         check_leaves(leaves.len())?;
@@ -96,7 +94,7 @@ impl Preference {
             && (self.has(PreferenceLoss::needs_mismatched) || self.summing.ld_alpha < 1.0)
         {
             return Err(Error::run(format!("{} ranked responses, expected two", leaves.len()))
-                .hint("`kto` and `ld_alpha` know a chosen and a rejected one only"));
+                .hint("`kto` and `ld_alpha` support pairs only"));
         }
         let lengths = self.summing.lengths(tree);
         if let Some(leaf) = lengths.iter().position(|&length| length == 0) {
@@ -112,19 +110,19 @@ impl Preference {
         }
     }
 
-    /// How many pairs a forest has.
+    /// Number of pairs in a forest.
     fn pairs(&self, forest: &Forest) -> usize {
         let mut leaves = vec![0; forest.trees()];
         forest.leaves.iter().for_each(|leaf| leaves[leaf.tree] += 1);
         let two_at_most = self.has(PreferenceLoss::needs_mismatched);
         let ranked = |count: usize| if two_at_most { count.min(2) } else { count };
-        // Where a list is refused, it is when it is read.
+        // An invalid list is reported when it is read.
         let of_tree =
             |(count, &source)| self.compared(source, ranked(count)).map_or(0, |all| all.len());
         leaves.into_iter().zip(&forest.sources).map(of_tree).sum()
     }
 
-    /// Places (better, worse) of what is compared of a row's ranked responses.
+    /// Index pairs (better, worse) among a row's ranked responses.
     fn compared(&self, source: usize, ranked: usize) -> Result<Vec<(usize, usize)>> {
         match self.ranks.get(&source) {
             Some(ranks) => self.ranking.pairs_of(&ranks[..ranked.min(ranks.len())]),
@@ -132,7 +130,7 @@ impl Preference {
         }
     }
 
-    /// What the losses are told of each tree.
+    /// Loss inputs of each tree. `logps`: one per target.
     pub(super) fn read(&self, forest: &Forest, logps: &[f32]) -> Result<Read> {
         let mut read = Read::default();
         let place = (self.summing, forest);
@@ -146,7 +144,7 @@ impl Preference {
         Ok(read)
     }
 
-    /// `first` is the tree's first leaf.
+    /// Reads one tree; `first` is its first leaf.
     fn read_tree(
         &self,
         (source, first): (usize, usize),
@@ -199,10 +197,10 @@ impl Preference {
         margins.cloned().ok_or_else(without_margin)
     }
 
-    /// Refuses a row without the margins that a loss asks for.
+    /// Rejects a row that lacks margins a loss needs.
     ///
     /// # Errors
-    /// Where there is not one fewer than responses.
+    /// The row does not have exactly one margin fewer than responses.
     pub fn check_margins(&self, margins: &[f64], tree: &Tree) -> Result<()> {
         if self.has(PreferenceLoss::needs_margin) && margins.len() + 1 != tree.leaves().len() {
             return Err(without_margin());
@@ -210,8 +208,8 @@ impl Preference {
         Ok(())
     }
 
-    /// Of each leaf, the length-normalised alignment whose sum over a pair is the logarithm of the pair's weight; nothing
-    /// where pairs are not weighted. See [`Preference::weighting`].
+    /// Length-normalised alignment of each leaf; a pair's log-weight is the sum over its two leaves. Empty if pairs are
+    /// not weighted. See [`Preference::weighting`].
     fn alignments(&self, forest: &Forest, reading: Reading<'_>) -> Vec<f64> {
         if !self.weighting {
             return Vec::new();
@@ -223,7 +221,8 @@ impl Preference {
         trees.flat_map(|(_, responses)| responses).map(|one| one.logp / one.length).collect()
     }
 
-    /// The slope of each leaf's log-probability, with weights and counts, and each loss's plain sum.
+    /// Gradient with respect to each leaf's log-probability (weights and counts applied), and each loss's unweighted
+    /// sum.
     fn losses_of(
         &self,
         (read, alignments): (&Read, &[f64]),
@@ -263,12 +262,12 @@ impl Preference {
         (slopes, sums)
     }
 
-    /// What a token of a best response weighs in the loss beside the pairs.
+    /// Weight of one best-response token in the negative log-likelihood term.
     pub(super) fn per_token(&self, totals: &StepTotals) -> f64 {
         if self.sft_weight > 0.0 { self.sft_weight / totals.counts[self.losses.len()] } else { 0.0 }
     }
 
-    /// Each loss's part of the step's statistics.
+    /// Each loss's slice of the step's statistics.
     fn shares<'a>(&self, totals: &'a StepTotals) -> Vec<&'a [f64]> {
         let mut statistics = totals.statistics.as_slice();
         let share = self.losses.iter().zip(&totals.counts).map(|((loss, _), count)| {
@@ -280,8 +279,8 @@ impl Preference {
         share.collect()
     }
 
-    /// TRL's names. Rewards without a reference are `β log π`. `kl/chosen` is the mean over chosen tokens of
-    /// `ln π − ln π_ref`: the estimator k1 of KL(π ‖ π_ref) on tokens that π did not draw, so that it may be negative.
+    /// TRL's names. Without a reference, rewards are `β log π`. `kl/chosen` is the mean of `ln π − ln π_ref` over
+    /// chosen tokens: the k1 estimator of KL(π ‖ π_ref) on tokens not sampled from π, so it can be negative.
     fn metrics(&self, read: &Read, totals: &StepTotals) -> Vec<Mean> {
         let count = read.pairs.len() as f64;
         let beta = self.options.beta;
@@ -322,7 +321,7 @@ fn check_leaves(leaves: usize) -> Result<()> {
     Err(Error::run(format!("{leaves} response, expected two or more, best first")))
 }
 
-/// The pair of two places of a list.
+/// The pair at two indices of a list.
 fn pair(
     (better, worse): (usize, usize),
     policy: &[Response],
@@ -343,19 +342,19 @@ fn without_margin() -> Error {
         .hint("rpo needs it: by how much the chosen response's reward is higher")
 }
 
-/// A response without a token to sum.
+/// Error for a response without a contributing token.
 pub(super) fn empty(leaf: usize) -> Error {
     let side = match leaf {
         0 => "the first response",
         1 => "the second response",
         _ => "a further response",
     };
-    Error::run(format!("{side} has no token that enters the loss")).hint(
+    Error::run(format!("{side} has no token in the loss")).hint(
         "an empty response has formatting tokens only, which mask_formatting_tokens leaves out",
     )
 }
 
-/// Of each leaf: 0 where it is better than another and worse than none, 1 the other way, 2 for the rest.
+/// Side of each leaf: 0 if it only wins, 1 if it only loses, 2 otherwise.
 fn sides(leaves: usize, pairs: &[(usize, usize)]) -> Vec<usize> {
     let (mut better, mut worse) = (vec![false; leaves], vec![false; leaves]);
     for &(chosen, rejected) in pairs {
@@ -369,8 +368,8 @@ fn sides(leaves: usize, pairs: &[(usize, usize)]) -> Vec<usize> {
     better.into_iter().zip(worse).map(side).collect()
 }
 
-/// Mean logit over the vocabulary and each side's trained tokens, where rows were read. `sides` says of each leaf: 0 chosen, 1
-/// rejected, more for neither.
+/// Mean logit over the vocabulary and each side's trained tokens, if row statistics were read. `sides` gives each
+/// leaf's side: 0 chosen, 1 rejected, larger for neither.
 pub(super) fn mean_logits(forest: &Forest, sides: &[usize], rows: &[RowStats]) -> Vec<Mean> {
     let names = ["logits/chosen", "logits/rejected"].into_iter().enumerate();
     let mean = |(side, name): (usize, &'static str)| {
@@ -382,7 +381,7 @@ pub(super) fn mean_logits(forest: &Forest, sides: &[usize], rows: &[RowStats]) -
     names.map(mean).filter(|mean| mean.count > 0.0).collect()
 }
 
-/// Whether each leaf is its tree's first.
+/// Whether each leaf is the first of its tree.
 pub(super) fn is_first(forest: &Forest) -> Vec<bool> {
     let mut seen = vec![false; forest.trees()];
     forest.leaves.iter().map(|leaf| !replace(&mut seen[leaf.tree], true)).collect()
@@ -406,8 +405,8 @@ impl Objective for Preference {
         counts
     }
 
-    fn reads_rows(&self) -> bool {
-        self.weighting
+    fn detail(&self) -> Detail {
+        if self.weighting { Detail::Rows } else { Detail::Targets }
     }
 
     fn pairs(&self, forest: &Forest, totals: &StepTotals) -> Result<Option<Pairs>> {
@@ -432,7 +431,7 @@ impl Objective for Preference {
     }
 
     fn answers(&self, forest: &Forest) -> Option<Vec<bool>> {
-        // Two are the pair's.
+        // The first two leaves of a tree form the pair.
         let second = |leaf: usize, first: &[bool]| first[leaf] || leaf > 0 && first[leaf - 1];
         self.has(PreferenceLoss::needs_mismatched).then(|| {
             let first = is_first(forest);

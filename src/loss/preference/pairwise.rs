@@ -1,4 +1,4 @@
-//! Each loss as a function of one pair: value and slopes in closed form.
+//! Each loss as a function of one pair: value and derivatives in closed form.
 
 use super::coupled;
 use super::{LossOptions, Pair, PairLoss, PreferenceLoss, Sides};
@@ -7,8 +7,8 @@ use crate::loss::{log_sigmoid, sigmoid};
 const ONE: Sides = Sides { chosen: 1.0, rejected: 1.0 };
 
 impl PreferenceLoss {
-    /// Value and slopes of one pair. `statistics` is what [`statistics`](Self::statistics) returned for the step; empty
-    /// for losses that are not coupled.
+    /// Loss of one pair and its derivatives. `statistics` is the result of [`statistics`](Self::statistics) for the
+    /// step; empty for losses that are not coupled.
     ///
     /// ```
     /// use arriero::loss::preference::{LossOptions, Pair, PreferenceLoss, Sides};
@@ -62,7 +62,7 @@ impl PreferenceLoss {
             }
             Self::Aot | Self::AotUnpaired => coupled::aot(self, pair, statistics, options),
             Self::Kto | Self::ApoZeroUnpaired => {
-                // The mean over the pair's two responses, each of which TRL counts as a row.
+                // Mean over the pair's two responses; TRL counts each as a row.
                 let kl = coupled::shift(statistics);
                 let (win, up) = self.of_response(true, ratios.chosen, kl, options);
                 let (lose, down) = self.of_response(false, ratios.rejected, kl, options);
@@ -76,8 +76,8 @@ impl PreferenceLoss {
         }
     }
 
-    /// Value and slope of one labelled response with log-ratio `log_ratio`, for the losses that are
-    /// [`unpaired`](Self::unpaired). `kl` is the step's KL estimate in nats.
+    /// Loss and derivative for one labelled response with the given log-ratio, for [`unpaired`](Self::unpaired) losses.
+    /// `kl` is the step's KL estimate in nats.
     ///
     /// ```
     /// use arriero::loss::preference::{LossOptions, PreferenceLoss};
@@ -102,7 +102,7 @@ impl PreferenceLoss {
     }
 }
 
-/// A loss `f` of `x = β (s_c/n_c − s_r/n_r)`, with scores `s` of the log-ratios and divisors `n`.
+/// Loss `f(x)` with `x = β (s_c/n_c − s_r/n_r)`, where `s` are the log-ratio scores and `n` the divisors.
 fn scored(
     pair: &Pair,
     divisors: Sides,
@@ -121,7 +121,7 @@ fn scored(
     }
 }
 
-/// A loss `f` of `x = β (log π_c/n_c − log π_r/n_r)`: no reference.
+/// Reference-free loss `f(x)` with `x = β (log π_c/n_c − log π_r/n_r)`.
 fn on_gap(pair: &Pair, divisors: Sides, beta: f64, f: impl Fn(f64) -> (f64, f64)) -> PairLoss {
     let x =
         beta * (pair.policy.chosen / divisors.chosen - pair.policy.rejected / divisors.rejected);
@@ -133,7 +133,7 @@ fn on_gap(pair: &Pair, divisors: Sides, beta: f64, f: impl Fn(f64) -> (f64, f64)
     }
 }
 
-/// A loss that is a sum of one term a side, each given with its slope by that side's reward.
+/// Sum of one term per side, each given with its derivative with respect to that side's reward.
 fn of_rewards(beta: f64, chosen: (f64, f64), rejected: (f64, f64)) -> PairLoss {
     PairLoss {
         loss: chosen.0 + rejected.0,
@@ -142,22 +142,22 @@ fn of_rewards(beta: f64, chosen: (f64, f64), rejected: (f64, f64)) -> PairLoss {
     }
 }
 
-/// `ln(1 + e^x) = −ln σ(−x)` and its slope.
+/// `ln(1 + e^x) = −ln σ(−x)` and its derivative.
 fn softplus(x: f64) -> (f64, f64) {
     (-log_sigmoid(-x), sigmoid(x))
 }
 
-/// `σ(x)` and its slope.
+/// `σ(x)` and its derivative.
 fn rising(x: f64) -> (f64, f64) {
     (sigmoid(x), sigmoid(x) * sigmoid(-x))
 }
 
-/// `1 − σ(x)` and its slope.
+/// `1 − σ(x)` and its derivative.
 fn falling(x: f64) -> (f64, f64) {
     (sigmoid(-x), -sigmoid(x) * sigmoid(-x))
 }
 
-/// `−(1 − ε) ln σ(x) − ε ln σ(−x)` and its slope.
+/// `−(1 − ε) ln σ(x) − ε ln σ(−x)` and its derivative.
 pub(super) fn smoothed(x: f64, epsilon: f64) -> (f64, f64) {
     (
         -(1.0 - epsilon) * log_sigmoid(x) - epsilon * log_sigmoid(-x),
@@ -169,7 +169,7 @@ fn hinge(x: f64) -> (f64, f64) {
     if x < 1.0 { (1.0 - x, -1.0) } else { (0.0, 0.0) }
 }
 
-/// `(x/β − 1/2β)²`: `x` is `β` times what the paper squares.
+/// `(x/β − 1/2β)²`: `x` is `β` times the quantity squared in the paper.
 fn ipo(x: f64, beta: f64) -> (f64, f64) {
     let distance = (x - 0.5) / beta;
     (distance * distance, 2.0 * distance / beta)
@@ -183,16 +183,16 @@ fn robust(x: f64, epsilon: f64) -> (f64, f64) {
     )
 }
 
-/// `KL(Bernoulli(σ(x)) ‖ Bernoulli(σ(y)))` and its slope by `x`.
+/// `KL(Bernoulli(σ(x)) ‖ Bernoulli(σ(y)))` and its derivative in `x`.
 ///
-/// With `p = σ(x)`: the derivative of `p ln(p/q) + (1−p) ln((1−p)/(1−q))` by `p` is `x − y`, and `dp/dx = p (1−p)`.
+/// With `p = σ(x)`, the derivative of `p ln(p/q) + (1−p) ln((1−p)/(1−q))` in `p` is `x − y`, and `dp/dx = p (1−p)`.
 fn bernoulli_kl(x: f64, y: f64) -> (f64, f64) {
     let (p, q) = (sigmoid(x), sigmoid(-x));
     let value = p * (log_sigmoid(x) - log_sigmoid(y)) + q * (log_sigmoid(-x) - log_sigmoid(-y));
     (value, p * q * (x - y))
 }
 
-/// RPO: between the Bernoulli distributions of the implicit reward gap `βΔ` and the given one `η r`.
+/// RPO: KL between the Bernoulli distributions of the implicit reward gap `βΔ` and of the given gap `η r`.
 fn rpo(loss: PreferenceLoss, pair: &Pair, options: &LossOptions) -> PairLoss {
     let given = options.gt_reward_scale * pair.margin;
     let implicit = LossOptions { divergence: super::FDivergence::ReverseKl, ..*options };
@@ -200,13 +200,13 @@ fn rpo(loss: PreferenceLoss, pair: &Pair, options: &LossOptions) -> PairLoss {
         if loss == PreferenceLoss::RpoFwdKl {
             bernoulli_kl(x, given)
         } else {
-            // The first argument is fixed: by `x` only the cross-entropy moves.
+            // The first argument is constant, so only the cross-entropy depends on `x`.
             (bernoulli_kl(given, x).0, sigmoid(x) - sigmoid(given))
         }
     })
 }
 
-/// `−ln σ(c − δ) − ln σ(δ − r)` of the rewards `c` and `r`.
+/// `−ln σ(c − δ) − ln σ(δ − r)` for rewards `c` and `r`.
 fn classified(beta: f64, chosen: f64, rejected: f64, shift: f64) -> PairLoss {
     let (win, up) = softplus(shift - chosen);
     of_rewards(beta, (win, -up), softplus(rejected - shift))
@@ -214,7 +214,7 @@ fn classified(beta: f64, chosen: f64, rejected: f64, shift: f64) -> PairLoss {
 
 /// `A (1 − m) + E m` with `A = −ln σ(x)`, `E = e^−x`, `m = σ(x/τ)`.
 ///
-/// `E m` is one exponential, so that at hopeless pairs no infinity meets a zero.
+/// `E m` is computed as one exponential, so very negative `x` does not give `∞ · 0`.
 fn discopop(x: f64, tau: f64) -> (f64, f64) {
     let (modulation, rest) = (sigmoid(x / tau), sigmoid(-x / tau));
     let (logistic, logistic_slope) = (-log_sigmoid(x), -sigmoid(-x));
@@ -225,10 +225,10 @@ fn discopop(x: f64, tau: f64) -> (f64, f64) {
     (value, slope)
 }
 
-/// Mean log-probabilities closer to 0 than this count as this: the odds of a certain response are infinite.
+/// Clamp for mean log-probabilities near 0, where the odds would be infinite.
 const CERTAIN: f64 = -1e-7;
 
-/// `ln(p/(1−p))` of `p = e^a` and its slope `1/(1−p)` by `a`.
+/// `ln(p/(1−p))` for `p = e^a`, and its derivative `1/(1−p)` in `a`.
 fn log_odds(a: f64) -> (f64, f64) {
     let held = a.min(CERTAIN);
     let missing = -held.exp_m1();

@@ -1,16 +1,16 @@
-//! From tokens to one log-probability a response.
+//! Sums token log-probabilities into one per response.
 
 use std::collections::BTreeMap;
 
 use crate::data::forest::Forest;
 use crate::data::tree::{Role, Tree};
 
-/// Which tokens enter a response's log-probability, and with which weight.
+/// Which tokens contribute to a response's log-probability, and with what weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summing {
-    /// Leave out tokens that the template, not the content, produced (Llama 3, section 4.1.4).
+    /// Mask tokens produced by the template rather than the content (Llama 3, section 4.1.4).
     pub mask_formatting_tokens: bool,
-    /// Weight of a pair's tokens beyond the length of its shorter response (LD-DPO, Liu et al., 2024); 1 is off.
+    /// Weight of a pair's tokens beyond the length of its shorter response (LD-DPO, Liu et al., 2024); 1 disables it.
     pub ld_alpha: f64,
 }
 
@@ -20,12 +20,12 @@ impl Default for Summing {
     }
 }
 
-/// One response under a [`Summing`].
+/// One response summed under a [`Summing`].
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Response {
     /// Its log-probability.
     pub logp: f64,
-    /// Tokens in that sum.
+    /// Number of tokens in the sum.
     pub length: f64,
 }
 
@@ -34,7 +34,7 @@ impl Summing {
         role == Role::Content || (role == Role::Format && !self.mask_formatting_tokens)
     }
 
-    /// Tokens of each response of a tree that enter its log-probability.
+    /// Number of contributing tokens in each response of a tree.
     pub fn lengths(self, tree: &Tree) -> Vec<usize> {
         let leaves = tree.leaves().into_iter();
         let enters = |leaf| tree.unroll(leaf).1.iter().skip(1).filter(|r| self.enters(**r)).count();
@@ -63,7 +63,7 @@ impl Summing {
         weight.collect()
     }
 
-    /// The responses of each tree, with its row, in the order of [`Forest::sources`].
+    /// Responses of each tree with its row, in the order of [`Forest::sources`].
     pub fn trees(self, forest: &Forest, logps: &[f32]) -> Vec<(usize, Vec<Response>)> {
         let mut trees: Vec<(usize, Vec<Response>)> =
             forest.sources.iter().map(|&source| (source, Vec::new())).collect();
@@ -73,14 +73,14 @@ impl Summing {
         trees
     }
 
-    /// The log-probability of each leaf by row: what a reference is kept as.
+    /// Log-probability of each leaf by row: the form in which a reference is stored.
     pub fn table(self, forest: &Forest, logps: &[f32]) -> BTreeMap<usize, Vec<f64>> {
         let logp = |response: Response| response.logp;
         let trees = self.trees(forest, logps).into_iter();
         trees.map(|(row, all)| (row, all.into_iter().map(logp).collect())).collect()
     }
 
-    /// Every leaf's response, in the order of [`Forest::leaves`].
+    /// The response of every leaf, in the order of [`Forest::leaves`].
     pub fn responses(self, forest: &Forest, logps: &[f32]) -> Vec<Response> {
         let mut responses = vec![Response::default(); forest.leaves.len()];
         let weights = self.weights(forest);

@@ -1,4 +1,4 @@
-//! KTO on single responses that somebody called desirable or not.
+//! KTO on single responses labelled desirable or undesirable.
 
 use std::collections::BTreeMap;
 
@@ -10,27 +10,27 @@ use crate::data::tree::Tree;
 use crate::error::{Error, Result};
 use crate::loss::{Mean, Objective, Reading, StepTotals, Weighed, of_rows};
 
-/// The unpaired objective: each tree's first leaf is a labelled response, its further leaves are responses to other
-/// prompts, from which the KL is estimated.
+/// The unpaired objective. Each tree's first leaf is a labelled response; further leaves are responses to other
+/// prompts, used to estimate the KL.
 #[derive(Clone, Debug)]
 pub struct Unpaired {
     /// [`PreferenceLoss::Kto`] or [`PreferenceLoss::ApoZeroUnpaired`].
     pub loss: PreferenceLoss,
-    /// Its weight in `loss`.
+    /// Weight in the total loss.
     pub weight: f64,
-    /// Its constants.
+    /// Constants of the loss.
     pub options: LossOptions,
-    /// Which tokens enter.
+    /// Which tokens contribute.
     pub summing: Summing,
     /// Whether each row's response is desirable.
     pub labels: BTreeMap<usize, bool>,
-    /// The reference's log-probability of each leaf, under the same mask, by row.
+    /// Reference log-probability of each leaf, under the same mask, by row.
     pub reference: BTreeMap<usize, Vec<f64>>,
-    /// A reference that moves; asked instead of `reference` where there is one.
+    /// A moving reference; overrides `reference` if set.
     pub live: Option<LiveReference>,
 }
 
-/// One tree.
+/// One tree's loss inputs.
 struct Labelled {
     desirable: bool,
     logp: f64,
@@ -45,7 +45,7 @@ struct Read {
 }
 
 impl Read {
-    /// Of each leaf: 0 desirable, 1 not, 2 a response to another prompt.
+    /// Side of each leaf: 0 desirable, 1 undesirable, 2 a response to another prompt.
     fn sides(&self, forest: &Forest) -> Vec<usize> {
         let side = |(first, tree): (bool, usize)| {
             if first { usize::from(!self.rows[tree].desirable) } else { 2 }
@@ -56,10 +56,10 @@ impl Read {
 }
 
 impl Unpaired {
-    /// Refuses a tree without a label or with a response that has no token to sum.
+    /// Rejects a tree without a label, or with a response without a contributing token.
     ///
     /// # Errors
-    /// Says which.
+    /// Names the problem.
     pub fn check_tree(&self, tree: &Tree) -> Result<()> {
         self.label(tree.source)?;
         match self.summing.lengths(tree).iter().position(|&length| length == 0) {
@@ -111,7 +111,7 @@ impl Unpaired {
         Ok(())
     }
 
-    /// TRL's names; each side over the rows that have its label. `counts` are those of the step.
+    /// Metrics under TRL's names, per label. `counts` are those of the step.
     fn metrics(&self, read: &Read, kl: f64, counts: &[f64]) -> Vec<Mean> {
         let mut metrics = Vec::new();
         let mut margin = 0.0;
@@ -132,7 +132,7 @@ impl Unpaired {
             };
             let rewards = mean(reward, &|row| self.options.beta * row.log_ratio);
             mean(logp, &|row| row.logp);
-            // The watchdog looks at the log-probability a token.
+            // The watchdog reads the log-probability per token.
             mean(length, &|row| row.length);
             // Plain sums over the step.
             metrics.push(Mean { name: count, sum: own, count: 0.0 });
@@ -146,7 +146,7 @@ impl Unpaired {
             sum: ratios,
             count: tokens,
         }));
-        // Of a step with one label only there is none.
+        // Undefined for a step with one label only.
         if margin.is_finite() {
             metrics.push(Mean { name: "rewards/margins", sum: margin, count: 0.0 });
         }
@@ -163,7 +163,7 @@ impl Objective for Unpaired {
         vec![(self.loss.name(), self.weight)]
     }
 
-    /// Responses, and how many of them are desirable.
+    /// Number of responses, and of desirable ones.
     fn counts(&self, forest: &Forest) -> Vec<f64> {
         let desirable = forest.sources.iter().filter(|row| self.labels.get(row) == Some(&true));
         vec![forest.trees() as f64, desirable.count() as f64]

@@ -1,4 +1,4 @@
-//! Scores held against what a row says of each: ratings by attribute, or right and wrong.
+//! Reward losses against absolute labels: attribute ratings, or right/wrong.
 
 use super::bradley_terry;
 use super::quality::{self, Observation};
@@ -6,16 +6,16 @@ use crate::data::forest::{End, Forest};
 use crate::error::{Error, Result};
 use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed, sigmoid};
 
-/// Ratings in several attributes, an output each: the mean squared error over those that are given (HelpSteer, Wang et
-/// al., 2023).
+/// Regression on attribute ratings, one head output per attribute: mean squared error over the ratings present
+/// (HelpSteer, Wang et al., 2023).
 #[derive(Clone, Debug, Default)]
 pub struct Regression {
-    /// Names of the attributes, in the order of the head's outputs.
+    /// Attribute names, in the order of the head's outputs.
     pub attributes: Vec<String>,
 }
 
 impl Regression {
-    /// (output, attribute, rating) of every rating that is given.
+    /// (score index, attribute index, rating) of every rating present.
     fn given<'a>(&self, forest: &'a Forest) -> impl Iterator<Item = (usize, usize, f64)> + 'a {
         let width = self.attributes.len();
         forest.ends.iter().enumerate().flat_map(move |(at, end)| {
@@ -59,10 +59,12 @@ impl Objective for Regression {
     }
 
     fn observe(&self, forest: &Forest, scores: &[f32]) -> Vec<Observation> {
+        let width = self.attributes.len();
         let rating = |(output, attribute, given): (usize, usize, f64)| Observation::Rating {
             attribute,
             predicted: f64::from(scores[output]),
             given,
+            length: forest.ends[output / width].length as f64,
         };
         self.given(forest).map(rating).collect()
     }
@@ -72,16 +74,16 @@ impl Objective for Regression {
     }
 }
 
-/// Right or wrong, at the end of a response (outcome reward, Cobbe et al., 2021) or of each step (process reward, Lightman et
-/// al., 2023; TRL's `PRMTrainer`): cross-entropy, a mean over all that is labelled.
+/// Right/wrong classification at the end of a response (outcome reward, Cobbe et al., 2021) or of each step (process
+/// reward, Lightman et al., 2023; TRL's `PRMTrainer`): mean cross-entropy over the labelled ends.
 #[derive(Clone, Copy, Debug)]
 pub struct Correctness {
-    /// Outputs of the head: 1, the log odds of right; or 2, for wrong and for right.
+    /// Number of head outputs: 1, the log odds of right; or 2, logits for wrong and right.
     pub outputs: usize,
 }
 
 impl Correctness {
-    /// The log odds of right at each end.
+    /// Log odds of right at each end, from `scores` of shape `[ends, outputs]`.
     ///
     /// ```
     /// use arriero::loss::reward::Correctness;
@@ -96,7 +98,7 @@ impl Correctness {
     }
 }
 
-/// Whether the row calls it right.
+/// The row's label: right or wrong.
 fn truth(end: &End) -> Option<bool> {
     end.label.first().copied().flatten().map(|label| label > 0.5)
 }
@@ -143,10 +145,14 @@ impl Objective for Correctness {
     }
 
     fn observe(&self, forest: &Forest, scores: &[f32]) -> Vec<Observation> {
-        let ends = forest.ends.iter().zip(self.log_odds(scores));
+        let ends = || forest.ends.iter().zip(self.log_odds(scores));
         let truths =
-            ends.filter_map(|(end, odds)| Some(Observation::Truth { odds, right: truth(end)? }));
-        truths.collect()
+            ends().filter_map(|(end, odds)| Some(Observation::Truth { odds, right: truth(end)? }));
+        // How long a step is says nothing of how long the answer is.
+        let answers = ends().filter(|_| self.outputs == 1);
+        let scores =
+            answers.map(|(end, score)| Observation::Score { score, length: end.length as f64 });
+        truths.chain(scores).collect()
     }
 
     fn summarize(&self, observations: &[Observation]) -> Vec<(String, f64)> {
@@ -165,7 +171,7 @@ mod tests {
         Forest::pack(&[Tree::chain(vec![1, 5], parts, 4).labelled(labels)]).unwrap()
     }
 
-    /// Checks the loss, and every slope by finite differences of it.
+    /// Checks the loss, and its gradient by finite differences.
     #[track_caller]
     fn check(objective: &dyn Objective, forest: &Forest, scores: &[f32], expected: f64) {
         let totals = StepTotals { counts: objective.counts(forest), statistics: Vec::new() };
@@ -186,7 +192,7 @@ mod tests {
         }
     }
 
-    /// Errors 1, −0.5 and 2 of three ratings; the fourth is missing.
+    /// Errors 1, −0.5 and 2 on three ratings; the fourth is missing.
     #[test]
     fn missing_ratings_weigh_nothing() {
         let attributes = ["helpfulness", "verbosity"].map(str::to_owned).to_vec();
@@ -195,7 +201,7 @@ mod tests {
         check(&Regression { attributes }, &forest, &scores, (1.0 + 0.25 + 4.0) / 3.0);
     }
 
-    /// Log odds ln 3 and ln 3: right with ¾, wrong with ¼.
+    /// Log odds ln 3 twice: one label right (p = ¾), one wrong (p = ¼).
     #[test]
     fn cross_entropy_of_one_output_and_of_two_is_the_same() {
         let forest = forest(vec![vec![Some(1.0)], vec![Some(0.0)]]);

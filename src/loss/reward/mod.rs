@@ -1,7 +1,7 @@
-//! Reward models: what a score at the end of a response, or of a step, is worth.
+//! Reward-model losses: on a score at the end of a response or of a step.
 //!
-//! `ranked` compares the responses to one prompt (Bradley-Terry, Plackett-Luce), `judged` holds a score against what a row
-//! says of it (ratings, right or wrong), `quality` measures a trained model on held-out rows.
+//! `ranked` compares responses to one prompt (Bradley-Terry, Plackett-Luce), `judged` compares a score with its label
+//! (ratings, right/wrong), `quality` evaluates a trained model on held-out rows.
 
 mod judged;
 mod quality;
@@ -13,7 +13,7 @@ pub use ranked::Reward;
 
 use super::{log_sigmoid, sigmoid};
 
-/// `−ln σ(gap)` and its slope. The gap is the better score less the worse one, and less the margin where there is one
+/// `−ln σ(gap)` and its derivative. The gap is the better score minus the worse one, minus the margin if there is one
 /// (Llama 2, equations 1 and 2).
 ///
 /// ```

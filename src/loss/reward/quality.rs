@@ -1,12 +1,12 @@
-//! What a reward model is worth on held-out rows, beyond means: accuracy by how clear a pair is, calibration, and how far
-//! scores follow lengths.
+//! Held-out metrics of a reward model beyond means: accuracy by pair difficulty, calibration, and correlation of score
+//! with length.
 
 use crate::loss::sigmoid;
 
-/// One thing that an evaluation saw.
+/// One evaluation record.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Observation {
-    /// A response's score, and its length in tokens.
+    /// A response's score and its length in tokens.
     Score {
         /// The score.
         score: f64,
@@ -17,42 +17,46 @@ pub enum Observation {
     Pair {
         /// The better one's score less the other's.
         gap: f64,
-        /// By how much it is better, where the row says so.
+        /// The row's margin, if given.
         margin: Option<f64>,
     },
-    /// One attribute of a response.
+    /// One attribute rating of a response.
     Rating {
-        /// Its place among the attributes.
+        /// Attribute index.
         attribute: usize,
         /// The score.
         predicted: f64,
         /// The row's rating.
         given: f64,
+        /// Trained tokens of the response.
+        length: f64,
     },
     /// A response or step that is right or wrong.
     Truth {
         /// Predicted log odds of right.
         odds: f64,
-        /// What the row says.
+        /// The row's label.
         right: bool,
     },
 }
 
-/// Bins of a calibration curve.
+/// Number of bins of a calibration curve.
 const BINS: usize = 10;
-/// Margins of more levels than this are cut into quartiles.
+/// With more distinct margins than this, pairs are split into quartiles instead.
 const LEVELS: usize = 6;
 
-/// All numbers by name. `attributes` names those of [`Observation::Rating`].
+/// All metrics by name. `attributes` names the indices in [`Observation::Rating`].
 pub(super) fn summarize(observations: &[Observation], attributes: &[String]) -> Vec<(String, f64)> {
     let (mut scores, mut pairs, mut truths) = (Vec::new(), Vec::new(), Vec::new());
     let mut ratings = vec![Vec::new(); attributes.len()];
+    let mut lengths = ratings.clone();
     for seen in observations {
         match *seen {
             Observation::Score { score, length } => scores.push((score, length)),
             Observation::Pair { gap, margin } => pairs.push((gap, margin)),
-            Observation::Rating { attribute, predicted, given } => {
+            Observation::Rating { attribute, predicted, given, length } => {
                 ratings[attribute].push((predicted, given));
+                lengths[attribute].push((predicted, length));
             }
             Observation::Truth { odds, right } => truths.push((odds, right)),
         }
@@ -65,6 +69,14 @@ pub(super) fn summarize(observations: &[Observation], attributes: &[String]) -> 
     if let Some(r) = pearson(&as_ranks(&scores)) {
         put("length/spearman", r);
     }
+    for (attribute, points) in attributes.iter().zip(&lengths) {
+        if let Some(r) = pearson(points) {
+            put(&format!("length/pearson/{attribute}"), r);
+        }
+        if let Some(r) = pearson(&as_ranks(points)) {
+            put(&format!("length/spearman/{attribute}"), r);
+        }
+    }
     for (attribute, seen) in attributes.iter().zip(&ratings).filter(|(_, seen)| !seen.is_empty()) {
         let square = |(predicted, given): &(f64, f64)| (predicted - given).powi(2);
         put(&format!("mse/{attribute}"), mean(seen.iter().map(square)));
@@ -73,7 +85,7 @@ pub(super) fn summarize(observations: &[Observation], attributes: &[String]) -> 
         }
     }
     by_level(&pairs, &mut put);
-    // Which of a pair comes first is nobody's prediction: the likelier one, with its probability from a half up, is.
+    // Pair order is not a prediction; the higher-scored response is, with probability of at least 0.5.
     let likelier: Vec<(f64, bool)> =
         pairs.iter().map(|(gap, _)| (sigmoid(gap.abs()), *gap > 0.0)).collect();
     calibration(&likelier, 0.5, &mut put);
@@ -91,8 +103,8 @@ fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     values.sum::<f64>() / count
 }
 
-/// Accuracy at each margin that rows give, by its quarters where there are many, or else by quarters of the predicted gap
-/// from the closest pairs to the clearest.
+/// Accuracy per distinct margin; per quartile of the margin if there are many; or per quartile of the predicted gap
+/// (smallest first) if rows have no margins.
 fn by_level(pairs: &[(f64, Option<f64>)], put: &mut impl FnMut(&str, f64)) {
     let labelled = !pairs.is_empty() && pairs.iter().all(|(_, margin)| margin.is_some());
     let clear =
@@ -116,8 +128,8 @@ fn by_level(pairs: &[(f64, Option<f64>)], put: &mut impl FnMut(&str, f64)) {
     }
 }
 
-/// Predicted probabilities from `lowest` to 1 in equal bins against the share that came true, and the expected calibration
-/// error, the mean distance of the two over all predictions (Naeini et al., 2015).
+/// Calibration curve over equal bins from `lowest` to 1 (mean predicted probability against observed frequency), and
+/// the expected calibration error (Naeini et al., 2015).
 fn calibration(predictions: &[(f64, bool)], lowest: f64, put: &mut impl FnMut(&str, f64)) {
     if predictions.is_empty() {
         return;
@@ -142,7 +154,7 @@ fn calibration(predictions: &[(f64, bool)], lowest: f64, put: &mut impl FnMut(&s
     put("calibration_error", distance / predictions.len() as f64);
 }
 
-/// Pearson's correlation; `None` where one side does not vary.
+/// Pearson correlation; `None` if either side is constant.
 fn pearson(points: &[(f64, f64)]) -> Option<f64> {
     let (x, y) = (mean(points.iter().map(|p| p.0)), mean(points.iter().map(|p| p.1)));
     let (mut both, mut of_x, mut of_y) = (0.0, 0.0, 0.0);
@@ -154,7 +166,7 @@ fn pearson(points: &[(f64, f64)]) -> Option<f64> {
     (of_x > 0.0 && of_y > 0.0).then(|| both / (of_x * of_y).sqrt())
 }
 
-/// Each side replaced by its ranks; equal values share the mean of theirs. Pearson's correlation of it is Spearman's.
+/// Replaces both sides by their ranks, ties averaged. The Pearson correlation of the result is Spearman's.
 fn as_ranks(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let ranks = |value: fn(&(f64, f64)) -> f64| {
         let mut sorted: Vec<f64> = points.iter().map(value).collect();
@@ -187,7 +199,7 @@ mod tests {
         }
     }
 
-    /// Three pairs that the model finds likely with ¾ and one, wrongly, with ¾ too: 0.6 of error in no bin.
+    /// Four pairs predicted with probability ¾, three of them right.
     #[test]
     fn pairs_are_counted_by_margin_and_by_confidence() {
         let odds = 3_f64.ln();
@@ -219,7 +231,7 @@ mod tests {
         assert!(*certain > 0.99);
     }
 
-    /// One certain mistake and one certain hit in the outer bins.
+    /// One confident mistake and one confident hit in the outer bins.
     #[test]
     fn truths_are_binned_from_zero_to_one() {
         let truth = |odds: f64, right: bool| Observation::Truth { odds, right };
@@ -238,18 +250,27 @@ mod tests {
         );
     }
 
-    /// A monotone curve: ranks agree fully, values do not. Two equal lengths share the rank 1.5.
+    /// A monotone curve: rank correlation is 1, Pearson's is not. Two equal lengths share rank 1.5.
     #[test]
     fn correlations_with_length_are_of_values_and_of_ranks() {
         let points = [(1.0, 1.0), (2.0, 1.0), (3.0, 4.0)];
         let seen = points.map(|(score, length)| Observation::Score { score, length });
         let r = 0.75_f64.sqrt();
         check(&seen, &[("length/pearson", r), ("length/spearman", r)]);
-        let rating =
-            |predicted: f64, given: f64| Observation::Rating { attribute: 0, predicted, given };
+        let rating = |predicted: f64, given: f64, length: f64| Observation::Rating {
+            attribute: 0,
+            predicted,
+            given,
+            length,
+        };
         check(
-            &[rating(1.0, 2.0), rating(2.0, 4.0)],
-            &[("mse/helpful", 2.5), ("pearson/helpful", 1.0)],
+            &[rating(1.0, 2.0, 9.0), rating(2.0, 4.0, 7.0)],
+            &[
+                ("length/pearson/helpful", -1.0),
+                ("length/spearman/helpful", -1.0),
+                ("mse/helpful", 2.5),
+                ("pearson/helpful", 1.0),
+            ],
         );
         let flat =
             [(1.0, 5.0), (2.0, 5.0)].map(|(score, length)| Observation::Score { score, length });

@@ -1,5 +1,5 @@
-//! Scores of ranked responses: Bradley-Terry on pairs (Llama 2, equations 1 and 2; Llama 3, section 4.1.2, without the
-//! margin), or Plackett-Luce on the whole list.
+//! Reward losses on ranked responses: Bradley-Terry on pairs (Llama 2, equations 1 and 2; Llama 3, section 4.1.2,
+//! without the margin), or Plackett-Luce on the whole list.
 
 use super::bradley_terry;
 use super::quality::{self, Observation};
@@ -9,19 +9,19 @@ use crate::loss::ranking::{Ranking, plackett_luce};
 use crate::loss::{Mean, Objective, Reading, Readout, StepTotals, Weighed};
 use crate::ops::head::{self, MarginLoss, PairTerm, Pairs};
 
-/// The objective over ranked responses, which are a tree's ends: best first, or in the order of the ranks that their
-/// labels give (see [`Lesson::Ranked`](crate::data::lessons::Lesson)).
+/// Objective over ranked responses. A tree's ends are the responses, best first or ordered by the ranks in their labels
+/// (see [`Lesson::Ranked`](crate::data::lessons::Lesson)).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Reward {
-    /// What is compared.
+    /// Pairs, neighbours or whole lists.
     pub ranking: Ranking,
-    /// Ask for the row's margin between the two scores of a pair, not just for an order (Llama 2, equation 2).
+    /// Subtract the row's margin from a pair's score gap (Llama 2, equation 2).
     pub use_margin: bool,
-    /// Weight of `(better + worse)²`, which keeps scores around zero (Eisenstein et al., 2023); 0 is off.
+    /// Weight of `(better + worse)²`, which keeps scores near zero (Eisenstein et al., 2023); 0 disables it.
     pub center_coefficient: f64,
 }
 
-/// Two ends of which the first is better.
+/// Two ends; the first is the better one.
 struct Pair<'a> {
     row: usize,
     better: usize,
@@ -30,41 +30,41 @@ struct Pair<'a> {
 }
 
 impl Pair<'_> {
-    /// The margin that the row gives.
+    /// The row's margin, if given.
     fn margin(&self) -> Option<f64> {
         Some(level(self.ends.0)? - level(self.ends.1)?)
     }
 }
 
-/// Ends of each tree, best first.
+/// Ends per tree, best first.
 fn ranks(forest: &Forest) -> Vec<Vec<usize>> {
     let mut ranks = vec![Vec::new(); forest.trees()];
     for (at, end) in forest.ends.iter().enumerate() {
         ranks[end.tree].push(at);
     }
     for ends in &mut ranks {
-        // Stable: without labels they stand in their order.
+        // Stable sort: without labels the original order is kept.
         let rank = |at: &usize| rank(&forest.ends[*at]).unwrap_or_default();
         ends.sort_by(|a, b| rank(a).total_cmp(&rank(b)));
     }
     ranks
 }
 
-/// The rank that an end's label gives.
+/// The rank in an end's label.
 fn rank(end: &End) -> Option<f64> {
     end.label.first().copied().flatten()
 }
 
-/// The level that an end's label gives, where the row has margins.
+/// The level in an end's label, if the row has margins.
 fn level(end: &End) -> Option<f64> {
     end.label.get(1).copied().flatten()
 }
 
 impl Reward {
-    /// What is compared.
+    /// The pairs to compare.
     ///
     /// # Errors
-    /// Equal ranks where a list must have one order.
+    /// Ties in a Plackett-Luce list, which needs a strict order.
     fn compared<'a>(&self, forest: &'a Forest, ranks: &[Vec<usize>]) -> Result<Vec<Pair<'a>>> {
         let mut pairs = Vec::new();
         for (ends, &row) in ranks.iter().zip(&forest.sources) {
@@ -90,7 +90,7 @@ impl Reward {
         pair.margin().ok_or_else(|| Error::run("no margin").at(format!("row {}", pair.row)))
     }
 
-    /// Adds the slopes of the main term, per count; returns its sum.
+    /// Accumulates the main term's gradient, divided by its count; returns the term's sum.
     fn main(
         &self,
         (ranks, pairs): (&[Vec<usize>], &[Pair<'_>]),
@@ -133,14 +133,14 @@ impl Objective for Reward {
     }
 
     fn counts(&self, forest: &Forest) -> Vec<f64> {
-        // Where a list is refused, it is when it is weighed.
+        // An invalid list is reported by `weigh`, not here.
         let pairs = self.compared(forest, &ranks(forest)).map_or(0, |pairs| pairs.len()) as f64;
         let lists = forest.trees() as f64;
         vec![if self.ranking == Ranking::PlackettLuce { lists } else { pairs }, pairs]
     }
 
-    /// Nothing where a pair's loss is no function of its margin, or where [`weigh`](Objective::weigh) has something to refuse.
-    /// A score is a sequence of one target here, and what its level says is its reference.
+    /// `None` if the loss is not a function of pair margins, or if [`weigh`](Objective::weigh) must report an error.
+    /// Each score is a sequence of one target, its level (if any) the reference.
     fn pairs(&self, forest: &Forest, totals: &StepTotals) -> Result<Option<Pairs>> {
         let ranks = ranks(forest);
         if self.ranking == Ranking::PlackettLuce
@@ -256,7 +256,7 @@ mod tests {
         StepTotals { counts: reward.counts(forest), statistics: Vec::new() }
     }
 
-    /// Levels 3, 1, 1 of the ranks 0, 1, 2, standing in the order 2, 0, 1.
+    /// Levels 3, 1, 1 for ranks 0, 1, 2, stored in the order 2, 0, 1.
     fn shuffled() -> Forest {
         let label = |rank: f64, level: f64| vec![Some(rank), Some(level)];
         let labels = vec![label(2.0, 1.0), label(0.0, 3.0), label(1.0, 1.0)];
@@ -264,7 +264,7 @@ mod tests {
         Forest::pack(&[chain.labelled(labels)]).unwrap()
     }
 
-    /// What a GPU computes without the host is what the host says.
+    /// Gradients computed on the GPU alone match the host's.
     #[test]
     fn slopes_by_margins_are_those_of_the_loss() {
         let scores = [0.5_f32, -1.0, 0.25, 2.0, 1.5, -0.75];
@@ -282,7 +282,7 @@ mod tests {
                 }
             }
         }
-        // The host is asked where it has more to say.
+        // Cases left to the host.
         let none = |reward: Reward, forest: &Forest| {
             let totals = StepTotals { counts: vec![1.0, 1.0], statistics: Vec::new() };
             Objective::pairs(&reward, forest, &totals).unwrap().is_none()
@@ -346,7 +346,7 @@ mod tests {
         }
     }
 
-    /// Scores 1, 2.5, 1.25 of ranks 2, 0, 1: gaps 1.25, 1.5 and 0.25 with margins 2, 2 and 0.
+    /// Scores 1, 2.5, 1.25 for ranks 2, 0, 1: gaps 1.25, 1.5 and 0.25 with margins 2, 2 and 0.
     #[test]
     fn a_shuffled_list_is_compared_by_its_ranks_with_the_margins_of_its_levels() {
         let (forest, scores) = (shuffled(), [1.0_f32, 2.5, 1.25]);

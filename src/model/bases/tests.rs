@@ -1,4 +1,4 @@
-//! Adapters share their base's storage, and each computes what its merged model does.
+//! Adapters share their base's storage, and each matches its merged model.
 
 use std::path::PathBuf;
 
@@ -23,7 +23,7 @@ fn form() -> Form {
     Form::dense(&Device::Cpu, Precision::F32)
 }
 
-/// Writes an adapter whose factors are not zero; a reward model's has a head of its own.
+/// Writes an adapter with non-zero factors; a reward model's has its own head.
 fn adapter(dir: &Path, name: &str, seed: u64, (dora, scorer): (bool, bool)) -> PathBuf {
     let Checkpoint { config, mut weights, tokenizer } =
         Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
@@ -82,7 +82,7 @@ fn a_policy_its_reference_and_its_reward_model_are_one_base() {
     assert_eq!(bases.reads(), 1);
     assert_eq!(models[2].config.architecture, Architecture::SequenceClassification);
     for model in &models {
-        // Every tensor that the base has is the base's own storage.
+        // All of the base's tensors share the base's storage.
         for (name, tensor) in &base.tensors.weights {
             if model.config.architecture == Architecture::CausalLm
                 || model.tensors.weights.contains_key(name)
@@ -96,7 +96,7 @@ fn a_policy_its_reference_and_its_reward_model_are_one_base() {
     assert!(models[2].own().contains_key(SCORE) && !models[0].own().contains_key(SCORE));
     assert!(models[1].own().keys().any(|name| name.contains(MAGNITUDE)));
 
-    // What stands apart computes what the merged model does, and no two of them the same.
+    // Each matches its merged model, and all differ.
     let mut seen = vec![outputs(&base.transformer().unwrap())];
     for (model, dir) in models.iter().zip([&policy, &reference, &judge]) {
         let found = outputs(&model.transformer().unwrap());
@@ -150,7 +150,7 @@ fn a_base_is_read_again_once_nobody_holds_it_or_it_was_written_anew_or_in_anothe
     assert_eq!(bases.reads(), 6);
 }
 
-/// Tensor by tensor as all at once.
+/// Packing tensor by tensor equals packing the whole model.
 #[test]
 fn a_packed_base_is_what_packing_the_whole_model_gives() {
     let home = tempfile::tempdir().unwrap();
@@ -192,8 +192,8 @@ fn a_packed_base_is_what_packing_the_whole_model_gives() {
     }
 }
 
-/// Rows of Q and K lie interleaved in the file. They are moved block by block: every projection is the student's own,
-/// rounded once.
+/// Rows of Q and K are interleaved in the file and moved block by block: every projection is the student's own, rounded
+/// once.
 #[test]
 fn blocks_of_each_type_are_held_as_they_stand_in_the_file() {
     let home = tempfile::tempdir().unwrap();
@@ -216,7 +216,7 @@ fn blocks_of_each_type_are_held_as_they_stand_in_the_file() {
             let expected = numbers(&rounded.dequantize(&Device::Cpu).unwrap());
             assert!(packed.unpack::<f32>() == expected, "{encoding:?}, {name}");
         }
-        // llama.cpp's second row of a head is the first of the head's second half.
+        // llama.cpp's second row of a head is the first row of its second half.
         let mut reader = std::fs::File::open(&file).unwrap();
         let content = gguf_file::Content::read(&mut reader).unwrap();
         let query = content.tensor(&mut reader, "blk.1.attn_q.weight", &Device::Cpu).unwrap();
@@ -250,7 +250,7 @@ fn an_adapter_of_another_base_is_refused() {
     assert!(error.to_string().contains("for a projection"), "{error}");
 }
 
-/// As peft writes one: nothing is said of the base but its name. The embedding has moved, and what else is given.
+/// As written by peft: only the base's name is recorded. The embedding is changed, and any further given weights.
 fn adapter_of_peft(dir: &Path, config: AdapterConfig, more: Weights) -> Tensor {
     store::create_dir(dir).unwrap();
     let base = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
@@ -276,7 +276,7 @@ fn numbers(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Whether an adapter is read as a whole, held beside its base, or a base itself, it is one model. Returns it.
+/// Checks that an adapter gives the same model when merged, applied beside its base, or loaded as a base. Returns it.
 fn one_model(dir: &Path) -> Checkpoint {
     let merged = Checkpoint::load_dir(dir, &Device::Cpu).unwrap();
     let (config, _) = checkpoint::peek(dir).unwrap();
@@ -297,7 +297,7 @@ fn one_model(dir: &Path) -> Checkpoint {
     merged
 }
 
-/// peft stores the tied head beside the embedding, and looks for it in what we write.
+/// peft stores the tied head beside the embedding, and expects it in our files.
 #[test]
 fn a_tied_embedding_that_was_trained_stays_the_head() {
     let home = tempfile::tempdir().unwrap();
@@ -317,7 +317,7 @@ fn a_tied_embedding_that_was_trained_stays_the_head() {
     assert!(error.starts_with("the adapter's `lm_head.weight` is not its `model.embed"), "{error}");
 }
 
-/// Without `ensure_weight_tying` peft moves the embedding, the head, or each on its own.
+/// Without `ensure_weight_tying` peft trains the embedding and the head independently.
 #[test]
 fn a_tied_base_is_untied_by_an_adapter_that_moves_one_of_the_two() {
     let home = tempfile::tempdir().unwrap();

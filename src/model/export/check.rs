@@ -1,4 +1,4 @@
-//! The comparison of what was written with the model in memory.
+//! Comparison of the written model with the one in memory.
 
 use candle_core::DType;
 
@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::{Architecture, Transformer};
 
-/// Texts on which tokenizers part: digits, contractions, spaces and line ends, code, other scripts, text that looks
-/// special.
+/// Texts on which tokenizers tend to differ: digits, contractions, whitespace and line ends, code, other scripts, text
+/// that looks like special tokens.
 const TEXTS: [&str; 5] = [
     "The capital of France is Paris, isn't it? I'll say it in 1984 words or 12345.",
     "  two spaces,\ta tab,\r\n\r\n   line ends   ",
@@ -20,14 +20,14 @@ const TEXTS: [&str; 5] = [
     "<|im_start|>user\n<s>[INST] DON'T STOP </s><|eot_id|>",
 ];
 
-/// The most tokens that the models are compared on.
+/// Most tokens to compare on.
 const TOKENS: usize = 96;
 
-/// What a model makes of the texts.
+/// A model's output on the texts.
 pub(super) struct Reading {
     architecture: Architecture,
     tokens: Vec<u32>,
-    /// `[T, V]`, or `[T, 1]` of a reward model.
+    /// `[T, V]`, or `[T, 1]` for a reward model.
     logits: Vec<Vec<f32>>,
     tokenizer: Option<ChatTokenizer>,
     ends: Vec<u32>,
@@ -48,10 +48,10 @@ impl Reading {
         Ok(Self { architecture, tokens, logits, tokenizer, ends })
     }
 
-    /// Compares the model with what was read back.
+    /// Compares the model with the one read back.
     ///
     /// # Errors
-    /// Other tokens or ends; logits further away than the encoding accounts for.
+    /// Different tokens or end tokens; logits further apart than the encoding explains.
     pub(super) fn compare(&self, back: &Checkpoint, encoding: Encoding) -> Result<Difference> {
         self.compare_tokenizer(back)?;
         let found = logits(back, &self.tokens)?;
@@ -68,7 +68,7 @@ impl Reading {
         let off = match (encoding, self.architecture) {
             (Encoding::F32, _) => difference.max_logit_difference > 0.0,
             (_, Architecture::CausalLm) => difference.kl.is_nan() || difference.kl > most,
-            // Logits that are √(2 KL) apart diverge by about KL.
+            // A logit difference of √(2 KL) corresponds to a divergence of about KL.
             (_, Architecture::SequenceClassification | Architecture::TokenClassification) => {
                 let scale = self.logits.iter().flatten().fold(1.0_f32, |a, b| a.max(b.abs()));
                 difference.max_logit_difference > (2.0 * most).sqrt() * f64::from(scale)
@@ -114,7 +114,7 @@ impl Reading {
     }
 }
 
-/// The logits of every token of one row.
+/// Logits of every token of one row.
 fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
     let model = Transformer::new(&checkpoint.config, &checkpoint.weights)?;
     let tree = Tree::sequence(tokens.to_vec(), vec![Role::Content; tokens.len()], 0);
@@ -122,7 +122,7 @@ fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
     Ok(hidden.matmul(&model.head().t()?)?.to_dtype(DType::F32)?.to_vec2()?)
 }
 
-/// `KL(p ‖ q)` of the distributions with these logits.
+/// `KL(p ‖ q)` of the distributions given by these logits.
 fn divergence(p: &[f32], q: &[f32]) -> f64 {
     let log_sum = |logits: &[f32]| {
         let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

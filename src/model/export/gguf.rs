@@ -1,4 +1,4 @@
-//! A language model as a GGUF file: the metadata and the tensors that llama.cpp asks for.
+//! A language model as a GGUF file, with the metadata and tensors required by llama.cpp.
 
 use std::path::Path;
 
@@ -19,7 +19,7 @@ use crate::store;
 /// Keys with their values, in the order of the file.
 pub(super) type Metadata = Vec<(String, Value)>;
 
-/// Writes the file. Each weight is freed after its turn.
+/// Writes the file. Each weight is freed once written.
 pub(super) fn write(
     checkpoint: Checkpoint,
     path: &Path,
@@ -48,7 +48,7 @@ pub(super) fn write(
     store::write_atomic_with(path, |out| Ok(gguf_file::write(out, &metadata, &tensors)?))
 }
 
-/// A parameter as the file holds it: its rows in the file's order, in the encoding or what is nearest.
+/// A parameter in its file form: rows in the file's order, in the encoding or the closest supported one.
 fn stored(config: &Config, name: &str, tensor: &Tensor, encoding: Encoding) -> Result<QTensor> {
     let tensor = match rotary_heads(name, config) {
         Some(heads) => interleaved(tensor, heads, config.head_dim)?,
@@ -73,7 +73,7 @@ fn encoding_of(name: &str, shape: &[usize], encoding: Encoding) -> GgmlDType {
 fn metadata(config: &Config, name: &str, encoding: Encoding) -> Metadata {
     let arch = config.family.model_type();
     let size = |size: usize| Value::U32(size as u32);
-    // llama.cpp's own numbers for files that are mostly of one type.
+    // llama.cpp's ids for files that are mostly of one type.
     let file_type = match encoding {
         Encoding::F32 => 0,
         Encoding::F16 => 1,

@@ -11,10 +11,10 @@ use crate::error::{Context, Error, Result};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::gguf_tokenizer::{self, kind};
 
-/// Tokens, their types, merges, how text is cut, special ids and the chat template.
+/// Tokens, their types, merges, the pre-tokenizer, special ids and the chat template.
 ///
 /// # Errors
-/// No tokenizer, or one that is not byte-level BPE with a cut that llama.cpp knows by name.
+/// No tokenizer, or one that is not byte-level BPE with a pre-tokenizer known to llama.cpp.
 pub(super) fn metadata(checkpoint: &Checkpoint) -> Result<Metadata> {
     let tokenizer = checkpoint.tokenizer()?;
     let text = tokenizer.inner().to_string(false)?;
@@ -32,7 +32,7 @@ pub(super) fn metadata(checkpoint: &Checkpoint) -> Result<Metadata> {
     let settings = tokenizer.settings();
     let bos = settings.bos.or(checkpoint.config.bos_token_id);
     let mut ends = checkpoint.ends();
-    // The end of a text first, then of a turn and of a message.
+    // End of text first, then of turn and of message.
     ends.sort_by_key(|id| Some(*id) != settings.eos);
     let names = ["eos_token_id", "eot_token_id", "eom_token_id"];
     for (name, id) in names.iter().zip(&ends) {
@@ -50,7 +50,7 @@ pub(super) fn metadata(checkpoint: &Checkpoint) -> Result<Metadata> {
     Ok(metadata)
 }
 
-/// A text and a type for each row of the embedding. Rows without a token get a name that no text has.
+/// Text and type of each embedding row. Rows without a token get a name that occurs in no text.
 fn tokens(checkpoint: &Checkpoint, tokenizer: &ChatTokenizer) -> (Vec<String>, Vec<i32>) {
     let added: BTreeMap<u32, bool> = tokenizer
         .inner()

@@ -1,7 +1,7 @@
-//! A checkpoint for other programs: a GGUF file for llama.cpp, or a Hugging Face directory in another type.
+//! Exports a checkpoint for other programs: a GGUF file for llama.cpp, or a Hugging Face directory in another dtype.
 //!
-//! What was written is read back and compared with the model in memory before it gets its name: the same tokens, and
-//! logits that are equal in f32 and within a stated bound otherwise.
+//! The output is read back and compared with the in-memory model before it gets its final name: same tokens, and logits
+//! equal in f32 or otherwise within a stated bound.
 
 mod check;
 mod gguf;
@@ -21,17 +21,17 @@ use crate::error::{Error, Result};
 use crate::store::{self, AtomicDir};
 use check::Reading;
 
-/// What is written.
+/// Output format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// One file for llama.cpp.
     Gguf,
-    /// A Hugging Face directory, in files of at most so many bytes.
+    /// A Hugging Face directory, in files of at most this many bytes.
     Safetensors(usize),
 }
 
-/// How numbers are stored. In quantised files norms and biases stay f32; the embedding and the head, which suffer most,
-/// are `Q8_0` at least; matrices whose rows are no multiple of 32 are f16.
+/// Storage format of values. In quantised files norms and biases stay f32; embedding and head, the most sensitive, are
+/// at least `Q8_0`; matrices whose row length is not a multiple of 32 are f16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
     /// 32 bits.
@@ -40,16 +40,16 @@ pub enum Encoding {
     F16,
     /// 16 bits, bfloat.
     Bf16,
-    /// Blocks of 32 numbers of 8 bits with a scale.
+    /// Blocks of 32 8-bit values with a scale.
     Q8_0,
-    /// Blocks of 32 numbers of 4 bits with a scale.
+    /// Blocks of 32 4-bit values with a scale.
     Q4_0,
-    /// Blocks of 32 numbers of 4 bits with a scale and a minimum.
+    /// Blocks of 32 4-bit values with a scale and a minimum.
     Q4_1,
 }
 
 impl Encoding {
-    /// The encoding of a stored type.
+    /// The encoding of a stored dtype.
     pub fn of(dtype: DType) -> Self {
         match dtype {
             DType::F16 => Self::F16,
@@ -58,7 +58,7 @@ impl Encoding {
         }
     }
 
-    /// Its name in file names and on the command line.
+    /// Name in file names and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -70,7 +70,7 @@ impl Encoding {
         }
     }
 
-    /// The type of a safetensors file.
+    /// Dtype in a safetensors file.
     fn dtype(self) -> Result<DType> {
         match self {
             Self::F32 => Ok(DType::F32),
@@ -95,8 +95,8 @@ impl Encoding {
         }
     }
 
-    /// The largest mean divergence from the model in memory that is let through, in nats a token. Rounding stays far
-    /// below; rows in a wrong order, or a scale that is off, do not.
+    /// Largest accepted mean KL divergence from the in-memory model, in nats per token. Rounding stays far below it;
+    /// misordered rows or a wrong scale do not.
     fn most_divergence(self) -> f64 {
         match self {
             Self::F32 => 0.0,
@@ -107,18 +107,18 @@ impl Encoding {
     }
 }
 
-/// How far what was written is from the model in memory.
+/// Difference between the written and the in-memory model.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Difference {
-    /// Of any logit (or score, of a reward model).
+    /// Maximum over all logits (scores, for a reward model).
     pub max_logit_difference: f64,
-    /// `KL(memory ‖ file)` in nats a token, on average; 0 for reward models.
+    /// Mean `KL(memory ‖ file)`, in nats per token; 0 for reward models.
     pub kl: f64,
-    /// Over how many tokens.
+    /// Number of tokens compared.
     pub tokens: usize,
 }
 
-/// Refuses a place that is taken.
+/// Rejects an existing path.
 ///
 /// # Errors
 /// `to` exists.
@@ -131,12 +131,12 @@ pub fn check_new(to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes `checkpoint` to the new file or directory `to`, reads it back and compares. The model's weights are freed on
-/// the way.
+/// Writes `checkpoint` to the new file or directory `to`, reads it back and compares. Frees the model's weights on the
+/// way.
 ///
 /// # Errors
-/// `to` exists; a reward model, or a tokenizer that is not byte-level BPE, for GGUF; weights that the encoding cannot
-/// hold; a file that reads back differently. Nothing is left behind then.
+/// `to` exists; a reward model, or a tokenizer that is not byte-level BPE, for GGUF; weights the encoding cannot
+/// represent; a file that reads back differently. Nothing is left behind on error.
 pub fn export(
     checkpoint: Checkpoint,
     to: &Path,

@@ -1,4 +1,4 @@
-//! What was exported is the model that went in; what is not is refused, and nothing is left behind.
+//! An exported model equals the original; failed exports leave nothing behind.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ fn teacher() -> Checkpoint {
     Checkpoint::load_dir("data/tiny/teacher".as_ref(), &Device::Cpu).unwrap()
 }
 
-/// A model of 512 rows, 380 of them with tokens of the teacher.
+/// A model with 512 embedding rows, 380 of them with tokens of the teacher.
 fn golden(name: &str) -> Checkpoint {
     let dir = Path::new("tests/fixtures/goldens").join(name);
     let mut checkpoint = Checkpoint::load_dir(&dir, &Device::Cpu).unwrap();
@@ -78,7 +78,7 @@ fn smaller_encodings_are_further_away_and_smaller() {
     let encodings = [Encoding::F32, Encoding::F16, Encoding::Q8_0, Encoding::Q4_1, Encoding::Q4_0];
     let found = encodings.map(|encoding| {
         let path = to(&home, encoding.name());
-        // The teacher is stored as bf16: noise gives it digits to lose.
+        // The teacher is stored as bf16; noise gives it low-order bits to lose.
         let mut model = teacher();
         let noise = init::random(&model.config, 1, &Device::Cpu).unwrap();
         for (name, tensor) in &mut model.weights {
@@ -145,7 +145,7 @@ fn what_cannot_be_written_is_refused_and_nothing_is_left() {
 fn a_model_that_reads_back_differently_is_noticed() {
     let live = Reading::of(&teacher()).unwrap();
     live.compare(&teacher(), Encoding::F32).unwrap();
-    // The mistake of conversions: rows of q in the other order.
+    // A typical conversion error: rows of q in the wrong order.
     let mut wrong = teacher();
     let rows = wrong.weights.get_mut("model.layers.1.self_attn.q_proj.weight").unwrap();
     *rows = crate::model::gguf_layout::interleaved(rows, 6, 32).unwrap();

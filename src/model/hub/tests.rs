@@ -1,4 +1,4 @@
-//! The hub's routes served from memory on the loopback interface.
+//! The hub's routes, served from memory on the loopback interface.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -12,9 +12,9 @@ use super::*;
 /// A hub with one public model, one sharded model, one private model and one data set.
 struct Server {
     address: String,
-    /// Paths asked for, in order.
+    /// Requested paths, in order.
     asked: Arc<Mutex<Vec<String>>>,
-    /// Commit of every repository; a new one stands for an upload.
+    /// Commit of every repository; changing it simulates an upload.
     commit: Arc<Mutex<String>>,
 }
 
@@ -75,7 +75,7 @@ impl Server {
         Self { address, asked, commit }
     }
 
-    /// A hub that reads the variables that a user would set.
+    /// A hub configured through the variables a user would set.
     fn hub(&self, cache: &Path, more: &[(&str, &str)]) -> Hub {
         let home = cache.to_str().unwrap();
         Hub::from_vars(|name| match name {

@@ -15,7 +15,7 @@ use crate::ops::cpu::matmul::{Mat, Threads, matmul, matmul_into};
 use crate::ops::cpu::{self, Element};
 use crate::ops::{linear, residual};
 
-/// What is trained beside one projection `[O, I]`. Cheap to clone: tensors are shared.
+/// The adapter of one projection `[O, I]`. Cheap to clone: tensors are shared.
 #[derive(Clone, Debug)]
 pub struct Adapter {
     /// The projection's name, such as `model.layers.0.self_attn.q_proj`.
@@ -24,16 +24,16 @@ pub struct Adapter {
     pub a: Tensor,
     /// `B`, `[O, r]`.
     pub b: Tensor,
-    /// What the product of the factors is multiplied with: `alpha / r`, or `alpha / √r` (rsLoRA; Kalajdzievski, 2023).
+    /// Scale of the product of factors: `alpha / r`, or `alpha / √r` (rsLoRA; Kalajdzievski, 2023).
     pub scale: f64,
-    /// DoRA's part, where it is one.
+    /// DoRA's parameters, if used.
     pub dora: Option<Dora>,
 }
 
-/// Outputs of a task: whole cache lines, and enough tasks for the narrowest projection of a small model.
+/// Outputs per task: whole cache lines, and enough tasks for the narrowest projection of a small model.
 const OUTPUTS: usize = 64;
 
-/// What DoRA adds to an adapter.
+/// DoRA's additions to an adapter.
 #[derive(Clone, Debug)]
 pub struct Dora {
     /// The magnitude of each output, `[O]`, f32.
@@ -42,19 +42,19 @@ pub struct Dora {
     pub squares: Arc<[f64]>,
 }
 
-/// DoRA's factor of each output, and the norm of each row of `W + s·B·A` that it divides by.
+/// DoRA's factor of each output, and the row norm of `W + s·B·A` it divides by.
 struct Decomposed {
     factors: Vec<f32>,
     norms: Vec<f32>,
 }
 
 impl Adapter {
-    /// The rank.
+    /// Rank, `r`.
     pub fn rank(&self) -> usize {
         self.a.dims()[0]
     }
 
-    /// The parameters by name, in name order.
+    /// Parameters by name, in name order.
     pub fn tensors(&self) -> impl Iterator<Item = (String, &Tensor)> {
         let magnitude = self.dora.iter().map(|dora| (self.name(MAGNITUDE), &dora.magnitude));
         [(self.name(A), &self.a), (self.name(B), &self.b)].into_iter().chain(magnitude)
@@ -64,10 +64,10 @@ impl Adapter {
         parameter(&self.module, part)
     }
 
-    /// The adapter as it is computed with beside a frozen `weight`: factors in `dtype`, DoRA's with the weight's norms.
+    /// The adapter ready for computation beside a frozen `weight`: factors in `dtype`, DoRA with the weight's norms.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub(crate) fn beside(self, weight: &Matrix, dtype: DType) -> Result<Self> {
         let placed = |dora: Dora| Ok::<_, Error>(Dora { squares: weight.row_squares()?, ..dora });
         let dora = self.dora.map(placed).transpose()?;
@@ -75,7 +75,7 @@ impl Adapter {
         Ok(Self { a: cast(self.a)?, b: cast(self.b)?, dora, ..self })
     }
 
-    /// Refuses factors that do not fit a projection of this shape.
+    /// Rejects factors that do not fit a projection of this shape.
     ///
     /// # Errors
     /// Names the module and the shapes.
@@ -92,10 +92,10 @@ impl Adapter {
             .hint("the adapter was trained beside another model"))
     }
 
-    /// The adapter without its last `count` ranks, and an adapter of these, where there are any.
+    /// Splits off the last `count` ranks; returns the rest, and an adapter of the split-off ranks if there are any.
     ///
     /// # Errors
-    /// No ranks would be left.
+    /// No ranks would remain.
     pub(super) fn cut(&self, count: usize) -> Result<(Self, Option<Self>)> {
         if count == 0 {
             return Ok((self.clone(), None));
@@ -120,10 +120,10 @@ impl Adapter {
         b?.matmul(&a?)? * self.scale
     }
 
-    /// The matrix that computes what projection and adapter compute together, `[O, I]` in f32.
+    /// The merged matrix of projection and adapter, `[O, I]` in f32.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn merged(&self, weight: &Tensor) -> Result<Tensor> {
         let merged = (weight.to_dtype(DType::F32)? + self.delta()?)?;
         match &self.dora {
@@ -135,7 +135,7 @@ impl Adapter {
         }
     }
 
-    /// Adds the adapter's part to `y`, which is the projection's product. Shapes: `x` `[T, I]`, `y` `[T, O]`.
+    /// Adds the adapter's output to `y`, the projection's product. Shapes: `x` `[T, I]`, `y` `[T, O]`.
     pub(crate) fn forward<E: Element>(
         &self,
         (x, masks): (&[E], Option<&Masks>),
@@ -146,7 +146,7 @@ impl Adapter {
         self.add(&self.read(x, masks), y, factors.as_deref())
     }
 
-    /// The same with DoRA's factors, which stay what they are as long as nothing is trained.
+    /// As [`forward`](Self::forward), with given DoRA factors, which are constant outside training.
     pub(crate) fn add<E: Element>(
         &self,
         x: &[E],
@@ -160,7 +160,7 @@ impl Adapter {
         Ok(())
     }
 
-    /// What DoRA multiplies each output with, `[O]`; nothing without DoRA.
+    /// DoRA's factor of each output, `[O]`; `None` without DoRA.
     pub(crate) fn factors<E: Element>(&self, weight: &Matrix) -> Result<Option<Vec<f32>>> {
         Ok(self.decomposed::<E>(weight)?.map(|decomposed| decomposed.factors))
     }
@@ -172,7 +172,7 @@ impl Adapter {
         self.with_b::<E, _>(|b| matmul_into(y, inner.t(), b.t(), true, Threads::All))
     }
 
-    /// What the first factor reads: the input, or in training what dropout leaves of it.
+    /// The first factor's input: `x`, or in training `x` after dropout.
     fn read<'a, E: Element>(&self, x: &'a [E], masks: Option<&Masks>) -> Cow<'a, [E]> {
         match masks {
             Some(masks) => Cow::Owned(masks.apply(module_key(&self.module), x)),
@@ -185,8 +185,8 @@ impl Adapter {
         Mat::new(x, x.len() / inner, inner)
     }
 
-    /// `s · A · xᵀ`, `[r, T]`: a product with few rows, which reads `x` where it lies. The other way around `x` would be
-    /// packed, which takes longer than the product.
+    /// `s · A · xᵀ`, `[r, T]`: a product with few rows, which reads `x` in place. The transposed form would pack `x`,
+    /// which takes longer than the product itself.
     fn inner<E: Element>(&self, x: Mat<'_, E>) -> Result<Vec<E>> {
         let inner = self.with_a::<E, _>(|a| matmul(a, x.t(), Threads::All))?;
         Ok(self.scaled(inner))
@@ -197,8 +197,8 @@ impl Adapter {
         E::rounded(values)
     }
 
-    /// From the gradient of the product to those of the factors and, added to `d_x`, of the input. Shapes: `x`, `d_x`
-    /// `[T, I]`, `d_y` `[T, O]`.
+    /// Backward from the product to the factors; adds the input's gradient to `d_x`. Shapes: `x`, `d_x` `[T, I]`, `d_y`
+    /// `[T, O]`.
     pub(crate) fn backward<E: Element>(
         &self,
         (x, masks, d_y): (&[E], Option<&Masks>, Mat<'_, E>),
@@ -210,7 +210,7 @@ impl Adapter {
         let x = self.rows(&x);
         let inner = self.inner(x)?;
         grads.add_product(&self.name(B), d_y.t(), Mat::new(&inner, rank, x.rows()).t())?;
-        // Transposed as `inner` is.
+        // Transposed like `inner`.
         let d_inner = self.with_b::<E, _>(|b| matmul(b.t(), d_y.t(), Threads::All))?;
         let d_inner = self.scaled(d_inner);
         let d_inner = Mat::new(&d_inner, rank, x.rows());
@@ -224,9 +224,9 @@ impl Adapter {
         })
     }
 
-    /// From the gradient of the output to that of the product which DoRA multiplies by its factors, and to the
-    /// magnitude's; nothing without DoRA. The norm in the denominator is taken for a constant, as in the paper
-    /// (section 4.3) and in peft. Shapes: `x` `[T, I]`, `d_y` `[T, O]`.
+    /// Backward from the output to the product that DoRA scales, and to the magnitude; `None` without DoRA. The norm in
+    /// the denominator is treated as constant, as in the paper (section 4.3) and in peft. Shapes: `x` `[T, I]`, `d_y`
+    /// `[T, O]`.
     pub(crate) fn through_magnitude<E: Element>(
         &self,
         (x, masks, weight): (&[E], Option<&Masks>, &Matrix),
@@ -251,7 +251,7 @@ impl Adapter {
         Ok(Some(d_product))
     }
 
-    /// `‖W_o + s·B_o·A‖` is taken apart, so that the sum of both matrices never exists:
+    /// Expands `‖W_o + s·B_o·A‖²`, so that the sum of both matrices is never materialised:
     /// `‖W_o‖² + 2s·(W·Aᵀ)_o·B_oᵀ + s²·B_o·(A·Aᵀ)·B_oᵀ`.
     fn decomposed<E: Element>(&self, weight: &Matrix) -> Result<Option<Decomposed>> {
         let Some(Dora { magnitude, squares }) = &self.dora else { return Ok(None) };
@@ -280,10 +280,10 @@ impl Adapter {
         Ok(Some(Decomposed { factors, norms }))
     }
 
-    /// The same as a graph of ops, on any device. `product`: what the projection computes, without bias.
+    /// As a graph of ops, on any device. `product`: the projection's output without bias.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn graph(
         &self,
         (x, masks): (&Tensor, Option<&Masks>),
@@ -317,19 +317,19 @@ impl Adapter {
     }
 }
 
-/// What peft calls the factors and the magnitude.
+/// peft's names of the factors and the magnitude.
 pub(crate) const A: &str = "lora_A";
 pub(crate) const B: &str = "lora_B";
 pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
 
-/// The name of a parameter of an adapter. The magnitude is a vector of its own in peft, without `.weight`.
+/// Parameter name of an adapter's tensor. In peft the magnitude is a plain vector, without `.weight`.
 pub(crate) fn parameter(module: &str, part: &str) -> String {
     let ending = if part == MAGNITUDE { "" } else { ".weight" };
     format!("{module}.{part}{ending}")
 }
 
-/// `Σ_t d_y · product / norm` of each output, `[O]`. A task has some of the outputs and walks all tokens from the first to
-/// the last, so no sum depends on the number of threads. Shapes: `d_y`, `product` `[T, O]`.
+/// `Σ_t d_y · product / norm` of each output, `[O]`. A task handles some of the outputs over all tokens in order, so
+/// sums do not depend on the number of threads. Shapes: `d_y`, `product` `[T, O]`.
 fn d_magnitude<E: Element>(d_y: &[E], product: &[f32], norms: &[f32]) -> Vec<f32> {
     let mut sums = vec![0.0; norms.len()];
     sums.par_chunks_mut(OUTPUTS).enumerate().for_each_init(Vec::new, |scratch, (task, sums)| {

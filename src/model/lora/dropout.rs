@@ -1,6 +1,6 @@
-//! Dropout on what an adapter's first factor reads (`lora_dropout`), from counters: the mask of an element depends on the
-//! seed, the step, the token's place in its row, and the module, so recomputation, another cut into micro-batches and a
-//! resumed run drop the same.
+//! Dropout on the input of an adapter's first factor (`lora_dropout`), counter-based: an element's mask depends on the
+//! seed, the step, the token's position in its row, and the module, so recomputation, a different split into
+//! micro-batches and a resumed run drop the same elements.
 
 use candle_core::{Device, Tensor};
 use rand::RngCore;
@@ -11,14 +11,14 @@ use crate::ops::cpu::Element;
 use crate::ops::host::sent;
 use crate::rng::Stream;
 
-/// The dropout of one optimizer step.
+/// Dropout in one optimizer step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
-    /// Share of elements that are dropped.
+    /// Dropout probability.
     pub rate: f64,
-    /// Seed of the run.
+    /// The run's seed.
     pub seed: u64,
-    /// Steps taken before.
+    /// Number of previous steps.
     pub step: usize,
 }
 
@@ -27,7 +27,7 @@ impl Dropout {
     pub fn over(&self, forest: &Forest) -> Masks {
         let stream = Stream::new(self.seed, "train/lora_dropout");
         let mut keys = Vec::with_capacity(forest.len());
-        // The spans of a tree follow one another.
+        // The spans of a tree are contiguous.
         for spans in forest.spans.chunk_by(|a, b| a.tree == b.tree) {
             let row = forest.sources[spans[0].tree];
             let mut rng = stream.at(self.step as u64, row as u64);
@@ -38,16 +38,16 @@ impl Dropout {
     }
 }
 
-/// Which elements are dropped, `[T, I]` for each module.
+/// Dropped elements, `[T, I]` per module.
 #[derive(Clone, Debug)]
 pub struct Masks {
     rate: f64,
-    /// One a token.
+    /// One key per token.
     keys: Vec<u64>,
 }
 
 impl Masks {
-    /// Rows with the dropped elements zero and the others scaled up. Shapes: `[T, I] -> [T, I]`.
+    /// Rows with dropped elements set to zero and the others scaled up. Shapes: `[T, I] -> [T, I]`.
     pub(super) fn apply<E: Element>(&self, module: u64, x: &[E]) -> Vec<E> {
         let width = x.len() / self.keys.len().max(1);
         let mut out = x.to_vec();
@@ -73,7 +73,7 @@ impl Masks {
         }
     }
 
-    /// The factors as a tensor, for graphs on any device.
+    /// The mask as a tensor of factors, for graphs on any device.
     pub(super) fn tensor(
         &self,
         module: u64,
@@ -94,7 +94,7 @@ fn mixed(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// A module's own part of the keys.
+/// A module's part of the keys.
 pub(super) fn module_key(module: &str) -> u64 {
     module.bytes().fold(GOLDEN, |key, byte| mixed(key ^ u64::from(byte)))
 }

@@ -1,4 +1,4 @@
-//! How adapters begin.
+//! Initialisation of adapters.
 
 use std::collections::BTreeMap;
 
@@ -12,12 +12,12 @@ use crate::model::matrix::Matrix;
 use crate::model::{Config, Tensors, Weights};
 use crate::rng::Stream;
 
-/// What is trained beside a model, before its first step.
+/// Trainable tensors beside a model, before the first step.
 #[derive(Clone, Debug, Default)]
 pub struct Attached {
     /// Factors and magnitudes by parameter name, f32.
     pub factors: Weights,
-    /// What each module's product of factors is multiplied with.
+    /// Scale of each module's product of factors.
     pub scales: BTreeMap<String, f64>,
     /// See [`Lora::loraplus_lr_ratio`].
     pub lr_ratio: f64,
@@ -25,10 +25,11 @@ pub struct Attached {
     pub dropout: f64,
 }
 
-/// Makes the adapters of a model. `weights` are in f32; with PiSSA the adapted ones lose what the factors take over.
+/// Creates a model's adapters. `weights` are in f32; with PiSSA the part taken over by the factors is subtracted from
+/// them.
 ///
 /// # Errors
-/// A rank that is larger than a matrix, no module to adapt.
+/// A rank larger than a matrix; no module to adapt.
 pub fn attach(lora: &Lora, config: &Config, weights: &mut Weights, seed: u64) -> Result<Attached> {
     let mut attached = Attached::empty(lora);
     for module in modules(lora, config)? {
@@ -41,7 +42,7 @@ pub fn attach(lora: &Lora, config: &Config, weights: &mut Weights, seed: u64) ->
     Ok(attached)
 }
 
-/// The same beside a model whose projections may be packed or rounded already, which PiSSA cannot begin from.
+/// As [`attach`], beside a model whose projections may already be quantised or rounded, which PiSSA does not support.
 ///
 /// # Errors
 /// As [`attach`].
@@ -77,7 +78,7 @@ impl Attached {
         Self { lr_ratio: lora.loraplus_lr_ratio, dropout: lora.lora_dropout, ..Self::default() }
     }
 
-    /// Makes one module's adapter. Returns what is left of the weight where the factors take a part of it.
+    /// Creates one module's adapter. Returns the remaining weight if the factors take over a part of it.
     fn add(
         &mut self,
         (lora, module): (&Lora, &str),
@@ -109,7 +110,7 @@ impl Attached {
             }
         };
         if lora.use_dora {
-            // Of the numbers that are computed with: then the factors begin at 1.
+            // Norms of the weights used in computation, so that the factors start at 1.
             let norms: Vec<f32> =
                 weight.row_squares()?.iter().map(|square| square.sqrt() as f32).collect();
             let magnitude = Tensor::from_vec(norms, outer, device)?;
@@ -138,10 +139,10 @@ fn random(lora: &Lora, inner: usize, stream: &Stream, device: &Device) -> Result
 
 /// Rounds of power iteration: peft's `pissa_niter_16`.
 const ROUNDS: usize = 16;
-/// Columns beyond the rank that make the iteration converge.
+/// Oversampling columns for convergence.
 const SPARE: usize = 8;
 
-/// `√S·Vᵀ` `[r, I]` and `U·√S` `[O, r]` of the `r` largest singular values, by randomised subspace iteration (Halko et
+/// `√S·Vᵀ` `[r, I]` and `U·√S` `[O, r]` for the `r` largest singular values, by randomised subspace iteration (Halko et
 /// al., 2011, algorithm 4.4).
 fn principal(weight: &Tensor, rank: usize, stream: &Stream) -> Result<[Tensor; 2]> {
     let (outer, inner) = weight.dims2()?;
@@ -154,7 +155,7 @@ fn principal(weight: &Tensor, rank: usize, stream: &Stream) -> Result<[Tensor; 2
         let z = orthonormal(&weight.t()?.matmul(&q)?)?;
         q = orthonormal(&weight.matmul(&z)?)?;
     }
-    // W ≈ Q·(QᵀW), whose singular vectors are those of the small factor, those on the left seen through Q.
+    // W ≈ Q·(QᵀW): singular vectors come from the small factor, the left ones multiplied by Q.
     let small = matrix(&q.t()?.matmul(&weight)?)?.svd(true, true);
     let (Some(u), Some(v)) = (&small.u, &small.v_t) else {
         return Err(Error::run("no singular vectors"));

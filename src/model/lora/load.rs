@@ -1,4 +1,4 @@
-//! A checkpoint that is an adapter directory: its base is loaded, and the adapter merged into it.
+//! Loading an adapter directory as a checkpoint: its base is loaded, and the adapter merged into it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,12 +15,12 @@ use crate::model::source::{self, Source};
 use crate::model::{Architecture, Config, Tensors, Weights, labels, params};
 use crate::store;
 
-/// Whether a directory holds an adapter and no weights of its own.
+/// Whether a directory holds an adapter without weights of its own.
 pub fn is_adapter(dir: &Path) -> bool {
     dir.join(peft::CONFIG).is_file() && !dir.join(SINGLE).exists() && !dir.join(INDEX).exists()
 }
 
-/// The directory of an adapter, where `name` is one.
+/// The directory of an adapter, if `name` is one.
 ///
 /// # Errors
 /// No such model.
@@ -31,10 +31,10 @@ pub fn directory(name: &str) -> Result<Option<PathBuf>> {
     }
 }
 
-/// The base that an adapter names: a path, seen from here or from the adapter's directory, or a hub id.
+/// The base named by an adapter: a path relative to the current or the adapter's directory, or a hub id.
 ///
 /// # Errors
-/// None is named.
+/// No base is named.
 pub fn base_of(dir: &Path, config: &AdapterConfig) -> Result<String> {
     let Some(base) = config.base_model_name_or_path.as_deref().filter(|base| !base.is_empty())
     else {
@@ -55,11 +55,11 @@ pub fn base_of(dir: &Path, config: &AdapterConfig) -> Result<String> {
 }
 
 impl Saved {
-    /// Base and adapter as they stood beside each other in training. `weights`: those of [`Checkpoint::prepare_for`]. The
-    /// blocks of a GGUF file stay unpacked: these are the same numbers to the last bit.
+    /// Base and adapter beside each other as in training. `weights`: those of [`Checkpoint::prepare_for`]. GGUF blocks
+    /// stay dequantised, which is bit-identical.
     ///
     /// # Errors
-    /// A module that the base does not have, the device's.
+    /// A module the base does not have; a device error.
     pub fn beside(&self, weights: Weights) -> Result<Tensors> {
         let mut tensors = Tensors::dense(weights);
         let taken = self.base.as_ref().map_or(0, |base| base.taken);
@@ -95,7 +95,7 @@ impl Checkpoint {
     /// Loads the base of an adapter directory and merges the adapter into it, in f32.
     ///
     /// # Errors
-    /// All of [`peft::read`] and [`Checkpoint::load`]; an adapter of another base.
+    /// As [`peft::read`] and [`Checkpoint::load`]; an adapter of another base.
     pub fn load_adapter(dir: &Path, device: &Device) -> Result<Self> {
         let saved = peft::read(dir, device)?;
         let base = base_of(dir, &saved.config)?;
@@ -104,11 +104,11 @@ impl Checkpoint {
         base.with_adapter(&saved, dir)
     }
 
-    /// Merges an adapter that was read from `dir`, whose tokenizer, if it has one, replaces the base's. A base that was
-    /// packed in training takes the numbers that were computed with.
+    /// Merges an adapter read from `dir`; its tokenizer, if any, replaces the base's. If the base was quantised in
+    /// training, the quantised values are used.
     ///
     /// # Errors
-    /// An adapter of another base: other weights, or other shapes.
+    /// An adapter of a base with other weights or shapes.
     pub fn with_adapter(self, saved: &Saved, dir: &Path) -> Result<Self> {
         let mut checkpoint = self.prepare_for(saved, dir)?;
         checkpoint.weights = saved.beside(checkpoint.weights)?.merged()?;
@@ -116,7 +116,7 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// The base in f32 with the parameters that were trained in full, after the checks that the adapter is its own.
+    /// The base in f32 with the fully trained parameters, after checking that the adapter belongs to it.
     ///
     /// # Errors
     /// As [`with_adapter`](Self::with_adapter).
@@ -130,11 +130,11 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// The base with its parameters that were trained in full, and with the head that the adapter makes of it. Parameters that
-    /// the base holds packed are put in dense.
+    /// The base with the fully trained parameters and the adapter's head. Parameters that the base holds quantised
+    /// become dense.
     ///
     /// # Errors
-    /// A parameter that the base does not have, or of another shape; a reward model's without its head.
+    /// A parameter the base does not have, or of another shape; a reward model without its head.
     pub(in crate::model) fn with_trained(self, saved: &Saved, dir: &Path) -> Result<Self> {
         let mut checkpoint = match saved.config.architecture() {
             Architecture::CausalLm => self.with_head_of(saved)?,
@@ -157,7 +157,7 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// Gives a tied base a head of its own where the adapter has moved one of the two alone.
+    /// Unties the head of a tied base if the adapter has changed only one of the two.
     fn with_head_of(mut self, saved: &Saved) -> Result<Self> {
         if !self.config.is_tied() {
             return Ok(self);
@@ -189,7 +189,7 @@ impl Checkpoint {
             let labels = unnamed_labels(&self.config, architecture, score.dims());
             return self.into_scorer(architecture, &labels, 0);
         };
-        // What its outputs are called, and how answers are cut, is in the adapter's own configuration.
+        // Output names and step separator are in the adapter's own configuration.
         let mut scorer = self.into_scorer(architecture, &labels, 0)?;
         scorer.config.other = other;
         Ok(scorer)
@@ -201,7 +201,7 @@ fn no_scores() -> Error {
         .hint("the adapter makes a reward model: its files must hold the score head")
 }
 
-/// The names of a score head's outputs, where the adapter has no configuration that says them: the base's, or those of so many.
+/// Output names of a score head if the adapter's configuration lacks them: the base's, or numbered ones.
 fn unnamed_labels(base: &Config, architecture: Architecture, score: &[usize]) -> Vec<String> {
     let outputs = score.first().copied().unwrap_or_default();
     if base.architecture == architecture && base.labels.len() == outputs {
@@ -210,10 +210,10 @@ fn unnamed_labels(base: &Config, architecture: Architecture, score: &[usize]) ->
     labels::of_head(architecture, outputs)
 }
 
-/// The configuration of the model that the adapter in `dir` makes of its base's.
+/// Configuration of the model that the adapter in `dir` forms with its base.
 ///
 /// # Errors
-/// Files that are missing or damaged; a reward model's without its head.
+/// Missing or damaged files; a reward model without its head.
 pub(in crate::model) fn config_beside(
     base: Config,
     adapter: &AdapterConfig,
@@ -235,12 +235,12 @@ pub(in crate::model) fn config_beside(
     Ok(Config { architecture, labels, ..base })
 }
 
-/// The configuration that an adapter has beside it where it makes a reward model.
+/// An adapter's own model configuration, present for reward models.
 pub(in crate::model) fn scorer(dir: &Path) -> Result<Option<Config>> {
     dir.join("config.json").is_file().then(|| load_config(dir)).transpose()
 }
 
-/// Configuration of the adapter in `dir`, with the base's path.
+/// Configuration of the adapter in `dir`, and its base's path.
 ///
 /// # Errors
 /// As [`base_of`].
@@ -250,10 +250,10 @@ pub fn peek(dir: &Path) -> Result<(AdapterConfig, String)> {
     Ok((config, base))
 }
 
-/// The path or hub id under which an adapter's file names its base: absolute, where it is on this machine.
+/// Base path or hub id to store in an adapter's file; absolute if it is on this machine.
 ///
 /// # Errors
-/// The current directory is not known.
+/// The current directory is unknown.
 pub fn lasting_name(base: &str) -> Result<String> {
     if !Path::new(base).exists() {
         return Ok(base.to_owned());

@@ -1,7 +1,7 @@
 //! Low-rank adapters: LoRA (Hu et al., 2022) with its rank-stabilised, weight-decomposed and SVD-initialised forms.
 //!
-//! The base stays frozen and costs no gradient work; `A` and `B` of each adapted projection are trained. Files are
-//! peft's.
+//! The base is frozen and needs no weight gradients; `A` and `B` of each adapted projection are trained. Files are in
+//! peft's format.
 
 mod adapter;
 mod dropout;
@@ -33,7 +33,7 @@ use crate::error::{Error, Result, did_you_mean};
 /// Adapters by the names of their modules.
 pub type Adapters = BTreeMap<String, Adapter>;
 
-/// Keys of a training stage: whether and how adapters are trained, named as in TRL and peft.
+/// LoRA keys of a training stage, named as in TRL and peft.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Lora {
@@ -41,38 +41,38 @@ pub struct Lora {
     pub use_peft: bool,
     /// The rank `r`.
     pub lora_r: usize,
-    /// The adapter's product is scaled by `lora_alpha / r`.
+    /// The product of factors is scaled by `lora_alpha / r`.
     pub lora_alpha: f64,
-    /// Share of an adapter's inputs that are dropped in training.
+    /// Dropout probability of an adapter's inputs in training.
     pub lora_dropout: f64,
-    /// Which projections: `["all-linear"]`, names such as `q_proj`, or a regular expression for whole names, such as
+    /// Adapted projections: `["all-linear"]`, names such as `q_proj`, or a regular expression for whole names, such as
     /// `.*layers\.(0|1)\..*q_proj`.
     pub lora_target_modules: Vec<String>,
-    /// Other modules to train in full, such as `embed_tokens`, `lm_head` or `norm`, or a projection that is not adapted; a
-    /// score head always is. They are neither rounded nor packed.
+    /// Further modules to train fully, such as `embed_tokens`, `lm_head` or `norm`, or a projection that is not
+    /// adapted; a score head always is. They are neither rounded nor quantised.
     pub lora_modules_to_save: Vec<String>,
     /// Scale by `lora_alpha / √r` instead (Kalajdzievski, 2023).
     pub use_rslora: bool,
-    /// Train the magnitude of each output apart from its direction (DoRA; Liu et al., 2024).
+    /// Train the magnitude of each output separately from its direction (DoRA; Liu et al., 2024).
     pub use_dora: bool,
-    /// How the factors begin.
+    /// Initialisation of the factors.
     pub init_lora_weights: Init,
-    /// The learning rate of `B` over that of `A` (LoRA+; Hayou et al., 2024); 0 and 1 are none.
+    /// Ratio of the learning rates of `B` and `A` (LoRA+; Hayou et al., 2024); 0 or 1 disables it.
     pub loraplus_lr_ratio: f64,
-    /// How the frozen projections are held: `none`, `nf4` or `gguf` (QLoRA; Dettmers et al., 2023).
+    /// Quantisation of the frozen projections: `none`, `nf4` or `gguf` (QLoRA; Dettmers et al., 2023).
     pub quantization: Quantization,
 }
 
-/// How the factors begin.
+/// Initialisation of the factors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Init {
-    /// `A` uniform as a linear layer's weight, `B` zero: the model begins unchanged.
+    /// `A` uniform as in a linear layer, `B` zero: the initial model is unchanged.
     #[default]
     Default,
-    /// `A` normal with deviation `1 / r`, `B` zero.
+    /// `A` normal with standard deviation `1 / r`, `B` zero.
     Gaussian,
-    /// Both from the largest singular values of the weight, which keeps the rest (PiSSA; Meng et al., 2024).
+    /// Both from the largest singular values of the weight, which keeps the remainder (PiSSA; Meng et al., 2024).
     Pissa,
 }
 
@@ -102,10 +102,10 @@ pub const PROJECTIONS: [&str; 7] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 impl Lora {
-    /// Refuses values that cannot train.
+    /// Rejects invalid values.
     ///
     /// # Errors
-    /// Names the key, its value and what was expected.
+    /// Names the key, its value and the expected range.
     pub fn check(&self) -> Result<()> {
         if !self.use_peft {
             return match self.quantization {
@@ -143,21 +143,21 @@ impl Lora {
         Ok(())
     }
 
-    /// [`check`](Self::check), for adapters that are to be stored in this type.
+    /// As [`check`](Self::check), for adapters to be stored in this dtype.
     ///
     /// # Errors
-    /// As there, and PiSSA's in bf16.
+    /// As [`check`](Self::check), and PiSSA in bf16.
     pub fn check_saved_as(&self, save_dtype: Precision) -> Result<()> {
         self.check()?;
         if self.use_peft && self.init_lora_weights == Init::Pissa && save_dtype != Precision::F32 {
-            return Err(Error::usage("`save_dtype` is bf16 with `init_lora_weights` pissa").hint(
-                "what was learned is a small difference of the stored factors, which bf16 would round away: save_dtype = \"f32\"",
-            ));
+            let dtype = save_dtype.dtype().as_str();
+            return Err(Error::usage(format!("`save_dtype` is {dtype} with `init_lora_weights` pissa"))
+                .hint("what was learned is a small difference of the stored factors, which rounding would lose: save_dtype = \"f32\""));
         }
         Ok(())
     }
 
-    /// What the product of factors of this rank is multiplied with.
+    /// Scale of the product of factors of this rank.
     pub fn scale(&self, rank: usize) -> f64 {
         let rank = rank as f64;
         self.lora_alpha / if self.use_rslora { rank.sqrt() } else { rank }
@@ -166,7 +166,7 @@ impl Lora {
     /// The adapted modules of a model, in name order.
     ///
     /// # Errors
-    /// A name or a pattern that matches none; a module that is to be trained in full as well.
+    /// A name or pattern without a match; a module that is also to be trained fully.
     pub fn modules(&self, config: &Config) -> Result<Vec<String>> {
         self.check_saved(config)?;
         let all: Vec<String> = params::shapes(config)
@@ -190,7 +190,7 @@ impl Lora {
         Ok(wanted.into_iter().collect())
     }
 
-    /// Refuses modules that are both adapted and trained in full: what their adapters stand beside would move.
+    /// Rejects modules that are both adapted and fully trained: the weight beside the adapter must be frozen.
     fn check_apart(&self, adapted: &BTreeSet<String>) -> Result<()> {
         let both = self.lora_modules_to_save.iter().find_map(|saved| {
             adapted.iter().find(|module| names(saved, module)).map(|module| (saved, module))
@@ -202,8 +202,8 @@ impl Lora {
         .hint("a projection is adapted or trained in full: name the others in lora_target_modules"))
     }
 
-    /// The modules of a model that are trained in full, by their whole names: peft takes a name for every module that ends
-    /// with it, so that `norm` would be each `input_layernorm` as well.
+    /// Full names of the fully trained modules: peft matches every module that ends with a name, so `norm` would
+    /// include each `input_layernorm`.
     pub fn saved_modules(&self, config: &Config) -> Vec<String> {
         let shapes = params::shapes(config);
         let trained = shapes.keys().filter(|name| self.trains(name)).map(|name| module_of(name));
@@ -211,7 +211,7 @@ impl Lora {
         modules.into_iter().map(str::to_owned).collect()
     }
 
-    /// Refuses names of modules to train in full that a model does not have.
+    /// Rejects fully trained modules that the model does not have.
     fn check_saved(&self, config: &Config) -> Result<()> {
         let shapes = params::shapes(config);
         let modules = || shapes.keys().map(|name| module_of(name));
@@ -237,7 +237,8 @@ impl Lora {
         Ok(())
     }
 
-    /// The same for `adapter_config.json`: the pattern, where there is one alone, or the modules' names.
+    /// The adapted modules for `adapter_config.json`: the pattern, if it is the only target, otherwise the modules'
+    /// names.
     ///
     /// # Errors
     /// As [`modules`](Self::modules).
@@ -249,30 +250,30 @@ impl Lora {
         }
     }
 
-    /// Whether a parameter of the model is trained in full.
+    /// Whether a parameter of the model is fully trained.
     pub fn trains(&self, name: &str) -> bool {
         trains(&self.lora_modules_to_save, name)
     }
 }
 
-/// Whether a parameter is trained in full beside adapters: those of the named modules, and a score head.
+/// Whether a parameter is fully trained beside adapters: those of the named modules, and a score head.
 pub(crate) fn trains(modules: &[String], name: &str) -> bool {
     let module = module_of(name);
     [params::SCORE, params::SCORE_BIAS].contains(&name)
         || modules.iter().any(|saved| names(saved, module))
 }
 
-/// The module that a parameter belongs to.
+/// A parameter's module.
 fn module_of(name: &str) -> &str {
     name.strip_suffix(".weight").or(name.strip_suffix(".bias")).unwrap_or(name)
 }
 
-/// Every projection; LLaMA-Factory says `all`.
+/// Every projection; LLaMA-Factory calls it `all`.
 fn is_all(target: &str) -> bool {
     target == ALL_LINEAR || target == "all"
 }
 
-/// The target as a regular expression that a whole name must match, as in peft; none where it is a name.
+/// The target as a regular expression for whole names, as in peft; `None` if it is a plain name.
 fn pattern(target: &str) -> Result<Option<Regex>> {
     if target.chars().all(|c| c.is_alphanumeric() || "._-".contains(c)) {
         return Ok(None);
@@ -304,15 +305,15 @@ pub(crate) fn is_projection(name: &str) -> bool {
     name.starts_with("model.layers.") && name.ends_with("_proj.weight")
 }
 
-/// Whether `pattern` means `module`: its whole name, or the end of it.
+/// Whether `pattern` is the module's whole name or its end.
 fn names(pattern: &str, module: &str) -> bool {
     module.strip_suffix(pattern).is_some_and(|front| front.is_empty() || front.ends_with('.'))
 }
 
-/// Refuses adapters that do not fit a model.
+/// Rejects adapters that do not fit a model.
 ///
 /// # Errors
-/// An adapter for a module that the model does not have, or of another shape.
+/// An adapter for a module the model does not have, or of another shape.
 pub fn check_fit(tensors: &Tensors, adapters: &Adapters) -> Result<()> {
     adapters.iter().try_for_each(|(module, adapter)| {
         let name = format!("{module}.weight");
@@ -324,10 +325,10 @@ pub fn check_fit(tensors: &Tensors, adapters: &Adapters) -> Result<()> {
     })
 }
 
-/// A model's weights with its adapters, which [fit](check_fit), merged into them, in f32.
+/// Merges adapters, which must [fit](check_fit), into a model's weights, in f32.
 ///
 /// # Errors
-/// An adapter for a module that the model does not have.
+/// An adapter for a module the model does not have.
 pub fn merge(weights: &mut Weights, adapters: &Adapters) -> Result<()> {
     for (module, adapter) in adapters {
         let weight = weights.get_mut(&format!("{module}.weight")).ok_or_else(|| unknown(module))?;

@@ -17,14 +17,14 @@ use crate::model::tensor_file::{self, Mapped};
 use crate::model::{Architecture, Weights, params};
 use crate::store;
 
-/// The file that makes a directory an adapter.
+/// The file that marks a directory as an adapter.
 pub const CONFIG: &str = "adapter_config.json";
-/// The factors.
+/// The file with the factors.
 pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
-/// What peft puts before a name of the base model.
+/// peft's prefix for base model names.
 const PREFIX: &str = "base_model.model.";
 
-/// What is read and written of `adapter_config.json`.
+/// The supported fields of `adapter_config.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a key of peft's file")]
@@ -33,7 +33,7 @@ pub struct AdapterConfig {
     pub peft_type: String,
     /// `CAUSAL_LM`; `SEQ_CLS` or `TOKEN_CLS` for a reward model.
     pub task_type: Option<String>,
-    /// The model that the adapter belongs to: a path or a hub id.
+    /// The adapter's base model: a path or a hub id.
     pub base_model_name_or_path: Option<String>,
     /// The rank.
     pub r: usize,
@@ -41,34 +41,37 @@ pub struct AdapterConfig {
     pub lora_alpha: f64,
     /// See [`Lora::lora_dropout`](super::Lora::lora_dropout).
     pub lora_dropout: f64,
-    /// Names of the adapted modules, or a pattern.
+    /// Names of the adapted modules, or a regular expression.
     pub target_modules: Value,
-    /// Names of the modules that are trained in full.
+    /// Names of fully trained modules.
     pub modules_to_save: Option<Vec<String>>,
-    /// Ranks of modules that have another.
+    /// Ranks of modules that deviate from `r`.
     pub rank_pattern: BTreeMap<String, usize>,
-    /// Alphas of modules that have another.
+    /// Alphas of modules that deviate from `lora_alpha`.
     pub alpha_pattern: BTreeMap<String, f64>,
     /// See [`Lora::use_rslora`](super::Lora::use_rslora).
     pub use_rslora: bool,
     /// See [`Lora::use_dora`](super::Lora::use_dora).
     pub use_dora: bool,
-    /// `none`: biases stay as they are.
+    /// `none`: biases are not trained.
     pub bias: String,
-    /// Whether weights are stored transposed, as GPT-2's are.
+    /// Whether weights are stored transposed, as in GPT-2.
     pub fan_in_fan_out: bool,
-    /// Told to peft, which then loads without training.
+    /// For peft, which then loads without training.
     pub inference_mode: bool,
-    /// Told to peft: the files hold all that it would have to initialise. Another program may
-    /// name the method by which they began.
+    /// For peft: the files hold everything it would otherwise initialise. Other programs may store the name of their
+    /// initialisation method here.
     #[serde(deserialize_with = "beginning")]
     pub init_lora_weights: bool,
-    /// Told to peft: the head follows the embedding that it shares its weight with, where that is trained in full.
+    /// For peft: the head stays tied to the embedding when that is fully trained.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub ensure_weight_tying: bool,
+    /// Of an activated LoRA: the tokens from which on the adapter applies. Such adapters are refused.
+    #[serde(skip_serializing)]
+    pub alora_invocation_tokens: Value,
 }
 
-/// Ways to begin in peft that leave the base as it is.
+/// peft initialisation methods that leave the base unchanged.
 const HARMLESS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
 fn beginning<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
@@ -103,6 +106,7 @@ impl Default for AdapterConfig {
             inference_mode: true,
             init_lora_weights: true,
             ensure_weight_tying: false,
+            alora_invocation_tokens: Value::Null,
         }
     }
 }
@@ -111,7 +115,7 @@ impl AdapterConfig {
     /// Reads and checks the file of a directory.
     ///
     /// # Errors
-    /// A file that is missing or broken, and kinds of adapters that are not implemented.
+    /// A missing or broken file, or an unsupported kind of adapter.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG);
         let config: Self = store::read_json(&path)?;
@@ -122,6 +126,11 @@ impl AdapterConfig {
             ),
             (config.bias != "none", format!("`bias` is {}, expected none", config.bias)),
             (config.fan_in_fan_out, "`fan_in_fan_out` is true".to_owned()),
+            (
+                !config.alora_invocation_tokens.is_null(),
+                "`alora_invocation_tokens` is set: the adapter is for a part of each text"
+                    .to_owned(),
+            ),
             (config.r == 0, "`r` is 0, expected 1 or more".to_owned()),
         ];
         match refused.into_iter().find(|(refused, _)| *refused) {
@@ -141,14 +150,14 @@ impl AdapterConfig {
         }
     }
 
-    /// Whether embedding and head, one in the base, are two from the adapter on: peft trains each of them alone, unless told
-    /// to keep them one. Adapters that name their base are our own, which always do.
+    /// Whether the adapter unties embedding and head: peft trains each of them separately unless told to keep them
+    /// tied. Adapters that record their base are our own, which always keep them tied.
     pub(super) fn unties(&self, base: Option<&BaseRecord>, holds: impl Fn(&str) -> bool) -> bool {
         let is_apart = !self.ensure_weight_tying && base.is_none();
         is_apart && [params::EMBEDDING, params::HEAD].into_iter().any(holds)
     }
 
-    /// What the product of a module's factors is multiplied with.
+    /// Scale of a module's product of factors.
     pub(super) fn scale(&self, module: &str) -> Result<f64> {
         let r = pattern(&self.rank_pattern, module)?.unwrap_or(self.r) as f64;
         let alpha = pattern(&self.alpha_pattern, module)?.unwrap_or(self.lora_alpha);
@@ -156,7 +165,7 @@ impl AdapterConfig {
     }
 }
 
-/// The value of the first pattern that matches the end of a module's name, as peft looks it up.
+/// Value of the first pattern that matches the end of a module's name, as in peft.
 fn pattern<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Result<Option<T>> {
     for (pattern, value) in patterns {
         let whole = Regex::new(&format!("^(?:.*\\.)?(?:{pattern})$"))
@@ -168,39 +177,39 @@ fn pattern<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Result<Opti
     Ok(None)
 }
 
-/// What an adapter's files hold.
+/// Contents of an adapter's files.
 #[derive(Clone, Debug)]
 pub struct Saved {
     /// The configuration.
     pub config: AdapterConfig,
     /// Factors and magnitudes.
     pub adapters: Adapters,
-    /// Parameters that were trained in full, under the model's own names.
+    /// Fully trained parameters, under the model's own names.
     pub weights: Weights,
-    /// The base that it was trained beside; another program's files say nothing of it.
+    /// The base it was trained beside; unknown for other programs' files.
     pub base: Option<BaseRecord>,
 }
 
-/// What an adapter's files say of the base that it was trained beside.
+/// An adapter's record of the base it was trained beside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseRecord {
-    /// Its [`fingerprint`], before anything was packed.
+    /// Its [`fingerprint`] before quantisation.
     pub fingerprint: String,
-    /// How its projections were held.
+    /// Quantisation of its projections.
     pub quantization: Quantization,
-    /// How many ranks at the end of the factors stand, with the other sign, for what was taken out of a weight before it
-    /// was packed: PiSSA's.
+    /// PiSSA: number of trailing ranks that represent, with opposite sign, the part taken out of each weight before
+    /// quantisation.
     pub taken: usize,
 }
 
 impl BaseRecord {
-    /// Of a base that nothing was packed of.
+    /// Record of an unquantised base.
     pub fn dense(fingerprint: &str) -> Self {
         let fingerprint = fingerprint.to_owned();
         Self { fingerprint, quantization: Quantization::None, taken: 0 }
     }
 
-    /// Refuses to add adapters up of which some was trained beside what PiSSA left of weights before they were packed.
+    /// Rejects summing adapters if one was trained beside weights that PiSSA reduced before quantisation.
     ///
     /// # Errors
     /// Such an adapter.
@@ -214,7 +223,7 @@ impl BaseRecord {
             .hint("`arriero merge` them and average the models"))
     }
 
-    /// As the safetensors file's own metadata. What is not packed is not mentioned.
+    /// Metadata of the safetensors file. Omits quantisation if there is none.
     pub(crate) fn texts(&self) -> Vec<(&'static str, String)> {
         let mut texts = vec![(BASE, self.fingerprint.clone())];
         if self.quantization != Quantization::None {
@@ -226,7 +235,7 @@ impl BaseRecord {
 }
 
 impl Saved {
-    /// The adapters as they are put beside a model to be run or trained further.
+    /// The adapters in the form attached to a model for inference or further training.
     pub fn attached(&self) -> Attached {
         let tensors = self.adapters.values().flat_map(Adapter::tensors);
         Attached {
@@ -236,24 +245,24 @@ impl Saved {
         }
     }
 
-    /// Whether embedding and head, one in the base, are two from this adapter on.
+    /// Whether this adapter unties embedding and head.
     pub(super) fn unties(&self) -> bool {
         self.config.unties(self.base.as_ref(), |name| self.weights.contains_key(name))
     }
 
-    /// How the base's projections were held in training, as far as the files say.
+    /// Quantisation of the base's projections in training, if recorded.
     pub fn quantization(&self) -> Quantization {
         self.base.as_ref().map_or(Quantization::None, |base| base.quantization)
     }
 
-    /// The same adapter, taken for one that was trained beside the base's own weights.
+    /// The same adapter, treated as trained beside the base's dense weights.
     #[must_use]
     pub fn of_dense_base(mut self) -> Self {
         self.base = self.base.map(|base| BaseRecord::dense(&base.fingerprint));
         self
     }
 
-    /// Refuses a base other than the one that the files name, if they name one. `found`: its [`fingerprint`].
+    /// Rejects a base other than the recorded one, if one is recorded. `found`: its [`fingerprint`].
     ///
     /// # Errors
     /// Another base.
@@ -271,7 +280,7 @@ impl Saved {
         .hint("give the very model that the adapter was trained beside"))
     }
 
-    /// Everything that was trained, by the model's own names.
+    /// All trained tensors, by the model's own names.
     pub fn into_trained(self) -> Weights {
         let mut trained = self.weights;
         for adapter in self.adapters.values() {
@@ -284,7 +293,7 @@ impl Saved {
 /// Reads an adapter directory.
 ///
 /// # Errors
-/// Files that are missing, damaged, or of another kind; a factor without its partner.
+/// Missing, damaged or unsupported files; a factor without its counterpart.
 pub fn read(dir: &Path, device: &Device) -> Result<Saved> {
     let config = AdapterConfig::read(dir)?;
     let path = dir.join(WEIGHTS);
@@ -300,15 +309,15 @@ pub fn read(dir: &Path, device: &Device) -> Result<Saved> {
     Ok(Saved { config, adapters, weights, base })
 }
 
-/// The model's own name of a tensor.
+/// A tensor's name in the model itself.
 fn plain(name: &str) -> &str {
     name.strip_prefix(PREFIX).unwrap_or(name)
 }
 
-/// Names and shapes of an adapter's tensors, by the model's own names. No numbers are read.
+/// Names and shapes of an adapter's tensors, by the model's own names. Reads no tensor data.
 ///
 /// # Errors
-/// A file that is missing or damaged.
+/// A missing or damaged file.
 pub(in crate::model) fn shapes(dir: &Path) -> Result<BTreeMap<String, Vec<usize>>> {
     let path = dir.join(WEIGHTS);
     let mapped = Mapped::open(&path)?;
@@ -328,7 +337,7 @@ fn assemble(config: &AdapterConfig, mut factors: Weights) -> Result<Adapters> {
         };
         let (a, b) = (take(A)?, take(B)?);
         let dora = if config.use_dora {
-            // The rows' squares are the base's: whoever puts the adapter beside it knows them.
+            // The squared row norms are the base's, and are filled in when the adapter is attached.
             Some(Dora { magnitude: take(MAGNITUDE)?.flatten_all()?, squares: [].into() })
         } else {
             None
@@ -351,15 +360,15 @@ fn assemble(config: &AdapterConfig, mut factors: Weights) -> Result<Adapters> {
     }
 }
 
-/// Keys of the safetensors file's own metadata that tell of the base.
+/// Metadata keys of the safetensors file that describe the base.
 const BASE: &str = "base_fingerprint";
 const BASE_QUANTIZATION: &str = "base_quantization";
 const BASE_TAKEN: &str = "base_taken_ranks";
 
-/// What the files of an adapter say of the base that it was trained beside.
+/// An adapter's record of the base it was trained beside.
 ///
 /// # Errors
-/// Files that are missing or damaged.
+/// Missing or damaged files.
 pub fn base(dir: &Path) -> Result<Option<BaseRecord>> {
     let path = dir.join(WEIGHTS);
     let mut texts = tensor_file::metadata(&path)?;
@@ -376,10 +385,10 @@ pub fn base(dir: &Path) -> Result<Option<BaseRecord>> {
     Ok(Some(record))
 }
 
-/// Writes factors, magnitudes and fully trained parameters, all by the model's own names, and what is known of the base.
+/// Writes factors, magnitudes and fully trained parameters, all by the model's own names, and the record of the base.
 ///
 /// # Errors
-/// Numbers that are not finite, I/O.
+/// Non-finite values, I/O errors.
 pub fn write<'a>(
     dir: &Path,
     config: &AdapterConfig,
@@ -389,7 +398,7 @@ pub fn write<'a>(
     write_in(DType::F32, dir, config, (trained, base.into()))
 }
 
-/// The same with tensors of another type.
+/// As [`write`], with tensors stored in `dtype`.
 ///
 /// # Errors
 /// As [`write`].
@@ -402,7 +411,7 @@ pub(crate) fn write_in(
     let mut named: BTreeMap<String, &Tensor> =
         trained.iter().map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor)).collect();
     if let Some(embedding) = trained.get(params::EMBEDDING).filter(|_| config.ensure_weight_tying) {
-        // peft trains the tied head beside the embedding, and looks for it.
+        // peft trains the tied head beside the embedding, and expects it.
         named.insert(format!("{PREFIX}{}", params::HEAD), embedding);
     }
     let tensors = named.iter().map(|(name, tensor)| (name.as_str(), *tensor)).collect();
@@ -413,29 +422,28 @@ pub(crate) fn write_in(
     store::write_json(&dir.join(CONFIG), config)
 }
 
-/// A short hash of a model's weights, which tells one base from another: names, shapes, and evenly spaced numbers of
-/// each tensor.
+/// A short hash that identifies a model's weights: names, shapes, and evenly spaced values of each tensor.
 ///
 /// # Errors
-/// The device's.
+/// A device error.
 pub fn fingerprint(weights: &Weights) -> Result<String> {
     let mut fingerprint = Fingerprint::default();
     weights.iter().try_for_each(|(name, tensor)| fingerprint.add(name, tensor))?;
     Ok(fingerprint.finish())
 }
 
-/// The same of tensors that come one by one, in any order.
+/// As [`fingerprint`], for tensors added one at a time, in any order.
 #[derive(Debug, Default)]
 pub(crate) struct Fingerprint(BTreeMap<String, String>);
 
 impl Fingerprint {
-    /// Looks at one tensor in f32.
+    /// Adds one tensor, read as f32.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub(crate) fn add(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
         const SAMPLES: usize = 64;
-        // A reward model has another head than its base.
+        // A reward model's head differs from its base's.
         if [params::HEAD, params::SCORE, params::SCORE_BIAS].contains(&name) {
             return Ok(());
         }

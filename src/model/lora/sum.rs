@@ -1,5 +1,5 @@
-//! Weighted sums of adapters of one base in what they stand for, `Σ weight · s·B·A`: peft's `cat` and `svd`. The sum of
-//! their factors, one by one, stands for another matrix.
+//! Weighted sums of adapters of one base by their products, `Σ weight · s·B·A`: peft's `cat` and `svd`. Summing the
+//! factors themselves would give a different matrix.
 
 use candle_core::{DType, Tensor};
 
@@ -9,11 +9,12 @@ use super::{Adapter, Adapters};
 use crate::error::{Context, Error, Result};
 use crate::model::Weights;
 
-/// One adapter for the weighted sum of several, given with their names: their factors side by side, at the sum of their ranks, or at `rank` the
-/// nearest that there is. Parameters that were trained in full are summed with the same weights, which then must sum to 1.
+/// The weighted sum of several adapters, given with their names: factors concatenated, with the sum of their ranks, or
+/// the best approximation of `rank`. Fully trained parameters are summed with the same weights, which must then add up
+/// to 1.
 ///
 /// # Errors
-/// Adapters of several bases or of other modules, and those whose sum no adapter is, such as DoRA's.
+/// Adapters of different bases or modules, or whose sum is not an adapter, such as DoRA's.
 pub fn sum(adapters: &[(&str, Saved)], weights: &[f64], rank: Option<usize>) -> Result<Saved> {
     let [(_, first), ..] = adapters else { return Err(Error::usage("no adapters to sum")) };
     adapters.iter().try_for_each(|(name, other)| first.check_sum(other).at(name))?;
@@ -43,7 +44,7 @@ pub fn sum(adapters: &[(&str, Saved)], weights: &[f64], rank: Option<usize>) -> 
 }
 
 impl Saved {
-    /// Refuses an adapter that cannot be added to this one, or whose sum with it no adapter is.
+    /// Rejects an adapter that cannot be added to this one, or whose sum with it is not an adapter.
     ///
     /// # Errors
     /// As [`sum`].
@@ -69,10 +70,10 @@ impl Saved {
 }
 
 impl BaseRecord {
-    /// Refuses adapters of several bases, and those that [`check_whole`](Self::check_whole) refuses.
+    /// Rejects adapters of different bases, and those that [`check_whole`](Self::check_whole) rejects.
     ///
     /// # Errors
-    /// Another base, or the same held in another way.
+    /// Another base, or the same with another quantisation.
     pub(in crate::model) fn check_same([first, other]: [&Option<Self>; 2]) -> Result<()> {
         Self::check_whole([first, other])?;
         match (first, other) {
@@ -103,8 +104,8 @@ fn join<'a>(
     Ok(Adapter { module: module.to_owned(), a, b, scale: 1.0, dora: None })
 }
 
-/// Factors of `rank` whose product is nearest to that of these (Eckart and Young, 1936), which is not made: the singular
-/// values are those of a matrix as small as the ranks.
+/// Rank-`rank` factors whose product best approximates that of these (Eckart and Young, 1936), without forming it: its
+/// singular values are those of a matrix as small as the ranks.
 fn nearest(a: &Tensor, b: &Tensor, rank: usize) -> Result<[Tensor; 2]> {
     let wide = |x: &Tensor| matrix(&x.to_dtype(DType::F64)?);
     let (of_b, of_a) = (wide(b)?.qr(), wide(&a.t()?)?.qr());

@@ -1,4 +1,4 @@
-//! Adapters: what they begin as, what is merged, and which are refused.
+//! Adapters: initialisation, merging, and rejection of unsupported ones.
 
 use candle_core::{DType, Device, Tensor, Var};
 
@@ -35,7 +35,7 @@ fn a_fresh_adapter_adds_nothing_and_its_first_factor_is_spread_as_pytorchs() {
         let bound = 1.0 / (a.dims()[1] as f32).sqrt();
         let largest = a.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(largest <= bound && largest > 0.9 * bound, "{module}: {largest}, {bound}");
-        // DoRA begins with the norms of the rows: with B = 0 its factors are 1.
+        // DoRA starts from the rows' norms; with B = 0 its factors are 1.
         let magnitude = attached.factors[&parameter(module, MAGNITUDE)].to_vec1::<f32>().unwrap();
         let rows = weights[&format!("{module}.weight")].to_vec2::<f32>().unwrap();
         for (magnitude, row) in magnitude.iter().zip(rows) {
@@ -50,7 +50,7 @@ fn pissa_takes_the_largest_singular_values_and_leaves_the_rest() {
     let Checkpoint { config, mut weights, .. } = base();
     let module = "model.layers.0.mlp.up_proj";
     let name = format!("{module}.weight");
-    // A sum of outer products of known sizes, 8, 4, 2, 1, over noise.
+    // A sum of outer products of known norms, 8, 4, 2, 1, plus noise.
     let (outer, inner) = weights[&name].dims2().unwrap();
     let unit = |seed, len| {
         let x = random(seed, len);
@@ -68,10 +68,10 @@ fn pissa_takes_the_largest_singular_values_and_leaves_the_rest() {
     let attached = attach(&lora, &config, &mut weights, 5).unwrap();
     let taken = product(&attached, module);
     assert!(distance(&(&weights[&name] + &taken).unwrap(), &known) < 1e-6);
-    // What is left is the noise alone.
+    // Only the noise remains.
     let left = weights[&name].sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
     assert!(left < 1.1e-4 * ((outer * inner) as f32).sqrt(), "{left}");
-    // Both factors share the root of each singular value.
+    // Each factor carries the square root of each singular value.
     let squares = |part: &str, dim: usize| {
         let factor = &attached.factors[&parameter(module, part)];
         factor.sqr().unwrap().sum(dim).unwrap().to_vec1::<f32>().unwrap()
@@ -100,7 +100,7 @@ fn targets_are_all_projections_names_or_patterns_of_whole_names() {
     assert_eq!(modules(&["layers.2.self_attn.q_proj"]).0, of(&[2], &[q]));
     let pattern = r".*layers\.(0|1)\..*q_proj";
     assert_eq!(modules(&[pattern]), (of(&[0, 1], &[q]), pattern.into()));
-    // peft has no pattern beside names: both become names.
+    // peft does not support patterns beside names, so both become names.
     let both = of(&[0, 1], &[q]).into_iter().chain(of(&[3], &["mlp.up_proj"])).collect::<Vec<_>>();
     assert_eq!(modules(&[pattern, "layers.3.mlp.up_proj"]), (both.clone(), both.into()));
 }
@@ -128,7 +128,7 @@ fn modules_to_train_in_full_are_ones_that_the_model_has() {
     }
 }
 
-/// peft takes a name for every module that ends with it: `norm` would be each `input_layernorm` as well.
+/// peft matches every module that ends with a name: `norm` would include each `input_layernorm`.
 #[test]
 fn modules_to_train_in_full_have_whole_names_in_files() {
     let Checkpoint { config, .. } = base();
@@ -142,7 +142,7 @@ fn modules_to_train_in_full_have_whole_names_in_files() {
     assert_eq!(saved(&["down_proj", "layers.2.mlp.down_proj"]), downs);
 }
 
-/// Where the method changed the base, the factors alone say another thing than was trained.
+/// If the method changed the base, the factors alone do not represent the trained model.
 #[test]
 fn ways_to_begin_that_leave_the_base_alone_are_read_and_others_refused() {
     let home = tempfile::tempdir().unwrap();
@@ -160,7 +160,8 @@ fn ways_to_begin_that_leave_the_base_alone_are_read_and_others_refused() {
     }
 }
 
-/// The first is six along one direction, the second two along another: the sum's nearest at rank 1 is the first alone.
+/// The first has norm six along one direction, the second two along another: the best rank-1 approximation of the sum
+/// is the first.
 #[test]
 fn sums_of_adapters_are_exact_side_by_side_and_nearest_at_a_rank() {
     let (inner, outer, module) = (6, 5, "model.layers.0.self_attn.q_proj");
@@ -205,7 +206,7 @@ fn sums_of_adapters_are_exact_side_by_side_and_nearest_at_a_rank() {
     assert!(error.starts_with("b: adapts other modules"), "{error}");
 }
 
-/// By hand as in the graph of ops, with the same elements dropped from what the first factor reads.
+/// The hand-written form matches the graph of ops with the same dropped elements.
 #[test]
 fn dropout_has_the_gradients_of_the_graph() {
     let (tokens, inner, outer) = (23, 40, 24);
@@ -260,7 +261,7 @@ fn dropout_has_the_gradients_of_the_graph() {
     }
 }
 
-/// Not a whole number of a task's outputs, and more tokens than a task of any other op.
+/// Not a multiple of a task's outputs, and more tokens than a task of any other op.
 #[test]
 fn doras_gradients_are_the_same_bits_on_any_number_of_threads() {
     let (tokens, inner, outer) = (301, 48, 200);
@@ -287,7 +288,7 @@ fn doras_gradients_are_the_same_bits_on_any_number_of_threads() {
     for threads in [2, 3, 7] {
         assert_eq!(run(threads), one, "{threads} threads");
     }
-    // The magnitude's gradient in f64, from `y = x·(W + s·B·A)ᵀ` over its rows' norms.
+    // The magnitude's gradient in f64, from `y = x·(W + s·B·A)ᵀ` over its row norms.
     let f64 = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
     let merged = {
         let delta = f64(&adapter.b).matmul(&f64(&adapter.a)).unwrap();
@@ -344,7 +345,7 @@ fn what_cannot_be_adapted_is_refused_with_a_hint() {
     let packed = Lora { quantization: Quantization::Nf4, ..Lora::default() };
     assert!(refused(packed).hint_text().unwrap().contains("use_peft"));
 
-    // Of another base: by its numbers, and by its shapes.
+    // Another base: by its values, and by its shapes.
     let attached = attach(&on, &config, &mut weights, 1).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let save = |base: &str| {
@@ -383,5 +384,24 @@ fn ranks_and_alphas_of_patterns_are_those_of_peft() {
     ];
     for (module, expected) in expected {
         assert_eq!(config.scale(module).unwrap().to_bits(), expected.to_bits(), "{module}");
+    }
+}
+
+/// Applied to all of a text it would say something else than in peft.
+#[test]
+#[expect(clippy::disallowed_methods, reason = "the file of another program")]
+fn an_adapter_for_a_part_of_each_text_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("adapter_config.json");
+    for (tokens, refused) in [("null", false), ("[5, 7]", true)] {
+        let text = format!(
+            r#"{{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "alora_invocation_tokens": {tokens}}}"#
+        );
+        std::fs::write(&path, text).unwrap();
+        let read = AdapterConfig::read(dir.path());
+        assert_eq!(read.is_err(), refused);
+        if let Err(error) = read {
+            assert!(error.to_string().contains("`alora_invocation_tokens` is set"), "{error}");
+        }
     }
 }

@@ -1,26 +1,26 @@
-//! Blocks of llama.cpp: 32 weights with a scale in half precision, and for Q4_1 a minimum.
+//! llama.cpp's blocks: 32 weights with a half-precision scale, and for Q4_1 a minimum.
 
 use candle_core::quantized::GgmlDType;
 use half::f16;
 
 use crate::ops::cpu::blocks::{Bits, Block};
 
-/// Weights a block.
+/// Weights per block.
 pub(super) const LEN: usize = 32;
 
-/// A type of block.
+/// Block type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockType {
-    /// `(n − 8) · d`, `n` of 4 bits.
+    /// `(n − 8) · d` with 4-bit `n`.
     Q4_0,
-    /// `n · d + m`, `n` of 4 bits.
+    /// `n · d + m` with 4-bit `n`.
     Q4_1,
-    /// `n · d`, `n` of 8 bits with sign.
+    /// `n · d` with signed 8-bit `n`.
     Q8_0,
 }
 
 impl BlockType {
-    /// The type of a tensor in a GGUF file, where it is one of these.
+    /// The block type of a GGUF tensor, if supported.
     pub fn of(dtype: GgmlDType) -> Option<Self> {
         match dtype {
             GgmlDType::Q4_0 => Some(Self::Q4_0),
@@ -30,7 +30,7 @@ impl BlockType {
         }
     }
 
-    /// Its name in Candle.
+    /// Candle's dtype.
     pub fn dtype(self) -> GgmlDType {
         match self {
             Self::Q4_0 => GgmlDType::Q4_0,
@@ -39,7 +39,7 @@ impl BlockType {
         }
     }
 
-    /// Bits a weight.
+    /// Bits per weight.
     pub(super) fn bits(self) -> Bits {
         match self {
             Self::Q4_0 | Self::Q4_1 => Bits::Four,
@@ -52,7 +52,7 @@ impl BlockType {
         self == Self::Q4_1
     }
 
-    /// One block as integers with scale and minimum. Q4_0's −8 becomes a minimum, which is exact.
+    /// One block as integers with scale and minimum. Q4_0's −8 becomes a minimum, exactly.
     pub(super) fn block(self, bytes: &[u8]) -> Block {
         let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let scale = half(0);
@@ -77,7 +77,7 @@ impl BlockType {
         }
     }
 
-    /// Bytes of one block.
+    /// Bytes per block.
     pub fn bytes(self) -> usize {
         match self {
             Self::Q4_0 => 2 + LEN / 2,
@@ -86,12 +86,12 @@ impl BlockType {
         }
     }
 
-    /// Bytes of a row of `cols` weights, a multiple of the block's.
+    /// Bytes per row of `cols` weights, a multiple of the block length.
     pub fn row_bytes(self, cols: usize) -> usize {
         cols / LEN * self.bytes()
     }
 
-    /// One block. The first half of the weights lies in the low halves of the bytes.
+    /// Dequantises one block. The first half of the weights is in the low nibbles.
     pub(super) fn unpack(self, block: &[u8], out: &mut [f32]) {
         let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
         let scale = half(0);
@@ -139,7 +139,7 @@ mod tests {
             assert_eq!(ours.bytes(), packed.storage_size_in_bytes());
             let (matrix, mut rows) = (ours.block_matrix().unwrap(), Vec::new());
             (0..9).for_each(|row| matrix.row(row, &mut rows));
-            // Products of a scale in half precision and so few bits are exact.
+            // Products of a half-precision scale and so few bits are exact.
             assert_eq!(rows, theirs, "{dtype:?}");
         }
         let error = Packed::blocks(BlockType::Q8_0, (2, 48), vec![0; 102]).unwrap_err();

@@ -1,9 +1,9 @@
-//! Frozen projections in blocks of few bits (QLoRA; Dettmers et al., 2023): 4-bit NormalFloat with double quantisation,
-//! and the blocks of a GGUF file as they stand there.
+//! Quantised frozen projections (QLoRA; Dettmers et al., 2023): 4-bit NormalFloat with double quantisation, and a GGUF
+//! file's blocks as stored.
 //!
-//! A packed matrix is never trained. Where it is used it is unpacked for the moment of the product, so at most one
-//! projection is dense at a time, and what is computed, forward and backward, is exactly the product with the unpacked
-//! numbers: unlike Candle's `QMatMul`, which lets no gradient pass.
+//! A quantised matrix is never trained. It is dequantised only for the duration of a product, so at most one projection
+//! is dense at a time, and forward and backward are exactly the products with the dequantised values: unlike Candle's
+//! `QMatMul`, which passes no gradient.
 
 mod blocks;
 mod nf4;
@@ -26,24 +26,24 @@ use crate::ops::cpu::blocks::BlockMatrix;
 use crate::ops::cpu::{self, Element};
 use crate::ops::unpack::{OnGpu, Parts, Unpack};
 
-/// Blocks a task: fixed, so that no sum or rounding depends on the number of threads.
+/// Blocks per task: fixed, so that results do not depend on the number of threads.
 const TASK: usize = 256;
 
-/// How frozen projections are held.
+/// Quantisation of frozen projections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Quantization {
-    /// Dense, in the type that is computed with.
+    /// Dense, in the compute dtype.
     #[default]
     None,
-    /// NF4 with double quantisation: 4.13 bits a weight.
+    /// NF4 with double quantisation: 4.13 bits per weight.
     Nf4,
-    /// The blocks of the GGUF file that the model comes from: Q4_0, Q4_1 or Q8_0.
+    /// The blocks of the model's GGUF file: Q4_0, Q4_1 or Q8_0.
     Gguf,
 }
 
 impl Quantization {
-    /// Its name in recipes and files.
+    /// Name in recipes and files.
     pub fn name(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -52,7 +52,7 @@ impl Quantization {
         }
     }
 
-    /// Bytes a weight, where it is not dense. A GGUF file's own types are not known from its name: taken is Q4_1.
+    /// Bytes per weight, if not dense. For GGUF, whose types are unknown here, Q4_1 is assumed.
     pub fn bytes(self) -> Option<f64> {
         match self {
             Self::None => None,
@@ -62,14 +62,14 @@ impl Quantization {
     }
 }
 
-/// Packed projections by the names of their weights.
+/// Quantised projections by the names of their weights.
 pub type PackedWeights = BTreeMap<String, Arc<Packed>>;
 
-/// Takes the projections out of a model's weights, one after the other, and packs them, but for those of the modules `in_full`,
-/// which are to be trained. `source` is where the model comes from: a GGUF file keeps its own blocks.
+/// Removes the projections from a model's weights one by one and quantises them, except those of the modules `in_full`,
+/// which will be trained. `source`: the model's source; a GGUF file's blocks are kept.
 ///
 /// # Errors
-/// `gguf` for a model that comes from elsewhere, or has blocks of other types.
+/// `gguf` for a model from another source, or with unsupported block types.
 pub fn pack(
     weights: &mut Weights,
     kind: Quantization,
@@ -93,10 +93,10 @@ pub fn pack(
     }
 }
 
-/// The projections of a GGUF file as they stand there, but for those of the modules `in_full`.
+/// A GGUF file's projections as stored, except those of the modules `in_full`.
 ///
 /// # Errors
-/// A model that is no such file, or has blocks of other types.
+/// A model that is not a GGUF file, or has unsupported block types.
 pub(super) fn of_file(source: &Source, in_full: &[String]) -> Result<PackedWeights> {
     match source {
         Source::Gguf(path) => {
@@ -112,7 +112,7 @@ pub(super) fn of_file(source: &Source, in_full: &[String]) -> Result<PackedWeigh
     }
 }
 
-/// Rounds a matrix to blocks as llama.cpp does, for products of integers.
+/// Quantises a matrix to blocks as llama.cpp does, for integer products.
 ///
 /// # Errors
 /// As [`Packed::rounded`].
@@ -120,7 +120,7 @@ pub fn block_matrix(weight: &Tensor, kind: BlockType) -> Result<BlockMatrix> {
     Packed::rounded(weight, kind)?.block_matrix()
 }
 
-/// A matrix `[O, I]` in blocks, row after row.
+/// A quantised matrix `[O, I]`, row-major.
 #[derive(Debug)]
 pub struct Packed {
     rows: usize,
@@ -136,10 +136,10 @@ enum Form {
 }
 
 impl Packed {
-    /// Rounds a matrix to NF4.
+    /// Quantises a matrix to NF4.
     ///
     /// # Errors
-    /// A tensor that is no matrix, or not f32.
+    /// A tensor that is not a matrix or not f32.
     pub fn nf4(weight: &Tensor) -> Result<Self> {
         let (rows, cols) = weight.dims2()?;
         let weight = weight.to_device(&Device::Cpu)?.contiguous()?;
@@ -147,10 +147,10 @@ impl Packed {
         Ok(Self { rows, cols, form, on_gpu: OnGpu::default() })
     }
 
-    /// Rounds a matrix to blocks as llama.cpp does.
+    /// Quantises a matrix to blocks as llama.cpp does.
     ///
     /// # Errors
-    /// A tensor that is no matrix, rows that are no whole blocks, the device's.
+    /// A tensor that is not a matrix, rows that are not a whole number of blocks, a device error.
     pub fn rounded(weight: &Tensor, kind: BlockType) -> Result<Self> {
         let shape = weight.dims2()?;
         if !shape.1.is_multiple_of(blocks::LEN) {
@@ -166,10 +166,10 @@ impl Packed {
         Self::blocks(kind, shape, rounded.data()?.into_owned())
     }
 
-    /// Takes the blocks of a GGUF file, whose rows are made of whole blocks.
+    /// Wraps the blocks of a GGUF file, whose rows are whole numbers of blocks.
     ///
     /// # Errors
-    /// Another number of bytes than the shape needs, rows that end within a block.
+    /// A byte count that does not match the shape; rows that end within a block.
     pub fn blocks(kind: BlockType, shape: (usize, usize), bytes: Vec<u8>) -> Result<Self> {
         let (rows, cols) = shape;
         let expected = rows * (cols / blocks::LEN) * kind.bytes();
@@ -187,7 +187,7 @@ impl Packed {
         (self.rows, self.cols)
     }
 
-    /// Bytes that the matrix takes.
+    /// Size in bytes.
     pub fn bytes(&self) -> usize {
         match &self.form {
             Form::Nf4(nf4) => nf4.bytes(),
@@ -195,7 +195,7 @@ impl Packed {
         }
     }
 
-    /// All numbers, row after row.
+    /// All values, row-major.
     pub fn unpack<E: Element>(&self) -> Vec<E> {
         let len = match &self.form {
             Form::Nf4(_) => nf4::LEN,
@@ -223,10 +223,10 @@ impl Packed {
         }
     }
 
-    /// The same matrix for products of integers.
+    /// The same matrix for integer products.
     ///
     /// # Errors
-    /// NF4, whose numbers are no multiples of a scale.
+    /// NF4, whose values are not integer multiples of a scale.
     pub fn block_matrix(&self) -> Result<BlockMatrix> {
         let Form::Blocks(kind, bytes) = &self.form else {
             return Err(Error::usage("NF4 has no products of integers"));
@@ -237,10 +237,10 @@ impl Packed {
         }))
     }
 
-    /// Sends the blocks to where the matrix will be multiplied, if that is a GPU.
+    /// Sends the blocks to the device where the matrix will be used, if that is a GPU.
     ///
     /// # Errors
-    /// The device's.
+    /// A device error.
     pub fn place(&self, device: &Device) -> Result<()> {
         Ok(self.on_gpu.place((self.shape(), self.parts()), device)?)
     }

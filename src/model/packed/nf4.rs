@@ -1,4 +1,5 @@
-//! 4-bit NormalFloat with double quantisation (Dettmers et al., 2023, sections 3 and 3.1), in the numbers of bitsandbytes.
+//! 4-bit NormalFloat with double quantisation (Dettmers et al., 2023, sections 3 and 3.1), compatible with
+//! bitsandbytes.
 
 use std::sync::LazyLock;
 
@@ -6,9 +7,9 @@ use rayon::prelude::*;
 
 use crate::ops::unpack::Parts;
 
-/// Weights that share a scale.
+/// Weights per scale.
 pub(super) const LEN: usize = 64;
-/// Scales that share a scale.
+/// Scales per second-level scale.
 const SCALES: usize = 256;
 
 /// Quantiles of a normal distribution, scaled to −1 … 1, with an exact zero (appendix E of the paper).
@@ -31,16 +32,16 @@ static LEVELS: [f32; 16] = [
     1.0,
 ];
 
-/// Weights as 4-bit levels times the largest magnitude of their block; those magnitudes as 8-bit numbers in turn.
+/// 4-bit levels times the absmax of their block; the absmax values are quantised to 8 bits in turn.
 #[derive(Debug)]
 pub(super) struct Nf4 {
-    /// Two levels a byte, the first in the high half.
+    /// Two levels per byte, the first in the high nibble.
     levels: Vec<u8>,
-    /// One a block.
+    /// One per block.
     scales: Vec<u8>,
-    /// One a [`SCALES`] blocks.
+    /// One per [`SCALES`] blocks.
     scale_of_scales: Vec<f32>,
-    /// The mean of all scales, which is subtracted first.
+    /// Mean of all scales, subtracted before quantising them.
     offset: f32,
 }
 
@@ -57,7 +58,7 @@ impl Nf4 {
             .enumerate()
             .map(|(index, &scale)| nearest(&*BYTES, ratio(scale, scale_of_scales[index / SCALES])))
             .collect();
-        // Levels are of the exact scale, as in bitsandbytes: the rounding of the scale is not made up for.
+        // Levels use the exact scale, as in bitsandbytes; the scale's rounding error is not compensated.
         let levels = weights
             .par_chunks(LEN)
             .zip(&absmax)
@@ -85,7 +86,7 @@ impl Nf4 {
         }
     }
 
-    /// Block `index`, or as much of it as there is.
+    /// Dequantises block `index`, which may be partial.
     pub(super) fn unpack(&self, index: usize, out: &mut [f32]) {
         let byte = BYTES[usize::from(self.scales[index])];
         let scale = byte.mul_add(self.scale_of_scales[index / SCALES], self.offset);
@@ -103,7 +104,7 @@ fn ratio(value: f32, scale: f32) -> f32 {
     if scale > 0.0 { value / scale } else { 0.0 }
 }
 
-/// Index of the nearest of ascending numbers.
+/// Index of the nearest entry of an ascending table.
 fn nearest(table: &[f32], value: f32) -> u8 {
     let above = table.partition_point(|&entry| entry < value);
     let nearest = match above {
@@ -115,7 +116,7 @@ fn nearest(table: &[f32], value: f32) -> u8 {
     nearest as u8
 }
 
-/// The 8-bit numbers of bitsandbytes: seven decades on either side of zero, each with twice as many steps as the one
+/// bitsandbytes' 8-bit dynamic map: seven decades on either side of zero, each with twice as many steps as the one
 /// below (Dettmers, 2016).
 static BYTES: LazyLock<[f32; 256]> = LazyLock::new(|| {
     const DECADES: i32 = 7;
@@ -124,7 +125,7 @@ static BYTES: LazyLock<[f32; 256]> = LazyLock::new(|| {
         let steps = 1 << decade;
         let scale = 10_f64.powi(decade - (DECADES - 1));
         for step in 0..steps {
-            // The middle of one of the equal parts of 0.1 … 1.
+            // Midpoint of one of the equal parts of 0.1 … 1.
             let middle = 0.1 + 0.9 * (f64::from(step) + 0.5) / f64::from(steps);
             table.extend([scale * middle, -scale * middle]);
         }
@@ -141,7 +142,7 @@ mod tests {
     #[test]
     fn the_tables_ascend_and_are_those_of_bitsandbytes() {
         assert!(LEVELS.is_sorted() && BYTES.is_sorted());
-        // create_dynamic_map(True, 7, 8): its ends, zero, and the smallest steps beside it.
+        // create_dynamic_map(True, 7, 8): both ends, zero, and the smallest steps next to it.
         let expected =
             [(0, -0.992_968_75), (127, 0.0), (128, 5.5e-7), (254, 0.992_968_75), (255, 1.0)];
         for (index, value) in expected {
@@ -151,7 +152,7 @@ mod tests {
 
     #[test]
     fn every_weight_is_within_half_a_level_of_its_block() {
-        // Not a whole number of blocks, nor of scales that share a scale; one block of zeros.
+        // Neither a multiple of the block size nor of the second-level block size; one block of zeros.
         let mut weights = Stream::new(1, "nf4").normal(0, 300 * LEN + 37, 0.02);
         weights[LEN..2 * LEN].fill(0.0);
         let nf4 = Nf4::pack(&weights);
@@ -162,7 +163,7 @@ mod tests {
             nf4.unpack(index, &mut out);
             let scale = block.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
             for (x, y) in block.iter().zip(&out) {
-                // The widest gap between levels is 0.304; a scale is off by up to a 128th of the largest difference.
+                // The widest gap between levels is 0.304; a scale is off by at most a 128th of the largest difference.
                 assert!((x - y).abs() <= 0.153 * scale + 1.5e-3, "block {index}: {x} {y}");
             }
         }

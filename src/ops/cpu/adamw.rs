@@ -1,5 +1,5 @@
-//! The inner loop of AdamW: one pass over a parameter, its moments and its bf16 copy. And the rounding by chance of such a
-//! copy, which is `adamw.cu`'s bit for bit.
+//! AdamW's inner loop: one pass over a parameter, its moments and its bf16 copy; and stochastic rounding of the copy,
+//! bit-identical to `adamw.cu`.
 
 #![expect(
     unsafe_code,
@@ -20,7 +20,7 @@ pub struct Update {
     pub beta1: f32,
     /// Second-moment decay.
     pub beta2: f32,
-    /// Multiplies the gradient first (clipping).
+    /// Multiplies the gradient first (for clipping).
     pub grad_scale: f32,
     /// `1 − lr · weight decay`.
     pub shrink: f32,
@@ -28,7 +28,7 @@ pub struct Update {
     pub step_size: f32,
     /// `√(1 − β₂ᵗ)`.
     pub root_correction: f32,
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub eps: f32,
 }
 
@@ -54,13 +54,13 @@ fn update_body(
 }
 
 multiversion! {
-    /// Updates a piece of a parameter, its first and second moment, and its bf16 copy where that is not empty.
+    /// Updates a chunk of a parameter, its first and second moment, and its bf16 copy if not empty.
     pub fn update(param: &mut [f32], moments: [&mut [f32]; 2], grad: &[f32], copy: &mut [bf16], constants: Update) =
         update_body
 }
 
-/// The random words that round a copy: element `i` has word `i % 4` of Philox's counter `(i / 4, stream)` under the key
-/// `seed`. No two parameters and no two steps may have one stream.
+/// Random words for stochastic rounding: element `i` uses word `i % 4` of Philox with counter `(i / 4, stream)` and key
+/// `seed`. Every parameter and step must have its own stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chance {
     /// The key.
@@ -69,13 +69,13 @@ pub struct Chance {
     pub stream: u64,
 }
 
-/// Counters whose words are computed side by side.
+/// Counters computed together.
 const COUNTERS: usize = 16;
-/// The elements that these are for.
+/// Elements covered by them.
 const BLOCK: usize = 4 * COUNTERS;
 
 impl Chance {
-    /// The words of a block of elements, of which the first is `4 · counter`.
+    /// The words for a block of elements, the first of which is `4 · counter`.
     #[inline(always)]
     fn words(self, counter: u64) -> [u32; BLOCK] {
         let (mut low, mut high) = ([0; COUNTERS], [0; COUNTERS]);
@@ -96,12 +96,12 @@ impl Chance {
     }
 }
 
-/// Up with the probability of what is cut off: on average nothing is lost. What is not finite stays what it is.
+/// Rounds up with the probability of the truncated fraction, hence without bias. Non-finite values stay non-finite.
 #[inline(always)]
 fn by_chance(x: f32, random: u32) -> bf16 {
     let bits = x.to_bits();
     let finite = bits & 0x7f80_0000 != 0x7f80_0000;
-    // A NaN becomes the one that GPUs make of it.
+    // NaNs become the GPU's canonical NaN.
     let other = if x.is_nan() { 0x7fff } else { bits >> 16 };
     let rounded = bits.wrapping_add(random >> 16) >> 16;
     bf16::from_bits(if finite { rounded } else { other } as u16)
@@ -109,7 +109,7 @@ fn by_chance(x: f32, random: u32) -> bf16 {
 
 #[inline(always)]
 fn round_by_chance_body(copy: &mut [bf16], values: &[f32], first: u64, chance: Chance) {
-    // A piece may begin within the elements of a counter.
+    // A chunk may begin within a counter's elements.
     let (mut counter, mut skip) = (first / 4, (first % 4) as usize);
     let (mut copy, mut values) = (copy, values);
     while !values.is_empty() {
@@ -126,7 +126,7 @@ fn round_by_chance_body(copy: &mut [bf16], values: &[f32], first: u64, chance: C
 }
 
 multiversion! {
-    /// Rounds a piece of a parameter up or down by chance; `first` is the place of its first element in the parameter.
+    /// Stochastically rounds a chunk of a parameter; `first` is the index of its first element in the parameter.
     pub fn round_by_chance(copy: &mut [bf16], values: &[f32], first: u64, chance: Chance) = round_by_chance_body
 }
 
@@ -135,10 +135,10 @@ mod tests {
     use super::*;
     use crate::rng::Stream;
 
-    /// A seed and a stream whose halves all differ.
+    /// A seed and a stream with four distinct halves.
     const CHANCE: Chance = Chance { seed: 0x0123_4567_89ab_cdef, stream: 0xfedc_ba98_7654_3210 };
 
-    /// One element after the other, as it is defined.
+    /// One element at a time, by definition.
     fn by_hand(values: &[f32], first: u64, Chance { seed, stream }: Chance) -> Vec<u16> {
         let halves = |x: u64| [x as u32, (x >> 32) as u32];
         let round = |(at, value): (usize, &f32)| {
@@ -148,7 +148,7 @@ mod tests {
             if !value.is_finite() {
                 return if value.is_nan() { 0x7fff } else { bf16::from_f32(*value).to_bits() };
             }
-            // Of 65536 upper halves of a word as many round up as the lower half of the number says.
+            // Of the 65536 possible upper halves, as many round up as the value's lower half says.
             let [kept, cut] = [value.to_bits() >> 16, value.to_bits() & 0xffff];
             (kept + u32::from(cut + (word >> 16) > 0xffff)) as u16
         };
@@ -193,7 +193,7 @@ mod tests {
         }
     }
 
-    /// What bf16 holds stays, and so does zero: a factor of LoRA that begins at zero does.
+    /// Values representable in bf16 are unchanged, including zero, such as a LoRA factor initialised to zero.
     #[test]
     fn what_needs_no_rounding_is_not_rounded() {
         let values: Vec<f32> =
@@ -202,8 +202,8 @@ mod tests {
         assert_eq!(rounded(&values, 0, CHANCE), expected);
     }
 
-    /// Over 1000 streams the mean of a copy is its master. A draw is off by at most one distance of neighbours, 2^-7 of
-    /// the number, with a standard deviation of half of that at most; rounding to nearest keeps the whole error.
+    /// Over 1000 streams the mean of a copy is its master. A draw is off by at most the spacing of neighbours, 2^-7 of
+    /// the value, with a standard deviation of at most half that; rounding to nearest would keep the whole error.
     #[test]
     fn the_mean_of_many_roundings_is_the_number() {
         let (draws, values) = (1000, [1.001_f32, -1.003_9, 0.333_333, -12.345, 1.007_8, 3e-5]);

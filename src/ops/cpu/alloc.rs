@@ -1,10 +1,9 @@
 //! Keeps freed memory in the process.
 //!
-//! A training step frees and asks again for the same large buffers. glibc hands each of them back to the kernel,
-//! which zeroes fresh pages the next time: measured, more time went into page faults than into arithmetic.
+//! A training step frees and reallocates the same large buffers. glibc returns them to the kernel, which zeroes fresh
+//! pages each time: in measurements, page faults took more time than arithmetic.
 
-/// Tells glibc's allocator to keep what was freed, in large pages. Call once, first thing in `main`. Elsewhere it does
-/// nothing.
+/// Makes glibc's allocator keep freed memory, in large pages. Call once, first thing in `main`. A no-op elsewhere.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[expect(
     unsafe_code,
@@ -14,18 +13,18 @@ pub fn keep_memory() {
     const NEVER: libc::c_int = -1;
     // SAFETY: mallopt only stores tunables; it is called before any other thread exists.
     unsafe {
-        // No separate mappings for large blocks, never shrink the heap, grow it in large steps.
+        // No separate mappings for large blocks, no trimming, and growth in large steps.
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, NEVER);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
-        // Arenas of other threads are limited to 64 MiB and cannot hold a logits chunk.
+        // Arenas of other threads are limited to 64 MiB, too small for a chunk of logits.
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
     ask_for_large_pages();
 }
 
-/// Lets the heap's next addresses, half as many as the machine has memory, be backed by large pages where the kernel has
-/// some: a model's weights then cost fewer address look-ups. Addresses take no memory until something is written there.
+/// Lets the heap's next addresses, half the machine's memory, be backed by huge pages if the kernel has any, which
+/// reduces TLB misses for a model's weights. Untouched addresses use no memory.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[expect(unsafe_code, reason = "madvise")]
 fn ask_for_large_pages() {
@@ -38,7 +37,7 @@ fn ask_for_large_pages() {
         let len = (memory / 2).next_multiple_of(LARGE);
         let block = libc::malloc(len);
         if block.is_null() {
-            // Someone limits our addresses: pages stay small.
+            // The address space is limited: keep small pages.
             return;
         }
         let gap = block.align_offset(LARGE);
@@ -47,6 +46,6 @@ fn ask_for_large_pages() {
     }
 }
 
-/// Tells glibc's allocator to keep what was freed. Call once, first thing in `main`. Elsewhere it does nothing.
+/// Makes glibc's allocator keep freed memory. Call once, first thing in `main`. A no-op on this platform.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 pub fn keep_memory() {}

@@ -1,8 +1,8 @@
-//! Forest attention on the CPU: one unit of work is one query head of one tree.
+//! Forest attention on the CPU: a unit of work is one query head of one tree.
 //!
-//! For each segment the keys and values of its path are gathered end to end, so that a tile of queries multiplies one
-//! dense block; scores exist for one tile of queries at a time, never `T × T`. The cost is proportional to the visible
-//! pairs. The backward recomputes the scores from the log-sum-exp that the forward kept.
+//! For each segment the keys and values of its path are gathered contiguously, so that a tile of queries multiplies one
+//! dense block; scores exist for one tile of queries at a time, never as `T × T`. The cost is proportional to the
+//! visible pairs. The backward recomputes the scores from the log-sum-exp kept by the forward.
 
 use rayon::prelude::*;
 
@@ -12,25 +12,25 @@ use super::packed::Packed;
 use super::simd;
 use crate::ops::AttentionPlan;
 
-/// Queries a tile: whole tiles of every kernel's rows.
+/// Queries per tile: a multiple of every kernel's tile rows.
 const TILE: usize = 48;
-/// Tokens whose results one task puts together.
+/// Tokens assembled per task.
 const ROWS: usize = 64;
 
 /// Arguments of both passes. Shapes: `q` `[T, H, E]`; `k`, `v` `[T, G, E]`.
 ///
-/// The forward's arithmetic is in f32 whatever the elements: generation repeats it row by row, to the bit. The backward
-/// multiplies in the elements' type, with sums and softmax in f32: probabilities and the gradients of scores are rounded to
-/// it, as FlashAttention does.
+/// The forward computes in f32 for all dtypes, since generation reproduces it row by row, bit for bit. The backward
+/// multiplies in the element type, with sums and softmax in f32: probabilities and score gradients are rounded to it,
+/// as in FlashAttention.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a, N = f32> {
-    /// Who sees whom.
+    /// The attention mask.
     pub plan: &'a AttentionPlan,
-    /// `H`.
+    /// Query heads, `H`.
     pub heads: usize,
-    /// `G`.
+    /// Key/value heads, `G`.
     pub groups: usize,
-    /// `E`.
+    /// Head dimension, `E`.
     pub width: usize,
     /// Queries.
     pub q: &'a [N],
@@ -40,7 +40,7 @@ pub struct Inputs<'a, N = f32> {
     pub v: &'a [N],
 }
 
-/// One head's tokens of one tree, dense.
+/// One head's tokens of one tree, contiguous.
 struct Unit {
     tree: usize,
     head: usize,
@@ -58,7 +58,7 @@ impl<N: Element> Inputs<'_, N> {
         (spans[0].start, spans.iter().map(|span| span.len).sum())
     }
 
-    /// Of each token its tree's first unit and first row.
+    /// First unit and first row of each token's tree.
     fn homes(&self) -> Vec<(usize, usize)> {
         let mut homes = vec![(0, 0); self.plan.tokens];
         for tree in 0..self.plan.trees.len() {
@@ -76,7 +76,7 @@ impl<N: Element> Inputs<'_, N> {
         head / (self.heads / self.groups)
     }
 
-    /// Rows of the path to `span`, `span` last.
+    /// Rows of the path to `span`, ending with `span`.
     fn path(&self, span: usize) -> Vec<std::ops::Range<usize>> {
         let mut path = self.plan.ancestors(span);
         let own = &self.plan.spans[span];
@@ -85,7 +85,7 @@ impl<N: Element> Inputs<'_, N> {
     }
 }
 
-/// Copies one head's rows of `x` (`[T, heads, width]`) end to end.
+/// Copies one head's rows of `x` (`[T, heads, width]`) contiguously.
 fn gather<N: Element>(
     out: &mut Vec<N>,
     x: &[N],
@@ -99,7 +99,7 @@ fn gather<N: Element>(
     }
 }
 
-/// Adds rows laid end to end along `path` back to where they lie in a tree that starts at `first`.
+/// Adds contiguous rows along `path` back to their locations in a tree that starts at `first`.
 fn scatter(
     out: &mut [f32],
     rows: &[f32],
@@ -112,7 +112,7 @@ fn scatter(
     }
 }
 
-/// Memory that a thread keeps from unit to unit.
+/// Memory a thread reuses across units.
 #[derive(Default)]
 struct Scratch<N> {
     keys: Vec<N>,
@@ -127,7 +127,7 @@ struct Scratch<N> {
     narrow: [Vec<N>; 3],
 }
 
-/// Output `[T, H, E]` and log-sum-exp `[units, rows]`, units tree by tree and head by head.
+/// Output `[T, H, E]` and log-sum-exp `[units, rows]`, ordered by tree and head.
 pub fn forward<N: Element>(inputs: &Inputs<'_, N>) -> (Vec<N>, Vec<f32>) {
     let units = inputs.units();
     let results: Vec<(Vec<f32>, Vec<f32>)> = units
@@ -184,7 +184,7 @@ fn forward_unit<N: Element>(
     (out, log_sum_exp)
 }
 
-/// Softmax over the first `visible` scores, zeros after; returns the log-sum-exp of the scaled scores.
+/// Softmax over the first `visible` scores, zeros after them; returns the log-sum-exp of the scaled scores.
 fn softmax(scores: &mut [f32], visible: usize, scale: f32) -> f32 {
     let (seen, hidden) = scores.split_at_mut(visible);
     simd::scale(seen, scale);
@@ -221,7 +221,7 @@ pub fn backward<N: Element>(
     together(inputs, &results)
 }
 
-/// Puts the units' gradients where they belong; a key's are summed over the heads that share it.
+/// Scatters the units' gradients; a key's are summed over the query heads that share it.
 fn together<N: Element>(inputs: &Inputs<'_, N>, results: &[[Vec<f32>; 3]]) -> [Vec<f32>; 3] {
     let Inputs { heads, groups, width, .. } = *inputs;
     let homes = inputs.homes();
@@ -290,7 +290,7 @@ fn backward_unit<N: Element>(
 }
 
 impl<N: Element> Scratch<N> {
-    /// Of the tile's queries, `probs` and, in `scores`, the gradient of the scores, from keys and values as columns.
+    /// Computes `probs` and, in `scores`, the score gradients of the tile's queries, from keys and values as columns.
     fn grad_of_scores(
         &mut self,
         [keys, values]: &[Packed<N>; 2],

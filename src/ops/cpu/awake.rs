@@ -1,7 +1,7 @@
-//! Threads that stay awake between short tasks, and share them out by a board of their own.
+//! Keeps threads spinning between short tasks, which are distributed on a dedicated board.
 //!
-//! A product of one row takes some ten microseconds, and waking a sleeping thread takes longer. Rayon's threads sleep when
-//! they find nothing to do, and a caller from outside its pool sleeps too until its work is done.
+//! A one-row product takes some ten microseconds, less than waking a sleeping thread. Rayon's threads sleep when idle,
+//! and so does a caller from outside the pool until its work is done.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -13,20 +13,20 @@ use rayon::prelude::*;
 
 use super::board::Board;
 
-/// How long to wait for the other threads to come: they may be busy with someone else's work.
+/// How long to wait for the other threads, which may be busy with other work.
 const PATIENCE: Duration = Duration::from_micros(200);
-/// How often a thread looks at the board before it looks at rayon's queues, which takes longer.
+/// Polls of the board per poll of rayon's queues, which is slower.
 const GLANCES: usize = 32;
 
 thread_local! {
-    /// The company that works for this thread, while no task of its board is under way here.
+    /// The company working for this thread, unless one of its board's tasks is running here.
     static LED: Cell<Option<Arc<Company>>> = const { Cell::new(None) };
 }
 
-/// Runs `work` on a thread of rayon's pool while the others look for its tasks without falling asleep. For work of many
-/// short parallel pieces that waits for nobody outside the pool.
+/// Runs `work` on a thread of rayon's pool while the others poll for its tasks without sleeping. For many short
+/// parallel pieces; `work` must not wait for anything outside the pool.
 ///
-/// What others put into the pool is done too, so `work` takes no thread away from them for longer than it runs.
+/// Other work in the pool is still executed, so threads are kept from it no longer than `work` runs.
 pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     let others = rayon::current_num_threads() - 1;
     if others == 0 {
@@ -50,13 +50,13 @@ pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     })
 }
 
-/// Calls `task` with `0..count` on all threads: those that [`awake`] keeps for this thread, or rayon's. Neighbours are done
-/// by one thread, in order, as far as that goes.
+/// Calls `task` with `0..count` on all threads: those [`awake`] keeps for this thread, or rayon's. Neighbouring tasks
+/// mostly run on one thread, in order.
 ///
 /// # Panics
-/// Where a task does.
+/// If a task panics.
 pub fn share(count: usize, task: impl Fn(usize) + Sync + Send) {
-    // A task that shares out work of its own must not do so on the same board.
+    // A task that distributes its own work must not use the same board.
     let led = Led::lead(None);
     match &led.0 {
         Some(company) => company.board.run(count, &task),
@@ -64,7 +64,7 @@ pub fn share(count: usize, task: impl Fn(usize) + Sync + Send) {
     }
 }
 
-/// What was led before, again from when this is dropped.
+/// The previously led company, restored on drop.
 struct Led(Option<Arc<Company>>);
 
 impl Led {
@@ -79,7 +79,7 @@ impl Drop for Led {
     }
 }
 
-/// Who has come, and whether the work still goes on.
+/// The threads that have joined, and the state of the work.
 struct Company {
     came: AtomicUsize,
     started: AtomicBool,
@@ -97,14 +97,14 @@ impl Company {
         }
     }
 
-    /// Looks for tasks until the work has ended. Who comes late leaves at once: it may be in the middle of one of the work's
-    /// own tasks, which would then wait for the end of the work.
+    /// Polls for tasks until the work has ended. A late thread leaves at once: it may be in the middle of one of the
+    /// work's own tasks, which would then wait for the end of the work.
     fn keep(&self) {
         if self.started.load(Ordering::Acquire) {
             return;
         }
         let place = self.came.fetch_add(1, Ordering::AcqRel) + 1;
-        // Nothing else is begun here yet: the others shall come, each on a thread of its own.
+        // Start nothing else yet, so that the others can join, each on its own thread.
         while !self.started.load(Ordering::Acquire) {
             std::hint::spin_loop();
         }
@@ -128,7 +128,7 @@ impl Company {
     }
 }
 
-/// Ends the company when dropped, also where the work panics.
+/// Ends the company on drop, even if the work panics.
 struct End<'a>(&'a Company);
 
 impl Drop for End<'_> {
@@ -144,7 +144,7 @@ mod tests {
 
     use super::*;
 
-    /// Many short parallel pieces, one after the other: by rayon, shared out, and shared out within what is shared out.
+    /// Many short parallel pieces in sequence: with rayon, shared out, and nested.
     fn sums(rounds: usize) -> usize {
         let by_rayon = || (0..1000_usize).into_par_iter().with_min_len(10).sum::<usize>();
         let shared = |nested: bool| {
@@ -180,7 +180,7 @@ mod tests {
         assert_eq!(awake(|| sums(200)), expected);
     }
 
-    /// A thread of the pool may wait for the caller's next message: work must not wait for that thread.
+    /// A pool thread may be waiting for the caller's next message: work must not wait for that thread.
     #[test]
     fn threads_that_are_busy_elsewhere_are_not_waited_for() {
         let pool = ThreadPoolBuilder::new().num_threads(3).build().unwrap();
@@ -203,7 +203,7 @@ mod tests {
         let fall = || pool.install(|| awake(|| -> usize { panic!("as asked") }));
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(fall)).is_err());
         pool.install(|| assert_eq!(awake(|| sums(10)), 10 * 499_500 + 45));
-        // So does that of a task; the threads go on being led.
+        // The same holds for a task's panic; the threads remain available.
         pool.install(|| {
             awake(|| {
                 let fall = || share(20, |task| assert!(task != 13, "as asked"));

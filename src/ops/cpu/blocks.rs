@@ -1,10 +1,9 @@
-//! Products with a matrix in blocks of 4 or 8 bits, for generation: integers are multiplied and summed exactly, then
-//! scaled.
+//! Products with a block-quantised matrix of 4 or 8 bits, for generation: exact integer dot products, then scaled.
 //!
-//! Rows on the left are rounded to 8 bits in blocks of 32, each with a scale, as llama.cpp does. The result of a row and a
-//! column is `Σ_b fma(m_b, s_b, fma(d_b · x_b, n_b, ·))` over the blocks `b` in their order, in f32: `n_b` the integer dot
-//! product, `d_b` and `m_b` the weights' scale and minimum, `x_b` the row's scale, `s_b` the row's sum. It is the same
-//! bits on every instruction set, for any number of threads and whatever the other rows are: the row rule holds.
+//! Left rows are quantised to 8 bits in blocks of 32, each with a scale, as in llama.cpp. The result of a row and a
+//! column is `Σ_b fma(m_b, s_b, fma(d_b · x_b, n_b, ·))` over the blocks `b` in order, in f32: `n_b` is the integer dot
+//! product, `d_b` and `m_b` the weights' scale and minimum, `x_b` the row's scale, `s_b` the row's sum. It is
+//! bit-identical on every instruction set, for any number of threads and whatever the other rows: the row rule holds.
 
 #![expect(
     unsafe_code,
@@ -22,16 +21,16 @@ use super::awake::share;
 use super::isa::Isa;
 use super::simd::multiversion;
 
-/// Weights a block.
+/// Weights per block.
 pub const BLOCK: usize = 32;
-/// Columns that are computed side by side.
+/// Columns computed together.
 const LANES: usize = 8;
-/// Rows that share the reading of a block.
+/// Rows that share one read of a block.
 const ROWS: usize = 4;
-/// Bytes of the scales of a strip's block.
+/// Bytes of a strip's scales per block.
 const SCALES: usize = 2 * LANES;
 
-/// Bits a weight.
+/// Bits per weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bits {
     /// `n · d + m`, `n` from 0 to 15.
@@ -41,7 +40,7 @@ pub enum Bits {
 }
 
 impl Bits {
-    /// Bytes of a block of all lanes.
+    /// Bytes per block, over all lanes.
     fn bytes(self) -> usize {
         match self {
             Self::Four => 2 * SCALES + LANES * BLOCK / 2,
@@ -61,7 +60,7 @@ pub struct Block {
     pub numbers: [i8; BLOCK],
 }
 
-/// A matrix `[O, I]` whose rows, the columns of the product `x · Wᵀ`, lie eight at a time in strips of blocks.
+/// A matrix `[O, I]` whose rows, the columns of the product `x · Wᵀ`, are interleaved by eight in strips of blocks.
 #[derive(Clone, Debug)]
 pub struct BlockMatrix {
     outer: usize,
@@ -71,10 +70,10 @@ pub struct BlockMatrix {
 }
 
 impl BlockMatrix {
-    /// Lays out a matrix of `outer` rows of `inner` weights; `block(row, index)` gives its blocks.
+    /// Lays out a matrix of `outer` rows of `inner` weights; `block(row, index)` returns its blocks.
     ///
     /// # Panics
-    /// Where `inner` is no multiple of [`BLOCK`]: the caller's shapes are wrong.
+    /// `inner` is not a multiple of [`BLOCK`].
     pub fn new(
         (outer, inner): (usize, usize),
         bits: Bits,
@@ -94,12 +93,12 @@ impl BlockMatrix {
         Self { outer, blocks, bits, strips }
     }
 
-    /// `[O, I]`.
+    /// Shape, `(O, I)`.
     pub fn shape(&self) -> (usize, usize) {
         (self.outer, self.blocks * BLOCK)
     }
 
-    /// One row as numbers.
+    /// One row as f32 values.
     pub fn row(&self, row: usize, out: &mut Vec<f32>) {
         let size = self.bits.bytes();
         let strip = &self.strips[row / LANES * self.blocks * size..][..self.blocks * size];
@@ -111,7 +110,7 @@ impl BlockMatrix {
     }
 }
 
-/// Four bits: a group of 4 weights of all lanes in the low halves, and the one 16 further on in the high halves. Eight
+/// Four bits: a group of 4 weights of all lanes in the low nibbles, and the group 16 further on in the high ones. Eight
 /// bits: pairs of weights of all lanes.
 fn place(bytes: &mut [u8], bits: Bits, lane: usize, block: &Block) {
     bytes[2 * lane..][..2].copy_from_slice(&block.scale.to_le_bytes());
@@ -154,24 +153,24 @@ fn taken(bytes: &[u8], bits: Bits, lane: usize) -> Block {
     }
 }
 
-/// Rows `[T, I]` rounded to 8 bits in blocks.
+/// Rows `[T, I]` quantised to 8 bits in blocks.
 #[derive(Clone, Debug)]
 pub struct RoundedRows {
     rows: usize,
     blocks: usize,
     numbers: Vec<i8>,
-    /// The same numbers in 16 bits.
+    /// The same values in 16 bits.
     wide: Vec<i16>,
     scales: Vec<f32>,
-    /// The sum of a block's rounded numbers, scaled.
+    /// Scaled sum of each block's quantised values.
     sums: Vec<f32>,
 }
 
 impl RoundedRows {
-    /// Rounds rows of `inner` numbers.
+    /// Quantises rows of `inner` values.
     ///
     /// # Panics
-    /// Where `inner` is no multiple of [`BLOCK`]: the caller's shapes are wrong.
+    /// `inner` is not a multiple of [`BLOCK`].
     pub fn new(x: &[f32], inner: usize) -> Self {
         assert!(inner.is_multiple_of(BLOCK) && x.len().is_multiple_of(inner.max(1)));
         let blocks = x.len() / BLOCK;
@@ -198,7 +197,7 @@ fn round_body(to: &mut RoundedRows, x: &[f32]) {
     for (index, x) in x.chunks_exact(BLOCK).enumerate() {
         let top = x.iter().fold(0.0_f32, |top, x| if x.abs() > top { x.abs() } else { top });
         let inverse = if top > 0.0 { 127.0 / top } else { 0.0 };
-        // Integers have no NaN: it lives on in the scale.
+        // Integers have no NaN, so it is kept in the scale.
         let scale = if x.iter().any(|x| x.is_nan()) { f32::NAN } else { top / 127.0 };
         let numbers = &mut to.numbers[index * BLOCK..][..BLOCK];
         let wide = &mut to.wide[index * BLOCK..][..BLOCK];
@@ -218,7 +217,7 @@ multiversion! {
     fn round(to: &mut RoundedRows, x: &[f32]) = round_body
 }
 
-/// Where a result goes: `[T, O]`, columns written by several threads, each its own.
+/// Destination `[T, O]`, written by several threads, each its own columns.
 #[derive(Clone, Copy)]
 struct Out {
     data: *mut f32,
@@ -233,7 +232,7 @@ unsafe impl Sync for Out {}
 /// `x · Wᵀ` for several matrices at once, each `[T, O]`.
 ///
 /// # Panics
-/// Where a matrix has rows of another length than `x`: the caller's shapes are wrong.
+/// A matrix whose row length differs from that of `x`.
 pub fn products(x: &RoundedRows, weights: &[&BlockMatrix]) -> Vec<Vec<f32>> {
     let mut results: Vec<Vec<f32>> =
         weights.iter().map(|weight| vec![0.0; x.rows * weight.outer]).collect();
@@ -243,7 +242,7 @@ pub fn products(x: &RoundedRows, weights: &[&BlockMatrix]) -> Vec<Vec<f32>> {
         let out = Out { data: result.as_mut_ptr(), outer: weight.outer };
         strips.extend((0..weight.outer.div_ceil(LANES)).map(|strip| (*weight, strip, out)));
     }
-    // A task reads some 64 KiB of weights, so that handing it out costs little.
+    // A task reads some 64 KiB of weights, so that its overhead is small.
     let bytes = weights.first().map_or(1, |weight| weight.blocks * weight.bits.bytes());
     let tasks = (strips.len() / (4 * rayon::current_num_threads())).max(1);
     let chunk = tasks.min(((64 << 10) / bytes.max(1)).max(1) * x.rows.clamp(1, 4));
@@ -255,7 +254,7 @@ pub fn products(x: &RoundedRows, weights: &[&BlockMatrix]) -> Vec<Vec<f32>> {
     results
 }
 
-/// All rows against the columns of one strip.
+/// All rows times the columns of one strip.
 fn one_strip(x: &RoundedRows, weight: &BlockMatrix, strip: usize, out: Out) {
     let len = weight.blocks * weight.bits.bytes();
     let bytes = &weight.strips[strip * len..][..len];
@@ -281,7 +280,7 @@ fn one_strip(x: &RoundedRows, weight: &BlockMatrix, strip: usize, out: Out) {
     }
 }
 
-/// How a strip is computed.
+/// Implementation for a strip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kernel {
     Portable,
@@ -365,7 +364,7 @@ mod avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(at.cast())) }
     }
 
-    /// `M` rows from `row` on against a strip of 4 bits.
+    /// `M` rows from `row` on times a 4-bit strip.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) unsafe fn four<const M: usize>(
         x: &RoundedRows,
@@ -383,7 +382,7 @@ mod avx2 {
                 let block = bytes.as_ptr().add(index * Bits::Four.bytes());
                 let (scale, minimum) = (halves(block), halves(block.add(SCALES)));
                 let first: [usize; M] = std::array::from_fn(|r| (row + r) * x.blocks + index);
-                // Eight products of pairs: at most 8 · 2 · 15 · 127, which 16 bits hold.
+                // Eight products of pairs: at most 8 · 2 · 15 · 127, which fits 16 bits.
                 let mut dots = [_mm256_setzero_si256(); M];
                 for group in 0..4 {
                     let both = _mm256_loadu_si256(block.add(2 * SCALES + group * 32).cast());
@@ -412,7 +411,7 @@ mod avx2 {
         }
     }
 
-    /// `M` rows from `row` on against a strip of 8 bits.
+    /// `M` rows from `row` on times an 8-bit strip.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) unsafe fn eight<const M: usize>(
         x: &RoundedRows,
@@ -457,7 +456,7 @@ mod tests {
     use super::*;
     use crate::rng::Stream;
 
-    /// A matrix of any numbers, the extremes among them.
+    /// A matrix of arbitrary values, including extremes.
     fn matrix(outer: usize, inner: usize, bits: Bits) -> BlockMatrix {
         let numbers = Stream::new(5, "blocks").normal(1, outer * inner, 60.0);
         BlockMatrix::new((outer, inner), bits, |row, block| Block {
@@ -476,7 +475,7 @@ mod tests {
         })
     }
 
-    /// The product of the numbers that the blocks stand for, in f64.
+    /// Product of the dequantised values, in f64.
     fn expected(x: &RoundedRows, weight: &BlockMatrix) -> Vec<f64> {
         let mut result = Vec::new();
         for row in 0..x.rows {
@@ -544,7 +543,7 @@ mod tests {
         }
         let sum: f32 = x[32..].iter().sum();
         assert!((rounded.sums[1] - sum).abs() < 0.2);
-        // A model that has diverged says so.
+        // NaN of a diverged model propagates.
         let mut x = x;
         x[3] = f32::NAN;
         for bits in [Bits::Four, Bits::Eight] {

@@ -1,8 +1,8 @@
-//! A board where one thread puts up a piece of work in tasks and others take them: some hundred nanoseconds a piece,
-//! where a piece may take a few microseconds.
+//! A board on which one thread posts work split into tasks for others to take: some hundred nanoseconds of overhead for
+//! work of a few microseconds.
 //!
-//! Each thread has a range of neighbouring tasks and takes from its front, so that what is fetched ahead is its own; who has
-//! none left takes from the back of another's.
+//! Each thread has a contiguous range of tasks and takes from its front, so that prefetched data is its own; a thread
+//! without tasks steals from the back of another's range.
 
 #![expect(unsafe_code, reason = "tasks borrow from a caller who waits until they are done")]
 
@@ -12,13 +12,13 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// How long to spin for the others' last tasks before this thread steps back.
+/// Spins while waiting for the last tasks before yielding.
 const SPINS: usize = 1 << 12;
 
-/// What is put up: called with the number of each task.
+/// The posted work, called with each task's number.
 struct Job<'a>(&'a (dyn Fn(usize) + Sync));
 
-/// One piece of work at a time, put up by one thread.
+/// Holds one piece of work at a time, posted by one thread.
 pub(super) struct Board {
     job: AtomicPtr<Job<'static>>,
     ranges: Box<[Range]>,
@@ -27,7 +27,7 @@ pub(super) struct Board {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-/// Tasks that nobody has taken yet: the first, and the one after the last. Alone on its cache lines.
+/// Untaken tasks: the first, and one past the last. Alone on its cache lines.
 #[repr(align(128))]
 #[derive(Default)]
 struct Range(AtomicU64);
@@ -50,7 +50,7 @@ impl Range {
 }
 
 impl Board {
-    /// For so many threads.
+    /// A board for this many threads.
     pub(super) fn of(threads: usize) -> Self {
         Self {
             job: AtomicPtr::new(null_mut()),
@@ -61,11 +61,11 @@ impl Board {
         }
     }
 
-    /// Calls `task` with `0..count`, here (place 0) and wherever someone helps.
+    /// Calls `task` with `0..count`, on this thread (place 0) and on all helping threads.
     ///
     /// # Panics
-    /// Where a task does, when all are done, with the first one's words. Where another piece is up, as for a task that calls
-    /// this; where `count` exceeds 32 bits.
+    /// If a task panics: after all are done, with the first payload. If work is already posted, as when a task calls
+    /// this; if `count` exceeds 32 bits.
     pub(super) fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
         assert!(u32::try_from(count).is_ok(), "{count} tasks");
         assert!(!self.busy.swap(true, Ordering::Acquire), "two pieces of work on one board");
@@ -81,7 +81,7 @@ impl Board {
         let mut spins = 0_usize;
         while self.done.load(Ordering::Acquire) < count {
             spins += 1;
-            // Who has the last task may wait for this core.
+            // The thread with the last task may be waiting for this core.
             if spins.is_multiple_of(SPINS) {
                 std::thread::yield_now();
             } else {
@@ -94,7 +94,7 @@ impl Board {
         }
     }
 
-    /// Does one task, if one is left: of this place's range, or else of another's.
+    /// Runs one task, if any is left: from this place's range, otherwise from another's.
     pub(super) fn help(&self, place: usize) -> bool {
         let threads = self.ranges.len();
         let range = |offset: usize| &self.ranges[(place + offset) % threads];
@@ -106,7 +106,7 @@ impl Board {
         let task = unsafe { (*self.job.load(Ordering::Relaxed)).0 };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(number))) {
             let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
-            // What is dropped might panic again, before the task is counted.
+            // Dropping a payload might panic again, before the task is counted.
             match &*first {
                 None => *first = Some(payload),
                 Some(_) => std::mem::forget(payload),
@@ -121,7 +121,7 @@ impl Board {
 mod tests {
     use super::*;
 
-    /// Runs `work` while `others` threads help.
+    /// Runs `work` with `others` helping threads.
     fn helped(others: usize, work: impl FnOnce(&Board)) {
         let (board, ended) = (Board::of(others + 1), AtomicBool::new(false));
         std::thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! The element types that kernels compute with: f32 as it is, bf16 with sums in f32.
+//! Element types of the kernels: f32, and bf16 with f32 accumulation.
 
 use std::borrow::Cow;
 
@@ -10,43 +10,43 @@ use super::kernel::Numbers;
 use super::packed::{Packed, PackedWeight};
 use super::simd;
 
-/// Elements a task.
+/// Elements per task.
 const CHUNK: usize = 1 << 14;
 
-/// A number as it lies in memory. Whatever it is, arithmetic is in f32: bf16 is widened where it is read, and rounded
-/// to nearest, ties to even, where it is written.
+/// A stored element. Arithmetic is always in f32: bf16 is widened when read, and rounded to nearest, ties to even, when
+/// written.
 pub trait Element: WithDType + Numbers {
-    /// Widens one number.
+    /// Widens one element.
     fn widened(self) -> f32;
 
-    /// The numbers of a unit, in order.
+    /// The elements of a unit, in order.
     fn of(unit: Self::Unit) -> impl Iterator<Item = f32>;
 
-    /// A weight of this type.
+    /// The packed weight, if it is of this type.
     fn packed(weight: &PackedWeight) -> Option<&Packed<Self>>;
 
-    /// The elements of a storage of this type.
+    /// The elements of a storage, if it is of this type.
     fn in_storage(storage: &mut CpuStorage) -> Option<&mut [Self]>;
 
-    /// Rounds numbers into `out`, which is as long.
+    /// Rounds values into `out`, which has the same length.
     fn round_into(out: &mut [Self], values: &[f32]);
 
-    /// Widens numbers into `out`, which is as long.
+    /// Widens values into `out`, which has the same length.
     fn widen_into(out: &mut [f32], values: &[Self]);
 
-    /// The numbers in f32: themselves, or a copy in `scratch`.
+    /// The values in f32: as is, or a copy in `scratch`.
     fn widen<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32];
 
-    /// Numbers rounded to this type: themselves, or a copy in `scratch`.
+    /// The values rounded to this type: as is, or a copy in `scratch`.
     fn narrow<'a>(values: &'a [f32], scratch: &'a mut Vec<Self>) -> &'a [Self];
 
-    /// Lets `fill` write numbers in f32: in place, or in `scratch`, to be rounded into `out`.
+    /// Lets `fill` write f32 values: in place, or into `scratch` to be rounded into `out`.
     fn write(out: &mut [Self], scratch: &mut Vec<f32>, fill: impl FnOnce(&mut [f32]));
 
-    /// Rounds a buffer, on all cores. In f32 the buffer itself.
+    /// Rounds a buffer, using all cores. For f32, the buffer itself.
     fn rounded(values: Vec<f32>) -> Vec<Self>;
 
-    /// Rounds what is borrowed, on all cores. In f32 no copy.
+    /// Rounds borrowed values, using all cores. For f32, without a copy.
     fn rounded_from(values: &[f32]) -> Cow<'_, [Self]>;
 }
 
@@ -154,7 +154,7 @@ mod tests {
     fn rounding_is_to_nearest_even_and_keeps_what_is_not_finite() {
         let mut values: Vec<f32> = (0..4000_u32).map(|i| f32::from_bits(i * 0x0010_3107)).collect();
         values.extend([0.0, -0.0, 1.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, 1e-40]);
-        // Halfway between two neighbours, and a hair to either side.
+        // Midpoints between two neighbours, and just beside them.
         values.extend([0x3f80_8000, 0x3f81_8000, 0x3f80_7fff, 0x3f80_8001].map(f32::from_bits));
         let ours = bf16::rounded(values.clone());
         for (ours, value) in ours.iter().zip(&values) {

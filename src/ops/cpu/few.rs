@@ -1,5 +1,5 @@
-//! One to four rows against a matrix whose columns lie side by side, as a model's weights do where it writes: sixteen
-//! columns at a time, turned in registers, so that each weight is read once and no lane is idle.
+//! One to four rows times a matrix with contiguous columns, as in a model's weights during generation: sixteen columns
+//! at a time are transposed in registers, so that each weight is read once and no lane is idle.
 
 #![expect(
     unsafe_code,
@@ -11,7 +11,7 @@ use super::kernel::{Left, MOST, Place, UNIT};
 use super::shuffle::{SIDE, turned_from};
 use super::vector::{Avx512, Operand, Pairs, Single, Vector, Widened};
 
-/// The chain of each result is the tiles' own: one multiply-add a unit, in order.
+/// Each result uses the same chain as in tiles: one multiply-add per unit, in order.
 #[inline(always)]
 unsafe fn body<O: Operand<Sum = Avx512>, const M: usize>(
     units: usize,

@@ -1,19 +1,19 @@
-//! Test buffers between two pages that nobody may touch: a kernel that reads or writes one element too far dies.
+//! Test buffers between two inaccessible pages: a kernel that accesses one element out of bounds crashes.
 
 #![expect(unsafe_code, reason = "pages are protected, and viewed as numbers, by pointer")]
 #![expect(clippy::unwrap_used, reason = "only tests use it; a failure here is a failed test")]
 
 use memmap2::MmapMut;
 
-/// What the bytes beside the elements hold: a write that stays within their page shows as another value.
+/// Fill byte around the elements: stray writes within the same page change it.
 const CANARY: u8 = 0xa5;
 
-/// Which guard page the elements touch.
+/// Which guard page the elements adjoin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::ops) enum Side {
-    /// The first element follows the page before.
+    /// The first element directly follows the page before.
     Start,
-    /// The last element precedes the page after.
+    /// The last element directly precedes the page after.
     End,
 }
 
@@ -24,7 +24,7 @@ impl Side {
 /// `[inaccessible page][pages of elements][inaccessible page]`, the elements at one end.
 pub(in crate::ops) struct Guarded<T> {
     map: MmapMut,
-    /// Where the elements begin, in bytes.
+    /// Byte offset of the elements.
     start: usize,
     len: usize,
     page: usize,
@@ -76,7 +76,7 @@ impl<T: Copy> Guarded<T> {
         unsafe { std::slice::from_raw_parts_mut(self.as_ptr().cast_mut(), self.len) }
     }
 
-    /// Whether the bytes between the elements and the other guard are as they were.
+    /// Whether the bytes between the elements and the other guard are unchanged.
     pub(in crate::ops) fn is_clean(&self) -> bool {
         let (start, end) = (self.start, self.start + self.len * size_of::<T>());
         let untouched = |from: usize, to: usize| {
@@ -95,11 +95,11 @@ mod tests {
 
     use super::*;
 
-    /// Names the element that the test's second process touches.
+    /// Names the element that the child process accesses.
     const TOUCH: &str = "ARRIERO_TEST_TOUCH";
     const SELF: &str = "ops::cpu::guard::tests::one_element_too_far_is_fatal_on_either_side";
 
-    /// Reads or writes one element beside a buffer of seven.
+    /// Reads or writes one element out of bounds of a buffer of seven.
     fn touch(what: &str) {
         let side = if what.starts_with("before") { Side::Start } else { Side::End };
         let buffer = Guarded::new(&[1.0_f32; 7], side);
@@ -124,7 +124,7 @@ mod tests {
         for what in ["before, read", "before, write", "after, read", "after, write"] {
             let output = Command::new(&program).args(["--exact", SELF]).env(TOUCH, what).output();
             let output = output.unwrap();
-            // Dead by a signal: a test that fails or passes exits with a code.
+            // Killed by a signal; a test that fails or passes exits with a code.
             assert_eq!(output.status.code(), None, "{what}: {output:?}");
         }
     }

@@ -1,4 +1,4 @@
-//! Every kernel with every buffer at a guard page: one element too far, read or written, ends the test program.
+//! Every kernel with every buffer at a guard page: an access one element out of bounds crashes the test.
 
 #![expect(unsafe_code, reason = "tiles and products are called as their callers do, by pointer")]
 
@@ -32,7 +32,7 @@ fn guarded(index: u64, len: usize, side: Side) -> Guarded<f32> {
     Guarded::new(&random(index, len), side)
 }
 
-/// The sum in f64 and a bound of what f32 may lose of it.
+/// The sum in f64, and a bound on f32's error.
 fn sum(products: impl Iterator<Item = (f32, f32)>) -> (f64, f64) {
     products.fold((0.0, 1e-6), |(sum, bound), (a, b)| {
         let product = f64::from(a) * f64::from(b);
@@ -40,16 +40,16 @@ fn sum(products: impl Iterator<Item = (f32, f32)>) -> (f64, f64) {
     })
 }
 
-/// How an operand lies in memory.
+/// Memory layout of an operand.
 #[derive(Clone, Copy, Debug)]
 struct Lie {
     transposed: bool,
-    /// Elements between the end of a row and the next.
+    /// Elements between the end of a row and the start of the next.
     gap: usize,
 }
 
 impl Lie {
-    /// Elements of a `[rows, cols]` matrix: none after the last row's last.
+    /// Elements of a `[rows, cols]` matrix, without a gap after the last row.
     fn len(self, rows: usize, cols: usize) -> usize {
         let (rows, cols) = if self.transposed { (cols, rows) } else { (rows, cols) };
         if rows == 0 || cols == 0 { 0 } else { (rows - 1) * (cols + self.gap) + cols }
@@ -68,7 +68,7 @@ fn at<E: Element>(mat: Mat<'_, E>, row: usize, column: usize) -> f32 {
     mat.data[row * mat.row_stride + column * mat.col_stride].widened()
 }
 
-/// One product of every kernel, operands and result at guard pages, against sums in f64.
+/// One product with every kernel, operands and result at guard pages, compared with sums in f64.
 fn check_product(shape: [usize; 3], lies: [Lie; 2], add: bool, threads: Threads) {
     check_product_of::<f32>(shape, lies, add, threads);
     check_product_of::<bf16>(shape, lies, add, threads);
@@ -104,12 +104,12 @@ fn check_product_of<E: Element>(
     }
 }
 
-/// Sizes on both sides of every edge: tiles of 4 to 32, few rows (96), blocks of rows (192).
+/// Sizes on both sides of every boundary: tiles of 4 to 32, few rows (96), blocks of rows (192).
 fn rows_or_columns() -> impl Strategy<Value = usize> {
     prop_oneof![8 => 0..40_usize, 2 => 90..104_usize, 1 => 190..200_usize]
 }
 
-/// Inner sizes, also on both sides of the length of one chain (288).
+/// Inner sizes, also on both sides of the chain length (288).
 fn inner() -> impl Strategy<Value = usize> {
     prop_oneof![8 => 0..24_usize, 2 => 284..293_usize, 1 => 574..579_usize]
 }
@@ -161,7 +161,7 @@ proptest! {
     }
 }
 
-/// Large enough for more than one thread (2^20 multiply-adds) and more than one task.
+/// Large enough for several threads (2^20 multiply-adds) and several tasks.
 #[test]
 fn products_on_several_threads_stay_within_their_buffers() {
     let plain = Lie { transposed: false, gap: 0 };
@@ -192,7 +192,7 @@ fn every_tile_stays_within_its_strips_and_its_place() {
     }
 }
 
-/// One tile, alone; the left matrix has the given strides between its rows and its columns.
+/// A single tile; the left matrix has the given row and column strides.
 fn check_tile(
     tile: Tile,
     (rows, columns): (usize, usize),
@@ -232,7 +232,7 @@ fn check_tile(
     }
 }
 
-/// Every row kernel over rows of one length, on the instruction set of this process.
+/// Every row kernel on rows of one length, with this process's instruction set.
 fn check_rows(len: usize) {
     for side in Side::BOTH {
         let [a, b, c] = [1, 2, 3].map(|index| guarded(index, len, side));
@@ -257,7 +257,7 @@ fn check_rows(len: usize) {
     }
 }
 
-/// Attention of one row over `count` keys, as generation runs it.
+/// Attention of one row over `count` keys, as in generation.
 fn check_single_rows(count: usize, side: Side) {
     let width = 1 + count % 7;
     let query = guarded(1, width, side);
@@ -282,7 +282,7 @@ fn check_single_rows(count: usize, side: Side) {
     assert!([&query, &tile, &weights, &values, &out].into_iter().all(Guarded::is_clean));
 }
 
-/// Both passes of attention over trees whose segments end within tiles of queries, at guard pages and elsewhere.
+/// Both passes of attention on trees whose segments end within query tiles, at guard pages and elsewhere.
 #[test]
 fn attention_stays_within_its_buffers() {
     let response = |len: usize| (vec![0; len], vec![Role::Content; len]);

@@ -1,7 +1,7 @@
-//! Which instructions the kernels use: the best that the processor has, or what `ARRIERO_ISA` asks for.
+//! Instruction set of the kernels: the best one supported, or the one set in `ARRIERO_ISA`.
 //!
-//! Results are bit-identical for any number of threads on one instruction set, and in f32 on all that have a fused
-//! multiply-add of one rounding, which is all that are listed here.
+//! Results are bit-identical for any number of threads on one instruction set, and in f32 across all sets listed here,
+//! since all have a fused multiply-add with a single rounding.
 
 use std::sync::OnceLock;
 
@@ -10,10 +10,10 @@ use crate::error::{Error, Result, did_you_mean};
 /// The variable that forces an instruction set, for tests and comparisons.
 pub const VARIABLE: &str = "ARRIERO_ISA";
 
-/// Instruction sets with kernels of their own, weakest first.
+/// Instruction sets with dedicated kernels, weakest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
-    /// What the compiler makes of plain Rust.
+    /// Plain Rust, as compiled.
     Portable,
     /// AVX2 with FMA.
     Avx2,
@@ -37,7 +37,7 @@ impl Isa {
         }
     }
 
-    /// Whether this processor has it.
+    /// Whether this processor supports it.
     pub fn is_supported(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         {
@@ -58,21 +58,21 @@ impl Isa {
         }
     }
 
-    /// The strongest that this processor has.
+    /// The strongest supported one.
     pub fn best() -> Self {
         Self::ALL.into_iter().rev().find(|isa| isa.is_supported()).unwrap_or(Self::Portable)
     }
 
-    /// What the kernels of this process use, decided once.
+    /// The one used by this process, decided once.
     pub fn current() -> Self {
         static CURRENT: OnceLock<Isa> = OnceLock::new();
         *CURRENT.get_or_init(|| Self::from_env().unwrap_or_else(|_| Self::best()))
     }
 
-    /// What the environment asks for, or else the best there is.
+    /// The one set in the environment, otherwise the best supported.
     ///
     /// # Errors
-    /// An unknown name, or an instruction set that this processor lacks.
+    /// An unknown name, or an unsupported instruction set.
     pub fn from_env() -> Result<Self> {
         match std::env::var(VARIABLE) {
             Ok(name) if !name.is_empty() => Self::named(&name),

@@ -1,14 +1,14 @@
-//! The innermost loop of every product, and the layouts that it reads.
+//! The innermost loop of every product, and its memory layouts.
 //!
-//! A tile of `rows × columns` results lives in registers while the inner dimension passes by. The right matrix is
-//! *packed*: columns in strips as wide as a tile, each strip `[K, columns]` in one piece. The left matrix is packed
-//! likewise in strips of `[K, rows]`, or read where it lies, row by row.
+//! A tile of `rows × columns` results is kept in registers while looping over the inner dimension. The right matrix is
+//! *packed*: columns in strips as wide as a tile, each strip `[K, columns]` contiguous. The left matrix is packed
+//! likewise in strips of `[K, rows]`, or read in place, row by row.
 //!
 //! The inner dimension is counted in *units* of four bytes: one f32, or a pair of bf16.
 //!
 //! **Order of summation.** A result is a sum over blocks of [`KC`] units, each block a chain of fused multiply-adds in
-//! order (of a pair, the second product first), the blocks added in order. Tile sizes, threads and the rest of the batch
-//! do not enter: this is the row rule.
+//! order (within a pair, the second product first), with the blocks added in order. It does not depend on tile sizes,
+//! threads or the rest of the batch: this is the row rule.
 
 #![expect(
     unsafe_code,
@@ -23,21 +23,21 @@ use super::few;
 use super::isa::Isa;
 use super::vector::{Operand, Plain, Single, Vector, Widened};
 
-/// Units in one chain. Part of what a result is: changing it changes last bits everywhere.
+/// Units per chain. Part of the result's definition: changing it changes low-order bits everywhere.
 pub(super) const KC: usize = 288;
 
-/// Bytes of a unit.
+/// Bytes per unit.
 pub(super) const UNIT: usize = 4;
 
-/// What the kernels must know of an element type; no other type can be one.
+/// Properties of an element type needed by the kernels; sealed.
 pub trait Numbers: Copy + Default + Send + Sync + 'static {
-    /// What a tile reads of the inner dimension at a time, four bytes. Every bit pattern is one.
+    /// What a tile reads along the inner dimension at a time, four bytes. Every bit pattern is valid.
     type Unit: Copy + Default + Send + Sync;
-    /// Elements in a unit.
+    /// Elements per unit.
     const PER_UNIT: usize;
-    /// A unit of neighbours along the inner dimension; the second is ignored where a unit is one element.
+    /// A unit of neighbours along the inner dimension; the second is ignored if a unit is one element.
     fn unit(first: Self, second: Self) -> Self::Unit;
-    /// The tiles of an instruction set that the processor has.
+    /// The tiles for a supported instruction set.
     fn kernel(isa: Isa) -> Kernel;
 }
 
@@ -79,10 +79,10 @@ impl Numbers for bf16 {
     }
 }
 
-/// The left matrix of a tile. Distances are in bytes: rows of bf16 need not begin at a unit's boundary.
+/// The left matrix of a tile. Strides are in bytes: bf16 rows need not start at a unit boundary.
 #[derive(Clone, Copy)]
 pub(super) struct Left {
-    /// Unit (0, 0).
+    /// Address of unit (0, 0).
     pub(super) data: *const u8,
     /// Distance between rows.
     pub(super) row_stride: usize,
@@ -90,37 +90,39 @@ pub(super) struct Left {
     pub(super) k_stride: usize,
 }
 
-/// Where a tile goes: row-major, rows `stride` apart.
+/// Destination of a tile: row-major, rows `stride` apart.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
     pub(super) data: *mut f32,
     pub(super) stride: usize,
-    /// Add to what is there rather than overwrite it.
+    /// Add to the existing values rather than overwrite them.
     pub(super) add: bool,
 }
 
 /// One tile: `(units, left, strip of the right matrix, place)`.
 ///
 /// # Safety
-/// The instruction set is there; `left` covers `rows × units`, the strip `units × columns`, the place
+/// The processor has the instruction set; `left` covers `rows × units`, the strip `units × columns`, the place
 /// `rows × columns`.
 pub(super) type Tile = unsafe fn(usize, Left, *const u8, Place);
 
-/// Most rows of one call of [`Few`], and of the low tiles.
+/// Most rows per call of [`Few`], and of the low tiles.
 pub(super) const MOST: usize = 4;
 
-/// One chain of one to [`MOST`] rows against sixteen columns: `(units, rows and how many, columns and what to call
-/// for next, place)`. Units are a multiple of sixteen, and those of a row or a column follow each other. The address to call
-/// for may be any: as many bytes from there as the columns have are fetched into the second-level cache.
+/// One chain of one to [`MOST`] rows against sixteen columns:
+/// `(units, rows and their number, columns and a prefetch address, place)`. Units are a multiple of sixteen, and
+/// contiguous within a row or column. The prefetch address may be any: as many bytes from it as the columns have are
+/// fetched into the L2 cache.
 ///
 /// # Safety
-/// The instruction set is there; rows and columns cover `units`, the place all their results.
+/// The processor has the instruction set; rows and columns cover `units`, the place all their results.
 pub(super) type Few = unsafe fn(usize, (Left, usize), (Left, *const u8), Place);
 
-/// Writes a tile's results as columns: `((tile, its stride), (rows, columns), (place, its stride))`, at most sixteen rows.
+/// Stores a tile's results transposed: `((tile, its stride), (rows, columns), (place, its stride))`, at most sixteen
+/// rows.
 ///
 /// # Safety
-/// The instruction set is there; the tile covers `rows × columns`, the place has room for `columns × rows`.
+/// The processor has the instruction set; the tile covers `rows × columns`, the place has room for `columns × rows`.
 pub(super) type Turn = unsafe fn((*const f32, usize), (usize, usize), (*mut f32, usize));
 
 /// The tiles of one instruction set and element type.
@@ -132,7 +134,7 @@ pub struct Kernel {
     pub(super) columns: usize,
     /// Both matrices packed.
     pub(super) packed: Tile,
-    /// The left matrix where it lies.
+    /// The left matrix read in place.
     pub(super) strided: Tile,
     /// Rows and columns of `narrow`.
     pub(super) narrow_rows: usize,
@@ -141,13 +143,13 @@ pub struct Kernel {
     pub(super) narrow: Tile,
     /// As `strided` with one row, two, and so on.
     pub(super) low: [Tile; MOST],
-    /// Few rows against sixteen columns, where registers can be turned.
+    /// Few rows against sixteen columns, if registers can be transposed.
     pub(super) few: Option<Few>,
-    /// A tile's results as columns, where registers can be turned.
+    /// Stores a tile transposed, if registers can be transposed.
     pub(super) turn: Option<Turn>,
 }
 
-/// The tiles of AVX-512, with what turns registers there.
+/// AVX-512 tiles, with its register-transposing functions.
 #[cfg(target_arch = "x86_64")]
 fn turning(few: Few, tiles: Kernel) -> Kernel {
     Kernel { few: Some(few), turn: Some(super::shuffle::turned_to), ..tiles }
@@ -233,11 +235,11 @@ macro_rules! tiles {
 }
 
 tiles! {
-    /// Sixteen registers of four lanes are what any machine has.
+    /// Sized for sixteen registers of four lanes, which every machine has.
     PORTABLE = Single<Plain<8>>, 4 x 1, narrow 4
 }
 tiles! {
-    /// The same for bf16.
+    /// As `PORTABLE`, for bf16.
     PORTABLE_WIDENED = Widened<Plain<8>>, 4 x 1, narrow 4
 }
 
@@ -262,7 +264,7 @@ mod x86 {
         AVX2 = Single<Avx2>, 6 x 2, narrow 12, "avx2,fma"
     }
     tiles! {
-        /// 8 of 16 registers hold sums; what is multiplied takes two registers each.
+        /// 8 of 16 registers hold sums; operands take two registers each.
         AVX2_WIDENED = Widened<Avx2>, 4 x 2, narrow 8, "avx2,fma"
     }
     tiles! {
@@ -270,11 +272,11 @@ mod x86 {
         AVX512 = Single<Avx512>, 12 x 2, narrow 12, "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"
     }
     tiles! {
-        /// The same for bf16, widened.
+        /// As `AVX512`, for bf16, widened.
         AVX512_WIDENED = Widened<Avx512>, 12 x 2, narrow 12, "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"
     }
     tiles! {
-        /// The same for bf16, multiplied in pairs.
+        /// As `AVX512`, for bf16, multiplied in pairs.
         AVX512_BF16 = Pairs, 12 x 2, narrow 12, "avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma"
     }
 }

@@ -1,9 +1,9 @@
-//! The matrix product, of f32 or of bf16 with sums in f32: packed, cut to the caches, on all cores. The product backend
+//! Matrix product in f32, or in bf16 with f32 sums: packed, blocked for the caches, multi-threaded. The product backend
 //! is this file and `kernel`.
 //!
-//! Every result is the same bits whatever the other rows and columns are and however many threads work on them (see
+//! Results are bit-identical whatever the other rows and columns and the number of threads (see
 //! [`kernel`](super::kernel) for the order of summation). Large products pack both matrices, after Goto and van de
-//! Geijn (2008); products with few rows on the left read the right matrix where it lies, once.
+//! Geijn (2008); products with few left rows read the right matrix in place, once.
 
 #![expect(unsafe_code, reason = "tiles are raw pointers; bounds are checked where views are made")]
 
@@ -16,30 +16,30 @@ use super::kernel::{Few, KC, Kernel, Left, MOST, Numbers, Place, Tile, UNIT};
 use super::pack::{pack, with_left, with_right};
 use super::shuffle::SIDE;
 
-/// Most rows of a block of the left matrix, in tiles: a block stays in a core's second-level cache.
+/// Most rows per block of the left matrix, in tiles: a block fits a core's L2 cache.
 pub(super) const LEFT_TILES: usize = 16;
-/// Strips of the right matrix that a block meets in one go: they stay in the same cache, a tile's left rows in the first.
+/// Strips of the right matrix processed per block at a time: they fit the L2 cache too, a tile's left rows the L1.
 const RIGHT_STRIPS: usize = 12;
-/// Rows of the left matrix that lie a multiple of this many bytes apart are packed: in place they would share few sets of
-/// the first-level cache and push each other out.
+/// Left rows whose stride is a multiple of this many bytes are packed: in place they would map to few L1 sets and evict
+/// each other.
 pub(super) const CROWDED: usize = 2048;
-/// Columns of the right matrix that are packed at a time; `KC` rows of them fit the shared cache.
+/// Columns of the right matrix packed at a time; `KC` rows of them fit the shared cache.
 const NC: usize = 3072;
-/// Most strips of the right matrix that one task packs.
+/// Most strips of the right matrix packed per task.
 const PACK: usize = 8;
-/// Rows up to which the right matrix is read where it lies: packing it would cost more than it saves.
+/// Up to this many rows the right matrix is read in place: packing it would not pay off.
 pub(super) const FEW: usize = 96;
-/// Up to this many rows, lanes would be idle that hold a row each.
+/// Up to this many rows, lanes that hold a row each would be partly idle.
 const FEWEST: usize = 8;
-/// How far ahead of their use weights are called for, in bytes, or further: long enough for memory to answer.
+/// Minimum prefetch distance for weights, in bytes: long enough to cover memory latency.
 const AHEAD: usize = 32 << 10;
 /// Elements of the largest tile of any kernel.
 pub(super) const TILE: usize = 12 * 32;
-/// Multiply-adds below which a second thread does not pay.
+/// Multiply-adds below which a second thread does not pay off.
 const SMALL: usize = 1 << 20;
-/// The same for few rows, where the time goes into reading the right matrix: its elements.
+/// The same threshold for few rows, where reading the right matrix dominates, in its elements.
 pub(super) const SMALL_FEW: usize = 1 << 16;
-/// Most tasks a thread where columns are shared out: enough to balance, few enough to cost little.
+/// Most tasks per thread when columns are distributed: enough to balance, few enough for low overhead.
 pub(super) const TASKS: usize = 16;
 
 /// A read-only matrix view: element (i, j) is `data[i * row_stride + j * col_stride]`.
@@ -61,7 +61,7 @@ impl<'a, E: Numbers> Mat<'a, E> {
     /// A row-major matrix whose rows lie `row_stride` apart.
     ///
     /// # Panics
-    /// Where `data` is too short: the caller's shapes are wrong.
+    /// `data` is too short.
     pub fn strided(data: &'a [E], rows: usize, cols: usize, row_stride: usize) -> Self {
         let needed = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
         assert!(data.len() >= needed, "matrix {rows}x{cols} over {} elements", data.len());
@@ -90,7 +90,7 @@ impl<'a, E: Numbers> Mat<'a, E> {
         self.cols
     }
 
-    /// Units of a row.
+    /// Units per row.
     pub(super) fn units(&self) -> usize {
         self.cols.div_ceil(E::PER_UNIT)
     }
@@ -115,10 +115,10 @@ pub enum Threads {
     All,
 }
 
-/// `out = a · b`, or `out += a · b` where `accumulate` is set. `out` is dense row-major, `[a.rows, b.cols]`.
+/// `out = a · b`, or `out += a · b` if `accumulate` is set. `out` is dense row-major, `[a.rows, b.cols]`.
 ///
 /// # Panics
-/// Where the inner dimensions differ or `out` has another size: the caller's shapes are wrong.
+/// The inner dimensions differ, or `out` has another size.
 pub fn matmul_into<E: Element>(
     out: &mut [f32],
     a: Mat<'_, E>,
@@ -140,7 +140,7 @@ pub fn matmul_into<E: Element>(
     unsafe { product(&E::kernel(Isa::current()), a, b, place, threads) }
 }
 
-/// `a · b` in a fresh buffer that is never zeroed first. Shape `[a.rows, b.cols]`, row-major.
+/// `a · b` in a new buffer that is not zeroed first. Shape `[a.rows, b.cols]`, row-major.
 pub fn matmul<E: Element>(a: Mat<'_, E>, b: Mat<'_, E>, threads: Threads) -> Vec<f32> {
     let len = a.rows * b.cols;
     let mut out = Vec::with_capacity(len);
@@ -155,7 +155,7 @@ pub fn matmul<E: Element>(a: Mat<'_, E>, b: Mat<'_, E>, threads: Threads) -> Vec
 }
 
 /// # Safety
-/// `place` covers `[a.rows, b.cols]`, initialised where it is added to; nobody else reads or writes it.
+/// `place` covers `[a.rows, b.cols]`, initialised if it is added to; nothing else reads or writes it.
 pub(super) unsafe fn product<E: Numbers>(
     kernel: &Kernel,
     a: Mat<'_, E>,
@@ -183,7 +183,7 @@ pub(super) unsafe fn product<E: Numbers>(
     }
 }
 
-/// A pointer that tasks on several threads may use, each in a part of its own.
+/// A pointer that may be used by tasks on several threads, each in its own part.
 #[derive(Clone, Copy)]
 pub(super) struct Shared(pub(super) Place);
 
@@ -203,7 +203,7 @@ impl Shared {
     }
 }
 
-/// Calls `task` with `0..count`, on this thread or on all.
+/// Calls `task` with `0..count`, on this thread or on all threads.
 pub(super) fn each(count: usize, threads: Threads, task: impl Fn(usize) + Sync + Send) {
     match threads {
         Threads::One => (0..count).for_each(task),
@@ -227,7 +227,7 @@ unsafe fn blocked<E: Numbers>(
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let out = Shared(place);
     let workers = workers(threads);
-    // Blocks of rows, as many and as high for one worker as for another.
+    // Row blocks: equally many and of equal height for each worker.
     let tiles = m.div_ceil(kernel.rows);
     let blocks = tiles.div_ceil(LEFT_TILES).next_multiple_of(workers).min(tiles);
     let start_of = |block: usize| (block * tiles / blocks * kernel.rows).min(m);
@@ -235,10 +235,10 @@ unsafe fn blocked<E: Numbers>(
     for from in (0..n).step_by(NC) {
         let columns = NC.min(n - from);
         let strips = columns.div_ceil(kernel.columns);
-        // Where there are few blocks of rows, columns are shared out too, so that every thread has work.
+        // With few row blocks, columns are distributed too, so that every thread has work.
         let slices = if threads == Threads::All { (4 * workers).div_ceil(blocks) } else { 1 };
         let slice = strips.div_ceil(slices);
-        // Few columns are packed for several chains at once.
+        // With few columns, several chains are packed at once.
         let pass = chain * (NC / columns).max(1);
         for first in (0..k).step_by(pass) {
             let chains = |until: usize| {
@@ -276,7 +276,7 @@ unsafe fn blocked<E: Numbers>(
     }
 }
 
-/// Packs the strips of some columns, given as rows, one chain after the other. A chain is its first element and its length.
+/// Packs the strips of some columns, given as rows, one chain after the other. A chain is (first element, length).
 fn pack_right<E: Numbers>(
     kernel: &Kernel,
     (right, chains): (Mat<'_, E>, impl Iterator<Item = (usize, usize)>),
@@ -313,8 +313,7 @@ pub(super) struct Strips<'a, U> {
     pub(super) columns: usize,
 }
 
-/// A block of rows against packed strips of columns. Whole tiles of rows are read where they lie, if each row's
-/// elements follow each other.
+/// A block of rows times packed column strips. Full tiles of rows are read in place if each row is contiguous.
 ///
 /// # Safety
 /// The strips hold the units of `left`; `place` covers `[left.rows, columns]`.
@@ -365,7 +364,7 @@ pub(super) unsafe fn panel<E: Numbers>(
     });
 }
 
-/// A tile that sticks out of the result: computed aside, then its inner part is stored.
+/// A partial tile at the edge of the result: computed in a buffer, of which the valid part is stored.
 ///
 /// # Safety
 /// As for [`panel`]; `place` covers `size`.
@@ -390,7 +389,7 @@ pub(super) unsafe fn edge(
     }
 }
 
-/// A product with few rows: the transposed product, whose left matrix is `bᵀ` where it lies.
+/// A product with few rows: computed transposed, with `bᵀ` as the left matrix, read in place.
 ///
 /// # Safety
 /// As [`product`]; the columns of `b` have their elements side by side.
@@ -424,7 +423,7 @@ unsafe fn few_rows<E: Numbers>(
     with_right::<E, _>(m.div_ceil(columns) * columns * units, |packed| {
         pack(a, columns, packed);
         let packed = &*packed;
-        // Rows of `bᵀ` a task: enough for the threads to share without waiting, few enough to balance.
+        // Rows of `bᵀ` per task: enough to limit waiting, few enough to balance.
         let share = rows * 8;
         each(n.div_ceil(share), threads, |task| {
             let mut sums = [0.0_f32; TILE];
@@ -466,10 +465,10 @@ unsafe fn few_rows<E: Numbers>(
     });
 }
 
-/// The same for rows so few that lanes would be idle: columns are turned in registers.
+/// For so few rows that lanes would be idle: columns are transposed in registers.
 ///
 /// # Safety
-/// As [`few_rows`]; elements of a row of `a` lie side by side, columns and the inner dimension's units come in sixteens.
+/// As [`few_rows`]; rows of `a` are contiguous, columns and the inner dimension's units are multiples of sixteen.
 unsafe fn fewest<E: Numbers>(
     few: Few,
     a: Mat<'_, E>,
@@ -495,7 +494,8 @@ unsafe fn fewest<E: Numbers>(
                     row_stride: b.col_stride * size,
                     k_stride: UNIT,
                 };
-                // Columns side by side are one stretch of memory, and a processor foresees one better than sixteen.
+                // Adjacent columns form one memory range, and hardware prefetchers follow one stream better than
+                // sixteen.
                 let stretch = column * b.col_stride + first * E::PER_UNIT * SIDE + ahead;
                 let ahead = b.data.get(stretch).map_or(b.data.as_ptr(), std::ptr::from_ref).cast();
                 for row in (0..m).step_by(MOST) {
@@ -515,7 +515,7 @@ unsafe fn fewest<E: Numbers>(
     });
 }
 
-/// All of one tile's sums, block by block, aside.
+/// Computes all sums of one tile, block by block, in a buffer.
 ///
 /// # Safety
 /// `left` covers the tile's rows and `units`; `right` is a strip of `units`, four bytes each.
@@ -536,7 +536,7 @@ unsafe fn column_tile<U>(
     }
 }
 
-/// Calls `visit` with each sum of a tile and its place in the transposed result.
+/// Calls `visit` with each sum of a tile and its location in the transposed result.
 ///
 /// # Safety
 /// `place` covers `[width, height]`.
@@ -568,7 +568,8 @@ mod tests {
         E::rounded(Stream::new(9, "matmul").normal(index, len, 1.0))
     }
 
-    /// Each kernel, and whether its rounding is the promised one: of a pair, AVX512-BF16 rounds as the processor does.
+    /// Each kernel, and whether its rounding is the documented one: for pairs, AVX512-BF16 rounds as the processor
+    /// does.
     fn kernels<E: Element>(rehearsal: Kernel) -> Vec<(Kernel, bool)> {
         let supported = Isa::ALL.into_iter().filter(|isa| isa.is_supported());
         let exact = |isa: Isa| E::PER_UNIT == 1 || isa != Isa::Avx512Bf16;
@@ -590,14 +591,14 @@ mod tests {
         out
     }
 
-    /// The order of summation that the module promises, one result at a time.
+    /// The documented order of summation, one result at a time.
     fn exact<E: Element>(a: Mat<'_, E>, b: Mat<'_, E>) -> Vec<f32> {
         let value = |i: usize, j: usize| {
             let product = |sum: f32, k: usize| {
                 let a = a.data[i * a.row_stride + k * a.col_stride];
                 a.widened().mul_add(b.data[k * b.row_stride + j * b.col_stride].widened(), sum)
             };
-            // Of a pair, the second product first.
+            // Within a pair, the second product first.
             let unit = |sum: f32, first: usize| {
                 let pair = first..(first + E::PER_UNIT).min(a.cols);
                 pair.rev().fold(sum, product)
@@ -648,9 +649,9 @@ mod tests {
         every_orientation_is_the_promised_sum::<bf16>(REHEARSAL_WIDENED);
     }
 
-    /// Few rows may turn columns in registers, many never do.
+    /// Few rows may be computed by transposing in registers, many never are.
     fn few_rows_are_those_of_many<E: Element>(rehearsal: Kernel) {
-        // One chain and a part of one, three chains, columns that are no sixteens, and depths that are none.
+        // One chain and a partial one, three chains, column counts and depths that are not multiples of sixteen.
         for (n, k) in [(16, 32), (50, 576), (33, 1184), (130, 640), (40, 600), (7, 64)] {
             let (a, b) = (random::<E>(5, 130 * k), random::<E>(6, k * n));
             let right = Mat::new(&b, n, k).t();

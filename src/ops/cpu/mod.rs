@@ -1,4 +1,4 @@
-//! CPU kernels: rayon over rows, vector code chosen at run time. With `cuda`, the only place for `unsafe`.
+//! CPU kernels: rayon over rows, vector code dispatched at run time. With `cuda`, the only place for `unsafe`.
 
 pub mod adamw;
 pub mod alloc;
@@ -34,7 +34,7 @@ pub use element::Element;
 /// The elements of a contiguous storage.
 ///
 /// # Errors
-/// Another dtype, or a layout with gaps: callers make tensors contiguous first.
+/// Another dtype, or a non-contiguous layout; callers make tensors contiguous first.
 pub fn slice<'a, E: Element>(
     storage: &'a CpuStorage,
     layout: &Layout,
@@ -64,10 +64,10 @@ pub fn with_slice<E: Element, R>(
     }
 }
 
-/// Calls `write` with the elements of a contiguous CPU tensor; all that share its storage see the change.
+/// Calls `write` with the elements of a contiguous CPU tensor; visible to all tensors that share its storage.
 ///
 /// # Errors
-/// Another dtype or device, or a layout with gaps.
+/// Another dtype or device, or a non-contiguous layout.
 pub fn with_slice_mut<E: Element, R>(
     tensor: &Tensor,
     write: impl FnOnce(&mut [E]) -> R,
@@ -80,7 +80,7 @@ pub fn with_slice_mut<E: Element, R>(
     }
 }
 
-/// Candle's way to a storage's write lock: an op that runs once.
+/// Candle only gives write access to a storage through an op; this one runs once.
 struct Write<F, R, E> {
     once: Cell<Option<F>>,
     result: Cell<Option<R>>,

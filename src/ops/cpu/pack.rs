@@ -1,4 +1,4 @@
-//! Packed copies of matrices, in scratch memory that a thread keeps.
+//! Packs matrices into per-thread scratch memory.
 
 #![expect(
     unsafe_code,
@@ -29,7 +29,7 @@ thread_local! {
     static RIGHT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
-/// Room for units of any value, aligned as tiles like it.
+/// A buffer of units with arbitrary initial contents, aligned for tiles.
 pub(super) struct Lines<E> {
     memory: Vec<Line>,
     len: usize,
@@ -52,7 +52,7 @@ impl<E: Numbers> Lines<E> {
     }
 }
 
-/// The first `len` units of some lines.
+/// The first `len` units in a buffer of lines.
 fn units_of<E: Numbers>(lines: &mut [Line], len: usize) -> &mut [E::Unit] {
     const { assert!(size_of::<E::Unit>() == UNIT) };
     assert!(len <= lines.len() * 16, "{len} units of {} lines", lines.len());
@@ -60,12 +60,12 @@ fn units_of<E: Numbers>(lines: &mut [Line], len: usize) -> &mut [E::Unit] {
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), len) }
 }
 
-/// Scratch for the left matrix, `len` units of any value.
+/// Scratch for the left matrix, `len` units with arbitrary contents.
 pub(super) fn with_left<E: Numbers, R>(len: usize, work: impl FnOnce(&mut [E::Unit]) -> R) -> R {
     with::<E, R>(&LEFT, len, work)
 }
 
-/// Scratch for the right matrix, `len` units of any value.
+/// Scratch for the right matrix, `len` units with arbitrary contents.
 pub(super) fn with_right<E: Numbers, R>(len: usize, work: impl FnOnce(&mut [E::Unit]) -> R) -> R {
     with::<E, R>(&RIGHT, len, work)
 }
@@ -75,7 +75,7 @@ fn with<E: Numbers, R>(
     len: usize,
     work: impl FnOnce(&mut [E::Unit]) -> R,
 ) -> R {
-    // Taken, not borrowed: a thread that waits for others may start another product meanwhile.
+    // Taken rather than borrowed: a thread that waits for others may start another product meanwhile.
     let mut lines = slot.take();
     let needed = len.div_ceil(16);
     if lines.len() < needed {
@@ -86,11 +86,10 @@ fn with<E: Numbers, R>(
     result
 }
 
-/// Copies a matrix `[rows, K]` into strips of `width` rows, each strip `[units of K, width]`; rows and elements that
-/// the source does not have become zeros.
+/// Copies a matrix `[rows, K]` into strips of `width` rows, each strip `[units of K, width]`, padded with zeros.
 ///
 /// # Panics
-/// Where `to` has not room for exactly the strips that the rows fill.
+/// `to` is not exactly the size of the strips.
 pub(super) fn pack<E: Numbers>(source: Mat<'_, E>, width: usize, to: &mut [E::Unit]) {
     let strips = source.rows.div_ceil(width);
     assert_eq!(to.len(), source.units() * width * strips, "{strips} strips of {width}");
@@ -117,7 +116,7 @@ unsafe fn pack_avx2<E: Numbers>(source: Mat<'_, E>, width: usize, to: &mut [E::U
     pack_any::<E, false>(source, width, to);
 }
 
-/// `AVX512` may be true only where the processor has it.
+/// `AVX512` may be true only if the processor supports it.
 #[inline(always)]
 fn pack_any<E: Numbers, const AVX512: bool>(source: Mat<'_, E>, width: usize, to: &mut [E::Unit]) {
     match width {
@@ -149,7 +148,7 @@ fn pack_in<E: Numbers, const WIDTH: usize, const AVX512: bool>(
     // SAFETY: the last element that is read lies within `data`, and `to` has room for `units` rows of every strip.
     unsafe {
         if row_stride == 1 {
-            // Along the rows of memory, so that a page is visited once.
+            // In memory order, so that each page is visited once.
             for unit in 0..units {
                 let (first, second) = (unit * E::PER_UNIT, (unit + 1) * E::PER_UNIT - 1);
                 let row = |k: usize| from.add(k * col_stride).cast::<[E; WIDTH]>();
@@ -177,8 +176,8 @@ fn pack_in<E: Numbers, const WIDTH: usize, const AVX512: bool>(
     }
 }
 
-/// `WIDTH` units of two rows of the inner dimension; of one that is the last and has no second, or where a unit is one
-/// element, of the first alone.
+/// Interleaves two rows of the inner dimension into `WIDTH` units; only the first row if there is no second one, or if
+/// a unit is one element.
 ///
 /// # Safety
 /// The rows cover `WIDTH` elements, `to` as many units; `AVX512` as for [`pack_any`].
@@ -200,7 +199,7 @@ unsafe fn side_by_side<E: Numbers, const WIDTH: usize, const AVX512: bool>(
     }
 }
 
-/// `WIDTH` rows of `k` elements to rows of `WIDTH` units, some units at a time.
+/// Transposes `WIDTH` rows of `k` elements into rows of `WIDTH` units, several units at a time.
 ///
 /// # Safety
 /// `from` covers the rows, `row_stride` apart; `to` has room; `AVX512` as for [`pack_any`].

@@ -1,4 +1,4 @@
-//! A right matrix that is packed once and met by several products.
+//! A right matrix that is packed once for several products.
 
 #![expect(unsafe_code, reason = "tiles are raw pointers; bounds are checked where products begin")]
 
@@ -16,12 +16,12 @@ use super::matmul::{
 use super::pack::{Lines, pack};
 use super::with_slice;
 
-/// A matrix `[K, N]` in strips of columns. Results have the bits of [`matmul`](super::matmul::matmul).
+/// A matrix `[K, N]` in column strips. Results are bit-identical to [`matmul`](super::matmul::matmul).
 pub struct Packed<E: Element> {
     kernel: Kernel,
     rows: usize,
     columns: usize,
-    /// The strips, end to end: each `[units of K, columns of a tile]`.
+    /// The strips, contiguous, each `[units of K, columns of a tile]`.
     lines: Lines<E>,
 }
 
@@ -42,10 +42,10 @@ impl<E: Element> Packed<E> {
         packed
     }
 
-    /// Packs the matrix whose columns are the rows of `weight`, `[N, K]`, on all threads.
+    /// Packs the matrix whose columns are the rows of `weight`, `[N, K]`, using all threads.
     ///
     /// # Panics
-    /// Where `weight` is no whole rows.
+    /// `weight` is not a whole number of rows.
     pub fn of_rows(weight: &[E], inner: usize) -> Self {
         assert!(weight.len().is_multiple_of(inner.max(1)), "rows of another length");
         let right = Mat::new(weight, weight.len() / inner.max(1), inner);
@@ -67,15 +67,15 @@ impl<E: Element> Packed<E> {
         Self { kernel, rows, columns, lines: Lines::new(width * right.t().units()) }
     }
 
-    /// Units of a strip.
+    /// Units per strip.
     fn stride(&self) -> usize {
         self.rows.div_ceil(E::PER_UNIT) * self.kernel.columns
     }
 
-    /// Appends a column as numbers.
+    /// Appends a column as f32 values.
     ///
     /// # Panics
-    /// Where there is no such column.
+    /// There is no such column.
     pub fn column(&self, column: usize, out: &mut Vec<f32>) {
         assert!(column < self.columns, "column {column} of {}", self.columns);
         let width = self.kernel.columns;
@@ -86,11 +86,11 @@ impl<E: Element> Packed<E> {
         out.truncate(end);
     }
 
-    /// `out = left · right`, with as many of the matrix's first rows as `left` has columns, and its first `columns` columns;
+    /// `out = left · right`, using as many of the matrix's rows as `left` has columns, and its first `columns` columns;
     /// on the calling thread. `out` is dense row-major, `[left.rows, columns]`.
     ///
     /// # Panics
-    /// Where the matrix has fewer rows or columns, or `out` has another size: the caller's shapes are wrong.
+    /// The matrix has fewer rows or columns, or `out` has another size.
     pub(super) fn product_into(&self, out: &mut [f32], left: Mat<'_, E>, columns: usize) {
         assert!(left.cols() <= self.rows && columns <= self.columns, "beyond what was packed");
         assert_eq!(out.len(), left.rows() * columns, "product of {} rows", left.rows());
@@ -119,7 +119,7 @@ impl<E: Element> Packed<E> {
         }
     }
 
-    /// Blocks of rows by slices of columns.
+    /// Parallel over blocks of rows and slices of columns.
     ///
     /// # Safety
     /// `place` covers `[left.rows, N]`.
@@ -142,12 +142,12 @@ impl<E: Element> Packed<E> {
         });
     }
 
-    /// Strips of columns.
+    /// Number of column strips.
     fn strips(&self) -> usize {
         self.columns.div_ceil(self.kernel.columns)
     }
 
-    /// All rows against one strip.
+    /// All rows times one strip.
     ///
     /// # Safety
     /// `place` covers `[left.rows, columns of the strip]`; rows are whole units.
@@ -188,10 +188,10 @@ impl<E: Element> Packed<E> {
     }
 }
 
-/// `left · right` for each matrix on all threads, row-major, `[T, N]`; `left`: `[T, K]`.
+/// `left · right` for each matrix using all threads, row-major, `[T, N]`; `left`: `[T, K]`.
 ///
 /// # Panics
-/// Where a matrix has another inner dimension than the first, or rows another length.
+/// The matrices differ in inner dimension, or it does not match `left`.
 pub fn products<E: Element>(left: &[E], matrices: &[&Packed<E>]) -> Vec<Vec<f32>> {
     let Some(first) = matrices.first() else { return Vec::new() };
     let inner = first.rows;
@@ -223,7 +223,7 @@ pub fn products<E: Element>(left: &[E], matrices: &[&Packed<E>]) -> Vec<Vec<f32>
     results
 }
 
-/// Few rows, where the time goes into reading the strips: each is read from memory once, and no thread waits between two
+/// For few rows, where reading the strips dominates: each is read from memory once, and no thread waits between two
 /// matrices.
 ///
 /// # Safety
@@ -249,7 +249,7 @@ unsafe fn few<E: Element>(left: Mat<'_, E>, outs: &[(&Packed<E>, Shared)]) {
     });
 }
 
-/// A weight `[O, I]` that rows meet, packed.
+/// A packed weight `[O, I]`.
 #[derive(Debug)]
 pub enum PackedWeight {
     /// Of f32.
@@ -259,10 +259,10 @@ pub enum PackedWeight {
 }
 
 impl PackedWeight {
-    /// Packs a contiguous weight on all threads.
+    /// Packs a contiguous weight using all threads.
     ///
     /// # Errors
-    /// Another type than f32 and bf16, or another device than the CPU.
+    /// A dtype other than f32 and bf16, or a device other than the CPU.
     pub fn new(weight: &Tensor) -> candle_core::Result<Self> {
         let (_, inner) = weight.dims2()?;
         match weight.dtype() {
@@ -272,13 +272,13 @@ impl PackedWeight {
         }
     }
 
-    /// `x · Wᵀ` of each weight in f32; `x`: `[T, I]` in the weights' type.
+    /// `x · Wᵀ` for each weight, in f32; `x`: `[T, I]` in the weights' dtype.
     ///
     /// # Errors
-    /// Rows of another type.
+    /// Rows of another dtype.
     ///
     /// # Panics
-    /// Where rows have another length.
+    /// Rows of another length.
     pub fn times<E: Element>(x: &[E], weights: &[&Self]) -> candle_core::Result<Vec<Vec<f32>>> {
         let matrices: Option<Vec<&Packed<E>>> =
             weights.iter().map(|&weight| E::packed(weight)).collect();
@@ -288,7 +288,7 @@ impl PackedWeight {
         }
     }
 
-    /// The type of its numbers.
+    /// Dtype of its elements.
     pub fn dtype(&self) -> DType {
         match self {
             Self::F32(_) => DType::F32,
@@ -296,10 +296,10 @@ impl PackedWeight {
         }
     }
 
-    /// Appends a row as numbers.
+    /// Appends a row as f32 values.
     ///
     /// # Panics
-    /// Where there is no such row.
+    /// There is no such row.
     pub fn row(&self, row: usize, out: &mut Vec<f32>) {
         match self {
             Self::F32(weight) => weight.column(row, out),
@@ -331,11 +331,11 @@ mod tests {
         let turned: Vec<E> = (0..n * k).map(|at| b[at % k * n + at / k]).collect();
         Packed::new(Mat::new(&turned, n, k).t()).product_into(&mut out, left, columns);
         assert_eq!(bits(&out), bits(&expected), "{m}x{used} of {k}, {columns} of {n}, turned");
-        // All of it, on all threads, and its columns as they were.
+        // The whole matrix on all threads, and its columns unpacked again.
         let packed = Packed::of_rows(&turned, k);
         let expected = matmul(Mat::new(&a, m, k), Mat::new(&b, k, n), Threads::One);
         let narrow = Packed::of_rows(&turned[..columns * k], k);
-        // By rayon's queues, and by a board.
+        // With rayon's queues, and with a board.
         for led in [false, true] {
             let all = || products(&a, &[&narrow, &packed]);
             let [less, found] = if led { awake(all) } else { all() }.try_into().unwrap();

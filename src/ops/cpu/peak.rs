@@ -1,5 +1,5 @@
-//! What no product on this machine can exceed: the rate of multiply-adds between registers, in f32 and in bf16, and for
-//! few rows the rate at which memory is read.
+//! Upper bounds for products on this machine: the register-to-register multiply-add rate in f32 and bf16, and for few
+//! rows the memory read rate.
 
 #![expect(
     unsafe_code,
@@ -18,15 +18,15 @@ use super::element::Element;
 use super::isa::Isa;
 use super::vector::{Operand, Plain, Single, Vector, Widened};
 
-/// Chains that do not wait for each other: more than the latency of a multiply-add times those that begin in one cycle
-/// (4 · 2 on today's processors), few enough to stay in sixteen registers.
+/// Independent chains: more than the multiply-add latency times throughput (4 · 2 on current processors), few enough
+/// for sixteen registers.
 const CHAINS: usize = 12;
-/// The shortest time that is measured.
+/// Shortest time measured.
 const WINDOW: Duration = Duration::from_millis(20);
-/// Windows a thread takes the median of.
+/// Windows per thread, of which the median is taken.
 const WINDOWS: usize = 9;
 
-/// `rounds` times the product of a unit with itself, added up in each chain. A unit is four bytes: one f32 or two bf16.
+/// Adds the product of a unit with itself `rounds` times to each chain. A unit is four bytes: one f32 or two bf16.
 type Chains = unsafe fn(rounds: usize, unit: [u8; 4]) -> f32;
 
 /// # Safety
@@ -55,7 +55,7 @@ unsafe fn chains<O: Operand>(rounds: usize, unit: [u8; 4]) -> f32 {
     }
 }
 
-/// The chains of an instruction set, and the lanes of its registers.
+/// The chain function of an instruction set, and its register lanes.
 fn of(isa: Isa, dtype: DType) -> (Chains, usize) {
     match (isa, dtype) {
         #[cfg(target_arch = "x86_64")]
@@ -98,16 +98,16 @@ mod x86 {
     chains! { avx512_bf16 = Pairs, "avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma" }
 }
 
-/// Floating-point operations a second between registers, two a multiply-add, in this type with sums in f32, on all threads of
-/// rayon's pool at once, with the instruction set of this process. Takes about a fifth of a second.
+/// Floating-point operations per second from registers, two per multiply-add, in this dtype with f32 sums, on all of
+/// rayon's threads at once, with this process's instruction set. Takes about a fifth of a second.
 pub fn register_peak<E: Element>() -> f64 {
     let (chains, lanes) = of(Isa::current(), E::DTYPE);
     let operations = (2 * E::PER_UNIT * lanes * CHAINS) as f64;
     rayon::broadcast(|_| operations * rounds_per_second(chains, unit::<E>())).iter().sum()
 }
 
-/// Bytes a second that all threads of rayon's pool read together from contiguous CPU tensors of f32 or bf16, those that no
-/// cache holds. Takes nine passes.
+/// Bytes per second read by all of rayon's threads together from contiguous f32 or bf16 CPU tensors too large for the
+/// caches. Takes nine passes.
 pub fn read_rate(tensors: &[Tensor]) -> f64 {
     let held: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
     let seconds = |_| {
@@ -126,14 +126,14 @@ pub fn read_rate(tensors: &[Tensor]) -> f64 {
     bytes as f64 / windows[WINDOWS / 2].as_secs_f64()
 }
 
-/// All bits of some numbers, in pieces that threads share.
+/// Combined bits of all values, in pieces shared among threads.
 fn folded<T: Copy + Sync>(data: &[T], bits: impl Fn(T) -> u32 + Sync) -> u32 {
     const PIECE: usize = 1 << 16;
     let piece = |piece: &[T]| piece.iter().fold(0, |all, &x| all ^ bits(x));
     data.par_chunks(PIECE).map(piece).reduce(|| 0, |a, b| a ^ b)
 }
 
-/// A unit of halves, as it lies in memory.
+/// A unit of halves, in memory layout.
 fn unit<E: Element>() -> [u8; 4] {
     match E::DTYPE {
         DType::BF16 => {
@@ -167,7 +167,7 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
             let (chains, lanes) = of(isa, E::DTYPE);
             assert!(lanes <= 16);
-            // Chain c begins at c; each round adds a quarter for each element of a unit.
+            // Chain c starts at c; each round adds a quarter per element of a unit.
             for rounds in [0, 1, 3] {
                 let added = 0.25 * (rounds * E::PER_UNIT) as f64;
                 let expected: f64 = (0..CHAINS).map(|chain| chain as f64 + added).sum();

@@ -1,5 +1,5 @@
-//! Attention of single rows, for generation, in the order of summation of [`matmul`](super::matmul): a row that is
-//! drawn has the bits that training gives it.
+//! Single-row attention, for generation, in [`matmul`](super::matmul)'s order of summation: generated rows are
+//! bit-identical to training's.
 
 #![expect(
     clippy::inline_always,
@@ -16,10 +16,10 @@ use super::element::Element;
 use super::kernel::KC;
 use super::simd::{self, multiversion};
 
-/// Keys that lie side by side: `[E, TILE]` is one tile.
+/// Keys per tile, interleaved: `[E, TILE]` is one tile.
 pub const TILE: usize = 16;
 
-/// Calls for the cache line at any address, into the second-level cache.
+/// Prefetches the cache line at any address into the L2 cache.
 #[inline(always)]
 pub(super) fn call_for(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
@@ -32,7 +32,7 @@ pub(super) fn call_for(at: *const u8) {
     let _ = at;
 }
 
-/// The same for the first numbers of what is read soon in one piece: the rest is foreseen.
+/// Prefetches the first values of a range about to be read; the hardware prefetches the rest.
 #[inline]
 pub fn call_for_beginning<E>(numbers: &[E]) {
     const LINE: usize = 64;
@@ -42,7 +42,7 @@ pub fn call_for_beginning<E>(numbers: &[E]) {
     lines.for_each(|at| call_for(first.wrapping_add(at)));
 }
 
-/// Queries that go through tiles together: their sums stay in registers.
+/// Queries processed together per tile: their sums stay in registers.
 const QUERIES: usize = 4;
 
 #[inline(always)]
@@ -54,7 +54,7 @@ fn widened<E: Element, const N: usize>(values: &[E; N]) -> [f32; N] {
     wide
 }
 
-/// `T` tiles side by side, so that each sum's next multiply-add need not wait for the last one's result.
+/// `T` tiles together, so that a sum's next multiply-add need not wait for the previous one's result.
 #[inline(always)]
 fn scores_body<E: Element, const N: usize, const T: usize>(
     scores: &mut [[f32; TILE]],
@@ -97,13 +97,13 @@ multiversion! {
     fn some_scores<E: Element, const N, const T>(scores: &mut [[f32; TILE]], queries: &[f32], tiles: &[&[E]], scale: f32) = scores_body
 }
 
-/// `scale · query · key` of each query for all keys of one or two tiles, which lie transposed, `[E, TILE]`.
+/// `scale · query · key` of each query and all keys of one or two tiles, stored transposed, `[E, TILE]`.
 ///
 /// # Shapes
 /// - `queries`: `[N, E]`  →  `out`: `[tiles, N]`
 ///
 /// # Panics
-/// Where the queries are not as wide as the keys or `out` has another length: the caller's shapes are wrong.
+/// The queries' width differs from the keys', or `out` has another length.
 pub fn scores<E: Element>(
     out: &mut [[f32; TILE]],
     queries: &[f32],
@@ -141,7 +141,7 @@ pub fn scores<E: Element>(
     }
 }
 
-/// Columns of a mixture that stay in registers.
+/// Columns of a mixture kept in registers.
 const COLUMNS: usize = 32;
 
 #[inline(always)]
@@ -183,11 +183,11 @@ fn mix_body<E: Element, const N: usize>(
 }
 
 multiversion! {
-    /// `out[n] += Σ_i weights[n · stride + i] · values[i]` of `N` sums; `values` holds rows as wide as each of them.
+    /// `out[n] += Σ_i weights[n · stride + i] · values[i]` for `N` sums; `values` holds rows as wide as each sum.
     fn mix<E: Element, const N>(out: &mut [f32], weights: &[f32], stride: usize, values: &[E]) = mix_body
 }
 
-/// Weighted sums of the same rows, which come piece by piece, in the order of summation of a product.
+/// Weighted sums of the same rows, added piece by piece, in a product's order of summation.
 #[derive(Debug)]
 pub struct Mixture<'a> {
     /// `[N, E]`.
@@ -204,7 +204,7 @@ impl<'a> Mixture<'a> {
         Self { block: vec![0.0; out.len()], out, width, rows: 0 }
     }
 
-    /// Adds rows, `[count, E]`, with the weights of each sum: those of the next lie `stride` further.
+    /// Adds rows, `[count, E]`, with weights for each sum, `stride` apart.
     pub fn add<E: Element>(&mut self, mut weights: &[f32], stride: usize, mut values: &[E]) {
         let width = self.width;
         while !values.is_empty() {
@@ -227,7 +227,7 @@ impl<'a> Mixture<'a> {
         }
     }
 
-    /// Adds what the last block has.
+    /// Adds the last partial block.
     pub fn finish(mut self) {
         if !self.rows.is_multiple_of(KC) {
             self.close_block();
@@ -266,7 +266,7 @@ mod tests {
         {
             let (keys, values) = (numbers(1, count * width), numbers(2, count * width));
             let query = numbers(3, queries * width);
-            // Sums are of widened numbers, in training's attention too.
+            // Sums are of widened values, as in training's attention.
             let wide = |x: &[E]| x.iter().map(|x| x.widened()).collect::<Vec<f32>>();
             let query = wide(&query);
             let tiles: Vec<Vec<E>> = keys

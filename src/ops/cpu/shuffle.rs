@@ -1,11 +1,11 @@
-//! Moves of four-byte units between AVX-512 registers, for packing.
+//! Shuffles of four-byte units between AVX-512 registers, for packing.
 
 #![expect(
     unsafe_code,
     reason = "functions compiled for an instruction set, over pointers, that may only be called where it was detected"
 )]
 
-/// Rows and columns of the square that [`transpose`] turns.
+/// Rows and columns of the square transposed by [`transpose`].
 pub(super) const SIDE: usize = 16;
 
 #[cfg(target_arch = "x86_64")]
@@ -29,7 +29,7 @@ mod x86 {
         ((1_u32 << lanes) - 1) as u16
     }
 
-    /// `WIDTH` pairs of two-byte numbers: one from `a`, one from `b`. `WIDTH` is 32, or 16 at most.
+    /// Interleaves `WIDTH` two-byte values of `a` and `b` into pairs. `WIDTH` is 32, or 16 at most.
     ///
     /// # Safety
     /// AVX-512 F, VL and BW; `a` and `b` cover `WIDTH` numbers, `to` as many pairs.
@@ -45,7 +45,7 @@ mod x86 {
         unsafe {
             if WIDTH == 2 * SIDE {
                 let (a, b) = (_mm512_loadu_si512(a.cast()), _mm512_loadu_si512(b.cast()));
-                // Each quarter of a register apart: pairs 0 to 3, 8 to 11, … and 4 to 7, 12 to 15, …
+                // Works on each quarter of a register: pairs 0 to 3, 8 to 11, … and 4 to 7, 12 to 15, …
                 let (even, odd) = (_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b));
                 let front = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
                 let back = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
@@ -62,7 +62,7 @@ mod x86 {
         }
     }
 
-    /// Sixteen units of each of `WIDTH` rows to sixteen rows of `WIDTH` units.
+    /// Transposes sixteen units of each of `WIDTH` rows into sixteen rows of `WIDTH` units.
     ///
     /// # Safety
     /// AVX-512 F; `from` covers the rows, `row_bytes` apart; `to` has room.
@@ -89,8 +89,8 @@ mod x86 {
         }
     }
 
-    /// Sixteen units of each of sixteen rows, as sixteen registers of one unit of each row. Calls for the kilobyte at `ahead`,
-    /// any address, on the way.
+    /// Loads sixteen units of each of sixteen rows as sixteen registers of one unit per row. Prefetches the kilobyte at
+    /// `ahead`, any address, on the way.
     ///
     /// # Safety
     /// AVX-512 F; `from` covers the rows, `row_bytes` apart.
@@ -110,7 +110,7 @@ mod x86 {
         turned(&square)
     }
 
-    /// Writes the columns of up to sixteen rows of results as rows: `from` `[rows, columns]`, rows `stride` apart, to `to`
+    /// Stores up to sixteen rows of results transposed: `from` `[rows, columns]`, rows `stride` apart, to `to`
     /// `[columns, rows]`, rows `to_stride` apart.
     ///
     /// # Safety
@@ -140,7 +140,7 @@ mod x86 {
         }
     }
 
-    /// The transposed square: pairs of rows, then fours, eights and sixteens, are woven into each other.
+    /// The transposed square: pairs of rows, then fours, eights and sixteens, are interleaved.
     #[inline]
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
     fn turned(rows: &[__m512i; SIDE]) -> [__m512i; SIDE] {

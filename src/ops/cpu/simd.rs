@@ -1,6 +1,6 @@
-//! Row kernels that the compiler vectorises, compiled once for each instruction set and chosen at run time.
+//! Auto-vectorised row kernels, compiled for each instruction set and dispatched at run time.
 //!
-//! The bodies are ordinary Rust with sixteen explicit lanes, so a sum has one fixed order on every instruction set of
+//! The bodies are ordinary Rust with sixteen explicit lanes, so sums have one fixed order on every instruction set of
 //! the same width; only fused multiply-add differs between them.
 
 #![expect(
@@ -16,8 +16,8 @@ use half::bf16;
 
 const LANES: usize = 16;
 
-/// Declares a function compiled for AVX-512, AVX2 and the portable baseline, and its run-time choice. It may be generic over
-/// an element type and sizes.
+/// Declares a function compiled for AVX-512, AVX2 and the portable baseline, with run-time dispatch. It may be generic
+/// over an element type and sizes.
 macro_rules! multiversion {
     ($(#[$doc:meta])* $vis:vis fn $name:ident $(<$element:ident: $bound:ident $(, const $size:ident)*>)? ($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:ident) => {
         $(#[$doc])*
@@ -48,8 +48,8 @@ macro_rules! multiversion {
 
 pub(super) use multiversion;
 
-/// Around 1.5 · 2²³ the last bits of a number are those of its integer: added to `n`, of the exponent of 2ⁿ. A cast to an integer
-/// would have to saturate, which no vector instruction does.
+/// Around 1.5 · 2²³ a float's low bits are those of its integer: adding this to `n` gives the exponent bits of 2ⁿ. A
+/// float-to-int cast would have to saturate, which no vector instruction does.
 const EXPONENT: f32 = 12_582_912.0 + 127.0;
 
 /// `e^x` to about two units in the last place: range reduction to `[-ln 2 / 2, ln 2 / 2]` and a polynomial.
@@ -137,7 +137,7 @@ fn moments_body(row: &[f32], shift: f32) -> [f32; 4] {
         let below = x - shift;
         let e = exp(below);
         lanes[0][i] += e;
-        // Where e is 0, its product with minus infinity is not a number.
+        // If e is 0, its product with minus infinity would be NaN.
         lanes[1][i] += e * below.max(-100.0);
         lanes[2][i] += e * e;
         lanes[3][i] += below;
@@ -220,7 +220,7 @@ fn to_bf16_body(out: &mut [bf16], values: &[f32]) {
     for (out, value) in out.iter_mut().zip(values) {
         let bits = value.to_bits();
         let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16;
-        // A NaN stays one, and quiet: rounding could carry its mantissa away.
+        // Keep NaN a quiet NaN: rounding could clear its mantissa.
         let quiet = (bits >> 16) | 0x40;
         let nan = (bits & 0x7fff_ffff) > 0x7f80_0000;
         *out = bf16::from_bits(if nan { quiet } else { rounded } as u16);
@@ -255,7 +255,7 @@ multiversion! {
     pub fn sum_exp_sub(row: &[f32], shift: f32) -> f32 = sum_exp_sub_body
 }
 multiversion! {
-    /// Sums of `e`, `e (x - shift)`, `e²` and `x - shift`, with `e = e^(x - shift)`; the first has the bits of
+    /// Sums of `e`, `e (x - shift)`, `e²` and `x - shift`, with `e = e^(x - shift)`; the first is bit-identical to
     /// [`sum_exp_sub`].
     pub fn moments(row: &[f32], shift: f32) -> [f32; 4] = moments_body
 }

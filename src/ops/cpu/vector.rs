@@ -1,5 +1,4 @@
-//! What a product needs of a vector register, once for each instruction set: five operations on sums in f32, and three
-//! on what is multiplied.
+//! Vector register operations for products, implemented per instruction set: on f32 sums, and on operands.
 
 #![expect(
     unsafe_code,
@@ -15,36 +14,36 @@
 pub(super) trait Vector: Copy {
     /// Lanes of one register.
     const LANES: usize;
-    /// `value` in every lane.
+    /// Broadcasts `value` to every lane.
     unsafe fn splat(value: f32) -> Self;
-    /// Reads the lanes.
+    /// Loads the lanes.
     unsafe fn load(from: *const f32) -> Self;
-    /// Writes the lanes.
+    /// Stores the lanes.
     unsafe fn store(self, to: *mut f32);
     /// `self · factor + sum` with one rounding.
     unsafe fn fma(self, factor: Self, sum: Self) -> Self;
     /// `self + other`.
     unsafe fn add(self, other: Self) -> Self;
-    /// Reads a pair of bf16 for each lane: the first of each pair, and the second, widened.
+    /// Loads a pair of bf16 per lane: the first of each pair, and the second, widened.
     unsafe fn load_pairs(from: *const u8) -> (Self, Self);
-    /// The same for one pair, in every lane.
+    /// Broadcasts one pair to every lane.
     unsafe fn splat_pair(from: *const u8) -> (Self, Self);
 }
 
-/// A register of what is multiplied, one *unit* of four bytes a lane: one f32, or two bf16 that follow each other along
-/// the inner dimension.
+/// A register of operands, one *unit* of four bytes per lane: one f32, or two bf16 that are neighbours along the inner
+/// dimension.
 ///
 /// # Safety
 /// As for [`Vector`]; pointers are valid for four bytes a lane ([`load`](Self::load)) or four bytes.
 pub(super) trait Operand: Copy {
-    /// Its sums.
+    /// Type of the sums.
     type Sum: Vector;
-    /// Reads a unit for each lane.
+    /// Loads one unit per lane.
     unsafe fn load(from: *const u8) -> Self;
-    /// One unit in every lane.
+    /// Broadcasts one unit to every lane.
     unsafe fn splat(from: *const u8) -> Self;
-    /// `sum + self · other`, lane by lane. Of a pair the second product is added first, as AVX512-BF16 does; products
-    /// of bf16 are exact in f32, so each sum is rounded once.
+    /// `sum + self · other`, lane by lane. For pairs the second product is added first, as in AVX512-BF16; products of
+    /// bf16 are exact in f32, so each addition rounds once.
     unsafe fn fma(self, other: Self, sum: Self::Sum) -> Self::Sum;
 }
 
@@ -71,7 +70,7 @@ impl<V: Vector> Operand for Single<V> {
     }
 }
 
-/// A unit is two bf16, widened where they are read.
+/// A unit is two bf16, widened when loaded.
 #[derive(Clone, Copy)]
 pub(super) struct Widened<V> {
     first: V,
@@ -99,7 +98,7 @@ impl<V: Vector> Operand for Widened<V> {
     }
 }
 
-/// The first bf16 of a pair as it lies in memory, widened.
+/// The first bf16 of a pair in memory order, widened.
 #[inline(always)]
 fn first_of(pair: u32) -> f32 {
     f32::from_bits(pair << 16)
@@ -237,7 +236,7 @@ mod x86 {
             pairs __m512i: _mm512_loadu_si512 _mm512_set1_epi32 _mm512_slli_epi32 _mm512_and_si512 _mm512_castsi512_ps
     }
 
-    /// A unit is two bf16, multiplied as they are.
+    /// A unit is two bf16, multiplied directly.
     #[derive(Clone, Copy)]
     pub(in super::super) struct Pairs(__m512bh);
 

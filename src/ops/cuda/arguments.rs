@@ -1,7 +1,7 @@
-//! What a kernel is launched with, held against what its PTX says that it takes.
+//! Checks a kernel's launch arguments against the parameters declared in its PTX.
 //!
-//! A driver gets addresses of arguments and knows neither their number nor their sizes: with one too few, a kernel reads
-//! what happens to lie behind. Every launch goes through [`Launch`], which refuses instead.
+//! The driver gets addresses of arguments but neither their number nor their sizes: with one missing, a kernel reads
+//! whatever is in memory behind them. Every launch goes through [`Launch`], which refuses instead.
 
 #![expect(unsafe_code, reason = "arguments are handed to the driver")]
 
@@ -15,19 +15,19 @@ use candle_core::cuda_backend::cudarc::driver::{
 };
 use candle_core::{Result, bail};
 
-/// The type of a kernel's parameter. Addresses are numbers of 64 bits.
+/// Type of a kernel parameter. Addresses are 64-bit numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Parameter {
     U32,
     U64,
     F32,
     F64,
-    /// A struct of so many bytes.
+    /// A struct of this many bytes.
     Bytes(usize),
 }
 
 impl Parameter {
-    /// Of a declaration such as `.param .align 4 .b8 adamw_f32_param_7[28]`.
+    /// Parses a declaration such as `.param .align 4 .b8 adamw_f32_param_7[28]`.
     fn of(declaration: &str) -> Option<Self> {
         let mut words = declaration.split_whitespace();
         match words
@@ -59,13 +59,13 @@ impl Display for Parameter {
     }
 }
 
-/// The parameters of each entry of a PTX.
+/// The parameters of each entry in a PTX file.
 pub(super) type Entries = BTreeMap<String, Arc<[Parameter]>>;
 
-/// Reads them.
+/// Parses them.
 ///
 /// # Errors
-/// A declaration that is none of those that our kernels' types give.
+/// A declaration other than those generated for our kernels' types.
 pub(super) fn entries(ptx: &str) -> Result<Entries> {
     let mut entries = Entries::new();
     for entry in ptx.split(".entry ").skip(1) {
@@ -83,9 +83,9 @@ pub(super) fn entries(ptx: &str) -> Result<Entries> {
     Ok(entries)
 }
 
-/// What may be an argument.
+/// A possible argument.
 pub(super) trait Argument {
-    /// What it is to the kernel.
+    /// Its type in the kernel.
     const IS: Parameter;
 }
 
@@ -139,18 +139,18 @@ where
 }
 
 impl<'a> Launch<'a> {
-    /// Of a kernel that takes the `wanted`.
+    /// A launch of a kernel with the parameters `wanted`.
     pub(super) fn new(kernel: &'a str, wanted: &'a [Parameter], arguments: LaunchArgs<'a>) -> Self {
         Self { kernel, wanted, given: Vec::with_capacity(wanted.len()), arguments }
     }
 
-    /// Puts it on the stream.
+    /// Enqueues it on the stream.
     ///
     /// # Safety
-    /// What addresses lead to is as long as the kernel takes it to be, and nobody else's while it runs.
+    /// Addresses must point to memory as large as the kernel expects, which is not used otherwise while it runs.
     ///
     /// # Errors
-    /// Arguments of another number or of other types than the kernel takes; the driver's.
+    /// Arguments of another number or other types than the kernel's; a driver error.
     pub(super) unsafe fn launch(
         &mut self,
         config: LaunchConfig,
@@ -164,10 +164,10 @@ impl<'a> Launch<'a> {
     }
 }
 
-/// Why a launch did not happen.
+/// Reason a launch was refused.
 #[derive(Debug)]
 pub(super) enum Refused {
-    /// It is written wrongly.
+    /// The arguments do not match the kernel.
     Arguments(String),
     Driver(DriverError),
 }
@@ -182,7 +182,7 @@ impl From<Refused> for CudaError {
     }
 }
 
-/// What is wrong with arguments, if anything is.
+/// The mismatch between arguments and parameters, if any.
 fn wrong(wanted: &[Parameter], given: &[Parameter]) -> Option<String> {
     if wanted.len() != given.len() {
         return Some(format!("{} arguments, expected {}", given.len(), wanted.len()));

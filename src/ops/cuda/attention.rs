@@ -1,5 +1,5 @@
-//! Forest attention on CUDA: which tile of queries or keys meets which ranges of tokens, for the kernels of
-//! `attention.cu`. The lists are as long as the forest's paths, so the work is what the visible pairs ask for.
+//! Forest attention on CUDA: assigns to each tile of queries or keys the token ranges it covers, for the kernels of
+//! `attention.cu`. The lists are proportional to the forest's paths, so the work matches the visible pairs.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -18,12 +18,12 @@ pub(crate) use launch::{Kept, on_cuda, padded, stage, takes};
 #[cfg(feature = "cuda")]
 pub(super) use launch::{aligned, prepared};
 
-/// Threads of a block: four warps, sixteen rows each.
+/// Threads per block: four warps, sixteen rows each.
 pub(super) const THREADS: u32 = 128;
-/// Rows of a block's own tile.
+/// Rows of a block's tile.
 pub(super) const OWN: usize = 64;
 
-/// A kernel that is compiled for each type and width.
+/// A kernel compiled for each dtype and head dimension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kernel {
     Forward,
@@ -36,13 +36,13 @@ pub(super) enum Kernel {
 }
 
 impl Kernel {
-    /// The file it is in.
+    /// Its source file.
     #[cfg(feature = "cuda")]
     fn module(self) -> &'static str {
         if self == Self::Cached { "cached" } else { "attention" }
     }
 
-    /// Its entry for elements of a type, by its suffix, and heads of a width.
+    /// Its entry for a dtype's suffix and a head dimension.
     pub(super) fn entry(self, number: &str, width: usize) -> String {
         let name = match self {
             Self::Forward => "forward",
@@ -53,8 +53,8 @@ impl Kernel {
         format!("attention_{name}_{number}_{width}")
     }
 
-    /// The dynamic shared memory that it needs, in bytes, for elements of `size` bytes: its own rows and those of the
-    /// pieces it walks, each with sixteen bytes more. At most 83 KiB.
+    /// Dynamic shared memory in bytes for elements of `size` bytes: the block's own rows and those of the pieces it
+    /// iterates over, each padded by sixteen bytes. At most 83 KiB.
     pub(super) fn shared(self, size: usize, width: usize) -> usize {
         let (piece, stages) = if size == 2 { (32, 2) } else { (16, 1) };
         let (rows, numbers) = match self {
@@ -66,18 +66,18 @@ impl Kernel {
     }
 }
 
-/// Tiles, and what each meets.
+/// Tiles, and the token ranges of each.
 #[derive(Clone, Debug, Default)]
 struct Lists {
-    /// First row, number of rows, and where the tile's ranges begin and end. A row is a token for keys; for queries it is
-    /// one of the heads that share a token's keys.
+    /// First row, number of rows, and start and end of the tile's ranges. For keys a row is a token; for queries it is
+    /// one of the query heads sharing a token's keys.
     tiles: Vec<[u32; 4]>,
     /// First token and number of tokens.
     ranges: Vec<[u32; 2]>,
 }
 
 impl Lists {
-    /// Tiles of queries, `share` to a token, with the keys that they see, from the root on.
+    /// Tiles of queries, `share` per token, with the keys visible to them, root first.
     fn of_queries(plan: &AttentionPlan, share: usize) -> Self {
         let mut lists = Self::default();
         for (index, span) in plan.spans.iter().enumerate() {
@@ -92,7 +92,7 @@ impl Lists {
         lists.heaviest_first()
     }
 
-    /// Tiles of keys, with the tokens that see them: of their own segment from the tile on, then of all below it.
+    /// Tiles of keys, with the tokens that see them: those of their own segment from the tile on, then all descendants.
     fn of_keys(plan: &AttentionPlan) -> Self {
         let mut below: Vec<Vec<Range<usize>>> = vec![Vec::new(); plan.spans.len()];
         for span in &plan.spans {
@@ -120,7 +120,7 @@ impl Lists {
         self.tiles.push([first as u32, count as u32, begin, self.ranges.len() as u32]);
     }
 
-    /// Blocks start in the order of the list: what takes longest goes first, so that no long one is left alone at the end.
+    /// Blocks start in list order: the longest first, so that none remains alone at the end.
     fn heaviest_first(mut self) -> Self {
         let ranges = &self.ranges;
         let tokens = |&[_, _, begin, end]: &[u32; 4]| -> u64 {

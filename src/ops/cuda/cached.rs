@@ -1,4 +1,4 @@
-//! Attention over pages on CUDA: which queries meet which positions, for the kernels of `cached.cu`.
+//! Paged attention on CUDA: assigns positions to queries, for the kernels of `cached.cu`.
 
 use std::ops::Range;
 
@@ -12,47 +12,47 @@ mod tests;
 #[cfg(feature = "cuda")]
 pub(crate) use launch::{Uploaded, attend, store};
 
-/// Positions of a part: a sequence that sees more is read by several blocks at once.
+/// Positions per part: longer sequences are read by several blocks in parallel.
 const PART: usize = 256;
 
-/// Successive positions of a sequence in one page.
+/// Consecutive positions of a sequence in one page.
 #[derive(Clone, Copy, Debug)]
 struct Run {
-    /// Where the first one's keys in the first layer are.
+    /// Address of the first position's keys in the first layer.
     keys: u64,
-    /// Bytes from one position to the next.
+    /// Bytes between consecutive positions.
     line: u64,
     position: usize,
     count: usize,
 }
 
-/// Queries that are launched together, so that their scratch is not beyond bounds.
+/// Queries launched together, to bound their scratch memory.
 #[derive(Clone, Debug)]
 struct Slice {
-    /// Of the list of parts.
+    /// Range in the list of parts.
     parts: Range<usize>,
-    /// Of the list of wholes.
+    /// Range in the list of wholes.
     wholes: Range<usize>,
-    /// Rows of scratch.
+    /// Scratch rows.
     rows: usize,
 }
 
-/// What the kernels are told. Each entry has the layout of the kernels' structs.
+/// Kernel inputs. Each entry has the layout of the kernels' structs.
 #[derive(Clone, Debug, Default)]
 struct Lists {
-    /// First query and number of queries, what to add to a token for its position, where the part's spans begin and end,
-    /// and its first row of scratch.
+    /// First query and number of queries, offset from token to position, start and end of the part's spans, and its
+    /// first scratch row.
     parts: Vec<[u32; 6]>,
-    /// The address; the position, and above it the number of positions.
+    /// Address; position, with the number of positions in the upper half.
     spans: Vec<[u64; 2]>,
-    /// First query and number of queries, the first row of scratch, and the number of parts.
+    /// First query and number of queries, first scratch row, and number of parts.
     wholes: Vec<[u32; 4]>,
     slices: Vec<Slice>,
 }
 
 impl Lists {
-    /// Of sequences: the positions that each sees, and how many at their end are its new tokens. `share`: query heads to
-    /// a key head; `most`: rows of scratch of a slice, where a tile of queries alone does not need more.
+    /// Lists for sequences, each with its visible positions and number of new tokens at the end. `share`: query heads
+    /// per key head; `most`: scratch rows per slice, unless a single tile of queries needs more.
     fn new(sequences: impl Iterator<Item = (Vec<Run>, usize)>, share: usize, most: usize) -> Self {
         let mut lists = Self::default();
         let mut token = 0;
@@ -62,7 +62,7 @@ impl Lists {
                 lists.push(*run);
             }
             let len = runs.last().map_or(0, |run| run.position + run.count);
-            // Positions count from 0, so this may wrap and wraps back.
+            // May wrap, and wraps back: positions count from 0.
             let shift = (len - new).wrapping_sub(token);
             let (first, end) = (token * share, (token + new) * share);
             for first in (first..end).step_by(OWN) {
@@ -75,7 +75,7 @@ impl Lists {
         lists
     }
 
-    /// Adds positions, cut where parts begin.
+    /// Adds positions, split where parts begin.
     fn push(&mut self, run: Run) {
         let (mut at, end) = (run.position, run.position + run.count);
         while at < end {
@@ -88,7 +88,7 @@ impl Lists {
     }
 
     /// Adds queries whose last one is at position `last`, and a part for every [`PART`] positions up to there. The
-    /// sequence's spans go from `begin` to the end of the list.
+    /// sequence's spans are the list's tail from `begin`.
     fn tile(
         &mut self,
         (first, count): (usize, usize),

@@ -1,6 +1,7 @@
-//! Opening a GPU, and what a driver's errors mean to people.
+//! Opens GPUs, and explains driver errors.
 //!
-//! Errors are known by their names in the driver's texts, so that a program without CUDA can explain and test them too.
+//! Errors are identified by their names in the driver's messages, so that a build without CUDA can explain and test
+//! them too.
 
 use candle_core::Device;
 #[cfg(feature = "cuda")]
@@ -11,14 +12,14 @@ use serde::Serialize;
 use super::pool;
 use crate::error::{Error, Result};
 
-/// What a driver that cannot read the kernels is told.
+/// Explanation if the driver cannot read the kernels.
 pub(super) const OLD_DRIVER: &str = "the NVIDIA driver is older than this program's kernels: they are CUDA 13.0's, which driver \
                                      580 and newer can read";
 
 /// GPU number `index`, counted from 0.
 ///
 /// # Errors
-/// No driver that answers, one that is too old, no such GPU, one that is too old, or one that is taken.
+/// No responding driver, an outdated driver, no such GPU, an unsupported GPU, or one in exclusive use.
 #[cfg(feature = "cuda")]
 pub fn open(index: usize) -> Result<Device> {
     let found = CudaContext::device_count().map_err(|error| explain(&error.to_string()))?;
@@ -28,11 +29,11 @@ pub fn open(index: usize) -> Result<Device> {
     }
     check_index(index, found as usize)?;
     let said = |error: DriverError| explain(&error.to_string());
-    // Before the libraries that Candle opens take their memory.
+    // Before the libraries opened by Candle allocate memory.
     let context = CudaContext::new(index).map_err(said)?;
     let capability = context.compute_capability().map_err(said)?;
     check_capability(capability, &context.name().map_err(said)?)?;
-    // A driver that has no such pools is none the worse.
+    // Optional: not every driver supports such pools.
     let _ = pool::keep(&context);
     let device = Device::new_cuda(index).map_err(|error| explain(&error.to_string()))?;
     if let Device::Cuda(device) = &device {
@@ -41,8 +42,8 @@ pub fn open(index: usize) -> Result<Device> {
     Ok(device)
 }
 
-/// What Candle leaves open: products of bf16 are summed in f32 throughout, also where cuBLAS splits a sum; and an allocation
-/// makes no events, which nobody would record, as no stream is made here beside each thread's own.
+/// Settings left to the caller by Candle: bf16 products accumulate in f32 throughout, even when cuBLAS splits a sum;
+/// and allocations create no events, since each thread uses only its own stream.
 #[cfg(feature = "cuda")]
 #[expect(
     unsafe_code,
@@ -59,10 +60,10 @@ fn settle(device: &candle_core::CudaDevice) -> candle_core::Result<()> {
     Ok(())
 }
 
-/// Lets this thread free what lies on a GPU: only one that has a context of its own may.
+/// Makes a GPU's context current on this thread, which is required for freeing memory there.
 ///
 /// # Errors
-/// The driver's.
+/// A driver error.
 pub fn bind(device: &Device) -> Result<()> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
@@ -73,34 +74,34 @@ pub fn bind(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// What `doctor` and reports say of a GPU.
+/// GPU properties for `doctor` and reports.
 #[derive(Clone, Debug, Serialize)]
 pub struct Facts {
-    /// As the driver calls it.
+    /// The driver's name for it.
     pub name: String,
     /// `(9, 0)` for an H100.
     pub capability: (i32, i32),
-    /// Bytes that nobody has taken.
+    /// Free memory in bytes.
     pub free: u64,
-    /// Bytes in all.
+    /// Total memory in bytes.
     pub total: u64,
-    /// The CUDA release that the driver reads, 13000 for 13.0.
+    /// CUDA version supported by the driver; 13000 for 13.0.
     pub driver: Option<i32>,
 }
 
-/// The facts of an open GPU; none of another device.
+/// Properties of an open GPU; `None` for another device.
 ///
 /// # Errors
-/// The driver's.
+/// A driver error.
 #[cfg(not(feature = "cuda"))]
 pub fn facts(_: &Device) -> Result<Option<Facts>> {
     Ok(None)
 }
 
-/// The facts of an open GPU; none of another device.
+/// Properties of an open GPU; `None` for another device.
 ///
 /// # Errors
-/// The driver's.
+/// A driver error.
 #[cfg(feature = "cuda")]
 pub fn facts(device: &Device) -> Result<Option<Facts>> {
     let Device::Cuda(device) = device else { return Ok(None) };
@@ -118,7 +119,7 @@ pub fn facts(device: &Device) -> Result<Option<Facts>> {
     }))
 }
 
-/// Whether this is a GPU on which there are kernels in bf16.
+/// Whether this is a GPU with bf16 kernels.
 #[cfg(feature = "cuda")]
 pub(crate) fn has_bf16(device: &Device) -> bool {
     let Device::Cuda(device) = device else { return false };
@@ -126,13 +127,13 @@ pub(crate) fn has_bf16(device: &Device) -> bool {
     capability.is_ok_and(|(major, _)| major >= 8)
 }
 
-/// Whether this is a GPU on which there are kernels in bf16.
+/// Whether this is a GPU with bf16 kernels.
 #[cfg(not(feature = "cuda"))]
 pub(crate) fn has_bf16(_: &Device) -> bool {
     false
 }
 
-/// The release whose PTX the kernels are, as drivers count.
+/// CUDA version of the kernels' PTX, in the driver's numbering.
 #[cfg(feature = "cuda")]
 const NEEDED: i32 = 13_000;
 
@@ -147,7 +148,7 @@ fn driver_version() -> Option<i32> {
 }
 
 /// # Errors
-/// There are not that many GPUs.
+/// Fewer GPUs than the index requires.
 #[cfg(any(test, feature = "cuda"))]
 fn check_index(index: usize, found: usize) -> Result<()> {
     if index < found {
@@ -163,7 +164,7 @@ fn check_index(index: usize, found: usize) -> Result<()> {
 }
 
 /// # Errors
-/// A GPU that has none of what the kernels need.
+/// A GPU without the required compute capability.
 #[cfg(any(test, feature = "cuda"))]
 fn check_capability((major, minor): (i32, i32), gpu: &str) -> Result<()> {
     if major >= 8 {
@@ -180,7 +181,7 @@ fn old_driver(how: &str) -> Error {
         .hint("update the driver; `nvidia-smi` shows its version")
 }
 
-/// What the driver said, in words and with a way out. A text that is none of the driver's stays as it is.
+/// Explains a driver error, with a hint. Any other text is kept as is.
 pub fn explain(said: &str) -> Error {
     let is = |name: &str| said.contains(&format!("CUDA_ERROR_{name}"));
     if is("NO_DEVICE") {
@@ -212,8 +213,8 @@ pub fn explain(said: &str) -> Error {
     Error::run(said)
 }
 
-/// What is said of a GPU that is full: `what` was being done, `parts` of it with their bytes, largest first, and the `ways`
-/// to need less. Another error stays as it is, and so does one that says this already.
+/// Extends an out-of-memory error with the operation `what`, the memory of its `parts` in bytes, largest first, and
+/// `ways` to reduce it. Other errors, and already extended ones, are returned unchanged.
 pub fn out_of_memory<const N: usize>(
     error: Error,
     what: &str,
@@ -228,12 +229,12 @@ pub fn out_of_memory<const N: usize>(
     Error::run(format!("the GPU is out of memory {what}: {parts}")).hint(ways).because(error)
 }
 
-/// Whether a text says that a GPU had no memory left.
+/// Whether a message says that a GPU ran out of memory.
 pub fn is_out_of_memory(said: &str) -> bool {
     said.contains("CUDA_ERROR_OUT_OF_MEMORY") || said.contains("CUBLAS_STATUS_ALLOC_FAILED")
 }
 
-/// Names of errors after which every call to the driver fails as the first did, until the process ends.
+/// Errors after which every driver call of this process fails the same way.
 const LOST: [&str; 17] = [
     "ASSERT",
     "CONTAINED",
@@ -254,18 +255,18 @@ const LOST: [&str; 17] = [
     "TENSOR_MEMORY_LEAK",
 ];
 
-/// Whether a text says that what this process had of a GPU is gone for good. One that is full is not.
+/// Whether a message says that this process has lost its GPU context. Out of memory is not such an error.
 pub(super) fn is_lost(said: &str) -> bool {
     LOST.iter().any(|name| said.contains(&format!("CUDA_ERROR_{name}")))
 }
 
-/// Refuses to go on after an error that has cost the process its GPU.
+/// Fails after an error that has cost the process its GPU context.
 ///
 /// # Errors
-/// Says so, with the driver's words.
+/// Includes the driver's message.
 pub fn still_works(device: &Device, error: &Error) -> Result<()> {
     let said = error.to_string();
-    // cuBLAS has words of its own, for lesser failures too; whoever waits for the GPU is told the driver's.
+    // cuBLAS reports its own error names, also for minor failures; synchronising returns the driver's.
     let waited = device.synchronize().err().map(|error| error.to_string()).unwrap_or_default();
     let Some(why) = [said, waited].into_iter().find(|said| is_lost(said)) else { return Ok(()) };
     Err(Error::run(format!("the GPU has failed for good: {why}")).hint(
@@ -324,7 +325,7 @@ mod tests {
         let error = told(full);
         assert_eq!(error.to_string(), "the GPU is out of memory in a test: b 3 MiB, a 1 MiB");
         assert_eq!(error.hint_text(), Some("less"));
-        // Who called does not say it once more, and another error is none of ours.
+        // Extending it again changes nothing, and other errors are left alone.
         assert_eq!(told(error).to_string(), "the GPU is out of memory in a test: b 3 MiB, a 1 MiB");
         assert_eq!(told(Error::run("a bad row")).to_string(), "a bad row");
     }

@@ -14,9 +14,11 @@ use candle_core::cuda_backend::{WrapErr, gemm_reduced_precision_f32};
 use candle_core::{CudaDevice, DType, Result, Tensor, WithDType};
 use half::bf16;
 
+use crate::ops::cuda::launch::top::{self, Logits};
 use crate::ops::cuda::launch::{self, NULL, cuda, grid, host::sent, pairs::Uploaded, tensor, view};
 use crate::ops::head::{
-    Asked, GPU_CHUNK_ELEMENTS, Grads, Pairs, Pass, Pending, Placed, Readings, RowStats, Rows, Weigh,
+    Asked, Detail, GPU_CHUNK_ELEMENTS, Grads, Pairs, Pass, Pending, Placed, Readings, RowStats,
+    Rows, TOP, Weigh, entropy_among,
 };
 use product::{Matrix, product};
 
@@ -26,6 +28,8 @@ const READ_BLOCK: u32 = 512;
 const WRITE_BLOCK: u32 = 256;
 /// Elements of such a part.
 const SPAN: u64 = 16384;
+/// Numbers that the kernel says of a row.
+const STATS: usize = 5;
 
 /// What the head computes with.
 trait Number: launch::Number + WithDType {
@@ -76,7 +80,7 @@ pub(crate) fn on_cuda(
             d_weight,
         )
     });
-    by_type(hidden, weight, (rows, pass.rows), slopes)
+    by_type(hidden, weight, (rows, pass.detail), slopes)
 }
 
 /// As `backward_of_pairs` of `ops::head`, without waiting.
@@ -90,7 +94,7 @@ pub(crate) fn of_pairs(
     (pairs, asked): (&Pairs, Asked),
 ) -> Result<(Pending, Grads)> {
     let slopes = Origin::Pairs(pairs, Placed::new(pairs, &rows));
-    by_type(hidden, weight, (rows, asked.rows), Some((slopes, asked.d_weight)))
+    by_type(hidden, weight, (rows, asked.detail), Some((slopes, asked.d_weight)))
 }
 
 /// As `backward_by` of `ops::head`, without waiting.
@@ -103,7 +107,7 @@ pub(crate) fn by_host(
     rows: Rows,
     (weigh, asked): (Weigh, Asked),
 ) -> Result<(Pending, Grads)> {
-    by_type(hidden, weight, (rows, asked.rows), Some((Origin::Asked(weigh), asked.d_weight)))
+    by_type(hidden, weight, (rows, asked.detail), Some((Origin::Asked(weigh), asked.d_weight)))
 }
 
 /// Where the slopes of the targets come from.
@@ -116,11 +120,11 @@ enum Origin<'a> {
     Asked(Weigh),
 }
 
-/// `wanted`: the rows, and whether their statistics are; `slopes`, with whether the weight's gradient is.
+/// `wanted`: the rows, and how much of them; `slopes`, with whether the weight's gradient is.
 fn by_type(
     hidden: &Tensor,
     weight: &Tensor,
-    wanted: (Rows, bool),
+    wanted: (Rows, Detail),
     slopes: Option<(Origin<'_>, bool)>,
 ) -> Result<(Pending, Grads)> {
     launch::together("the head", [hidden, weight])?;
@@ -159,7 +163,7 @@ fn logits_of<E: Number>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 fn by_chunks<E: Number>(
     hidden: &Tensor,
     weight: &Tensor,
-    (rows, stats): (Rows, bool),
+    (rows, detail): (Rows, Detail),
     slopes: Option<(Origin<'_>, bool)>,
 ) -> Result<(Pending, Grads)> {
     let (device, (t, width), vocab) =
@@ -170,7 +174,7 @@ fn by_chunks<E: Number>(
         let wanted = |wanted: bool| wanted.then(|| zeros((vocab, width))).transpose();
         let grads =
             slopes.map(|(_, w)| Ok::<_, candle_core::Error>((zeros((t, width))?, wanted(w)?)));
-        return Ok((Readings::zeros(0, stats).into(), grads.transpose()?));
+        return Ok((Readings::zeros(0, detail).into(), grads.transpose()?));
     }
     // The rows of the head, where they are not all rows.
     let some = (count < t).then(|| sent(device, &rows.hidden)).transpose()?;
@@ -180,7 +184,7 @@ fn by_chunks<E: Number>(
         None => hidden.clone(),
     };
     let x = x.to_dtype(E::DTYPE)?.contiguous()?;
-    let mut head = Head::<E>::new(device, &rows, (width, vocab), stats)?;
+    let mut head = Head::<E>::new(device, &rows, (width, vocab), detail)?;
     let ((x, of_x), (w, of_w)) = (x.storage_and_layout(), weight.storage_and_layout());
     let inputs = (&view::<E>(cuda(&x)?, of_x)?, &view::<E>(cuda(&w)?, of_w)?);
     match slopes {
@@ -239,8 +243,20 @@ struct OnDevice {
     /// Of the targets, row by row.
     logps: CudaSlice<f32>,
     log_sums: CudaSlice<f32>,
-    /// [`RowStats`], five numbers a row.
+    /// [`RowStats`], [`STATS`] numbers a row.
     stats: Option<CudaSlice<f32>>,
+    top: Option<TopOnDevice>,
+}
+
+/// The likeliest tokens of rows.
+#[derive(Debug)]
+struct TopOnDevice {
+    /// So many a row.
+    most: usize,
+    /// Of all rows.
+    logps: CudaSlice<f32>,
+    /// Of a chunk's rows: nobody asks for them.
+    ids: CudaSlice<u32>,
 }
 
 /// Readings that the host has not waited for.
@@ -287,18 +303,24 @@ impl<'a, E: Number> Head<'a, E> {
         device: &'a CudaDevice,
         rows: &Rows,
         (width, vocab): (usize, usize),
-        stats: bool,
+        detail: Detail,
     ) -> Result<Self> {
         let count = rows.hidden.len();
         let chunk = (GPU_CHUNK_ELEMENTS / vocab.max(1)).clamp(16, 4096).min(count);
         let starts: Vec<u32> = rows.starts.iter().map(|&start| start as u32).collect();
         let ids: Vec<u32> = rows.order.iter().map(|&(_, id)| id).collect();
+        let (stats, most) = (detail >= Detail::Rows, TOP.min(vocab));
         // SAFETY: `readings` and `logits` are written before they are read, row by row.
         let (readings, logits) = unsafe {
+            let top = (detail == Detail::Top).then(|| {
+                let (logps, ids) = (device.alloc(count * most)?, device.alloc(chunk * most)?);
+                Ok::<_, candle_core::Error>(TopOnDevice { most, logps, ids })
+            });
             let readings = OnDevice {
                 logps: device.alloc::<f32>(ids.len())?,
                 log_sums: device.alloc::<f32>(count)?,
-                stats: stats.then(|| device.alloc::<f32>(count * 5)).transpose()?,
+                stats: stats.then(|| device.alloc::<f32>(count * STATS)).transpose()?,
+                top: top.transpose()?,
             };
             (readings, device.alloc::<f32>(chunk * vocab)?)
         };
@@ -381,9 +403,10 @@ impl<'a, E: Number> Head<'a, E> {
         let entry = if self.readings.stats.is_some() { "head_stats_f32" } else { "head_logps_f32" };
         let function = super::ptx::kernel(self.device, "head", entry)?;
         let (vocab, starts) = (self.vocab as u64, self.starts.slice(slots.start..));
-        let OnDevice { logps, log_sums, stats } = &mut self.readings;
+        let OnDevice { logps, log_sums, stats, top } = &mut self.readings;
         let mut log_sums = log_sums.slice_mut(slots.start..slots.end);
-        let mut stats = stats.as_mut().map(|all| all.slice_mut(slots.start * 5..slots.end * 5));
+        let mut stats =
+            stats.as_mut().map(|all| all.slice_mut(slots.start * STATS..slots.end * STATS));
         let mut launch = function.builder();
         launch.arg(&self.logits).arg(&vocab).arg(&starts).arg(&self.ids);
         launch.arg(logps).arg(&mut log_sums);
@@ -392,6 +415,17 @@ impl<'a, E: Number> Head<'a, E> {
         }
         // SAFETY: the kernel's arguments, each as long as the rows of the launch ask for.
         unsafe { launch.launch(grid("head", (slots.len(), 1), READ_BLOCK)?) }.w()?;
+        if let Some(top) = top {
+            let logits = Logits {
+                values: &self.logits.slice(..slots.len() * self.vocab),
+                vocab: self.vocab,
+                log_sums: &log_sums.as_view(),
+            };
+            let mut ids = top.ids.slice_mut(..slots.len() * top.most);
+            let mut logps = top.logps.slice_mut(slots.start * top.most..slots.end * top.most);
+            let places = (&mut ids, &mut logps);
+            top::likeliest(self.device, &logits, (None, top.most), places)?;
+        }
         Ok(())
     }
 
@@ -427,8 +461,10 @@ impl OnDevice {
     fn slopes(&self, device: &CudaDevice, rows: Rows, weigh: Weigh) -> Result<CudaSlice<f32>> {
         let mut inputs = vec![self.logps.slice(..)];
         inputs.extend(self.stats.as_ref().map(|stats| stats.slice(..)));
+        inputs.extend(self.top.as_ref().map(|top| top.logps.slice(..)));
         let compute = move |inputs: &[&[f32]]| {
-            let slopes = weigh(&placed(&rows, inputs[0], inputs.get(1).copied()));
+            let of_rows = (inputs.get(1).copied(), inputs.get(2).copied());
+            let slopes = weigh(&placed(&rows, inputs[0], of_rows));
             if slopes.len() != rows.order.len() {
                 return Vec::new();
             }
@@ -444,15 +480,20 @@ impl Unread {
         let Self { readings, device, rows } = self;
         let logps = device.clone_dtoh(&readings.logps)?;
         let stats = readings.stats.as_ref().map(|stats| device.clone_dtoh(stats)).transpose()?;
-        Ok(placed(rows, &logps, stats.as_deref()))
+        let top = readings.top.as_ref().map(|top| device.clone_dtoh(&top.logps)).transpose()?;
+        Ok(placed(rows, &logps, (stats.as_deref(), top.as_deref())))
     }
 }
 
 /// What rows say, row by row, with each target where the caller has it.
-fn placed(rows: &Rows, logps: &[f32], stats: Option<&[f32]>) -> Readings {
-    let mut readings = Readings::zeros(rows.order.len(), stats.is_some());
+fn placed(rows: &Rows, logps: &[f32], (stats, top): (Option<&[f32]>, Option<&[f32]>)) -> Readings {
+    let detail = if stats.is_some() { Detail::Rows } else { Detail::Targets };
+    let mut readings = Readings::zeros(rows.order.len(), detail);
+    let most = top.map_or(0, |top| top.len() / rows.hidden.len().max(1));
     for slot in 0..rows.hidden.len() {
-        let row = stats.map(|stats| row_stats(&stats[slot * 5..][..5]));
+        let top_entropy = top.map_or(0.0, |top| entropy_among(&top[slot * most..][..most]));
+        let row = stats
+            .map(|stats| RowStats { top_entropy, ..row_stats(&stats[slot * STATS..][..STATS]) });
         for place in rows.starts[slot]..rows.starts[slot + 1] {
             readings.set(rows.order[place].0, logps[place], row);
         }
@@ -468,5 +509,6 @@ fn row_stats(five: &[f32]) -> RowStats {
         entropy: five[2],
         log_sum_squares: five[3],
         best_logp: five[4],
+        top_entropy: 0.0,
     }
 }

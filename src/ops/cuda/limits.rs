@@ -1,14 +1,14 @@
-//! What a launch may count: the driver takes blocks, and cuBLAS sizes, in 32 bits. Elements are counted in 64.
+//! Launch limits: the driver takes block counts, and cuBLAS sizes, in 32 bits. Elements are counted in 64.
 
 use candle_core::{Result, bail};
 
-/// Blocks of a grid along x and y, at most.
+/// Largest grid along x and y.
 const MOST: [usize; 2] = [i32::MAX as usize, 65_535];
 
-/// Blocks as the driver takes them.
+/// Block counts in the driver's types.
 ///
 /// # Errors
-/// None, or more than a GPU takes; names the op.
+/// Zero, or more than a GPU supports; names the op.
 pub(super) fn blocks(op: &str, (x, y): (usize, usize)) -> Result<(u32, u32)> {
     let [most_x, most_y] = MOST;
     if (1..=most_x).contains(&x) && (1..=most_y).contains(&y) {
@@ -17,10 +17,10 @@ pub(super) fn blocks(op: &str, (x, y): (usize, usize)) -> Result<(u32, u32)> {
     bail!("{op}: a grid of {x} by {y} blocks, expected 1 by 1 to {most_x} by {most_y}")
 }
 
-/// Sizes of a product as cuBLAS takes them.
+/// Product sizes in cuBLAS's type.
 ///
 /// # Errors
-/// One that is too large; names the op.
+/// A size that is too large; names the op.
 pub(super) fn sizes<const N: usize>(op: &str, sizes: [usize; N]) -> Result<[i32; N]> {
     if sizes.iter().any(|&size| size > i32::MAX as usize) {
         bail!("{op}: a product of sizes {sizes:?}, expected {} at most", i32::MAX);

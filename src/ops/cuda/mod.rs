@@ -1,7 +1,8 @@
-//! Kernels for NVIDIA GPUs, in CUDA C++, one `.cu` file an op.
+//! Kernels for NVIDIA GPUs, in CUDA C++, one `.cu` file per op.
 //!
 //! With the feature `cuda` they are compiled to PTX and launched on Candle's stream. Tests need neither a GPU nor the
-//! toolkit: the same sources are compiled for the host, see `tests/host.rs` and `host.h`, and held against the CPU's ops.
+//! toolkit: the same sources are compiled for the host, see `tests/host.rs` and `host.h`, and compared with the CPU
+//! ops.
 
 #[cfg(feature = "cuda")]
 mod arguments;

@@ -1,5 +1,4 @@
-//! NVIDIA's run-time compiler, `libnvrtc`, opened when it is first needed: a program that was linked to it would not
-//! start where it is absent.
+//! NVIDIA's run-time compiler, `libnvrtc`, loaded on first use: a program linked against it would not start without it.
 
 #![expect(unsafe_code, reason = "a C library, opened and called through its own functions")]
 
@@ -10,12 +9,12 @@ use std::sync::OnceLock;
 
 use candle_core::{Result, bail};
 
-/// The release whose PTX the drivers that we ask for can read comes first.
+/// The release whose PTX our minimum driver can read comes first.
 const NAMES: [&str; 2] = ["libnvrtc.so.13", "libnvrtc.so"];
 
 type Program = *mut c_void;
 
-/// The functions, with the types of `nvrtc.h`. The library stays open.
+/// Its functions, with the types of `nvrtc.h`. The library stays loaded.
 struct Nvrtc {
     version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int,
     create: unsafe extern "C" fn(
@@ -32,16 +31,16 @@ struct Nvrtc {
     destroy: unsafe extern "C" fn(*mut Program) -> c_int,
 }
 
-/// Two functions that give a text: its size with the zero at its end, then the text.
+/// A pair of functions that return a text: its size including the terminating zero, then the text.
 struct Text {
     size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
     get: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
 }
 
-/// The release of the library that was found, `(13, 0)`.
+/// Version of the loaded library, such as `(13, 0)`.
 ///
 /// # Errors
-/// There is no library, or not a whole one.
+/// A missing or incomplete library.
 pub(super) fn version() -> Result<(i32, i32)> {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: both numbers are written to.
@@ -49,10 +48,10 @@ pub(super) fn version() -> Result<(i32, i32)> {
     if status == 0 { Ok((major, minor)) } else { bail!("nvrtcVersion failed with {status}") }
 }
 
-/// The PTX of a source, `(name, text)`, that may include the given headers by name.
+/// Compiles a source, `(name, text)`, to PTX; it may include the given headers by name.
 ///
 /// # Errors
-/// There is no compiler; it refused the source, with what it said.
+/// No compiler; a compilation error, with its log.
 pub(super) fn compile(
     (name, source): (&str, &str),
     headers: &[(&str, &str)],
@@ -61,8 +60,8 @@ pub(super) fn compile(
     let nvrtc = nvrtc()?;
     let names = headers.iter().map(|(name, _)| c_string(name)).collect::<Result<Vec<_>>>()?;
     let texts = headers.iter().map(|(_, text)| c_string(text)).collect::<Result<Vec<_>>>()?;
-    // Without the last one lambdas would count as functions of the host, which it refuses; nvcc tells them apart by their
-    // place.
+    // Without the last one, lambdas would count as host functions, which NVRTC rejects; nvcc infers it from their
+    // context.
     let options = [
         format!("--gpu-architecture={architecture}"),
         "--std=c++17".to_owned(),
@@ -131,7 +130,7 @@ fn nvrtc() -> Result<&'static Nvrtc> {
     }
 }
 
-/// Opens the library: as the system finds it, then in `CUDA_HOME`.
+/// Loads the library from the system's search path, then from `CUDA_HOME`.
 fn open() -> std::result::Result<Nvrtc, String> {
     let mut errors = Vec::new();
     for name in NAMES {
@@ -142,7 +141,7 @@ fn open() -> std::result::Result<Nvrtc, String> {
     }
     let home = std::env::var_os("CUDA_HOME").map(PathBuf::from);
     for folder in home.iter().flat_map(|home| [home.join("lib"), home.join("lib64")]) {
-        // The library opens a second one by its bare name: that works where it is open already.
+        // The library loads a second one by its bare name, which works if that is already loaded.
         for part in files(&folder, "libnvrtc-builtins.so") {
             let _ = load(&part);
         }
@@ -167,7 +166,7 @@ fn load(path: &Path) -> std::result::Result<*mut c_void, String> {
     if library.is_null() { Err(last_error()) } else { Ok(library) }
 }
 
-/// The files of a folder whose names begin so.
+/// Files in a folder whose names begin with `start`.
 fn files(folder: &Path, start: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let named = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(start));
@@ -196,10 +195,10 @@ fn functions(library: *mut c_void) -> std::result::Result<Nvrtc, String> {
     }
 }
 
-/// A function of an open library.
+/// Looks up a function of the loaded library.
 ///
 /// # Safety
-/// `F` is the type of a pointer to that very function.
+/// `F` is the type of a pointer to that function.
 unsafe fn function<F: Copy>(library: *mut c_void, name: &CStr) -> std::result::Result<F, String> {
     const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
     // SAFETY: the library is open, the name ends with zero.

@@ -1,4 +1,4 @@
-//! The driver's pool, which tensors on a GPU are allocated from.
+//! The driver's memory pool, from which GPU tensors are allocated.
 
 #![expect(unsafe_code, reason = "the pool is a handle of the driver's")]
 
@@ -19,15 +19,15 @@ fn pool(context: &CudaContext) -> Result<sys::CUmemoryPool, DriverError> {
     unsafe { result::device::get_default_mem_pool(context.cu_device()) }
 }
 
-/// Keeps memory that is freed: by default the pool gives it back to the system whenever anybody waits for the GPU, and the
-/// next step has to ask for it again.
+/// Keeps freed memory in the pool: by default it is returned to the system at each synchronisation, and the next step
+/// has to request it again.
 pub(super) fn keep(context: &Arc<CudaContext>) -> Result<(), DriverError> {
     let (pool, mut all) = (pool(context)?, u64::MAX);
     // SAFETY: this attribute is a u64, which the call reads.
     unsafe { cuMemPoolSetAttribute(pool, THRESHOLD, (&raw mut all).cast()) }.result()
 }
 
-/// Bytes that the pool holds and nobody uses: the system counts them as taken.
+/// Bytes held by the pool but unused; the system counts them as allocated.
 pub(super) fn spare(context: &Arc<CudaContext>) -> Result<u64, DriverError> {
     let pool = pool(context)?;
     let read = |attribute: CUmemPool_attribute| {

@@ -1,7 +1,7 @@
-//! The kernels as a GPU's driver takes them: the PTX that the build made, else what NVIDIA's run-time compiler makes of
-//! the same sources, which the program carries.
+//! The kernels as PTX: from the build, or compiled by NVIDIA's run-time compiler from the same sources, which the
+//! program embeds.
 //!
-//! PTX of one architecture serves that one and all newer ones; the driver turns it into machine code when it is loaded.
+//! PTX of one architecture also runs on all newer ones; the driver compiles it to machine code when loading.
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -15,24 +15,24 @@ use super::arguments::{self, Entries, Launch, Parameter};
 use super::device::{OLD_DRIVER, is_lost};
 use super::nvrtc;
 
-/// A kernel file as the build found it.
+/// A kernel file known to the build.
 struct Module {
     /// `norm` for `norm.cu`.
     name: &'static str,
     source: &'static str,
-    /// One for each [`Architecture`]; empty where the build had no compiler.
+    /// One per [`Architecture`]; empty if the build had no compiler.
     ptx: [&'static str; 2],
 }
 
 // `MODULES`, and `HEADERS` as (name, text): written by build.rs.
 include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 
-/// What kernels are compiled for.
+/// Compilation target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Architecture {
-    /// A100 and what followed it.
+    /// A100 and later.
     Sm80,
-    /// H100 and what followed it.
+    /// H100 and later.
     Sm90,
 }
 
@@ -40,7 +40,7 @@ impl Architecture {
     #[cfg(test)]
     const ALL: [Self; 2] = [Self::Sm80, Self::Sm90];
 
-    /// The newest that serves a GPU of this compute capability.
+    /// The newest one supported by a GPU of this compute capability.
     fn of((major, _): (i32, i32)) -> Option<Self> {
         match major {
             9.. => Some(Self::Sm90),
@@ -49,7 +49,7 @@ impl Architecture {
         }
     }
 
-    /// As compilers call it.
+    /// Its name for compilers.
     fn name(self) -> &'static str {
         match self {
             Self::Sm80 => "compute_80",
@@ -67,7 +67,7 @@ pub(super) struct CudaFunc {
 }
 
 impl CudaFunc {
-    /// A launch, whose arguments are to be added in the kernel's order.
+    /// A launch; arguments are added in the kernel's order.
     pub(super) fn builder(&self) -> Launch<'_> {
         let arguments = self.stream.launch_builder(&self.function);
         Launch::new(&self.name, &self.parameters, arguments)
@@ -82,16 +82,15 @@ impl Deref for CudaFunc {
     }
 }
 
-/// The entry `function` of the kernel file `module` (`norm` for `norm.cu`), loaded onto the device when it is first asked
-/// for.
+/// The entry `function` of the kernel file `module` (`norm` for `norm.cu`), loaded onto the device on first use.
 ///
 /// # Errors
-/// A GPU that is too old; a driver that is; no PTX in the program and no run-time compiler; no such entry.
+/// A GPU or driver that is too old; neither embedded PTX nor a run-time compiler; no such entry.
 pub(super) fn kernel(device: &CudaDevice, module: &str, function: &str) -> Result<CudaFunc> {
     type Found = BTreeMap<(usize, String), (CudaFunction, Arc<[Parameter]>)>;
     static FOUND: Mutex<Found> = Mutex::new(BTreeMap::new());
     let stream = device.cuda_stream();
-    // An address says whose a function is: whoever is kept here keeps its context.
+    // Functions are identified by their context's address, so the cached function keeps its context alive.
     let key = (Arc::as_ptr(stream.context()) as usize, function.to_owned());
     let mut known = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((function, parameters)) = known.get(&key).cloned() {
@@ -116,7 +115,7 @@ pub(super) fn kernel(device: &CudaDevice, module: &str, function: &str) -> Resul
     Ok(CudaFunc { function, stream, name, parameters })
 }
 
-/// What the driver said of a kernel, in words.
+/// A driver's error about a kernel, in words.
 fn refused(module: &str, function: &str, error: &str) -> candle_core::Error {
     let reason = if error.contains("UNSUPPORTED_PTX_VERSION") {
         format!("{OLD_DRIVER} ({error})")
@@ -132,7 +131,7 @@ fn refused(module: &str, function: &str, error: &str) -> candle_core::Error {
 }
 
 impl Module {
-    /// Its PTX, with what the entries take. What was compiled at run time is kept for the next call.
+    /// Its PTX and its entries' parameters. The result of run-time compilation is cached.
     fn text(&self, architecture: Architecture) -> Result<(Arc<str>, Arc<Entries>)> {
         type Compiled = BTreeMap<(&'static str, Architecture), (Arc<str>, Arc<Entries>)>;
         static COMPILED: Mutex<Compiled> = Mutex::new(BTreeMap::new());
@@ -149,7 +148,7 @@ impl Module {
         Ok(found)
     }
 
-    /// By the run-time compiler.
+    /// Compiles it at run time.
     fn compile(&self, architecture: Architecture) -> Result<String> {
         let file = format!("{}.cu", self.name);
         nvrtc::compile((&file, self.source), HEADERS, architecture.name()).map_err(|error| {
@@ -164,7 +163,7 @@ impl Module {
 mod tests {
     use super::*;
 
-    /// The entries of a PTX, and what they take.
+    /// Entries of a PTX, and their parameters.
     fn entries(ptx: &str) -> Entries {
         arguments::entries(ptx).unwrap()
     }
@@ -189,11 +188,11 @@ mod tests {
         assert!(said("CUDA_ERROR_UNSUPPORTED_PTX_VERSION").contains(OLD_DRIVER));
         let late = said("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"…\")");
         assert!(late.starts_with("an earlier kernel failed"), "{late}");
-        // Behind it may stand where the error came from.
+        // The error's location may follow.
         assert!(said("another").contains("kernel `f` of norm.cu: another"));
     }
 
-    /// Holds where the build had a compiler; one that stood in for it left the texts empty.
+    /// Applies if the build had a compiler; a stand-in leaves the texts empty.
     #[test]
     fn every_file_has_its_kernels_for_both_architectures() {
         assert!(!MODULES.is_empty() && HEADERS.iter().any(|(name, _)| *name == "common.cuh"));
@@ -205,13 +204,13 @@ mod tests {
             if !old.is_empty() {
                 assert!(!entries(old).is_empty(), "{} has no kernel", module.name);
                 assert!(old.contains(".target sm_80") && new.contains(".target sm_90"));
-                // ISA 9.0 is CUDA 13.0's: a newer one would need a newer driver than the documents say.
+                // ISA 9.0 is CUDA 13.0's; a newer one would need a newer driver than documented.
                 assert!(old.contains(".version 9.0"), "{}", module.name);
             }
         }
     }
 
-    /// `scripts/cuda-proof` sets this variable where the compiler must be there.
+    /// Set by `scripts/cuda-proof`, where the compiler is required.
     const PROOF: &str = "ARRIERO_CUDA_PROOF";
 
     #[test]

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::{Grads, Pass, Readings, RowStats, Rows, log_of_sum};
+use super::{Detail, Grads, Pass, Readings, RowStats, Rows, TOP, entropy_among, log_of_sum};
 use crate::ops::cpu::{
     self, Element,
     matmul::{Mat, Threads, matmul, matmul_into},
@@ -37,7 +37,7 @@ fn by_chunks<E: Element>(
     pass: Pass<'_>,
 ) -> Result<(Readings, Grads)> {
     let Dense { h, w, t, width, vocab } = *inputs;
-    let mut readings = Readings::zeros(rows.order.len(), pass.rows);
+    let mut readings = Readings::zeros(rows.order.len(), pass.detail);
     let mut d_hidden = pass.gradient.map(|_| vec![0.0; t * width]);
     let mut d_weight =
         pass.gradient.and_then(|(_, wanted)| wanted.then(|| vec![0.0; vocab * width]));
@@ -94,7 +94,8 @@ fn row_on_cpu(
 ) -> (Vec<f32>, Option<RowStats>) {
     let (max, vocab) = (simd::max(logits), logits.len());
     let picked: Vec<f32> = targets.iter().map(|&(_, id)| logits[id as usize]).collect();
-    let moments = pass.rows.then(|| simd::moments(logits, max));
+    let moments = (pass.detail >= Detail::Rows).then(|| simd::moments(logits, max));
+    let top = if pass.detail == Detail::Top { entropy_among(&largest(logits)) } else { 0.0 };
     let sum = match (pass.gradient, moments) {
         (Some(_), _) => simd::exp_sub(logits, max),
         (None, Some([sum, ..])) => sum,
@@ -119,6 +120,32 @@ fn row_on_cpu(
         entropy: sum.ln() - first / sum,
         log_sum_squares: squares.ln() - 2.0 * sum.ln(),
         best_logp: max - log_sum_exp,
+        top_entropy: top,
     });
     (picked.into_iter().map(|logit| logit - log_sum_exp).collect(), stats)
+}
+
+/// The [`TOP`] largest values in no order, or all where there are fewer.
+fn largest(logits: &[f32]) -> Vec<f32> {
+    /// Values that are passed over at once where none is large enough.
+    const PIECE: usize = 256;
+    let (first, rest) = logits.split_at(TOP.min(logits.len()));
+    let mut found = first.to_vec();
+    let least = |found: &[f32]| {
+        let places = found.iter().copied().enumerate();
+        places.min_by(|(_, a), (_, b)| a.total_cmp(b)).unwrap_or((0, f32::NEG_INFINITY))
+    };
+    let (mut place, mut bound) = least(&found);
+    for piece in rest.chunks(PIECE).filter(|piece| !piece.is_empty()) {
+        if simd::max(piece) <= bound {
+            continue;
+        }
+        for &logit in piece {
+            if logit > bound {
+                found[place] = logit;
+                (place, bound) = least(&found);
+            }
+        }
+    }
+    found
 }

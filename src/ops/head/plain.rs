@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::{Grads, Pass, Readings, RowStats, Rows};
+use super::{Detail, Grads, Pass, Readings, RowStats, Rows, TOP, entropy_among};
 
 /// As [`on_cpu`](super::chunks::on_cpu).
 pub(super) fn plain(
@@ -12,7 +12,7 @@ pub(super) fn plain(
     pass: Pass<'_>,
 ) -> Result<(Readings, Grads)> {
     let (device, vocab) = (hidden.device(), weight.dim(0)?);
-    let mut readings = Readings::zeros(rows.order.len(), pass.rows);
+    let mut readings = Readings::zeros(rows.order.len(), pass.detail);
     let mut d_hidden = hidden.zeros_like()?;
     let mut d_weight = match pass.gradient {
         Some((_, true)) => Some(weight.zeros_like()?),
@@ -37,7 +37,10 @@ pub(super) fn plain(
         let flat: Vec<u32> = entries.iter().map(|&(_, at)| at as u32).collect();
         let flat = Tensor::from_vec(flat, entries.len(), device)?;
         let picked = log_probs.flatten_all()?.index_select(&flat, 0)?.to_vec1::<f32>()?;
-        let stats = if pass.rows { plain_stats(&logits, &log_probs)? } else { Vec::new() };
+        let stats = match pass.detail {
+            Detail::Targets => Vec::new(),
+            detail => plain_stats(&logits, &log_probs, detail)?,
+        };
         for (&(index, at), logp) in entries.iter().zip(picked) {
             readings.set(index, logp, stats.get(at / vocab).copied());
         }
@@ -66,19 +69,30 @@ pub(super) fn plain(
 }
 
 /// [`RowStats`] of each row of `logits` and its `log_probs`, `[R, V]` both.
-fn plain_stats(logits: &Tensor, log_probs: &Tensor) -> Result<Vec<RowStats>> {
+fn plain_stats(logits: &Tensor, log_probs: &Tensor, detail: Detail) -> Result<Vec<RowStats>> {
     let values = |tensor: Tensor| tensor.flatten_all()?.to_vec1::<f32>();
     let entropy = values((log_probs.exp()? * log_probs)?.sum(D::Minus1)?.neg()?)?;
     let log_sum_squares = values((log_probs * 2.0)?.log_sum_exp(D::Minus1)?)?;
     let mean_logit = values(logits.mean(D::Minus1)?)?;
     let log_sum_exp = values(logits.log_sum_exp(D::Minus1)?)?;
     let best_logp = values(log_probs.max(D::Minus1)?)?;
+    let top_entropy: Vec<f32> = match detail {
+        Detail::Top => {
+            let of_row = |mut row: Vec<f32>| {
+                row.sort_by(|a, b| b.total_cmp(a));
+                entropy_among(&row[..TOP.min(row.len())])
+            };
+            logits.to_vec2()?.into_iter().map(of_row).collect()
+        }
+        _ => vec![0.0; entropy.len()],
+    };
     let row = |at: usize| RowStats {
         log_sum_exp: log_sum_exp[at],
         mean_logit: mean_logit[at],
         entropy: entropy[at],
         log_sum_squares: log_sum_squares[at],
         best_logp: best_logp[at],
+        top_entropy: top_entropy[at],
     };
     Ok((0..entropy.len()).map(row).collect())
 }

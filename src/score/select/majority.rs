@@ -1,4 +1,4 @@
-//! The final answer that most candidates give (self-consistency, Wang et al. 2022).
+//! The most frequent final answer among candidates (self-consistency, Wang et al. 2022).
 
 use indexmap::IndexMap;
 
@@ -8,18 +8,18 @@ use crate::error::Result;
 use crate::generate::engine::Finish;
 use crate::score::verifiers::{Part, last_number};
 
-/// Finds the final answer in a text.
+/// Extracts the final answer from a text.
 #[derive(Clone, Debug, Default)]
 pub struct AnswerReader {
     part: Part,
 }
 
 impl AnswerReader {
-    /// Reads where `pattern` matches last: its first group, or the whole match. An empty pattern takes the last
-    /// `\boxed{…}`, or else the last number.
+    /// Reads the last match of `pattern`: its first group, or the whole match. An empty pattern takes the last
+    /// `\boxed{…}`, otherwise the last number.
     ///
     /// # Errors
-    /// No regular expression.
+    /// An invalid regular expression.
     pub fn new(pattern: &str) -> Result<Self> {
         if pattern.is_empty() {
             return Ok(Self::default());
@@ -27,12 +27,12 @@ impl AnswerReader {
         Ok(Self { part: Part::at(Some(pattern), "answer_pattern")? })
     }
 
-    /// Whether it reads as it does without a pattern.
+    /// Whether no pattern is set.
     pub fn is_default(&self) -> bool {
         self.part.is_all()
     }
 
-    /// The final answer in a form in which equal answers are equal texts; `None` where the text gives none.
+    /// The final answer in canonical form, so that equal answers are equal strings; `None` if there is none.
     ///
     /// ```
     /// use arriero::score::select::AnswerReader;
@@ -47,20 +47,20 @@ impl AnswerReader {
             (true, None) => return last_number(text).map(canonical),
         };
         let words = part.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
-        // A number in another notation is the same answer; words around it make it another one.
+        // A number in another notation is the same answer; words around it make it a different one.
         let is_number = words.chars().all(|c| c.is_ascii_digit() || "+-.,/$% ".contains(c));
         let number = is_number.then(|| last_number(&words)).flatten();
         Some(number.map_or(words, canonical)).filter(|answer| !answer.is_empty())
     }
 }
 
-/// Nine significant digits, so that rounding does not part equal answers.
+/// Nine significant digits, so that rounding does not separate equal answers.
 fn canonical(number: f64) -> String {
     let rounded: f64 = format!("{number:.8e}").parse().unwrap_or(number);
     if rounded == 0.0 { "0".to_owned() } else { rounded.to_string() }
 }
 
-/// What stands in the last `\boxed{…}` that is closed.
+/// Content of the last closed `\boxed{…}`.
 fn boxed(text: &str) -> Option<&str> {
     const OPENING: &str = "\\boxed{";
     let inner = &text[text.rfind(OPENING)? + OPENING.len()..];
@@ -78,8 +78,8 @@ fn boxed(text: &str) -> Option<&str> {
     None
 }
 
-/// The best `best_of` eligible candidates with the majority's answer. Every finished candidate that gives an answer has a
-/// vote, two equal texts two. Of answers with equal votes the one whose best candidate is the better wins.
+/// The best `best_of` eligible candidates with the majority answer. Every finished candidate with an answer has one
+/// vote, duplicates included. On equal votes the answer with the better best candidate wins.
 pub(super) fn rows<'a>(
     row: &Candidates,
     eligible: impl Iterator<Item = &'a Candidate>,

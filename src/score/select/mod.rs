@@ -1,7 +1,7 @@
-//! Rejection sampling's choice: good candidates become training rows, better and worse ones become pairs.
+//! Selection for rejection sampling: good candidates become SFT rows, better/worse ones preference pairs.
 //!
-//! Pure functions over rows. A candidate that was cut off by length or that a verifier refused is never preferred.
-//! Equal scores are settled by the order in which the candidates were drawn, or by a draw from the stage's seed.
+//! Pure functions over rows. A candidate truncated by length or rejected by a verifier is never preferred. Ties are
+//! broken by sampling order, or by a draw from the stage's seed.
 
 mod majority;
 mod pairs;
@@ -17,61 +17,61 @@ use crate::rng::Stream;
 pub use majority::AnswerReader;
 pub use rows::{PairRow, SftRow};
 
-/// Which candidates become pairs. In each pair the better one may win (it is finished and no verifier refused it) and
-/// the scores are at least `min_margin` apart.
+/// Which candidates form pairs. The better one must be eligible to win (finished, not rejected by a verifier), and
+/// scores must differ by at least `min_margin`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PairStrategy {
-    /// The best with the worst, the second best with the second worst, …
+    /// Best with worst, second best with second worst, …
     #[default]
     #[serde(alias = "max_min")]
     BestWorst,
-    /// The best with lower ones drawn at random (Tulu 3).
+    /// The best with randomly drawn lower ones (Tulu 3).
     #[serde(alias = "max_random")]
     BestRandom,
-    /// The best with the next best, then with the one after it, …
+    /// The best with the second best, then with the third, …
     #[serde(alias = "max_max")]
     BestSecond,
-    /// The pairs that are furthest apart, whoever is in them.
+    /// The pairs with the largest margins, over all candidates.
     MaxMinMargin,
-    /// Every pair, whatever `pairs_per_prompt` says.
+    /// Every pair, regardless of `pairs_per_prompt`.
     AllAboveMargin,
 }
 
-/// Which candidates become training rows, among those that may win and have `min_score`.
+/// Which candidates become SFT rows, among those eligible to win with at least `min_score`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SftStrategy {
     /// The best of each prompt.
     #[default]
     BestOf,
-    /// The best of those whose final answer most candidates give (self-consistency, Wang et al. 2022).
+    /// The best of those with the most frequent final answer (self-consistency, Wang et al. 2022).
     #[serde(alias = "majority_vote", alias = "self_consistency")]
     Majority,
-    /// The best share of all candidates of all prompts.
+    /// The top fraction of all candidates over all prompts.
     TopQuantile,
 }
 
-/// What to choose.
+/// Selection rules.
 #[derive(Clone, Debug)]
 pub struct Rules {
-    /// How pairs are made.
+    /// Pairing strategy.
     pub pairs: PairStrategy,
-    /// How training rows are chosen.
+    /// SFT row strategy.
     pub sft: SftStrategy,
-    /// A training row needs at least this score.
+    /// Minimum score of an SFT row.
     pub min_score: f64,
-    /// A pair needs at least this distance between its scores; never 0.
+    /// Minimum score difference of a pair; never 0.
     pub min_margin: f64,
-    /// Best candidates a prompt that become training rows; `TopQuantile` takes as many as are among the best.
+    /// Number of best candidates per prompt that become SFT rows; unlimited for `TopQuantile`.
     pub best_of: usize,
-    /// Pairs a prompt.
+    /// Pairs per prompt.
     pub pairs_per_prompt: usize,
-    /// `TopQuantile`: the share of all different candidates that is kept.
+    /// `TopQuantile`: fraction of all distinct candidates to keep.
     pub top_quantile: f64,
-    /// `Majority`: share of the votes that an answer needs.
+    /// `Majority`: minimum fraction of votes for an answer.
     pub min_agreement: f64,
-    /// `Majority`: where the final answer stands.
+    /// `Majority`: how to find the final answer.
     pub answers: AnswerReader,
     /// Seed of the draws.
     pub seed: u64,
@@ -95,10 +95,10 @@ impl Default for Rules {
 }
 
 impl Rules {
-    /// Refuses values that choose nothing, and those that the chosen strategy would not look at.
+    /// Rejects values that select nothing, and those that the chosen strategy ignores.
     ///
     /// # Errors
-    /// Names the key, its value and what was expected.
+    /// Names the key, its value and the expected range.
     pub fn check(&self) -> Result<()> {
         let unused = |key: &str, strategy: &str| {
             Err(Error::usage(format!("`{key}` without `sft_strategy = \"{strategy}\"`"))
@@ -131,33 +131,33 @@ impl Rules {
     }
 }
 
-/// Why a prompt gave no pair, or what it gave.
+/// What a prompt yielded, or why it gave no pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// At least one pair.
     Paired,
-    /// All candidates say the same.
+    /// All candidates have the same text.
     Identical,
-    /// No candidate may be preferred: verifiers refused them, or all were cut off.
+    /// No candidate may be preferred: all were rejected by verifiers or truncated.
     AllFailed,
-    /// No two candidates' scores are far enough apart.
+    /// No two scores differ by enough.
     TooClose,
 }
 
-/// What was chosen for one prompt.
+/// The selection for one prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Selection {
-    /// Training rows, best first.
+    /// SFT rows, best first.
     pub sft: Vec<SftRow>,
-    /// Pairs, in the order of the strategy.
+    /// Pairs, in the strategy's order.
     pub pairs: Vec<PairRow>,
-    /// Whether and why.
+    /// The outcome for pairs.
     pub outcome: Outcome,
-    /// Candidates without a text, which are in neither: no stage would learn from them.
+    /// Number of candidates without text, which are never selected: no stage could learn from them.
     pub empty: usize,
 }
 
-/// Chooses for every prompt, in the order of the prompts.
+/// Selects for every prompt, in order.
 pub fn select(prompts: &[Candidates], rules: &Rules) -> Vec<Selection> {
     let ranked: Vec<Vec<&Candidate>> = prompts.iter().map(|row| ranked(&row.candidates)).collect();
     let kept = match rules.sft {
@@ -200,18 +200,18 @@ fn outcome(ranked: &[&Candidate], no_pairs: bool) -> Outcome {
     }
 }
 
-/// Whether a candidate may become a training row.
+/// Whether a candidate may become an SFT row.
 fn is_eligible(candidate: &Candidate, rules: &Rules) -> bool {
     candidate.may_win() && candidate.score >= rules.min_score
 }
 
-/// Whether nothing was said before the turn ended.
+/// Whether the answer is empty.
 fn is_empty(candidate: &Candidate) -> bool {
     candidate.text.trim().is_empty()
 }
 
-/// Different texts but for the empty one, best first, of equal scores the first drawn. Of equal texts one that may win, then the best scored,
-/// then the first drawn: an answer that was cut off must not hide the same answer finished.
+/// Distinct non-empty texts, best first, ties in sampling order. Among duplicates, one that may win is kept, then the
+/// best scored, then the first sampled: a truncated answer must not hide the same answer finished.
 fn ranked(candidates: &[Candidate]) -> Vec<&Candidate> {
     let mut kept: IndexMap<&str, (usize, &Candidate)> = IndexMap::new();
     for (drawn, candidate) in candidates.iter().enumerate().filter(|(_, one)| !is_empty(one)) {

@@ -1,17 +1,17 @@
-//! Which two candidates of a prompt make a pair.
+//! Choice of a prompt's preference pairs.
 
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Candidate, PairStrategy, Rules};
 
-/// The pairs of one prompt, better first. `ranked` are its different candidates, best first.
+/// The pairs of one prompt, better side first. `ranked`: its distinct candidates, best first.
 pub(super) fn choose<'a>(
     ranked: &[&'a Candidate],
     rules: &Rules,
     rng: &mut ChaCha8Rng,
 ) -> Vec<(&'a Candidate, &'a Candidate)> {
-    // That nobody could judge an answer does not make it the worse one.
+    // An unjudged answer is not evidence of a worse one.
     let judged: Vec<&Candidate> =
         ranked.iter().copied().filter(|candidate| !candidate.is_unjudged()).collect();
     let ranked = judged.as_slice();
@@ -38,7 +38,7 @@ pub(super) fn choose<'a>(
         }
         PairStrategy::MaxMinMargin => {
             let mut all = every(ranked, far_enough);
-            // Stable: pairs that are equally far apart stay in the order of their better and worse sides.
+            // Stable sort: pairs with equal margins keep the order of their better and worse sides.
             all.sort_by(|a, b| (b.0.score - b.1.score).total_cmp(&(a.0.score - a.1.score)));
             all.truncate(limit);
             all

@@ -1,13 +1,13 @@
-//! The best share of all candidates of all prompts.
+//! The top fraction of all candidates over all prompts.
 
 use rand::Rng;
 
 use super::{Candidate, Rules, is_eligible};
 use crate::rng::Stream;
 
-/// How many of each prompt's eligible candidates are among the best `top_quantile` of all different candidates,
-/// rounded up. At the last score that gets in, prompts take turns, in an order drawn from the seed: a judge that says 0
-/// or 1 must not fill the share with the first prompts of the file.
+/// How many of each prompt's eligible candidates are in the top `top_quantile` of all distinct candidates, rounded up.
+/// Ties at the cut-off score go to prompts in turn, in an order drawn from the seed: with a 0/1 judge the first prompts
+/// of the file must not fill the quota.
 pub(super) fn best(ranked: &[Vec<&Candidate>], rules: &Rules) -> Vec<usize> {
     let all: usize = ranked.iter().map(Vec::len).sum();
     let room = (rules.top_quantile * all as f64).ceil() as usize;

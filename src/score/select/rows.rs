@@ -1,4 +1,4 @@
-//! The rows that a selection writes.
+//! Output rows of a selection.
 
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::data::record::Message;
 use crate::score::candidates::{Candidate, Candidates};
 
-/// A training row: `messages`, and where it comes from.
+/// An SFT row: `messages`, and their provenance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SftRow {
     /// The conversation with the chosen answer.
@@ -15,27 +15,27 @@ pub struct SftRow {
     /// Tool descriptions for the chat template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tools: Option<Value>,
-    /// The right answer; empty where the row has none.
+    /// The reference answer; empty if the row has none.
     pub answer: String,
     /// The chosen candidate's weighted score.
     pub score: f64,
     /// Its scores by judge.
     pub scores: IndexMap<String, f64>,
-    /// Who drew it.
+    /// Source of the candidate.
     pub origin: String,
     /// Every candidate's weighted score, in the order of `candidate_origins`.
     pub candidate_scores: Vec<f64>,
-    /// Who drew each candidate.
+    /// Source of each candidate.
     pub candidate_origins: Vec<String>,
-    /// Share of the votes that the answer had, where the majority chose it.
+    /// Fraction of votes for the answer, if chosen by majority.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agreement: Option<f64>,
 }
 
-/// A preference pair with message lists, as TRL reads it.
+/// A preference pair with message lists, in TRL's format.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PairRow {
-    /// What was asked.
+    /// The prompt.
     pub prompt: Vec<Message>,
     /// The better answer.
     pub chosen: Vec<Message>,
@@ -44,7 +44,7 @@ pub struct PairRow {
     /// Tool descriptions for the chat template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tools: Option<Value>,
-    /// The right answer; empty where the row has none.
+    /// The reference answer; empty if the row has none.
     pub answer: String,
     /// Weighted score of the better answer.
     pub score_chosen: f64,
@@ -54,9 +54,9 @@ pub struct PairRow {
     pub scores_chosen: IndexMap<String, f64>,
     /// The worse answer's scores by judge.
     pub scores_rejected: IndexMap<String, f64>,
-    /// Who drew the better answer.
+    /// Source of the better answer.
     pub origin_chosen: String,
-    /// Who drew the worse answer.
+    /// Source of the worse answer.
     pub origin_rejected: String,
 }
 
@@ -64,7 +64,7 @@ fn assistant(candidate: &Candidate) -> Message {
     Message::new("assistant", candidate.text.as_str())
 }
 
-/// The training row that a chosen candidate becomes.
+/// The SFT row of a chosen candidate.
 pub(super) fn sft_row(row: &Candidates, chosen: &Candidate, agreement: Option<f64>) -> SftRow {
     let mut messages = row.prompt.clone();
     messages.push(assistant(chosen));
@@ -81,7 +81,7 @@ pub(super) fn sft_row(row: &Candidates, chosen: &Candidate, agreement: Option<f6
     }
 }
 
-/// The preference of one candidate over another.
+/// The preference row of two candidates.
 pub(super) fn pair_row(row: &Candidates, chosen: &Candidate, rejected: &Candidate) -> PairRow {
     PairRow {
         prompt: row.prompt.clone(),

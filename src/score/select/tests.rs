@@ -19,7 +19,7 @@ fn candidate(index: usize, text: &str, score: f64, passed: Option<bool>) -> Cand
     }
 }
 
-/// The selection of one prompt.
+/// Selection for one prompt.
 fn select(row: &Candidates, rules: &Rules) -> Selection {
     super::select(std::slice::from_ref(row), rules).remove(0)
 }
@@ -61,7 +61,7 @@ fn best_and_worst_become_a_pair_with_scores_and_origins() {
     assert_eq!(chosen.sft[0].candidate_scores, [0.5, 0.9, 0.1]);
 }
 
-/// Its score is what the judge left, 0, and says nothing of it.
+/// Its score of 0 is a placeholder and says nothing about it.
 #[test]
 fn an_answer_that_nobody_could_judge_is_no_pairs_worse_side() {
     let mut row = group(&[("b", 0.5, None), ("a", 0.9, None), ("c", 0.0, Some(false))]);
@@ -191,7 +191,7 @@ fn strategies_choose_the_pairs_that_they_name() {
     check(PairStrategy::BestSecond, 1, 0.3, &["ac"]);
     check(PairStrategy::MaxMinMargin, 3, 0.0, &["ad", "ae", "ac"]);
     check(PairStrategy::MaxMinMargin, 9, 0.5, &["ad", "ae"]);
-    // What was refused is never the better side.
+    // A rejected candidate is never the better side.
     check(PairStrategy::AllAboveMargin, 1, 0.35, &["ac", "ad", "ae", "cd", "ce"]);
     check(PairStrategy::AllAboveMargin, 1, 2.0, &[]);
 }
@@ -231,11 +231,11 @@ fn the_majority_decides_and_the_judge_picks_among_its_answers() {
     let chosen = select(&row, &rules).sft;
     let texts: Vec<String> = chosen.iter().map(|row| row.messages[1].text()).collect();
     assert_eq!(texts, ["2 + 2 = 4.0", "it is 4"]);
-    // Three of the five finished answers that give one.
+    // Three of the five finished answers that give a final answer.
     assert_eq!(chosen[0].agreement, Some(0.6));
     let strict = Rules { min_agreement: 0.7, ..rules.clone() };
     assert!(select(&row, &strict).sft.is_empty());
-    // Of equal votes the better scored answer: 4 against 5.
+    // On equal votes the better-scored answer wins: 4 over 5.
     row.candidates.truncate(2);
     assert_eq!(select(&row, &rules).sft[0].messages[1].text(), "so 5");
     let words = AnswerReader::new("(?i)answer: (.*)$").unwrap();
@@ -262,7 +262,7 @@ fn a_quantile_keeps_the_best_share_of_all_prompts_and_takes_turns_at_its_border(
     };
     assert_eq!(kept(&[high.clone(), low.clone()], &rules), [3, 1]);
     assert_eq!(kept(&[high, low], &Rules { top_quantile: 0.01, ..rules.clone() }), [1, 0]);
-    // A judge that knows only right: one of each prompt before a second of any.
+    // With a right/wrong judge: one from each prompt before a second from any.
     let right = group(&[("a", 1.0, None), ("b", 1.0, None), ("c", 1.0, None), ("d", 1.0, None)]);
     let rows = vec![right; 6];
     assert_eq!(kept(&rows, &Rules { top_quantile: 0.25, ..rules.clone() }), [1; 6]);

@@ -1,10 +1,10 @@
-//! `choice`: the letter of a multiple choice.
+//! `choice`: the letter of a multiple-choice answer.
 
 use super::{Part, Rule, after_thoughts, judged, needed, pattern};
 use crate::error::{Error, Result};
 use crate::score::{Question, Score, ScorerSpec};
 
-/// The letter that the text settles on is the row's.
+/// The text's final letter is the row's.
 pub(super) struct Choice(Part);
 
 impl Choice {
@@ -26,9 +26,9 @@ impl Rule for Choice {
     }
 }
 
-/// The letter, A to Z. In this order: what is boxed; what is said to be the answer, or to be right; what is chosen; an option that
-/// is named; the text where it is a letter or begins with one and a mark; the last letter in brackets or bold; the last letter
-/// that stands alone, and at the end of a sentence where it is an English word.
+/// The chosen letter, A to Z. In order of precedence: boxed; stated to be the answer, or to be right; chosen; a named
+/// option; the whole text, or its start followed by punctuation; the last letter in brackets or bold; the last
+/// standalone letter, or for a letter that is an English word, one at the end of a sentence.
 fn letter(text: &str) -> Option<char> {
     let text = text.trim();
     let last = |pattern: Option<&'static regex::Regex>| {
@@ -36,7 +36,7 @@ fn letter(text: &str) -> Option<char> {
         found.get(1)?.as_str().chars().next()
     };
     let boxed = || last(pattern!(r"\\boxed\{\s*(?:\\\w+\{)?\s*\(?([A-Za-z])(?:\s*\}|\)|[.:]\s)"));
-    // Upper case where another word may follow, so that `the answer is a matter of …` names none.
+    // Upper case if another word may follow, so that `the answer is a matter of …` gives no letter.
     let called = || {
         last(pattern!(
             r"(?i:\b(?:answer|choice|option)\b[\s*_]*(?:is|(?:would|must|should|has to|will|can only) be|=|:)[*_]*[\s:]*(?:(?:the\s+)?(?:option|choice)\s+)?)(?:[*_($\[]|\\\()*([A-Z])(?:[*_)$\].,:;]|\\\)|\s|$)"
@@ -52,13 +52,13 @@ fn letter(text: &str) -> Option<char> {
             r"(?:^|[\s*_(])([A-Z])[*_)]* (?i:is|would be|must be|has to be) (?i:the )?(?i:correct|right|best|answer)\b"
         ))
     };
-    // A letter that is a word too has to end its sentence.
+    // A letter that is also a word must end its sentence.
     let picked = || {
         last(pattern!(
             r"(?i:\b(?:choose|chose|pick|picked|select|selected|go with|going with)\b\s+(?:the\s+)?(?:(?:option|choice|answer)\s+)?)[*_($\[]*([B-HJ-Z]\b|[AI](?:[*_)$\].,:;]|\s*$))"
         ))
     };
-    // After what is said to be the answer: explanations go through the other options by their names.
+    // After the stated answer, since explanations name the other options too.
     let named = || {
         last(pattern!(
             r"(?i:\b(?:answer|choice|option)\b\s*)(?:[*_($\[]|\\\()*([A-Z])(?:[*_)$\].,:;]|\\\)|\s|$)"
@@ -141,7 +141,8 @@ mod tests {
         check(r#"{"verifier": "choice"}"#, Some("C"), &of_c);
     }
 
-    /// Where a letter is a word too, answers are found as those of the others are: else right ones would count less there.
+    /// Letters that are also words are recognised in the same sentences as others; otherwise right answers would count
+    /// less for them.
     #[test]
     fn every_letter_is_found_in_the_same_sentences() {
         for letter in ["A", "B", "I"] {

@@ -1,8 +1,9 @@
 //! `code`: the program in the answer passes the row's tests, run in a sandbox.
 //!
-//! Program and tests share one interpreter, as they do in HumanEval and MBPP. A program that ends early, with whatever
-//! status, does not pass: after the tests a word must be printed that it has not seen. One that was written against
-//! this very harness could still cheat.
+//! Program and tests share one interpreter, as in HumanEval and MBPP. A program that exits early, with any status, does
+//! not pass: a secret it has not seen must be printed after the tests. A program written against this very harness
+//! could still cheat. Tests that only define functions and classes, as for pytest and unittest,
+//! are found by name and called; tests that no program could fail are an error of the row.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,13 +22,13 @@ use crate::score::{Question, Score, ScorerSpec};
 use crate::store;
 
 const PYTHON: &str = "/usr/bin/python3";
-const HARNESS: &str = include_str!("harness.py");
-/// Columns that hold tests, the first that a row has.
+const HARNESS: &str = concat!(include_str!("collect.py"), "\n\n", include_str!("harness.py"));
+/// Columns with tests; the first one a row has is used.
 const TESTS: [&str; 3] = ["test", "tests", "test_list"];
-/// Most letters of a reason.
+/// Most characters of a reason.
 const WHY: usize = 300;
 
-/// What a recipe may set.
+/// Limits a recipe may set.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     sandbox: sandbox::Limits,
@@ -35,10 +36,10 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    /// The limits of a spec.
+    /// Limits of a spec.
     ///
     /// # Errors
-    /// No time, or too little memory for an interpreter.
+    /// A time limit of zero, or too little memory for an interpreter.
     pub(super) fn of(spec: &ScorerSpec) -> Result<Self> {
         let wall = spec.timeout_s.unwrap_or(10.0);
         if !(wall > 0.0 && wall <= 3600.0) {
@@ -90,7 +91,12 @@ impl Code {
             None if execution.ending == Ending::Exited(4) => {
                 Err(Error::run(format!("the row's tests are no Python: {}", last_lines(&errors))))
             }
-            // Slow or hungry before the first line of the program: the limits are the user's.
+            None if execution.ending == Ending::Exited(5) => {
+                let why = errors.lines().last().unwrap_or_default();
+                Err(Error::run(format!("the row's tests cannot be used: {why}"))
+                    .hint("docs/verifiers.md says which tests `code` finds and runs"))
+            }
+            // Out of time or memory before the program's first line: the user's limits are to blame.
             None if !matches!(execution.ending, Ending::Exited(_)) => {
                 Ok(verdict(&execution, &passed, &errors))
             }
@@ -115,10 +121,10 @@ impl Rule for Code {
     }
 }
 
-/// Does `work` for all texts in threads that may wait: those of the global pool compute, and while they waited for programs
-/// the model that writes the next answers would stand still.
+/// Runs `work` on all texts in a separate thread pool: blocking the global pool's compute threads on programs would
+/// stall the model that generates the next answers.
 fn side_by_side(texts: &[&str], work: impl Fn(&str) -> Result<Score> + Sync) -> Result<Vec<Score>> {
-    // One for each program that may run at once. Where the system refuses threads, programs run one after the other.
+    // One thread per program that may run at once. If the system refuses threads, programs run sequentially.
     static WAITING: OnceLock<Option<ThreadPool>> = OnceLock::new();
     let pool = WAITING.get_or_init(|| {
         let cores = thread::available_parallelism().map_or(1, usize::from);
@@ -131,12 +137,11 @@ fn side_by_side(texts: &[&str], work: impl Fn(&str) -> Result<Score> + Sync) -> 
     }
 }
 
-/// A word that no program can guess.
+/// An unguessable word.
 fn secret() -> String {
     use std::hash::{BuildHasher, RandomState};
     static COUNT: AtomicU64 = AtomicU64::new(0);
-    // The standard library keys each of these anew from the operating system's randomness. Nothing that is written
-    // depends on it.
+    // The standard library seeds each of these from OS randomness. No output depends on it.
     let keys = [RandomState::new(), RandomState::new()];
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     let bytes = keys.map(|key| key.hash_one(count).to_le_bytes());
@@ -146,12 +151,12 @@ fn secret() -> String {
 fn verdict(execution: &Execution, passed: &str, errors: &str) -> Score {
     let written = execution.stdout.text();
     let own = written.strip_suffix(passed);
-    // A thread that goes on behind the tests may write after the word, which is another one in every run.
+    // A background thread may write after the word, which differs in every run.
     let streams = Some(Streams::of(&written.replace(passed, ""), errors));
     Score { streams, ..judgement(execution, own.is_some(), errors) }
 }
 
-/// `said`: whether it said what only the tests' end lets it know.
+/// `said`: whether it printed the secret known only after the tests.
 fn judgement(execution: &Execution, said: bool, errors: &str) -> Score {
     let seconds = execution.wall.as_secs_f64();
     match execution.ending {
@@ -167,7 +172,7 @@ fn judgement(execution: &Execution, said: bool, errors: &str) -> Score {
     }
 }
 
-/// The last three lines that say something, not too long.
+/// The last three non-empty lines, truncated.
 fn last_lines(text: &str) -> String {
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let lines = lines[lines.len().saturating_sub(3)..].join(" | ");
@@ -175,7 +180,10 @@ fn last_lines(text: &str) -> String {
     lines.chars().skip(cut).collect()
 }
 
-/// The row's tests as one program, ending with the call of `check` where they define one.
+/// The row's tests as one program, ending with a call of `check` if they define it.
+///
+/// # Errors
+/// No tests, none that are text, or a `check` without a name to call it with.
 pub(crate) fn tests(question: &Question<'_>) -> Result<String> {
     let found = TESTS.iter().find_map(|name| Some((*name, column(question, name)?)));
     let Some((name, tests)) = found else {
@@ -205,15 +213,33 @@ pub(crate) fn tests(question: &Question<'_>) -> Result<String> {
             )));
         }
     }
-    if let Some(Value::String(entry)) = column(question, "entry_point")
-        && text.contains("def check(")
-    {
-        text = format!("{text}\n\ncheck({entry})\n");
+    let defines_check =
+        pattern!(r"(?m)^[ \t]*def check[ \t]*\(").is_some_and(|check| check.is_match(&text));
+    match column(question, "entry_point") {
+        Some(Value::String(entry)) if defines_check => {
+            text = format!("{text}\n\ncheck({entry})\n");
+        }
+        None if defines_check && is_idle_check(&text) => {
+            return Err(Error::run(
+                "the row's tests define `check`, which nothing calls: no column entry_point",
+            )
+            .hint(
+                "map the column that names the function, e.g. columns = {entry_point = \"name\"}",
+            ));
+        }
+        _ => {}
     }
     Ok(text)
 }
 
-/// What to run: the prompt where it is the beginning of the program, then the answer's code.
+/// Whether the tests define a `check` with a parameter and never call it.
+fn is_idle_check(tests: &str) -> bool {
+    let calls = pattern!(r"\bcheck[ \t]*\(").map_or(0, |call| call.find_iter(tests).count());
+    let needs = pattern!(r"(?m)^[ \t]*def check[ \t]*\(\s*\w");
+    calls == 1 && needs.is_some_and(|check| check.is_match(tests))
+}
+
+/// The program to run: the prompt, if it is the beginning of the program, then the answer's code.
 fn program(question: &Question<'_>, text: &str) -> String {
     let entry = column(question, "entry_point").and_then(Value::as_str);
     let code = code_of(after_thoughts(text), entry);
@@ -223,8 +249,7 @@ fn program(question: &Question<'_>, text: &str) -> String {
     }
 }
 
-/// The prompt's code, in which the function to write begins (HumanEval). An answer that writes all of it again
-/// replaces it.
+/// The prompt's code that begins the function (HumanEval). An answer that repeats all of it replaces it.
 fn beginning(question: &Question<'_>) -> Option<String> {
     let entry = column(question, "entry_point")?.as_str()?;
     let prompt = question.prompt.iter().rev().find(|message| message.role() == "user")?.text();
@@ -236,9 +261,9 @@ fn beginning(question: &Question<'_>) -> Option<String> {
     (is_code && code.contains(&format!("def {entry}"))).then(|| code.trim_end().to_owned())
 }
 
-/// The last fenced block of Python that defines the function, of those the last that defines anything, else the last block at all,
-/// else all of the text: behind a solution often stands how to call it. A block that was never closed ends with the text. A text
-/// that begins as code does is one up to its first fence, which then closes it.
+/// The last fenced Python block that defines the function; else the last that defines anything; else the last block;
+/// else the whole text: a usage example often follows the solution. An unclosed block ends with the text. A text that
+/// starts as code is one block up to its first fence.
 fn code_of(text: &str, entry: Option<&str>) -> String {
     if let Some((before, after)) = text.split_once("```")
         && after.lines().next().is_none_or(|tag| tag.trim().is_empty())
@@ -264,7 +289,7 @@ fn code_of(text: &str, entry: Option<&str>) -> String {
     solution.or(blocks.last().copied()).unwrap_or(text).to_owned()
 }
 
-/// What a line begins with that defines something.
+/// Line prefixes of definitions.
 const STARTS: [&str; 3] = ["def ", "class ", "async def "];
 
 fn has_line(code: &str, start: &str) -> bool {
@@ -279,7 +304,7 @@ fn defines(code: &str, name: &str) -> bool {
     code.lines().any(|line| rest(line).and_then(named) == Some(true))
 }
 
-/// Whether a text is the rest of a program, or one, rather than what is said before a block.
+/// Whether a text is a program or its continuation, rather than prose before a block.
 fn continues(text: &str) -> bool {
     let Some(first) = text.lines().find(|line| !line.trim().is_empty()) else { return false };
     let code = ["from ", "import ", "@", "#!"].iter().chain(&STARTS);
@@ -303,11 +328,11 @@ mod tests {
         ] {
             assert_eq!(of(&text), solution, "{text}");
         }
-        // Without a name, what defines something; a longer name is another function.
+        // Without a name, the block that defines something; a longer name is another function.
         let text = format!("```python\n{solution}\n```\n```python\n{usage}\n```");
         assert_eq!(code_of(&text, None), solution);
         assert_eq!(code_of(&text, Some("squa")), solution);
-        // The rest of a function ends at a fence that opens nothing.
+        // The rest of a function ends at a fence that opens no block.
         let body = "    return x * x\n";
         for end in ["```", "```\nThis squares it.", "```\n\n```python\nprint(square(2))\n```"] {
             assert_eq!(of(&format!("{body}{end}")), body);

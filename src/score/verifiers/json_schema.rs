@@ -1,4 +1,4 @@
-//! `json_schema`: the text is JSON that a schema accepts. A schema refers to no other file and no address.
+//! `json_schema`: the text is JSON that validates against a schema. Schemas may not reference files or URLs.
 
 use jsonschema::Validator;
 use serde_json::Value;
@@ -7,7 +7,7 @@ use super::{Rule, after_thoughts, column, judged};
 use crate::error::{Error, Result};
 use crate::score::{Question, Score, ScorerSpec};
 
-/// Validates against the recipe's schema, or else the row's.
+/// Validates against the recipe's schema, otherwise the row's.
 pub(super) struct JsonSchema(Option<Validator>);
 
 impl JsonSchema {
@@ -15,7 +15,7 @@ impl JsonSchema {
         spec.schema.as_ref().map(compiled).transpose().map(Self)
     }
 
-    /// Judges by the schema, which is compiled here where it is the row's.
+    /// Judges by the schema; a row's schema is compiled here.
     fn by_schema<T>(
         &self,
         question: &Question<'_>,
@@ -30,10 +30,10 @@ impl JsonSchema {
 
 fn compiled(schema: &Value) -> Result<Validator> {
     jsonschema::validator_for(schema)
-        .map_err(|error| Error::usage(format!("`schema` is no JSON schema: {error}")))
+        .map_err(|error| Error::usage(format!("`schema` is not a JSON schema: {error}")))
 }
 
-/// The schema of a row: an object, or its text.
+/// A row's schema: an object, or its text.
 fn of_row(question: &Question<'_>) -> Result<Validator> {
     let schema = column(question, "schema").ok_or_else(|| {
         Error::run("neither the scorer nor the row has a `schema`").hint(
@@ -41,15 +41,14 @@ fn of_row(question: &Question<'_>) -> Result<Validator> {
         )
     })?;
     match schema {
-        Value::String(text) => compiled(
-            &serde_json::from_str(text)
-                .map_err(|error| Error::run(format!("the row's `schema` is no JSON: {error}")))?,
-        ),
+        Value::String(text) => compiled(&serde_json::from_str(text).map_err(|error| {
+            Error::run(format!("the row's `schema` is not valid JSON: {error}"))
+        })?),
         schema => compiled(schema),
     }
 }
 
-/// The text without a fence around it.
+/// The text without a code fence around it.
 fn unfenced(text: &str) -> &str {
     let text = text.trim();
     let Some(inner) = text.strip_prefix("```").and_then(|text| text.strip_suffix("```")) else {
@@ -131,7 +130,7 @@ mod tests {
             let spec = json!({"verifier": "json_schema", "schema": schema});
             let spec: ScorerSpec = serde_json::from_value(spec).unwrap();
             let error = Verifier::new(spec.verifier.unwrap(), &spec).err().unwrap().to_string();
-            assert!(error.starts_with("`schema` is no JSON schema"), "{schema}: {error}");
+            assert!(error.starts_with("`schema` is not a JSON schema"), "{schema}: {error}");
             let Value::Object(columns) = json!({"schema": schema}) else { panic!() };
             assert!(score(&row, None, Some(&columns), "{}").is_err(), "{schema}");
         }

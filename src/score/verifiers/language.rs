@@ -1,10 +1,10 @@
-//! `language`: the text is written in one of some languages, told by its script and its sequences of letters.
+//! `language`: the text is in one of the given languages, detected by script and letter n-grams.
 
 use super::{Rule, after_thoughts, column, judged};
 use crate::error::{Error, Result};
 use crate::score::{Question, Score, ScorerSpec};
 
-/// Codes of two letters (ISO 639-1) and of three (ISO 639-3, as the detector has them).
+/// Two-letter codes (ISO 639-1) and three-letter ones (ISO 639-3, as used by the detector).
 const CODES: [(&str, &str); 71] = [
     ("eo", "epo"),
     ("en", "eng"),
@@ -78,16 +78,16 @@ const CODES: [(&str, &str); 71] = [
     ("no", "nob"),
     ("cy", "cym"),
 ];
-/// Swahili's little words: the detector does not know the language, and IFEval asks for it.
+/// Swahili function words: the detector does not support the language, and IFEval uses it.
 const SWAHILI: [&str; 24] = [
     "na", "ya", "wa", "kwa", "ni", "katika", "la", "za", "cha", "vya", "kama", "lakini", "hii",
     "hiyo", "yake", "wake", "kuwa", "pia", "sana", "mimi", "wewe", "yangu", "au", "si",
 ];
 const SWAHILI_CODE: &str = "sw";
-/// The share of them that tells it: other languages that know some of these words stay well below.
+/// The fraction of them that identifies it: other languages with some of these words stay well below.
 const SWAHILI_SHARE: f64 = 0.12;
 
-/// The languages that are right, by their canonical codes.
+/// Canonical codes of the accepted languages.
 pub(super) struct Language(Vec<&'static str>);
 
 impl Language {
@@ -97,10 +97,10 @@ impl Language {
     }
 }
 
-/// The canonical code of a language that can be told.
+/// The canonical code of a supported language.
 ///
 /// # Errors
-/// It cannot.
+/// An unsupported language.
 pub(super) fn known(code: &str) -> Result<&'static str> {
     canonical(code).ok_or_else(|| {
         Error::run(format!("`{code}` is no language that can be told"))
@@ -108,7 +108,7 @@ pub(super) fn known(code: &str) -> Result<&'static str> {
     })
 }
 
-/// The one code of two letters for a code of two or three, with or without a region: `zh` for `zh-cn`, `nb` for `no`.
+/// The two-letter code for a code of two or three letters, with or without a region: `zh` for `zh-cn`, `nb` for `no`.
 fn canonical(code: &str) -> Option<&'static str> {
     let code = code.split(['-', '_']).next().unwrap_or_default();
     if code == SWAHILI_CODE {
@@ -117,12 +117,12 @@ fn canonical(code: &str) -> Option<&'static str> {
     short(CODES.iter().find(|(two, three)| *two == code || *three == code)?.1)
 }
 
-/// The code of two letters for one of the detector's.
+/// The two-letter code for one of the detector's codes.
 fn short(code: &str) -> Option<&'static str> {
     CODES.iter().find(|(_, three)| *three == code).map(|(two, _)| *two)
 }
 
-/// The canonical code of a text's language; `None` of one without letters.
+/// Canonical code of a text's language; `None` for a text without letters.
 pub(super) fn detected(text: &str) -> Option<&'static str> {
     if is_swahili(text) {
         return Some(SWAHILI_CODE);
@@ -138,9 +138,9 @@ fn is_swahili(text: &str) -> bool {
         all += 1;
         little += usize::from(SWAHILI.contains(&word));
     }
-    // Its letters are those of ASCII; quotes, dashes and the like are everybody's.
+    // All letters are ASCII; quotes, dashes and the like are language-neutral.
     let plain = text.chars().all(|c| c.is_ascii() || !c.is_alphabetic());
-    // Three of them, so that a word or two of another language's are not enough.
+    // At least three, so that one or two words shared with another language are not enough.
     little >= 3 && little as f64 > SWAHILI_SHARE * all as f64 && plain
 }
 

@@ -9,20 +9,20 @@ use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::score::{Question, Score, ScorerSpec};
 
-/// What is counted.
+/// Unit of length.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Unit {
-    /// Unicode's.
+    /// Unicode characters.
     #[default]
     Characters,
-    /// What spaces separate.
+    /// Whitespace-separated words.
     Words,
-    /// Those of the scorer's `tokenizer`.
+    /// Tokens of the scorer's `tokenizer`.
     Tokens,
 }
 
-/// Counts and compares.
+/// Compares a length with its bounds.
 pub(super) struct Length {
     unit: Unit,
     tokenizer: Option<ChatTokenizer>,
@@ -30,7 +30,7 @@ pub(super) struct Length {
     max: usize,
 }
 
-/// Refuses bounds that nothing or everything fits, and tokens without a tokenizer or one without tokens.
+/// Rejects bounds that nothing or everything satisfies, tokens without a tokenizer, and a tokenizer with another unit.
 pub(super) fn check(spec: &ScorerSpec) -> Result<()> {
     let (min, max) = (spec.min, spec.max);
     if min > max {

@@ -1,7 +1,7 @@
-//! Checks of answers: 1 for right, 0 for wrong. One file a family; `docs/verifiers.md` lists their keys.
+//! Verifiers: 1 for right, 0 for wrong. One file per family; `docs/verifiers.md` lists their keys.
 //!
-//! A check sees the answer's text, the row's `answer` and, where it needs more, the row's other columns. It never
-//! asks a model.
+//! A check sees the answer's text, the row's `answer` and, if needed, the row's other columns. It never queries a
+//! model.
 
 mod choice;
 mod code;
@@ -26,34 +26,34 @@ pub(crate) use code::tests as code_tests;
 pub use length::Unit;
 pub use number::last_number;
 
-/// The checks there are.
+/// The available checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Check {
-    /// The answer, but for case, surrounding space and a final full stop.
+    /// The answer, ignoring case, surrounding whitespace and a final full stop.
     #[serde(alias = "exact_answer", alias = "exact_match")]
     Exact,
-    /// The last number of the text, whatever its notation.
+    /// The last number of the text, in any notation.
     #[serde(alias = "gsm8k")]
     Number,
-    /// The final number or expression, compared by its value.
+    /// The final number or expression, compared by value.
     Math,
-    /// The letter of a multiple choice.
+    /// The letter of a multiple-choice answer.
     #[serde(alias = "multiple_choice")]
     Choice,
-    /// A pattern occurs.
+    /// A pattern matches somewhere.
     Regex,
     /// A pattern matches the whole text.
     Format,
     /// The length lies within bounds.
     Length,
-    /// All given strings occur, whatever their case.
+    /// All given strings occur, ignoring case.
     Contains,
-    /// Few sequences of words come twice.
+    /// Few word n-grams are repeated.
     Repetition,
-    /// The text is written in a language.
+    /// The text is in a given language.
     Language,
-    /// The text is JSON that a schema accepts.
+    /// The text is JSON that validates against a schema.
     JsonSchema,
     /// The row's instructions are followed (Zhou et al., 2023).
     #[serde(alias = "instruction_following")]
@@ -83,7 +83,7 @@ impl Check {
         }
     }
 
-    /// The keys that the check reads, beside those of every scorer.
+    /// The keys the check reads, besides those of every scorer.
     fn keys(self) -> &'static [&'static str] {
         match self {
             Self::Exact | Self::Number | Self::Math | Self::Choice | Self::Regex | Self::Format => {
@@ -98,7 +98,7 @@ impl Check {
         }
     }
 
-    /// Refuses settings that the check would ignore.
+    /// Rejects settings the check would ignore.
     fn refuse_ignored(self, spec: &ScorerSpec) -> Result<()> {
         let plain = serde_json::to_value(ScorerSpec::verifier(self))?;
         let given = serde_json::to_value(spec)?;
@@ -113,32 +113,32 @@ impl Check {
     }
 }
 
-/// What one check does. Each judgement depends on the question and one text alone.
+/// The implementation of a check. Each judgement depends only on the question and one text.
 trait Rule: Send + Sync {
     fn verify(&self, question: &Question<'_>, text: &str) -> Result<Score>;
 
-    /// All answers to a question; a rule that waits for something else may do them side by side.
+    /// All answers to a question; a rule that waits for external work may run them in parallel.
     fn verify_all(&self, question: &Question<'_>, texts: &[&str]) -> Result<Vec<Score>> {
         texts.iter().map(|text| self.verify(question, text)).collect()
     }
 
-    /// As of a [`Scorer`].
+    /// As for a [`Scorer`].
     fn runs_programs(&self) -> bool {
         false
     }
 }
 
-/// One check with its settings.
+/// A check with its settings.
 pub struct Verifier {
     rule: Box<dyn Rule>,
 }
 
 impl Verifier {
-    /// Refuses settings that cannot be used, without loading or starting anything.
+    /// Rejects invalid settings, without loading or starting anything.
     ///
     /// # Errors
-    /// A key that the check does not read or cannot do without; a pattern or a schema that does not compile; bounds
-    /// that nothing fits.
+    /// A key the check does not read, or a missing required one; an invalid pattern or schema; bounds that nothing
+    /// satisfies.
     pub fn check(check: Check, spec: &ScorerSpec) -> Result<()> {
         check.refuse_ignored(spec)?;
         match check {
@@ -151,7 +151,7 @@ impl Verifier {
     /// Compiles the check.
     ///
     /// # Errors
-    /// As [`check`](Self::check); a tokenizer that cannot be read; no sandbox on this machine.
+    /// As [`check`](Self::check); an unreadable tokenizer; no sandbox on this machine.
     pub fn new(check: Check, spec: &ScorerSpec) -> Result<Self> {
         check.refuse_ignored(spec)?;
         let rule: Box<dyn Rule> = match check {
@@ -214,7 +214,7 @@ fn column<'a>(question: &Question<'a>, name: &str) -> Option<&'a Value> {
     question.extra.and_then(|extra| extra.get(name)).filter(|value| !value.is_null())
 }
 
-/// Where in an answer to look.
+/// The part of an answer to look at.
 #[derive(Clone, Debug, Default)]
 pub(in crate::score) struct Part(Option<Regex>);
 
@@ -223,21 +223,21 @@ impl Part {
         Self::at(spec.pattern.as_deref(), "pattern")
     }
 
-    /// Where a pattern points; everywhere without one. Errors name the pattern by its key.
+    /// Selects by a pattern, or everything without one. Errors name the pattern by its key.
     ///
     /// # Errors
-    /// No regular expression.
+    /// An invalid regular expression.
     pub(in crate::score) fn at(pattern: Option<&str>, key: &str) -> Result<Self> {
         pattern.map(|pattern| compiled(pattern, key)).transpose().map(Self)
     }
 
-    /// Whether it is all of the text, for want of a pattern.
+    /// Whether no pattern is set, so that all of the text is used.
     pub(in crate::score) fn is_all(&self) -> bool {
         self.0.is_none()
     }
 
-    /// The part of the text that the pattern points at: its first group, or the whole match. The last match counts,
-    /// as people conclude at the end. Without a pattern, all of the text.
+    /// The part of the text selected by the pattern: its first group, or the whole match. The last match counts, since
+    /// conclusions come at the end. Without a pattern, all of the text.
     pub(in crate::score) fn of<'a>(&self, text: &'a str) -> Option<&'a str> {
         let Some(pattern) = &self.0 else { return Some(text) };
         let found = pattern.captures_iter(text).last()?;
@@ -245,10 +245,10 @@ impl Part {
     }
 }
 
-/// A pattern of the user's, in which `^` and `$` stand for the ends of lines. Errors name it by its key.
+/// A user's pattern, with `^` and `$` matching at line ends. Errors name it by its key.
 ///
 /// # Errors
-/// No regular expression.
+/// An invalid regular expression.
 pub(in crate::score) fn compiled(pattern: &str, key: &str) -> Result<Regex> {
     RegexBuilder::new(pattern)
         .multi_line(true)
@@ -256,13 +256,13 @@ pub(in crate::score) fn compiled(pattern: &str, key: &str) -> Result<Regex> {
         .map_err(|error| Error::usage(format!("`{key}` is no regular expression: {error}")))
 }
 
-/// What comes after a model's thoughts; all of the text where it has none, or nothing after them.
+/// The text after a model's reasoning; all of it if there is no reasoning, or nothing after it.
 pub(in crate::score) fn after_thoughts(text: &str) -> &str {
     let after = text.rsplit_once("</think>").map_or("", |(_, after)| after);
     if after.trim().is_empty() { text } else { after }
 }
 
-/// A pattern of this program's own; one that does not compile would never match, which its tests would show.
+/// A built-in pattern; an invalid one would never match, which tests would reveal.
 macro_rules! pattern {
     ($text:expr) => {{
         static PATTERN: std::sync::LazyLock<Option<regex::Regex>> =

@@ -1,4 +1,4 @@
-//! `repetition`: a text that says the same again and again is refused.
+//! `repetition`: rejects text that repeats itself.
 
 use std::collections::HashSet;
 
@@ -6,7 +6,7 @@ use super::{Rule, judged};
 use crate::error::{Error, Result};
 use crate::score::{Question, Score, ScorerSpec};
 
-/// The share of word sequences that stand earlier in the text already.
+/// The fraction of word n-grams that occurred earlier in the text.
 pub(super) struct Repetition {
     ngram: usize,
     max_share: f64,
@@ -26,7 +26,7 @@ impl Repetition {
     }
 }
 
-/// Of all sequences of `ngram` words, whatever their case, the share that is not new; 0 of a text without one.
+/// Fraction of repeated n-grams of `ngram` words, ignoring case; 0 if there are none.
 fn share(text: &str, ngram: usize) -> f64 {
     let text = text.to_lowercase();
     let words: Vec<&str> = text.split_whitespace().collect();
@@ -53,7 +53,7 @@ mod tests {
 
     #[test]
     fn what_is_said_again_counts() {
-        // Pairs: ab bc ca ab bc: 3 of 5 are new.
+        // Bigrams ab bc ca ab bc: 3 of 5 are new.
         assert!((share("a b c A b c", 2) - 0.4).abs() < 1e-12);
         assert!(share("a b", 3).abs() < 1e-12 && share("", 1).abs() < 1e-12);
         let cases =

@@ -1,4 +1,4 @@
-//! What the tests of the families share.
+//! Helpers shared by the verifiers' tests.
 
 use serde_json::{Map, Value};
 
@@ -6,7 +6,7 @@ use super::Verifier;
 use crate::error::Result;
 use crate::score::{Question, Score, Scorer, ScorerSpec};
 
-/// The verifier of a spec written as JSON.
+/// The verifier of a JSON spec.
 pub(super) fn verifier(spec: &str) -> Verifier {
     let spec: ScorerSpec = serde_json::from_str(spec).unwrap();
     Verifier::new(spec.verifier.unwrap(), &spec).unwrap()
@@ -23,7 +23,7 @@ pub(super) fn score(
     Ok(verifier.score(&question, &[text])?.remove(0))
 }
 
-/// Fails unless every text is judged as said.
+/// Fails unless every text is judged as expected.
 #[track_caller]
 pub(super) fn check(spec: &str, answer: Option<&str>, cases: &[(&str, bool)]) {
     let verifier = verifier(spec);

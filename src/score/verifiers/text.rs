@@ -1,4 +1,4 @@
-//! Checks of the text as it stands: `exact`, `regex`, `format`, `contains`.
+//! Checks of the literal text: `exact`, `regex`, `format`, `contains`.
 
 use regex::Regex;
 
@@ -6,7 +6,7 @@ use super::{Part, Rule, compiled, judged, needed};
 use crate::error::{Error, Result};
 use crate::score::{Question, Score, ScorerSpec};
 
-/// The same text, but for case, space and a full stop.
+/// Equal text, ignoring case, whitespace and a final full stop.
 pub(super) struct Exact(Part);
 
 impl Exact {
@@ -23,7 +23,7 @@ impl Rule for Exact {
     }
 }
 
-/// The pattern of a check that cannot do without one.
+/// The required pattern of a check.
 fn pattern_of(spec: &ScorerSpec, name: &str) -> Result<Regex> {
     let pattern = spec.pattern.as_deref();
     let pattern =
@@ -31,7 +31,7 @@ fn pattern_of(spec: &ScorerSpec, name: &str) -> Result<Regex> {
     compiled(pattern, "pattern")
 }
 
-/// A pattern occurs.
+/// A pattern matches somewhere.
 pub(super) struct Occurs(Regex);
 
 impl Occurs {
@@ -47,12 +47,12 @@ impl Rule for Occurs {
     }
 }
 
-/// A pattern matches all of the text.
+/// A pattern matches the whole text.
 pub(super) struct Whole(Regex);
 
 impl Whole {
     pub(super) fn new(spec: &ScorerSpec) -> Result<Self> {
-        // Its errors should show the pattern as it was written, so it is compiled alone first.
+        // Compiled separately first, so that errors show the pattern as written.
         let pattern = pattern_of(spec, "format")?;
         compiled(&format!(r"(?s)\A\s*(?:{pattern})\s*\z"), "pattern").map(Self)
     }
@@ -87,7 +87,7 @@ impl Rule for Contains {
     }
 }
 
-/// Lower case, single spaces, no space around, no full stop at the end.
+/// Lower case, single spaces, trimmed, no final full stop.
 fn normalised(text: &str) -> String {
     let words: Vec<&str> = text.split_whitespace().collect();
     let text = words.join(" ").to_lowercase();

@@ -1,8 +1,8 @@
-//! How much of a training step is its matrix products: every shape that occurs in one, measured alone, against a whole
-//! step in the same minutes.
+//! The share of matrix products in a training step: every shape in a step, measured alone, against a whole step in the
+//! same minutes.
 //!
-//! The sum of the products alone is a floor of the step: what is above it is norms, rotations, attention, the softmax,
-//! the optimizer and memory traffic. Attention's own small products are not among them.
+//! The sum of the products alone is a lower bound of the step: the rest is norms, rotations, attention, the softmax,
+//! the optimizer and memory traffic. Attention's own small products are not included.
 
 use std::time::{Duration, Instant};
 
@@ -20,10 +20,10 @@ use crate::ops::cpu::matmul::{Mat, Threads, matmul_into};
 use crate::ops::cpu::peak::register_peak;
 use crate::ops::head;
 
-/// A product is repeated until this much time has passed.
+/// A product is repeated for at least this long.
 const WINDOW: Duration = Duration::from_millis(300);
 
-/// How the operands of `[M, K] · [K, N]` lie in memory.
+/// Memory layout of the operands of `[M, K] · [K, N]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Layout {
     /// `x · Wᵀ`: the right matrix is `[N, K]`.
@@ -37,7 +37,7 @@ pub enum Layout {
     WeightGradient,
 }
 
-/// One shape of product and how often a step computes it.
+/// One product shape, and how often a step computes it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Product {
     /// The projections it belongs to, as in `q_proj, o_proj dX`.
@@ -48,15 +48,15 @@ pub struct Product {
     pub n: usize,
     /// Inner dimension.
     pub k: usize,
-    /// How the operands lie.
+    /// Layout of the operands.
     pub layout: Layout,
-    /// Whether it adds to what is there.
+    /// Whether it accumulates into the result.
     pub add: bool,
-    /// How often a step computes it.
+    /// Number of times per step.
     pub count: usize,
-    /// Seconds of one, the median of several; 0 before it is measured.
+    /// Seconds for one, the median of several; 0 before it is measured.
     pub seconds: f64,
-    /// Its rate in 10⁹ floating-point operations a second, two a multiply-add.
+    /// Its rate in 10⁹ floating-point operations per second, counting two per multiply-add.
     pub gflops: f64,
 }
 
@@ -66,35 +66,36 @@ impl Product {
     }
 }
 
-/// A step against its products.
+/// A step compared with its products.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Ceiling {
-    /// Tokens of a step.
+    /// Tokens per step.
     pub tokens: usize,
-    /// Elements of the matrices that tokens are multiplied with: the projections and the head.
+    /// Number of elements in the matrices that tokens are multiplied with: projections and head.
     pub parameters: usize,
     /// Seconds of the median step.
     pub step_s: f64,
     /// Seconds of each step.
     pub steps_s: Vec<f64>,
-    /// Seconds of all products of a step, alone: the floor of a step.
+    /// Seconds of all products of a step, alone: a lower bound of the step.
     pub products_s: f64,
-    /// `products_s / step_s`. Above 1 where other programs ran meanwhile.
+    /// `products_s / step_s`. Above 1 if other programs ran meanwhile.
     pub share: f64,
-    /// 6 · parameters · tokens, in floating-point operations: a step without recomputation and attention.
+    /// 6 · parameters · tokens, in floating-point operations: a step without recomputation or attention.
     pub flop: f64,
-    /// `flop / step_s`, in 10⁹ a second.
+    /// `flop / step_s`, in 10⁹ per second.
     pub gflops: f64,
-    /// Multiply-adds between registers in the step's type on all threads, in 10⁹ floating-point operations a second.
+    /// Peak rate of register-only multiply-adds in the step's type on all threads, in 10⁹ floating-point operations per
+    /// second.
     pub register_peak_gflops: f64,
     /// Every shape.
     pub products: Vec<Product>,
 }
 
-/// Measures the products of one SFT step, then steps.
+/// Measures the products of one SFT step, then whole steps.
 ///
 /// # Errors
-/// As for [`run`](super::run); products are measured in f32 only.
+/// As [`run`](super::run); products are measured in f32 only.
 pub fn run(options: &Options) -> Result<Ceiling> {
     options.check(Method::Sft)?;
     let start = load(options)?;
@@ -131,7 +132,7 @@ pub fn run(options: &Options) -> Result<Ceiling> {
     })
 }
 
-/// Name, outputs and inputs of each projection of a block, and whether the gradient of its input adds to another's.
+/// Name, outputs and inputs of each projection in a block, and whether the gradient of its input accumulates.
 fn projections(config: &Config) -> [(&'static str, usize, usize, bool); 7] {
     let (d, f) = (config.hidden_size, config.intermediate_size);
     let q = config.num_attention_heads * config.head_dim;
@@ -152,7 +153,7 @@ fn parameters(config: &Config) -> usize {
     config.num_hidden_layers * block + config.vocab_size * config.hidden_size
 }
 
-/// Every product of one SFT step on these trees, equal ones together, in the order of the first.
+/// Every product of one SFT step on these trees, equal ones merged, in order of first occurrence.
 fn products(config: &Config, trees: &[Tree]) -> Vec<Product> {
     let borrowed: Vec<&Tree> = trees.iter().collect();
     let mut list = List::default();
@@ -178,7 +179,7 @@ fn products(config: &Config, trees: &[Tree]) -> Vec<Product> {
     list.0
 }
 
-/// Rows that predict a trained token: a sequence's first token is predicted from nothing.
+/// Rows that predict a trained token: nothing predicts a sequence's first token.
 fn targeted_rows(trees: &[Tree]) -> usize {
     let roles = trees.iter().flat_map(|tree| tree.segments[0].roles.iter().skip(1));
     roles.filter(|role| role.trained()).count()
@@ -212,7 +213,7 @@ impl List {
     }
 }
 
-/// The median time of one product, after one that is not counted.
+/// The median time of one product, after one warm-up.
 fn seconds<E: Element>(product: &Product, at_least: usize) -> f64 {
     let Product { m, n, k, layout, add, .. } = *product;
     let (a, b) = (E::rounded(values(m * k)), E::rounded(values(n * k)));
@@ -232,7 +233,7 @@ fn seconds<E: Element>(product: &Product, at_least: usize) -> f64 {
     median(&times[1..])
 }
 
-/// Numbers between -1 and 1 in no order; drawing normal ones would take longer than the product.
+/// Unordered numbers between -1 and 1; drawing normal ones would take longer than the product.
 fn values(len: usize) -> Vec<f32> {
     (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 16) as f32 / 32_768.0 - 1.0).collect()
 }
@@ -246,7 +247,7 @@ mod tests {
     #[test]
     fn a_steps_products_are_six_operations_a_parameter_and_token() {
         let config = config(&options().model).unwrap();
-        // More tokens than a micro-batch has, and chats of several lengths.
+        // More tokens than fit in a micro-batch, and chats of several lengths.
         for options in [
             options(),
             Options { batch: 70, seq: 64, ..options() },

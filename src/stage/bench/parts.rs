@@ -1,4 +1,4 @@
-//! Parts of a step alone: the vocabulary head, attention, and a reward model's forward pass.
+//! Parts of a step in isolation: the vocabulary head, attention, and a reward model's forward pass.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,7 +20,7 @@ use crate::ops::{self, AttentionPlan, head, residual};
 use crate::rng::Stream;
 use crate::stage::memory::Extra;
 
-/// The head over `batch · seq` rows, each with one target: log-probabilities and both gradients, as SFT takes them.
+/// The head over `batch · seq` rows, each with one target: log-probabilities and both gradients, as in SFT.
 pub(super) fn head(config: &Config, options: &Options) -> Result<Figures> {
     let rows = options.batch * options.seq;
     let device = &options.device;
@@ -40,7 +40,7 @@ pub(super) fn head(config: &Config, options: &Options) -> Result<Figures> {
     })
 }
 
-/// Attention of one block over `batch` rows of `seq` tokens: output and the gradients of queries, keys and values.
+/// Attention of one block over `batch` rows of `seq` tokens: output and gradients of queries, keys and values.
 pub(super) fn attention(config: &Config, options: &Options) -> Result<Figures> {
     if !options.device.is_cpu() {
         return attention_on_device(config, options);
@@ -51,7 +51,7 @@ pub(super) fn attention(config: &Config, options: &Options) -> Result<Figures> {
     }
 }
 
-/// The same through the op's own backward.
+/// The same through the op's own backward pass.
 fn attention_on_device(config: &Config, options: &Options) -> Result<Figures> {
     let row = Tree::sequence(vec![0; options.seq], vec![Role::Content; options.seq], 0);
     let forest = Forest::pack(std::iter::repeat_n(&row, options.batch))?;
@@ -100,7 +100,7 @@ fn random(index: u64, shape: (usize, usize), device: &Device) -> Result<Tensor> 
     Ok(Tensor::from_vec(numbers(index, shape.0 * shape.1), shape, device)?)
 }
 
-/// Times `work`, once without counting and then `steps` times.
+/// Times `work`, once as a warm-up and then `steps` times.
 fn repeat(options: &Options, work: impl Fn() -> Result<()>) -> Result<Figures> {
     let extra = Extra::begin();
     let mut steps_s = Vec::with_capacity(options.steps);
@@ -122,7 +122,7 @@ fn repeat(options: &Options, work: impl Fn() -> Result<()>) -> Result<Figures> {
     })
 }
 
-/// A reward model's scores of `batch` responses to one prompt, as `score` computes them: the prompt is read once.
+/// A reward model's scores of `batch` responses to one prompt, computed as in `score`: the prompt is read once.
 pub(super) fn score(start: Checkpoint, options: &Options) -> Result<Figures> {
     let vocab = start.config.vocab_size;
     let start = start.computed_in(options.dtype)?;

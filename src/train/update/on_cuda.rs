@@ -1,5 +1,5 @@
-//! The end of a step on a GPU: the norm, the clipping and the weights' move are launched one after the other, and the host
-//! reads the norms once, after all of it. Where masters are in host memory, it reads them before.
+//! The end of a step on a GPU: norm, clipping and weight update are launched back to back, and the host reads the norms
+//! once, afterwards. If the masters are in host memory, it reads them first.
 
 use crate::error::Result;
 use crate::model::gradients::Gradients;
@@ -12,10 +12,10 @@ use crate::train::step::StepReport;
 
 use super::{Pace, check, check_norm};
 
-/// Clips the gradients and moves the weights. Returns the norm before clipping.
+/// Clips the gradients and updates the weights. Returns the norm before clipping.
 ///
 /// # Errors
-/// A loss that is not finite; a gradient that is not, with which no weight has moved.
+/// A loss that is not finite; a gradient that is not finite, in which case no weight is updated.
 pub(super) fn step(
     (learner, adamw): (&Learner, &mut AdamW),
     grads: &Gradients,
@@ -37,7 +37,7 @@ pub(super) fn step(
         Ok(norms)
     };
     let norms = if learner.is_offloaded() {
-        // The host moves the weights: it waits for the norm first.
+        // The host updates the weights, so it waits for the norm first.
         let norms = read(&squares)?;
         let scale = clip_factor(norms.total(), pace.max_grad_norm);
         adamw.step(learner.params(), grads, pace.lr, scale)?;
@@ -54,14 +54,14 @@ pub(super) fn step(
     Ok(norms.total())
 }
 
-/// Sums of squares of gradients with which weights have moved already, unless they were not finite.
+/// Sums of squares of gradients already applied to the weights; gradients that were not finite were skipped.
 pub(super) struct Unread {
     squares: Squares,
     names: Vec<String>,
 }
 
 impl Unread {
-    /// For a step of this learner, where it is on a GPU with its masters.
+    /// For a step of this learner, if its masters are on a GPU.
     pub(super) fn new(learner: &Learner) -> Result<Option<Self>> {
         let device = learner.model().device();
         if !device.is_cuda() || learner.is_offloaded() {
@@ -71,7 +71,7 @@ impl Unread {
         Ok(Some(Self { squares, names: Vec::new() }))
     }
 
-    /// Adds a gradient's. The factor is 1, or NaN where the gradient is not finite.
+    /// Adds a gradient's sum of squares. The factor is 1, or NaN if the gradient is not finite.
     pub(super) fn add(&mut self, name: &str, grad: &candle_core::Tensor) -> Result<Factor> {
         let index = self.names.len();
         self.squares.put(index, grad)?;
@@ -79,7 +79,7 @@ impl Unread {
         Ok(self.squares.clip(index..index + 1, 0.0)?)
     }
 
-    /// All of them, with their names, in the order in which they came. The host waits.
+    /// All sums with their names, in the order added. The host waits.
     pub(super) fn read(self) -> Result<impl Iterator<Item = (String, f64)>> {
         let squares = self.squares.read()?;
         Ok(self.names.into_iter().zip(squares))

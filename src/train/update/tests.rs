@@ -1,4 +1,4 @@
-//! Masters in host memory move to the same bits, and what the model computes with follows them.
+//! Masters in host memory are updated to the same bits, and the compute copies follow them.
 
 use std::path::Path;
 
@@ -33,7 +33,7 @@ fn settings() -> Settings {
     Settings { weight_decay: 0.1, ema_decay: 0.9, ..Settings::default() }
 }
 
-/// Takes steps; returns what they measured.
+/// Takes steps; returns their measurements.
 fn steps(learner: &Learner, adamw: &mut AdamW, in_backward: bool, count: usize) -> Vec<[u64; 2]> {
     let trees = trees();
     let trees: Vec<&Tree> = trees.iter().collect();
@@ -41,7 +41,7 @@ fn steps(learner: &Learner, adamw: &mut AdamW, in_backward: bool, count: usize) 
     let dtype = if rounds { Precision::Bf16 } else { Precision::F32 };
     let options =
         StepOptions { dtype, optimizer_in_backward: in_backward, ..StepOptions::new(1 << 20) };
-    // A norm that clips.
+    // A norm that causes clipping.
     let pace = Pace { lr: 1e-3, max_grad_norm: if in_backward { 0.0 } else { 0.1 } };
     let mut step = || {
         let (report, norm) =
@@ -70,7 +70,7 @@ fn masters_in_host_memory_move_to_the_same_bits() {
                 let mut adamw = AdamW::new(settings().hyper());
                 let measured = steps(&learner, &mut adamw, in_backward, 3);
                 for (name, param) in learner.params() {
-                    // What is computed with is the rounded master.
+                    // The compute copy is the rounded master.
                     let rounded = param.master.to_dtype(param.computed().dtype()).unwrap();
                     assert_eq!(bits(&rounded), bits(param.computed()), "{name}");
                 }
@@ -81,7 +81,7 @@ fn masters_in_host_memory_move_to_the_same_bits() {
     }
 }
 
-/// Copies rounded by chance too, which the next step's gradients then see.
+/// Stochastic rounding of the copies too, which affects the next step's gradients.
 #[test]
 fn copies_are_rounded_by_the_same_chance_wherever_masters_are() {
     let settings = Settings { stochastic_rounding: true, dtype: Precision::Bf16, ..settings() };
@@ -99,7 +99,7 @@ fn copies_are_rounded_by_the_same_chance_wherever_masters_are() {
     }
 }
 
-/// Factors have copies in bf16 where the model computes in it, DoRA's magnitudes have not.
+/// Factors have bf16 copies if the model computes in bf16; DoRA's magnitudes do not.
 #[test]
 fn factors_of_adapters_are_rounded_by_chance() {
     let dir = Path::new("tests/fixtures/goldens/model_untied");
@@ -130,7 +130,7 @@ fn factors_of_adapters_are_rounded_by_chance() {
     assert_eq!(rounded, 2 * attached.scales.len());
 }
 
-/// The average follows, and a run goes on from a checkpoint, with masters elsewhere or not.
+/// The average follows, and a run resumes from a checkpoint, wherever the masters are.
 #[test]
 fn averages_and_checkpoints_do_not_mind_where_masters_are() {
     let run = |offloaded: [bool; 2], stochastic_rounding: bool| {
@@ -201,7 +201,7 @@ fn offload_that_does_nothing_is_refused_or_told() {
     assert_eq!(Settings::default().without_effect(&Device::Cpu), None);
 }
 
-/// Means what SFT means, but that the gradient of its last token is not a number.
+/// Like SFT, but the gradient of its last token is NaN.
 struct Diverged;
 
 impl Objective for Diverged {
@@ -266,7 +266,7 @@ fn adapted(loraplus_lr_ratio: f64) -> (Weights, Learner) {
     (attached.factors, learner)
 }
 
-/// AdamW's first step moves numbers by the rate, whatever their gradients.
+/// AdamW's first step moves each weight by the learning rate, whatever the gradient.
 #[test]
 fn the_rate_of_b_is_the_ratio_times_that_of_a() {
     for (ratio, expected) in [(0.0, 1.0), (1.0, 1.0), (16.0, 16.0)] {

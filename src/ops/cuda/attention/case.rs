@@ -1,5 +1,5 @@
-//! A forest for the tests of attention's kernels, and what comes out of it: on the kernels under the host's shim, by the
-//! definition with the kernels' own roundings, and by the plain form with Candle's gradients.
+//! A forest for testing attention's kernels, and its results: on the kernels under the host shim, by the definition
+//! with the kernels' rounding, and by the plain form with Candle's gradients.
 
 #![expect(clippy::unwrap_used, reason = "only tests use it; a failure here is a failed test")]
 
@@ -13,10 +13,10 @@ use crate::ops::{AttentionPlan, attention, cpu};
 
 pub(super) const FILE: &str = "attention.cu";
 
-/// Trees by their segments' parents and lengths.
+/// Trees, given by their segments' parents and lengths.
 pub(super) type Trees<'a> = &'a [&'a [(Option<usize>, usize)]];
 
-/// Query heads, key heads and the width of a head.
+/// Query heads, key heads and head dimension.
 pub(super) type Heads = (usize, usize, usize);
 
 pub(super) fn plan(trees: Trees<'_>) -> AttentionPlan {
@@ -33,7 +33,7 @@ pub(super) fn plan(trees: Trees<'_>) -> AttentionPlan {
     AttentionPlan::new(&Forest::pack(&trees).unwrap())
 }
 
-/// A forest with its numbers.
+/// A forest with its tensors.
 pub(super) struct Case<T> {
     pub(super) plan: AttentionPlan,
     heads: usize,
@@ -45,7 +45,7 @@ pub(super) struct Case<T> {
     pub(super) d_out: Vec<T>,
 }
 
-/// What comes out: `N` is the type of the case, or f32 where it is what is expected.
+/// Results; `N` is the case's dtype, or f32 for expected values.
 #[derive(Clone, Debug)]
 pub(super) struct Results<N> {
     pub(super) out: Vec<N>,
@@ -80,13 +80,13 @@ impl<T: Number> Case<T> {
         1.0 / (self.width as f32).sqrt()
     }
 
-    /// Where `[G, T, H/G]` has a query.
+    /// Index of a query in `[G, T, H/G]`.
     pub(super) fn slot(&self, token: usize, head: usize) -> usize {
         let share = self.share();
         (head / share * self.plan.tokens + token) * share + head % share
     }
 
-    /// On the kernels. Every number that they do not write is NaN.
+    /// On the kernels. Values they do not write are NaN.
     pub(super) fn on_kernels(&self, manner: Manner) -> Results<T> {
         let input = |values: &[T]| Guarded::new(values, manner.side);
         let blank = |len| Guarded::new(&vec![T::narrow(f32::NAN); len], manner.side);
@@ -144,7 +144,7 @@ impl<T: Number> Case<T> {
         sizes.into_iter().fold(call, Call::arg).run();
     }
 
-    /// The keys that the token at `row` sees, in the order and the pieces of the kernels.
+    /// The keys visible to the token at `row`, in the kernels' order and pieces.
     fn pieces(&self, span: usize, row: usize) -> Vec<Vec<usize>> {
         let piece = if size_of::<T>() == 2 { 32 } else { 16 };
         let own = self.plan.spans[span].start..row + 1;
@@ -155,8 +155,8 @@ impl<T: Number> Case<T> {
         ranges.flat_map(cut).collect()
     }
 
-    /// By the definition, one query at a time in double precision, but for numbers that enter a product in the case's own
-    /// type: a query's weights, relative to the largest score so far, and the gradients of its scores.
+    /// By the definition, one query at a time in double precision, except that product inputs are rounded to the case's
+    /// dtype: a query's weights relative to the running maximum, and the gradients of its scores.
     pub(super) fn by_definition(&self) -> Results<f32> {
         let rounded = |x: f64| f64::from(T::narrow(x as f32).wide());
         let double = |x: &[T]| x.iter().map(|x| f64::from(x.wide())).collect::<Vec<f64>>();
@@ -209,7 +209,7 @@ impl<T: Number> Case<T> {
         Results { out, log_sums, d_q, d_k, d_v }
     }
 
-    /// By the plain form and Candle's gradients, in f32; the log-sum-exps are those of the CPU's kernel.
+    /// By the plain form and Candle's gradients, in f32, with the log-sum-exps of the CPU kernel.
     pub(super) fn on_candle(&self) -> Results<f32> {
         let t = self.plan.tokens;
         let tensor = |x: &[T], heads| {

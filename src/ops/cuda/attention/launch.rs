@@ -16,29 +16,30 @@ use crate::ops::cuda::launch::host::Sendable;
 use crate::ops::cuda::launch::{Number, by_type, cuda, grid, on_cpu, tensor, view};
 use crate::ops::cuda::ptx::{CudaFunc, kernel};
 
-/// Head widths that kernels are compiled for.
+/// Head dimensions that kernels are compiled for.
 const WIDTHS: [usize; 4] = [32, 64, 96, 128];
-/// Query heads to a key head: the kernels' short division needs small numbers.
+/// Largest number of query heads per key head: the kernels' fast division needs small numbers.
 const MOST_SHARE: usize = 512;
-/// What errors call it.
+/// Its name in errors.
 const OP: &str = "attention";
-/// Shared memory that a launch has without asking.
+/// Shared memory available to a launch without opting in.
 const GIVEN: usize = 48 << 10;
 
-/// Whether there are kernels for `share` query heads to a key head, of this width and type. The plain form takes any.
+/// Whether there are kernels for `share` query heads per key head, this head dimension and dtype. The plain form
+/// supports any.
 pub(crate) fn takes(dtype: DType, share: usize, width: usize) -> bool {
     matches!(dtype, DType::F32 | DType::BF16) && share <= MOST_SHARE && WIDTHS.contains(&width)
 }
 
-/// The least width with kernels that holds heads of this one.
+/// The smallest supported head dimension that is at least this one.
 pub(crate) fn padded(width: usize) -> Option<usize> {
     WIDTHS.into_iter().find(|of_kernels| *of_kernels >= width)
 }
 
-/// As `attention` of `ops`, whose shapes were checked, without scores in memory, which are multiplied by `scale`.
+/// As `attention` of `ops`, with checked shapes. Scores are multiplied by `scale` and never stored.
 ///
 /// # Errors
-/// A type or width without kernels; the device's.
+/// An unsupported dtype or head dimension; a device error.
 pub(crate) fn on_cuda(
     [q, k, v]: [&Tensor; 3],
     scale: f32,
@@ -55,7 +56,7 @@ pub(crate) fn on_cuda(
             v.dtype()
         );
     }
-    // The kernels count rows in 32 bits, and a tile beyond the last.
+    // The kernels count rows in 32 bits, including a tile beyond the last.
     if tokens.saturating_mul(heads) > 1 << 31 {
         bail!("attention over {tokens} tokens of {heads} heads; expected a smaller micro-batch");
     }
@@ -67,24 +68,25 @@ pub(crate) fn on_cuda(
     aligned(q)?.apply_op3(&aligned(k)?, &aligned(v)?, op)
 }
 
-/// Without gaps, from an address on that is a multiple of sixteen bytes.
+/// Contiguous and 16-byte aligned.
 pub(in crate::ops::cuda) fn aligned(x: &Tensor) -> Result<Tensor> {
     let x = x.contiguous()?;
     let offset = x.layout().start_offset() * x.dtype().size_in_bytes();
     if offset.is_multiple_of(16) { Ok(x) } else { x.force_contiguous() }
 }
 
-/// Computes a plan's lists and puts them where the device takes them from without anybody waiting, on any thread.
+/// Computes a plan's lists into page-locked memory, so that uploading them needs no synchronisation; callable on any
+/// thread.
 ///
 /// # Errors
-/// The driver's.
+/// A driver error.
 pub(crate) fn stage(plan: &AttentionPlan, share: usize, device: &CudaDevice) -> Result<()> {
     let lists = Prepared::new(plan, share, device)?;
     *plan.on_device.lock() = State::Sendable(Box::new(lists));
     Ok(())
 }
 
-/// A plan's lists for a device. All blocks of a micro-batch, forward and backward, ask for the same. Shared by clones.
+/// A plan's lists for a device, shared by the forward and backward of all blocks of a micro-batch, and by clones.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Kept(Arc<Mutex<State>>);
 
@@ -152,7 +154,7 @@ impl OnDevice {
 }
 
 impl Uploaded {
-    /// Those that are there, or new ones.
+    /// The existing lists, or new ones.
     fn of(plan: &AttentionPlan, share: usize, device: &CudaDevice) -> Result<Arc<Self>> {
         let mut kept = plan.on_device.lock();
         let lists = match std::mem::take(&mut *kept) {
@@ -167,14 +169,14 @@ impl Uploaded {
     }
 }
 
-/// The forward keeps a log-sum-exp a query, `[G, T, H/G]`, for the backward.
+/// The forward keeps one log-sum-exp per query, `[G, T, H/G]`, for the backward.
 struct ForestAttention {
     lists: Arc<Uploaded>,
     scale: f32,
     log_sums: Mutex<Option<CudaSlice<f32>>>,
 }
 
-/// A kernel for heads of a width, and how it is launched over so many tiles and key heads.
+/// A kernel for a head dimension, and its launch configuration for this many tiles and key heads.
 pub(in crate::ops::cuda) fn prepared<E: Number>(
     device: &CudaDevice,
     which: Kernel,
@@ -192,7 +194,7 @@ pub(in crate::ops::cuda) fn prepared<E: Number>(
     Ok((function, config))
 }
 
-/// What every launch says of its tensors.
+/// Sizes passed to every launch.
 struct Sizes {
     tokens: u32,
     groups: u32,
@@ -208,12 +210,12 @@ impl Sizes {
         Ok(Self { tokens, groups, share, width, scale })
     }
 
-    /// Blocks of a launch over a list of tiles.
+    /// Grid of a launch over a list of tiles.
     fn blocks(&self, lists: &OnDevice) -> (usize, usize) {
         (lists.count(), self.groups as usize)
     }
 
-    /// Queries in all.
+    /// Total number of queries.
     fn rows(&self) -> usize {
         self.tokens as usize * (self.groups * self.share) as usize
     }
@@ -231,7 +233,7 @@ impl Sizes {
         let mut launch = function.builder();
         launch.arg(out).arg(d_out).arg(&mut deltas);
         launch.arg(&self.tokens).arg(&self.groups).arg(&self.share).arg(&width);
-        // A warp a row, up to as many blocks as any GPU runs at once.
+        // One warp per row, up to as many blocks as any GPU runs at once.
         let warps = (THREADS / 32) as usize;
         let blocks = self.rows().div_ceil(warps).min(1 << 14);
         let config = grid(OP, (blocks, 1), THREADS)?;
@@ -314,7 +316,7 @@ impl ForestAttention {
         Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
     }
 
-    /// Gradients of q, k and v, given those, the output and its gradient.
+    /// Gradients of q, k and v, given q, k, v, the output and its gradient.
     fn backward<E: Number>(&self, tensors: [&Tensor; 5]) -> Result<[Tensor; 3]> {
         let sizes = Sizes::of(tensors[0].shape(), tensors[1].shape(), self.scale)?;
         let device = tensors[0].device().as_cuda_device()?;

@@ -1,5 +1,5 @@
-//! Attention's kernels on the host: against the definition, with the kernels' own roundings; against the plain form and
-//! its gradients; against the CPU's log-sum-exps.
+//! Attention's kernels on the host, compared with the definition (including the kernels' rounding), with the plain form
+//! and its gradients, and with the CPU's log-sum-exps.
 
 use half::bf16;
 
@@ -12,17 +12,17 @@ use crate::ops::cuda::tests::host::{
     every_mutant_within_is_caught, manners, wide,
 };
 
-/// Branches of branches, spans of one token, and a second and third tree.
+/// Nested branches, spans of one token, and a second and third tree.
 const BRANCHES: Trees<'_> = &[
     &[(None, 4), (Some(0), 3), (Some(1), 2), (Some(1), 1), (Some(0), 6)],
     &[(None, 33)],
     &[(None, 1)],
 ];
-/// A shared prompt with answers that end within, at and after the end of tiles.
+/// A shared prompt with answers ending within, at and after the end of a tile.
 const ANSWERS: Trees<'_> = &[&[(None, 37), (Some(0), 64), (Some(0), 65)], &[(None, 16)]];
-/// A prompt without tokens, and one of one token.
+/// An empty prompt, and one of a single token.
 const EMPTY: Trees<'_> = &[&[(None, 0), (Some(0), 3), (Some(0), 2)], &[(None, 1), (Some(0), 5)]];
-/// Several tiles of keys and of queries, below one another.
+/// Several tiles of keys and of queries, nested.
 const LONG: Trees<'_> = &[&[(None, 150), (Some(0), 70), (Some(1), 131)]];
 
 fn bits<T: Number>(found: &Results<T>) -> Vec<u32> {
@@ -31,7 +31,7 @@ fn bits<T: Number>(found: &Results<T>) -> Vec<u32> {
     of_type.chain(log_sums.iter().map(|x| x.to_bits())).collect()
 }
 
-/// Threads of each warp first, last and at random, at either end of the buffers.
+/// Threads of each warp scheduled first, last and at random, at either end of the buffers.
 fn all_manners() -> Vec<Manner> {
     manners(&[THREADS])
 }
@@ -41,7 +41,7 @@ fn each_order() -> Vec<Manner> {
     [0, 3, 5].map(|at| all_manners()[at]).to_vec()
 }
 
-/// In bf16 a weight close to the middle between two numbers may be rounded the other way.
+/// In bf16 a weight near a rounding midpoint may round either way.
 #[track_caller]
 fn is_by_definition<T: Number>(trees: Trees<'_>, heads: Heads, manners: &[Manner]) {
     let case = Case::<T>::new(trees, heads);
@@ -67,7 +67,7 @@ fn all_shapes<T: Number>() {
     is_by_definition::<T>(ANSWERS, (4, 2, 32), &each_order());
     is_by_definition::<T>(ANSWERS, (1, 1, 64), &each_order());
     is_by_definition::<T>(LONG, (1, 1, 32), &each_order());
-    // Seven heads of a key: no tile begins with a token's first but the first.
+    // Seven query heads per key head: no tile except the first starts at a token's first head.
     is_by_definition::<T>(BRANCHES, (14, 2, 32), &each_order());
     is_by_definition::<T>(BRANCHES, (3, 1, 96), &each_order());
     is_by_definition::<T>(BRANCHES, (8, 2, 128), &each_order());
@@ -93,11 +93,11 @@ fn agrees_with_candle<T: Number>(trees: Trees<'_>, heads: Heads) {
         ("d_k", &found.d_k, &expected.d_k),
         ("d_v", &found.d_v, &expected.d_v),
     ] {
-        // Scores' gradients are differences of two sums over a width, and Candle's sums have roundings of their own.
+        // Gradients of scores are differences of two sums over the head dimension, and Candle's sums round differently.
         if size_of::<T>() == 4 {
             assert_within(what, found, expected, 3e-5);
         }
-        // As a whole: single numbers of bf16 carry the roundings of weights that cancel.
+        // Compared as a whole: single bf16 values carry the rounding errors of cancelling weights.
         let square = |x: f64| x * x;
         let pairs = found.iter().zip(expected);
         let apart: f64 = pairs.map(|(a, &b)| square(f64::from(a.wide() - b))).sum();
@@ -132,12 +132,12 @@ fn a_token_alone_sees_itself() {
     assert!(d < 1e-5, "{d}");
 }
 
-/// The row rule: a query's numbers depend on its path alone, to the last bit.
+/// The row rule: a query's result depends only on its path, bit for bit.
 fn neighbours_do_not_matter<T: Number>() {
     let heads = (6, 2, 32);
     let long = Case::<T>::new(&[&[(None, 37), (Some(0), 50)]], heads);
     let of_long = long.on_kernels(all_manners()[0]);
-    // The same sequence cut short, behind another tree and beside another answer.
+    // The same sequence truncated, after another tree and beside another answer.
     let mut short =
         Case::<T>::new(&[&[(None, 9)], &[(None, 37), (Some(0), 5), (Some(0), 43)]], heads);
     for (from, to, heads) in
@@ -188,7 +188,7 @@ fn deltas_are_sums_over_a_heads_width() {
     }
 }
 
-/// Pairs of a query's token and a key that the lists hold, each as often as it is there, by the kernels' rule.
+/// (Query token, key) pairs in the lists, with multiplicity, by the kernels' rule.
 fn pairs(plan: &AttentionPlan, lists: &Lists, share: usize, of_queries: bool) -> Vec<u32> {
     let mut seen = vec![0; plan.tokens * plan.tokens];
     for &[first, count, begin, end] in &lists.tiles {
@@ -222,7 +222,7 @@ fn lists_hold_every_visible_pair_once_and_little_else() {
             let lists = Lists::of_queries(&plan, share);
             let of_heads: Vec<u32> = expected.iter().map(|seen| seen * share as u32).collect();
             assert_eq!(pairs(&plan, &lists, share, true), of_heads, "{trees:?}");
-            // Beyond the pairs, a tile meets the keys between its first and its last token.
+            // Besides these pairs, a tile covers the keys between its first and last token.
             let cells: usize = cells(&lists);
             let pairs = of_heads.iter().sum::<u32>() as usize;
             assert!(cells <= pairs + plan.tokens * share * OWN, "{trees:?}: {cells} for {pairs}");
@@ -234,7 +234,7 @@ fn lists_hold_every_visible_pair_once_and_little_else() {
     }
 }
 
-/// Rows of the lists' tiles times tokens that they meet.
+/// Rows of the lists' tiles times the tokens they cover.
 fn cells(lists: &Lists) -> usize {
     let of_tile = |&[_, count, begin, end]: &[u32; 4]| -> u32 {
         count * lists.ranges[begin as usize..end as usize].iter().map(|range| range[1]).sum::<u32>()
@@ -269,7 +269,7 @@ fn no_block_asks_for_more_shared_memory_than_gpus_since_sm_80_have() {
     }
 }
 
-/// What mutants are held against: small, and with a share that is no power of two.
+/// Target of the mutation tests: small, with a group size that is not a power of two.
 #[test]
 fn a_small_forest_in_both_types() {
     is_by_definition::<f32>(BRANCHES, (6, 2, 32), &each_order());
@@ -286,12 +286,12 @@ fn every_mutant_of_attention_is_caught() {
         FILE,
         CHECK,
         &[
-            // Stages, and rows that are not there.
+            // Stages, and rows out of range.
             ("if (row >= tile.count) continue;", "if (row > tile.count) continue;"),
             ("row + half * 8 < tile.count)\n", "row + half * 8 <= tile.count)\n"),
             ("bool there = at < piece.count;", "bool there = at <= piece.count;"),
             ("min(left, step)};", "left > step + 1 ? step : left};"),
-            // Who sees whom.
+            // The mask.
             (">= (key + i / 2 * 8) * share;", "> (key + i / 2 * 8) * share;"),
             (
                 "piece.first + piece.count <= (tile.first + own)",
@@ -331,7 +331,7 @@ fn every_mutant_of_what_attention_shares_is_caught() {
                 "    if (index < count)\n      copy_async",
                 "    if (index <= count)\n      copy_async",
             ),
-            // Who sees whom.
+            // The mask.
             ("position - first + 1)", "position - first)"),
             // Heads that share keys.
             ("inverse((1 << 20) / by + 1)", "inverse((1 << 20) / by)"),

@@ -14,23 +14,23 @@ use crate::ops::cuda::launch::host::sent;
 use crate::ops::cuda::launch::{Number, by_type, cuda, grid, tensor, together, view};
 use crate::ops::cuda::ptx::kernel;
 
-/// Threads of a block that copies a token's keys and values.
+/// Threads of a block that copies one token's keys and values.
 const COPY: u32 = 128;
-/// Threads of a block that adds up the parts of some queries, a warp for each.
+/// Threads of a block that combines the parts of some queries, one warp per query.
 const COMBINE: u32 = 512;
-/// Bytes of scratch of a launch.
+/// Scratch bytes per launch.
 const SCRATCH: usize = 256 << 20;
 
-/// A plan's lists on a device, for all blocks of a forward pass.
+/// A plan's lists on a device, shared by all blocks of a forward pass.
 #[derive(Debug)]
 pub(crate) struct Uploaded {
     parts: CudaSlice<u32>,
     spans: CudaSlice<u64>,
     wholes: CudaSlice<u32>,
-    /// Where each new token's keys in the first layer are.
+    /// Address of each new token's keys in the first layer.
     places: CudaSlice<u64>,
     slices: Vec<Slice>,
-    /// `[L, PAGE, 2, G, E]` of every page.
+    /// Shape of a page, `[L, PAGE, 2, G, E]`.
     page: [usize; 5],
 }
 
@@ -68,14 +68,14 @@ impl Uploaded {
         })
     }
 
-    /// Those of the plan, made when they are first asked for, where `x` of `heads` heads belongs to their pages.
+    /// The plan's lists, created on first use; `x` with `heads` heads must match their pages.
     fn of<'a, E: Number>(
         plan: &'a CachePlan,
         layer: usize,
         (x, heads): (&Tensor, usize),
     ) -> Result<&'a Self> {
         if plan.on_device.get().is_none() {
-            // Whoever comes second has made the same.
+            // A concurrent caller has created the same.
             let _ = plan.on_device.set(Self::new::<E>(plan, x.device().as_cuda_device()?)?);
         }
         let Some(uploaded) = plan.on_device.get() else {
@@ -94,7 +94,7 @@ impl Uploaded {
     }
 }
 
-/// A sequence's spans by their addresses.
+/// A sequence's spans by address.
 fn runs<E: Number>(
     sequence: &Sequence,
     device: &CudaDevice,
@@ -127,10 +127,10 @@ fn runs<E: Number>(
     Ok(runs)
 }
 
-/// As [`CachePlan::store`], whose shapes were checked.
+/// As [`CachePlan::store`], with checked shapes.
 ///
 /// # Errors
-/// Another type or device than the pages'; the device's.
+/// A dtype or device other than the pages'; a device error.
 pub(crate) fn store(plan: &CachePlan, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
     if plan.tokens == 0 {
         return Ok(());
@@ -156,10 +156,10 @@ fn store_as<E: Number>(plan: &CachePlan, layer: usize, (k, v): (&Tensor, &Tensor
     Ok(())
 }
 
-/// As [`CachePlan::attend`], whose shapes were checked, for `groups` key heads.
+/// As [`CachePlan::attend`], with checked shapes, for `groups` key heads.
 ///
 /// # Errors
-/// Another type or device than the pages'; the device's.
+/// A dtype or device other than the pages'; a device error.
 pub(crate) fn attend(plan: &CachePlan, layer: usize, q: &Tensor) -> Result<Tensor> {
     if plan.tokens == 0 {
         return Ok(q.clone());

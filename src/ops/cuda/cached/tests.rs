@@ -1,4 +1,4 @@
-//! The kernels of `cached.cu` on the host: against attention by its definition, over pages that sequences share.
+//! The kernels of `cached.cu` on the host, compared with the definition of attention, on pages shared by sequences.
 
 use std::collections::BTreeMap;
 
@@ -13,28 +13,28 @@ use crate::ops::cuda::tests::host::{
 };
 
 const FILE: &str = "cached.cu";
-/// All pages have two layers, of which the kernels are asked for the second.
+/// All pages have two layers; the kernels run on the second.
 const LAYERS: usize = 2;
 const LAYER: usize = 1;
 
-/// A page, a slot in it, and how many positions from there on.
+/// A page, a slot in it, and the number of positions from there.
 type Place = (usize, usize, usize);
 
-/// A sequence by its spans, and how many of its positions are new.
+/// A sequence by its spans, and its number of new positions.
 type Seen<'a> = (&'a [Place], usize);
 
-/// Key heads, query heads to each, and the width of a head.
+/// Key heads, query heads per key head, and head dimension.
 type Heads = (usize, usize, usize);
 
-/// A prompt in two pages, of which two answers share 70 and 64 positions: one that sees more than a part, one that has
-/// just begun; and one that sees itself alone.
+/// A two-page prompt of which two answers share 70 and 64 positions, one longer than a part and one just begun; and a
+/// sequence that sees only itself.
 const ANSWERS: &[Seen<'_>] = &[
     (&[(0, 0, 64), (1, 0, 6), (2, 0, 64), (3, 0, 64), (4, 0, 64), (5, 0, 2)], 1),
     (&[(0, 0, 64), (6, 0, 3)], 1),
     (&[(7, 0, 1)], 1),
 ];
-/// A prompt that is read in pieces, the second of which crosses the beginning of a part; and new tokens that a guess made
-/// many, from the middle of a page on.
+/// A prompt read in chunks, the second of which crosses the start of a part; and several speculative tokens starting
+/// mid-page.
 const PROMPTS: &[Seen<'_>] = &[
     (&[(0, 0, 64), (1, 0, 64), (2, 0, 64), (3, 0, 64), (4, 0, 20)], 45),
     (&[(5, 0, 64), (6, 10, 30)], 5),
@@ -67,7 +67,7 @@ impl<T: Number> Case<T> {
         2 * self.heads.0 * self.heads.2
     }
 
-    /// The lists over pages that lie at these addresses, in slices of so many rows of scratch.
+    /// The lists over pages at these addresses, in slices of at most `most` scratch rows.
     fn lists(&self, pages: &[u64], most: usize) -> Lists {
         let line = (self.line() * size_of::<T>()) as u64;
         let runs = |(spans, new): &(Vec<Place>, usize)| {
@@ -82,12 +82,12 @@ impl<T: Number> Case<T> {
         Lists::new(self.sequences.iter().map(runs), self.heads.1, most)
     }
 
-    /// On the kernels; every number that they do not write is NaN.
+    /// On the kernels; values they do not write are NaN.
     fn on_kernels(&self, manner: Manner) -> Vec<T> {
         let (groups, share, width) = self.heads;
         let pages: Vec<_> = self.pages.iter().map(|page| Guarded::new(page, manner.side)).collect();
         let addresses: Vec<u64> = pages.iter().map(|page| page.as_ptr() as u64).collect();
-        // Small slices: most cases have several.
+        // Small slices, so that most cases have several.
         let lists = self.lists(&addresses, 100);
         let q = Guarded::new(&self.q, manner.side);
         let spans = Guarded::new(&lists.spans, manner.side);
@@ -160,7 +160,7 @@ impl<T: Number> Case<T> {
     }
 }
 
-/// In bf16 the weights are rounded to eight bits before they meet the values.
+/// In bf16 weights are rounded to eight bits before multiplying the values.
 #[track_caller]
 fn is_by_definition<T: Number>(sequences: &[Seen<'_>], heads: Heads, manners: &[Manner]) {
     let case = Case::<T>::new(sequences, heads);
@@ -218,7 +218,7 @@ fn rows_come_to_their_places<T: Number>(width: usize, turn: usize) {
     let line = 2 * width;
     let rows: usize = 5;
     let (k, v) = (random::<T>(1, rows * width), random::<T>(2, rows * width));
-    // Pages of two layers and four positions; every second place is another page's.
+    // Pages of two layers and four positions; slots alternate between two pages.
     let before: Vec<T> = random(3, LAYERS * 4 * line);
     for manner in each_block(turn) {
         let mut pages = [(); 2].map(|()| Guarded::new(&before, manner.side));
@@ -254,7 +254,7 @@ fn keys_and_values_are_stored_where_their_places_are() {
     }
 }
 
-/// Every query meets every position that it sees in one part, and the parts of a tile lie one after the other.
+/// Every query covers every visible position in exactly one part, and a tile's parts are contiguous.
 #[test]
 fn lists_hold_every_visible_pair_once() {
     let slices = [usize::MAX, 100, 1];
@@ -305,7 +305,7 @@ fn lists_hold_every_visible_pair_once() {
     }
 }
 
-/// What mutants are held against: small, and with a share that is no power of two.
+/// Target of the mutation tests: small, with a group size that is not a power of two.
 #[test]
 fn a_few_sequences_in_both_types() {
     let manners = &each_block(0)[..2];
@@ -314,7 +314,7 @@ fn a_few_sequences_in_both_types() {
     is_by_definition::<f32>(PROMPTS, (2, 3, 32), &manners[..1]);
     is_by_definition::<bf16>(PROMPTS, (2, 3, 32), &manners[1..]);
     rows_come_to_their_places::<f32>(8, 0);
-    // Packs, some at addresses that allow none.
+    // Vector copies, some at addresses that allow none.
     rows_come_to_their_places::<bf16>(12, 1);
 }
 
@@ -335,7 +335,7 @@ fn every_mutant_of_attention_over_pages_is_caught() {
             "{(part.first + row) / share + part.shift + 1,",
         ),
         ("(part.first + row + 8) / share", "(part.first + row) / share"),
-        // Rows that are not there.
+        // Rows out of range.
         (
             "if (row + half * 8 >= part.count) continue;",
             "if (row + half * 8 > part.count) continue;",
@@ -358,7 +358,7 @@ fn every_mutant_of_attention_over_pages_is_caught() {
     every_mutant_is_caught(FILE, CHECK, &mutants);
 }
 
-/// What the header has for parts alone: a query may have seen nothing.
+/// Header code used only for parts: a query may have seen nothing.
 #[test]
 fn every_mutant_of_what_attention_shares_is_caught_over_pages() {
     let mutants = [

@@ -11,7 +11,7 @@ use crate::ops::cuda::limits;
 /// One factor of a product.
 pub(super) struct Matrix<'a, E> {
     of: &'a CudaView<'a, E>,
-    /// It lies in memory as its transpose.
+    /// Whether it is stored transposed.
     turned: bool,
 }
 
@@ -25,7 +25,7 @@ impl<'a, E> Matrix<'a, E> {
     }
 }
 
-/// `out[m, n] = a[m, k] · b[k, n]`, or adds it, in f32.
+/// `out[m, n] = a[m, k] · b[k, n]`, or adds it to `out`, in f32.
 pub(super) fn product<E: Number>(
     device: &CudaDevice,
     (a, b): (Matrix<'_, E>, Matrix<'_, E>),
@@ -40,7 +40,7 @@ pub(super) fn product<E: Number>(
     let [rows, columns, inner] = limits::sizes("head", [m, n, k])?;
     let (alpha, beta) = (1.0_f32, if add { 1.0_f32 } else { 0.0 });
     let stream = device.cuda_stream();
-    // cuBLAS counts columns first: to it, each of our matrices is its transpose, and outᵀ = bᵀ aᵀ.
+    // cuBLAS is column-major: it sees each of our matrices as its transpose, and outᵀ = bᵀ aᵀ.
     let (b_op, b_lead) = if b.turned { (TURNED, inner) } else { (PLAIN, columns) };
     let (a_op, a_lead) = if a.turned { (TURNED, rows) } else { (PLAIN, inner) };
     let (a, _a) = a.of.device_ptr(&stream);

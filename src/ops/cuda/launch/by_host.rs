@@ -1,4 +1,4 @@
-//! Numbers that the host computes when the stream gets there: the driver calls it, and whoever launches goes on.
+//! Host callbacks within the stream: the driver runs them in stream order, without blocking the launching thread.
 
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,18 +10,18 @@ use candle_core::{CudaDevice, Result, Tensor};
 use super::host::Lent;
 use super::{cuda, tensor, together, view};
 
-/// Makes numbers of what came from the device: of each input its numbers.
+/// Computes values from device data, given one slice per input.
 pub(in crate::ops::cuda) type Compute = Box<dyn FnOnce(&[&[f32]]) -> Vec<f32> + Send>;
 
-/// What the driver is told to call: where the inputs will be, where the output goes, and how it is made.
+/// Data of a callback: buffers of the inputs, the output buffer, and the computation.
 struct Job {
     inputs: Vec<(*const f32, usize)>,
     output: (*mut f32, usize),
     compute: Compute,
 }
 
-/// As many numbers as the output has room for; NaN where `compute` panics or makes another number of them, as there is
-/// nobody to tell: whoever reads the same inputs afterwards is told.
+/// Fills the output; with NaN if `compute` panics or returns another number of values, since there is no way to report
+/// an error: consumers of the same inputs report it later.
 unsafe extern "C" fn run(job: *mut c_void) {
     // SAFETY: made of a box by `by_host`, and called once.
     let Job { inputs, output: (to, room), compute } = *unsafe { Box::from_raw(job.cast::<Job>()) };
@@ -37,7 +37,7 @@ unsafe extern "C" fn run(job: *mut c_void) {
     }
 }
 
-/// `len` numbers that `compute` makes of the inputs. It must not call the device.
+/// Computes `len` values from the inputs. `compute` must not call the device.
 pub(in crate::ops::cuda) fn by_host(
     device: &CudaDevice,
     inputs: &[CudaView<'_, f32>],
@@ -72,7 +72,7 @@ pub(in crate::ops::cuda) fn by_host(
     Ok(there)
 }
 
-/// A tensor of the shape of `x`, f32, that `compute` makes of its values.
+/// An f32 tensor of the shape of `x`, computed from its values.
 pub(crate) fn of_tensor(x: &Tensor, compute: crate::ops::by_host::Compute) -> Result<Tensor> {
     together("numbers by the host", [x])?;
     let (x, device) = (x.contiguous()?, x.device().as_cuda_device()?);

@@ -1,4 +1,4 @@
-//! Rows of the embedding and the gradient back into them, by `embed.cu`.
+//! Embedding rows and their gradient, with `embed.cu`.
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, PushKernelArg};
@@ -8,10 +8,10 @@ use super::host::sent;
 use super::{Number, by_type, cuda, grid, tensor, threads_of, together, view, with_view_mut};
 use crate::ops::cuda::ptx::kernel;
 
-/// Threads of a block that adds a part of a row.
+/// Threads of a block that adds part of a row.
 const ADD: usize = 256;
 
-/// Rows of `table` for each token, in f32, without a graph. The ids were checked.
+/// Rows of `table` for each token, in f32, without a graph. The ids are already checked.
 ///
 /// # Shapes
 /// - `table`: `[V, D]`, `tokens`: `T` ids, at least one  →  `[T, D]`
@@ -35,7 +35,7 @@ fn rows<E: Number>(table: &Tensor, tokens: &[u32]) -> Result<Tensor> {
     Ok(tensor(device, out, (tokens.len(), width)))
 }
 
-/// Adds row `t` of `d_x` to row `tokens[t]` of `d_table`, in the order of the tokens. `d_table` itself changes.
+/// Adds row `t` of `d_x` to row `tokens[t]` of `d_table`, in token order. Updates `d_table` in place.
 ///
 /// # Shapes
 /// - `d_table`: `[V, D]`, f32, contiguous, `d_x`: `[T, D]`
@@ -56,7 +56,7 @@ pub(crate) fn add_rows(d_table: &Tensor, tokens: &[u32], d_x: &Tensor) -> Result
     })
 }
 
-/// The tokens of each row that has some.
+/// The tokens of each row that has any.
 struct Segments<'a> {
     device: &'a CudaDevice,
     count: usize,
@@ -68,7 +68,7 @@ struct Segments<'a> {
 impl<'a> Segments<'a> {
     fn new(tokens: &[u32], device: &'a CudaDevice) -> Result<Self> {
         let mut order: Vec<u32> = (0..tokens.len() as u32).collect();
-        // Stable: the tokens of a row keep their order.
+        // Stable sort: tokens of a row keep their order.
         order.sort_by_key(|&token| tokens[token as usize]);
         let (mut starts, mut rows) = (Vec::new(), Vec::new());
         for (place, &token) in order.iter().enumerate() {

@@ -1,8 +1,8 @@
-//! Memory of the host that the device copies to and from while both do other work: page-locked, on Candle's stream.
+//! Page-locked host memory for asynchronous copies to and from the device, on Candle's stream.
 //!
-//! A copy on the stream is in the order of the launches, so nothing here waits but who reads what came, or writes anew what went.
-//! All copies have to be made by the thread that launches: Candle's stream is that thread's own. What is to be copied any
-//! thread may write.
+//! Copies on the stream are ordered with launches, so only reading received data or overwriting sent data waits. All
+//! copies must be made by the launching thread, since Candle's stream belongs to it. Any thread may write the data to
+//! be copied.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,29 +18,29 @@ use half::bf16;
 
 use super::{Number, cuda, tensor, together, view, with_view_mut};
 
-/// Elements of a piece of a parameter on its way: 32 MiB of gradient.
+/// Elements per piece of a parameter in transfer: 32 MiB of gradient.
 const PIECE: usize = 8 << 20;
-/// Written and read by the host alike: no flag of the driver's.
+/// No driver flags: the host both writes and reads.
 const PLAIN: u32 = 0;
 
-/// Page-locked memory, and what tells when the stream that used it last is done with it.
+/// Page-locked memory, with an event for the last use by a stream.
 ///
-/// That is an event of its own: the driver crate's memory has one too, but records it only where a program makes streams, and
-/// Candle's is one that is there anyway.
+/// It has its own event: the driver crate's memory has one too, but records it only if the program creates streams, and
+/// Candle uses an existing one.
 pub(crate) struct Locked<E> {
     memory: PinnedHostSlice<E>,
     used: CudaEvent,
 }
 
 impl<E: DeviceRepr + ValidAsZeroBits> Locked<E> {
-    /// Zeroed, so that nobody reads what was never written.
+    /// Zeroed, so that uninitialised memory is never read.
     fn new(device: &CudaDevice, len: usize) -> Result<Self> {
         let stream = device.cuda_stream();
         let context = stream.context();
         let used = context.new_event(Some(CU_EVENT_BLOCKING_SYNC)).w()?;
         // SAFETY: written whole below, before anybody reads it.
         let memory = unsafe { context.alloc_pinned_with_flags::<E>(len.max(1), PLAIN) };
-        // Not in the driver's words, which are those of a full GPU.
+        // Not the driver's message, which would suggest a full GPU.
         let full = |_| {
             candle_core::Error::msg(format!(
                 "the host could not page-lock {} KiB: it is out of memory, or may not lock as much (ulimit -l)",
@@ -55,19 +55,19 @@ impl<E: DeviceRepr + ValidAsZeroBits> Locked<E> {
         Ok(locked)
     }
 
-    /// Its elements, once the stream is done with them.
+    /// Its elements, after the stream is done with them.
     fn numbers(&self) -> Result<&[E]> {
         self.used.synchronize().w()?;
         self.memory.as_slice().w()
     }
 
-    /// The same to write.
+    /// As [`numbers`](Self::numbers), for writing.
     fn numbers_mut(&mut self) -> Result<&mut [E]> {
         self.used.synchronize().w()?;
         self.memory.as_mut_slice().w()
     }
 
-    /// Fills the beginning with what lies on the device, when `stream` gets there.
+    /// Enqueues a copy from the device to its beginning on `stream`.
     pub(super) fn fetch(
         &mut self,
         from: &impl DevicePtr<E>,
@@ -79,7 +79,7 @@ impl<E: DeviceRepr + ValidAsZeroBits> Locked<E> {
         copied.and(self.in_use(stream))
     }
 
-    /// Sends the beginning, as much as there is room for, when `stream` gets there.
+    /// Enqueues a copy of its beginning, as much as the destination holds, on `stream`.
     pub(super) fn send(
         &mut self,
         to: &mut impl DevicePtrMut<E>,
@@ -91,7 +91,7 @@ impl<E: DeviceRepr + ValidAsZeroBits> Locked<E> {
         copied.and(self.in_use(stream))
     }
 
-    /// Where it lies, for what `stream` does next; [`in_use`](Self::in_use) has to follow that.
+    /// Its address, for the next work on `stream`; must be followed by [`in_use`](Self::in_use).
     pub(super) fn place(&mut self, stream: &Arc<CudaStream>) -> Result<*mut E> {
         stream.wait(&self.used).w()?;
         // SAFETY: the address alone is taken.
@@ -99,7 +99,7 @@ impl<E: DeviceRepr + ValidAsZeroBits> Locked<E> {
         Ok(numbers.as_mut_ptr())
     }
 
-    /// Notes that all that was asked of `stream` until now may use it. Where that cannot be noted, it waits.
+    /// Records that work enqueued on `stream` so far may use it; if that fails, synchronises.
     pub(super) fn in_use(&self, stream: &Arc<CudaStream>) -> Result<()> {
         self.used.record(stream).or_else(|_| stream.synchronize()).w()
     }
@@ -113,12 +113,12 @@ impl<E> Locked<E> {
 
 impl<E> Drop for Locked<E> {
     fn drop(&mut self) {
-        // Else the device could write to what is someone else's by then. An error is one of the device, which others find too.
+        // Otherwise the device could write to memory that has been reused. Device errors will surface elsewhere too.
         let _ = self.used.synchronize();
     }
 }
 
-/// The first elements of page-locked memory.
+/// The first elements of a page-locked buffer.
 struct Part<'a, E> {
     whole: &'a mut PinnedHostSlice<E>,
     len: usize,
@@ -155,21 +155,21 @@ fn part<E>(whole: &mut PinnedHostSlice<E>, len: usize) -> Result<Part<'_, E>> {
     Ok(Part { whole, len })
 }
 
-/// Brings gradients to the host and weights back, piece by piece, two of each under way.
+/// Streams gradients to the host and weights back, in pieces, double-buffered each way.
 pub(crate) struct Pipe {
     device: CudaDevice,
     down: [Locked<f32>; 2],
     up: Up,
 }
 
-/// Where weights wait for the device, of each type once it is needed.
+/// Buffers for weights to be uploaded, one per dtype, allocated on first use.
 #[derive(Default)]
 struct Up {
     f32: Option<[Locked<f32>; 2]>,
     bf16: Option<[Locked<bf16>; 2]>,
 }
 
-/// Types of weights.
+/// Dtypes of weights.
 pub(crate) trait Weight: Number + ValidAsZeroBits {
     #[expect(private_interfaces, reason = "nobody else has such memory")]
     fn of(up: &mut Up) -> &mut Option<[Locked<Self>; 2]>;
@@ -196,18 +196,18 @@ impl std::fmt::Debug for Pipe {
 }
 
 impl Pipe {
-    /// Page-locks its memory.
+    /// Allocates the page-locked memory.
     pub(crate) fn new(device: &Device) -> Result<Self> {
         let device = device.as_cuda_device()?.clone();
         let down = [Locked::new(&device, PIECE)?, Locked::new(&device, PIECE)?];
         Ok(Self { down, up: Up::default(), device })
     }
 
-    /// Calls `act` with each piece of a gradient and the place for the same piece of the weight, which it fills. While it
-    /// works the next piece comes and the last one goes.
+    /// Calls `act` with each piece of a gradient and the buffer for the same piece of the weight, to be filled.
+    /// Meanwhile the next piece is received and the last one sent.
     ///
     /// # Shapes
-    /// - `grad`: f32, `weight`: of type `E`, contiguous, of as many elements
+    /// - `grad`: f32, `weight`: dtype `E`, contiguous, with as many elements
     pub(crate) fn pass<E: Weight>(
         &mut self,
         grad: &Tensor,
@@ -239,11 +239,11 @@ impl Pipe {
             }
             for (turn, piece) in pieces.iter().enumerate() {
                 if let Some(next) = pieces.get(turn + 1) {
-                    // What was in there was read in the turn before.
+                    // Its previous contents were read in the turn before.
                     fetch(&mut down[(turn + 1) % 2], next)?;
                 }
                 let (down, up) = (&down[turn % 2], &mut up[turn % 2]);
-                // Each waits for the copy that used it last.
+                // Each waits for the last copy that used it.
                 let (from, to) = (down.numbers()?, up.numbers_mut()?);
                 act(piece.clone(), &from[..piece.len()], &mut to[..piece.len()]);
                 up.send(&mut weight.slice_mut(piece.clone()), &stream)?;
@@ -253,9 +253,9 @@ impl Pipe {
     }
 }
 
-/// Types of what waits.
+/// Element types with reusable buffers.
 pub(crate) trait Spare: Copy + DeviceRepr + ValidAsZeroBits + 'static {
-    /// Page-locked memory that nobody uses: to lock it takes longer than to fill it.
+    /// Unused page-locked memory: locking takes longer than filling it.
     fn spare() -> &'static Mutex<Vec<Locked<Self>>>;
 }
 
@@ -271,12 +271,11 @@ macro_rules! spare {
 }
 spare!(f32, f64, u32, u64);
 
-/// Page-locked memory that others use afterwards.
+/// Page-locked memory that is returned for reuse.
 pub(super) struct Lent<E: Spare>(Option<Locked<E>>);
 
 impl<E: Spare> Lent<E> {
-    /// The smallest that is large enough and that no stream uses any more; where none is, a new one, in the place of the
-    /// largest that is free.
+    /// The smallest free buffer that is large enough; otherwise a new one, replacing the largest free one.
     pub(super) fn new(device: &CudaDevice, len: usize) -> Result<Self> {
         let too_small = {
             let mut spare = E::spare().lock().unwrap_or_else(PoisonError::into_inner);
@@ -290,7 +289,7 @@ impl<E: Spare> Lent<E> {
             let largest = spare.iter().rposition(|one| one.len() < len && free(one));
             largest.map(|index| spare.remove(index))
         };
-        // To lock memory, and to let it go, takes long: others need not wait for that.
+        // Locking and releasing memory is slow, so do it without holding the mutex.
         drop(too_small);
         Ok(Self(Some(Locked::new(device, len)?)))
     }
@@ -311,7 +310,7 @@ impl<E: Spare> Drop for Lent<E> {
     }
 }
 
-/// Numbers on their way to the device, written by any thread.
+/// Values to be uploaded, written by any thread.
 pub(crate) struct Sendable<E: Spare> {
     memory: Lent<E>,
     len: usize,
@@ -324,14 +323,14 @@ impl<E: Spare> std::fmt::Debug for Sendable<E> {
 }
 
 impl<E: Spare> Sendable<E> {
-    /// Copies them into page-locked memory, once what was sent from there last has arrived.
+    /// Copies the values into page-locked memory whose last upload has finished.
     pub(crate) fn new(device: &CudaDevice, numbers: &[E]) -> Result<Self> {
         let (mut memory, len) = (Lent::new(device, numbers.len())?, numbers.len());
         memory.memory()?.numbers_mut()?[..len].copy_from_slice(numbers);
         Ok(Self { memory, len })
     }
 
-    /// Sends them; only the thread that launches may.
+    /// Uploads them; only on the launching thread.
     pub(crate) fn send(mut self, device: &CudaDevice) -> Result<CudaSlice<E>> {
         // SAFETY: written whole by the copy.
         let mut there = unsafe { device.alloc::<E>(self.len) }?;
@@ -340,11 +339,11 @@ impl<E: Spare> Sendable<E> {
     }
 }
 
-/// Bytes that CUDA takes from anywhere without waiting for what the stream has to do before ("memory copies from host to device of
-/// a memory block of 64 KB or less", CUDA C++ Programming Guide, section on asynchronous concurrent execution).
+/// Largest upload from pageable memory that does not wait for the stream ("memory copies from host to device of a
+/// memory block of 64 KB or less", CUDA C++ Programming Guide, section on asynchronous concurrent execution).
 const TAKEN_AT_ONCE: usize = 64 << 10;
 
-/// Sends a list without waiting: a long one by way of page-locked memory. Only the thread that launches may.
+/// Uploads a list asynchronously, a long one through page-locked memory. Only on the launching thread.
 pub(in crate::ops) fn sent<E: Spare>(device: &CudaDevice, numbers: &[E]) -> Result<CudaSlice<E>> {
     if size_of_val(numbers) <= TAKEN_AT_ONCE {
         return device.clone_htod(numbers);
@@ -352,7 +351,7 @@ pub(in crate::ops) fn sent<E: Spare>(device: &CudaDevice, numbers: &[E]) -> Resu
     Sendable::new(device, numbers)?.send(device)
 }
 
-/// A tensor of f32 that waits in page-locked memory.
+/// An f32 tensor offloaded to page-locked memory.
 pub(crate) struct Waiting {
     device: CudaDevice,
     shape: Shape,
@@ -366,7 +365,7 @@ impl std::fmt::Debug for Waiting {
 }
 
 impl Waiting {
-    /// Sends a tensor there. Its memory on the device may be used again by what is launched later.
+    /// Offloads a tensor. Its device memory may be reused by later launches.
     pub(crate) fn new(x: &Tensor) -> Result<Self> {
         let device = x.device().as_cuda_device()?.clone();
         let x = x.contiguous()?;
@@ -378,7 +377,7 @@ impl Waiting {
         Ok(Self { device, shape, memory })
     }
 
-    /// Brings it back.
+    /// Restores it.
     pub(crate) fn back(mut self) -> Result<Tensor> {
         let count = self.shape.elem_count();
         // SAFETY: written whole by the copy.

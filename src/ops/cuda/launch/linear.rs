@@ -1,5 +1,5 @@
-//! The linear layer by cuBLAS, with a backward of its own: Candle's would multiply for weights that are not trained, too,
-//! and hand out the gradient of the others transposed.
+//! The linear layer with cuBLAS and its own backward: Candle's would also compute gradients of untrained weights, and
+//! return the others transposed.
 
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use super::on_cpu;
 use crate::ops::linear::product;
 
-/// `x · Wᵀ`, both of one type. Sums are f32, and rounded to that type.
+/// `x · Wᵀ`, both of one dtype. Accumulates in f32 and rounds to that dtype.
 ///
 /// # Shapes
 /// - `x`: `[T, I]`, `weight`: `[O, I]`  →  `[T, O]`

@@ -1,6 +1,6 @@
-//! Launches of the kernels on Candle's stream, one file an op. Nothing here waits for the device.
+//! Kernel launches on Candle's stream, one file per op. Nothing here waits for the device.
 //!
-//! Work on a stream is done in its order, so memory that is freed or written by a later launch is safe.
+//! Work on a stream runs in order, so memory may be freed or overwritten by a later launch.
 
 #![expect(unsafe_code, reason = "kernels are given addresses")]
 
@@ -14,6 +14,7 @@ pub(in crate::ops) mod pairs;
 pub(crate) mod rope;
 pub(crate) mod sample;
 pub(crate) mod swiglu;
+pub(in crate::ops::cuda) mod top;
 pub(crate) mod unpack;
 
 use std::cell::Cell;
@@ -33,9 +34,9 @@ use super::limits;
 /// A null pointer, as an argument.
 pub(in crate::ops::cuda) const NULL: &u64 = &0;
 
-/// Element types that kernels are compiled for.
+/// Element types with compiled kernels.
 pub(crate) trait Number: CudaDType + DeviceRepr {
-    /// The suffix of their entries.
+    /// Suffix of their entries.
     const NAME: &'static str;
 }
 
@@ -47,7 +48,7 @@ impl Number for bf16 {
     const NAME: &'static str = "bf16";
 }
 
-/// Evaluates an expression in which `$E` is the type that a [`DType`](candle_core::DType) names.
+/// Evaluates an expression with `$E` as the type of a [`DType`](candle_core::DType).
 macro_rules! by_type {
     ($dtype:expr, $what:literal, $E:ident => $call:expr) => {
         match $dtype {
@@ -65,7 +66,7 @@ macro_rules! by_type {
 }
 pub(in crate::ops::cuda) use by_type;
 
-/// What is on the device.
+/// The CUDA storage.
 pub(in crate::ops::cuda) fn cuda(storage: &Storage) -> Result<&CudaStorage> {
     match storage {
         Storage::Cuda(storage) => Ok(storage),
@@ -73,10 +74,10 @@ pub(in crate::ops::cuda) fn cuda(storage: &Storage) -> Result<&CudaStorage> {
     }
 }
 
-/// Checks that all lie on one GPU: what reads storages by itself is not checked by Candle.
+/// Checks that all tensors are on one GPU; Candle does not check direct accesses to storages.
 ///
 /// # Errors
-/// Two that do not, and where they are.
+/// Names two that are not, and their devices.
 pub(in crate::ops::cuda) fn together<const N: usize>(
     op: &str,
     tensors: [&Tensor; N],
@@ -105,18 +106,18 @@ pub(in crate::ops::cuda) fn view<'a, E: CudaDType>(
     }
 }
 
-/// One number, 0, beside what is given.
+/// A zero, on the device of a given storage.
 pub(crate) fn zero(beside: &CudaStorage) -> Result<CudaStorage> {
     let device = beside.device();
     Ok(CudaStorage::wrap_cuda_slice(device.alloc_zeros::<f32>(1)?, device.clone()))
 }
 
-/// The error of an op for CUDA that runs on the CPU.
+/// The error for a CUDA op invoked on the CPU.
 pub(in crate::ops::cuda) fn on_cpu(op: &str) -> Result<(CpuStorage, Shape)> {
     bail!("{op} for CUDA was given a tensor on the CPU")
 }
 
-/// A slice as a tensor of a graph of its own.
+/// A slice as a tensor without a graph.
 pub(in crate::ops) fn tensor<E: CudaDType>(
     device: &CudaDevice,
     slice: CudaSlice<E>,
@@ -126,7 +127,7 @@ pub(in crate::ops) fn tensor<E: CudaDType>(
     Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
-/// Blocks of `(x, y)` for an op, and threads of each.
+/// A grid of `of` blocks with `block` threads each, for an op.
 ///
 /// # Errors
 /// As [`blocks`](limits::blocks).
@@ -135,23 +136,24 @@ pub(in crate::ops::cuda) fn grid(op: &str, of: (usize, usize), block: u32) -> Re
     Ok(LaunchConfig { grid_dim: (x, y, 1), block_dim: (block, 1, 1), shared_mem_bytes: 0 })
 }
 
-/// Threads of a block that has a row of this width: one for each pack of four, up to 512.
+/// Threads per block for rows of this width: one per vector of four, up to 512.
 fn threads_of(width: usize) -> u32 {
     (width.div_ceil(4).next_multiple_of(32)).clamp(32, 512) as u32
 }
 
-/// Threads of a block that has a part of a whole tensor.
+/// Threads per block for elementwise kernels.
 const BLOCK: u32 = 256;
 
-/// A grid over the elements of a tensor, as large as any GPU runs at once; each thread takes several packs.
+/// A grid over the elements of a tensor, at most as large as any GPU runs at once; each thread processes several
+/// vectors.
 fn grid_over(op: &str, count: usize) -> Result<LaunchConfig> {
     grid(op, (count.div_ceil(BLOCK as usize * 8).clamp(1, 1 << 12), 1), BLOCK)
 }
 
-/// Calls `write` with the elements of a contiguous tensor on the device; all that share its storage see the change.
+/// Calls `write` with the elements of a contiguous device tensor; visible to all tensors that share its storage.
 ///
 /// # Errors
-/// Another dtype or device, or a layout with gaps.
+/// Another dtype or device, or a non-contiguous layout.
 fn with_view_mut<E: CudaDType, R>(
     tensor: &Tensor,
     write: impl FnOnce(CudaViewMut<'_, E>) -> Result<R>,
@@ -164,7 +166,7 @@ fn with_view_mut<E: CudaDType, R>(
     }
 }
 
-/// Candle's way to a storage's write lock: an op that runs once.
+/// Candle only gives write access to a storage through an op; this one runs once.
 struct Write<F, R, E> {
     once: Cell<Option<F>>,
     result: Cell<Option<R>>,

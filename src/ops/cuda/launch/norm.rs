@@ -1,4 +1,4 @@
-//! RMSNorm by `norm.cu`, alone or after a residual sum.
+//! RMSNorm with `norm.cu`, alone or fused with a residual sum.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -10,9 +10,9 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, b
 use super::{NULL, Number, by_type, cuda, grid, on_cpu, tensor, threads_of, together, view};
 use crate::ops::cuda::ptx::kernel;
 
-/// Blocks of the backward, at most: two for each processor of the largest GPUs.
+/// Most blocks of the backward: two per multiprocessor of the largest GPUs.
 const PARTS: usize = 264;
-/// Shared memory that a block's sums may take, in bytes.
+/// Most shared memory for a block's sums, in bytes.
 const SHARED: usize = 40 << 10;
 
 /// The norm of each row of `x`, rounded to `dtype`.
@@ -27,7 +27,7 @@ pub(crate) fn on_cuda(x: &Tensor, weight: &Tensor, eps: f64, dtype: DType) -> Re
     x.contiguous()?.apply_op2(&weight.contiguous()?, RmsNorm::new(weight, eps, dtype))
 }
 
-/// `x + y` and its norm, by one kernel.
+/// `x + y` and its norm, in one kernel.
 ///
 /// # Shapes
 /// - `x`, `y`: `[T, D]`, `weight`: `[D]`, f32 all  →  `[T, D]` both, the norm in `dtype`
@@ -44,7 +44,7 @@ pub(crate) fn of_sum(
     together("a residual sum", [x, y, weight])?;
     let (x, y, weight) = (x.contiguous()?, y.contiguous()?, weight.contiguous()?);
     let [sum, normed] = by_type!(dtype, "a norm", E => made::<E>([&x, &y, &weight], eps as f32)?);
-    // To the graph they are two ops, which hand out what is there.
+    // The graph has two ops, which return the precomputed results.
     let sum = x.apply_op2(&y, Sum { made: Mutex::new(Some(sum)) })?;
     let op = RmsNorm { made: Mutex::new(Some(normed)), ..RmsNorm::new(&weight, eps, dtype) };
     let normed = sum.apply_op2(&weight, op)?;
@@ -61,7 +61,7 @@ fn check(x: &Tensor, weight: &Tensor) -> Result<()> {
     bail!("a norm of {of_x:?} {:?} by {of_weight:?} {:?}", x.shape(), weight.shape())
 }
 
-/// The sum of the first two and its norm.
+/// The sum of the first two, and its norm.
 fn made<E: Number>([x, y, weight]: [&Tensor; 3], eps: f32) -> Result<[CudaStorage; 2]> {
     let device = x.device().as_cuda_device()?;
     let ((x, of_x), (y, of_y)) = (x.storage_and_layout(), y.storage_and_layout());
@@ -75,10 +75,10 @@ fn made<E: Number>([x, y, weight]: [&Tensor; 3], eps: f32) -> Result<[CudaStorag
     Ok([storage, CudaStorage::wrap_cuda_slice(normed, device.clone())])
 }
 
-/// What is added before the norm, and where the sum goes.
+/// The addend, and the destination of the sum.
 type Added<'a> = (&'a CudaView<'a, f32>, &'a mut CudaSlice<f32>);
 
-/// The norm of `x` or, where there is something to add, of the sum, which is kept.
+/// The norm of `x`, or of its sum with an addend, which is stored.
 fn forward<E: Number>(
     device: &CudaDevice,
     (x, add): (&CudaView<'_, f32>, Option<Added<'_>>),
@@ -102,7 +102,7 @@ fn forward<E: Number>(
     Ok(y)
 }
 
-/// A residual sum that is there already.
+/// An already computed residual sum.
 struct Sum {
     made: Mutex<Option<CudaStorage>>,
 }
@@ -150,7 +150,7 @@ struct RmsNorm {
     eps: f32,
     dtype: DType,
     trained: bool,
-    /// The norm, where it was computed with the sum before it.
+    /// The norm, if computed together with the preceding sum.
     made: Mutex<Option<CudaStorage>>,
 }
 
@@ -159,7 +159,7 @@ impl RmsNorm {
         Self { eps: eps as f32, dtype, trained: weight.track_op(), made: Mutex::default() }
     }
 
-    /// Gradients of `x` and, where it is trained, `weight`.
+    /// Gradients of `x` and, if trained, of `weight`.
     fn gradients<E: Number>(
         &self,
         (x, weight): (&Tensor, &Tensor),
@@ -193,7 +193,7 @@ impl RmsNorm {
     }
 }
 
-/// The sum of rows of `width`.
+/// Sum over rows of `width`.
 fn column_sum(
     device: &CudaDevice,
     partials: &CudaSlice<f32>,
@@ -205,7 +205,7 @@ fn column_sum(
     let function = kernel(device, "norm", "column_sum")?;
     let mut launch = function.builder();
     launch.arg(partials).arg(&mut sum).arg(&parts).arg(&long_width).arg(&add);
-    // Few threads a block, so that the columns fall to many processors.
+    // Few threads per block, so that columns spread over many multiprocessors.
     // SAFETY: the kernel's arguments; a thread a column.
     unsafe { launch.launch(grid("a norm", (width.div_ceil(64), 1), 64)?) }.w()?;
     Ok(sum)

@@ -1,4 +1,5 @@
-//! AdamW by `adamw.cu`, and the norm that clips its gradients by `reduce.cu`: from gradients to weights without the host.
+//! AdamW with `adamw.cu`, and the norm for gradient clipping with `reduce.cu`: from gradients to weights without
+//! synchronising with the host.
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut, PushKernelArg};
@@ -9,12 +10,12 @@ use super::{NULL, Number, by_type, cuda, grid, grid_over, together, view, with_v
 use crate::ops::cpu::adamw::{Chance, Update};
 use crate::ops::cuda::ptx::kernel;
 
-/// Elements of one partial sum, as in `reduce.cu`.
+/// Elements per partial sum, as in `reduce.cu`.
 const CHUNK: usize = 1 << 16;
-/// Threads that sum.
+/// Threads per summing block.
 const SUM: u32 = 512;
 
-/// Adds a gradient to a sum in f32, where that lies.
+/// Adds a gradient to an f32 sum, in place.
 ///
 /// # Shapes
 /// - `sum`, `grad`: equal, any; `sum` contiguous.
@@ -40,13 +41,13 @@ pub(crate) fn accumulate(sum: &Tensor, grad: &Tensor) -> Result<()> {
     })
 }
 
-/// Sums of squares of gradients, on the device until somebody reads them.
+/// Sums of squares of gradients, kept on the device until read.
 pub(crate) struct Squares {
     device: CudaDevice,
     sums: CudaSlice<f64>,
 }
 
-/// What gradients are multiplied with: a number on the device. It is NaN where they are not finite.
+/// Gradient scale, on the device. NaN if the gradients are not finite.
 pub(crate) struct Factor(CudaSlice<f32>);
 
 impl Squares {
@@ -57,7 +58,7 @@ impl Squares {
         Ok(Self { device, sums })
     }
 
-    /// Puts a gradient's sum of squares at `index`.
+    /// Stores a gradient's sum of squares at `index`.
     pub(crate) fn put(&mut self, index: usize, grad: &Tensor) -> Result<()> {
         if index >= self.sums.len() {
             bail!("a gradient more than the {} that there is room for", self.sums.len());
@@ -90,7 +91,7 @@ impl Squares {
         Ok(())
     }
 
-    /// The factor that brings the norm of some of the gradients down to `max_norm`, see
+    /// The factor that clips the norm of a range of gradients to `max_norm`, see
     /// [`clip_factor`](crate::optim::clip_factor).
     pub(crate) fn clip(&self, which: std::ops::Range<usize>, max_norm: f64) -> Result<Factor> {
         // SAFETY: the kernel writes both.
@@ -105,20 +106,20 @@ impl Squares {
         Ok(Factor(factor))
     }
 
-    /// All sums. The host waits for what was launched before.
+    /// All sums. Synchronises with the device.
     pub(crate) fn read(&self) -> Result<Vec<f64>> {
         self.device.clone_dtoh(&self.sums)
     }
 }
 
-/// The sum of squares of one tensor. The host waits for it.
+/// Sum of squares of one tensor. Synchronises with the device.
 pub(crate) fn square_sum(tensor: &Tensor) -> Result<f64> {
     let mut squares = Squares::new(tensor.device(), 1)?;
     squares.put(0, tensor)?;
     Ok(squares.read()?[0])
 }
 
-/// The first element of a tensor that is not finite. The host waits for it.
+/// Index of the first non-finite element of a tensor. Synchronises with the device.
 pub(crate) fn first_not_finite(tensor: &Tensor) -> Result<Option<usize>> {
     if tensor.elem_count() == 0 {
         return Ok(None);
@@ -147,26 +148,26 @@ fn search<E: Number>(tensor: &Tensor) -> Result<Option<usize>> {
     // SAFETY: the kernel's arguments; one block.
     unsafe { launch.launch(grid("the search for a number", (1, 1), SUM)?) }.w()?;
     let found = device.clone_dtoh(&found)?[0];
-    // All ones where there is none.
+    // All bits set means that none was found.
     Ok((found < count).then_some(found as usize))
 }
 
-/// A parameter with what moves it, all of one shape and contiguous. The copy, where there is one, is bf16, all else f32.
+/// A parameter and its optimizer state, all of one shape and contiguous. The copy, if any, is bf16, all else f32.
 pub(crate) struct Parameter<'a> {
-    /// What the optimizer moves.
+    /// Master weights, updated by the optimizer.
     pub master: &'a Tensor,
-    /// What the model computes with.
+    /// The copy the model computes with.
     pub copy: Option<&'a Tensor>,
-    /// First and second.
+    /// First and second moment.
     pub moments: [&'a Tensor; 2],
     /// The gradient.
     pub grad: &'a Tensor,
-    /// The copy is rounded by chance, with these words.
+    /// Stochastic rounding of the copy, if enabled.
     pub chance: Option<Chance>,
 }
 
-/// One step of a parameter. The gradient is multiplied by `clip` too, where that is given; where that is NaN nothing
-/// moves.
+/// One optimizer step for a parameter. The gradient is also multiplied by `clip`, if given; if that is NaN, nothing
+/// changes.
 pub(crate) fn adamw(
     parameter: &Parameter<'_>,
     update: Update,
@@ -202,7 +203,7 @@ pub(crate) fn adamw(
     })
 }
 
-/// The views of a parameter: master and moments, gradient, copy.
+/// Views of a parameter: master and moments, gradient, copy.
 type Views<'a, E> = ([CudaViewMut<'a, f32>; 3], &'a CudaView<'a, f32>, Option<CudaViewMut<'a, E>>);
 
 fn pass<E: Number>(
@@ -212,7 +213,7 @@ fn pass<E: Number>(
     clip: Option<&Factor>,
 ) -> Result<()> {
     let Update { beta1, beta2, grad_scale, shrink, step_size, root_correction, eps } = update;
-    // As the kernel's struct lies in memory: seven floats.
+    // In the layout of the kernel's struct: seven floats.
     let constants = [beta1, beta2, grad_scale, shrink, step_size, root_correction, eps];
     let count = grad.len();
     let (long_count, stochastic) = (count as u64, u32::from(chance.is_some()));

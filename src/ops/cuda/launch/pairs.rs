@@ -1,4 +1,5 @@
-//! Slopes of losses of pairs by `head.cu`: from the log-probabilities of a head's first pass to what its second is given.
+//! Gradients of pairwise losses with `head.cu`: from the log-probabilities of the head's first pass to the input of its
+//! second.
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, PushKernelArg};
@@ -9,13 +10,13 @@ use super::{BLOCK, NULL, cuda, grid, tensor, view};
 use crate::ops::cuda::ptx::kernel;
 use crate::ops::head::{PairTerm, Pairs, Placed};
 
-/// Threads of a warp, which sums a sequence.
+/// Threads per warp; a warp sums one sequence.
 const WARP: usize = 32;
 
-/// The slope of each of a tensor's values, which lie without gaps.
+/// The gradient with respect to each of a contiguous tensor's values.
 ///
 /// # Shapes
-/// `[N] -> [N]`, or any others of as many elements
+/// `[N] -> [N]`, or any other shapes with as many elements
 pub(in crate::ops) fn of_values(values: &Tensor, pairs: &Pairs) -> Result<Tensor> {
     if values.elem_count() == 0 {
         return Ok(values.detach());
@@ -27,7 +28,7 @@ pub(in crate::ops) fn of_values(values: &Tensor, pairs: &Pairs) -> Result<Tensor
     Ok(tensor(device, slopes, values.shape()))
 }
 
-/// Losses of pairs, uploaded.
+/// Uploaded inputs of pairwise losses.
 pub(in crate::ops::cuda) struct Uploaded<'a> {
     device: &'a CudaDevice,
     terms: &'a [PairTerm],
@@ -44,12 +45,12 @@ pub(in crate::ops::cuda) struct Uploaded<'a> {
     references: CudaSlice<f64>,
     lengths: CudaSlice<f64>,
     tree_starts: CudaSlice<u32>,
-    /// Nothing where there are none.
+    /// `None` if there are no pairs.
     pairs: Option<CudaSlice<u32>>,
 }
 
 impl<'a> Uploaded<'a> {
-    /// Of at least one target.
+    /// Uploads the inputs, for at least one target.
     pub(in crate::ops::cuda) fn new(
         device: &'a CudaDevice,
         pairs: &'a Pairs,
@@ -74,7 +75,7 @@ impl<'a> Uploaded<'a> {
         })
     }
 
-    /// The slope of each log-probability, in the order of the head's rows as these are.
+    /// Gradient of each log-probability, in the order of `logps`, which is that of the head's rows.
     ///
     /// # Shapes
     /// `[N] -> [N]`
@@ -111,7 +112,7 @@ impl<'a> Uploaded<'a> {
         Ok(sums)
     }
 
-    /// Adds one loss's slopes of the sums.
+    /// Adds one loss's gradients of the sums.
     fn add(
         &self,
         term: &PairTerm,

@@ -1,4 +1,4 @@
-//! Rotary position embedding by `rope.cu`.
+//! RoPE with `rope.cu`.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, InplaceOp1, Layout, Result, Shap
 use super::{Number, by_type, cuda, grid, on_cpu, threads_of, view};
 use crate::ops::cuda::ptx::kernel;
 
-/// `x` turned by the angles whose cosines and sines are given.
+/// Rotates `x` by the angles with the given cosines and sines.
 ///
 /// # Shapes
 /// - `x`: `[T, H, E]`, `cos`, `sin`: `[T, E/2]`, f32  →  `[T, H, E]`
@@ -18,8 +18,8 @@ pub(crate) fn on_cuda(x: &Tensor, tables: [Tensor; 2]) -> Result<Tensor> {
     x.contiguous()?.apply_op1(Rope::new(x, tables)?)
 }
 
-/// The same in the memory of `x`, where that is all of its storage. A single number takes its place, so that neither a graph's
-/// node of `x` nor what shares its storage holds more; they may not be read any more.
+/// As [`on_cuda`], in the memory of `x` if it owns its whole storage. The storage is replaced by a single element, so
+/// that neither the graph node of `x` nor tensors sharing it keep the memory; they must not be read any more.
 pub(crate) fn in_place(x: &Tensor, tables: [Tensor; 2]) -> Result<Tensor> {
     let rope = Rope::new(x, tables)?;
     x.inplace_op1(&rope)?;
@@ -31,12 +31,12 @@ struct Rope {
     cos: Tensor,
     sin: Tensor,
     sign: f32,
-    /// What is turned where it lies, once it was taken out of its tensor.
+    /// The storage to rotate in place, once taken from its tensor.
     own: Mutex<Option<CudaStorage>>,
 }
 
 impl Rope {
-    /// Of `x`, by angles that fit it.
+    /// A rotation of `x` by matching angles.
     fn new(x: &Tensor, [cos, sin]: [Tensor; 2]) -> Result<Self> {
         let (tokens, heads, width) = x.dims3()?;
         for table in [&cos, &sin] {
@@ -74,7 +74,7 @@ impl Rope {
         self.launch((&there, &there), x.device(), shape.dims3()?)
     }
 
-    /// Turns `x` into `out`, which may be the same and which nobody else has.
+    /// Rotates `x` into `out`, which may alias it and is not used elsewhere.
     fn launch<E: Number>(
         &self,
         (x, out): (&CudaView<'_, E>, &CudaView<'_, E>),
@@ -97,7 +97,7 @@ impl Rope {
     }
 }
 
-/// Takes what is to be turned out of its tensor, where it is all of the tensor's storage.
+/// Takes the storage to rotate from its tensor, if it is all of the tensor's storage.
 impl InplaceOp1 for Rope {
     fn name(&self) -> &'static str {
         "rope-in-place-cuda"

@@ -5,6 +5,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, PushKernelA
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 
 use super::host::sent;
+use super::top::{self, Logits};
 use super::{NULL, cuda, grid, view};
 use crate::ops::cuda::ptx::kernel;
 use crate::ops::sample::{Chance, Drawn, Likeliest, NoDraw, shared};
@@ -74,7 +75,7 @@ fn masks(chances: &[(Chance, Option<&[u32]>)], vocab: usize) -> Option<Vec<u32>>
     })
 }
 
-/// The likeliest tokens of each row whose chance asks for some, by `head.cu`.
+/// The likeliest tokens of each row whose chance asks for some.
 fn likeliest(
     device: &CudaDevice,
     (logits, log_sums): (&CudaView<'_, f32>, &CudaSlice<f32>),
@@ -94,13 +95,9 @@ fn likeliest(
     // SAFETY: the kernel writes both whole.
     let (mut ids, mut logps) =
         unsafe { (device.alloc::<u32>(found)?, device.alloc::<f32>(found)?) };
-    let (long_vocab, k) = (vocab as u64, most as u32);
-    let function = kernel(device, "head", "head_top_f32")?;
-    let mut launch = function.builder();
-    launch.arg(logits).arg(&long_vocab).arg(&k).arg(&rows).arg(log_sums);
-    launch.arg(&mut ids).arg(&mut logps);
-    // SAFETY: the kernel's arguments; a block for each row that is named.
-    unsafe { launch.launch(grid("likely tokens", (which.len(), 1), BLOCK)?) }.w()?;
+    let logits = Logits { values: logits, vocab, log_sums: &log_sums.as_view() };
+    let places = (&mut ids.as_view_mut(), &mut logps.as_view_mut());
+    top::likeliest(device, &logits, (Some(&rows), most), places)?;
     let (ids, logps) = (device.clone_dtoh(&ids)?, device.clone_dtoh(&logps)?);
     let tokens = ids.chunks(most).zip(logps.chunks(most));
     for ((&row, count), (ids, logps)) in which.iter().zip(counts).zip(tokens) {

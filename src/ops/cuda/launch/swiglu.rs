@@ -1,4 +1,4 @@
-//! SwiGLU by `swiglu.cu`.
+//! SwiGLU with `swiglu.cu`.
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
@@ -37,7 +37,7 @@ impl SwiGlu {
         Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
     }
 
-    /// Gradients of gate and up.
+    /// Gradients of `gate` and `up`.
     fn backward<E: Number>(gate: &Tensor, up: &Tensor, d_out: &Tensor) -> Result<[Tensor; 2]> {
         let (device, shape) = (gate.device().as_cuda_device()?, gate.shape());
         let ((gate, of_gate), (up, of_up)) = (gate.storage_and_layout(), up.storage_and_layout());

@@ -1,4 +1,4 @@
-//! Frozen matrices of few bits on a GPU, made dense by `unpack.cu`.
+//! Quantised frozen matrices on a GPU, dequantised by `unpack.cu`.
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, PushKernelArg};
@@ -11,11 +11,11 @@ use crate::ops::unpack::Parts;
 
 const OP: &str = "an unpacked matrix";
 
-/// A packed matrix `[O, I]` in a GPU's memory.
+/// A quantised matrix in GPU memory.
 #[derive(Debug)]
 pub(crate) struct Resident {
     shape: (usize, usize),
-    /// Of which GPU, by its number.
+    /// Number of the GPU.
     gpu: usize,
     form: Form,
 }
@@ -37,7 +37,7 @@ enum Form {
 }
 
 impl Resident {
-    /// Sends the parts of a matrix, and waits until they are there: other threads have streams of their own.
+    /// Uploads the parts and waits until they have arrived, since other threads have their own streams.
     pub(crate) fn new(
         parts: Parts<'_>,
         shape: (usize, usize),
@@ -67,7 +67,7 @@ impl Resident {
     /// The dense matrix, `[O, I]`.
     ///
     /// # Errors
-    /// A type other than f32 and bf16, another GPU than that where this is.
+    /// A dtype other than f32 and bf16; a GPU other than the one holding it.
     pub(crate) fn dense(&self, device: &CudaDevice, dtype: DType) -> Result<Tensor> {
         if self.gpu != number(device) {
             bail!("{OP} is on cuda:{}, what it meets on cuda:{}", self.gpu, number(device));

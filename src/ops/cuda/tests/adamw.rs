@@ -1,4 +1,4 @@
-//! `adamw.cu` against AdamW on the CPU, its rounding by chance too, and against what chance should be.
+//! `adamw.cu` compared with AdamW on the CPU, including its stochastic rounding, and with the expected distribution.
 
 use half::bf16;
 
@@ -15,10 +15,10 @@ const CHANCE: &str = "ops::cuda::tests::adamw::rounding_by_chance_is_the_cpus_to
 
 const COUNTS: [usize; 5] = [0, 1, 6, 64, 1003];
 const GRID: [u32; 3] = [2, 1, 1];
-/// Both halves of it differ from 0 and from each other.
+/// Its two halves are distinct and non-zero.
 const STREAM: u64 = 5 << 32 | 9;
 
-/// The constants as the kernel takes them.
+/// The constants in the kernel's layout.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Update {
@@ -41,7 +41,7 @@ const UPDATE: Update = Update {
     eps: 1e-8,
 };
 
-/// What a step reads and changes.
+/// Inputs and state of a step.
 struct State<T> {
     param: Guarded<f32>,
     moments: [Guarded<f32>; 2],
@@ -61,7 +61,7 @@ impl<T: Number> State<T> {
         }
     }
 
-    /// One step. `seed` rounds the copy by chance.
+    /// One step. `seed` enables stochastic rounding of the copy.
     fn step(&mut self, update: Update, clip: Option<f32>, seed: Option<u64>, manner: Manner) {
         let count = self.param.as_slice().len() as u64;
         let clip = clip.map(|clip| Guarded::new(&[clip], manner.side));
@@ -77,7 +77,7 @@ impl<T: Number> State<T> {
         call.arg(seed.unwrap_or(0)).arg(STREAM).run();
     }
 
-    /// What the CPU makes of the masters as they are.
+    /// The CPU's rounding of the current masters.
     fn rounded(&self, seed: u64) -> Vec<bf16> {
         let masters = self.param.as_slice();
         let mut copy = vec![bf16::ZERO; masters.len()];
@@ -118,7 +118,7 @@ fn a_step_is_the_cpus() {
         for manner in each_block(turn) {
             check::<f32>(count, None, manner);
             check::<bf16>(count, Some(0.5), manner);
-            // Gradients that are not finite move nothing.
+            // Non-finite gradients change nothing.
             let mut state = State::<bf16>::new(count, manner.side);
             let before = state.param.as_slice().to_vec();
             state.step(UPDATE, Some(f32::NAN), None, manner);
@@ -128,7 +128,7 @@ fn a_step_is_the_cpus() {
     }
 }
 
-/// The step that changes nothing but the copy.
+/// A step that changes only the copy.
 const STILL: Update = Update {
     beta1: 1.0,
     beta2: 1.0,
@@ -143,8 +143,8 @@ fn bits(copy: &[bf16]) -> Vec<u16> {
     copy.iter().map(|value| value.to_bits()).collect()
 }
 
-/// A step whose masters move: its copies are the ones that the CPU makes of these masters, whether a thread reads them
-/// alone or four at a time, and whatever it finds in them.
+/// A step that moves the masters: its copies equal the CPU's rounding of these masters, whether a thread reads one or
+/// four at a time, for any values.
 #[test]
 fn rounding_by_chance_is_the_cpus_to_the_bit() {
     let seeds = [0, 7, u64::MAX, 0x0123_4567_89ab_cdef];
@@ -164,8 +164,8 @@ fn rounding_by_chance_is_the_cpus_to_the_bit() {
     }
 }
 
-/// Over 400 draws the mean of the copies is their master: a draw's standard deviation is at most half of the neighbours'
-/// distance, 2^-8 of the number at most, and the mean of 1003 × 400 has some 600 times less.
+/// Over 400 draws the mean of the copies is their master: a draw's standard deviation is at most half the spacing of
+/// neighbours, itself at most 2^-8 of the value, and averaging 1003 × 400 draws divides it by some 600.
 #[test]
 fn rounding_by_chance_is_unbiased() {
     let (count, draws) = (1003, 400);
@@ -188,7 +188,7 @@ fn rounding_by_chance_is_unbiased() {
     assert!((ups as f64 / total - 0.5).abs() < 0.05, "{ups} of {total}");
 }
 
-/// The same words as `rng::philox`, which is held against the ones that its authors published.
+/// The same words as `rng::philox`, which is tested against the published vectors.
 #[test]
 fn the_generator_is_the_cpus() {
     const COUNT: usize = 37;

@@ -1,4 +1,4 @@
-//! `embed.cu` against the embedding on the CPU, to the bit.
+//! `embed.cu` compared with the embedding on the CPU, bit for bit.
 
 use candle_core::{Device, Tensor};
 use half::bf16;
@@ -12,10 +12,10 @@ use crate::ops::embed;
 const FILE: &str = "embed.cu";
 const CHECK: &str = "ops::cuda::tests::embed::both_directions_are_the_cpus";
 
-/// Tokens, vocabulary, width: one of each; many tokens of few rows; few tokens of many rows.
+/// Tokens, vocabulary, hidden size: one of each; many tokens of few rows; few tokens of many rows.
 const SHAPES: [(usize, usize, usize); 4] = [(1, 1, 1), (23, 5, 17), (9, 700, 64), (4, 3, 1030)];
 
-/// Places of the tokens ordered by id, where each id's begin, and the ids: what the gradient's kernel is given.
+/// Token indices sorted by id, start of each id's run, and the ids: the inputs of the gradient kernel.
 fn segments(tokens: &[u32]) -> [Vec<u32>; 3] {
     let mut order: Vec<u32> = (0..tokens.len() as u32).collect();
     order.sort_by_key(|&place| tokens[place as usize]);

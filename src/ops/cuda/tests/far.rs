@@ -1,5 +1,5 @@
-//! Kernels whose elements lie beyond what 32 bits count: the last rows of arrays of more than 2³² elements, of which no
-//! other row is touched and so none is in memory.
+//! Kernels at element offsets beyond 32 bits: the last rows of arrays of more than 2³² elements, whose other rows are
+//! never touched and so use no memory.
 
 #![expect(unsafe_code, reason = "a map is viewed as numbers")]
 
@@ -7,15 +7,15 @@ use memmap2::{MmapMut, MmapOptions};
 
 use super::host::{Guarded, Kernels, Manner, Order, Side, every_mutant_is_caught, random};
 
-/// The vocabulary of Llama 3.
+/// Llama 3's vocabulary size.
 const VOCAB: usize = 128_256;
-/// The last row lies whole beyond 2³² elements.
+/// The whole last row is beyond 2³² elements.
 const ROWS: usize = (1 << 32) / VOCAB + 3;
-/// Elements of a block's part of a row.
+/// Elements per block within a row.
 const SPAN: u64 = 16384;
 const MANNER: Manner = Manner { block: 256, order: Order::Forward, side: Side::End };
 
-/// `[rows, width]` of f32 that begin as zeros and take memory where they are touched.
+/// `[rows, width]` of f32, initially zero; memory is used only where touched.
 struct Far {
     map: MmapMut,
     rows: usize,
@@ -40,7 +40,7 @@ impl Far {
     }
 }
 
-/// The head's kernels over the last of `rows` rows at an address: its statistics and the gradient in its place.
+/// The head's kernels on the last of `rows` rows at an address: its statistics and the in-place gradient.
 fn head(logits: *mut u8, rows: usize) -> Vec<f32> {
     let mut starts = vec![0_u32; rows];
     starts.push(1);

@@ -1,7 +1,7 @@
-//! The head's kernels on the host against the head on the CPU.
+//! The head's kernels on the host, compared with the head on the CPU.
 //!
-//! A head whose weight is the identity has its hidden states for logits, and d(hidden) for d(logits): so the whole CPU
-//! op is the reference of what kernels do to rows. Divergences, and what follows the head, are held against their
+//! With an identity weight the head's logits are its hidden states, and d(logits) is d(hidden), so the whole CPU op
+//! serves as reference for the row kernels. Divergences, and the steps after the head, are compared with their
 //! definitions in double precision.
 
 mod after;
@@ -18,19 +18,19 @@ use super::host::{
 };
 use crate::data::forest::Target;
 use crate::data::tree::Role;
-use crate::ops::head::{self, Asked, RowStats, Slopes};
+use crate::ops::head::{self, Asked, Detail, RowStats, Slopes};
 
 const FILE: &str = "head.cu";
 
-/// Rows and vocabularies: one row; no multiple of a warp; whole loads of 16 bytes; more than a block.
+/// Rows and vocabularies: one row; not a multiple of a warp; whole 16-byte loads; more than a block.
 const SHAPES: [(usize, usize); 6] = [(1, 2), (3, 7), (2, 33), (3, 64), (4, 257), (3, 1048)];
 
-/// A buffer that holds no numbers yet.
+/// A NaN-filled buffer.
 fn blank<T: Number>(len: usize, manner: Manner) -> Guarded<T> {
     Guarded::new(&vec![T::narrow(f32::NAN); len], manner.side)
 }
 
-/// Rows of logits with targets: the first row has one, the others several, of which two are of one token.
+/// Rows of logits with targets: the first row has one, the others several, two of them for the same token.
 struct Batch<T> {
     rows: usize,
     vocab: usize,
@@ -43,7 +43,7 @@ struct Batch<T> {
 impl<T: Number> Batch<T> {
     fn new((rows, vocab): (usize, usize)) -> Self {
         let logits = random::<f32>(vocab as u64, rows * vocab).into_iter().enumerate();
-        // A mean that is not close to 0, and some rows that are almost certain.
+        // A mean away from 0, and some rows that are nearly one-hot.
         let logits: Vec<f32> = logits.map(|(at, x)| 2.0 * x + 2.0 + 9.0 * peak(at)).collect();
         let (mut starts, mut ids) = (vec![0], Vec::new());
         for row in 0..rows {
@@ -55,7 +55,7 @@ impl<T: Number> Batch<T> {
         Self { rows, vocab, logits: narrow(&logits), starts, ids, d_logps }
     }
 
-    /// What the CPU reads and writes.
+    /// The CPU's results.
     fn on_cpu(&self, mean_logp: f32, squared_lse: f32) -> (Vec<f32>, Vec<RowStats>, Vec<f32>) {
         let hidden =
             Tensor::from_vec(wide(&self.logits), (self.rows, self.vocab), &Device::Cpu).unwrap();
@@ -68,7 +68,7 @@ impl<T: Number> Batch<T> {
             }
         }
         let slopes = Slopes { d_logps: &self.d_logps, mean_logp, squared_lse };
-        let asked = Asked { rows: true, d_weight: false };
+        let asked = Asked { detail: Detail::Rows, d_weight: false };
         let out = head::backward(&hidden, &weight, &targets, slopes, asked).unwrap();
         let readings = out.readings.wait().unwrap();
         let stats = self.starts[..self.rows].iter().map(|&n| readings.rows[n as usize]);
@@ -76,7 +76,7 @@ impl<T: Number> Batch<T> {
         (readings.logps.clone(), stats.collect(), d_logits)
     }
 
-    /// The logarithm of each row's sum.
+    /// Log-sum-exp of each row.
     fn log_sums(&self) -> Vec<f32> {
         wide(&self.logits).chunks(self.vocab).map(head::log_sum_exp).collect()
     }
@@ -87,7 +87,7 @@ fn peak(at: usize) -> f32 {
     f32::from(u8::from(at % 500 == 123))
 }
 
-/// Whatever order threads run in, the bits are the same.
+/// Checks that results are bit-identical for any thread order.
 #[derive(Default)]
 struct Repeats(BTreeMap<(u32, bool), Vec<u32>>);
 
@@ -100,8 +100,8 @@ impl Repeats {
     }
 }
 
-/// Asserts that logarithms are as expected to 1e-5, or relative to them where they are larger than 1: they are
-/// differences of such as are.
+/// Asserts that logarithms are as expected to 1e-5, relative to their size if above 1, since they are differences of
+/// values that large.
 #[track_caller]
 fn assert_logs(what: &str, found: &[f32], expected: &[f32]) {
     let squares = expected.iter().map(|x| x * x).sum::<f32>();
@@ -114,7 +114,7 @@ fn readings_are_the_cpus<T: Number>(turn: usize, shape: (usize, usize)) {
     let (logps, stats, _) = case.on_cpu(0.0, 0.0);
     let grid = [case.rows as u32, 1, 1];
     let mut repeats = Repeats::default();
-    // Two block sizes a shape, all in the end; every order, as the bits must not depend on it.
+    // Two block sizes per shape, covering all of them; every order, since the bits must not depend on it.
     let blocks = [0, 3].map(|place| BLOCKS[(turn + place) % BLOCKS.len()]);
     for manner in manners(&blocks) {
         let logits = Guarded::new(&case.logits, manner.side);
@@ -151,7 +151,7 @@ fn readings_are_the_cpus<T: Number>(turn: usize, shape: (usize, usize)) {
     }
 }
 
-/// The numbers of a row, in the kernel's order.
+/// A row's statistics, in the kernel's order.
 fn parts() -> [fn(&RowStats) -> f32; 5] {
     [
         |row| row.log_sum_exp,
@@ -187,7 +187,7 @@ fn a_token_outside_the_vocabulary_has_no_log_probability_and_an_infinite_row_non
     assert_eq!(finite, [false, true, false, false], "{:?}", found.as_slice());
 }
 
-/// What a divergence adds to the gradient: buffers as `head_kl` leaves them.
+/// A divergence's contribution to the gradient: buffers as written by `head_kl`.
 struct Teacher {
     k: u32,
     ids: Vec<u32>,
@@ -196,7 +196,7 @@ struct Teacher {
     factors: Vec<f32>,
 }
 
-/// Which entry: into the logits' place, beside them, or into another type beside them.
+/// Which entry: in place of the logits, beside them, or beside them in another dtype.
 #[derive(Clone, Copy, Debug)]
 enum Onto {
     Place,
@@ -204,7 +204,7 @@ enum Onto {
     Bf16,
 }
 
-/// Runs the gradient's kernel.
+/// Runs the gradient kernel.
 fn gradient<T: Number>(
     case: &Batch<T>,
     (logps, log_sums): (&[f32], &[f32]),
@@ -256,7 +256,7 @@ fn gradients_are_the_cpus<T: Number>(shape: (usize, usize)) {
     for (round, slopes) in rounds.into_iter().enumerate() {
         let (logps, _, d_logits) = case.on_cpu(slopes.0, slopes.1);
         let mut repeats = Repeats::default();
-        // Some blocks in each round, all in the end.
+        // Some block sizes in each round, covering all of them.
         let blocks = [BLOCKS[round], BLOCKS[(round + 3) % BLOCKS.len()]];
         for (at, manner) in manners(&blocks).into_iter().enumerate() {
             let into = [Onto::Place, Onto::Beside][(at / 2 + round) % 2];
@@ -303,20 +303,20 @@ fn kernels_of_rows_that_are_wrong_are_caught() {
     caught(
         "rows_say_what_they_say_on_the_cpu",
         &[
-            // Each warp for itself.
+            // Each warp on its own.
             (
                 "block_reduce(own_sums<T, STATS>(x, vocab), no_sums(), Merge<STATS>())",
                 "warp_reduce(own_sums<T, STATS>(x, vocab), Merge<STATS>())",
             ),
             // A wrong distance.
             ("shuffle_xor(s.sum, distance)", "shuffle_xor(s.sum, distance / 2)"),
-            // Another row, and one row less.
+            // Another row; one row less.
             (
                 "logits + row * vocab;\n  const Sums s",
                 "logits + (row ^ 1) * vocab;\n  const Sums s",
             ),
             ("float *out = stats + row * 5", "float *out = stats + row * 4"),
-            // What was summed stays by the old maximum.
+            // Sums not rescaled to the new maximum.
             ("  s.sum *= factor;", ""),
             ("s.squares *= factor * factor", "s.squares *= factor"),
             ("s.first + s.sum * fmaxf(below, -1e30f)", "s.first"),
@@ -329,7 +329,7 @@ fn kernels_of_rows_that_are_wrong_are_caught() {
     caught(
         "gradients_are_what_they_are_on_the_cpu",
         &[
-            // Some threads still write what others write once more.
+            // Some threads still write values that others then overwrite.
             ("  __syncthreads();\n  for (u32 n = first", "  for (u32 n = first"),
             ("start + span < vocab ? start + span : vocab", "start + span"),
             ("blockIdx.y * span", "0"),

@@ -1,9 +1,9 @@
-//! The kernels on the host, for tests: each `.cu` is compiled by the system's C++ compiler under `host.h`, which runs a
-//! block's threads as fibres, and called through a shared library.
+//! Runs the kernels on the host, for tests: each `.cu` is compiled by the system's C++ compiler under `host.h`, which
+//! runs a block's threads as fibres, and loaded as a shared library.
 //!
-//! A test compares a kernel with its CPU op in every [`Manner`]: block size, order of the threads, and the side of its
-//! buffers that touches a page which nobody may touch. [`every_mutant_is_caught`] breaks a kernel on purpose and sees
-//! the same test fail.
+//! A test compares a kernel with its CPU op in every [`Manner`]: block size, thread order, and the side of its buffers
+//! next to an inaccessible page. [`every_mutant_is_caught`] breaks a kernel on purpose and checks that the same test
+//! fails.
 
 #![expect(unsafe_code, reason = "kernels are C functions in a shared library")]
 
@@ -24,37 +24,37 @@ use sha2::{Digest, Sha256};
 pub(in crate::ops::cuda) use crate::ops::cpu::guard::{Guarded, Side};
 use crate::rng::Stream;
 
-/// Where kernels and headers lie.
+/// Directory of kernels and headers.
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/ops/cuda");
 
-/// `file=library`: what a test under [`every_mutant_is_caught`] takes for the kernels of that file.
+/// `file=library`: replacement kernels for that file in a test under [`every_mutant_is_caught`].
 const MUTANT: &str = "ARRIERO_TEST_MUTANT";
 
-/// More options for the compiler, e.g. `-fsanitize=address` beside an `LD_PRELOAD` of its library.
+/// Additional compiler options, e.g. `-fsanitize=address` with an `LD_PRELOAD` of its library.
 pub(in crate::ops::cuda) const FLAGS: &str = "ARRIERO_TEST_KERNEL_FLAGS";
 
-/// Seconds of computing after which a mutant that runs in circles counts as caught.
+/// CPU seconds after which an endlessly looping mutant counts as caught.
 const PATIENCE: libc::rlim_t = 20;
 
-/// What kernels are compiled with. Undefined behaviour ends the process.
+/// Compiler options for kernels. Undefined behaviour aborts the process.
 const CHECKED: [&str; 3] = ["-O1", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"];
 
-/// What mutants are compiled with: there are many, so it must be quick. Of undefined behaviour that the host's processor
-/// lets pass, packs at addresses that are no multiple of theirs end the process.
+/// Compiler options for mutants, chosen for speed since there are many. Of the undefined behaviour that the host's
+/// processor tolerates, misaligned vector accesses still abort.
 const QUICK: [&str; 4] =
     ["-O1", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", "-DARRIERO_MUTANT"];
 
 /// Block sizes that kernels are tested with.
 pub(in crate::ops::cuda) const BLOCKS: [u32; 6] = [32, 64, 128, 256, 512, 1024];
 
-/// Which thread of a block, and which block, goes first.
+/// Which thread of a block, and which block, runs first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::ops::cuda) enum Order {
-    /// The first.
+    /// First to last.
     Forward,
-    /// The last.
+    /// Last to first.
     Backward,
-    /// A random one of this seed, drawn anew after each round.
+    /// A random order with this seed, redrawn after each round.
     Random(u64),
 }
 
@@ -63,27 +63,27 @@ impl Order {
         [Self::Forward, Self::Backward, Self::Random(7)];
 }
 
-/// One way to run a kernel; none may change what it computes beyond rounding.
+/// One way to run a kernel; none may change the result beyond rounding.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::ops::cuda) struct Manner {
-    /// Threads of a block.
+    /// Threads per block.
     pub(in crate::ops::cuda) block: u32,
-    /// Whose turn it is.
+    /// Scheduling order.
     pub(in crate::ops::cuda) order: Order,
-    /// The end of the buffers that is guarded. With [`Side::Start`] a buffer begins at a page; with [`Side::End`] it is
-    /// aligned to no more than its length is a multiple of.
+    /// The guarded end of the buffers. With [`Side::Start`] a buffer begins at a page; with [`Side::End`] its alignment
+    /// is only that implied by its length.
     pub(in crate::ops::cuda) side: Side,
 }
 
-/// Every order and side with each of the block sizes.
+/// Every order and side, for each block size.
 pub(in crate::ops::cuda) fn manners(blocks: &[u32]) -> Vec<Manner> {
     let with = |block, order| Side::BOTH.map(|side| Manner { block, order, side });
     let of_block = |&block: &u32| Order::ALL.map(|order| with(block, order));
     blocks.iter().flat_map(of_block).flatten().collect()
 }
 
-/// Each block size once. From one to the next the order and the side change, so that every pair of them occurs; with the
-/// next `turn`, which may be a shape's place in a list, each block has another pair.
+/// Each block size once, cycling through all pairs of order and side; `turn`, such as a shape's index in a list, shifts
+/// the pairs.
 pub(in crate::ops::cuda) fn each_block(turn: usize) -> Vec<Manner> {
     let manner = |(place, &block): (usize, &u32)| {
         let at = place + turn;
@@ -92,17 +92,17 @@ pub(in crate::ops::cuda) fn each_block(turn: usize) -> Vec<Manner> {
     BLOCKS.iter().enumerate().map(manner).collect()
 }
 
-/// The element types that kernels have entries for.
+/// Element types with kernel entries.
 pub(in crate::ops::cuda) trait Number:
     Copy + Default + Send + Sync + 'static
 {
-    /// The suffix of its entries.
+    /// Suffix of its entries.
     const NAME: &'static str;
-    /// The largest relative error of one rounding to this type, beside that of f32.
+    /// Largest relative rounding error of this dtype, beyond that of f32.
     const ROUNDING: f32;
-    /// Rounded to nearest, ties to even.
+    /// Rounds to nearest, ties to even.
     fn narrow(value: f32) -> Self;
-    /// Without loss.
+    /// Widens without loss.
     fn wide(self) -> f32;
 }
 
@@ -128,29 +128,29 @@ impl Number for bf16 {
     }
 }
 
-/// All numbers rounded.
+/// Rounds all values.
 pub(in crate::ops::cuda) fn narrow<T: Number>(values: &[f32]) -> Vec<T> {
     values.iter().map(|&value| T::narrow(value)).collect()
 }
 
-/// All numbers in f32.
+/// Widens all values to f32.
 pub(in crate::ops::cuda) fn wide<T: Number>(values: &[T]) -> Vec<f32> {
     values.iter().map(|value| value.wide()).collect()
 }
 
-/// Draws from a normal distribution, rounded; the same for the same index.
+/// Normally distributed values, rounded; reproducible by index.
 pub(in crate::ops::cuda) fn random<T: Number>(index: u64, len: usize) -> Vec<T> {
     narrow(&Stream::new(0, "kernels").normal(index, len, 1.0))
 }
 
-/// Asserts that numbers are as expected, to 1e-5 and one rounding to their type. The error is relative to the expected
-/// number, or to the root mean square of all where that is larger: sums that cancel have no digits of their own.
+/// Asserts that values are as expected, within 1e-5 plus one rounding to their dtype. The error is relative to the
+/// expected value, or to the root mean square of all if larger, since cancelling sums have no accurate digits.
 #[track_caller]
 pub(in crate::ops::cuda) fn assert_close<T: Number>(what: &str, found: &[T], expected: &[f32]) {
     assert_within(what, found, expected, 1e-5);
 }
 
-/// [`assert_close`] to another precision. Records the worst error.
+/// [`assert_close`] with another tolerance. Records the worst error.
 #[track_caller]
 pub(in crate::ops::cuda) fn assert_within<T: Number>(
     what: &str,
@@ -164,7 +164,7 @@ pub(in crate::ops::cuda) fn assert_within<T: Number>(
     let mut worst = 0.0_f32;
     for (index, (found, &expected)) in found.iter().zip(expected).enumerate() {
         let found = found.wide();
-        // Infinities, and bits that agree.
+        // Infinities, and identical bits.
         if found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()) {
             continue;
         }
@@ -180,7 +180,7 @@ pub(in crate::ops::cuda) fn assert_within<T: Number>(
     record(what, T::NAME, worst, T::ROUNDING + tolerance);
 }
 
-/// Asserts that numbers are the expected ones, to the bit, and records it.
+/// Asserts bit-identical values, and records it.
 #[track_caller]
 pub(in crate::ops::cuda) fn assert_same<N: PartialEq + Debug>(
     what: &str,
@@ -193,12 +193,12 @@ pub(in crate::ops::cuda) fn assert_same<N: PartialEq + Debug>(
 }
 
 thread_local! {
-    /// Entries that ran since the last comparison, and whether one followed them.
+    /// Entries run since the last comparison, and whether a comparison followed.
     static RAN: RefCell<(Vec<String>, bool)> = const { RefCell::new((Vec::new(), false)) };
 }
 
-/// Prints a comparison that passed, once for each entry that made the numbers: `scripts/shim_table.py` reads it. Every
-/// kernel must be in one, of each of its types.
+/// Prints a passed comparison, once for each entry involved; read by `scripts/shim_table.py`. Every kernel must appear,
+/// for each of its dtypes.
 pub(in crate::ops::cuda) fn record(what: &str, dtype: &str, error: f32, tolerance: f32) {
     RAN.with_borrow_mut(|(ran, compared)| {
         *compared = true;
@@ -208,7 +208,7 @@ pub(in crate::ops::cuda) fn record(what: &str, dtype: &str, error: f32, toleranc
     });
 }
 
-/// Notes that an entry ran. The first one after a comparison begins a new list.
+/// Records that an entry ran. The first one after a comparison starts a new list.
 fn note(entry: &str) {
     RAN.with_borrow_mut(|(ran, compared)| {
         if std::mem::take(compared) {
@@ -220,7 +220,7 @@ fn note(entry: &str) {
     });
 }
 
-/// What `host.h` is told of a launch; the same layout as in `launch.h`.
+/// Launch parameters for `host.h`, in the layout of `launch.h`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Launch {
@@ -244,19 +244,20 @@ pub(in crate::ops::cuda) struct Kernels {
 }
 
 impl Kernels {
-    /// The kernels of a file such as `norm.cu`, compiled when first asked for.
+    /// The kernels of a file such as `norm.cu`, compiled on first use.
     pub(in crate::ops::cuda) fn of(file: &str) -> &'static Self {
         Self::of_text(file, || read(file))
     }
 
-    /// The kernels of a source text that includes what lies beside the kernels. A name stands for one text.
+    /// The kernels of a source text, which may include the files next to the kernels. A name must always have the same
+    /// text.
     pub(in crate::ops::cuda) fn of_text(
         file: &str,
         text: impl FnOnce() -> String,
     ) -> &'static Self {
         static ALL: LazyLock<Mutex<BTreeMap<String, &'static Kernels>>> =
             LazyLock::new(Mutex::default);
-        // A compiler's refusal fails every test that asks, not the first alone.
+        // A compilation error fails every test that needs the library, not just the first.
         let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernels) = all.get(file) {
             return kernels;
@@ -270,7 +271,7 @@ impl Kernels {
         kernels
     }
 
-    /// Begins a call of an entry; arguments follow, in its order.
+    /// Starts a call of an entry; arguments follow, in its order.
     pub(in crate::ops::cuda) fn call(
         &self,
         entry: &str,
@@ -294,7 +295,7 @@ impl Kernels {
     }
 }
 
-/// A launch in preparation. It borrows its buffers.
+/// A launch in preparation; borrows its buffers.
 pub(in crate::ops::cuda) struct Call<'a> {
     kernels: &'a Kernels,
     entry: String,
@@ -305,19 +306,19 @@ pub(in crate::ops::cuda) struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    /// Asks for dynamic shared memory, in bytes.
+    /// Requests dynamic shared memory, in bytes.
     pub(in crate::ops::cuda) fn shared(mut self, bytes: usize) -> Self {
         self.how.shared = bytes as u32;
         self
     }
 
-    /// Runs the blocks from this one on along x alone, as if those before it had nothing to do.
+    /// Runs only the blocks from this x index on, as if earlier ones had nothing to do.
     pub(in crate::ops::cuda) fn starting_at(mut self, first: usize) -> Self {
         self.how.first = first as u32;
         self
     }
 
-    /// A number, or a struct of numbers with the layout of C and no padding.
+    /// A number, or a C-layout struct of numbers without padding.
     pub(in crate::ops::cuda) fn arg<A: Copy>(mut self, value: A) -> Self {
         let mut words = vec![0_u64; size_of::<A>().div_ceil(8)];
         // SAFETY: the words have room for the value and are aligned for numbers.
@@ -332,12 +333,12 @@ impl<'a> Call<'a> {
         self.arg(buffer.as_ptr())
     }
 
-    /// A buffer that the kernel writes, or changes in place.
+    /// A buffer that the kernel writes or updates in place.
     pub(in crate::ops::cuda) fn output<T: Copy>(self, buffer: &'a mut Guarded<T>) -> Self {
         self.arg(buffer.as_mut().as_mut_ptr())
     }
 
-    /// No buffer.
+    /// A null pointer.
     pub(in crate::ops::cuda) fn null(self) -> Self {
         self.arg(std::ptr::null::<u8>())
     }
@@ -345,7 +346,7 @@ impl<'a> Call<'a> {
     /// Runs the kernel.
     ///
     /// # Panics
-    /// Where the shim complains.
+    /// If the shim reports an error.
     #[track_caller]
     pub(in crate::ops::cuda) fn run(self) {
         let what = format!("{}, {}", self.kernels.file, self.entry);
@@ -354,7 +355,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Runs the kernel. An error is what the shim says of it: a divergent barrier, wrong arguments.
+    /// Runs the kernel. An error is the shim's report: a divergent barrier, wrong arguments.
     pub(in crate::ops::cuda) fn result(self) -> Result<(), String> {
         let library = &self.kernels.library;
         let name = format!("host_{}", self.entry);
@@ -392,7 +393,7 @@ fn save(path: &Path, text: &str) {
     std::fs::write(path, text).unwrap();
 }
 
-/// The shared library of a kernel file's text: kept beside the tests' binary, for every test has its own process.
+/// The shared library of a kernel source, cached beside the test binary, since every test runs in its own process.
 #[expect(
     clippy::disallowed_methods,
     reason = "renamed, so that it appears whole; no artefact of a run"
@@ -420,7 +421,7 @@ pub(in crate::ops::cuda) fn compiler() -> OsString {
     std::env::var_os("CXX").unwrap_or_else(|| "c++".into())
 }
 
-/// Makes a shared library of a kernel file's text.
+/// Compiles a kernel source to a shared library.
 fn compile(folder: &Path, file: &str, text: &str, options: &[&str]) -> PathBuf {
     let source = folder.join(file);
     let library = source.with_extension("so");
@@ -428,11 +429,11 @@ fn compile(folder: &Path, file: &str, text: &str, options: &[&str]) -> PathBuf {
     let compiler = compiler();
     let output = Command::new(&compiler)
         .args(["-x", "c++", "-std=c++17", "-g0", "-DARRIERO_HOST", "-shared", "-fPIC"])
-        // Jumps between stacks are no mistake here.
+        // Switching stacks is intended here.
         .args(["-U_FORTIFY_SOURCE", "-ffp-contract=off", "-Wno-unknown-pragmas", "-I", FOLDER])
         .args(options)
         .args(std::env::var(FLAGS).unwrap_or_default().split_whitespace())
-        // A sanitizer's library is the tests', not the compiler's.
+        // A preloaded sanitizer library is meant for the tests, not the compiler.
         .env_remove("LD_PRELOAD")
         .args([OsStr::new("-o"), library.as_os_str(), source.as_os_str()])
         .output();
@@ -447,7 +448,7 @@ fn compile(folder: &Path, file: &str, text: &str, options: &[&str]) -> PathBuf {
     library
 }
 
-/// The library that stands for a file's kernels in this process, if one does.
+/// The library that replaces a file's kernels in this process, if any.
 fn mutant_of(file: &str) -> Option<PathBuf> {
     let mutant = std::env::var(MUTANT).ok()?;
     let (of, library) = mutant.split_once('=')?;
@@ -461,11 +462,11 @@ fn mutant_of(file: &str) -> Option<PathBuf> {
     Some(library.into())
 }
 
-/// Replaces texts of a kernel file, one `(text, replacement)` at a time, and runs a test of this binary, given by its
-/// whole name, with each: it must fail, or die.
+/// Replaces texts in a kernel file, one `(text, replacement)` at a time, and runs a test of this binary, given by its
+/// full name, with each: it must fail or crash.
 ///
 /// # Panics
-/// A mutant that survives; a text that the file has not exactly once; one that does not compile.
+/// A mutant that survives; a text that does not occur exactly once; a mutant that does not compile.
 pub(in crate::ops::cuda) fn every_mutant_is_caught(
     file: &str,
     test: &str,
@@ -474,7 +475,7 @@ pub(in crate::ops::cuda) fn every_mutant_is_caught(
     every_mutant_within_is_caught(file, file, test, mutants);
 }
 
-/// [`every_mutant_is_caught`], of kernels whose header `within` is changed.
+/// [`every_mutant_is_caught`], for kernels whose header `within` is changed.
 pub(in crate::ops::cuda) fn every_mutant_within_is_caught(
     within: &str,
     file: &str,
@@ -488,14 +489,14 @@ pub(in crate::ops::cuda) fn every_mutant_within_is_caught(
             assert_eq!(original.matches(text).count(), 1, "{within} has this once: {text}");
             let changed = original.replace(text, replacement);
             let folder = tempfile::tempdir().unwrap();
-            // What lies beside a source is included before what lies in the compiler's list.
+            // Files next to a source take precedence over the include path.
             save(&folder.path().join(within), &changed);
             let source = if within == file { changed } else { read(file) };
             let library = compile(folder.path(), file, &source, &QUICK);
             let output = Command::new(std::env::current_exe().unwrap())
                 .args([test, "--exact", "--test-threads=1"])
                 .env(MUTANT, format!("{file}={}", library.display()))
-                // Names of functions take longer to find than most mutants.
+                // Symbolising a backtrace takes longer than most mutants run.
                 .env("RUST_BACKTRACE", "0")
                 .output();
             survives(test, &output.unwrap()).then_some(text)

@@ -1,4 +1,4 @@
-//! The shim itself: what it computes, and what it must complain of.
+//! The shim itself: its results, and the errors it must report.
 
 use half::bf16;
 
@@ -110,11 +110,11 @@ fn barriers_that_some_threads_miss_are_reported() {
     }
 }
 
-/// Which elements the second process of the test below reads of four and of 64: `own shared`.
+/// Element indices (`own shared`) that the child process of the test below reads from arrays of four and of 64.
 #[cfg(target_os = "linux")]
 const REACH: &str = "ARRIERO_TEST_REACH";
 
-/// What `scripts/cuda-proof` runs every kernel with, as seen on one that reads beside its arrays.
+/// The sanitizer used by `scripts/cuda-proof`, tested on a kernel that reads out of bounds.
 #[cfg(target_os = "linux")]
 #[test]
 fn the_address_sanitizer_sees_one_element_too_far() {
@@ -135,7 +135,7 @@ fn the_address_sanitizer_sees_one_element_too_far() {
             .env(REACH, reach)
             .env(FLAGS, "-fsanitize=address")
             .env("LD_PRELOAD", library.trim())
-            // Fibres have stacks that it did not make, and what a test program leaves is no leak.
+            // The sanitizer does not know the fibres' stacks, and leaks at exit do not matter.
             .env("ASAN_OPTIONS", "detect_stack_use_after_return=0:detect_leaks=0")
             .output()
             .unwrap();
@@ -202,7 +202,7 @@ fn arguments_and_launches_that_do_not_fit_are_refused() {
     assert!(call.output(&mut out).result().unwrap_err().contains("a block of 1056 threads"));
 }
 
-/// Every kind of number: ties, what rounds to infinity, infinities, what is below the smallest normal.
+/// All kinds of values: ties, overflow to infinity, infinities, subnormals.
 #[test]
 fn bf16_is_rounded_as_half_rounds() {
     let mut bits: Vec<u32> = (0..1 << 16).map(|i: u32| i << 16 | i.wrapping_mul(0x9e37)).collect();

@@ -1,4 +1,4 @@
-//! Kernels compiled for the host, each held against the CPU's op, and mutants of each that its test must catch.
+//! Kernels compiled for the host, each compared with the CPU op, and mutants that the tests must catch.
 
 pub(super) mod host;
 

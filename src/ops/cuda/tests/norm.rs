@@ -1,4 +1,4 @@
-//! `norm.cu` against the norm on the CPU.
+//! `norm.cu` compared with the norm on the CPU.
 
 use half::bf16;
 
@@ -14,7 +14,7 @@ const BACKWARD: &str = "ops::cuda::tests::norm::the_backward_is_the_cpus";
 
 const EPS: f32 = 1e-5;
 
-/// Rows and widths: one row; no multiple of a pack, of a warp or of a block; whole packs; more than a block.
+/// Rows and widths: one row; not a multiple of a vector, warp or block; whole vectors; more than a block.
 const SHAPES: [(usize, usize); 6] = [(1, 1), (1, 3), (5, 17), (3, 64), (2, 576), (2, 1100)];
 
 fn forward<T: Number>((rows, width): (usize, usize), manner: Manner) {
@@ -52,7 +52,7 @@ fn the_forward_is_the_cpus() {
     }
 }
 
-/// `part` rows a partial sum, kept in shared memory or not.
+/// `part` rows per partial sum, accumulated in shared memory or not.
 fn backward<T: Number>(
     (rows, width): (usize, usize),
     (part, in_shared): (usize, bool),
@@ -68,7 +68,7 @@ fn backward<T: Number>(
     let [x_buffer, weight_buffer] = [&x, &weight].map(|values| guarded(values));
     let d_y_buffer = Guarded::new(&d_y, manner.side);
     let mut partials = guarded(&vec![f32::NAN; parts * width]);
-    // The gradient that passes by is changed in place in every other case.
+    // The residual gradient is updated in place in every other case.
     let in_place = rows % 2 == 1;
     let past_buffer = guarded(&past);
     let mut out = guarded(if in_place { &past } else { &x });

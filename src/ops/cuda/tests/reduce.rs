@@ -1,4 +1,4 @@
-//! `reduce.cu` against sums in f64, and against what the optimizer makes of them on the CPU.
+//! `reduce.cu` compared with sums in f64, and with the optimizer's CPU results.
 
 #[cfg(test)]
 mod tests {
@@ -13,11 +13,11 @@ mod tests {
     const FILE: &str = "reduce.cu";
     const CHECK: &str = "ops::cuda::tests::reduce::tests::norms_and_factors_are_the_cpus";
 
-    /// Elements of one partial sum.
+    /// Elements per partial sum.
     const CHUNK: usize = 1 << 16;
     const COUNTS: [usize; 5] = [1, 3, 130, 4099, CHUNK + 5];
 
-    /// Shapes that take long run with few threads only.
+    /// Whether to skip this case: long shapes run with one block size only.
     fn takes_long(count: usize, manner: Manner) -> bool {
         count > CHUNK && manner.block != 256
     }
@@ -33,7 +33,7 @@ mod tests {
         partials
     }
 
-    /// The norm of partial sums, and the factor that clips it.
+    /// The norm from partial sums, and the clipping factor.
     fn clip(squares: &Guarded<f64>, max_norm: f64, manner: Manner) -> (f64, f32) {
         let mut norm = Guarded::new(&[0.0_f64], manner.side);
         let mut factor = Guarded::new(&[0.0_f32], manner.side);
@@ -100,7 +100,7 @@ mod tests {
         }
     }
 
-    /// The sum does not depend on where a tensor lies, nor on whose turn it is.
+    /// The sum depends neither on a tensor's address nor on scheduling.
     #[test]
     fn a_sum_has_one_order() {
         let values = random::<f32>(1, 4099);
@@ -109,7 +109,7 @@ mod tests {
         assert!(bits.iter().all(|sum| *sum == bits[0]), "{bits:?}");
     }
 
-    /// Squares that overflow f32, and that vanish in it.
+    /// Squares that overflow or underflow f32.
     #[test]
     fn sums_have_the_range_of_f64() {
         let manner = Manner { block: 64, order: Order::Forward, side: Side::End };

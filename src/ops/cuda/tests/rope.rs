@@ -1,4 +1,4 @@
-//! `rope.cu` against the rotation on the CPU.
+//! `rope.cu` compared with the rotation on the CPU.
 
 use half::bf16;
 
@@ -11,7 +11,7 @@ use crate::ops::rope::{self, Rotary};
 const FILE: &str = "rope.cu";
 const CHECK: &str = "ops::cuda::tests::rope::both_directions_are_the_cpus";
 
-/// Tokens, heads, half of a head's width, and elements between rows.
+/// Tokens, heads, half of the head dimension, and elements between rows.
 const SHAPES: [(usize, usize, usize, usize); 5] =
     [(1, 1, 1, 0), (5, 2, 3, 0), (3, 3, 32, 64), (2, 9, 36, 1), (2, 5, 64, 0)];
 
@@ -32,7 +32,7 @@ fn check<T: Number>((tokens, heads, half, gap): (usize, usize, usize, usize), ma
     let rotary = Rotary::new(&frequencies, &positions);
     let tables = tables(&frequencies, &positions);
     let [cos, sin] = tables.each_ref().map(|table| Guarded::new(table, manner.side));
-    // The last row ends where its heads end.
+    // The last row ends with its heads, without a gap.
     let start = random::<T>(1, tokens * stride - gap);
     let before: Vec<T> = start.chunks(stride).flat_map(|row| row[..width].to_vec()).collect();
     let entry = format!("rope_{}", T::NAME);

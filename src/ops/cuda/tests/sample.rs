@@ -1,4 +1,4 @@
-//! `sample.cu` against the sampler on the CPU: the same tokens for the same draws.
+//! `sample.cu` compared with the CPU sampler: equal tokens for equal draws.
 
 #[cfg(test)]
 mod tests {
@@ -22,12 +22,12 @@ mod tests {
 
     type Settings = [u64; 8];
 
-    /// A row's settings as the kernel takes them.
+    /// A row's settings in the kernel's layout.
     fn settings(sampling: &Sampling, rng: &ChaCha8Rng) -> Settings {
         Sampler::new(sampling, &Extras::default()).chance(rng).unwrap().words()
     }
 
-    /// The kernel's answers for rows of logits.
+    /// The kernel's results for rows of logits.
     fn draws(
         logits: &[f32],
         allowed: Option<&[SimpleVob]>,
@@ -62,7 +62,7 @@ mod tests {
         out.as_slice().iter().map(Drawn::of).collect()
     }
 
-    /// Every way to leave tokens out, alone and together.
+    /// All token filters, alone and combined.
     fn ways() -> Vec<Sampling> {
         let base = Sampling::default();
         let hot = Sampling { temperature: 2.5, ..base.clone() };
@@ -75,8 +75,8 @@ mod tests {
         ways
     }
 
-    /// Logits of a width like a model's; every third row, the greedy one among them, has whole numbers up to 4, so that
-    /// many are equal and no largest is alone.
+    /// Logits with a model-like spread; every third row, including the greedy one, has integers up to 4, so that many
+    /// tie and no maximum is unique.
     fn logits(rows: usize, vocab: usize) -> Vec<f32> {
         let values = random::<f32>(3, rows * vocab).into_iter().enumerate();
         let spread = |(at, x): (usize, f32)| {
@@ -98,7 +98,7 @@ mod tests {
             );
         }
         let stream = Stream::new(7, "sample");
-        // Draws from the middle of a stream, at every place of a block of the generator.
+        // Draws from the middle of a stream, at every offset within a generator block.
         let generator = |row: usize| {
             let mut rng = stream.at(1, row as u64);
             rng.set_word_pos(2 * (row as u128 * 5 + 3));
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn draws_are_the_cpus() {
-        // The widest first: it is what most mistakes show in.
+        // The widest first, since it exposes most mistakes.
         for (turn, vocab) in [300, 31, 1].into_iter().enumerate() {
             for (place, manner) in each_block(turn).into_iter().enumerate() {
                 check(vocab, (place / 2 + turn) % 2 == 0, manner);
@@ -134,7 +134,7 @@ mod tests {
         check(5003, false, manner);
     }
 
-    /// More kept tokens than the kernel lists: the other way to draw, which here falls on no boundary.
+    /// More kept tokens than the kernel can list: uses the other sampling path, which hits no boundary here.
     #[test]
     fn many_kept_tokens_are_drawn_from_by_pieces() {
         let manner = Manner { block: 1024, order: Order::Forward, side: Side::Start };

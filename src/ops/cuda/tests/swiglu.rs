@@ -1,4 +1,4 @@
-//! `swiglu.cu` against SwiGLU on the CPU.
+//! `swiglu.cu` compared with SwiGLU on the CPU.
 
 use half::bf16;
 
@@ -11,11 +11,11 @@ use crate::ops::swiglu;
 const FILE: &str = "swiglu.cu";
 const CHECK: &str = "ops::cuda::tests::swiglu::both_directions_are_the_cpus";
 
-/// Elements: none, one, less than a pack, less than a block, more than the grid takes in one go.
+/// Element counts: none, one, less than a vector, less than a block, more than one pass of the grid.
 const COUNTS: [usize; 6] = [0, 1, 7, 96, 1003, 17000];
 const GRID: [u32; 3] = [2, 1, 1];
 
-/// Numbers as wide as a gate may be: where the exponential function ends, too.
+/// Values covering the range of gates, including where `exp` saturates.
 fn gates<T: Number>(count: usize) -> Vec<T> {
     let values = random::<f32>(1, count).into_iter().zip(0..);
     narrow(&values.map(|(x, i)| if i % 5 == 0 { 40.0 * x } else { 3.0 * x }).collect::<Vec<_>>())

@@ -1,4 +1,4 @@
-//! `unpack.cu` against the definition, to the bit.
+//! `unpack.cu` compared with the definition, bit for bit.
 
 use half::{bf16, f16};
 
@@ -10,11 +10,11 @@ const FILE: &str = "unpack.cu";
 const CHECK: &str = "ops::cuda::tests::unpack::numbers_are_those_of_the_definition";
 const GRID: [u32; 3] = [2, 1, 1];
 
-/// Numbers: one, less than a pack, less than a block, no whole block, more scales than one shares, more than the grid takes
-/// in one go.
+/// Value counts: one, less than a vector, less than a block, a partial block, more scales than share one, more than one
+/// pass of the grid.
 const COUNTS: [usize; 6] = [1, 7, 63, 1003, 64 * 300, 40_037];
 
-/// Bytes that all occur.
+/// Bytes covering all values.
 fn bytes(seed: usize, len: usize) -> Vec<u8> {
     (0..len).map(|at| ((at * 167 + seed) ^ (at >> 5)) as u8).collect()
 }
@@ -50,9 +50,9 @@ fn nf4<T: Number>(count: usize, manner: Manner) {
     same("unpack_nf4", &out, &expected);
 }
 
-/// Blocks with these bits a number, with a minimum or without.
+/// Blocks with this many bits per value, with or without a minimum.
 fn blocks<T: Number>((bits, minimum): (usize, bool), count: usize, manner: Manner) {
-    // Scales of every kind: normal ones, ones below, the largest, zero.
+    // All kinds of scales: normal, subnormal, largest, zero.
     let halves = [0x3c00, 0xb123, 0x0001, 0x83ff, 0x0400, 0x7bff, 0x0000, 0x8000];
     let head = if minimum { 4 } else { 2 };
     let size = head + 4 * bits;

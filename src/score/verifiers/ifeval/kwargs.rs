@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use crate::data::record::kind;
 use crate::error::{Error, Result};
 
-/// A row's settings, of which null ones count as absent: the published rows name every key of every type.
+/// A row's settings; nulls count as absent, since the published rows list every key of every type.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Kwargs<'a>(Option<&'a Map<String, Value>>);
 
@@ -29,7 +29,7 @@ impl<'a> Kwargs<'a> {
         text.ok_or_else(|| Error::run(format!("`{name}` is {}, expected text", kind(value))))
     }
 
-    /// A whole number; Parquet and pandas may have made 3 of it 3.0.
+    /// A whole number; Parquet or pandas may have turned 3 into 3.0.
     pub(super) fn count(self, name: &str) -> Result<usize> {
         let value = self.get(name)?;
         let number = value.as_u64().or_else(|| {
@@ -46,7 +46,7 @@ impl<'a> Kwargs<'a> {
         texts.ok_or_else(|| Error::run(format!("`{name}` is {value}, expected a list of texts")))
     }
 
-    /// Whether `found` stands to the setting `count` as the setting `relation` says.
+    /// Compares `found` with the setting `count` by the operator in the setting `relation`.
     pub(super) fn compare(self, found: usize, count: &str, relation: &str) -> Result<bool> {
         let count = self.count(count)?;
         match self.text(relation)? {

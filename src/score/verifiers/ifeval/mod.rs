@@ -1,9 +1,9 @@
-//! `ifeval`: instructions whose following a program can check (Zhou et al., 2023, "Instruction-Following Evaluation for
-//! Large Language Models"), with rows as google/IFEval has them: `instruction_id_list` and `kwargs`.
+//! `ifeval`: verifiable instructions (Zhou et al., 2023, "Instruction-Following Evaluation for Large Language Models"),
+//! with rows in the format of google/IFEval: `instruction_id_list` and `kwargs`.
 //!
-//! The 25 types follow the published program, its quirks included. Where it uses a library we have our own: sentences
-//! end as `text::sentences` says (there: NLTK's punkt), words in capitals are those that spaces and marks separate
-//! (there: NLTK's tokens), languages are told by `language` (there: langdetect).
+//! The 25 types follow the published program, including its quirks. Its libraries are replaced: sentences by
+//! `text::sentences` (NLTK's punkt there), words in capitals by splitting at spaces and punctuation (NLTK tokens),
+//! language detection by `language` (langdetect).
 
 mod kwargs;
 mod text;
@@ -52,7 +52,7 @@ impl Rule for Ifeval {
     }
 }
 
-/// The row's instructions, each with its settings.
+/// The row's instructions with their settings.
 fn instructions<'a>(question: &Question<'a>) -> Result<Vec<(&'a str, Kwargs<'a>)>> {
     let missing = |name: &str| {
         Error::run(format!("the row has no list `{name}`"))
@@ -71,7 +71,8 @@ fn instructions<'a>(question: &Question<'a>) -> Result<Vec<(&'a str, Kwargs<'a>)
     ids.iter().zip(kwargs).map(pair).collect()
 }
 
-/// The text, without its first line, last line, both, and each of these without asterisks: the published loose form.
+/// The text; without its first line, last line, or both; and each of these without asterisks: the published loose
+/// variants.
 fn loosened(text: &str) -> Vec<String> {
     let lines: Vec<&str> = text.split('\n').collect();
     let last = lines.len() - 1;

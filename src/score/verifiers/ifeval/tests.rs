@@ -1,4 +1,4 @@
-//! Every type with an answer that follows it and one that does not.
+//! Each type with an answer that follows it and one that does not.
 
 use serde_json::{Map, Value, json};
 
@@ -17,7 +17,7 @@ fn followed(loose: bool, row: &Map<String, Value>, text: &str) -> bool {
     score(&verifier, None, Some(row), text).unwrap().value > 0.5
 }
 
-/// Type, settings, an answer that follows, one that does not.
+/// Type, settings, following answer, violating answer.
 type Case = (&'static str, Value, String, String);
 
 fn case(id: &'static str, kwargs: Value, good: &str, bad: &str) -> Case {
@@ -44,6 +44,7 @@ fn of_words() -> Vec<Case> {
             "tea tea",
         ),
         case("keywords:forbidden_words", json!({"forbidden_words": ["tea"]}), "steak", "no Tea!"),
+        case("keywords:forbidden_words", json!({"forbidden_words": [":("]}), "glad :)", "sad :("),
         case(
             "keywords:letter_frequency",
             json!({"letter": "Q", "let_frequency": 2, "let_relation": "at least"}),

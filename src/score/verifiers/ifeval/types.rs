@@ -1,4 +1,4 @@
-//! The 25 types of instructions.
+//! The 25 instruction types.
 
 use regex::Regex;
 
@@ -7,7 +7,7 @@ use super::kwargs::Kwargs;
 use super::text;
 use crate::error::{Error, Result, did_you_mean};
 
-/// Every type there is.
+/// All types.
 pub(super) const TYPES: [&str; 25] = [
     "keywords:existence",
     "keywords:frequency",
@@ -39,7 +39,7 @@ pub(super) const TYPES: [&str; 25] = [
 /// Whether `text` follows the instruction.
 ///
 /// # Errors
-/// No such type; settings that are missing or of another kind.
+/// Unknown type; missing or invalid settings.
 pub(super) fn follows(id: &str, kwargs: Kwargs<'_>, text: &str) -> Result<bool> {
     let (family, name) = id.split_once(':').unwrap_or((id, ""));
     let followed = match family {
@@ -73,8 +73,7 @@ fn keywords(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> 
             kwargs.compare(found, "frequency", "relation")?
         }
         "forbidden_words" => {
-            let whole = |word: &&str| text::occurrences(&format!(r"\b{word}\b"), text) > 0;
-            !kwargs.texts("forbidden_words")?.iter().any(whole)
+            !kwargs.texts("forbidden_words")?.iter().any(|word| text::has_word(word, text))
         }
         "letter_frequency" => {
             let letter = kwargs.text("letter")?.to_lowercase();
@@ -87,7 +86,7 @@ fn keywords(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> 
 
 fn response_language(kwargs: Kwargs<'_>, text: &str) -> Result<bool> {
     let wanted = language::known(kwargs.text("language")?)?;
-    // The published program counts a text in which it finds no language as followed.
+    // The published program accepts a text whose language it cannot detect.
     Ok(language::detected(text).is_none_or(|found| found == wanted))
 }
 
@@ -104,7 +103,8 @@ fn length(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> {
     }))
 }
 
-/// The parts between separators. The first and the last may be blank and do not count then; `None` where another is.
+/// The parts between separators. The first and last may be blank and are then not counted; `None` if another one is
+/// blank.
 fn filled<'a>(separator: Option<&Regex>, text: &'a str) -> Option<Vec<&'a str>> {
     let parts: Vec<&str> = separator?.split(text).collect();
     let last = parts.len() - 1;
@@ -124,7 +124,7 @@ fn first_word_of_paragraph(kwargs: Kwargs<'_>, text: &str) -> Result<bool> {
     if nth == 0 || nth > count || count != kwargs.count("num_paragraphs")? {
         return Ok(false);
     }
-    // Counted among all parts, blank ones too, as the published program does.
+    // Indexed among all parts, including blank ones, as in the published program.
     let word = paragraphs[nth - 1].split_whitespace().next().unwrap_or_default();
     let word = word.trim_start_matches('\'').trim_start_matches('"');
     let end = word.find(['.', ',', '?', '!', '\'', '"']).unwrap_or(word.len());
@@ -189,7 +189,7 @@ fn format(name: &str, kwargs: Kwargs<'_>, text: &str) -> Result<Option<bool>> {
     }))
 }
 
-/// The text without the fence that models put around JSON.
+/// The text without the code fence that models put around JSON.
 fn unfenced(text: &str) -> &str {
     let text = text.trim();
     let heads = ["```json", "```Json", "```JSON", "```"];

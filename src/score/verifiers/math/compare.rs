@@ -1,17 +1,17 @@
-//! What an answer says, and whether two say the same.
+//! Parses answers and decides whether two are equal.
 
 use super::latex::{self, TEXT_BEGINS, TEXT_ENDS};
 use super::parse::{Expr, Token, expression, tokens};
 use super::units::{self, is_formula};
 use super::value::Number;
 
-/// Values of the first variable at the points of comparison, as fractions.
+/// Values of the first variable at the comparison points, as fractions.
 const POINTS: [(i128, i128); 6] = [(7, 5), (9, 4), (1, 3), (11, 7), (-3, 4), (5, 2)];
-/// Digits behind the point from which a decimal may stand for the number that it rounds.
+/// Decimal places from which a decimal may stand for the number it rounds.
 const ROUNDED: usize = 4;
-/// The least that such a decimal is without its point: it has three significant digits.
+/// Minimum of such a decimal without its point: three significant digits.
 const SIGNIFICANT: f64 = 100.0;
-/// Words that may stand before an answer.
+/// Words that may precede an answer.
 const BEFORE: [&str; 12] = [
     "is",
     "are",
@@ -27,7 +27,7 @@ const BEFORE: [&str; 12] = [
     "approximately",
 ];
 
-/// An answer as it is written and as it is meant.
+/// An answer's text and meaning.
 #[derive(Clone, Debug)]
 pub(super) struct Answer {
     text: String,
@@ -46,7 +46,7 @@ enum Form {
         close: char,
         items: Vec<Self>,
     },
-    /// Words, or what this program does not understand.
+    /// Words, or anything not understood.
     Words,
 }
 
@@ -54,17 +54,17 @@ enum Form {
 struct Value {
     expr: Expr,
     percent: bool,
-    /// Digits behind the point of one that is a decimal and nothing else.
+    /// Decimal places, if it is a plain decimal.
     places: Option<usize>,
-    /// What it is where the letters that were taken for its unit are variables.
+    /// Its value if the letters taken as its unit are variables.
     with_unit: Option<Expr>,
 }
 
-/// In lists without brackets.
+/// Bracket kind of lists without brackets.
 const BARE: char = ' ';
 
 impl Answer {
-    /// Reads what a person or a model wrote. Every text is an answer, if only in words.
+    /// Parses an answer. Any text is an answer, if only as words.
     pub(super) fn read(text: &str) -> Self {
         let trimmed = text.trim().trim_matches('*').trim();
         let trimmed = trimmed.trim_end_matches(['.', ',', ';']).trim();
@@ -80,13 +80,13 @@ impl Answer {
         self.form.is_readable()
     }
 
-    /// Whether this, found in a text, says what `expected` does.
+    /// Whether this answer, found in a text, equals `expected`.
     pub(super) fn equals(&self, expected: &Self) -> bool {
         (!self.text.is_empty() && self.text == expected.text) || self.form.equals(&expected.form)
     }
 }
 
-/// Spaces are left out but between two digits: `4 2` is not `42`. So are the marks around text.
+/// Removes spaces except between two digits (`4 2` is not `42`), and text markers.
 fn without_spaces(text: &str) -> String {
     let text = text.replace([TEXT_BEGINS, TEXT_ENDS], "");
     let mut out = String::with_capacity(text.len());
@@ -102,7 +102,7 @@ fn without_spaces(text: &str) -> String {
     out
 }
 
-/// What the tokens mean; `None` of none.
+/// Parses tokens; `None` without tokens.
 fn form(tokens: &[Token], depth: usize) -> Option<Form> {
     if tokens.is_empty() || depth > 8 {
         return None;
@@ -157,7 +157,7 @@ fn statement(tokens: &[Token], depth: usize) -> Option<Form> {
     let left = before.last()?;
     let is_constant = |expr: &Expr| names(&[expr]).is_empty();
     if let (Some(left), Some(right), 1) = (expression(left), expression(right), before.len()) {
-        // `x`, `f(x)` and `3 + 4` only introduce the value; `x + y` states something.
+        // `x`, `f(x)` and `3 + 4` merely introduce the value; `x + y` states something.
         let states = matches!(
             left,
             Expr::Sum(..) | Expr::Quotient(..) | Expr::Power(..) | Expr::Negative(..)
@@ -179,7 +179,7 @@ fn statement(tokens: &[Token], depth: usize) -> Option<Form> {
     }
 }
 
-/// The variable that the tokens are.
+/// The variable, if the tokens are just that.
 fn name(tokens: &[Token]) -> Option<Box<str>> {
     match expression(tokens)? {
         Expr::Variable(name) if &*name != "inf" => Some(name),
@@ -187,7 +187,7 @@ fn name(tokens: &[Token]) -> Option<Box<str>> {
     }
 }
 
-/// An expression with what may stand behind it.
+/// An expression with anything that may follow it.
 fn value(tokens: &[Token]) -> Option<Value> {
     let (mut rest, unit) = units::split(tokens);
     let is_text = |token: &Token| matches!(token, Token::Word(word) if word.is_text);
@@ -225,7 +225,7 @@ fn list(open: char, close: char, parts: &[&[Token]], depth: usize) -> Option<For
     }
 }
 
-/// The parts between separators that stand in no brackets; `None` where there is no separator.
+/// The parts between separators outside brackets; `None` without a separator.
 fn split(tokens: &[Token], separates: impl Fn(&Token) -> bool) -> Option<Vec<&[Token]>> {
     let (mut parts, mut start, mut depth) = (Vec::new(), 0, 0_i32);
     for (at, token) in tokens.iter().enumerate() {
@@ -246,7 +246,7 @@ fn split(tokens: &[Token], separates: impl Fn(&Token) -> bool) -> Option<Vec<&[T
     Some(parts)
 }
 
-/// The inside of brackets that are around everything. An interval's need not be of one kind.
+/// Content of brackets around everything. Those of an interval may differ in kind.
 fn enclosed(tokens: &[Token]) -> Option<(char, &[Token], char)> {
     let [Token::Mark(open @ ('(' | '[' | '{')), inner @ .., Token::Mark(close @ (')' | ']' | '}'))] =
         tokens
@@ -302,7 +302,7 @@ impl Form {
         }
     }
 
-    /// Both sides of an equation in variables. `x = 5` is none: `2x = 10` is not solved.
+    /// Both sides of an equation in variables. `x = 5` is not one: `2x = 10` is not solved.
     fn equation(&self) -> Option<(Expr, Expr)> {
         match self {
             Self::Equation(left, right) => Some((left.clone(), right.clone())),
@@ -323,7 +323,7 @@ impl Form {
                 let equations = self.equation().zip(expected.equation());
                 equations.is_some_and(|(a, b)| same_equation(&a, &b))
             }
-            // What has no name may be that of any name.
+            // An unnamed value matches any name.
             (Self::Named(_, value), other) => value.equals(other),
             (other, Self::Named(_, value)) => other.equals(value),
             (Self::Value(found), Self::Value(expected)) => found.equals(expected),
@@ -349,7 +349,7 @@ impl Form {
     }
 }
 
-/// The items of a point: where all have names, in the order of these, so that `y = 2, x = 1` is `(1, 2)`.
+/// Items of a point, sorted by name if all are named, so that `y = 2, x = 1` is `(1, 2)`.
 fn by_name(items: &[Form]) -> Vec<&Form> {
     let mut items: Vec<&Form> = items.iter().collect();
     if items.iter().all(|item| item.name().is_some()) {
@@ -358,7 +358,7 @@ fn by_name(items: &[Form]) -> Vec<&Form> {
     items
 }
 
-/// Each of one list has its own equal in the other.
+/// Each item of one list has its own equal in the other.
 fn same_items(items: &[Form], expected: &[Form]) -> bool {
     let mut left: Vec<&Form> = expected.iter().collect();
     items.iter().all(|item| {
@@ -367,7 +367,7 @@ fn same_items(items: &[Form], expected: &[Form]) -> bool {
     })
 }
 
-/// The names of the variables, each once and in order.
+/// The variable names, deduplicated and sorted.
 fn names<'a>(exprs: &[&'a Expr]) -> Vec<&'a str> {
     let mut names = Vec::new();
     for expr in exprs {
@@ -378,11 +378,11 @@ fn names<'a>(exprs: &[&'a Expr]) -> Vec<&'a str> {
     names
 }
 
-/// The variable of this name at a point.
+/// The variable's value at a point.
 fn at(names: &[&str], name: &str, point: usize) -> Number {
     let index = names.iter().position(|other| *other == name).unwrap_or(0) as i128;
     let (above, below) = POINTS[point];
-    // Of several variables none is a simple multiple of another.
+    // No variable is a simple multiple of another.
     let step = Number::whole(index * (2 + point as i128));
     let shift = step
         .div(Number::whole(3))
@@ -390,7 +390,7 @@ fn at(names: &[&str], name: &str, point: usize) -> Number {
     shift.unwrap_or(Number::whole(index))
 }
 
-/// Both values at the points where either has one; `None` where only one of them has.
+/// Both values at the points where either is defined; `None` if only one is defined somewhere.
 fn values(a: &Expr, b: &Expr) -> Option<Vec<(Number, Number)>> {
     let names = names(&[a, b]);
     let points = if names.is_empty() { 1 } else { POINTS.len() };
@@ -403,7 +403,7 @@ fn values(a: &Expr, b: &Expr) -> Option<Vec<(Number, Number)>> {
             _ => return None,
         }
     }
-    // Undefined nearly everywhere says nothing.
+    // Undefined nearly everywhere is inconclusive.
     (found.len() >= points.min(2)).then_some(found)
 }
 
@@ -425,7 +425,7 @@ impl Value {
         found.iter().any(|found| expected.iter().any(|expected| found.means(expected)))
     }
 
-    /// Without its unit, and with it where the other may have its letters as variables.
+    /// Readings without its unit, and with the unit's letters as variables if the other may have those.
     fn readings(&self) -> Vec<Self> {
         let with_unit = self.with_unit.clone().map(|expr| Self {
             expr,
@@ -439,7 +439,7 @@ impl Value {
     fn means(&self, expected: &Self) -> bool {
         match (self.percent, expected.percent) {
             (true, true) | (false, false) => self.agrees(expected, 0.0),
-            // The answer 50 %: 50 and 0.5 mean it.
+            // For an answer of 50 %, both 50 and 0.5 are right.
             (false, true) => self.agrees(expected, 0.0) || self.agrees(&expected.hundredth(), 0.0),
             // "How many percent?" has the answer 50; 0.5 % is not 0.5.
             (true, false) => self.hundredth().agrees(expected, 0.0) || self.agrees(expected, 1.0),
@@ -455,7 +455,7 @@ impl Value {
         }
     }
 
-    /// Whether the values agree everywhere and are of this size there.
+    /// Whether the values agree at all points and are at least `least` in size there.
     fn agrees(&self, expected: &Self, least: f64) -> bool {
         let Some(values) = values(&self.expr, &expected.expr) else { return false };
         values.iter().all(|(x, y)| {
@@ -464,7 +464,7 @@ impl Value {
         })
     }
 
-    /// Whether this, `x`, is a decimal of enough digits that rounds the other.
+    /// Whether this value, `x`, is a decimal with enough digits that rounds the other.
     fn rounds(&self, x: Number, long: &Self, y: Number) -> bool {
         let Some(places) = self.places.filter(|places| *places >= ROUNDED) else { return false };
         let last = 10_f64.powi(-(places.min(300) as i32));

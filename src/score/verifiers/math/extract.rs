@@ -7,7 +7,7 @@ use super::compare::Answer;
 use super::latex::group;
 use super::{remark, units};
 
-/// A number as it is written, with its sign, power, roots, fraction, word such as `million`, or percent.
+/// A number literal, with sign, power, roots, fraction, multiplier such as `million`, or percent.
 pub(super) const NUMBER: &str = r"(?x:
     (?: \b(?i:negative|minus)\s+ | [-−+]\s? )? [$£€¥]? [-−]?
     (?: (?: \\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)
@@ -24,14 +24,14 @@ pub(super) const NUMBER: &str = r"(?x:
     (?: \s*\\?% )?
 )";
 
-/// How many denials are looked behind: `not 5, not 6`.
+/// Most consecutive denials to skip: `not 5, not 6`.
 const DENIALS: usize = 4;
 
-/// What a text may mean as its answer.
+/// A candidate reading of the answer.
 #[derive(Debug)]
 pub(super) struct Found {
     pub(super) text: String,
-    /// Whether, where it is not the right answer, what follows in the list may still be.
+    /// Whether later candidates may still be right if this one is wrong.
     pub(super) is_tentative: bool,
 }
 
@@ -45,7 +45,7 @@ impl Found {
     }
 }
 
-/// The answer of a row: what stands behind `####` or in the last box, or else all of it.
+/// The answer of a row: the text after `####`, or the last box, otherwise all of it.
 pub(super) fn of_reference(answer: &str) -> String {
     if let Some((_, last)) = answer.rsplit_once("####") {
         return last.trim().to_owned();
@@ -53,9 +53,9 @@ pub(super) fn of_reference(answer: &str) -> String {
     boxed(answer).unwrap_or_else(|| answer.trim().to_owned())
 }
 
-/// What a text may mean as its answer: the last box; else what follows the last `####`; else what follows the last "the
-/// answer is"; else the last formula or number. Of a sentence the whole comes first, for where it can be read; of one that says
-/// what the answer is, then the number that it begins with, where a remark follows.
+/// Candidate answers in a text: the last box; else the text after the last `####`; else after the last "the answer is";
+/// else the last formula or number. For a sentence, the whole comes first, in case it parses; for one that states the
+/// answer, then the number at its start, if a remark follows.
 pub(super) fn of_text(text: &str) -> Vec<Found> {
     if let Some(boxed) = boxed(text) {
         return vec![Found::certain(&boxed)];
@@ -68,14 +68,14 @@ pub(super) fn of_text(text: &str) -> Vec<Found> {
         return told(said);
     }
     let text = text.trim();
-    // A short text is an answer as it stands, even one that holds no number.
+    // A short text is an answer as is, even without a number.
     if text.lines().count() == 1 && text.chars().count() <= 200 && !text.contains(". ") {
         return within(text);
     }
     ending(text)
 }
 
-/// The content of the last `\boxed{…}` or `\fbox{…}`, braces within it matched; of `\boxed 5`, the word.
+/// Content of the last `\boxed{…}` or `\fbox{…}`, with nested braces matched; for `\boxed 5`, the word.
 fn boxed(text: &str) -> Option<String> {
     let at = ["\\boxed", "\\fbox"].iter().filter_map(|name| {
         let at = text.rfind(name)?;
@@ -90,12 +90,11 @@ fn boxed(text: &str) -> Option<String> {
     (!content.trim().is_empty()).then(|| content.to_owned())
 }
 
-/// The rest of the line, or of the sentence, behind the last "answer is", "answer:" or the like that says more than what
-/// the answer is not.
+/// The rest of the line or sentence after the last "answer is", "answer:" or similar that does more than negate.
 fn said(text: &str) -> Option<&str> {
     let mark =
         pattern!(r"(?i)\banswer\b[*_]*\s*(?:is|are|=|:|would be|should be|will be)+[*_:\s]*")?;
-    // An exclamation mark before more of a formula is a factorial.
+    // An exclamation mark followed by more formula is a factorial.
     let end = pattern!(r"[.?][*_$)\]]*(?:\s|$)|![*_]*(?:\s+\p{Lu}|\s*$)")?;
     let ends: Vec<usize> = mark.find_iter(text).map(|found| found.end()).collect();
     let sentence = |from: usize| {
@@ -105,12 +104,12 @@ fn said(text: &str) -> Option<&str> {
     let denies = |said: &str| {
         ["not ", "n't ", "n’t "].iter().any(|no| said.starts_with(no)) && ending(said).is_empty()
     };
-    // A model that is stuck may deny the same forever.
+    // A looping model may repeat the same denial forever.
     let mut last = ends.into_iter().rev().take(DENIALS + 1).map(sentence);
     last.find(|said| !denies(said)).filter(|said| !said.is_empty())
 }
 
-/// The answers that a sentence may mean which says what the answer is.
+/// Candidates in a sentence that states the answer.
 fn told(sentence: &str) -> Vec<Found> {
     let plain = without_mark(bare(sentence));
     let Some(leading) = remark::leading(plain) else { return within(sentence) };
@@ -120,7 +119,7 @@ fn told(sentence: &str) -> Vec<Found> {
         return tentative.into_iter().chain([Found::certain(&leading.number)]).collect();
     }
     let mut found = with_and_without_mark(bare(sentence));
-    // What was said in two units, `2 hours, which is 120 minutes`, may mean either.
+    // An answer in two units, `2 hours, which is 120 minutes`, may mean either.
     if !is_read {
         found.extend([leading.text.as_str(), leading.number.as_str()].map(Found::tentative));
     }
@@ -128,14 +127,14 @@ fn told(sentence: &str) -> Vec<Found> {
     found
 }
 
-/// The answers that one sentence may mean: the whole of it, or the formula or number that it ends in.
+/// Candidates in one sentence: all of it, or the formula or number at its end.
 fn within(sentence: &str) -> Vec<Found> {
     let mut found = with_and_without_mark(bare(sentence));
     found.extend(ending(bare(sentence)));
     found
 }
 
-/// Without the marks around it.
+/// Strips surrounding punctuation.
 fn bare(sentence: &str) -> &str {
     sentence.trim().trim_matches('*').trim_end_matches(['.', ',', ';', ':']).trim()
 }
@@ -144,14 +143,14 @@ fn without_mark(text: &str) -> &str {
     text.trim_end_matches(['.', '!', ',', ';', ':']).trim()
 }
 
-/// In prose a final `!` may be a factorial or the end of the sentence.
+/// In prose a final `!` may be a factorial or end the sentence.
 fn with_and_without_mark(text: &str) -> Vec<Found> {
     let plain = without_mark(text);
     let marked = text.ends_with('!').then(|| Found::tentative(text));
     marked.into_iter().chain([Found::certain(plain)]).collect()
 }
 
-/// Whether a text has words that are no names of functions or units behind a number.
+/// Whether a text has words other than function names and units after a number.
 fn has_words(text: &str) -> bool {
     let Some(words) = pattern!(r"[A-Za-z]{2,}") else { return false };
     let code = pattern!(r"\\[A-Za-z]+|\$[^$]*\$");
@@ -160,7 +159,7 @@ fn has_words(text: &str) -> bool {
     words.find_iter(&text).any(|word| !functions.contains(&word.as_str()))
 }
 
-/// The last formula between dollars or brackets, unless a number follows it; else the last number.
+/// The last formula between dollars or brackets, unless a number follows it; otherwise the last number.
 fn ending(text: &str) -> Vec<Found> {
     let formula = pattern!(r"(?s)\$\$(.+?)\$\$|\$([^$\n]+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]")
         .and_then(|formula| formula.captures_iter(text).last())
@@ -168,26 +167,26 @@ fn ending(text: &str) -> Vec<Found> {
     let begin = last_match(text).map(|number| number.start());
     if let Some(formula) = formula
         && begin.is_none_or(|begin| begin < formula.end())
-        // Two prices are no formula: `$5 and $6` has letters between its dollars.
+        // Two prices are not a formula: `$5 and $6` has letters between its dollars.
         && !has_words(formula.as_str())
     {
         return vec![Found::certain(formula.as_str().trim())];
     }
     let Some((begin, number)) = last_number(text) else { return Vec::new() };
     let after = text[begin + number.len()..].trim_start_matches("**").trim_start();
-    // `5! ways` is a factorial, `42! That is it` is none.
+    // `5! ways` has a factorial, `42! That is it` does not.
     if after.starts_with(|letter: char| letter.is_lowercase() || "+-*/=^".contains(letter)) {
         return vec![Found::certain(&number)];
     }
     with_and_without_mark(&number)
 }
 
-/// The last number as it is written, with a dozen or an exclamation mark behind it.
+/// The last number literal, including a following `dozen` or exclamation mark.
 fn last_match(text: &str) -> Option<Match<'_>> {
     pattern!(&format!(r"{NUMBER}(?:\s*(?i:dozens?)\b)?!*"))?.find_iter(text).last()
 }
 
-/// The last number and where it begins. `None` where it is only part of something that is not understood.
+/// The last number and its offset. `None` if it is part of something not understood.
 fn last_number(text: &str) -> Option<(usize, String)> {
     let mut text = text;
     for _ in 0..=DENIALS {
@@ -206,12 +205,12 @@ fn last_number(text: &str) -> Option<(usize, String)> {
     None
 }
 
-/// Whether a number is part of a term: `x^2`, `f(2)`, `5y`. A word directly behind it changes nothing: `5apples`.
+/// Whether a number is part of a term: `x^2`, `f(2)`, `5y`. A word directly after it does not matter: `5apples`.
 fn is_part(before: &str, after: &str) -> Option<bool> {
     let opens = pattern!(r"(?:[√^]|[\p{L}\d)]_|[\^_}][({]|(?:frac|sqrt)\{|[A-Za-z]\(|[^\s\d]/)$")?;
     let continues =
         pattern!(r"\A(?:[⁻⁰¹²³⁴-⁹√½⅓⅔¼¾⅕-⅞^]|_[\p{L}\d{]|\\(?:pi|sqrt|[dt]?frac|cdot|times)\b)")?;
-    // Of the scripts of formulas: others write `42` and a word without a space between.
+    // Scripts used in formulas only; others write a word after `42` without a space.
     let word = pattern!(r"\A(\s?)([\p{Latin}\p{Greek}]+)")?;
     let grows = word.captures(after).is_some_and(|word| match &word[2] {
         word if units::changes(word) => true,
@@ -221,7 +220,7 @@ fn is_part(before: &str, after: &str) -> Option<bool> {
     Some(opens.is_match(before) || continues.is_match(after) || grows)
 }
 
-/// A number without the sign that stands between it and another term: `7-5`, `10 - 5`, `10 minus 5`.
+/// A number without a sign that is a binary operator: `7-5`, `10 - 5`, `10 minus 5`.
 fn own_sign(before: &str, number: &str) -> (usize, String) {
     let terms = before.trim_end();
     let follows_number = terms.ends_with(|c: char| c.is_ascii_digit() || ")]}%".contains(c));
@@ -231,7 +230,7 @@ fn own_sign(before: &str, number: &str) -> (usize, String) {
     }
     if let Some(unsigned) = number.strip_prefix(['-', '−', '+']) {
         let is_binary = follows_number || terms.ends_with(char::is_alphanumeric);
-        // A sign with space before and none behind belongs to the number, as in `is -5`; not behind another number.
+        // A sign with a space before but none after belongs to the number, as in `is -5`, unless it follows a number.
         let apart = before.len() > terms.len() && !unsigned.starts_with(' ');
         if is_binary && (!apart || terms.ends_with(|c: char| c.is_ascii_digit())) {
             written = unsigned.trim_start();

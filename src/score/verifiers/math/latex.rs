@@ -1,13 +1,13 @@
-//! Writes LaTeX plainly: `\dfrac{1}{2}\,\text{cm}` becomes `((1)/(2)) cm`. What it does not know stays as it is and is
-//! refused by the parser.
+//! Converts LaTeX to plain notation: `\dfrac{1}{2}\,\text{cm}` becomes `((1)/(2)) cm`. Unknown commands are kept, and
+//! rejected by the parser.
 
-/// How deep groups may lie in each other, and how long a text may be; beyond it is no answer.
+/// Limits on nesting depth and text length; beyond them it is not an answer.
 const DEPTH: usize = 40;
 const LENGTH: usize = 2000;
-/// Around words that are set as text. No input has them: control characters are left out.
+/// Delimiters of words set as text. No input contains them, since control characters are removed.
 pub(super) const TEXT_BEGINS: char = '\u{2}';
 pub(super) const TEXT_ENDS: char = '\u{3}';
-/// The digit of each is its place.
+/// Each digit is its index.
 const SUPERSCRIPTS: [char; 10] = ['⁰', '¹', '²', '³', '⁴', '⁵', '⁶', '⁷', '⁸', '⁹'];
 const FRACTIONS: [(char, &str); 15] = [
     ('½', "(1/2)"),
@@ -27,7 +27,7 @@ const FRACTIONS: [(char, &str); 15] = [
     ('⅞', "(7/8)"),
 ];
 
-/// The content of the group in braces that a text begins with, and what follows.
+/// Content of the braced group at the start of a text, and the remainder.
 pub(super) fn group(text: &str) -> Option<(&str, &str)> {
     let mut depth = 0_usize;
     let mut escaped = false;
@@ -45,7 +45,7 @@ pub(super) fn group(text: &str) -> Option<(&str, &str)> {
     None
 }
 
-/// The same formula without LaTeX; `None` of one too long or too deep.
+/// The formula without LaTeX; `None` if too long or too deep.
 pub(super) fn plain(text: &str) -> Option<String> {
     if text.len() > LENGTH {
         return None;
@@ -103,13 +103,13 @@ fn is_degree(text: &str) -> bool {
     ["\\circ", "°", "\\degree"].contains(&text.trim())
 }
 
-/// What follows the letter behind a degree's sign: `20°C`.
+/// The remainder after a degree sign's scale letter: `20°C`.
 fn without_scale(text: &str) -> &str {
     let Some(rest) = text.trim_start().strip_prefix(['C', 'F']) else { return text };
     if rest.starts_with(char::is_alphanumeric) { text } else { rest }
 }
 
-/// A subscript in braces. One of a single word or number needs none: `x_{1}` is `x_1`.
+/// A braced subscript. Braces around a single word or number are dropped: `x_{1}` is `x_1`.
 fn subscript<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str> {
     let (inner, after) = group(text)?;
     out.push('_');
@@ -122,7 +122,7 @@ fn subscript<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a st
     Some(after)
 }
 
-/// Raised digits. Returns what follows them.
+/// Superscript digits. Returns the remainder.
 fn superscript<'a>(text: &'a str, out: &mut String) -> &'a str {
     let digit = |letter: char| SUPERSCRIPTS.iter().position(|other| *other == letter);
     let end = text.find(|c| c != '⁻' && digit(c).is_none()).unwrap_or(text.len());
@@ -140,7 +140,7 @@ fn superscript<'a>(text: &'a str, out: &mut String) -> &'a str {
     &text[end..]
 }
 
-/// One letter that is no command.
+/// A single character that is not a command.
 fn symbol(letter: char, out: &mut String) {
     match letter {
         '−' | '–' => out.push('-'),
@@ -152,7 +152,7 @@ fn symbol(letter: char, out: &mut String) {
         '∪' => out.push_str(" U "),
         '≈' => out.push('='),
         'Ω' | '\u{2126}' => out.push_str(" Omega "),
-        // Money, degrees, and the dollars around a formula say nothing about the value.
+        // Currency, degree signs, and dollars around a formula do not affect the value.
         '$' | '£' | '€' | '¥' | '°' => {}
         '~' | '\u{a0}' | '\u{202f}' | '\u{2009}' => out.push(' '),
         other if other.is_control() && !other.is_whitespace() => {}
@@ -170,7 +170,7 @@ fn bracketed(inner: &str, out: &mut String, depth: usize) -> Option<()> {
     Some(())
 }
 
-/// A command, without its backslash. Returns what follows it.
+/// A command, without its backslash. Returns the remainder.
 fn command<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str> {
     let length = text.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(text.len());
     if length == 0 {
@@ -186,7 +186,7 @@ fn command<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str>
         "mathbf" | "operatorname" | "mathit" => Some(words(rest, [' ', ' '], out)),
         _ => {
             word(name, out);
-            // `\left.` and `\right.` are brackets that are not there.
+            // `\left.` and `\right.` are invisible brackets.
             let invisible =
                 matches!(name, "left" | "right").then(|| rest.strip_prefix('.')).flatten();
             Some(invisible.unwrap_or(rest))
@@ -194,7 +194,7 @@ fn command<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str>
     }
 }
 
-/// A group of plain words: commands in them do not matter. Returns what follows it.
+/// A group of plain words, in which commands are ignored. Returns the remainder.
 fn words<'a>(text: &'a str, around: [char; 2], out: &mut String) -> &'a str {
     let Some((inner, after)) = group(text.trim_start()) else { return text };
     out.extend([' ', around[0]]);
@@ -246,12 +246,12 @@ fn word(name: &str, out: &mut String) {
     }
 }
 
-/// A backslash before a mark: spaces vanish, the rest stands for itself.
+/// A backslash before punctuation: spacing is dropped, the rest is literal.
 fn mark<'a>(text: &'a str, out: &mut String) -> &'a str {
     let Some(letter) = text.chars().next() else { return text };
     match letter {
         '!' | '(' | ')' | '[' | ']' | '$' => {}
-        // Between two digits it groups them: `1\,234`.
+        // Between two digits it is a thousands separator: `1\,234`.
         ',' => {
             let is_digit = |c: char| c.is_ascii_digit();
             if !(out.ends_with(is_digit) && text[1..].starts_with(is_digit)) {
@@ -264,7 +264,7 @@ fn mark<'a>(text: &'a str, out: &mut String) -> &'a str {
     &text[letter.len_utf8()..]
 }
 
-/// One argument: a group, a command, or a single letter.
+/// One argument: a group, a command, or a single character.
 fn argument<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str> {
     let text = text.trim_start();
     let letter = text.chars().next()?;
@@ -289,7 +289,7 @@ fn argument<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str
     }
 }
 
-/// `\frac{a}{b}`. Behind a whole number it is added to it: `2\frac{1}{2}` is 2.5.
+/// `\frac{a}{b}`. After an integer it is a mixed number: `2\frac{1}{2}` is 2.5.
 fn fraction<'a>(text: &'a str, out: &mut String, depth: usize) -> Option<&'a str> {
     let mut written = String::from("(");
     let rest = argument(text, &mut written, depth)?;

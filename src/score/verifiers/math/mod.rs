@@ -1,9 +1,9 @@
-//! `math`: the final number or expression of the answer has the value of the row's.
+//! `math`: the answer's final number or expression has the same value as the row's.
 //!
-//! Three steps: `extract` finds the final answer in the text, and `remark` what may stand behind it; `latex` writes it
-//! plainly, `units` tells a number from its unit, and `parse` makes an expression of it; `compare` and `value` compare what
-//! comes of it. Expressions are compared by their values at fixed points, not by algebra: two
-//! that agree at all of them are taken for equal.
+//! Three steps: `extract` finds the final answer in the text, and `remark` any remark after it; `latex` converts it to
+//! plain notation, `units` separates units, and `parse` builds an expression; `compare` and `value` compare the
+//! results. Expressions are compared numerically at fixed points, not symbolically: two that agree at all points are
+//! taken as equal.
 
 mod compare;
 mod extract;
@@ -47,7 +47,7 @@ impl Rule for Math {
             if answer.equals(&expected) {
                 return Ok(judged(true, text.trim()));
             }
-            // What can be read as a whole means that; its last number alone would be someone else's reading.
+            // A fully parseable answer stands as it is; falling back to its last number would misread it.
             if answer.is_readable() && !is_tentative {
                 return Ok(judged(false, text.trim()));
             }

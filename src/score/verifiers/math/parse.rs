@@ -1,14 +1,14 @@
-//! Reads plain formulas: numbers, single letters, functions, `+ - * / ^ !`, brackets, and products without a sign.
+//! Parses plain formulas: numbers, single letters, functions, `+ - * / ^ !`, brackets, and implicit products.
 
 use super::latex::{TEXT_BEGINS, TEXT_ENDS};
 use super::value::Number;
 
-/// How deep brackets and signs may lie in each other.
+/// Maximum nesting of brackets and signs.
 const DEPTH: u32 = 60;
-/// Most tokens of a formula.
+/// Most tokens in a formula.
 const TOKENS: usize = 600;
 
-/// A formula. Letters are variables but for `e`.
+/// A formula. Letters other than `e` are variables.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Expr {
     Number(Number),
@@ -22,7 +22,7 @@ pub(super) enum Expr {
     Call(Function, Box<Self>),
 }
 
-/// What can be applied.
+/// Functions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Function {
     Sqrt,
@@ -82,13 +82,13 @@ impl Function {
     }
 }
 
-/// Greek letters and the like, which are variables. So is infinity: it equals itself alone.
+/// Greek letters and the like, treated as variables. So is infinity: it equals only itself.
 pub(super) const LETTERS: [&str; 21] = [
     "inf", "alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "sigma", "omega",
     "phi", "rho", "tau", "eta", "Delta", "Omega", "ell", "varphi", "xi", "psi",
 ];
 
-/// Whether letters without a space between are factors, as in `ab` and `xyz`, and no word.
+/// Whether adjacent letters are factors, as in `ab` and `xyz`, rather than a word.
 fn is_product(word: &str) -> bool {
     let words = [
         "at", "by", "my", "an", "any", "way", "day", "was", "ran", "can", "man", "bad", "mad",
@@ -99,26 +99,26 @@ fn is_product(word: &str) -> bool {
         && !words.contains(&word)
 }
 
-/// A piece of a formula.
+/// A token of a formula.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Token {
-    /// A number and its digits behind the point.
+    /// A number and its decimal places.
     Number(Number, usize),
     Word(Word),
     Mark(char),
 }
 
-/// A word, a letter, or a letter with its index as in `x_1`.
+/// A word, a letter, or a letter with an index as in `x_1`.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Word {
     pub(super) name: String,
-    /// Whether a space stands before it.
+    /// Whether a space precedes it.
     pub(super) spaced: bool,
     /// Whether it is set as text, as in `\text{cm}`.
     pub(super) is_text: bool,
 }
 
-/// Cuts a plain formula into tokens; `None` where it has a mark that no formula has.
+/// Tokenises a plain formula; `None` if it contains a character no formula has.
 pub(super) fn tokens(text: &str) -> Option<Vec<Token>> {
     let letters: Vec<char> = text.chars().collect();
     let (mut found, mut at, mut is_text) = (Vec::new(), 0, false);
@@ -157,7 +157,7 @@ pub(super) fn tokens(text: &str) -> Option<Vec<Token>> {
     Some(found)
 }
 
-/// Where the word ends that begins here. A letter has its index with it.
+/// End of the word that begins here; a letter includes its index.
 fn word_end(letters: &[char], start: usize) -> usize {
     let run = |from: usize, is: fn(&char) -> bool| {
         from + letters[from..].iter().take_while(|letter| is(letter)).count()
@@ -173,7 +173,7 @@ fn word_end(letters: &[char], start: usize) -> usize {
     }
 }
 
-/// Words that are signs become signs: `negative 3`, `5 minus 2`, `3.2 x 10^4`.
+/// Turns words into operators: `negative 3`, `5 minus 2`, `3.2 x 10^4`.
 fn put_signs(tokens: &mut [Token]) {
     for at in 0..tokens.len() {
         let Token::Word(word) = &tokens[at] else { continue };
@@ -191,7 +191,7 @@ fn put_signs(tokens: &mut [Token]) {
     }
 }
 
-/// A number with thousands' commas, a decimal point and an exponent.
+/// A number with thousands separators, a decimal point and an exponent.
 fn number(letters: &[char], start: usize) -> Option<(Number, usize)> {
     let digit = |at: usize| letters.get(at).is_some_and(char::is_ascii_digit);
     let digits = |at: usize| {
@@ -224,7 +224,7 @@ fn number(letters: &[char], start: usize) -> Option<(Number, usize)> {
     Some((value, end))
 }
 
-/// The formula that all the tokens are; `None` where they are none.
+/// The formula formed by all tokens; `None` if they are not one.
 pub(super) fn expression(tokens: &[Token]) -> Option<Expr> {
     let mut parser = Parser { tokens, at: 0, depth: 0 };
     let expr = parser.sum()?;
@@ -255,7 +255,7 @@ impl Parser<'_> {
         found
     }
 
-    /// Goes one level down, unless it is too deep.
+    /// Recurses, unless too deep.
     fn deeper<T>(&mut self, inner: impl FnOnce(&mut Self) -> Option<T>) -> Option<T> {
         if self.depth >= DEPTH {
             return None;
@@ -296,7 +296,7 @@ impl Parser<'_> {
         }
     }
 
-    /// A whole number with the `1/2` directly behind it. A sign before it is that of both.
+    /// A mixed number such as `2 1/2`. A sign before it applies to both parts.
     fn mixed(&mut self, before: &Expr) -> Option<Expr> {
         let whole = |token: &Token| match token {
             Token::Number(number @ Number::Exact(_, 1), 0) => Some(Expr::Number(*number)),
@@ -324,7 +324,7 @@ impl Parser<'_> {
         Some(mixed)
     }
 
-    /// Whether a factor without a sign follows. Two numbers side by side are no product.
+    /// Whether an implicit factor follows. Two adjacent numbers are not a product.
     fn begins_factor(&self) -> bool {
         match self.tokens.get(self.at) {
             Some(Token::Word(_) | Token::Mark('(' | '[')) => true,
@@ -426,7 +426,7 @@ impl Parser<'_> {
         letters.reduce(|product, letter| Expr::Product(boxed(product), boxed(letter)))
     }
 
-    /// What a function without brackets is applied to: `sqrt 2`, `sin 2x`, `ln x`.
+    /// Argument of a function without brackets: `sqrt 2`, `sin 2x`, `ln x`.
     fn argument(&mut self) -> Option<Expr> {
         if matches!(self.mark(), Some('(' | '[' | '|')) {
             return self.primary();
@@ -445,7 +445,7 @@ impl Parser<'_> {
 }
 
 impl Expr {
-    /// The value where each variable is what `at` says; `None` where there is none.
+    /// The value with variables given by `at`; `None` if undefined.
     pub(super) fn value(&self, at: &dyn Fn(&str) -> Number) -> Option<Number> {
         match self {
             Self::Number(number) => Some(*number),
@@ -456,7 +456,7 @@ impl Expr {
             Self::Power(a, b) => a.value(at)?.pow(b.value(at)?),
             Self::Negative(a) => a.value(at)?.neg(),
             Self::Factorial(a) => match a.value(at)? {
-                // Exact up to 33!, and beyond 170! no number of this program's.
+                // Exact up to 33!; not representable beyond 170!.
                 Number::Exact(n @ 0..=170, 1) => {
                     (1..=n).try_fold(Number::whole(1), |product, k| product.mul(Number::whole(k)))
                 }

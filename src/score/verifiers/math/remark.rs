@@ -1,16 +1,16 @@
-//! A number with a remark behind it: `72 clips (48 + 24)`, `18 dollars per day, which is 9 * 2`.
+//! A number followed by a remark: `72 clips (48 + 24)`, `18 dollars per day, which is 9 * 2`.
 //!
-//! Only what certainly is a remark counts as one: a bracket, or one of a few words. `2 times 21, or 42` has none, and is
-//! read as before.
+//! Only certain remarks count: brackets, or one of a few lead-in words. `2 times 21, or 42` has none and is read as
+//! usual.
 
 use super::super::pattern;
 use super::compare::Answer;
 use super::extract::NUMBER;
 use super::units::multiplies;
 
-/// Most words of a unit: `dollars per day`, `square feet of carpet`.
+/// Most words in a unit: `dollars per day`, `square feet of carpet`.
 const UNIT: usize = 6;
-/// Words that make another number of the one before them, or go on to the next.
+/// Words that modify the preceding number, or lead to the next one.
 const NO_UNITS: [&str; 40] = [
     "times",
     "plus",
@@ -54,27 +54,27 @@ const NO_UNITS: [&str; 40] = [
     "then",
 ];
 
-/// The number that a sentence begins with, where a remark follows.
+/// The number at the start of a sentence, if followed by a remark.
 #[derive(Debug)]
 pub(super) struct Leading {
     /// The number with its unit.
     pub(super) text: String,
     /// The number.
     pub(super) number: String,
-    /// Whether nothing in the remark can be the answer: it says how the number comes about, or what it is not.
+    /// Whether the remark cannot contain the answer: it derives the number, or negates something.
     pub(super) is_alone: bool,
-    /// Whether a word leads the remark in. Brackets may be factors, and what stands behind a semicolon another answer.
+    /// Whether a word introduces the remark. Brackets may be factors, and text after a semicolon another answer.
     pub(super) is_worded: bool,
 }
 
-/// What stands behind the number and its unit.
+/// Text after the number and its unit.
 struct Remark<'a> {
     text: &'a str,
     is_denial: bool,
     is_worded: bool,
 }
 
-/// Finds it.
+/// Finds such a number.
 pub(super) fn leading(sentence: &str) -> Option<Leading> {
     let head = pattern!(&format!(
         r"\A[*_\s]*(?i:(?:about|approximately|exactly|only|just|a total of)\s+)?(?:\\\(\s*)?(?P<number>{NUMBER})(?:\$|\s*\\\))?[*_]*"
@@ -85,7 +85,7 @@ pub(super) fn leading(sentence: &str) -> Option<Leading> {
     let (mut text, mut rest) = (number.to_owned(), &sentence[found.get(0)?.end()..]);
     for at in 0..=UNIT {
         if let Some(Remark { text: remark, is_denial, is_worded }) = remark(rest) {
-            // `72 (or 24)` is no answer with a remark, but two of which one may be right.
+            // `72 (or 24)` is not a remark but two alternatives, of which one may be right.
             if remark.split_whitespace().next() == Some("or") {
                 return None;
             }
@@ -95,7 +95,7 @@ pub(super) fn leading(sentence: &str) -> Option<Leading> {
         }
         let unit = word.captures(rest)?;
         let lower = unit[1].to_lowercase();
-        // `2 of 3` and `2y` are no numbers with a unit; `2 cups of flour` is one.
+        // `2 of 3` and `2y` are not a number with a unit; `2 cups of flour` is.
         let is_factor = rest.starts_with(&unit[1]) && lower.len() == 1;
         if NO_UNITS.contains(&lower.as_str())
             || multiplies(&lower)
@@ -109,7 +109,7 @@ pub(super) fn leading(sentence: &str) -> Option<Leading> {
     None
 }
 
-/// The remark that begins here, without what leads it in.
+/// The remark that begins here, without its lead-in.
 fn remark(rest: &str) -> Option<Remark<'_>> {
     let opens = pattern!(
         r"(?xi) \A \s* (?: (?P<mark> [(\[—;] ) | ,?\s+ (?:

@@ -1,4 +1,4 @@
-//! Answers that are right in other words, and such that are not.
+//! Right answers in other notation, and wrong ones.
 
 use proptest::prelude::*;
 
@@ -179,14 +179,14 @@ fn a_remark_behind_the_answer_is_not_the_answer() {
     let daily = "The answer is 18 dollars per day, which is 9 * 2.";
     check(spec, Some("18"), &[(daily, true)]);
     check(spec, Some("2"), &[(daily, false)]);
-    // What is said in two units is right in both.
+    // An answer given in two units is right in both.
     let minutes = "The answer is 150 minutes, which is 2.5 hours.";
     check(spec, Some("150"), &[(minutes, true)]);
     check(spec, Some("2.5"), &[(minutes, true)]);
     check(spec, Some("2"), &[(minutes, false)]);
 }
 
-/// Fails unless each text is right for the first answer and, where there is one, wrong for the second.
+/// Fails unless each text is right for the first answer and wrong for the second, if given.
 #[track_caller]
 fn read_as(cases: &[(&str, &str, Option<&str>)]) {
     for (text, right, wrong) in cases {
@@ -324,7 +324,7 @@ fn units_are_dropped_and_variables_are_not() {
     same("x + 1", &["x + 1 \\text{ dollars}"]);
     same("\\frac{m}{2}", &["\\frac{1}{2} m", "\\frac12m"]);
     same("\\frac12", &["\\frac12\\text{ m}", "\\frac{1}{2} inches", "0.5 m"]);
-    // Where the other has the variable.
+    // If the other answer has the variable.
     same("5m", &["5 m", "\\frac{10 m}{2}"]);
     same("5 m", &["5m", "m \\cdot 5", "5"]);
     same("6ab", &["6 ab"]);
@@ -375,7 +375,7 @@ proptest! {
     }
 }
 
-/// What models say when they are stuck, a hundred kilobytes of it: none is the answer, and each is told so at once.
+/// A hundred kilobytes of degenerate model output: all wrong, and judged quickly.
 #[test]
 fn endless_answers_are_judged_in_no_time() {
     let verifier = verifier(r#"{"verifier": "math"}"#);
@@ -437,7 +437,7 @@ fn depth_and_length_are_bounded() {
     same("251", &[&long]);
     let power = "9^9^9^9";
     assert!(!Answer::read(power).equals(&Answer::read("1")));
-    // The exponent is the least of all whole numbers that fit.
+    // The exponent is the smallest representable integer.
     let least = "2^((-2)^64*(-2)^63)";
     assert!(Answer::read(least).is_readable());
     assert!(!Answer::read(least).equals(&Answer::read("1")));

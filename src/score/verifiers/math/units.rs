@@ -1,22 +1,22 @@
-//! What may stand behind a number: units, which are dropped, and words such as `million`, which multiply it.
+//! Text after a number: units, which are dropped, and multipliers such as `million`.
 
 use super::parse::{Function, LETTERS, Token, Word, expression};
 use super::value::Number;
 
-/// Units that may stand directly behind a number.
+/// Units that may follow a number directly.
 const UNITS: [&str; 32] = [
     "cm", "mm", "km", "kg", "mg", "ml", "mL", "ft", "in", "lb", "lbs", "oz", "hr", "hrs", "min",
     "mins", "sec", "mph", "kmh", "yd", "mi", "yr", "yrs", "pt", "pts", "pcs", "am", "pm", "st",
     "th", "nd", "rd",
 ];
-/// Units of one letter, which may follow a plain number and a space. Behind anything else they are variables.
+/// One-letter units, accepted after a plain number and a space. Elsewhere they are variables.
 const UNIT_LETTERS: [&str; 15] =
     ["m", "g", "s", "h", "L", "l", "V", "W", "J", "N", "K", "A", "C", "F", "Omega"];
-/// Single letters that are variables even where they are set as text.
+/// Single letters that are variables even when set as text.
 const NO_UNIT_LETTERS: [&str; 6] = ["e", "i", "n", "x", "y", "z"];
-/// Words that are products of variables, beside those of the letters a, b, c, x, y and z.
+/// Words that are products of variables, besides those made of the letters a, b, c, x, y and z.
 const PRODUCTS: [&str; 6] = ["mn", "pq", "rs", "rt", "st", "uv"];
-/// Words that make another number of the one before them, or say something of it.
+/// Words that modify or qualify the preceding number.
 const NO_UNITS: [&str; 16] = [
     "squared",
     "cubed",
@@ -35,11 +35,11 @@ const NO_UNITS: [&str; 16] = [
     "mod",
     "pmod",
 ];
-/// Words behind a unit that another number may follow: `9 houses in 3 hours`.
+/// Words after a unit that may be followed by another number: `9 houses in 3 hours`.
 const LINKS: [&str; 10] =
     ["in", "the", "these", "those", "for", "during", "after", "each", "every", "per"];
 
-/// What a word behind a number multiplies it by: `5 million`, `2 dozen`.
+/// The multiplier a word after a number stands for: `5 million`, `2 dozen`.
 pub(super) fn scale(word: &str) -> Option<Number> {
     let word = word.to_lowercase();
     let scale = match word.strip_suffix('s').unwrap_or(&word) {
@@ -60,24 +60,24 @@ pub(super) fn is_formula(word: &str) -> bool {
     known.contains(&word) || multiplies(word)
 }
 
-/// Whether a word behind a number is a factor or a function, and no unit.
+/// Whether a word after a number is a factor or function rather than a unit.
 pub(super) fn multiplies(word: &str) -> bool {
     ["pi", "root", "inf"].contains(&word)
         || Function::named(word).is_some()
         || LETTERS.contains(&word)
 }
 
-/// Whether letters directly behind a number are its unit in a sentence: `5cm`, `3rd`, `100g of cake`; `$5K` are thousands.
+/// Whether letters directly after a number are its unit in prose: `5cm`, `3rd`, `100g of cake`; `$5K` are thousands.
 pub(super) fn is_unit(word: &str) -> bool {
     UNITS.contains(&word) || UNIT_LETTERS.contains(&word) && word != "K"
 }
 
-/// Whether a word makes another number of the one before it: `3 squared`.
+/// Whether a word modifies the preceding number: `3 squared`.
 pub(super) fn changes(word: &str) -> bool {
     ["squared", "cubed", "factorial"].contains(&word)
 }
 
-/// The value and the unit behind it: `5 square feet`, `5 km/h`, `5cm^2`, `5 m`.
+/// Splits a value from its unit: `5 square feet`, `5 km/h`, `5cm^2`, `5 m`.
 pub(super) fn split(tokens: &[Token]) -> (&[Token], &[Token]) {
     let begin = (1..tokens.len()).find(|at| begins(tokens, *at));
     match begin {
@@ -86,7 +86,7 @@ pub(super) fn split(tokens: &[Token]) -> (&[Token], &[Token]) {
     }
 }
 
-/// Whether a unit begins at this token. Words that are set as text are units behind any value, others behind a number.
+/// Whether a unit begins at this token. Words set as text are units after any value, others only after a number.
 fn begins(tokens: &[Token], at: usize) -> bool {
     let Token::Word(word) = &tokens[at] else { return false };
     if !may_be_unit(word) {
@@ -102,7 +102,7 @@ fn begins(tokens: &[Token], at: usize) -> bool {
     }
     let name = word.name.as_str();
     if UNIT_LETTERS.contains(&name) {
-        // `5m` is a product, but `5m/s` hardly is.
+        // `5m` is a product, but `5m/s` is most likely not.
         let is_speed = name == "m"
             && matches!(&tokens[at + 1..], [Token::Mark('/'), Token::Word(s), ..] if s.name == "s");
         return (word.spaced || is_speed) && is_plain(&tokens[..at]);
@@ -125,7 +125,7 @@ fn may_be_unit(word: &Word) -> bool {
     (!is_letter || known) && !is_formula(name) && !NO_UNITS.contains(&name) && scale(name).is_none()
 }
 
-/// A number or a multiple of a power of ten, as it is written in physics.
+/// A number, or a number times a power of ten as in scientific notation.
 fn is_plain(tokens: &[Token]) -> bool {
     let unsigned = match tokens {
         [Token::Mark('-' | '+'), rest @ ..] => rest,
@@ -140,7 +140,7 @@ fn is_plain(tokens: &[Token]) -> bool {
     }
 }
 
-/// What follows the exponent that the tokens begin with.
+/// The tokens after a leading exponent.
 fn exponent(tokens: &[Token]) -> Option<&[Token]> {
     match tokens {
         [Token::Mark('('), Token::Number(..), Token::Mark(')'), rest @ ..]
@@ -151,7 +151,7 @@ fn exponent(tokens: &[Token]) -> Option<&[Token]> {
     }
 }
 
-/// Whether all of the tokens are one unit.
+/// Whether all tokens together are one unit.
 fn is_whole(mut tokens: &[Token]) -> bool {
     let all = tokens.len();
     loop {
@@ -181,7 +181,7 @@ fn is_whole(mut tokens: &[Token]) -> bool {
     }
 }
 
-/// The number before words such as `million`, and what they multiply it by. Of a sum the last term alone would be meant.
+/// The number before words such as `million`, and their multiplier. In a sum it would apply to the last term only.
 pub(super) fn unscaled(tokens: &[Token]) -> Option<(&[Token], Number)> {
     let (mut rest, mut product) = (tokens, Number::whole(1));
     while let [before @ .., Token::Word(word)] = rest

@@ -1,6 +1,6 @@
-//! Numbers: exact fractions as long as they fit, floating point beyond.
+//! Numbers: exact fractions while they fit, floating point beyond.
 
-/// A value. A fraction is in lowest terms, its denominator positive.
+/// A value. Fractions are in lowest terms with a positive denominator.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Number {
     Exact(i128, i128),
@@ -9,7 +9,7 @@ pub(super) enum Number {
 
 use Number::{Exact, Real};
 
-/// Largest exponent that is computed exactly.
+/// Largest exponent computed exactly.
 const EXPONENT: u128 = 64;
 
 fn gcd(a: i128, b: i128) -> i128 {
@@ -17,7 +17,7 @@ fn gcd(a: i128, b: i128) -> i128 {
     while b != 0 {
         (a, b) = (b, a % b);
     }
-    // At most the larger of two values that fit, but for the least of all.
+    // At most the larger of two values that fit, except for the minimum integer.
     i128::try_from(a).unwrap_or(1)
 }
 
@@ -26,7 +26,7 @@ impl Number {
         Exact(value, 1)
     }
 
-    /// A fraction; `None` where it cannot be represented.
+    /// A fraction; `None` if not representable.
     fn fraction(above: i128, below: i128) -> Option<Self> {
         if below == 0 {
             return None;
@@ -47,7 +47,7 @@ impl Number {
         }
     }
 
-    /// The exact result where both are exact and it fits, else that of floating point; `None` where it is no number.
+    /// The exact result if both operands are exact and it fits, otherwise in floating point; `None` if not finite.
     fn either(
         self,
         other: Self,
@@ -80,7 +80,7 @@ impl Number {
         self.either(other, exact, |x, y| x * y)
     }
 
-    /// `None` for a division by nothing.
+    /// `None` for division by zero.
     pub(super) fn div(self, other: Self) -> Option<Self> {
         if let Exact(0, _) = other {
             return None;
@@ -91,7 +91,7 @@ impl Number {
         self.either(other, exact, |x, y| x / y)
     }
 
-    /// `None` where it is no real number.
+    /// `None` if not a real number.
     pub(super) fn pow(self, exponent: Self) -> Option<Self> {
         if let (Exact(..), Exact(power, 1)) = (self, exponent)
             && power.unsigned_abs() <= EXPONENT
@@ -110,7 +110,7 @@ impl Number {
         finite(function(self.real()))
     }
 
-    /// A decimal as it is written, digits and at most one point.
+    /// A decimal literal: digits and at most one point.
     pub(super) fn decimal(digits: &str) -> Option<Self> {
         let (whole, part) = digits.split_once('.').unwrap_or((digits, ""));
         let exact = || {
@@ -120,7 +120,7 @@ impl Number {
         exact().or_else(|| finite(digits.parse().ok()?))
     }
 
-    /// The same value: exactly where both are exact, to rounding where one is not.
+    /// Equality: exact if both are exact, otherwise up to rounding.
     pub(super) fn same(self, other: Self) -> bool {
         match (self, other) {
             (Exact(a, b), Exact(c, d)) => (a, b) == (c, d),
@@ -133,7 +133,7 @@ fn finite(value: f64) -> Option<Number> {
     value.is_finite().then_some(Real(value))
 }
 
-/// Equal but for the rounding of a few dozen operations.
+/// Equal up to the rounding of a few dozen operations.
 pub(super) fn close(x: f64, y: f64) -> bool {
     (x - y).abs() <= 1e-9 * x.abs().max(y.abs()).max(1e-3)
 }

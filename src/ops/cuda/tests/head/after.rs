@@ -1,4 +1,4 @@
-//! What follows the head: the likeliest tokens, sums over sequences, and pairs of them.
+//! Steps after the head: top tokens, sums over sequences, and pairs of sequences.
 
 use half::bf16;
 
@@ -12,12 +12,12 @@ use crate::ops::head::{MarginLoss, PairTerm, Pairs, Placed, Rows};
 
 fn top_tokens_are_the_likeliest<T: Number>(turn: usize, shape: (usize, usize), k: usize) {
     let mut case = Batch::<T>::new(shape);
-    // Equal logits, which stand in the order of their ids.
+    // Equal logits, ordered by id.
     for at in (0..case.logits.len()).step_by(3) {
         case.logits[at] = T::narrow((at % 7) as f32);
     }
     let log_sums = case.log_sums();
-    // All rows, or some, the last first.
+    // All rows, or every other row in reverse.
     let which: Option<Vec<u32>> =
         (turn % 2 == 1).then(|| (0..case.rows as u32).rev().step_by(2).collect());
     let rows = which.clone().unwrap_or_else(|| (0..case.rows as u32).collect());
@@ -74,12 +74,12 @@ fn assert_exact(what: &str, found: &[f64], expected: &[f64], tolerance: f64) {
     record(what, "f64", worst as f32, tolerance as f32);
 }
 
-/// Zeros in double precision.
+/// Double-precision zeros.
 fn zeros(len: usize, manner: Manner) -> Guarded<f64> {
     Guarded::new(&vec![0.0; len], manner.side)
 }
 
-/// Sequences of these lengths, whose values lie scattered.
+/// Sequences of these lengths, with scattered values.
 fn check_sums(lengths: &[usize], manner: Manner) {
     let count: usize = lengths.iter().sum();
     let values = random::<f32>(3, count);
@@ -110,7 +110,7 @@ const PAIRS: [[u32; 2]; 5] = [[0, 1], [2, 3], [2, 4], [3, 4], [6, 5]];
 const TREES: [u32; 5] = [0, 1, 4, 4, 5];
 const SEQUENCES: usize = 7;
 
-/// What is lost by pairs, and what that depends on.
+/// A pairwise loss and its inputs.
 struct Losses {
     kind: u32,
     beta: f64,
@@ -122,7 +122,7 @@ struct Losses {
 }
 
 impl Losses {
-    /// The loss of one pair, by its definition.
+    /// Loss of one pair, by definition.
     fn of_pair(&self, [better, worse]: [u32; 2], sums: &[f64]) -> f64 {
         let side = |at: u32| {
             let at = at as usize;
@@ -196,7 +196,7 @@ fn check_pairs(manner: Manner) {
     }
 }
 
-/// Slopes of sums, spread over targets.
+/// Gradients of sums, distributed over targets.
 fn check_spread(targets: usize, manner: Manner) {
     let d_sums: Vec<f64> = (0..SEQUENCES).map(|at| (at as f64 * 0.9).sin()).collect();
     let sequence: Vec<u32> = (0..targets).map(|at| (at * 5 % SEQUENCES) as u32).collect();
@@ -227,8 +227,8 @@ fn sums_margins_and_slopes_are_as_defined() {
     }
 }
 
-/// Sequences that share rows, whose targets the head has in another order: the kernels, by the arrays that are uploaded,
-/// against what the host computes.
+/// Sequences that share rows, with targets reordered by the head: kernels on the uploaded arrays, compared with the
+/// host's results.
 fn check_pairs_of_a_head(manner: Manner) {
     let targets: Vec<Target> = (0..70_u32)
         .map(|n| Target { row: n * 29 % 31, id: n, leaf: n * 3 % 7, role: Role::Content })

@@ -1,11 +1,11 @@
-//! The divergence from a teacher, and its gradient together with that of the targets.
+//! KL divergence from a teacher, and its gradient combined with that of the targets.
 
 use half::bf16;
 
 use super::super::host::{Guarded, Kernels, Manner, Number, assert_close, manners, random, wide};
 use super::{Batch, FILE, Onto, Teacher, blank, gradient};
 
-/// A teacher's likeliest tokens for some rows: ids that ascend, with nine tenths of its mass.
+/// A teacher's top tokens for some rows: ascending ids, with nine tenths of its mass.
 struct Lesson {
     k: usize,
     ids: Vec<u32>,
@@ -18,7 +18,7 @@ impl Lesson {
         let step = vocab / k;
         let id = |at: usize| (at % k * step + (at / k) % step) as u32;
         let mut ids: Vec<u32> = (0..rows * k).map(id).collect();
-        // The last row knows one token less.
+        // The last row has one token fewer.
         ids[rows * k - 1] = u32::MAX;
         let weights: Vec<f32> = random::<f32>(99, rows * k).iter().map(|x| x.exp()).collect();
         let logqs = weights.chunks(k).flat_map(|row| {
@@ -29,7 +29,7 @@ impl Lesson {
         Self { k, ids, logqs: logqs.collect(), slopes }
     }
 
-    /// The divergence of one row, by its definition.
+    /// Divergence of one row, by definition.
     fn of_row(&self, row: usize, x: &[f64], reverse: bool, tail: bool) -> f64 {
         let term = |logp: f64, logq: f64| {
             if reverse { logp.exp() * (logp - logq) } else { logq.exp() * (logq - logp) }
@@ -55,7 +55,7 @@ impl Lesson {
     }
 }
 
-/// The divergence and its slope by each logit, times the row's, by differences.
+/// The divergence and its gradient with respect to each logit, times the row's weight, by finite differences.
 fn by_definition<T: Number>(
     case: &Batch<T>,
     lesson: &Lesson,
@@ -80,7 +80,7 @@ fn by_definition<T: Number>(
     (values, slopes)
 }
 
-/// Runs the divergence's kernel; returns its values and what it leaves for the gradient's.
+/// Runs the divergence kernel; returns its values and the buffers for the gradient kernel.
 fn diverge<T: Number>(
     case: &Batch<T>,
     lesson: &Lesson,
