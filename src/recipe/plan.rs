@@ -156,15 +156,17 @@ impl Kind {
     /// an older version is then not reused.
     pub fn version(self) -> u32 {
         match self {
-            // 3: `sft` drops rows of zero weight and refuses empty answers; responses without text are not selected;
-            // `average` refuses heads and bases that do not match, and copies an adapter that stays alone in a soup.
-            Self::Sft | Self::Select | Self::Average => 3,
-            // 4: `synth` verifiers parse answers differently; `reward` records when it learned from text; `dpo` applies
-            // the loss weight to single responses. 3: responses without text are bad rows.
-            Self::Synth | Self::Reward | Self::Dpo => 4,
-            // 5: verifiers parse answers differently, and reward models that learned from text are queried with text.
-            // 4: rows contain program output.
-            Self::Sample | Self::Eval => 5,
+            // 3: responses without text are not selected; `average` refuses heads and bases that do not match, and copies an
+            // adapter that stays alone in a soup.
+            Self::Select | Self::Average => 3,
+            // 4: `sft` applies message weights and flags where everything is trained, and divides its logged loss by the
+            // true count; `dpo` applies the loss weight to single responses.
+            Self::Sft | Self::Dpo => 4,
+            // 5: `synth` verifiers compare whole numbers exactly and call the tests that a row only defines; `reward`
+            // records length correlations of every head.
+            Self::Synth | Self::Reward => 5,
+            // 6: verifiers as in `synth` 5. 5: reward models that learned from text are queried with text.
+            Self::Sample | Self::Eval => 6,
         }
     }
 }

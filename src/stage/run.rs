@@ -428,7 +428,7 @@ mod tests {
             .collect();
         insta::assert_snapshot!(
             versions.join(", "),
-            @"synth 4, sft 3, reward 4, sample 5, select 3, dpo 4, average 3, eval 5"
+            @"synth 5, sft 4, reward 5, sample 6, select 3, dpo 4, average 3, eval 6"
         );
     }
 }
