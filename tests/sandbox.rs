@@ -437,9 +437,12 @@ fn tests_come_as_text_or_as_a_list_and_mistakes_in_them_are_the_rows() {
     for (row, part) in [
         (json!({}), "row: scorer `code`: the row has no tests"),
         (json!({"tests": 1}), "`tests` is a number"),
-        (json!({"tests": "assert ("}), "the row's tests are no Python"),
-        (json!({"tests": "assert True\0"}), "the row's tests are no Python"),
-        (json!({"tests": format!("{}1", "-".repeat(100_000))}), "the row's tests are no Python"),
+        (json!({"tests": "assert ("}), "the row's tests are not valid Python"),
+        (json!({"tests": "assert True\0"}), "the row's tests are not valid Python"),
+        (
+            json!({"tests": format!("{}1", "-".repeat(100_000))}),
+            "the row's tests are not valid Python",
+        ),
     ] {
         let error = judge_row(code, &row).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
@@ -541,11 +544,11 @@ fn tests_that_cannot_be_run_or_that_no_program_can_fail_are_mistakes_of_the_row(
         ),
         (
             "def setup_module():\n    global two\n    two = 2\ndef test_square():\n    assert square(two) == 4",
-            "`setup_module` is called by pytest alone",
+            "`setup_module` is called only by pytest",
         ),
         (
             "class TestSquare:\n    def setup_class(self): pass\n    def test_two(self):\n        assert square(2) == 4",
-            "`setup_class` is called by pytest alone",
+            "`setup_class` is called only by pytest",
         ),
         (
             "class TestSquare:\n    def test_two(self, two):\n        assert square(two) == 4",

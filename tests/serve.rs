@@ -1106,7 +1106,7 @@ fn adapters_come_and_go_beside_one_base() {
     peft::write(&three, &saved.config, &saved.attached().factors, &record).unwrap();
     let coarse = json!({"lora_name": "three", "lora_path": three.display().to_string()});
     let told = server.ask("/v1/load_lora_adapter", &coarse);
-    assert!(told["note"].as_str().unwrap().contains("trained beside NF4"), "{told}");
+    assert!(told["note"].as_str().unwrap().contains("trained on NF4"), "{told}");
     server.ask("/v1/unload_lora_adapter", &json!({"lora_name": "three"}));
 
     server.ask("/v1/unload_lora_adapter", &json!({"lora_name": "two"}));

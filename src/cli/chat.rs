@@ -88,7 +88,7 @@ fn answer(
 
 fn setup(settings: &[String]) -> Result<Setup> {
     let Value::Object(mut keys) = serde_json::to_value(Sampling::default())? else {
-        return Err(Error::run("sampling settings are no table"));
+        return Err(Error::run("sampling settings are not a table"));
     };
     let mut known: Vec<String> = keys.keys().cloned().collect();
     // A chat draws one answer, or reports why there is none.

@@ -59,7 +59,7 @@ fn told(work: &Merge, merged: &Merged) -> String {
     let beside = match (merged.trained_beside, work.dense_base) {
         ("none", _) => String::new(),
         (packed, false) => {
-            format!(" (into the {packed} weights that it was trained beside, unpacked)")
+            format!(" (into the {packed} weights that it was trained on, unpacked)")
         }
         (packed, true) => format!(
             " (into the base's own weights: outputs differ by at most {:.1e} from those beside the {packed} weights of training)",

@@ -283,9 +283,10 @@ impl Row {
     pub fn preference(&self) -> Result<(&Side, &[Side])> {
         match &self.record {
             Record::Preference { prompt, responses } => Ok((prompt, responses)),
-            other => Err(Error::run(format!("a row of {} is no preference", other.name())).hint(
-                "preferences need `chosen` and `rejected`, or `responses` ranked best first",
-            )),
+            other => Err(Error::run(format!("a row of {} is not a preference", other.name()))
+                .hint(
+                    "preferences need `chosen` and `rejected`, or `responses` ranked best first",
+                )),
         }
     }
 

@@ -130,7 +130,7 @@ fn marked(
     let (text, _) = plain(tokenizer, request)?;
     marks::unmark(&text)
         .map(|unmarked| (unmarked, marker.owners))
-        .ok_or_else(|| Error::run("the template takes a message apart"))
+        .ok_or_else(|| Error::run("the template splits a message"))
 }
 
 /// Rendered text and its `{% generation %}` spans.

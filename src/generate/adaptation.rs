@@ -72,10 +72,9 @@ impl Adaptation {
             return Err(Error::usage("an adapter that makes a reward model cannot write text"));
         }
         if let Some(name) = saved.weights.keys().next() {
-            return Err(Error::usage(format!("`{name}` was trained in full beside the adapter"))
-                .hint(
-                    "`arriero merge` makes a model of base and adapter, which can be used alone",
-                ));
+            return Err(Error::usage(format!("`{name}` was fully trained with the adapter")).hint(
+                "`arriero merge` makes a model of base and adapter, which can be used alone",
+            ));
         }
         check_fit(&Tensors::dense(weights.clone()), &saved.adapters)?;
         let beside = |layer: usize, place: Place| -> Result<Option<Beside>> {

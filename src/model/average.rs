@@ -239,7 +239,7 @@ fn check(first: &OnDisk, other: &OnDisk) -> Result<()> {
             check_vocabularies(tokenizer.as_ref(), other_tokenizer.as_ref())?;
         }
         (Kind::Adapter(files), Kind::Adapter(other)) => check_adapters(files, other)?,
-        _ => return Err(Error::run("an adapter beside a whole model").hint("merge it first")),
+        _ => return Err(Error::run("an adapter next to a full model").hint("merge it first")),
     }
     for (name, shape) in first.shapes() {
         match other.shape(name) {
@@ -598,7 +598,7 @@ mod tests {
             "d: tensor `base_model.model.q_proj.lora_A.weight` has shape [2, 5], in the first model [2, 3]",
         );
         let whole = save(&home.path().join("m"), [1.0, 0.0], 2.0, &SaveOptions::new(DType::F32));
-        refuse(whole, "m: an adapter beside a whole model");
+        refuse(whole, "m: an adapter next to a full model");
         let elsewhere = adapter_of("org/other", &home.path().join("e"), (8, 3), 1.0);
         refuse(
             elsewhere,

@@ -114,7 +114,7 @@ impl Bases {
         Ok(base)
     }
 
-    /// Loads a model: an adapter is applied beside its base, whose tensors it shares. If it was trained beside NF4, the
+    /// Loads a model: an adapter is applied beside its base, whose tensors it shares. If it was trained on NF4, the
     /// base is NF4 regardless of `form`; GGUF blocks have the same values as the dense model anyway.
     ///
     /// # Errors

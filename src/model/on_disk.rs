@@ -51,7 +51,7 @@ pub struct AdapterFiles {
     pub dir: PathBuf,
     /// `adapter_config.json`.
     pub config: Map<String, Value>,
-    /// The base it was trained beside.
+    /// The base it was trained on.
     pub base: Option<BaseRecord>,
     /// Its own tokenizer, if any.
     pub tokenizer: Option<ChatTokenizer>,

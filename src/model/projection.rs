@@ -19,7 +19,7 @@ pub struct Projection {
     pub weight: Matrix,
     /// `[O]`.
     pub bias: Option<Tensor>,
-    /// The adapter trained beside the weight.
+    /// The adapter trained on the weight.
     pub adapter: Option<Adapter>,
 }
 

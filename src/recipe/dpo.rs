@@ -260,7 +260,7 @@ impl Dpo {
             return Err(Error::usage(format!(
                 "`sync_ref_model` with `use_peft`, and `ref_model_name_or_path` is {named:?}"
             ))
-            .hint("adapters follow adapters beside one base: the reference begins where the policy does"));
+            .hint("the reference adapter follows the policy's on one base, so it must start where the policy does"));
         }
         let alpha = self.ref_model_mixup_alpha;
         if !(alpha > 0.0 && alpha <= 1.0) {

@@ -288,7 +288,7 @@ impl Spec {
             }
         }
         if datasets.is_some_and(<[_]>::is_empty) {
-            return Err(Error::usage("`datasets` is missing or leads to nothing")
+            return Err(Error::usage("`datasets` is missing or matches nothing")
                 .hint("a file, a hub id, or \"@stage\"; every reference with `?` may be absent"));
         }
         Ok(())

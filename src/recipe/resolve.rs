@@ -581,7 +581,7 @@ mod tests {
         );
         refuses(
             &format!("{SFT}load_in_4bit = true\n"),
-            "r.toml:5: stage `sft`: `quantization` is Nf4 and `use_peft` false: packed weights cannot be trained (hint: set use_peft = true to train adapters beside them)",
+            "r.toml:5: stage `sft`: `quantization` is Nf4 and `use_peft` false: packed weights cannot be trained (hint: set use_peft = true to train adapters on top of them)",
         );
     }
 

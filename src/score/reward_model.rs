@@ -188,7 +188,9 @@ impl RewardModel {
             ([], None) => Ok(Side::Text(String::new())),
             ([only], None) if only.role() == "user" => Ok(Side::Text(only.text())),
             _ => Err(Error::run("a conversation for a reward model that learned from plain text")
-                .hint("it takes prompts of one user's message, without tools; train it on messages for others")),
+                .hint(
+                    "it takes single user messages without tools; train it on messages for others",
+                )),
         }
     }
 

@@ -1,5 +1,5 @@
-//! How many requests the server holds at once. A request takes a place before its body is read, so that what is read, parsed and
-//! computed has one bound; a place is given back when it is dropped, however its request ends.
+//! The bounded queue. A request takes a place before its body is read, so reading, parsing and computing share one bound.
+//! Dropping a place frees it, however its request ends.
 
 use std::sync::Arc;
 
@@ -7,14 +7,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::problem::Problem;
 
-/// Places, some of them taken.
+/// All places, free and taken.
 #[derive(Debug)]
 pub(super) struct Places {
     free: Arc<Semaphore>,
     most: usize,
 }
 
-/// One place, or more where a request turned out to need more.
+/// One place, or several if the request turned out to need more.
 #[derive(Debug)]
 pub(super) struct Place {
     taken: OwnedSemaphorePermit,
@@ -22,12 +22,12 @@ pub(super) struct Place {
 }
 
 impl Places {
-    /// So many places, all of them free.
+    /// `most` free places.
     pub(super) fn new(most: usize) -> Self {
         Self { free: Arc::new(Semaphore::new(most)), most }
     }
 
-    /// Takes a place; where none is free, says so at once.
+    /// Takes a place, or fails at once if none is free.
     ///
     /// # Errors
     /// Too many requests.
@@ -37,14 +37,14 @@ impl Places {
         Ok(Place { taken, most: self.most })
     }
 
-    /// Whether nobody has a place.
+    /// Whether no place is taken.
     pub(super) fn are_all_free(&self) -> bool {
         self.free.available_permits() == self.most
     }
 }
 
 impl Place {
-    /// Becomes a place for so many prompts.
+    /// Grows to hold this many prompts.
     ///
     /// # Errors
     /// More than there are places, or than are free.
@@ -74,7 +74,7 @@ mod tests {
         first.hold(1).unwrap();
         let second = places.take().unwrap();
         assert!(places.take().unwrap_err().message().contains("3 requests are under way"));
-        // One that cannot grow keeps what it has.
+        // A place that cannot grow keeps what it has.
         assert!(first.hold(3).unwrap_err().message().contains("the most; try again"));
         assert!(first.hold(4).unwrap_err().message().contains("the server takes 3 at once"));
         drop(second);

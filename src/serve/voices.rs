@@ -199,7 +199,7 @@ impl Served {
 
     fn read(&self, path: &Path) -> Result<Loaded> {
         let Some(base) = &self.voices.base else {
-            return Err(Error::usage("the weights that adapters are held against are gone")
+            return Err(Error::usage("the base weights of the adapters are gone")
                 .hint("start the server with --allow-runtime-lora-updating"));
         };
         // Any error in the directory is the client's to fix.
@@ -217,8 +217,8 @@ impl Served {
         // The loading thread is not the computing one, and on a GPU each has its own stream.
         home.synchronize()?;
         let note = (saved.quantization() == Quantization::Nf4).then(|| {
-            "trained beside NF4 and standing beside the server's own weights: another model than in training, by NF4's rounding; \
-             `arriero merge` makes the one in training"
+            "trained on NF4 weights and served on the server's own: differs from training by NF4's rounding; \
+             `arriero merge` reproduces the trained model"
                 .to_owned()
         });
         let path = path.display().to_string();

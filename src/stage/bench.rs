@@ -127,7 +127,7 @@ impl Options {
             return Err(Error::usage(
                 "--prompts or blocks of 4 or 8 bits, which only `generate` takes",
             )
-            .hint("--quantization nf4 or gguf with --lora trains beside packed projections"));
+            .hint("--quantization nf4 or gguf with --lora trains on packed projections"));
         }
         if self.chat && method != Method::Sft {
             return Err(Error::usage("--chat asks for chat rows, which only `sft` takes")

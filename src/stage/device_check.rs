@@ -221,6 +221,7 @@ fn of_the_head(
         let hidden = hidden.to_device(device)?;
         let grads = head::backward(&hidden, &weight, &targets, slopes.as_slice().into(), asked)?;
         let Some(d_weight) = &grads.d_weight else { candle_core::bail!("head: no d_weight") };
+        let asked = head::Asked { detail: head::Detail::Rows, ..asked };
         let of_pairs =
             head::backward_of_pairs(&hidden, &weight, &targets, &pairs(targets.len()), asked)?;
         let weigh = |read: &head::Readings| {

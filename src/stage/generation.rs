@@ -331,7 +331,7 @@ fn answers(
     });
     match answered {
         Err(error) if !is_ours && !sampling.skip_refused => {
-            Err(error.hint("skip_refused = true leaves a prompt unanswered that is too long or refused, and goes on"))
+            Err(error.hint("skip_refused = true skips prompts that are too long or refused"))
         }
         other => other,
     }

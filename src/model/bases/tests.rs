@@ -240,7 +240,7 @@ fn an_adapter_of_another_base_is_refused() {
     let trained = peft::read(&dir, &Device::Cpu).unwrap().into_trained();
     peft::write(&dir, &config, &trained, &BaseRecord::dense("another")).unwrap();
     let error = Bases::default().model(dir.to_str().unwrap(), &form()).err().unwrap();
-    assert!(error.to_string().contains("trained beside another"), "{error}");
+    assert!(error.to_string().contains("trained on another"), "{error}");
     let mut narrow = trained;
     let module = "model.layers.0.mlp.up_proj";
     narrow.insert(parameter(module, A), random(1, (4, 8)));

@@ -87,5 +87,5 @@ fn merges(json: &Json) -> Result<Vec<String>> {
             _ => None,
         })
         .collect();
-    merges.ok_or_else(|| Error::run("merges that are no pairs of tokens")).at("tokenizer.json")
+    merges.ok_or_else(|| Error::run("merges that are not pairs of tokens")).at("tokenizer.json")
 }

@@ -89,7 +89,7 @@ impl Adapter {
         let (a, b) = (self.a.dims(), self.b.dims());
         Err(Error::run(format!("factors {b:?} and {a:?} for a projection {weight:?}"))
             .at(format!("`{}`", self.module))
-            .hint("the adapter was trained beside another model"))
+            .hint("the adapter was trained on another model"))
     }
 
     /// Splits off the last `count` ranks; returns the rest, and an adapter of the split-off ranks if there are any.

@@ -53,7 +53,7 @@ pub fn attach_beside(
     seed: u64,
 ) -> Result<Attached> {
     if lora.init_lora_weights == Init::Pissa {
-        return Err(Error::usage("`init_lora_weights` is pissa beside weights that are rounded"));
+        return Err(Error::usage("`init_lora_weights` is pissa with rounded weights"));
     }
     let mut attached = Attached::empty(lora);
     for module in modules(lora, config)? {

@@ -113,7 +113,7 @@ impl Lora {
                 kind => Err(Error::usage(format!(
                     "`quantization` is {kind:?} and `use_peft` false: packed weights cannot be trained"
                 ))
-                .hint("set use_peft = true to train adapters beside them")),
+                .hint("set use_peft = true to train adapters on top of them")),
             };
         }
         self.lora_target_modules.iter().try_for_each(|target| pattern(target).map(|_| ()))?;
@@ -256,7 +256,7 @@ impl Lora {
     }
 }
 
-/// Whether a parameter is fully trained beside adapters: those of the named modules, and a score head.
+/// Whether a parameter is fully trained on adapters: those of the named modules, and a score head.
 pub(crate) fn trains(modules: &[String], name: &str) -> bool {
     let module = module_of(name);
     [params::SCORE, params::SCORE_BIAS].contains(&name)
@@ -293,7 +293,7 @@ fn matches_none(target: &str, is_pattern: bool) -> Error {
         .hint("a pattern is held against whole names, such as `model.layers.0.self_attn.q_proj`");
     }
     let error =
-        Error::usage(format!("`lora_target_modules` has `{target}`, which is no projection"));
+        Error::usage(format!("`lora_target_modules` has `{target}`, which is not a projection"));
     error.hint(match did_you_mean(target, PROJECTIONS) {
         Some(near) => format!("did you mean `{near}`?"),
         None => format!("there is: {ALL_LINEAR}, {}, or a pattern", PROJECTIONS.join(", ")),
@@ -340,5 +340,5 @@ pub fn merge(weights: &mut Weights, adapters: &Adapters) -> Result<()> {
 pub(super) fn unknown(module: &str) -> Error {
     Error::run("the adapter has factors for it, the base model has no such projection")
         .at(format!("`{module}`"))
-        .hint("the adapter was trained beside another model")
+        .hint("the adapter was trained on another model")
 }

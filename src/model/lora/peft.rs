@@ -186,11 +186,11 @@ pub struct Saved {
     pub adapters: Adapters,
     /// Fully trained parameters, under the model's own names.
     pub weights: Weights,
-    /// The base it was trained beside; unknown for other programs' files.
+    /// The base it was trained on; unknown for other programs' files.
     pub base: Option<BaseRecord>,
 }
 
-/// An adapter's record of the base it was trained beside.
+/// An adapter's record of the base it was trained on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseRecord {
     /// Its [`fingerprint`] before quantisation.
@@ -209,7 +209,7 @@ impl BaseRecord {
         Self { fingerprint, quantization: Quantization::None, taken: 0 }
     }
 
-    /// Rejects summing adapters if one was trained beside weights that PiSSA reduced before quantisation.
+    /// Rejects summing adapters if one was trained on weights that PiSSA reduced before quantisation.
     ///
     /// # Errors
     /// Such an adapter.
@@ -219,7 +219,7 @@ impl BaseRecord {
         if bases.into_iter().flatten().all(|base| base.taken == 0) {
             return Ok(());
         }
-        Err(Error::usage("PiSSA beside packed weights leaves each adapter a base of its own")
+        Err(Error::usage("PiSSA on packed weights gives each adapter a base of its own")
             .hint("`arriero merge` them and average the models"))
     }
 
@@ -255,7 +255,7 @@ impl Saved {
         self.base.as_ref().map_or(Quantization::None, |base| base.quantization)
     }
 
-    /// The same adapter, treated as trained beside the base's dense weights.
+    /// The same adapter, treated as trained on the base's dense weights.
     #[must_use]
     pub fn of_dense_base(mut self) -> Self {
         self.base = self.base.map(|base| BaseRecord::dense(&base.fingerprint));
@@ -273,11 +273,11 @@ impl Saved {
         };
         let short = |hash: &str| hash.chars().take(12).collect::<String>();
         Err(Error::run(format!(
-            "the base's weights have fingerprint {}, the adapter was trained beside {}",
+            "the base's weights have fingerprint {}, the adapter was trained on {}",
             short(found),
             short(expected)
         ))
-        .hint("give the very model that the adapter was trained beside"))
+        .hint("give the exact model that the adapter was trained on"))
     }
 
     /// All trained tensors, by the model's own names.
@@ -365,7 +365,7 @@ const BASE: &str = "base_fingerprint";
 const BASE_QUANTIZATION: &str = "base_quantization";
 const BASE_TAKEN: &str = "base_taken_ranks";
 
-/// An adapter's record of the base it was trained beside.
+/// An adapter's record of the base it was trained on.
 ///
 /// # Errors
 /// Missing or damaged files.

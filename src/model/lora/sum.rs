@@ -78,7 +78,7 @@ impl BaseRecord {
         Self::check_whole([first, other])?;
         match (first, other) {
             (Some(one), Some(two)) if one != two => {
-                Err(Error::usage("trained beside another base than the first adapter")
+                Err(Error::usage("trained on another base than the first adapter")
                     .hint("adapters of one base, held in one way, can be averaged"))
             }
             _ => Ok(()),

@@ -360,7 +360,7 @@ fn what_cannot_be_adapted_is_refused_with_a_hint() {
     let norm = other.weights.get_mut(params::FINAL_NORM).unwrap();
     *norm = (&*norm + 1e-3).unwrap();
     let error = other.with_adapter(&saved, dir.path()).err().unwrap();
-    assert!(error.to_string().contains("trained beside"), "{error}");
+    assert!(error.to_string().contains("trained on"), "{error}");
     let mut narrow = base();
     let name = "model.layers.0.mlp.up_proj.weight";
     narrow.weights.insert(name.to_owned(), random(1, (8, 8)));

@@ -195,7 +195,7 @@ pub fn explain(said: &str) -> Error {
         return old_driver(&format!("it said {said}"));
     }
     if is("SYSTEM_DRIVER_MISMATCH") || is("NOT_INITIALIZED") || is("STUB_LIBRARY") {
-        return Error::run(format!("the NVIDIA driver's two halves do not fit together: {said}")).hint(
+        return Error::run(format!("the NVIDIA driver's kernel module and library do not match: {said}")).hint(
             "a driver was updated without a restart, or a stand-in libcuda.so.1 is in LD_LIBRARY_PATH",
         );
     }

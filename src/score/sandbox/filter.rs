@@ -1,6 +1,6 @@
-//! The system calls that a program in the sandbox is refused, as a seccomp filter: those that keep memory where the sum of
-//! what processes have mapped misses it, and doors to parts of the kernel that an answer has no use for. All others are
-//! allowed. A refused call fails with "operation not permitted"; a call by the numbers of another processor kills.
+//! The seccomp filter of the sandbox. It refuses system calls that keep memory without a mapping, which the sandbox's memory
+//! accounting would miss, and kernel features that an answer does not need. All other calls are allowed. A refused call fails
+//! with "operation not permitted"; a call with another architecture's numbers kills the program.
 
 use std::collections::BTreeMap;
 use std::env::consts::ARCH;
@@ -11,16 +11,16 @@ use seccompiler::{
     SeccompRule, TargetArch, sock_filter,
 };
 
-/// Refused whatever the arguments.
+/// Refused whatever their arguments.
 const REFUSED: [i64; 14] = [
-    // Memory without a mapping: System V's segments, semaphores and queues, files without a name, pages given to a pipe.
+    // Memory without a mapping: System V segments, semaphores and queues, unnamed files, pages gifted to a pipe.
     libc::SYS_shmget,
     libc::SYS_semget,
     libc::SYS_msgget,
     libc::SYS_memfd_create,
     libc::SYS_memfd_secret,
     libc::SYS_vmsplice,
-    // Large or old doors, behind which most holes were found.
+    // Large attack surfaces with a history of vulnerabilities.
     libc::SYS_io_uring_setup,
     libc::SYS_userfaultfd,
     libc::SYS_bpf,
@@ -31,18 +31,19 @@ const REFUSED: [i64; 14] = [
     libc::SYS_request_key,
 ];
 
-/// From here on the numbers are those of x32, which asks for the same calls under other numbers.
+/// System-call numbers from here on belong to the x32 ABI, which has the same calls under other numbers.
 const X32: u32 = 0x4000_0000;
 
-/// A pipe that holds the filter, for bubblewrap to read. Closed on `exec`, as all files here are.
+/// A pipe containing the filter, for bubblewrap to read. Closed on `exec`, like all files here.
 ///
 /// # Errors
-/// No filter for this processor; no pipe.
+/// No filter for this architecture; the pipe cannot be created.
 pub(super) fn pipe() -> Result<PipeReader, String> {
     let bytes = bytes(&program()?);
-    let (reader, mut writer) = std::io::pipe().map_err(|error| format!("no pipe: {error}"))?;
-    // It fits: a pipe takes a page even where its user has too many.
-    writer.write_all(&bytes).map_err(|error| format!("a pipe that takes nothing: {error}"))?;
+    let (reader, mut writer) =
+        std::io::pipe().map_err(|error| format!("creating a pipe: {error}"))?;
+    // It fits: a pipe holds at least a page, even if its user has many pipes.
+    writer.write_all(&bytes).map_err(|error| format!("writing the filter to a pipe: {error}"))?;
     Ok(reader)
 }
 
@@ -61,7 +62,7 @@ fn program() -> Result<BpfProgram, String> {
         filter.map_err(|error| format!("the filter of system calls: {error}"))?;
     let mut program = Vec::new();
     if arch == TargetArch::x86_64 {
-        // Load the call's number, which stands first; below x32's go on, two steps from here.
+        // Load the call's number, the first field; numbers below x32's skip the refusal.
         program.push(step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0));
         program.push(step(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, X32, 1));
         program.push(step(libc::BPF_RET | libc::BPF_K, refused.into(), 0));
@@ -70,10 +71,10 @@ fn program() -> Result<BpfProgram, String> {
     Ok(program)
 }
 
-/// What is refused: calls, and among calls of `mmap` those for memory that processes share without a file. What of it is
-/// unmapped lives on while any page of it is mapped.
+/// The refused calls, and `mmap` of anonymous shared memory: pages unmapped there stay allocated while any page of the mapping
+/// is still mapped.
 fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
-    // Also set in `MAP_SHARED_VALIDATE`, and not in `MAP_PRIVATE`.
+    // `MAP_SHARED_VALIDATE` has these bits too; `MAP_PRIVATE` does not.
     let shared = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
     let flags =
         SeccompCondition::new(3, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(shared), shared)?;
@@ -83,7 +84,7 @@ fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError>
     Ok(rules)
 }
 
-/// One instruction, which skips `otherwise` steps where it compares and the comparison fails.
+/// One instruction; a comparison that fails skips `otherwise` instructions.
 fn step(code: u32, k: u32, otherwise: u8) -> sock_filter {
     sock_filter { code: code as u16, jt: 0, jf: otherwise, k }
 }

@@ -88,9 +88,10 @@ impl Code {
         let errors = execution.stderr.text();
         match errors.split_once(&format!("{ready}\n")) {
             Some((_, errors)) => Ok(verdict(&execution, &passed, errors)),
-            None if execution.ending == Ending::Exited(4) => {
-                Err(Error::run(format!("the row's tests are no Python: {}", last_lines(&errors))))
-            }
+            None if execution.ending == Ending::Exited(4) => Err(Error::run(format!(
+                "the row's tests are not valid Python: {}",
+                last_lines(&errors)
+            ))),
             None if execution.ending == Ending::Exited(5) => {
                 let why = errors.lines().last().unwrap_or_default();
                 Err(Error::run(format!("the row's tests cannot be used: {why}"))

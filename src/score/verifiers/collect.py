@@ -1,5 +1,5 @@
-# Reads a row's tests before any program runs: which of them the text defines without running them, and whether anything in
-# it can fail. harness.py stands behind this file and runs them.
+# Reads a row's tests before any program runs: which tests the text defines without running them, and whether anything in it
+# can fail. harness.py follows this file and runs them.
 import ast
 import builtins
 import sys
@@ -17,7 +17,7 @@ class Unusable(Exception):
 
 
 def walk(nodes, closed=()):
-    """These nodes and all in them, but what is in nodes of the `closed` kinds, and constants: tests may hold many."""
+    """These nodes and their descendants, except what is inside nodes of the `closed` kinds, and constants (tests may hold many)."""
     left = list(nodes)
     while left:
         node = left.pop()
@@ -32,7 +32,7 @@ def walk(nodes, closed=()):
 
 
 def inside(body):
-    """All that runs when these statements do: definitions, but nothing of what is defined."""
+    """Everything that these statements execute: definitions, but not the bodies that they define."""
     return walk(body, DEFINITIONS + (ast.Lambda,))
 
 
@@ -48,7 +48,7 @@ def words(expressions):
 
 
 def needed(function, bound):
-    """The parameters that a call must supply; of a method, which is `bound`, not the instance."""
+    """The parameters that a call must supply; for a `bound` method, without the instance."""
     given = function.args
     by_place = [one.arg for one in getattr(given, "posonlyargs", []) + given.args]
     by_place = by_place[int(bound) : len(by_place) - len(given.defaults)]
@@ -77,8 +77,8 @@ def is_guard(node):
 
 
 def without_runners(tree):
-    """Leaves out `unittest.main()` and `pytest.main()`, which would look for tests elsewhere and end the process, and lets
-    run what stands under `if __name__ == "__main__":`."""
+    """Removes `unittest.main()` and `pytest.main()`, which would look for tests elsewhere and end the process, and unwraps
+    `if __name__ == "__main__":` blocks so that they run."""
     nodes = list(walk(tree.body))
     bound = imported(nodes, RUNNERS)
 
@@ -104,7 +104,7 @@ def without_runners(tree):
 
 
 def check_test(name, function, bound):
-    """Refuses a test that pytest would supply with something, and one of which a call runs nothing."""
+    """Rejects a test that needs something from pytest, and one whose call would run nothing."""
     supplied = SUPPLIED & words(function.decorator_list)
     if supplied:
         raise Unusable(f"`{name}` needs pytest's `{min(supplied)}`, which is not understood")
@@ -117,17 +117,17 @@ def check_test(name, function, bound):
 
 
 def check_around(defined):
-    """Refuses what would have to be called around tests."""
+    """Rejects pytest hooks that would have to be called around tests."""
     around = AROUND & set(defined)
     if around:
-        raise Unusable(f"`{min(around)}` is called by pytest alone, and no pytest runs here")
+        raise Unusable(f"`{min(around)}` is called only by pytest, which does not run here")
 
 
 class Tests:
-    """The tests that are to be run behind the text, by their names.
+    """The tests to run after the text, by name.
 
-    `functions` are called. `classes` are run by unittest where they turn out to be its own; of others the methods that are
-    given are called, each of an instance of its own. `own_fail`: whether the text's own statements can fail.
+    `functions` are called. `classes` are run by unittest if they are its own; for others the listed methods are called, each
+    on its own instance. `own_fail`: whether the text's own statements can fail.
     """
 
     def __init__(self, tree):
@@ -136,7 +136,7 @@ class Tests:
         self.mentioned = set(names(self.own, ast.Load))
         self.everywhere = names(nodes, ast.Load)
         self.functions, self.classes = {}, {}
-        # What unittest's classes are called here; those of them that run what is async.
+        # The names of unittest's classes here, and of those that run async tests.
         aliases = imported(nodes, RUNNERS)
         self.cases = {"TestCase"} | {here for there, here in aliases if there == "TestCase"}
         self.async_cases = {"IsolatedAsyncioTestCase"}
@@ -157,7 +157,7 @@ class Tests:
         name = node.name
         if "fixture" in words(node.decorator_list):
             raise Unusable(f"`{name}` is a fixture of pytest's, which is not understood")
-        # What the text's own statements mention is theirs to call.
+        # Functions that the text's own statements mention are called by them.
         if not name.startswith("test") or name in self.mentioned:
             return
         helps = self.everywhere.count(name) > names(walk([node]), ast.Load).count(name)
@@ -169,7 +169,7 @@ class Tests:
     def add_class(self, node):
         methods = {one.name: one for one in inside(node.body) if isinstance(one, FUNCTIONS)}
         tests = {name: one for name, one in methods.items() if name.startswith("test") or name == "runTest"}
-        # A class of unittest's may have its tests from another one.
+        # A unittest class may inherit its tests.
         self.has_methods = self.has_methods or bool(tests)
         bases = words(node.bases)
         if bases & self.async_cases:
@@ -190,7 +190,7 @@ class Tests:
         self.classes[node.name] = list(tests)
 
     def can_fail(self):
-        """An assertion, or anything that the text does not assign itself, but builtins and modules of the standard library."""
+        """An assertion, or a name that the text does not assign itself, other than builtins and standard-library modules."""
         inert = set(dir(builtins)) - {"exec", "eval", "globals", "locals", "vars", "__import__"}
         inert.update(names(self.own, ast.Store))
         library = getattr(sys, "stdlib_module_names", sys.builtin_module_names)
@@ -199,7 +199,7 @@ class Tests:
 
 
 def collect(text):
-    """The compiled text and what is to be run behind it."""
+    """The compiled text and the tests to run after it."""
     tree = ast.parse(text, "tests")
     if "main" in text:
         without_runners(tree)

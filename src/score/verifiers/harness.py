@@ -1,12 +1,12 @@
-# Runs an answer's program and then the row's tests; prints a word that the program does not know where all passed.
-# Arguments: bytes of the program, bytes of the tests, the word that says that the sandbox stands.
-# The word for success waits in the standard input behind both: a program that leaves early has not seen it.
-# Before the program runs it leaves with 3 where the input ends early, 4 where the tests are no Python, and 5 where they
-# cannot be run or no program can fail them; the last line of standard error says why. collect.py stands in front.
+# Runs an answer's program and then the row's tests; if all pass, prints a word that the program does not know.
+# Arguments: bytes of the program, bytes of the tests, the word that signals that the sandbox is up.
+# The word for success follows both on standard input, so a program that exits early has not seen it.
+# Before the program runs, exits with 3 if the input ends early, 4 if the tests are not valid Python, and 5 if they cannot be
+# run or no program can fail them; the last line of standard error says why. collect.py precedes this file.
 
 
 def unittest_runner():
-    """What runs a `unittest.TestCase` and tells how many of its tests ran, and that class."""
+    """A function that runs a `unittest.TestCase` class and returns how many of its tests ran, and the base class."""
     import unittest
 
     load, find, kind = unittest.TestLoader().loadTestsFromTestCase, getattr, type
@@ -42,8 +42,8 @@ def unittest_runner():
 
 
 def runner(tests):
-    """What runs the tests that the text defined and did not call. Made before the program runs, which may change every
-    builtin and every module."""
+    """A function that runs the tests that the text defined and did not call. Made before the program runs, because that may
+    change every builtin and module."""
     functions, classes, own_fail = list(tests.functions), list(tests.classes.items()), tests.own_fail
     kind, inherits, has, find = type, issubclass, hasattr, getattr
     coroutine = run_loop = run_case = TestCase = None
@@ -71,7 +71,7 @@ def runner(tests):
     def run_found(space):
         ran = 0
         for name in functions:
-            # One that the text marks to be skipped does not count.
+            # Tests that the text marks as skipped do not count.
             if name in space and not find(space[name], "__unittest_skip__", False):
                 call(space[name])
                 ran += 1
@@ -96,7 +96,7 @@ def run():
     import traceback
     import types
 
-    # Nothing that this process inherited is the program's business.
+    # The program must not see inherited files.
     os.closerange(3, 4096)
     read, write, leave, execute = os.read, os.write, os._exit, exec
     program_size, tests_size, ready = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -107,8 +107,8 @@ def run():
             leave(3)
         text += part
     tests = text[program_size:].decode()
-    # Compiled first: the program may change every builtin. What is no Python fails with a SyntaxError, a ValueError
-    # (null bytes), a MemoryError or a RecursionError (both: too deep).
+    # Compiled first: the program may change every builtin. Invalid Python raises a SyntaxError, a ValueError (null
+    # bytes), a MemoryError or a RecursionError (both: too deep).
     try:
         compiled, found = collect(tests)
     except Unusable as error:

@@ -103,7 +103,7 @@ impl Language {
 /// An unsupported language.
 pub(super) fn known(code: &str) -> Result<&'static str> {
     canonical(code).ok_or_else(|| {
-        Error::run(format!("`{code}` is no language that can be told"))
+        Error::run(format!("`{code}` is not a language that can be detected"))
             .hint("write a code of two letters, as in `en`, `de`, `zh`")
     })
 }

@@ -250,10 +250,9 @@ impl Part {
 /// # Errors
 /// An invalid regular expression.
 pub(in crate::score) fn compiled(pattern: &str, key: &str) -> Result<Regex> {
-    RegexBuilder::new(pattern)
-        .multi_line(true)
-        .build()
-        .map_err(|error| Error::usage(format!("`{key}` is no regular expression: {error}")))
+    RegexBuilder::new(pattern).multi_line(true).build().map_err(|error| {
+        Error::usage(format!("`{key}` is not a valid regular expression: {error}"))
+    })
 }
 
 /// The text after a model's reasoning; all of it if there is no reasoning, or nothing after it.

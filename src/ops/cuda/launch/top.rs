@@ -7,8 +7,8 @@ use candle_core::{CudaDevice, Result};
 use super::{NULL, grid};
 use crate::ops::cuda::ptx::kernel;
 
-/// Threads of the block that has a row.
-const BLOCK: u32 = 1024;
+/// Elements of a row that a thread has at least, if the row has as many.
+const OWN: usize = 32;
 
 /// Rows of logits on a device.
 pub(in crate::ops::cuda) struct Logits<'a> {
@@ -33,6 +33,8 @@ pub(in crate::ops::cuda) fn likeliest(
     (ids, logps): (&mut CudaViewMut<'_, u32>, &mut CudaViewMut<'_, f32>),
 ) -> Result<()> {
     let rows = logps.len() / k;
+    // Each of the `k` turns reduces over the block: more threads than their elements are worth would only wait.
+    let block = (logits.vocab / OWN).next_multiple_of(32).clamp(32, 1024) as u32;
     let (vocab, count) = (logits.vocab as u64, k as u32);
     let function = kernel(device, "head", "head_top_f32")?;
     let mut launch = function.builder();
@@ -43,6 +45,6 @@ pub(in crate::ops::cuda) fn likeliest(
     };
     launch.arg(logits.log_sums).arg(ids).arg(logps);
     // SAFETY: the kernel's arguments; a block for each row, which writes `k` of both.
-    unsafe { launch.launch(grid("likely tokens", (rows, 1), BLOCK)?) }.w()?;
+    unsafe { launch.launch(grid("likely tokens", (rows, 1), block)?) }.w()?;
     Ok(())
 }
