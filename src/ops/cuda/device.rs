@@ -305,7 +305,7 @@ mod tests {
         for (said, expected) in [
             ("DriverError(CUDA_ERROR_NO_DEVICE, \"no CUDA-capable device\")", "no CUDA device"),
             ("DriverError(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, \"…\")", OLD_DRIVER),
-            ("DriverError(CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, \"…\")", "two halves"),
+            ("DriverError(CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, \"…\")", "do not match"),
             ("DriverError(CUDA_ERROR_INVALID_DEVICE, \"…\")", "no such GPU"),
             ("DriverError(CUDA_ERROR_DEVICE_UNAVAILABLE, \"…\")", "another process"),
             ("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")", "out of memory"),
