@@ -192,7 +192,7 @@ fn adapters_that_cannot_stand_beside_a_base_are_refused() {
     assert!(refused(&Saved { config, ..good.clone() }).contains("cannot write text"));
     let norm = Tensor::ones(4, candle_core::DType::F32, &Device::Cpu).unwrap();
     let weights = Weights::from([(params::FINAL_NORM.to_owned(), norm)]);
-    assert!(refused(&Saved { weights, ..good.clone() }).contains("trained in full"));
+    assert!(refused(&Saved { weights, ..good.clone() }).contains("fully trained"));
     let mut narrow = good;
     let first = narrow.adapters.values_mut().next().unwrap();
     first.a = random(1, (3, 5));
