@@ -3,7 +3,7 @@
 //! One way through the crate: a [`recipe`] is resolved into a plan; [`data`] becomes trees of tokens; a [`model`]
 //! turns them into hidden states; a [`loss`] says what each log-probability is worth; [`train`] takes the step;
 //! [`generate`] and [`score`] draw and judge samples; [`stage`] composes these into the methods; [`report`] shows
-//! what happened. Lower modules never import higher ones (`tests/tidy.rs` checks it).
+//! what happened. [`serve`], [`bench`] and [`doctor`] are commands beside that way. Lower modules never import higher ones (`tests/tidy.rs` checks it).
 //!
 //! ```
 //! use arriero::data::tree::{Role, Segment, Tree};
@@ -33,6 +33,8 @@ pub mod train;
 
 pub mod recipe;
 
+pub mod bench;
+pub mod doctor;
 pub mod report;
 pub mod serve;
 pub mod stage;

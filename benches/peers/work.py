@@ -41,7 +41,7 @@ def ids(vocab, row, length):
 
 
 def chat(vocab, row):
-    """A chat row: ids and labels of 60 to 400 tokens, the first third a masked prompt. As in src/stage/bench.rs."""
+    """A chat row: ids and labels of 60 to 400 tokens, the first third a masked prompt. As in src/bench/mod.rs."""
     length = 60 + row * 137 % 341
     row_ids = ids(vocab, row, length)
     prompt = length // 3

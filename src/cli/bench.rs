@@ -5,14 +5,14 @@ use serde_json::json;
 
 use super::dtype::Dtype;
 use super::output;
+use crate::bench::ceiling::{self, Ceiling};
+use crate::bench::{self, Figures, Method, Options, prepare};
 use crate::error::{Error, Result};
 use crate::generate::sampling::WeightFormat;
 use crate::model::lora::Lora;
 use crate::model::packed::Quantization;
 use crate::ops::cpu::isa::Isa;
-use crate::stage::bench::ceiling::{self, Ceiling};
-use crate::stage::bench::{self, Figures, Method, Options};
-use crate::stage::{bench_prepare, device, memory};
+use crate::stage::{device, memory};
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
@@ -237,7 +237,7 @@ fn ceiling_text(ceiling: &Ceiling) -> String {
 
 /// Measures how fast a dataset is prepared for training.
 fn prepare(args: &BenchArgs) -> Result<()> {
-    let figures = bench_prepare::run(&args.model, args.data.as_deref().unwrap_or_default())?;
+    let figures = prepare::run(&args.model, args.data.as_deref().unwrap_or_default())?;
     let text = format!(
         "{} rows, {} tokens in {:.1} s: {:.0} rows/s; file of {:.0} MiB, {:.0} examples/s read back",
         figures.rows,

@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_are_typed_and_mistakes_named() {
+    fn chat_settings_parse_and_mistakes_are_named() {
         let of = |settings: &[&str]| {
             setup(&settings.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>())
         };

@@ -7,11 +7,12 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::output;
+use crate::doctor::check::{self, Checked};
+use crate::doctor::{goldens, rates};
 use crate::error::{Error, Result};
 use crate::ops::cpu::isa::{self, Isa};
 use crate::ops::cuda::device as gpu;
-use crate::stage::device_check::{self as check, Checked};
-use crate::stage::{device, device_goldens, device_rates};
+use crate::stage::device;
 use crate::train::memory::kibibytes;
 
 #[derive(Debug, Args)]
@@ -44,7 +45,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
     let mut checked = if args.check { check::run(&device)? } else { Vec::new() };
     // Report the results so far even if later checks fail: after one fault, a device fails everything that follows.
     if let Some(folder) = &args.goldens {
-        let found = device_goldens::run(&device, folder).map_err(candle_core::Error::wrap);
+        let found = goldens::run(&device, folder).map_err(candle_core::Error::wrap);
         checked.extend(found.unwrap_or_else(|error| vec![Checked::failed("models", &error)]));
     }
     if args.json {
@@ -54,8 +55,8 @@ pub(super) fn run(args: &DoctorArgs) -> Result<()> {
             Err(error) => checked.push(Checked::failed(what, &error)),
         };
         if args.check {
-            keep("peak", device_rates::peak(&device).map(|peak| json!(peak)));
-            keep("rates", device_rates::run(&device).map(|rates| json!(rates)));
+            keep("peak", rates::peak(&device).map(|peak| json!(peak)));
+            keep("rates", rates::run(&device).map(|rates| json!(rates)));
         }
         all["checked"] = json!(checked);
         output::line(&all.to_string());

@@ -21,6 +21,8 @@ pub(super) enum Reference {
     Other,
     /// A reference that follows the policy.
     Follows,
+    /// A frozen copy of the initial policy, kept beside it.
+    Frozen,
 }
 
 impl Reference {
@@ -28,6 +30,7 @@ impl Reference {
         match spec {
             Spec::Dpo(spec) if spec.needs_reference() && spec.sync_ref_model => Self::Follows,
             Spec::Dpo(spec) if spec.other_reference().is_some() => Self::Other,
+            Spec::Sft(spec) if spec.loss().needs_reference() => Self::Frozen,
             _ => Self::None,
         }
     }
@@ -58,6 +61,7 @@ impl Peak {
     ) -> Result<Self> {
         let mut options = settings.planned_options(gpu)?;
         options.follows = reference == Reference::Follows;
+        options.anchored = reference == Reference::Frozen;
         if lora.use_peft {
             options.adapted = Some(Adapted::new(config, lora, settings.dtype)?);
         }
@@ -67,7 +71,7 @@ impl Peak {
         let step = footprint.bytes(keep);
         let device = match reference {
             Reference::Other => step.max(reading(config, settings, lora)? + footprint.pass()),
-            Reference::None | Reference::Follows => step,
+            Reference::None | Reference::Follows | Reference::Frozen => step,
         };
         Ok(Self {
             device,
@@ -144,7 +148,7 @@ mod tests {
     use crate::train::Recompute;
 
     #[test]
-    fn recomputation_and_smaller_micro_batches_need_less() {
+    fn recomputation_and_smaller_micro_batches_lower_the_estimate() {
         let config = smollm2();
         let (all, full) = (Settings::default(), Lora::default());
         let less = Settings { gradient_checkpointing: Recompute::Block, ..Settings::default() };
@@ -156,6 +160,7 @@ mod tests {
         // A reference that follows is a second set of the trained parameters; a fixed one is in memory only before.
         let parameters = count(&config) as u64;
         assert_eq!(of(&least, &full, Reference::Follows), sizes[2] + 4 * parameters);
+        assert_eq!(of(&least, &full, Reference::Frozen), sizes[2] + 4 * parameters);
         assert_eq!(of(&least, &full, Reference::Other), sizes[2]);
         let adapters = Lora { use_peft: true, ..Lora::default() };
         let of_adapters = |reference| of(&least, &adapters, reference);

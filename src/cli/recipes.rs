@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_recipe_says_in_one_sentence_what_it_is() {
+    fn every_embedded_recipe_has_a_one_sentence_description() {
         for (name, text) in EMBEDDED {
             let about = about(text);
             assert!(about.len() > 20 && about.ends_with('.'), "{name}: {about}");

@@ -125,7 +125,7 @@ fn warn(listener: &TcpListener, has_key: bool) -> Result<()> {
 fn models(args: &ServeArgs) -> Result<Models> {
     let device = device(&args.device)?;
     let base = Bases::default().base(&args.model, &Form::dense(&device, args.dtype.into()))?;
-    let (mut policy, fingerprint) = (base.checkpoint(), base.fingerprint.clone());
+    let (mut policy, id) = (base.checkpoint(), base.id.clone());
     if let Some(template) = &args.chat_template {
         policy.tokenizer = Some(policy.tokenizer()?.with_template(template).at("--chat-template")?);
     }
@@ -134,5 +134,5 @@ fn models(args: &ServeArgs) -> Result<Models> {
         Ok::<_, Error>((name.clone(), model.at("--reward-model")?))
     };
     let judge = args.reward_model.as_ref().map(judge).transpose()?;
-    Ok(Models { policy, fingerprint, judge })
+    Ok(Models { policy, id, judge })
 }

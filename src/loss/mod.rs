@@ -5,6 +5,7 @@
 //! taken over the whole optimizer step before the first backward, so that no split into micro-batches changes a
 //! gradient.
 
+pub mod anchor;
 pub mod preference;
 pub mod ranking;
 pub mod reward;
@@ -14,7 +15,7 @@ use std::collections::BTreeMap;
 
 use crate::data::forest::Forest;
 use crate::error::Result;
-use crate::ops::head::{Detail, Pairs, RowStats, Slopes};
+use crate::ops::head::{Anchor, Detail, Pairs, RowStats, Slopes};
 use reward::Observation;
 
 /// Which numbers of a forest an objective reads and weighs.
@@ -128,7 +129,22 @@ pub trait Objective: Send + Sync {
     ///
     /// # Errors
     /// That reference's.
-    fn of_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>>;
+    fn for_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>>;
+
+    /// The frozen model whose distribution this micro-batch's rows are compared with, and the slope of each target's
+    /// divergence from it where `totals` are known. The head takes that part of the gradient; [`weigh`](Self::weigh) returns
+    /// the rest, and the divergences' sum.
+    ///
+    /// # Errors
+    /// That model's.
+    fn anchor(&self, _forest: &Forest, _totals: Option<&StepTotals>) -> Result<Option<Anchor>> {
+        Ok(None)
+    }
+
+    /// Bytes on the model's device that it holds: those of a frozen model.
+    fn bytes(&self) -> u64 {
+        0
+    }
 
     /// Whether an example's loss depends on the other examples of its step (KTO, BCO, AOT). The loop then reads all
     /// micro-batches first and hands the values to [`statistics`](Self::statistics).

@@ -99,7 +99,7 @@ mod tests {
     use crate::loss::reward::bradley_terry;
 
     #[test]
-    fn of_two_responses_it_is_bradley_terry_even_at_the_ends() {
+    fn two_responses_reduce_to_bradley_terry_even_at_extreme_scores() {
         for [better, worse] in [[0.3, -0.5], [0.0, 900.0], [900.0, 0.0]] {
             let (loss, slopes) = plackett_luce(&[better, worse]);
             let (expected, slope) = bradley_terry(better - worse);
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn probabilities_of_all_orders_add_up_to_one_and_slopes_are_finite_differences() {
+    fn order_probabilities_sum_to_one_and_slopes_match_finite_differences() {
         let scores = [0.4, -1.1, 2.0];
         let orders = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
         let loss = |order: [usize; 3]| plackett_luce(&order.map(|at| scores[at])).0;

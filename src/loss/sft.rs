@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::anchor::LiveAnchor;
 use super::{FixedGradient, Mean, Objective, Reading, StepTotals, Weighed, of_rows};
 use crate::data::forest::Forest;
 use crate::error::{Error, Result};
-use crate::ops::head::{Detail, TOP};
+use crate::ops::head::{Anchor, Detail, RowStats, TOP};
 
 /// What a trained token costs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +22,10 @@ pub enum TokenLoss {
     /// `−p ln p` with `p` held constant: Dynamic Fine-Tuning (Wu et al., 2025, equation 9). Tokens that the model
     /// finds unlikely pull less.
     Dft,
+    /// [`Dft`](Self::Dft), plus `α` times the divergence of the policy from the initial one, `KL(π_ref‖π)` over the
+    /// vocabulary: Anchored Supervised Fine-Tuning (Zhu et al., 2025), which keeps DFT from drifting. The direction is that of
+    /// the authors' code; the paper's text has the other.
+    Asft,
     /// `−(H / ln K)^α ln p`, the factor held constant: Entropy-Adaptive Fine-Tuning (Diao et al., 2026), where `H` is the
     /// entropy among the `K` = [`TOP`] likeliest tokens. What the model is sure of pulls less, be it right or wrong.
     Eaft,
@@ -46,6 +51,7 @@ impl TokenLoss {
         match self {
             Self::Nll => "nll",
             Self::Dft => "dft",
+            Self::Asft => "asft",
             Self::Eaft => "eaft",
         }
     }
@@ -58,6 +64,10 @@ pub struct Sft {
     pub loss: TokenLoss,
     /// EAFT's `α`, 0 or more; with 0 all tokens weigh the same.
     pub eaft_alpha: f64,
+    /// ASFT's `α`, 0 or more; with 0 it is DFT.
+    pub asft_alpha: f64,
+    /// ASFT's reference.
+    pub reference: Option<LiveAnchor>,
     /// What the sum is divided by.
     pub normalization: Normalization,
     /// Weights of rows, 0 or more; a row that is not listed weighs 1.
@@ -75,6 +85,8 @@ impl Default for Sft {
         Self {
             loss: TokenLoss::Nll,
             eaft_alpha: 1.0,
+            asft_alpha: 0.1,
+            reference: None,
             normalization: Normalization::Token,
             row_weights: BTreeMap::new(),
             label_smoothing: 0.0,
@@ -95,7 +107,7 @@ impl Sft {
     pub fn factor(&self, logp: f64, top_entropy: f64) -> f64 {
         match self.loss {
             TokenLoss::Nll => 1.0,
-            TokenLoss::Dft => logp.exp(),
+            TokenLoss::Dft | TokenLoss::Asft => logp.exp(),
             // Rounding may leave slightly less than 0, which has no powers.
             TokenLoss::Eaft => (top_entropy.max(0.0) / (TOP as f64).ln()).powf(self.eaft_alpha),
         }
@@ -124,16 +136,27 @@ impl Sft {
                 return refuse(key, value, &expected);
             }
         }
-        if !self.eaft_alpha.is_finite() || self.eaft_alpha < 0.0 {
-            return refuse("eaft_alpha", self.eaft_alpha, "0 or more");
-        }
-        let is_default = [Self::default().eaft_alpha].contains(&self.eaft_alpha);
-        if !is_default && self.loss != TokenLoss::Eaft {
-            let loss = self.loss.name();
-            let expected = format!("1 with `loss_type` \"{loss}\": only \"eaft\" reads it");
-            return refuse("eaft_alpha", self.eaft_alpha, &expected);
+        let default = Self::default();
+        for (key, value, default, reader) in [
+            ("eaft_alpha", self.eaft_alpha, default.eaft_alpha, TokenLoss::Eaft),
+            ("asft_alpha", self.asft_alpha, default.asft_alpha, TokenLoss::Asft),
+        ] {
+            if !value.is_finite() || value < 0.0 {
+                return refuse(key, value, "0 or more");
+            }
+            if ![default].contains(&value) && self.loss != reader {
+                let (loss, reader) = (self.loss.name(), reader.name());
+                let expected =
+                    format!("{default} with `loss_type` \"{loss}\": only \"{reader}\" reads it");
+                return refuse(key, value, &expected);
+            }
         }
         Ok(())
+    }
+
+    /// Whether it compares the policy with a frozen one.
+    pub fn needs_reference(&self) -> bool {
+        self.loss == TokenLoss::Asft && self.asft_alpha > 0.0
     }
 
     fn weight_of(&self, forest: &Forest, leaf: usize) -> f64 {
@@ -168,16 +191,43 @@ impl Sft {
             .collect()
     }
 
-    /// What label smoothing and the z-loss add beside the negative log-likelihood: name and weight of each term.
-    fn row_terms(&self) -> Vec<(&'static str, f64)> {
-        let all = [("uniform", self.label_smoothing), ("z_loss", self.z_loss_coefficient)];
-        all.into_iter().filter(|(_, weight)| *weight > 0.0).collect()
+    /// What whole rows of probabilities cost beside the tokens themselves: the terms of label smoothing, of the z-loss and of
+    /// ASFT's divergence.
+    fn row_terms(&self) -> Vec<RowTerm> {
+        let apart = if self.loss == TokenLoss::Asft { self.asft_alpha } else { 0.0 };
+        let all = [
+            RowTerm {
+                name: "uniform",
+                weight: self.label_smoothing,
+                of: |row| f64::from(row.log_sum_exp) - f64::from(row.mean_logit),
+            },
+            RowTerm {
+                name: "z_loss",
+                weight: self.z_loss_coefficient,
+                of: |row| f64::from(row.log_sum_exp).powi(2),
+            },
+            RowTerm { name: "kl", weight: apart, of: |row| f64::from(row.divergence) },
+        ];
+        all.into_iter().filter(|term| term.weight > 0.0).collect()
     }
+}
+
+/// What the rows of trained tokens cost.
+struct RowTerm {
+    name: &'static str,
+    weight: f64,
+    /// The cost of one row.
+    of: fn(&RowStats) -> f64,
 }
 
 impl Objective for Sft {
     fn terms(&self) -> Vec<(&'static str, f64)> {
-        [vec![(self.loss.name(), 1.0 - self.label_smoothing)], self.row_terms()].concat()
+        let own = match self.loss {
+            TokenLoss::Asft => TokenLoss::Dft,
+            loss => loss,
+        };
+        let of_rows = self.row_terms().into_iter().map(|term| (term.name, term.weight));
+        [(own.name(), 1.0 - self.label_smoothing)].into_iter().chain(of_rows).collect()
     }
 
     fn counts(&self, forest: &Forest) -> Vec<f64> {
@@ -201,8 +251,27 @@ impl Objective for Sft {
         }
     }
 
-    fn of_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>> {
-        Ok(Box::new(Self { row_weights: of_rows(&self.row_weights, forest), ..*self }))
+    fn for_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>> {
+        let row_weights = of_rows(&self.row_weights, forest);
+        Ok(Box::new(Self { row_weights, reference: None, ..*self }))
+    }
+
+    fn anchor(&self, forest: &Forest, totals: Option<&StepTotals>) -> Result<Option<Anchor>> {
+        if !self.needs_reference() {
+            return Ok(None);
+        }
+        let reference = self.reference.as_ref().ok_or_else(|| {
+            Error::usage("`asft` has no reference to stay close to, expected the initial policy")
+        })?;
+        let slopes = totals.map_or_else(Vec::new, |totals| {
+            let weights = self.weights(forest).into_iter();
+            weights.map(|weight| (self.asft_alpha * weight / totals.counts[0]) as f32).collect()
+        });
+        reference.of(forest, slopes).map(Some)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.reference.as_ref().map_or(0, LiveAnchor::bytes)
     }
 
     fn fixed_gradient(&self, forest: &Forest, totals: &StepTotals) -> Option<FixedGradient> {
@@ -226,20 +295,15 @@ impl Objective for Sft {
         for (at, (weight, &logp)) in weights.iter().zip(reading.values).enumerate() {
             let entropy = match self.loss {
                 TokenLoss::Eaft => f64::from(reading.rows[at].top_entropy),
-                TokenLoss::Nll | TokenLoss::Dft => 0.0,
+                TokenLoss::Nll | TokenLoss::Dft | TokenLoss::Asft => 0.0,
             };
             let factor = weight * self.factor(f64::from(logp), entropy);
             sums[0] += factor * -f64::from(logp);
             d_values.push((-own * factor / totals.counts[0]) as f32);
         }
-        for (term, _) in self.row_terms() {
-            let of_row = weights.iter().zip(reading.rows).map(|(weight, row)| {
-                let lse = f64::from(row.log_sum_exp);
-                let value =
-                    if term == "z_loss" { lse * lse } else { lse - f64::from(row.mean_logit) };
-                weight * value
-            });
-            sums.push(of_row.sum());
+        for term in self.row_terms() {
+            let of_rows = weights.iter().zip(reading.rows);
+            sums.push(of_rows.map(|(weight, row)| weight * (term.of)(row)).sum());
         }
         let trained = reading.values.len() as f64;
         Ok(Weighed {
@@ -287,7 +351,7 @@ mod tests {
 
     /// Rows cost 1 over 1 token and 2.75 over 3.
     #[test]
-    fn tokens_rows_or_steps_are_what_the_sum_is_divided_by() {
+    fn loss_sum_is_divided_by_tokens_rows_or_steps() {
         let with = |normalization| Sft { normalization, ..Sft::default() };
         check(&with(Normalization::Token), 3.75 / 4.0, [-0.25; 4]);
         let third = -1.0 / 6.0;
@@ -300,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_of_weight_3_counts_like_three_and_one_of_weight_0_not_at_all() {
+    fn row_weight_scales_the_row_and_zero_removes_it() {
         let with = |normalization, weight| Sft {
             normalization,
             row_weights: [(0, weight)].into(),
@@ -315,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_weighs_what_its_message_says_within_its_row() {
+    fn message_weights_apply_to_tokens_within_their_row() {
         let (mut forest, logps) = forest();
         // Tokens cost 1 | 2, 0.5, 0.25.
         forest.weights = vec![1.0, 0.5, 0.0, 2.0];
@@ -336,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn constants_without_sense_are_refused() {
+    fn invalid_loss_constants_are_refused() {
         let refused = |sft: Sft| sft.check().unwrap_err().to_string();
         assert_eq!(
             refused(Sft { label_smoothing: 1.0, ..Sft::default() }),
@@ -349,6 +413,14 @@ mod tests {
         assert_eq!(
             refused(Sft { z_loss_coefficient: 1e-4, loss: TokenLoss::Dft, ..Sft::default() }),
             "`z_loss_coefficient` is 0.0001, expected 0 with `loss_type` \"dft\""
+        );
+        assert_eq!(
+            refused(Sft { asft_alpha: -0.5, loss: TokenLoss::Asft, ..Sft::default() }),
+            "`asft_alpha` is -0.5, expected 0 or more"
+        );
+        assert_eq!(
+            refused(Sft { asft_alpha: 0.5, loss: TokenLoss::Dft, ..Sft::default() }),
+            "`asft_alpha` is 0.5, expected 0.1 with `loss_type` \"dft\": only \"asft\" reads it"
         );
         let eaft = Sft { loss: TokenLoss::Eaft, ..Sft::default() };
         assert_eq!(
@@ -367,7 +439,7 @@ mod tests {
 
     /// The slope of DFT is `−p`, not the derivative of its value: `p` is held.
     #[test]
-    fn dft_pulls_by_the_probability() {
+    fn dft_gradient_scales_with_the_token_probability() {
         let (_, logps) = forest();
         let p = logps.map(|logp| f64::from(logp).exp());
         let value: f64 = p.iter().zip(logps).map(|(p, logp)| -p * f64::from(logp)).sum();
@@ -377,7 +449,7 @@ mod tests {
 
     /// Tokens cost 1, 2, 0.5 and 0.25; the entropy is the largest, none, a quarter of the largest, and the largest.
     #[test]
-    fn eaft_pulls_by_the_entropy_of_the_likeliest_tokens() {
+    fn eaft_gradient_scales_with_the_entropy_of_the_likeliest_tokens() {
         let (forest, logps) = forest();
         let largest = (TOP as f32).ln();
         let rows = [1.0, 0.0, 0.25, 1.0]

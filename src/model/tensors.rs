@@ -30,14 +30,31 @@ impl Tensors {
     #[must_use]
     pub fn detached(&self) -> Self {
         let mut tensors = self.clone();
-        tensors.weights.values_mut().for_each(|tensor| *tensor = tensor.detach());
-        for adapter in tensors.adapters.values_mut() {
-            (adapter.a, adapter.b) = (adapter.a.detach(), adapter.b.detach());
-            if let Some(dora) = &mut adapter.dora {
-                dora.magnitude = dora.magnitude.detach();
+        tensors.trainable().for_each(|tensor| *tensor = tensor.detach());
+        tensors
+    }
+
+    /// The same values without variables: those in training are copied, all others shared.
+    ///
+    /// # Errors
+    /// A device error.
+    pub fn frozen_copy(&self) -> Result<Self> {
+        let mut tensors = self.clone();
+        for tensor in tensors.trainable() {
+            // A frozen one keeps its identity.
+            if tensor.is_variable() {
+                *tensor = tensor.copy()?.detach();
             }
         }
-        tensors
+        Ok(tensors)
+    }
+
+    /// What may be a variable: dense weights and the adapters' parts.
+    fn trainable(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        let adapters = self.adapters.values_mut().flat_map(|Adapter { a, b, dora, .. }| {
+            [a, b].into_iter().chain(dora.as_mut().map(|dora| &mut dora.magnitude))
+        });
+        self.weights.values_mut().chain(adapters)
     }
 
     /// A dense weight.

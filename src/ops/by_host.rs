@@ -34,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_made_in_the_order_of_the_elements() {
+    fn host_function_sees_values_in_element_order() {
         let x = Tensor::new(&[[1.0_f32, 2.0], [3.0, 4.0]], &Device::Cpu).unwrap();
         let running = |values: &[f32]| -> Vec<f32> {
             let mut sum = 0.0;
@@ -51,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn another_number_of_values_is_refused() {
+    fn changed_number_of_values_is_refused() {
         let x = Tensor::new(&[1.0_f32, 2.0], &Device::Cpu).unwrap();
         let error = by_host(&x, Box::new(|values| values[1..].to_vec())).unwrap_err();
         assert!(error.to_string().contains("1 numbers were made of 2"), "{error}");

@@ -199,7 +199,7 @@ mod tests {
 
     /// A prompt of 70 tokens in two pages, shared up to different positions by two answers, read in two passes.
     #[test]
-    fn over_pages_it_is_the_forests_attention() {
+    fn attention_over_pages_matches_forest_attention() {
         let (heads, groups, width, layer) = (4, 2, 8, 1);
         let tokens = |len| (vec![0; len], vec![Role::Content; len]);
         let tree = Tree::siblings(vec![0; 70], vec![tokens(67), tokens(3)], 0);
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_that_are_not_the_plans_are_refused() {
+    fn rows_that_do_not_match_the_plan_are_refused() {
         let page = Page::new((1, 1, 4), DType::F32, &Device::Cpu).unwrap();
         let spans = vec![Span { page, slot: 0, position: 0, count: 3 }];
         let plan = CachePlan::new(vec![Sequence { spans, new: 2 }], 1);

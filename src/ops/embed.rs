@@ -57,7 +57,7 @@ mod tests {
     use candle_core::Device;
 
     #[test]
-    fn repeated_tokens_add_up() {
+    fn gradients_of_repeated_tokens_add_up() {
         let zeros = Tensor::zeros((4, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
         let d_x = Tensor::new(&[[1_f32, 2.0], [3.0, 4.0], [5.0, 6.0]], &Device::Cpu).unwrap();
         let grad = embed_grad(zeros, &[2, 0, 2], &d_x).unwrap();

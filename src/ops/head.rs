@@ -7,6 +7,7 @@
 //! single pass, as it returns what `read` does too; where it follows from margins of pairs, [`backward_of_pairs`] is both
 //! passes, and [`backward_by`] where the host is to be asked between them. On a GPU nobody waits: readings are [`Pending`].
 
+mod anchor;
 mod chunks;
 mod pairs;
 mod pending;
@@ -17,6 +18,7 @@ use half::bf16;
 
 use super::cpu::simd;
 use crate::data::forest::Target;
+pub use anchor::Anchor;
 use chunks::on_cpu;
 #[cfg(any(feature = "cuda", all(test, unix)))]
 pub(super) use pairs::Placed;
@@ -62,6 +64,8 @@ pub struct RowStats {
     pub best_logp: f32,
     /// The entropy that is left if only the [`TOP`] likeliest tokens could follow; 0 unless [`Detail::Top`] is read.
     pub top_entropy: f32,
+    /// `Σ q (ln q − ln p)`, with `q` the distribution of an [`Anchor`]; 0 without one.
+    pub divergence: f32,
 }
 
 /// What is read of each target.
@@ -94,11 +98,13 @@ impl<'a> From<&'a [f32]> for Slopes<'a> {
 
 /// What [`backward`] returns beside the gradients that it always does.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Asked {
+pub struct Asked<'a> {
     /// How much of [`Readings::rows`].
     pub detail: Detail,
     /// The gradient of the head's weight.
     pub d_weight: bool,
+    /// A model to stay close to: [`RowStats::divergence`], and its part of the gradients.
+    pub anchor: Option<&'a Anchor>,
 }
 
 /// What [`backward`] returns.
@@ -130,10 +136,10 @@ pub fn read(
     targets: &[Target],
     detail: Detail,
 ) -> Result<Readings> {
-    reading(hidden, weight, targets, detail)?.wait()
+    reading(hidden, weight, targets, (detail, None))?.wait()
 }
 
-/// [`read`], which a GPU may still be at.
+/// [`read`], which a GPU may still be at, and each row's divergence from an anchor's where one is given.
 ///
 /// # Shapes
 /// As [`logps`].
@@ -141,9 +147,9 @@ pub fn reading(
     hidden: &Tensor,
     weight: &Tensor,
     targets: &[Target],
-    detail: Detail,
+    (detail, anchor): (Detail, Option<&Anchor>),
 ) -> Result<Pending> {
-    Ok(run(hidden, weight, targets, Pass { detail, gradient: None })?.0)
+    Ok(run(hidden, weight, targets, Pass { detail, gradient: None, anchor })?.0)
 }
 
 /// What [`read`] reads, and the gradients of what [`Slopes`] says.
@@ -155,12 +161,13 @@ pub fn backward(
     weight: &Tensor,
     targets: &[Target],
     slopes: Slopes<'_>,
-    asked: Asked,
+    asked: Asked<'_>,
 ) -> Result<HeadGrads> {
     if slopes.d_logps.len() != targets.len() {
         candle_core::bail!("{} weights for {} targets", slopes.d_logps.len(), targets.len());
     }
-    let pass = Pass { detail: asked.detail, gradient: Some((slopes, asked.d_weight)) };
+    let Asked { detail, d_weight, anchor } = asked;
+    let pass = Pass { detail, gradient: Some((slopes, d_weight)), anchor };
     HeadGrads::new(run(hidden, weight, targets, pass)?, hidden)
 }
 
@@ -173,7 +180,7 @@ pub fn backward_of_pairs(
     weight: &Tensor,
     targets: &[Target],
     pairs: &Pairs,
-    asked: Asked,
+    asked: Asked<'_>,
 ) -> Result<HeadGrads> {
     if pairs.sequences.len() != targets.len() {
         candle_core::bail!("pairs of {} targets, not {}", pairs.sequences.len(), targets.len());
@@ -181,6 +188,8 @@ pub fn backward_of_pairs(
     #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {
         let (hidden, weight, rows) = prepared(hidden, weight, targets)?;
+        let anchor = beside((&hidden, &weight), targets.len(), asked.anchor)?;
+        let asked = Asked { anchor: anchor.as_ref(), ..asked };
         let out = super::cuda::head_launch::of_pairs(&hidden, &weight, rows, (pairs, asked))?;
         return HeadGrads::new(out, &hidden);
     }
@@ -208,7 +217,8 @@ pub fn slopes_of_pairs(values: &Tensor, pairs: &Pairs) -> Result<Tensor> {
 pub type Weigh = Box<dyn FnOnce(&Readings) -> Vec<f32> + Send>;
 
 /// What [`read`] reads, and the gradients by the slopes that `weigh` makes of it. On a GPU the driver calls it between the two
-/// passes, and nobody waits; slopes are NaN there where it makes another number of them.
+/// passes, and nobody waits; slopes are NaN there where it makes another number of them. With an [`Anchor`], `weigh` is called
+/// before the divergences are known: their slopes are the anchor's.
 ///
 /// # Shapes
 /// - `hidden`: `[T, D]`, `weight`: `[V, D]`, `targets` and the slopes: `N`
@@ -217,11 +227,13 @@ pub fn backward_by(
     weight: &Tensor,
     targets: &[Target],
     weigh: Weigh,
-    asked: Asked,
+    asked: Asked<'_>,
 ) -> Result<HeadGrads> {
     #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {
         let (hidden, weight, rows) = prepared(hidden, weight, targets)?;
+        let anchor = beside((&hidden, &weight), targets.len(), asked.anchor)?;
+        let asked = Asked { anchor: anchor.as_ref(), ..asked };
         let out = super::cuda::head_launch::by_host(&hidden, &weight, rows, (weigh, asked))?;
         return HeadGrads::new(out, &hidden);
     }
@@ -232,10 +244,13 @@ fn two_passes(
     (hidden, weight): (&Tensor, &Tensor),
     targets: &[Target],
     weigh: impl FnOnce(&Readings) -> Vec<f32>,
-    asked: Asked,
+    asked: Asked<'_>,
 ) -> Result<HeadGrads> {
     let readings = read(hidden, weight, targets, asked.detail)?;
     let slopes = weigh(&readings);
+    if asked.anchor.is_some() {
+        return backward(hidden, weight, targets, slopes.as_slice().into(), asked);
+    }
     let asked = Asked { detail: Detail::Targets, ..asked };
     let grads = backward(hidden, weight, targets, slopes.as_slice().into(), asked)?;
     Ok(HeadGrads { readings: readings.into(), ..grads })
@@ -268,6 +283,7 @@ pub(super) struct Pass<'a> {
     pub(super) detail: Detail,
     /// The slopes, and whether the weight's gradient is wanted.
     pub(super) gradient: Option<(Slopes<'a>, bool)>,
+    pub(super) anchor: Option<&'a Anchor>,
 }
 
 impl HeadGrads {
@@ -311,6 +327,8 @@ fn run(
     pass: Pass<'_>,
 ) -> Result<(Pending, Grads)> {
     let (hidden, weight, rows) = prepared(hidden, weight, targets)?;
+    let anchor = beside((&hidden, &weight), targets.len(), pass.anchor)?;
+    let pass = Pass { anchor: anchor.as_ref(), ..pass };
     #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {
         return super::cuda::head_launch::on_cuda(&hidden, &weight, rows, pass);
@@ -343,6 +361,15 @@ fn prepared(
         candle_core::bail!("hidden states of width {width} meet a head of width {weight_width}");
     }
     Ok((hidden.detach().contiguous()?, weight.detach().contiguous()?, Rows::new(targets)))
+}
+
+/// An anchor in the form of the model beside it.
+fn beside(
+    (hidden, weight): (&Tensor, &Tensor),
+    targets: usize,
+    anchor: Option<&Anchor>,
+) -> Result<Option<Anchor>> {
+    anchor.map(|anchor| anchor.beside(hidden, weight, targets)).transpose()
 }
 
 /// Targets grouped by hidden row.
@@ -439,13 +466,14 @@ mod tests {
             let d_logps: Vec<f32> = (0..targets.len()).map(|i| (i as f32 * 0.3).sin()).collect();
             for (mean_logp, squared_lse) in [(0.0, 0.0), (0.25, 0.0), (0.0, -0.5), (0.3, 0.02)] {
                 let slopes = Slopes { d_logps: &d_logps, mean_logp, squared_lse };
-                let asked = Asked { detail: Detail::Top, d_weight: true };
+                let asked = Asked { detail: Detail::Top, d_weight: true, anchor: None };
                 let ours = backward(&hidden, &weight, &targets, slopes, asked).unwrap();
                 let read = read(&hidden, &weight, &targets, Detail::Top).unwrap();
                 let found = ours.readings.wait().unwrap();
                 assert_eq!((&found.logps, &found.rows), (&read.logps, &read.rows));
                 assert_eq!(read.logps, logps(&hidden, &weight, &targets).unwrap());
-                let pass = Pass { detail: Detail::Top, gradient: Some((slopes, true)) };
+                let gradient = Some((slopes, true));
+                let pass = Pass { detail: Detail::Top, gradient, anchor: None };
                 let (plain, grads) = plain(&hidden, &weight, &Rows::new(&targets), pass).unwrap();
                 let (d_hidden, d_weight) = grads.unwrap();
                 assert_near(&read, &plain, 1e-5);
@@ -459,11 +487,98 @@ mod tests {
         }
     }
 
+    /// With a narrower anchor, whose rows are read where the model's are.
     #[test]
-    fn slopes_that_are_asked_for_between_the_passes_give_the_gradients_of_slopes_that_are_given() {
+    fn anchor_divergence_and_gradients_agree_with_candles_graph() {
+        for (t, width, vocab) in [(1, 4, 3), (9, 8, 33), (40, 16, 2100)] {
+            let (hidden, weight) = (random(1, (t, width)), random(2, (vocab, width)));
+            let targets = targets(t, vocab);
+            let slope = |i: usize, pace: f32| (i as f32 * pace).sin();
+            let d_logps: Vec<f32> = (0..targets.len()).map(|i| slope(i, 0.3)).collect();
+            let anchor = Anchor {
+                hidden: random(3, (t, width / 2)),
+                weight: random(4, (vocab, width / 2)),
+                slopes: (0..targets.len()).map(|i| slope(i, 0.7)).collect(),
+            };
+            let slopes = Slopes::from(d_logps.as_slice());
+            let asked = Asked { detail: Detail::Rows, d_weight: true, anchor: Some(&anchor) };
+            let ours = backward(&hidden, &weight, &targets, slopes, asked).unwrap();
+            let found = ours.readings.wait().unwrap();
+            let what = (Detail::Rows, Some(&anchor));
+            let read = reading(&hidden, &weight, &targets, what).unwrap().wait().unwrap();
+            assert_eq!((&found.logps, &found.rows), (&read.logps, &read.rows));
+            assert!(found.rows.iter().all(|row| row.divergence > 0.0), "{:?}", found.rows);
+
+            let gradient = Some((slopes, true));
+            let pass = Pass { detail: Detail::Rows, gradient, anchor: Some(&anchor) };
+            let (plain, grads) = plain(&hidden, &weight, &Rows::new(&targets), pass).unwrap();
+            assert_near(&read, &plain, 1e-5);
+            let (plain_d_hidden, plain_d_weight) = grads.unwrap();
+            let [h, w] = graph_beside((&hidden, &weight), &targets, (slopes, Some(&anchor)));
+            for (what, d) in [(&ours.d_hidden, &h), (&plain_d_hidden, &h)] {
+                assert!(distance(what, d) < 1e-5, "{t} {vocab}");
+            }
+            for what in [&ours.d_weight.unwrap(), &plain_d_weight.unwrap()] {
+                assert!(distance(what, &w) < 1e-5, "{t} {vocab}");
+            }
+
+            // By the slopes that are asked for between the passes too, and what is read is the same.
+            let weigh = move |_: &Readings| d_logps;
+            let by = backward_by(&hidden, &weight, &targets, Box::new(weigh), asked).unwrap();
+            assert!(distance(&by.d_hidden, &h) < 1e-5);
+            assert_eq!(by.readings.wait().unwrap().rows, read.rows);
+        }
+    }
+
+    #[test]
+    fn bf16_divergence_is_close_to_f32_and_zero_from_itself() {
+        let (hidden, weight) = (random(1, (12, 16)), random(2, (65, 16)));
+        let bf16 = weight.to_dtype(DType::BF16).unwrap();
+        let targets = targets(12, 65);
+        let (other, head) = (random(3, (12, 16)), random(4, (65, 16)));
+        let divergences = |weight: &Tensor, hidden_: &Tensor, head: &Tensor| -> Vec<f32> {
+            let anchor =
+                Anchor { hidden: hidden_.clone(), weight: head.clone(), slopes: Vec::new() };
+            let what = (Detail::Rows, Some(&anchor));
+            let read = reading(&hidden, weight, &targets, what).unwrap().wait().unwrap();
+            read.rows.iter().map(|row| row.divergence).collect()
+        };
+        let exact = divergences(&weight, &other, &head);
+        for (a, b) in divergences(&bf16, &other, &head).iter().zip(&exact) {
+            assert!((a - b).abs() < 0.02 * (1.0 + b), "{a}, {b} in f32");
+        }
+        for weight in [weight, bf16] {
+            let own = divergences(&weight, &hidden, &weight);
+            assert!(own.iter().all(|value| value.to_bits() == 0), "{own:?}");
+        }
+    }
+
+    #[test]
+    fn anchor_with_a_mismatched_shape_is_refused() {
+        let (hidden, weight) = (random(1, (4, 8)), random(2, (33, 8)));
+        let targets = targets(4, 33);
+        let refused = |rows: usize, vocab: usize, slopes: usize| {
+            let (hidden_, head) = (random(1, (rows, 8)), random(2, (vocab, 8)));
+            let anchor = Anchor { hidden: hidden_, weight: head, slopes: vec![1.0; slopes] };
+            let what = (Detail::Rows, Some(&anchor));
+            reading(&hidden, &weight, &targets, what).unwrap_err().to_string()
+        };
+        let of = |rows, vocab| refused(rows, vocab, 0);
+        let expected = |rows, ids| {
+            format!("an anchor of {rows} rows and {ids} ids is beside 4 rows and 33 ids")
+        };
+        assert!(of(3, 33).contains(&expected(3, 33)), "{}", of(3, 33));
+        assert!(of(4, 32).contains(&expected(4, 32)), "{}", of(4, 32));
+        let count = targets.len();
+        let error = refused(4, 33, 1);
+        assert!(error.contains(&format!("1 slopes of divergences for {count} targets")), "{error}");
+    }
+
+    #[test]
+    fn slopes_requested_between_passes_give_the_same_gradients() {
         let (hidden, weight) = (random(1, (40, 16)), random(2, (257, 16)));
         let targets = targets(40, 257);
-        let asked = Asked { detail: Detail::Rows, d_weight: true };
+        let asked = Asked { detail: Detail::Rows, d_weight: true, anchor: None };
         let slope = |(logp, row): (&f32, &RowStats)| logp.exp() - 0.1 * row.entropy;
         let weigh = move |read: &Readings| -> Vec<f32> {
             read.logps.iter().zip(&read.rows).map(slope).collect()
@@ -486,8 +601,9 @@ mod tests {
         assert!(a.logps.iter().zip(&b.logps).all(|(a, b)| near(*a, *b)));
         assert!(!a.rows.is_empty() && a.rows.len() == b.rows.len());
         let parts = |row: &RowStats| {
-            let RowStats { log_sum_exp, mean_logit, entropy, .. } = *row;
-            [log_sum_exp, mean_logit, entropy, row.log_sum_squares, row.best_logp, row.top_entropy]
+            let RowStats { log_sum_exp, mean_logit, entropy, best_logp, divergence, .. } = *row;
+            let squares = row.log_sum_squares;
+            [log_sum_exp, mean_logit, entropy, squares, best_logp, row.top_entropy, divergence]
         };
         for (a, b) in a.rows.iter().zip(&b.rows) {
             assert!(parts(a).into_iter().zip(parts(b)).all(|(a, b)| near(a, b)), "{a:?} {b:?}");
@@ -495,7 +611,16 @@ mod tests {
     }
 
     /// Gradients of what [`Slopes`] says, by Candle's own graph over the full logits.
-    fn graph((h, w): (&Tensor, &Tensor), targets: &[Target], slopes: Slopes<'_>) -> [Tensor; 2] {
+    fn graph(inputs: (&Tensor, &Tensor), targets: &[Target], slopes: Slopes<'_>) -> [Tensor; 2] {
+        graph_beside(inputs, targets, (slopes, None))
+    }
+
+    /// [`graph`], and of an anchor's divergences.
+    fn graph_beside(
+        (h, w): (&Tensor, &Tensor),
+        targets: &[Target],
+        (slopes, anchor): (Slopes<'_>, Option<&Anchor>),
+    ) -> [Tensor; 2] {
         let [h, w] = [h, w].map(|tensor| candle_core::Var::from_tensor(tensor).unwrap());
         let logits = h.matmul(&w.t().unwrap()).unwrap();
         let (t, vocab) = logits.dims2().unwrap();
@@ -510,7 +635,19 @@ mod tests {
         let totals = Tensor::from_vec(totals, t, h.device()).unwrap();
         let mean = (log_probs.mean(D::Minus1).unwrap() * f64::from(slopes.mean_logp)).unwrap();
         let square = (lse.sqr().unwrap() * f64::from(slopes.squared_lse)).unwrap();
-        let rows = (mean + square).unwrap().mul(&totals).unwrap().sum_all().unwrap();
+        let mut rows = (mean + square).unwrap().mul(&totals).unwrap().sum_all().unwrap();
+        if let Some(anchor) = anchor {
+            let mut slopes = vec![0_f32; t];
+            for (target, d) in targets.iter().zip(&anchor.slopes) {
+                slopes[target.row as usize] += d;
+            }
+            let logits = anchor.hidden.matmul(&anchor.weight.t().unwrap()).unwrap();
+            let log_q = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap();
+            let apart = (log_q.exp().unwrap() * (&log_q - &log_probs).unwrap()).unwrap();
+            let slopes = Tensor::from_vec(slopes, t, h.device()).unwrap();
+            let apart = apart.sum(D::Minus1).unwrap().mul(&slopes).unwrap();
+            rows = (rows + apart.sum_all().unwrap()).unwrap();
+        }
         let own = (log_probs * picks).unwrap().sum_all().unwrap();
         let grads = (own + rows).unwrap().backward().unwrap();
         [h, w].map(|var| grads.get(&var).unwrap().clone())
@@ -518,7 +655,7 @@ mod tests {
 
     /// The definitions, in double precision.
     #[test]
-    fn a_row_says_what_its_softmax_is() {
+    fn row_statistics_match_the_definition_of_softmax() {
         let (hidden, weight) = (random(5, (6, 24)), random(6, (71, 24)));
         let targets = targets(6, 71);
         let logits = hidden.matmul(&weight.t().unwrap()).unwrap().to_vec2::<f32>().unwrap();
@@ -543,6 +680,7 @@ mod tests {
                         log_sum_squares: p().map(|p| p * p).sum::<f64>().ln() as f32,
                         best_logp: p().fold(0.0, f64::max).ln() as f32,
                         top_entropy: -top.map(|q| q * q.ln()).sum::<f64>() as f32,
+                        divergence: 0.0,
                     }
                 })
                 .collect();

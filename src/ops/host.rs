@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_comes_back_is_what_went_whatever_became_of_its_storage() {
+    fn host_copy_is_unaffected_by_later_writes_to_the_tensor() {
         let var = candle_core::Var::new(&[[1.5_f32, -0.0], [f32::MIN_POSITIVE, 3.0]], &Device::Cpu);
         let var = var.unwrap();
         let copy = HostCopy::of(&var.t().unwrap()).unwrap();

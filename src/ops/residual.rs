@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sum_grows_where_it_lies() {
+    fn accumulate_adds_in_place() {
         let (sum, x) = (random(1, (3, 7)), random(2, (7, 3)).t().unwrap());
         let expected = (&sum + &x).unwrap().to_vec2::<f32>().unwrap();
         let sum = sum.copy().unwrap();
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn the_root_hands_its_gradient_through() {
+    fn vjp_root_passes_its_gradient_through() {
         let output = candle_core::Var::from_tensor(&random(1, (3, 7))).unwrap();
         let d_output = random(2, (3, 7));
         let grads = vjp_root(&output, &d_output).unwrap().backward().unwrap();

@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_another_width_are_refused() {
+    fn rows_of_the_wrong_width_are_refused() {
         let weight = Arc::new(Held(random(2, (5, 4))));
         let error = linear(&random(1, (2, 3)), weight, DType::F32).unwrap_err().to_string();
         assert!(error.contains("(5, 4) was given rows of width 3"), "{error}");

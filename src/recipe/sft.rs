@@ -31,10 +31,12 @@ pub struct Sft {
     pub train: Settings,
     /// Adapter settings; off trains the whole model.
     pub lora: Lora,
-    /// Loss per token: `nll`, `dft` or `eaft`.
+    /// Loss per token: `nll`, `dft`, `asft` or `eaft`.
     pub loss_type: TokenLoss,
     /// Exponent of EAFT's entropy; read by `eaft` only.
     pub eaft_alpha: f64,
+    /// Weight of ASFT's divergence from the initial policy; read by `asft` only.
+    pub asft_alpha: f64,
     /// What the sum over a step is divided by: `token`, `row` or `step`.
     pub loss_normalization: Normalization,
     /// Share of each token's probability spread uniformly over the vocabulary.
@@ -60,6 +62,7 @@ impl Default for Sft {
             lora: Lora::default(),
             loss_type: loss.loss,
             eaft_alpha: loss.eaft_alpha,
+            asft_alpha: loss.asft_alpha,
             loss_normalization: loss.normalization,
             label_smoothing: loss.label_smoothing,
             z_loss_coefficient: loss.z_loss_coefficient,
@@ -74,6 +77,7 @@ impl Sft {
         crate::loss::sft::Sft {
             loss: self.loss_type,
             eaft_alpha: self.eaft_alpha,
+            asft_alpha: self.asft_alpha,
             normalization: self.loss_normalization,
             label_smoothing: self.label_smoothing,
             z_loss_coefficient: self.z_loss_coefficient,

@@ -9,7 +9,7 @@ use super::start::Start;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::model::checkpoint::Checkpoint;
-use crate::model::lora::peft::{self, AdapterConfig, BaseRecord};
+use crate::model::lora::peft::{self, AdapterConfig, BaseId, BaseRecord};
 use crate::model::lora::{self, A, Attached, B, Init, Lora, parameter};
 use crate::model::params::EMBEDDING;
 use crate::model::save::SaveOptions;
@@ -69,21 +69,24 @@ impl<'a> Adapt<'a> {
     /// # Errors
     /// A rank, a module or a model that cannot be adapted or quantized as requested.
     pub fn trainee(&self, start: impl Into<Start>) -> Result<Trainee> {
-        let Start { checkpoint, base } = start.into();
+        let Start { checkpoint, base, id } = start.into();
         let Checkpoint { config, mut weights, tokenizer } = checkpoint;
         if !self.lora.use_peft {
             let learner = Learner::with(&config, weights, self.held(), |_| false)?;
             return Ok(Trainee { learner, config, tokenizer, adapter: None });
         }
-        let (start, attached, fingerprint) = if let Some(base) = base {
+        let (start, attached, id) = if let Some(base) = base {
             let device = weights.values().next().map_or(Device::Cpu, |x| x.device().clone());
             let start = Tensors { packed: base.tensors.packed.clone(), ..Tensors::dense(weights) };
             let attached = lora::attach_beside(self.lora, &config, (&start, &device), self.seed)?;
-            (start, attached, base.fingerprint.clone())
+            (start, attached, base.id.clone())
         } else {
-            let fingerprint = peft::fingerprint(&weights)?;
+            let id = match id {
+                Some(known) => known,
+                None => BaseId::new(peft::fingerprint(&weights)?),
+            };
             let attached = lora::attach(self.lora, &config, &mut weights, self.seed)?;
-            (self.packed(weights)?, attached, fingerprint)
+            (self.packed(weights)?, attached, id)
         };
         let trained = |name: &str| self.lora.trains(name);
         let learner = Learner::adapted(&config, start, &attached, self.held(), trained)?;
@@ -91,7 +94,8 @@ impl<'a> Adapt<'a> {
         let quantization = self.lora.quantization;
         let is_residual = first.is_some() && quantization != packed::Quantization::None;
         let taken = if is_residual { self.lora.lora_r } else { 0 };
-        let base = BaseRecord { fingerprint, quantization, taken };
+        let BaseId { fingerprint, former: merged } = id;
+        let base = BaseRecord { fingerprint, merged, quantization, taken };
         let files = Files { config: self.config(&config)?, base, first };
         Ok(Trainee { learner, config, tokenizer, adapter: Some(files) })
     }
@@ -367,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_is_saved_for_peft_and_is_a_checkpoint_to_every_other_stage() {
+    fn adapter_is_saved_for_peft_and_loads_as_a_checkpoint() {
         let home = Home::new();
         let base = load(Path::new(BASE));
         for (name, lora) in [
@@ -406,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pattern_means_is_trained_and_saved_alone() {
+    fn only_modules_matching_the_pattern_are_trained_and_saved() {
         let home = Home::new();
         let pattern = r".*layers\.(0|1)\..*q_proj".to_owned();
         let lora = Lora { lora_target_modules: vec![pattern.clone()], ..lora() };
@@ -428,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn modules_trained_in_full_are_learned_saved_loaded_and_merged() {
+    fn fully_trained_modules_are_saved_loaded_and_merged() {
         let home = Home::new();
         let base = load(Path::new(BASE));
         let down: Vec<String> =
@@ -481,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_is_stored_in_the_type_that_is_asked_for() {
+    fn adapter_is_stored_in_the_requested_type() {
         let home = Home::new();
         let stored = |name: &str, save_dtype: Precision| {
             let dir =
@@ -501,7 +505,7 @@ mod tests {
 
     /// An adapter written by another program does not describe its base: only the shapes can be checked.
     #[test]
-    fn an_adapter_that_does_not_fit_its_base_is_refused_by_merge() {
+    fn merge_refuses_an_adapter_that_does_not_fit_its_base() {
         let home = Home::new();
         let dir = home.dir.path().join("narrow");
         let module = "model.layers.0.mlp.up_proj";
@@ -533,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn training_adapters_that_is_stopped_and_resumed_ends_with_the_same_bits() {
+    fn resumed_adapter_training_ends_with_the_same_bits() {
         let home = Home::new();
         for (name, lora) in
             [("lora", lora()), ("pissa", Lora { init_lora_weights: Init::Pissa, ..lora() })]
@@ -548,7 +552,7 @@ mod tests {
 
     /// An average that hardly moves stays at the initial factors, and the model's outputs are unchanged.
     #[test]
-    fn the_average_of_adapters_is_what_is_saved() {
+    fn moving_average_of_adapters_is_saved() {
         let home = Home::new();
         let settings = Settings { ema_decay: 0.999_999, eval_steps: 2, ..settings() };
         let dir = home.sft_with("average", &lora(), settings, NEVER).unwrap();
@@ -557,7 +561,7 @@ mod tests {
     }
 
     #[test]
-    fn dpo_of_adapters_begins_with_margins_of_zero_against_the_frozen_base() {
+    fn adapter_dpo_starts_with_zero_margins_against_the_frozen_base() {
         let home = Home::new();
         for (name, quantization) in [("dense", Quantization::None), ("nf4", Quantization::Nf4)] {
             let lora = Lora { quantization, lora_dropout: 0.0, ..lora() };
@@ -570,7 +574,7 @@ mod tests {
 
     /// The reference's own factors are saved and restored: without them the steps after a stop would differ.
     #[test]
-    fn adapters_with_a_moving_reference_end_with_the_same_bits_after_a_stop() {
+    fn resumed_adapters_with_a_moving_reference_end_with_the_same_bits() {
         let home = Home::new();
         let moving = |sync_ref_model: bool| Dpo {
             lora: lora(),
@@ -593,7 +597,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reward_models_head_is_saved_with_its_adapter_and_needed_to_load_it() {
+    fn reward_head_is_saved_with_its_adapter_and_required_to_load_it() {
         let home = Home::new();
         let events = StopAfter(NEVER, AtomicU64::default());
         let context = home.context("reward", &events);

@@ -170,7 +170,7 @@ fn write(
 }
 
 /// Greedy soup (Wortsman et al., 2022, recipe 1). A candidate is measured as it would be saved: written, loaded and
-/// evaluated.
+/// evaluated. One whose output is not finite is left out.
 struct Soup<'a> {
     context: &'a StageContext<'a>,
     spec: &'a plan::Average,
@@ -208,27 +208,48 @@ impl<'a> Soup<'a> {
         let mut sorted = Vec::new();
         for name in &self.spec.models {
             let value = self.value(name)?;
-            self.context.events.note(&format!("{name}: eval_{metric} {value:.4}"));
-            sorted.push((value, name));
+            self.context.events.note(&format!("{name}: eval_{metric} {}", shown(value)));
+            sorted.extend(value.map(|value| (value, name)));
         }
         // Ties keep the given order.
         sorted.sort_by(|(one, _), (other, _)| self.cost(*one).total_cmp(&self.cost(*other)));
-        let best_single = sorted[0].0;
+        let best_single = sorted.first().ok_or_else(|| self.nothing_to_keep())?.0;
         let (mut kept, mut value) = (Vec::new(), best_single);
-        for (_, name) in sorted {
+        for (alone, name) in sorted {
             kept.push(name.clone());
-            let with = if kept.len() == 1 { value } else { self.value_of_mean(&kept)? };
-            let better = self.cost(with) <= self.cost(value);
-            let verdict = if better { "kept" } else { "left out" };
-            let note = format!("soup with {name}: eval_{metric} {with:.4}, {verdict}");
-            self.context.events.note(&note);
-            if better {
-                value = with;
+            let is_first = kept.len() == 1;
+            let with = if is_first && !self.is_rounded(name)? {
+                Some(alone)
             } else {
-                kept.pop();
+                self.value_of_mean(&kept)?
+            };
+            let better = with.filter(|with| is_first || self.cost(*with) <= self.cost(value));
+            let verdict = if better.is_some() { "kept" } else { "left out" };
+            let note = format!("soup with {name}: eval_{metric} {}, {verdict}", shown(with));
+            self.context.events.note(&note);
+            match better {
+                Some(better) => value = better,
+                None => _ = kept.pop(),
             }
         }
+        if kept.is_empty() {
+            return Err(self.nothing_to_keep());
+        }
         Ok(Cooked { kept, value, best_single })
+    }
+
+    fn nothing_to_keep(&self) -> Error {
+        let (count, metric) = (self.spec.models.len(), self.metric_name());
+        Error::run(format!(
+            "`models`: eval_{metric} is not finite for any of the {count}, expected one at least that can be measured"
+        ))
+        .hint("they have diverged: take earlier checkpoints, or look for a bad row in `eval_datasets`")
+    }
+
+    /// Whether a model alone is written in another dtype than it has.
+    fn is_rounded(&self, name: &str) -> Result<bool> {
+        let Some(dtype) = self.spec.save_dtype else { return Ok(false) };
+        Ok(OnDisk::open(name)?.dtype() != dtype.dtype())
     }
 
     fn metric_name(&self) -> &'static str {
@@ -246,7 +267,7 @@ impl<'a> Soup<'a> {
         }
     }
 
-    fn value_of_mean(&self, names: &[String]) -> Result<f64> {
+    fn value_of_mean(&self, names: &[String]) -> Result<Option<f64>> {
         let dir = self.context.dir.join("checkpoint"); // the final one replaces it
         self.write_mean(&dir, names)?;
         self.value(&dir.display().to_string())
@@ -262,9 +283,17 @@ impl<'a> Soup<'a> {
         write(self.context, self.spec, (dir, &models), &Shares::Fixed(equal))
     }
 
-    /// The criterion, over the held-out rows.
-    fn value(&self, model: &str) -> Result<f64> {
+    /// The criterion, over the held-out rows; `None` if it is not finite.
+    fn value(&self, model: &str) -> Result<Option<f64>> {
         self.context.events.check_interrupt()?;
+        match self.measured(model) {
+            Ok(value) => Ok(value.is_finite().then_some(value)),
+            Err(error) if step::is_not_finite(&error) => Ok(None),
+            Err(error) => Err(error.at(model)),
+        }
+    }
+
+    fn measured(&self, model: &str) -> Result<f64> {
         let checkpoint = load(self.context, model, "")?;
         let model = Transformer::new(&checkpoint.config, &checkpoint.weights)?;
         let (objective, held_out) = (self.objective.as_ref(), self.held_out.as_ref());
@@ -277,6 +306,10 @@ impl<'a> Soup<'a> {
             }),
         }
     }
+}
+
+fn shown(value: Option<f64>) -> String {
+    value.map_or_else(|| "not finite".to_owned(), |value| format!("{value:.4}"))
 }
 
 /// How held-out rows are read and evaluated: as in `sft`, or as in `reward` for a model with its head.
@@ -325,7 +358,7 @@ mod tests {
     use crate::data::record::Message;
     use crate::model::checkpoint::Checkpoint;
     use crate::model::lora::{Lora, peft};
-    use crate::model::params::SCORE;
+    use crate::model::params::{FINAL_NORM, SCORE};
     use crate::model::save::SaveOptions;
     use crate::model::{Precision, Weights};
     use crate::ops::linear::tests::random;
@@ -433,9 +466,52 @@ mod tests {
         assert_saved(&[&a, &b], &[0.5, 0.5], &saved);
     }
 
+    #[test]
+    fn a_greedy_soup_leaves_out_what_has_diverged_and_measures_what_it_writes() {
+        let home = tempfile::tempdir().unwrap();
+        let rows = "{\"prompt\": \"Rosa has 9 eggs. How many eggs does Rosa have?\", \"completion\": \"Rosa has 9 eggs.\"}\n";
+        let held_out = home.path().join("rows.jsonl");
+        store::write_atomic(&held_out, rows.as_bytes()).unwrap();
+        let good = noisy(&home.path().join("good"), 0.3, 1);
+        // Finite weights, and outputs that are not.
+        let diverged = home.path().join("diverged");
+        let mut teacher = Checkpoint::load_dir(TEACHER.as_ref(), &Device::Cpu).unwrap();
+        let norm = Tensor::full(3e38_f32, teacher.config.hidden_size, &Device::Cpu).unwrap();
+        teacher.weights.insert(FINAL_NORM.to_owned(), norm);
+        teacher.save(&diverged, &SaveOptions::new(DType::F32)).unwrap();
+        let diverged = diverged.display().to_string();
+
+        let path = held_out.display().to_string();
+        let spec = |models: &[&String]| Average {
+            method: AverageMethod::GreedySoup,
+            models: models.iter().map(|model| (*model).clone()).collect(),
+            eval_datasets: vec![Dataset { path: path.clone(), ..Dataset::default() }],
+            ..Average::default()
+        };
+        let run = |name: &str, spec: &Average| average(&home.path().join(name), spec);
+        let (metrics, saved) = run("soup", &spec(&[&diverged, &good])).unwrap();
+        assert_eq!(metrics["ingredients"].to_bits(), 1.0_f64.to_bits(), "{metrics:?}");
+        assert_saved(&[&good], &[1.0], &saved);
+        let error = run("none", &spec(&[&diverged])).unwrap_err().to_string();
+        assert!(error.starts_with("`models`: eval_loss is not finite for any of the 1"), "{error}");
+        // Any other error is one, and says whose it is.
+        let by_accuracy = Average { metric_for_best_model: SoupMetric::Accuracy, ..spec(&[&good]) };
+        let error = run("accuracy", &by_accuracy).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{good}: `metric_for_best_model` is")), "{error}");
+
+        // Rounded, it has another loss, which is that of what was written.
+        let rounded = Average { save_dtype: Some(Precision::Bf16), ..spec(&[&good]) };
+        let (metrics, _) = run("rounded", &rounded).unwrap();
+        let bits = |metrics: &Metrics, name: &str| metrics[name].to_bits();
+        assert_ne!(bits(&metrics, "eval_loss"), bits(&metrics, "best_single_eval_loss"));
+        let written = home.path().join("rounded/checkpoint").display().to_string();
+        let (again, _) = run("again", &spec(&[&written])).unwrap();
+        assert_eq!(bits(&again, "eval_loss"), bits(&metrics, "eval_loss"));
+    }
+
     /// Adapters of different ranks and scales are averaged as if merged.
     #[test]
-    fn adapters_are_summed_in_what_they_stand_for() {
+    fn adapters_are_averaged_as_if_merged() {
         const BASE: &str = "data/tiny/student";
         let home = tempfile::tempdir().unwrap();
         let plain = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
@@ -500,7 +576,7 @@ mod tests {
 
     /// A base has many paths, and adapters written by peft know nothing else about it.
     #[test]
-    fn adapters_of_one_base_are_told_by_where_it_lies() {
+    fn adapter_bases_are_compared_by_resolved_path() {
         const BASE: &str = "data/tiny/student";
         let home = tempfile::tempdir().unwrap();
         let lora = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
@@ -556,7 +632,7 @@ mod tests {
 
     /// The mean of helpfulness and verbosity is neither, and a judge of lines knows nothing of other steps.
     #[test]
-    fn heads_whose_outputs_mean_other_things_are_refused() {
+    fn heads_with_different_output_meanings_are_refused() {
         const BASE: &str = "data/tiny/student";
         let lora = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
         let (rates, turned): ([&str; 2], [&str; 2]) = (["help", "verb"], ["verb", "help"]);
@@ -598,7 +674,7 @@ mod tests {
 
     /// Two adapters that cancel out leave the teacher, which is right; one that ruins it is left out.
     #[test]
-    fn a_greedy_soup_of_adapters_sums_what_helps_and_copies_what_stays_alone() {
+    fn greedy_soup_of_adapters_sums_helpful_ones_and_copies_a_lone_one() {
         let home = tempfile::tempdir().unwrap();
         let says = |role: &str, text: &str| serde_json::json!([{"role": role, "content": text}]);
         let rows = serde_json::json!({
@@ -660,7 +736,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mean_of_adapters_has_the_type_that_is_asked_for() {
+    fn mean_of_adapters_has_the_requested_type() {
         let home = tempfile::tempdir().unwrap();
         let lora = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
         let models = [1, 2].map(|seed| {
@@ -677,7 +753,7 @@ mod tests {
 
     /// Their heads are averaged too, and keep the names of their outputs.
     #[test]
-    fn averaged_adapters_of_rating_models_rate_as_those_did() {
+    fn averaged_rating_adapters_average_heads_and_keep_output_names() {
         let home = tempfile::tempdir().unwrap();
         let lora = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
         let attributes = ["help", "length"].map(str::to_owned);
@@ -701,7 +777,7 @@ mod tests {
 
     /// Pairs ordered by the teacher's own score: models near it get all right, a sign-flipped one gets none.
     #[test]
-    fn a_greedy_soup_of_reward_models_goes_by_accuracy_or_loss() {
+    fn greedy_soup_of_reward_models_selects_by_accuracy_or_loss() {
         let home = tempfile::tempdir().unwrap();
         let scorer = || {
             let teacher = Checkpoint::load_dir(TEACHER.as_ref(), &Device::Cpu).unwrap();

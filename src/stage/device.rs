@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_read() {
+    fn device_names_are_parsed_or_refused() {
         assert!(open("cpu").unwrap().is_cpu());
         for name in ["cuda:first", "cuda:", "cuda:-1", "cudas", "gpu", ""] {
             let error = open(name).unwrap_err().to_string();

@@ -296,7 +296,7 @@ mod tests {
 
     /// With itself as the reference, every order is equally likely.
     #[test]
-    fn ranked_lists_begin_at_ln_two_a_pair_and_at_ln_six_a_list_of_three() {
+    fn ranked_loss_starts_at_ln_2_per_pair_and_ln_6_per_list_of_three() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rows.jsonl");
         let row = |n: usize| {
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn responses_of_one_rank_are_learned_together() {
+    fn responses_of_equal_rank_are_learned_together() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rows.jsonl");
         let row = |n: usize| {
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reference_has_the_policys_vocabulary_and_where_it_follows_its_shape() {
+    fn reference_must_share_the_vocabulary_and_when_synced_the_shape() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rows.jsonl");
         let row = json!({"prompt": "How many?", "chosen": "two apples", "rejected": "no pears"});
@@ -382,7 +382,7 @@ mod tests {
 
     /// A learning rate that ruins the model makes desirable responses unlikely too.
     #[test]
-    fn the_watchdog_looks_at_the_desirable_ones_of_single_responses() {
+    fn watchdog_watches_desirable_responses_of_unpaired_data() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rows.jsonl");
         let row = |n: usize| json!({"prompt": "How many?", "completion": format!("{n} pears"), "label": n.is_multiple_of(2)});

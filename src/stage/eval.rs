@@ -212,7 +212,7 @@ mod tests {
 
     /// Rewards may all be negative: an answer without one is not the best.
     #[test]
-    fn what_could_not_be_judged_has_no_reward_and_is_never_chosen() {
+    fn unjudged_answer_has_no_reward_and_is_never_chosen() {
         let candidate = |at: usize, reward: Option<f64>| Candidate {
             text: at.to_string(),
             tokens: 1,
@@ -248,7 +248,7 @@ mod tests {
 
     /// Loaded as in [`run`], and as `sample` loads its policies and scorers.
     #[test]
-    fn adapters_that_write_refer_and_judge_are_one_base_in_memory() {
+    fn policy_reference_and_judge_adapters_share_one_base_in_memory() {
         let home = tempfile::tempdir().unwrap();
         let lora = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
         let [policy, other, judge] =

@@ -66,27 +66,27 @@ pub fn teacher<'a>(
     context: &StageContext<'a>,
     spec: &TeacherSpec,
     sampling: &Sampling,
-) -> Result<Someone<'a>> {
+) -> Result<AnyTeacher<'a>> {
     Ok(match spec {
-        TeacherSpec::Local(model) => Someone::Here(Box::new(load(context, model, sampling)?)),
+        TeacherSpec::Local(model) => AnyTeacher::Local(Box::new(load(context, model, sampling)?)),
         TeacherSpec::Server(spec) => {
             let ledger = context.dir.join(REQUESTS);
             let skip_refused = spec.skip_refused || sampling.skip_refused;
             let spec = ServerSpec { skip_refused, ..(**spec).clone() };
-            Someone::There(Box::new(Server::new(&spec, Some(&ledger), context.events)?))
+            AnyTeacher::Remote(Box::new(Server::new(&spec, Some(&ledger), context.events)?))
         }
     })
 }
 
 /// A local or remote teacher.
-pub enum Someone<'a> {
+pub enum AnyTeacher<'a> {
     /// In this process.
-    Here(Box<LocalModel>),
+    Local(Box<LocalModel>),
     /// Behind a server.
-    There(Box<Server<'a>>),
+    Remote(Box<Server<'a>>),
 }
 
-impl Someone<'_> {
+impl AnyTeacher<'_> {
     /// Writes which server answered and its usage, if the teacher is a server.
     pub fn write_account(&self, context: &StageContext<'_>) -> Result<()> {
         match self.served_by() {
@@ -96,18 +96,18 @@ impl Someone<'_> {
     }
 }
 
-impl Teacher for Someone<'_> {
+impl Teacher for AnyTeacher<'_> {
     fn served_by(&self) -> Option<Account> {
         match self {
-            Self::Here(_) => None,
-            Self::There(server) => server.served_by(),
+            Self::Local(_) => None,
+            Self::Remote(server) => server.served_by(),
         }
     }
 
     fn on_gpu(&self) -> bool {
         match self {
-            Self::Here(model) => model.on_gpu(),
-            Self::There(_) => false,
+            Self::Local(model) => model.on_gpu(),
+            Self::Remote(_) => false,
         }
     }
 
@@ -118,8 +118,8 @@ impl Teacher for Someone<'_> {
         done: &mut dyn FnMut(usize, Vec<Answer>) -> Result<()>,
     ) -> Result<()> {
         match self {
-            Self::Here(model) => model.answer(asked, sampling, done),
-            Self::There(server) => server.answer(asked, sampling, done),
+            Self::Local(model) => model.answer(asked, sampling, done),
+            Self::Remote(server) => server.answer(asked, sampling, done),
         }
     }
 }

@@ -116,7 +116,7 @@ pub(super) fn lines(path: &Path) -> Vec<Value> {
 }
 
 #[test]
-fn sampling_that_was_stopped_and_torn_ends_in_the_same_file() {
+fn sampling_resumed_from_a_torn_ledger_gives_the_same_file() {
     let home = tempfile::tempdir().unwrap();
     let policy = save_model(&home.path().join("policy"), 1, false);
     let reward = save_model(&home.path().join("reward"), 2, true);
@@ -149,7 +149,7 @@ fn sampling_that_was_stopped_and_torn_ends_in_the_same_file() {
 }
 
 #[test]
-fn sampled_rows_are_selected_with_the_earlier_round_and_evaluated_against_a_reference() {
+fn samples_are_selected_across_rounds_and_evaluated_against_a_reference() {
     let home = tempfile::tempdir().unwrap();
     let policy = save_model(&home.path().join("policy"), 1, false);
     let reward = save_model(&home.path().join("reward"), 2, true);
@@ -213,7 +213,7 @@ fn sampled_rows_are_selected_with_the_earlier_round_and_evaluated_against_a_refe
 }
 
 #[test]
-fn a_teacher_keeps_whole_answers_that_the_judges_accept() {
+fn teacher_answers_accepted_by_the_judges_are_kept() {
     let home = tempfile::tempdir().unwrap();
     let synth = |scorers: Vec<Value>| {
         let dir = home.path().join("teacher");
@@ -293,7 +293,7 @@ fn draw(home: &Path, name: &str, spec: plan::Sample) -> (Vec<Value>, Metrics) {
 }
 
 #[test]
-fn each_capability_has_its_policy_and_rows_forget_what_steered_them() {
+fn each_capability_uses_its_policy_and_rows_drop_the_system_prompt() {
     let home = tempfile::tempdir().unwrap();
     let home = home.path();
     let code = code_policy(home);
@@ -327,7 +327,7 @@ fn each_capability_has_its_policy_and_rows_forget_what_steered_them() {
 }
 
 #[test]
-fn the_answer_of_a_row_is_judged_beside_those_that_were_drawn() {
+fn reference_answer_is_judged_beside_the_sampled_ones() {
     let home = tempfile::tempdir().unwrap();
     let home = home.path();
     let spec = mixed_sample(home, false, vec![code_policy(home)]);

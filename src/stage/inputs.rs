@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stage_named_as_a_model_is_its_checkpoint_whatever_else_lies_there() {
+    fn stage_used_as_a_model_is_hashed_by_its_checkpoint_alone() {
         let stage = tempfile::tempdir().unwrap();
         let checkpoint = stage.path().join("checkpoint");
         store::write_atomic(&checkpoint.join("config.json"), b"{}").unwrap();
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn what_becomes_of_rows_that_cannot_be_used_decides_nothing_that_is_finished() {
+    fn keys_for_unusable_rows_do_not_affect_reuse_of_finished_work() {
         let settings = |patience: Value| {
             let mut scorer = json!({"reward_model": "", "weight": 2.0});
             let mut sampling = json!({"seed": 1});

@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rise_is_seen_and_what_was_there_before_is_not() {
+    fn extra_memory_counts_only_the_rise_since_the_start() {
         const BYTES: usize = 128 << 20;
         drop(std::hint::black_box(vec![1_u8; 2 * BYTES]));
         let extra = Extra::begin();

@@ -9,7 +9,7 @@ use crate::data::forest::Forest;
 use crate::data::tree::{Role, Tree};
 use crate::error::{Context, Error, Result};
 use crate::model::Transformer;
-use crate::model::checkpoint::{Checkpoint, LoadOptions};
+use crate::model::checkpoint::Checkpoint;
 use crate::model::export::{Difference, Encoding, Format, check_new, export};
 use crate::model::lora::load;
 use crate::model::lora::peft::{self, Saved};
@@ -66,7 +66,8 @@ pub fn merge(work: &Merge) -> Result<Merged> {
         Some(base) => base.clone(),
         None => load::base_of(&work.adapter, &saved.config)?,
     };
-    let base = Checkpoint::load(&base, &Device::Cpu, &LoadOptions::default())?;
+    let (base, id) = Checkpoint::load_with_id(&base, &Device::Cpu)?;
+    saved.check_base(&id)?;
     let (modules, trained_beside) = (saved.adapters.len(), saved.quantization().name());
     let trained = live(&base, (&saved, &work.adapter))?;
     let (saved, expected) = if work.dense_base {
@@ -76,7 +77,7 @@ pub fn merge(work: &Merge) -> Result<Merged> {
     } else {
         (saved, trained.clone())
     };
-    let merged = base.with_adapter(&saved, &work.adapter)?;
+    let merged = base.joined(&saved, &work.adapter)?;
     let found = outputs(&Transformer::new(&merged.config, &merged.weights)?)?;
     let max_difference = compare(&expected, &found).at(work.adapter.display())?;
     let from_trained = distance(&trained, &found);
@@ -125,6 +126,7 @@ pub(super) mod tests {
 
     use super::*;
     use crate::model::bases::{Bases, Form};
+    use crate::model::checkpoint::LoadOptions;
     use crate::model::lora::{Init, Lora};
     use crate::model::packed::Quantization;
     use crate::model::{Precision, Weights};
@@ -181,7 +183,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn an_adapter_is_merged_into_the_packed_weights_that_it_was_trained_beside() {
+    fn adapter_merges_into_the_packed_weights_it_was_trained_beside() {
         let home = tempfile::tempdir().unwrap();
         let file = home.path().join("student.gguf");
         let student = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
@@ -235,9 +237,32 @@ pub(super) mod tests {
         }
     }
 
+    /// PiSSA loads its base whole, the others share it; both record what it was made of.
+    #[test]
+    fn an_adapter_of_an_adapter_is_merged_into_that() {
+        let home = tempfile::tempdir().unwrap();
+        let first = home.path().join("first");
+        let plain = Lora { use_peft: true, lora_r: 4, ..Lora::default() };
+        trained(&first, BASE, &plain);
+        let first = first.to_str().unwrap();
+        let (_, id) = Checkpoint::load_with_id(first, &Device::Cpu).unwrap();
+        let pissa = Lora { init_lora_weights: Init::Pissa, ..plain.clone() };
+        for (name, lora) in [("lora", plain), ("pissa", pissa)] {
+            let adapter = home.path().join(name);
+            let live = trained(&adapter, first, &lora);
+            let record = peft::base(&adapter).unwrap().unwrap();
+            assert_eq!(record.fingerprint, id.fingerprint, "{name}");
+            let (out, encoding) = (home.path().join(format!("{name}-merged")), Encoding::F32);
+            let work = Merge { adapter, base: None, out, encoding, dense_base: false };
+            merge(&work).unwrap();
+            let rounding = BOUND * live.iter().fold(0.0, |max: f64, x| max.max(f64::from(x.abs())));
+            assert!(distance(&live, &said_by(&work.out)) <= rounding, "{name}");
+        }
+    }
+
     /// The comparison notices a single unmerged adapter, and a single weight that is 1 % too large.
     #[test]
-    fn merged_weights_that_are_wrong_are_found() {
+    fn wrong_merged_weights_are_detected() {
         let home = tempfile::tempdir().unwrap();
         let adapter = home.path().join("adapter");
         trained(&adapter, BASE, &Lora { use_peft: true, lora_r: 4, ..Lora::default() });

@@ -235,7 +235,7 @@ fn assert_begins_at(keys: &[(&str, Value)], loss: &str, value: f64) {
 
 /// Rewards are exactly 0 there, so the values depend on no model.
 #[test]
-fn against_its_own_start_each_loss_begins_where_its_definition_puts_rewards_of_zero() {
+fn each_loss_starts_at_its_zero_reward_value_with_itself_as_reference() {
     for (loss, more, value) in [
         // Each side costs 1 − σ(0); a pair is the mean of its weighted sides.
         ("kto", vec![], 0.5),
@@ -271,7 +271,7 @@ fn against_its_own_start_each_loss_begins_where_its_definition_puts_rewards_of_z
 
 /// A reward gap of 0 is a fair coin; the given margin is a coin with its own odds.
 #[test]
-fn rpo_begins_at_the_divergence_between_its_margins_and_a_fair_coin() {
+fn rpo_starts_at_the_divergence_of_its_margins_from_a_fair_coin() {
     for scale in [1.0, 0.4] {
         let odds = MARGINS.map(|margin| sigmoid(scale * margin));
         let backward =
@@ -287,7 +287,7 @@ fn rpo_begins_at_the_divergence_between_its_margins_and_a_fair_coin() {
 
 /// The weights come from the policy: they apply before anything is learned, whatever the reference says.
 #[test]
-fn weighted_pairs_begin_at_ln_two_times_how_likely_the_policy_is_to_answer_so() {
+fn weighted_pairs_start_at_ln_2_times_the_policy_weight() {
     let said = all_said(&pairs(), [STUDENT, STUDENT], true, 1.0);
     let weight = mean(said.iter().map(|[c, r]| (c.alignment + r.alignment).exp()));
     assert!((weight - 1.0).abs() > 0.1, "{weight} would hide that nothing is weighed");
@@ -298,7 +298,7 @@ fn weighted_pairs_begin_at_ln_two_times_how_likely_the_policy_is_to_answer_so() 
 
 /// Where rewards are not 0, the methods differ from each other and from plain `sigmoid`.
 #[test]
-fn against_another_model_each_method_costs_what_its_definition_says() {
+fn each_method_matches_its_definition_against_another_model() {
     let rows = pairs();
     let [plain, unmasked, shortened] = [(true, 1.0), (false, 1.0), (true, 0.5)]
         .map(|(masked, alpha)| all_said(&rows, [STUDENT, TEACHER], masked, alpha));
@@ -356,7 +356,7 @@ fn against_another_model_each_method_costs_what_its_definition_says() {
 /// The estimate is the mean log-ratio of the previous pair's responses under this pair's prompt. In one of the two
 /// directions it is above 0, in the other it is clamped to 0.
 #[test]
-fn kto_on_pairs_measures_rewards_from_the_kl_of_exchanged_responses() {
+fn kto_on_pairs_takes_its_reference_point_from_exchanged_responses() {
     let rows = pairs();
     let exchanged = |at: usize| {
         let mut row = rows[(at + rows.len() - 1) % rows.len()].clone();
@@ -424,7 +424,7 @@ fn trained(rows: &[Value]) -> Vec<Vec<Token>> {
 }
 
 #[test]
-fn label_smoothing_and_the_z_loss_change_the_loss_of_sft_by_what_their_definitions_say() {
+fn label_smoothing_and_z_loss_change_the_sft_loss_as_defined() {
     let rows = [talk(None), answer()];
     let tokens = trained(&rows).concat();
     let of = |cost: fn(&Token) -> f64| mean(tokens.iter().map(cost));
@@ -488,7 +488,7 @@ fn divided(normalization: &str, [a, b]: [(f64, f64); 2]) -> f64 {
 
 /// Next to a row whose messages have no weight, which counts as 1.
 #[test]
-fn a_message_weighs_in_the_loss_of_sft_what_its_row_says() {
+fn message_weights_of_a_row_apply_to_the_sft_loss() {
     let whole = talk(None);
     let rows = trained(&[whole.clone(), answer()]);
     // A conversation is the same up to its answer, whatever follows.

@@ -7,15 +7,7 @@
 
 pub mod adapt;
 pub mod average;
-pub mod bench;
-pub mod bench_prepare;
 pub mod device;
-mod device_case;
-pub mod device_check;
-mod device_generation;
-pub mod device_goldens;
-pub mod device_rates;
-mod device_steps;
 pub mod dpo;
 pub mod eval;
 pub mod generation;

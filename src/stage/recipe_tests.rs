@@ -95,7 +95,7 @@ fn pairs() -> Vec<Value> {
 
 /// Its head has only as many rows as outputs: taken for a vocabulary head, it could learn and say nothing sensible.
 #[test]
-fn a_reward_model_is_no_policy_and_no_reference() {
+fn reward_model_is_refused_as_policy_and_as_reference() {
     let dir = tempfile::tempdir().unwrap();
     written(dir.path(), &pairs());
     let reward = dir.path().join("reward");
@@ -188,7 +188,7 @@ fn expected_of_pairs(path: &Path, loss: &str, mask: bool) -> Vec<(&'static str, 
 
 /// With another model as the reference nothing is 0, and what the recipe asks for is computed.
 #[test]
-fn a_step_against_another_model_logs_what_both_models_say() {
+fn step_against_another_model_logs_the_values_of_both() {
     for (loss, mask) in
         [("preset", true), ("ipo", true), ("sigmoid_norm", true), ("sigmoid_norm", false)]
     {
@@ -246,7 +246,7 @@ fn kept(dir: &Path, rows: &[Value], keys: &[(&str, Value)]) -> String {
 }
 
 #[test]
-fn log_probabilities_of_a_reference_are_kept_under_what_they_hang_on_and_nothing_else() {
+fn reference_log_probabilities_are_keyed_only_by_what_affects_them() {
     let dir = tempfile::tempdir().unwrap();
     let place = |name: &str| dir.path().join(name);
     let against = |name: &str, reference: Value, keys: &[(&str, Value)]| {
@@ -293,7 +293,7 @@ fn log_probabilities_of_a_reference_are_kept_under_what_they_hang_on_and_nothing
 }
 
 #[test]
-fn responses_without_text_are_bad_rows_of_pairs_and_of_labelled_responses() {
+fn empty_responses_are_bad_rows_in_pairs_and_labelled_data() {
     let says = |text: &str| json!([{"role": "assistant", "content": text}]);
     let user = json!([{"role": "user", "content": "How many?"}]);
     let mut pairs = pairs();
@@ -317,7 +317,7 @@ fn responses_without_text_are_bad_rows_of_pairs_and_of_labelled_responses() {
 
 /// Two rows of unequal lengths and weights, under each loss and each normalization.
 #[test]
-fn losses_weights_and_divisors_of_sft_are_those_that_the_recipe_names() {
+fn sft_loss_weights_and_normalization_follow_the_recipe() {
     let dir = tempfile::tempdir().unwrap();
     let row = |answer: &str, [importance, share]: [f64; 2]| json!({"prompt": "How many?", "completion": answer, "importance": importance, "share": share});
     let rows = [row("Four pears and a plum", [3.0, 0.25]), row("no", [0.5, 0.125])];

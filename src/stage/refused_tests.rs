@@ -77,7 +77,7 @@ fn stages(home: &Path, skip_refused: bool) -> [(&'static str, Spec); 3] {
 }
 
 #[test]
-fn a_prompt_that_leaves_no_room_ends_the_stage_or_is_counted_and_named() {
+fn prompt_without_room_ends_the_stage_or_is_counted_and_named() {
     let home = tempfile::tempdir().unwrap();
     for (name, spec) in stages(home.path(), false) {
         let error = format!("{:?}", run(home.path().join(name), &spec, &Silent).unwrap_err());
@@ -111,7 +111,7 @@ fn a_prompt_that_leaves_no_room_ends_the_stage_or_is_counted_and_named() {
 }
 
 #[test]
-fn what_a_judge_of_ones_own_cannot_read_does_not_pass_and_says_why() {
+fn answer_a_local_judge_cannot_read_fails_with_a_reason() {
     let home = tempfile::tempdir().unwrap();
     // The rubric alone has more bytes than this judge has positions.
     let judge = save_model(&home.path().join("judge"), 2, false);
@@ -168,7 +168,7 @@ fn task() -> (Asked, Row) {
 }
 
 #[test]
-fn sampled_rows_have_what_their_programs_wrote() {
+fn sampled_rows_include_the_output_of_their_programs() {
     let (asked, row) = task();
     let program = "import sys\nprint('hello', file=sys.stderr)\nprint('x' * 9000)\nhello = True";
     let answers = [Answer::said(program), Answer::said("hello = 0")];
@@ -202,7 +202,7 @@ impl Teacher for Quick<'_> {
 }
 
 #[test]
-fn a_model_goes_on_writing_while_programs_run() {
+fn generation_continues_while_programs_run() {
     let (panel, (asked, row)) = (code_panel(), task());
     let judged = AtomicBool::new(false);
     let teacher = Quick { judged: &judged, waited: AtomicBool::new(false) };
@@ -225,7 +225,7 @@ fn a_model_goes_on_writing_while_programs_run() {
 }
 
 #[test]
-fn a_row_that_cannot_be_judged_is_named_before_a_model_is_looked_for() {
+fn unjudgeable_row_is_named_before_the_model_is_looked_up() {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("prompts.jsonl");
     let rows = [json!({"prompt": "1+1?", "answer": "2"}), json!({"prompt": "2+2?"})];

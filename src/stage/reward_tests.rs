@@ -71,7 +71,7 @@ fn says(text: &str) -> Value {
 const COUNTS: [&str; 8] = ["1", "2", "3", "4", "5", "6", "7", "8"];
 
 #[test]
-fn ranked_lists_teach_the_same_order_beside_each_other_and_in_one_row() {
+fn ranked_lists_teach_the_same_order_separate_or_concatenated() {
     let rows = COUNTS.map(|n| {
         let responses = ["apples", "pears", "plums"].map(|fruit| says(&format!("{n} {fruit}")));
         json!({"prompt": user(), "responses": responses, "margin": [1.0, 2.0]})
@@ -124,7 +124,7 @@ fn ratings_are_learnt_by_attribute_and_weighed_into_one_score() {
 }
 
 #[test]
-fn steps_are_judged_one_by_one_and_an_answer_by_its_worst() {
+fn steps_are_judged_individually_and_an_answer_by_its_worst_step() {
     let rows = COUNTS.map(|n| {
         let steps = [format!("{n} apples"), format!("{n} pears"), format!("{n} apples left")];
         json!({"prompt": user(), "completions": steps, "labels": [true, false, true]})
@@ -164,7 +164,7 @@ fn steps_are_judged_one_by_one_and_an_answer_by_its_worst() {
 }
 
 #[test]
-fn right_and_wrong_responses_are_told_apart() {
+fn right_and_wrong_responses_are_distinguished() {
     let rows: Vec<Value> = COUNTS
         .iter()
         .flat_map(|n| {
@@ -195,7 +195,7 @@ fn right_and_wrong_responses_are_told_apart() {
 
 /// Text is trained on without the chat template, and scored the same way.
 #[test]
-fn a_model_that_learned_from_text_is_asked_in_text() {
+fn model_trained_on_plain_text_is_queried_in_plain_text() {
     let sides = |text: &dyn Fn(String) -> Value| {
         COUNTS.map(|n| {
             let [chosen, rejected] = ["apples", "pears"].map(|fruit| text(format!("{n} {fruit}")));

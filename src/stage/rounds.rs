@@ -1,7 +1,7 @@
 //! A whole run: all stages of all rounds in order.
 
 pub use super::device::open as device;
-use super::run::Shelf;
+use super::run::StageStore;
 use super::{Events, Metrics, StageContext, StageRecord};
 use crate::error::{Error, Result};
 use crate::recipe::{Plan, Spec, Step};
@@ -44,19 +44,19 @@ pub fn run_plan(
     store::remove_partials(run)?;
     store::write_atomic(&run.join("recipe.toml"), recipe.as_bytes())?;
     store::write_json(&run.join("plan.json"), plan)?;
-    let mut shelf = Shelf::open(run)?;
+    let mut stages = StageStore::open(run)?;
     let mut records = Vec::new();
     for step in &plan.steps {
         if observer.interrupted() {
             return Err(Error::interrupted());
         }
-        let (inputs, found) = shelf.look_up(step)?;
+        let (inputs, found) = stages.look_up(step)?;
         let record = if found {
-            shelf.reuse(step, &inputs)?
+            stages.reuse(step, &inputs)?
         } else {
-            let (dir, resumes) = shelf.work_dir(step, &inputs)?;
+            let (dir, resumes) = stages.work_dir(step, &inputs)?;
             let events = observer.begin(step, &dir, resumes)?;
-            shelf.execute(step, inputs, &|dir| {
+            stages.execute(step, inputs, &|dir| {
                 let context = StageContext {
                     dir,
                     round: step.round,

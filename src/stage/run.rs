@@ -15,14 +15,14 @@ use super::inputs::{Hashes, Inputs};
 use super::training::PREPARED;
 use super::{Metrics, StageRecord};
 use crate::error::{Context, Error, Result};
-use crate::generate::openai::ledger::SEEN;
+use crate::generate::openai::ledger::seen_beside;
 use crate::ops::cpu::isa::Isa;
 use crate::recipe::Step;
 use crate::report::record::Manifest;
 use crate::store::{self, MANIFEST};
 
 /// The stages of one run directory.
-pub struct Shelf {
+pub struct StageStore {
     stages: PathBuf,
     /// Directory of the finished work for each input hash.
     finished: BTreeMap<String, PathBuf>,
@@ -41,10 +41,13 @@ const BEGUN: &str = "begun.json";
 
 /// Files that only unfinished work needs: nothing continues from a finished stage's optimizer state, prepared examples or
 /// ledgers, whose content is in its outputs.
-const SCRATCH: [&str; 7] =
-    [BEGUN, "checkpoints", "best.safetensors", PREPARED, LEDGER, REQUESTS, SEEN];
+fn scratch() -> Vec<PathBuf> {
+    let named = [BEGUN, "checkpoints", "best.safetensors", PREPARED, LEDGER, REQUESTS];
+    let seen = seen_beside(Path::new(REQUESTS));
+    named.into_iter().map(PathBuf::from).chain([seen]).collect()
+}
 
-impl Shelf {
+impl StageStore {
     /// Opens the run's `stages/` and removes what killed processes left half-written. The caller holds the run's lock.
     pub fn open(run: &Path) -> Result<Self> {
         let stages = run.join("stages");
@@ -114,7 +117,7 @@ impl Shelf {
         let outcome = work(dir.clone());
         let wall_s = before.wall_s + started.elapsed().as_secs_f64();
         match outcome {
-            Ok(metrics) => self.shelve(step, inputs, metrics, wall_s),
+            Ok(metrics) => self.finish(step, inputs, metrics, wall_s),
             Err(error) => {
                 // If this fails, only the time is lost; the stage's own error matters more.
                 let _ = store::write_json(&dir.join(BEGUN), &Begun { wall_s, ..before });
@@ -123,7 +126,7 @@ impl Shelf {
         }
     }
 
-    fn shelve(
+    fn finish(
         &mut self,
         step: &Step,
         inputs: Inputs,
@@ -168,7 +171,7 @@ impl Shelf {
         self.clear(&target)?;
         store::move_into_place(work, &target)?;
         // Not earlier: without it, a work directory would be discarded after a kill.
-        for name in SCRATCH {
+        for name in scratch() {
             store::remove(&target.join(name))?;
         }
         self.finished.insert(inputs.hash, target.clone());
@@ -326,7 +329,7 @@ mod tests {
     const ALL: [&str; 5] = ["01-synth", "02-sft", "03-select", "04-sft-r2", "05-select-r2"];
 
     #[test]
-    fn a_run_does_every_stage_once_and_a_second_run_reuses_them_all() {
+    fn run_executes_every_stage_once_and_a_second_run_reuses_all() {
         let home = Home::new();
         let (first, ran) = home.run(RECIPE, NEVER);
         assert_eq!(ran, ALL);
@@ -341,8 +344,8 @@ mod tests {
         }
         let run = home.dir.path().join("run");
         assert!(run.join("plan.json").exists() && run.join("recipe.toml").exists());
-        for scratch in SCRATCH {
-            assert!(!run.join("stages/01-synth").join(scratch).exists(), "{scratch}");
+        for name in scratch() {
+            assert!(!run.join("stages/01-synth").join(&name).exists(), "{}", name.display());
         }
     }
 
@@ -372,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stage_that_was_cut_short_continues_in_its_own_directory() {
+    fn interrupted_stage_continues_in_its_own_directory() {
         let home = Home::new();
         let (failed, ran) = home.run(RECIPE, 2);
         assert_eq!(failed.unwrap_err().to_string(), "stage `select`, round 1: killed");
@@ -384,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_setting_reruns_the_stage_and_what_depends_on_it_and_changing_back_reuses() {
+    fn changed_setting_reruns_dependent_stages_and_changing_back_reuses() {
         let home = Home::new();
         home.run(RECIPE, NEVER).0.unwrap();
         let changed = RECIPE.replace("kind = 'sft'", "kind = 'sft'\nlearning_rate = 0.125");
@@ -394,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn work_is_found_after_a_stage_is_put_in_front_of_it() {
+    fn finished_work_is_reused_after_a_stage_is_inserted_before_it() {
         let home = Home::new();
         home.run(RECIPE, NEVER).0.unwrap();
         let longer = RECIPE.replacen(
@@ -428,7 +431,7 @@ mod tests {
             .collect();
         insta::assert_snapshot!(
             versions.join(", "),
-            @"synth 5, sft 4, reward 5, sample 6, select 3, dpo 4, average 3, eval 6"
+            @"synth 6, sft 5, reward 6, sample 7, select 3, dpo 5, average 4, eval 7"
         );
     }
 }

@@ -23,7 +23,7 @@ fn written(work: &Scoring) -> Vec<Value> {
 }
 
 #[test]
-fn rows_come_back_with_score_and_why() {
+fn rows_are_written_with_score_and_reason() {
     let dir = tempfile::tempdir().unwrap();
     let rows = [
         json!({"id": 1, "prompt": "2+2?", "completion": "It is 4.", "answer": 4}),
@@ -45,7 +45,7 @@ fn rows_come_back_with_score_and_why() {
 }
 
 #[test]
-fn several_judges_are_added_up_and_named() {
+fn several_scorers_are_summed_and_named() {
     let dir = tempfile::tempdir().unwrap();
     let rows = [json!({"prompt": "q", "completion": "yes", "answer": "yes"})];
     let work =
@@ -58,7 +58,7 @@ fn several_judges_are_added_up_and_named() {
 }
 
 #[test]
-fn what_a_judge_cannot_read_fails_alone_where_that_is_said() {
+fn answer_a_judge_cannot_read_fails_alone_with_on_error_fail() {
     let dir = tempfile::tempdir().unwrap();
     let rows = [json!({"prompt": "2+2?", "completions": ["4", "5"]})];
     // The instructions alone have more tokens than this judge has positions.
@@ -76,7 +76,7 @@ fn what_a_judge_cannot_read_fails_alone_where_that_is_said() {
 }
 
 #[test]
-fn lines_that_are_no_rows_are_named_before_anything_is_judged() {
+fn malformed_lines_are_named_before_anything_is_judged() {
     let dir = tempfile::tempdir().unwrap();
     let good = r#"{"prompt": "q", "completion": "4", "answer": "4"}"#;
     let deep = "[".repeat(100_000);
@@ -105,7 +105,7 @@ fn lines_that_are_no_rows_are_named_before_anything_is_judged() {
 }
 
 #[test]
-fn mistakes_are_named_by_file_and_line_before_anything_is_judged() {
+fn invalid_rows_are_named_by_file_and_line_before_judging() {
     let dir = tempfile::tempdir().unwrap();
     let good = json!({"prompt": "q", "completion": "4", "answer": "4"});
     for (row, part) in [
@@ -144,7 +144,7 @@ impl Events for StopAfter {
 }
 
 #[test]
-fn what_was_judged_before_a_stop_is_kept_and_other_work_starts_anew() {
+fn scores_before_a_stop_are_kept_and_other_scorers_start_anew() {
     let dir = tempfile::tempdir().unwrap();
     let rows: Vec<Value> = (0..2000)
         .map(|n| json!({"prompt": format!("{n}?"), "completion": n.to_string(), "answer": n.to_string()}))
@@ -174,7 +174,7 @@ fn what_was_judged_before_a_stop_is_kept_and_other_work_starts_anew() {
 }
 
 #[test]
-fn an_output_among_the_rows_that_are_read_is_refused() {
+fn output_among_the_input_files_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let row = json!({"prompt": "2+2?", "completion": "4", "answer": "4"});
     let whole = work(dir.path(), &[row], r#""number""#);
@@ -192,7 +192,7 @@ fn an_output_among_the_rows_that_are_read_is_refused() {
 }
 
 #[test]
-fn a_penalty_counts_characters_and_rows_without_completions_stay_as_they_are() {
+fn length_penalty_counts_characters_and_empty_rows_get_no_scores() {
     let dir = tempfile::tempdir().unwrap();
     let rows = [
         json!({"prompt": "2+2?", "completion": "four", "answer": "four"}),
@@ -210,7 +210,7 @@ fn a_penalty_counts_characters_and_rows_without_completions_stay_as_they_are() {
 }
 
 #[test]
-fn rows_of_one_prompt_with_other_answers_are_not_one_question() {
+fn rows_with_different_answers_are_separate_questions() {
     let row = |answer: &str| json!({"prompt": "p", "completion": "c", "answer": answer});
     let dir = tempfile::tempdir().unwrap();
     let work = work(dir.path(), &[row("a"), row("a"), row("b")], r#""exact""#);
@@ -221,7 +221,7 @@ fn rows_of_one_prompt_with_other_answers_are_not_one_question() {
 }
 
 #[test]
-fn a_column_that_no_row_has_is_refused_before_anything_is_judged() {
+fn column_in_no_row_is_refused_before_anything_is_judged() {
     let dir = tempfile::tempdir().unwrap();
     let rows = [json!({"prompt": "2+2?", "completion": "4", "answer": "5", "gold": "4"})];
     let named = |answer: &str| Scoring {
@@ -237,7 +237,7 @@ fn a_column_that_no_row_has_is_refused_before_anything_is_judged() {
 }
 
 #[test]
-fn a_file_that_is_there_is_replaced_only_where_that_is_said() {
+fn existing_output_is_replaced_only_when_requested() {
     let dir = tempfile::tempdir().unwrap();
     let row = json!({"prompt": "2+2?", "completion": "4", "answer": "4"});
     let work = work(dir.path(), &[row], r#""number""#);

@@ -11,6 +11,7 @@ use crate::error::{Context, Error, Result};
 use crate::loss::sft::Sft;
 use crate::model::bases::Bases;
 use crate::recipe::plan;
+use crate::train::anchor;
 
 /// Trains the initial model on the dataset. Input: a checkpoint and rows. Output: `checkpoint/`.
 pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
@@ -38,10 +39,16 @@ pub fn run(context: &StageContext<'_>, spec: &plan::Sft) -> Result<Metrics> {
     let sources: Vec<_> =
         spec.eval_datasets.iter().map(|dataset| dataset.source(rule.on_bad_row())).collect();
     let samples = first_rows(&sources, context.seed, spec.train.eval_samples)?;
-    let objective = objective(context, spec, (&spec.datasets, true))?;
-    let held_out_objective = self::objective(context, spec, (&spec.eval_datasets, false))?;
+    let mut objective = objective(context, spec, (&spec.datasets, true))?;
+    let mut held_out_objective = self::objective(context, spec, (&spec.eval_datasets, false))?;
+    let trainee = adapt.trainee(begin)?;
+    if objective.needs_reference() {
+        let reference = anchor(&trainee.learner)?;
+        held_out_objective.reference = Some(reference.clone());
+        objective.reference = Some(reference);
+    }
     let work = Work {
-        trainee: adapt.trainee(begin)?,
+        trainee,
         objective: &objective,
         train: &train,
         eval: (&held_out_objective, held_out.as_ref()),
@@ -72,4 +79,50 @@ fn objective(
         }
     }
     Ok(Sft { row_weights, ..spec.loss() })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use crate::stage::recipe_tests;
+
+    /// The divergence is trained down: a larger weight leaves the policy closer to where it began.
+    #[test]
+    fn asft_keeps_the_policy_near_its_start() {
+        let row = |n: usize| json!({"prompt": format!("{n} + 2 = ?"), "completion": format!("{} apples", n + 2)});
+        let rows: Vec<Value> = (0..4).map(row).collect();
+        let adapters = [("use_peft", json!(true)), ("lora_r", json!(4))];
+        for (what, method) in [
+            ("full", &[][..]),
+            ("adapters", &adapters),
+            (
+                "in bf16",
+                &[
+                    ("dtype", json!("bf16")),
+                    ("optimizer_in_backward", json!(true)),
+                    ("max_grad_norm", json!(0.0)),
+                ],
+            ),
+        ] {
+            let apart = [0.01, 30.0].map(|alpha| {
+                let dir = tempfile::tempdir().unwrap();
+                let path = recipe_tests::written(dir.path(), &rows);
+                let keys = [
+                    ("loss_type", json!("asft")),
+                    ("asft_alpha", json!(alpha)),
+                    ("max_steps", json!(12)),
+                    ("learning_rate", json!(2e-3)),
+                    ("eval_datasets", json!([path])),
+                ];
+                let metrics = recipe_tests::run(dir.path(), "sft", &[&keys, method].concat());
+                assert_eq!(metrics["first_loss/kl"].to_bits(), 0, "{what}");
+                let loss = metrics["eval_loss/dft"] + alpha * metrics["eval_loss/kl"];
+                let apart = (metrics["eval_loss"] - loss).abs();
+                assert!(apart < 1e-9 * loss, "{what}: {metrics:?}");
+                metrics["eval_loss/kl"]
+            });
+            assert!(apart[1] < 0.3 * apart[0], "{what}: {apart:?}");
+        }
+    }
 }

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::model::bases::{Base, Bases, Form};
 use crate::model::checkpoint::{Checkpoint, LoadOptions};
 use crate::model::lora::Init;
+use crate::model::lora::peft::BaseId;
 
 /// The initial model of a training stage.
 pub struct Start {
@@ -17,11 +18,13 @@ pub struct Start {
     pub checkpoint: Checkpoint,
     /// The base, if it is in its final form. While it is held here, a reference can share it.
     pub(super) base: Option<Arc<Base>>,
+    /// What adapters of the model record, if that is known already.
+    pub(super) id: Option<BaseId>,
 }
 
 impl From<Checkpoint> for Start {
     fn from(checkpoint: Checkpoint) -> Self {
-        Self { checkpoint, base: None }
+        Self { checkpoint, base: None, id: None }
     }
 }
 
@@ -42,11 +45,15 @@ impl Adapt<'_> {
     /// # Errors
     /// As [`Checkpoint::load`]; a model that cannot be quantized as requested.
     pub fn start(&self, bases: &Bases, device: &Device) -> Result<Start> {
-        if !self.lora.use_peft || self.lora.init_lora_weights == Init::Pissa {
+        if !self.lora.use_peft {
             return Ok(Checkpoint::load(self.base, device, &LoadOptions::default())?.into());
         }
+        if self.lora.init_lora_weights == Init::Pissa {
+            let (checkpoint, id) = Checkpoint::load_with_id(self.base, device)?;
+            return Ok(Start { id: Some(id), ..Start::from(checkpoint) });
+        }
         let base = bases.base(self.base, &self.form(device))?;
-        Ok(Start { checkpoint: base.checkpoint(), base: Some(base) })
+        Ok(Start { checkpoint: base.checkpoint(), base: Some(base), id: None })
     }
 }
 
@@ -58,7 +65,7 @@ mod tests {
     use crate::model::packed::Quantization;
 
     #[test]
-    fn a_reference_shares_the_base_that_a_stage_begins_with() {
+    fn reference_shares_the_base_the_stage_starts_from() {
         for quantization in [Quantization::None, Quantization::Nf4] {
             let lora = Lora { use_peft: true, quantization, ..Lora::default() };
             let base = "data/tiny/student";

@@ -304,6 +304,7 @@ mod tests {
     use super::*;
     use crate::data::prepare::SftOptions;
     use crate::data::tree::Tree;
+    use crate::loss::sft::TokenLoss;
     use crate::report::record::Events;
 
     /// Records the notes, and the number of progress reports.
@@ -333,7 +334,7 @@ mod tests {
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "the test damages a file on purpose")]
-    fn examples_are_prepared_once_and_again_where_their_file_is_damaged() {
+    fn examples_are_prepared_once_and_again_if_their_file_is_damaged() {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("a.jsonl");
         let rows = "{\"prompt\": \"1 + 1\", \"completion\": \"2\"}\nnot JSON\n".repeat(3);
@@ -384,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn training_on_a_stream_that_is_stopped_and_resumed_ends_with_the_same_bits() {
+    fn resumed_training_on_a_stream_ends_with_the_same_bits() {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("a.jsonl");
         let row =
@@ -406,7 +407,7 @@ mod tests {
             },
             ..Default::default()
         };
-        let train = |name: &str, stop: u64| {
+        let train = |spec: &crate::recipe::plan::Sft, name: &str, stop: u64| {
             let context = StageContext {
                 dir: dir.path().join(name),
                 round: 1,
@@ -414,15 +415,28 @@ mod tests {
                 device: Device::Cpu,
                 events: &StopAfter(stop, AtomicU64::default()),
             };
-            let outcome = crate::stage::sft::run(&context, &spec);
+            let outcome = crate::stage::sft::run(&context, spec);
             let weights = context.dir.join("checkpoint/model.safetensors");
-            outcome.map(|_| crate::store::sha256_file(&weights).unwrap())
+            outcome.map(|metrics| (crate::store::sha256_file(&weights).unwrap(), metrics))
         };
-        let whole = train("whole", u64::MAX).unwrap();
-        for stop in [2, 6, 8] {
-            let name = format!("stopped-{stop}");
-            assert!(train(&name, stop).is_err(), "was not stopped after step {stop}");
-            assert_eq!(train(&name, u64::MAX).unwrap(), whole, "stopped after step {stop}");
+        // ASFT's reference is the initial policy, not the one that the run resumes with.
+        let asft = crate::recipe::plan::Sft {
+            loss_type: TokenLoss::Asft,
+            asft_alpha: 0.5,
+            ..spec.clone()
+        };
+        for (what, spec) in [("nll", spec), ("asft", asft)] {
+            let (whole, metrics) = train(&spec, what, u64::MAX).unwrap();
+            if what == "asft" {
+                assert_eq!(metrics["first_loss/kl"].to_bits(), 0);
+                assert!(metrics["loss/kl"] > 1e-6, "{metrics:?}");
+            }
+            for stop in [2, 6, 8] {
+                let name = format!("{what}-stopped-{stop}");
+                assert!(train(&spec, &name, stop).is_err(), "{what} ran on after step {stop}");
+                let (resumed, _) = train(&spec, &name, u64::MAX).unwrap();
+                assert_eq!(resumed, whole, "{what} stopped after step {stop}");
+            }
         }
     }
 }

@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn every_step_of_the_order_is_prepared_once_and_from_anywhere() {
+    fn every_step_is_prepared_once_from_any_starting_step() {
         let order = Order::new(5, 10, &settings());
         let expected: Vec<String> = (0..8)
             .map(|step| format!("{:?} {}", order.step(step), (step + 1) as f64 / 4.0))
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn who_stops_listening_ends_the_thread_one_step_ahead() {
+    fn dropping_the_receiver_ends_the_thread_at_most_one_step_ahead() {
         // Steps of three rows: two were taken and a third may be ready, but no fourth.
         let (steps, asked) = taken((10, None), 0, 2);
         assert_eq!(steps.len(), 2);
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_comes_out_at_its_step_after_the_steps_before_it() {
+    fn error_is_reported_at_its_step_after_the_earlier_steps() {
         let order = Order::new(5, 10, &settings());
         let broken = order.step(2)[1];
         let (said, _) = taken((10, Some(broken)), 0, 4);
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_is_cut_by_the_budget_and_knows_its_rows() {
+    fn batch_is_split_by_the_budget_and_records_its_rows() {
         let examples = Rows { count: 5, broken: None, asked: Arc::default() };
         let trees: Vec<Tree> = (0..5).map(|row| examples.get(row).unwrap()).collect();
         let batch = Batch::new(&model(), &trees, 5).unwrap();

@@ -117,10 +117,12 @@ impl<'a> Run<'a> {
         let averaged = ema.as_ref().map_or(0, |ema| ema.learner().trained_bytes());
         // A resumed run has already allocated the moments.
         let moments = adamw.bytes(learner.model().device());
-        let held = learner.bytes() + averaged + moments + job.follower.map_or(0, Follower::bytes);
+        let references = job.follower.map_or(0, Follower::bytes) + job.objective.bytes();
+        let held = learner.bytes() + averaged + moments + references;
         let options = StepOptions {
             adapted: learner.adapted_sizes(),
             follows: job.follower.is_some(),
+            anchored: job.objective.bytes() > 0,
             ..settings.step_options(held, learner.model().device())?
         };
         if let Some(note) = settings.without_effect(learner.model().device()) {
@@ -131,6 +133,10 @@ impl<'a> Run<'a> {
         }
         let from = feed::From { seed: job.seed, step: state.step, cursor: state.cursor };
         let feed = Feed::start(scope, job.train, learner.model(), settings, from)?;
+        let follows = job.follower.and_then(|follower| follower.without_effect(feed.total_steps()));
+        if let Some(note) = follows {
+            job.events.note(&note);
+        }
         let started = (Instant::now(), 0);
         Ok(Self { learner, job, feed, adamw, ema, state, options, started })
     }

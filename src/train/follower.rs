@@ -75,6 +75,17 @@ impl Follower {
         self.lock().reference.trained_bytes()
     }
 
+    /// A note if the reference does not follow within a run of `steps` steps.
+    pub fn without_effect(&self, steps: usize) -> Option<String> {
+        let every = self.pace.sync_steps;
+        (every > steps).then(|| {
+            format!(
+                "the reference never follows the policy: `ref_model_sync_steps` is {every}, and the run ends after step \
+                 {steps}"
+            )
+        })
+    }
+
     /// The reference as the losses query it.
     pub fn live(&self) -> LiveReference {
         let follower = self.clone();
@@ -170,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reference_of_adapters_shares_the_base_and_follows_with_its_factors() {
+    fn adapter_reference_shares_the_base_and_follows_with_its_factors() {
         let policy = policy();
         let follower = Follower::beside(&policy, PACE).unwrap();
         {
@@ -212,7 +223,17 @@ mod tests {
     }
 
     #[test]
-    fn a_forest_is_read_once_a_step() {
+    fn a_reference_that_never_follows_is_noted() {
+        let follower = Follower::beside(&policy(), PACE).unwrap();
+        assert_eq!(follower.without_effect(2), None);
+        assert_eq!(
+            follower.without_effect(1).unwrap(),
+            "the reference never follows the policy: `ref_model_sync_steps` is 2, and the run ends after step 1"
+        );
+    }
+
+    #[test]
+    fn forest_is_read_once_per_step() {
         let policy = policy();
         let follower = Follower::beside(&policy, PACE).unwrap();
         let said = follower.ask(&forest()).unwrap();

@@ -227,10 +227,11 @@ fn held(options: &StepOptions) -> [u64; 2] {
     let copy = if options.dtype == Precision::F32 { 0 } else { element(options) };
     // Moving averages, and a reference that follows.
     let beside = u64::from(options.averages) + u64::from(options.follows);
+    let frozen = u64::from(options.anchored) * element(options);
     if options.optimizer_offload {
-        return [element(options) * (1 + beside), (3 + beside) * F32];
+        return [element(options) * (1 + beside) + frozen, (3 + beside) * F32];
     }
-    [3 * F32 + copy + beside * (F32 + copy), 0]
+    [3 * F32 + copy + beside * (F32 + copy) + frozen, 0]
 }
 
 /// Bytes per token: what a block keeps besides its input, and the extra working memory of its backward pass.
@@ -318,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn smaller_types_fewer_tokens_and_an_optimizer_in_the_backward_need_less() {
+    fn smaller_types_fewer_tokens_and_optimizer_in_backward_need_less() {
         let f32 = StepOptions::new(4096);
         let bf16 = StepOptions { dtype: Precision::Bf16, ..f32 };
         let fused = StepOptions { optimizer_in_backward: true, ..bf16 };
@@ -339,6 +340,9 @@ mod tests {
         let followed = StepOptions { follows: true, ..averaged };
         let state = Footprint::new(&smollm2(), &followed, 1).state;
         assert_eq!(state, 26 * count(&smollm2()) as u64);
+        let anchored = StepOptions { anchored: true, ..averaged };
+        let state = Footprint::new(&smollm2(), &anchored, 1).state;
+        assert_eq!(state, 22 * count(&smollm2()) as u64);
         // With adapters, the reference is a second set.
         let sizes = Adapted { trained: 1000, frozen: 1 << 20, head: false };
         let adapters = StepOptions { adapted: Some(sizes), ..f32 };
@@ -349,7 +353,7 @@ mod tests {
 
     /// `arriero bench sft --batch 4 --seq 512` on SmolLM2-135M, as measured on two AVX2 cores.
     #[test]
-    fn estimates_are_within_a_tenth_of_what_was_measured() {
+    fn estimates_are_within_a_tenth_of_the_measurements() {
         let f32 = StepOptions::new(2048);
         let bf16 = StepOptions { dtype: Precision::Bf16, ..f32 };
         let measured = [(f32, 30, 3_294), (f32, 0, 2_355), (bf16, 30, 3_102), (bf16, 0, 2_559)];
@@ -363,7 +367,7 @@ mod tests {
     /// Llama 3 8B with 4096 tokens in a micro-batch: P = 8 030 261 248 parameters, blocks of D 4096, F 14336, 32 heads and 8
     /// key heads of 128 with 218 112 000 parameters each, a vocabulary of 128256.
     #[test]
-    fn eight_billion_parameters_on_a_gpu_need_what_paper_says() {
+    fn eight_billion_parameters_on_a_gpu_match_the_hand_calculation() {
         let config = llama([4096, 32, 14336, 32], false);
         let gpu = StepOptions { gpu: true, dtype: Precision::Bf16, ..StepOptions::new(4096) };
         let footprint = |options: &StepOptions| Footprint::new(&config, options, 4096);
@@ -392,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_gpu_is_told_what_fills_it_and_what_helps() {
+    fn out_of_memory_error_says_what_fills_the_gpu_and_what_helps() {
         let options = StepOptions::new(4096);
         let full = || Error::run("DriverError(CUDA_ERROR_OUT_OF_MEMORY)");
         let error = options.out_of_memory(&smollm2(), full());
@@ -434,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_modes_are_read_as_people_write_them() {
+    fn sizes_and_modes_are_read_in_common_notations() {
         assert_eq!(parse_bytes("memory_budget", "6GiB").unwrap(), 6 << 30);
         assert_eq!(parse_bytes("memory_budget", "1.5 MB").unwrap(), 1_500_000);
         assert_eq!(parse_bytes("memory_budget", "4096").unwrap(), 4096);

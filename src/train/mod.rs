@@ -1,6 +1,7 @@
 //! The training step, the loop around it, and its checkpoints. It knows no methods: an
 //! [`Objective`](crate::loss::Objective) says what a log-probability is worth.
 
+pub mod anchor;
 pub mod batch;
 pub mod checkpoint;
 pub mod ema;
@@ -19,6 +20,7 @@ pub mod update;
 pub mod watchdog;
 mod weighing;
 
+pub use anchor::anchor;
 pub use batch::Batch;
 pub use ema::Ema;
 pub use feed::Data;

@@ -47,7 +47,7 @@ mod tests {
     use crate::ops::linear::tests::random;
 
     #[test]
-    fn a_row_gets_the_same_noise_in_any_batch_and_another_one_each_step() {
+    fn noise_of_a_row_is_batch_independent_and_differs_per_step() {
         const WIDTH: usize = 8;
         let response = |len| (vec![7; len], vec![Role::Content; len]);
         let trees = [

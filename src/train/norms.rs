@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_have_the_norms_of_their_parameters() {
+    fn gradient_norms_are_logged_per_model_part() {
         let mut norms = Norms::default();
         for (name, square) in [
             ("lm_head.weight", 1.0),

@@ -182,6 +182,7 @@ impl Settings {
             activation_offload: self.activation_offload && gpu,
             averages: self.ema_decay > 0.0,
             follows: false,
+            anchored: false,
             noise: None,
             gpu,
         }
@@ -376,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_without_an_end_is_refused() {
+    fn stream_without_max_steps_is_refused() {
         let streaming = Settings { streaming: true, ..Settings::default() };
         let error = streaming.check().unwrap_err();
         assert!(error.to_string().contains("`max_steps` is 0"), "{error}");

@@ -6,6 +6,7 @@ use super::Learner;
 use super::batch::{Batch, MicroBatch};
 use super::memory::{Adapted, Footprint, Recompute};
 use super::noise::Noise;
+pub use super::weighing::is_not_finite;
 use super::weighing::{self, head_step, weigh};
 use crate::data::examples::Examples;
 use crate::data::forest::{Forest, packed};
@@ -46,6 +47,8 @@ pub struct StepOptions {
     pub averages: bool,
     /// A reference that follows the policy is held as well: see [`Follower`](super::Follower).
     pub follows: bool,
+    /// A frozen copy of the policy is held as well: see [`anchor`](super::anchor::anchor).
+    pub anchored: bool,
     /// Noise on the token embeddings.
     pub noise: Option<Noise>,
     /// Runs on a GPU, where more is held at once and slopes of pairs are computed on the device.
@@ -67,6 +70,7 @@ impl StepOptions {
             activation_offload: false,
             averages: false,
             follows: false,
+            anchored: false,
             noise: None,
             gpu: false,
         }

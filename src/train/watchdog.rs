@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_collapse_is_heard_once_and_drift_is_not() {
+    fn watchdog_reports_a_collapse_once_and_ignores_drift() {
         // The means are `step - 10` steps apart: at 0.021 nats per step they differ by more than 1 after 48 steps.
         let (step, text) = run(0.021, Watchdog::Warn).unwrap();
         assert_eq!(step, 58);

@@ -24,7 +24,7 @@ pub(super) fn values(
 ) -> Result<Pending> {
     match readout {
         Readout::Logps => {
-            Ok(head::reading(hidden, model.head(), &forest.targets, Detail::Targets)?)
+            Ok(head::reading(hidden, model.head(), &forest.targets, (Detail::Targets, None))?)
         }
         Readout::Scores => Ok(model.scores_of(hidden, &forest.ends)?.into()),
     }
@@ -39,8 +39,9 @@ pub(super) fn readings(
 ) -> Result<Pending> {
     match objective.readout() {
         Readout::Logps => {
-            let detail = detail(model, objective);
-            Ok(head::reading(hidden, model.head(), &forest.targets, detail)?)
+            let anchor = objective.anchor(forest, None)?;
+            let what = (detail(model, objective), anchor.as_ref());
+            Ok(head::reading(hidden, model.head(), &forest.targets, what)?)
         }
         Readout::Scores => values(model, Readout::Scores, (forest, hidden)),
     }
@@ -104,7 +105,12 @@ pub(super) fn head_step(
         let d_hidden = model.scores_backward(hidden, &forest.ends, &d_scores, grads)?;
         return Ok((Measured { readings: scores.into(), asked: Some(asked) }, d_hidden));
     }
-    let wanted = Asked { detail: detail(model, objective), d_weight: weight.is_variable() };
+    let anchor = objective.anchor(forest, Some(totals))?;
+    let wanted = Asked {
+        detail: detail(model, objective),
+        d_weight: weight.is_variable(),
+        anchor: anchor.as_ref(),
+    };
     let pairs = if options.gpu { objective.pairs(forest, totals)? } else { None };
     let mut asked = None;
     let out = if let Some(known) = objective.fixed_gradient(forest, totals) {
@@ -112,8 +118,8 @@ pub(super) fn head_step(
     } else if let Some(pairs) = pairs {
         head::backward_of_pairs(hidden, weight, targets, &pairs, wanted)?
     } else {
-        let (weigh, of_forest) = weigher(objective, forest, totals)?;
-        asked = Some(of_forest);
+        let (weigh, for_forest) = weigher(objective, forest, totals)?;
+        asked = Some(for_forest);
         head::backward_by(hidden, weight, targets, Box::new(weigh), wanted)?
     };
     if let Some(d_weight) = out.d_weight {
@@ -131,13 +137,21 @@ fn weigher(
     forest: &Forest,
     totals: &StepTotals,
 ) -> Result<Weigher<impl FnOnce(&Readings) -> Vec<f32> + Send + 'static>> {
-    let objective: Arc<dyn Objective> = objective.of_forest(forest)?.into();
+    let objective: Arc<dyn Objective> = objective.for_forest(forest)?.into();
     let (own, forest, totals) = (Arc::clone(&objective), forest.clone(), totals.clone());
     let slopes = move |readings: &Readings| match weigh(&*own, &forest, readings, &totals) {
         Ok(weighed) => weighed.d_values,
         Err(_) => vec![f32::NAN; readings.logps.len()],
     };
     Ok((slopes, objective))
+}
+
+/// Begins what [`weigh`] says of a value that is not finite.
+const OUTPUT: &str = "the model's output is";
+
+/// Whether an error is that of an output that is not finite, as of a model that has diverged.
+pub fn is_not_finite(error: &Error) -> bool {
+    error.to_string().contains(OUTPUT)
 }
 
 /// Weighs values after checking that all of them are finite.
@@ -153,7 +167,7 @@ pub(super) fn weigh(
             Readout::Scores => forest.ends[index * forest.ends.len() / values.len()].tree,
         };
         let row = forest.sources[tree];
-        return Err(Error::run(format!("the model's output is {}", values[index]))
+        return Err(Error::run(format!("{OUTPUT} {}", values[index]))
             .at(format!("row {row}"))
             .hint("the weights have diverged: lower learning_rate, or look for a bad row"));
     }

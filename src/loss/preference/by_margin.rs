@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn slopes_by_margins_are_those_that_the_objective_weighs_by() {
+    fn slopes_by_margin_match_those_of_the_objective() {
         use PreferenceLoss::{Cpo, Hinge, Ipo, Robust, Sigmoid, SigmoidNorm, Simpo};
         for seed in 0..12 {
             let (forest, logps, base) = case(seed);
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_function_of_a_margin_alone_is_weighed_on_the_host() {
+    fn losses_not_determined_by_a_margin_are_weighed_on_the_host() {
         let (forest, _, base) = case(0);
         let pairs = |objective: &Preference| {
             let counts = objective.counts(&forest);

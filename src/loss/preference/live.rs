@@ -35,7 +35,7 @@ impl LiveReference {
     }
 
     /// As `table`, restricted to this forest's rows and owned.
-    pub(super) fn of_forest(
+    pub(super) fn for_forest(
         live: Option<&Self>,
         kept: &BTreeMap<usize, Vec<f64>>,
         (summing, forest): (Summing, &Forest),

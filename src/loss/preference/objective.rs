@@ -413,9 +413,9 @@ impl Objective for Preference {
         self.by_margin(forest, totals)
     }
 
-    fn of_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>> {
+    fn for_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>> {
         let place = (self.summing, forest);
-        let reference = LiveReference::of_forest(self.live.as_ref(), &self.reference, place)?;
+        let reference = LiveReference::for_forest(self.live.as_ref(), &self.reference, place)?;
         Ok(Box::new(Self {
             losses: self.losses.clone(),
             reference,

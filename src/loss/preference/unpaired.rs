@@ -169,9 +169,9 @@ impl Objective for Unpaired {
         vec![forest.trees() as f64, desirable.count() as f64]
     }
 
-    fn of_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>> {
+    fn for_forest(&self, forest: &Forest) -> Result<Box<dyn Objective>> {
         let place = (self.summing, forest);
-        let reference = LiveReference::of_forest(self.live.as_ref(), &self.reference, place)?;
+        let reference = LiveReference::for_forest(self.live.as_ref(), &self.reference, place)?;
         let labels = of_rows(&self.labels, forest);
         Ok(Box::new(Self { labels, reference, live: None, ..*self }))
     }

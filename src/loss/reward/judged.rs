@@ -40,7 +40,7 @@ impl Objective for Regression {
         vec![self.given(forest).count() as f64]
     }
 
-    fn of_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
+    fn for_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
         Ok(Box::new(self.clone()))
     }
 
@@ -116,7 +116,7 @@ impl Objective for Correctness {
         vec![forest.ends.len() as f64]
     }
 
-    fn of_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
+    fn for_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
         Ok(Box::new(*self))
     }
 
@@ -194,7 +194,7 @@ mod tests {
 
     /// Errors 1, −0.5 and 2 on three ratings; the fourth is missing.
     #[test]
-    fn missing_ratings_weigh_nothing() {
+    fn missing_ratings_do_not_contribute() {
         let attributes = ["helpfulness", "verbosity"].map(str::to_owned).to_vec();
         let forest = forest(vec![vec![Some(3.0), Some(2.5)], vec![Some(0.0), None]]);
         let scores = [4.0, 2.0, 2.0, 77.0];
@@ -203,7 +203,7 @@ mod tests {
 
     /// Log odds ln 3 twice: one label right (p = ¾), one wrong (p = ¼).
     #[test]
-    fn cross_entropy_of_one_output_and_of_two_is_the_same() {
+    fn cross_entropy_is_the_same_for_one_and_two_outputs() {
         let forest = forest(vec![vec![Some(1.0)], vec![Some(0.0)]]);
         let (odds, expected) = (3_f32.ln(), 0.5 * ((4.0_f64 / 3.0).ln() + 4_f64.ln()));
         check(&Correctness { outputs: 1 }, &forest, &[odds, odds], expected);
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn certain_mistakes_stay_finite() {
+    fn loss_of_a_certain_mistake_is_finite() {
         let forest = forest(vec![vec![Some(0.0)]]);
         let totals = StepTotals { counts: vec![1.0], statistics: Vec::new() };
         let weighed =
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_without_a_label_is_refused_with_its_row() {
+    fn missing_label_is_refused_with_its_row() {
         let totals = StepTotals { counts: vec![1.0], statistics: Vec::new() };
         let error = Correctness { outputs: 1 }.weigh(
             &forest(vec![vec![None]]),

@@ -201,7 +201,7 @@ mod tests {
 
     /// Four pairs predicted with probability ¾, three of them right.
     #[test]
-    fn pairs_are_counted_by_margin_and_by_confidence() {
+    fn pair_accuracy_is_grouped_by_margin_and_confidence() {
         let odds = 3_f64.ln();
         let pair = |gap: f64, margin: f64| Observation::Pair { gap, margin: Some(margin) };
         let pairs = [pair(odds, 3.0), pair(odds, 1.0), pair(-odds, 1.0), pair(odds, 3.0)];
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn without_margins_the_quarters_go_from_the_closest_pairs_to_the_clearest() {
+    fn without_margins_accuracy_is_grouped_by_quarters_of_the_gap() {
         let gaps = [0.1, -0.2, -1.0, 1.5, 4.0, 5.0, 90.0, 100.0];
         let pairs = gaps.map(|gap| Observation::Pair { gap, margin: None });
         let found = summarize(&pairs, &[]);
@@ -233,7 +233,7 @@ mod tests {
 
     /// One confident mistake and one confident hit in the outer bins.
     #[test]
-    fn truths_are_binned_from_zero_to_one() {
+    fn predictions_of_labels_are_binned_from_zero_to_one() {
         let truth = |odds: f64, right: bool| Observation::Truth { odds, right };
         check(
             &[truth(-800.0, true), truth(800.0, true)],
@@ -252,7 +252,7 @@ mod tests {
 
     /// A monotone curve: rank correlation is 1, Pearson's is not. Two equal lengths share rank 1.5.
     #[test]
-    fn correlations_with_length_are_of_values_and_of_ranks() {
+    fn length_correlations_cover_both_values_and_ranks() {
         let points = [(1.0, 1.0), (2.0, 1.0), (3.0, 4.0)];
         let seen = points.map(|(score, length)| Observation::Score { score, length });
         let r = 0.75_f64.sqrt();

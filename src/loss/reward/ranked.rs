@@ -177,7 +177,7 @@ impl Objective for Reward {
         }))
     }
 
-    fn of_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
+    fn for_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
         Ok(Box::new(*self))
     }
 
@@ -266,7 +266,7 @@ mod tests {
 
     /// Gradients computed on the GPU alone match the host's.
     #[test]
-    fn slopes_by_margins_are_those_of_the_loss() {
+    fn slopes_by_margin_match_those_of_the_loss() {
         let scores = [0.5_f32, -1.0, 0.25, 2.0, 1.5, -0.75];
         for (forest, use_margin) in
             [(shuffled(), false), (shuffled(), true), (forest(&[2, 4]), false)]
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn responses_of_one_rank_are_not_compared() {
+    fn responses_of_equal_rank_are_not_compared() {
         let label = |rank: f64| vec![Some(rank), None];
         let tree = tree(3, 4).labelled(vec![label(1.0), label(1.0), label(2.0)]);
         let forest = Forest::pack(&[tree]).unwrap();
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn every_gradient_is_the_slope_of_its_loss() {
+    fn gradients_match_finite_differences_of_the_loss() {
         use Ranking::{Adjacent, AllPairs, PlackettLuce};
         for (ranking, counts) in
             [(AllPairs, [4.0, 4.0]), (Adjacent, [3.0, 3.0]), (PlackettLuce, [2.0, 4.0])]
@@ -348,7 +348,7 @@ mod tests {
 
     /// Scores 1, 2.5, 1.25 for ranks 2, 0, 1: gaps 1.25, 1.5 and 0.25 with margins 2, 2 and 0.
     #[test]
-    fn a_shuffled_list_is_compared_by_its_ranks_with_the_margins_of_its_levels() {
+    fn shuffled_list_is_compared_by_rank_with_margins_from_its_levels() {
         let (forest, scores) = (shuffled(), [1.0_f32, 2.5, 1.25]);
         let reward = Reward { use_margin: true, ..Reward::default() };
         let weighed =

@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn words_are_those_of_the_place_wherever_a_piece_begins_and_ends() {
+    fn random_words_depend_on_position_not_on_piece_boundaries() {
         let mut values = Stream::new(1, "chance").normal(0, 1003, 1.0);
         let special = [
             f32::NAN,
@@ -195,7 +195,7 @@ mod tests {
 
     /// Values representable in bf16 are unchanged, including zero, such as a LoRA factor initialised to zero.
     #[test]
-    fn what_needs_no_rounding_is_not_rounded() {
+    fn exactly_representable_values_are_unchanged() {
         let values: Vec<f32> =
             (0..=u16::MAX).map(bf16::from_bits).map(bf16::to_f32).filter(|x| !x.is_nan()).collect();
         let expected: Vec<u16> = values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect();
@@ -205,7 +205,7 @@ mod tests {
     /// Over 1000 streams the mean of a copy is its master. A draw is off by at most the spacing of neighbours, 2^-7 of
     /// the value, with a standard deviation of at most half that; rounding to nearest would keep the whole error.
     #[test]
-    fn the_mean_of_many_roundings_is_the_number() {
+    fn mean_of_many_roundings_by_chance_approaches_the_value() {
         let (draws, values) = (1000, [1.001_f32, -1.003_9, 0.333_333, -12.345, 1.007_8, 3e-5]);
         for (at, &value) in values.iter().enumerate() {
             let sum: f64 = (0..draws)

@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn work_is_done_for_any_number_of_threads_and_inside_of_itself() {
+    fn work_completes_on_any_number_of_threads_and_when_nested() {
         let expected = 200 * 499_500 + 199 * 100;
         for threads in [1, 2, 3, 5] {
             let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -182,7 +182,7 @@ mod tests {
 
     /// A pool thread may be waiting for the caller's next message: work must not wait for that thread.
     #[test]
-    fn threads_that_are_busy_elsewhere_are_not_waited_for() {
+    fn work_does_not_wait_for_threads_busy_elsewhere() {
         let pool = ThreadPoolBuilder::new().num_threads(3).build().unwrap();
         let (send, receive) = std::sync::mpsc::channel();
         let (came, has_come) = std::sync::mpsc::channel();
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_passes_through_and_lets_the_others_go() {
+    fn panic_propagates_and_releases_the_other_threads() {
         let pool = ThreadPoolBuilder::new().num_threads(3).build().unwrap();
         let fall = || pool.install(|| awake(|| -> usize { panic!("as asked") }));
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(fall)).is_err());

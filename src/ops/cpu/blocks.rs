@@ -493,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn products_are_those_of_the_numbers_that_the_blocks_stand_for() {
+    fn block_products_match_the_unpacked_numbers() {
         for bits in [Bits::Four, Bits::Eight] {
             for (rows, outer, inner) in [(1, 8, 32), (2, 3, 64), (3, 17, 96), (9, 40, 320)] {
                 let weight = matrix(outer, inner, bits);
@@ -511,7 +511,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_has_the_same_bits_in_any_company_and_on_any_instruction_set() {
+    fn row_is_bitwise_independent_of_batch_and_instruction_set() {
         for bits in [Bits::Four, Bits::Eight] {
             let (first, second) = (matrix(21, 160, bits), matrix(8, 160, bits));
             let x = Stream::new(7, "blocks").normal(1, 11 * 160, 1.0);
@@ -531,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn rounding_is_to_the_nearest_of_255_and_exact_for_nothing() {
+    fn rounding_picks_the_nearest_of_255_levels_and_keeps_zeros_exact() {
         let x: Vec<f32> =
             (0..64).map(|i| if i < 32 { 0.0 } else { (i - 40) as f32 * 0.5 }).collect();
         let rounded = RoundedRows::new(&x, 64);

@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn each_task_is_done_once_before_the_next_piece_begins() {
+    fn every_task_runs_once_before_the_next_piece_begins() {
         for others in [0, 1, 3] {
             helped(others, |board| {
                 for count in (0..40).chain([1000]).cycle().take(2000) {
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_that_panics_does_not_keep_the_others_from_being_done() {
+    fn panicking_task_does_not_stop_the_other_tasks() {
         helped(2, |board| {
             for round in 0..50 {
                 let done = AtomicUsize::new(0);

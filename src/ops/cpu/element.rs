@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rounding_is_to_nearest_even_and_keeps_what_is_not_finite() {
+    fn rounding_is_to_nearest_even_and_keeps_non_finite_values() {
         let mut values: Vec<f32> = (0..4000_u32).map(|i| f32::from_bits(i * 0x0010_3107)).collect();
         values.extend([0.0, -0.0, 1.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, 1e-40]);
         // Midpoints between two neighbours, and just beside them.

@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_between_the_elements_and_the_far_guard_shows() {
+    fn write_between_the_elements_and_the_far_guard_is_detected() {
         for side in Side::BOTH {
             let mut buffer = Guarded::new(&[1.0_f32; 7], side);
             buffer.as_mut().fill(2.0);

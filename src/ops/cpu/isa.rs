@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_read_back_and_mistakes_are_named() {
+    fn isa_names_round_trip_and_typos_get_a_hint() {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
             assert_eq!(Isa::named(isa.name()).unwrap(), isa);
         }

@@ -644,7 +644,7 @@ mod tests {
     }
 
     #[test]
-    fn every_orientation_and_odd_shape_is_the_promised_sum_bit_for_bit() {
+    fn every_orientation_and_odd_shape_matches_the_promised_sum_bitwise() {
         every_orientation_is_the_promised_sum::<f32>(REHEARSAL);
         every_orientation_is_the_promised_sum::<bf16>(REHEARSAL_WIDENED);
     }
@@ -671,7 +671,7 @@ mod tests {
     }
 
     #[test]
-    fn few_rows_have_the_bits_of_many() {
+    fn few_rows_match_many_rows_bitwise() {
         few_rows_are_those_of_many::<f32>(REHEARSAL);
         few_rows_are_those_of_many::<bf16>(REHEARSAL_WIDENED);
     }
@@ -696,13 +696,13 @@ mod tests {
     }
 
     #[test]
-    fn a_row_is_the_same_bits_for_any_number_of_rows_and_threads() {
+    fn row_is_bitwise_independent_of_row_and_thread_counts() {
         a_row_stands_alone::<f32>();
         a_row_stands_alone::<bf16>();
     }
 
     #[test]
-    fn views_with_gaps_are_read_right() {
+    fn strided_view_gives_the_product_of_its_dense_copy() {
         let data = random::<f32>(5, 40 * 11);
         let view = Mat::strided(&data, 40, 5, 11);
         let dense: Vec<f32> = data.chunks(11).flat_map(|row| row[..5].to_vec()).collect();

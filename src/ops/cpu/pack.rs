@@ -264,7 +264,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn strips_hold_columns_and_zeros() {
+    fn strips_hold_columns_padded_with_zeros() {
         let data: Vec<f32> = (0..21 * 26).map(|i| i as f32).collect();
         for source in [Mat::new(&data, 21, 26), Mat::strided(&data, 21, 3, 26)] {
             for view in [source, source.t()] {
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn pairs_lie_side_by_side_and_an_odd_one_is_followed_by_zero() {
+    fn pairs_are_adjacent_and_an_odd_one_is_padded_with_zero() {
         let data: Vec<bf16> = (0..21 * 26).map(|i| bf16::from_f32((i % 251) as f32)).collect();
         for columns in [26, 3, 9] {
             let source = Mat::strided(&data, 21, columns, 26);

@@ -354,7 +354,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn products_have_the_bits_of_those_that_pack_each_time(
+        fn products_of_packed_weights_match_packing_each_time_bitwise(
             (m, k, n) in (1_usize..120, 1_usize..1300, 1_usize..200),
             less in (0_usize..1300, 0_usize..80),
         ) {

@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_read_at_some_rate() {
+    fn measured_memory_read_rate_is_plausible() {
         let tensor = Tensor::ones((300, 1000), DType::BF16, &candle_core::Device::Cpu).unwrap();
         let rate = read_rate(&[tensor.clone(), tensor.to_dtype(DType::F32).unwrap()]);
         assert!(rate > 1e6 && rate < 1e14, "{rate}");
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn chains_are_the_multiply_adds_that_they_say() {
+    fn chains_compute_the_multiply_adds_that_they_claim() {
         are_what_they_say::<f32>();
         are_what_they_say::<bf16>();
     }

@@ -253,7 +253,7 @@ mod tests {
     use crate::rng::Stream;
 
     #[test]
-    fn scores_and_mixtures_are_a_products_bit_for_bit() {
+    fn scores_and_mixtures_match_matrix_products_bitwise() {
         check::<f32>();
         check::<bf16>();
     }

@@ -291,7 +291,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exp_is_right_to_a_few_parts_in_ten_million() {
+    fn exp_is_accurate_to_a_few_parts_in_ten_million() {
         let mut x = -87.0_f32;
         while x < 87.0 {
             let exact = f64::from(x).exp();
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_odd_length_are_whole() {
+    fn rows_of_odd_length_are_reduced_completely() {
         for len in [0, 1, 3, 15, 16, 17, 33, 100] {
             let row: Vec<f32> = (0..len).map(|i| (i as f32 * 0.7).sin()).collect();
             let shift = max(&row);

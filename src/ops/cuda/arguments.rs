@@ -214,7 +214,7 @@ mod tests {
 ";
 
     #[test]
-    fn a_ptx_says_what_its_entries_take() {
+    fn ptx_entry_parameters_are_parsed() {
         use Parameter::{Bytes, F32, F64, U32, U64};
         let entries = entries(PTX).unwrap();
         assert_eq!(entries["scale_f32"].as_ref(), [U64, U64, F32, Bytes(28), F64, U32]);
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_that_do_not_fit_are_told_apart() {
+    fn mismatched_arguments_are_described() {
         use Parameter::{F32, U32, U64};
         assert_eq!(wrong(&[U64, U32], &[U64, U32]), None);
         assert_eq!(wrong(&[U64, U32], &[U64]).unwrap(), "1 arguments, expected 2");
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_are_what_kernels_see_of_them() {
+    fn arguments_map_to_kernel_parameters() {
         assert_eq!(<&[f32; 7] as Argument>::IS, Parameter::Bytes(28));
         assert_eq!(<&CudaSlice<f64> as Argument>::IS, Parameter::U64);
         assert_eq!(<&f64 as Argument>::IS, Parameter::F64);

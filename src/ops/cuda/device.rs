@@ -279,7 +279,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_gpu_that_is_lost_is_told_from_one_that_is_full() {
+    fn lost_gpu_is_distinguished_from_a_full_one() {
         for said in [
             "DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access was encountered\")",
             "layer 3: DriverError(CUDA_ERROR_ECC_UNCORRECTABLE, \"…\")",
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn the_drivers_errors_become_sentences() {
+    fn driver_errors_get_readable_messages() {
         for (said, expected) in [
             ("DriverError(CUDA_ERROR_NO_DEVICE, \"no CUDA-capable device\")", "no CUDA device"),
             ("DriverError(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, \"…\")", OLD_DRIVER),
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_gpu_is_told_by_what_fills_it_and_once() {
+    fn out_of_memory_error_lists_what_fills_the_gpu_once() {
         let full = Error::run("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
         let told =
             |error| out_of_memory(error, "in a test", [("a", 1 << 20), ("b", 3 << 20)], "less");
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_that_is_not_there_or_too_old_is_refused() {
+    fn missing_or_too_old_gpu_is_refused() {
         assert!(check_index(1, 2).is_ok() && check_capability((8, 0), "").is_ok());
         for (index, found, expected) in [
             (0, 0, "no GPU number 0: there is none"),

@@ -152,10 +152,17 @@ __device__ __forceinline__ float slope_of(const Targets &t, u64 row, u32 id, boo
   return sum;
 }
 
-// p(v) times its factor, and what every element gets, over one part of a row. D is no wider than T.
+// What an anchor takes off an element, as head_anchor leaves it; null where there is none.
+template <typename T>
+__device__ __forceinline__ float less_at(const T *less, u64 at) {
+  return less ? to_f32(less[at]) : 0.f;
+}
+
+// p(v) times its factor, and what every element gets, less what an anchor takes off, over one part of a row. D is no wider
+// than T.
 template <typename T, typename D>
-__device__ void scaled_softmax(const T *x, D *out, u64 vocab, u64 start, u64 end, float log_sum, float factor,
-                               float one) {
+__device__ void scaled_softmax(const T *x, const T *less, D *out, u64 vocab, u64 start, u64 end, float log_sum,
+                               float factor, float one) {
   constexpr u32 IN = Pack<T>::SIZE, OUT = Pack<D>::SIZE;
   if (packs<T>(x, vocab) && packs<D>(out, vocab)) {
     for (u64 at = start + threadIdx.x * OUT; at < end; at += blockDim.x * OUT) {
@@ -165,23 +172,25 @@ __device__ void scaled_softmax(const T *x, D *out, u64 vocab, u64 start, u64 end
       for (u32 i = 0; i < OUT / IN; i++) in[i] = load_pack(x + at + i * IN);
 #pragma unroll
       for (u32 i = 0; i < OUT; i++)
-        result.at[i] = from_f32<D>(factor * expf(to_f32(in[i / IN].at[i % IN]) - log_sum) + one);
+        result.at[i] =
+            from_f32<D>(factor * expf(to_f32(in[i / IN].at[i % IN]) - log_sum) + one - less_at(less, at + i));
       store_pack(out + at, result);
     }
     return;
   }
   for (u64 at = start + threadIdx.x; at < end; at += blockDim.x)
-    out[at] = from_f32<D>(factor * expf(to_f32(x[at]) - log_sum) + one);
+    out[at] = from_f32<D>(factor * expf(to_f32(x[at]) - log_sum) + one - less_at(less, at));
 }
 
 // Blocks (row, part): elements from part * span on, at most span of them; a span is a multiple of 8. D may be T and its
 // memory that of the logits: each element is read before it is written, by the same thread.
 template <typename T, typename D>
 __device__ void grad_row(const T *logits, D *d_logits, u64 vocab, u64 span, const float *log_sums,
-                         const Targets &t, const Divergence &d) {
+                         const Targets &t, const Divergence &d, const T *anchor) {
   const u64 row = blockIdx.x, start = blockIdx.y * span;
   const u64 end = start + span < vocab ? start + span : vocab;
   D *out = d_logits + row * vocab;
+  const T *less = anchor ? anchor + row * vocab : nullptr;
   const float log_sum = log_sums[row];
   const u32 first = t.starts[row], last = t.starts[row + 1];
   float total = 0.f;
@@ -190,7 +199,7 @@ __device__ void grad_row(const T *logits, D *d_logits, u64 vocab, u64 span, cons
   const float one = total * t.mean_logp / float(vocab);
   const float inner = d.factors ? own + d.factors[row * 2] : own;
   const float outer = d.factors ? own + d.factors[row * 2 + 1] : own;
-  scaled_softmax<T, D>(logits + row * vocab, out, vocab, start, end, log_sum, outer, one);
+  scaled_softmax<T, D>(logits + row * vocab, less, out, vocab, start, end, log_sum, outer, one);
   // The few elements with addends are written once more, whole, so that they are rounded once. Targets of one id write
   // the same number.
   __syncthreads();
@@ -204,14 +213,14 @@ __device__ void grad_row(const T *logits, D *d_logits, u64 vocab, u64 span, cons
         factor = inner;
         sum += d.addends[at];
       }
-    out[id] = from_f32<D>(factor * expf(t.logps[n]) + one + sum);
+    out[id] = from_f32<D>(factor * expf(t.logps[n]) + one + sum - less_at(less, id));
   }
   for (u64 at = row * d.k + threadIdx.x; at < (row + 1) * d.k; at += blockDim.x) {
     const u32 id = d.ids[at];
     if (id < start || id >= end) continue;
     bool found = false;
     slope_of(t, row, id, found);
-    if (!found) out[id] = from_f32<D>(inner * expf(d.student[at]) + one + d.addends[at]);
+    if (!found) out[id] = from_f32<D>(inner * expf(d.student[at]) + one + d.addends[at] - less_at(less, id));
   }
 }
 
@@ -219,22 +228,54 @@ __device__ void grad_row(const T *logits, D *d_logits, u64 vocab, u64 span, cons
 KERNEL(head_grad,
        (const T *logits, T *d_logits, u64 vocab, u64 span, const float *log_sums, const u32 *starts, const u32 *ids,
         const float *logps, const float *d_logps, float mean_logp, float squared_lse, const u32 *teacher_ids,
-        const float *student, const float *addends, const float *factors, u32 k),
+        const float *student, const float *addends, const float *factors, u32 k, const T *anchor),
        (logits, d_logits, vocab, span, log_sums, starts, ids, logps, d_logps, mean_logp, squared_lse, teacher_ids,
-        student, addends, factors, k)) {
+        student, addends, factors, k, anchor)) {
   grad_row<T, T>(logits, d_logits, vocab, span, log_sums, {starts, ids, logps, d_logps, mean_logp, squared_lse},
-                 {teacher_ids, student, addends, factors, k});
+                 {teacher_ids, student, addends, factors, k}, anchor);
 }
 
 // Of f32 logits, rounded for products of bf16.
 KERNEL_ONE(head_grad_f32_to_bf16,
            (const float *logits, bf16 *d_logits, u64 vocab, u64 span, const float *log_sums, const u32 *starts,
             const u32 *ids, const float *logps, const float *d_logps, float mean_logp, float squared_lse,
-            const u32 *teacher_ids, const float *student, const float *addends, const float *factors, u32 k),
+            const u32 *teacher_ids, const float *student, const float *addends, const float *factors, u32 k,
+            const float *anchor),
            (logits, d_logits, vocab, span, log_sums, starts, ids, logps, d_logps, mean_logp, squared_lse, teacher_ids,
-            student, addends, factors, k)) {
+            student, addends, factors, k, anchor)) {
   grad_row<float, bf16>(logits, d_logits, vocab, span, log_sums, {starts, ids, logps, d_logps, mean_logp, squared_lse},
-                        {teacher_ids, student, addends, factors, k});
+                        {teacher_ids, student, addends, factors, k}, anchor);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The divergence from an anchor: a frozen model of the same vocabulary
+
+// One block a row. With q the anchor's probabilities and p the model's: sum q (ln q - ln p), and its gradient by the logits
+// p - q. What of it grad_row adds, times the sum of the row's slopes, is left where it looks for it: of p in factors, of q in
+// place of the anchor's logits. Slopes are null where the divergence is only read.
+KERNEL(head_anchor,
+       (const T *logits, T *anchor, u64 vocab, const u32 *starts, const float *log_sums, const float *slopes,
+        float *divergences, float *factors),
+       (logits, anchor, vocab, starts, log_sums, slopes, divergences, factors)) {
+  const u64 row = blockIdx.x;
+  const T *x = logits + row * vocab;
+  T *a = anchor + row * vocab;
+  const Sums s = block_reduce(own_sums<T, false>(a, vocab), no_sums(), Merge<false>());
+  const float log_p = log_sums[row], log_q = s.max + logf(s.sum);
+  float slope = 0.f;
+  if (slopes)
+    for (u32 n = starts[row]; n < starts[row + 1]; n++) slope += slopes[n];
+  float sum = 0.f;
+  for (u64 at = threadIdx.x; at < vocab; at += blockDim.x) {
+    const float logq = to_f32(a[at]) - log_q, q = expf(logq);
+    sum += q * (logq - (to_f32(x[at]) - log_p));
+    a[at] = from_f32<T>(slope * q);
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x != 0) return;
+  divergences[row] = sum;
+  factors[row * 2] = slope;
+  factors[row * 2 + 1] = slope;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

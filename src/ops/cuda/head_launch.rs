@@ -6,6 +6,7 @@
 
 #![expect(unsafe_code, reason = "kernels and cuBLAS are given addresses")]
 
+mod anchor;
 mod product;
 
 use candle_core::cuda_backend::cudarc::cublas::sys;
@@ -17,9 +18,10 @@ use half::bf16;
 use crate::ops::cuda::launch::top::{self, Logits};
 use crate::ops::cuda::launch::{self, NULL, cuda, grid, host::sent, pairs::Uploaded, tensor, view};
 use crate::ops::head::{
-    Asked, Detail, GPU_CHUNK_ELEMENTS, Grads, Pairs, Pass, Pending, Placed, Readings, RowStats,
-    Rows, TOP, Weigh, entropy_among,
+    Anchor, Asked, Detail, GPU_CHUNK_ELEMENTS, Grads, Pairs, Pass, Pending, Placed, Readings,
+    RowStats, Rows, TOP, Weigh, entropy_among,
 };
+use anchor::{AnchorOnDevice, ReadRows};
 use product::{Matrix, product};
 
 /// Threads of a block that reads a row.
@@ -74,13 +76,18 @@ pub(crate) fn on_cuda(
     pass: Pass<'_>,
 ) -> Result<(Pending, Grads)> {
     let slopes = pass.gradient.map(|(slopes, d_weight)| {
-        let d_logps = rows.order.iter().map(|&(index, _)| slopes.d_logps[index]).collect();
+        let d_logps = in_order(&rows, slopes.d_logps);
         (
             Origin::Host { d_logps, mean_logp: slopes.mean_logp, squared_lse: slopes.squared_lse },
             d_weight,
         )
     });
-    by_type(hidden, weight, (rows, pass.detail), slopes)
+    by_type((hidden, weight), pass.anchor, (rows, pass.detail), slopes)
+}
+
+/// What is said of targets, row by row.
+fn in_order(rows: &Rows, of_targets: &[f32]) -> Vec<f32> {
+    rows.order.iter().map(|&(index, _)| of_targets[index]).collect()
 }
 
 /// As `backward_of_pairs` of `ops::head`, without waiting.
@@ -91,10 +98,11 @@ pub(crate) fn of_pairs(
     hidden: &Tensor,
     weight: &Tensor,
     rows: Rows,
-    (pairs, asked): (&Pairs, Asked),
+    (pairs, asked): (&Pairs, Asked<'_>),
 ) -> Result<(Pending, Grads)> {
     let slopes = Origin::Pairs(pairs, Placed::new(pairs, &rows));
-    by_type(hidden, weight, (rows, asked.detail), Some((slopes, asked.d_weight)))
+    let wanted = (rows, asked.detail);
+    by_type((hidden, weight), asked.anchor, wanted, Some((slopes, asked.d_weight)))
 }
 
 /// As `backward_by` of `ops::head`, without waiting.
@@ -105,9 +113,10 @@ pub(crate) fn by_host(
     hidden: &Tensor,
     weight: &Tensor,
     rows: Rows,
-    (weigh, asked): (Weigh, Asked),
+    (weigh, asked): (Weigh, Asked<'_>),
 ) -> Result<(Pending, Grads)> {
-    by_type(hidden, weight, (rows, asked.detail), Some((Origin::Asked(weigh), asked.d_weight)))
+    let wanted = (rows, asked.detail);
+    by_type((hidden, weight), asked.anchor, wanted, Some((Origin::Asked(weigh), asked.d_weight)))
 }
 
 /// Where the slopes of the targets come from.
@@ -122,15 +131,18 @@ enum Origin<'a> {
 
 /// `wanted`: the rows, and how much of them; `slopes`, with whether the weight's gradient is.
 fn by_type(
-    hidden: &Tensor,
-    weight: &Tensor,
+    (hidden, weight): (&Tensor, &Tensor),
+    anchor: Option<&Anchor>,
     wanted: (Rows, Detail),
     slopes: Option<(Origin<'_>, bool)>,
 ) -> Result<(Pending, Grads)> {
     launch::together("the head", [hidden, weight])?;
+    if let Some(anchor) = anchor {
+        launch::together("the head", [hidden, &anchor.hidden, &anchor.weight])?;
+    }
     match weight.dtype() {
-        DType::BF16 => by_chunks::<bf16>(hidden, weight, wanted, slopes),
-        DType::F32 => by_chunks::<f32>(hidden, weight, wanted, slopes),
+        DType::BF16 => by_chunks::<bf16>((hidden, weight), anchor, wanted, slopes),
+        DType::F32 => by_chunks::<f32>((hidden, weight), anchor, wanted, slopes),
         other => candle_core::bail!("a head of {other:?}, expected f32 or bf16"),
     }
 }
@@ -160,9 +172,49 @@ fn logits_of<E: Number>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     Ok(tensor(device, logits, (rows, vocab)))
 }
 
+/// The inputs of a head on the device, `[R, D]` and `[V, D]`.
+type Views<'a, E> = (&'a CudaView<'a, E>, &'a CudaView<'a, E>);
+
+/// What a pass reads: the head's inputs and, where rows are compared with it, an anchor's.
+#[derive(Clone, Copy)]
+struct Inputs<'a, E> {
+    own: Views<'a, E>,
+    anchor: Option<Views<'a, E>>,
+}
+
 fn by_chunks<E: Number>(
-    hidden: &Tensor,
-    weight: &Tensor,
+    (hidden, weight): (&Tensor, &Tensor),
+    anchor: Option<&Anchor>,
+    (rows, detail): (Rows, Detail),
+    slopes: Option<(Origin<'_>, bool)>,
+) -> Result<(Pending, Grads)> {
+    let Some(anchor) = anchor else {
+        return beside::<E>((hidden, weight), None, (rows, detail), slopes);
+    };
+    let some = some_rows(anchor.hidden.device().as_cuda_device()?, &rows, anchor.hidden.dim(0)?)?;
+    let x = rows_of(&anchor.hidden, some.as_ref())?.to_dtype(E::DTYPE)?.contiguous()?;
+    let ((x, of_x), (w, of_w)) = (x.storage_and_layout(), anchor.weight.storage_and_layout());
+    let views = (&view::<E>(cuda(&x)?, of_x)?, &view::<E>(cuda(&w)?, of_w)?);
+    let slopes_of =
+        if anchor.slopes.is_empty() { Vec::new() } else { in_order(&rows, &anchor.slopes) };
+    beside((hidden, weight), Some((views, slopes_of)), (rows, detail), slopes)
+}
+
+/// The ids of a head's rows, where they are not all rows.
+fn some_rows(device: &CudaDevice, rows: &Rows, all: usize) -> Result<Option<Tensor>> {
+    let count = rows.hidden.len();
+    let some = (0 < count && count < all).then(|| sent(device, &rows.hidden)).transpose()?;
+    Ok(some.map(|ids| tensor(device, ids, count)))
+}
+
+fn rows_of(hidden: &Tensor, some: Option<&Tensor>) -> Result<Tensor> {
+    some.map_or_else(|| Ok(hidden.clone()), |ids| hidden.index_select(ids, 0))
+}
+
+/// `anchor`: its inputs of the rows, and the slopes of their targets, row by row.
+fn beside<E: Number>(
+    (hidden, weight): (&Tensor, &Tensor),
+    anchor: Option<(Views<'_, E>, Vec<f32>)>,
     (rows, detail): (Rows, Detail),
     slopes: Option<(Origin<'_>, bool)>,
 ) -> Result<(Pending, Grads)> {
@@ -176,17 +228,15 @@ fn by_chunks<E: Number>(
             slopes.map(|(_, w)| Ok::<_, candle_core::Error>((zeros((t, width))?, wanted(w)?)));
         return Ok((Readings::zeros(0, detail).into(), grads.transpose()?));
     }
-    // The rows of the head, where they are not all rows.
-    let some = (count < t).then(|| sent(device, &rows.hidden)).transpose()?;
-    let ids = some.map(|ids| tensor(device, ids, count));
-    let x = match &ids {
-        Some(ids) => hidden.index_select(ids, 0)?,
-        None => hidden.clone(),
-    };
-    let x = x.to_dtype(E::DTYPE)?.contiguous()?;
+    let ids = some_rows(device, &rows, t)?;
+    let x = rows_of(hidden, ids.as_ref())?.to_dtype(E::DTYPE)?.contiguous()?;
     let mut head = Head::<E>::new(device, &rows, (width, vocab), detail)?;
     let ((x, of_x), (w, of_w)) = (x.storage_and_layout(), weight.storage_and_layout());
-    let inputs = (&view::<E>(cuda(&x)?, of_x)?, &view::<E>(cuda(&w)?, of_w)?);
+    let own = (&view::<E>(cuda(&x)?, of_x)?, &view::<E>(cuda(&w)?, of_w)?);
+    let inputs = Inputs { own, anchor: anchor.as_ref().map(|(views, _)| *views) };
+    if let Some((_, slopes)) = &anchor {
+        head.stand_beside(slopes)?;
+    }
     match slopes {
         None => head.chunks(inputs)?,
         Some((Origin::Host { d_logps, mean_logp, squared_lse }, d_weight)) => {
@@ -232,6 +282,7 @@ struct Head<'a, E> {
     ids: CudaSlice<u32>,
     logits: CudaSlice<f32>,
     readings: OnDevice,
+    anchor: Option<AnchorOnDevice>,
     /// Whether the readings are there.
     is_read: bool,
     grads: Option<GradsOnDevice<E>>,
@@ -246,6 +297,8 @@ struct OnDevice {
     /// [`RowStats`], [`STATS`] numbers a row.
     stats: Option<CudaSlice<f32>>,
     top: Option<TopOnDevice>,
+    /// From an anchor, one a row.
+    divergences: Option<CudaSlice<f32>>,
 }
 
 /// The likeliest tokens of rows.
@@ -321,6 +374,7 @@ impl<'a, E: Number> Head<'a, E> {
                 log_sums: device.alloc::<f32>(count)?,
                 stats: stats.then(|| device.alloc::<f32>(count * STATS)).transpose()?,
                 top: top.transpose()?,
+                divergences: None,
             };
             (readings, device.alloc::<f32>(chunk * vocab)?)
         };
@@ -334,19 +388,28 @@ impl<'a, E: Number> Head<'a, E> {
             ids: sent(device, &ids)?,
             logits,
             readings,
+            anchor: None,
             is_read: false,
             grads: None,
         })
     }
 
-    /// Reads all rows, and takes the gradient by the slopes that follow.
+    /// Makes room for an anchor's logits and the divergences from it.
+    fn stand_beside(&mut self, slopes: &[f32]) -> Result<()> {
+        self.anchor = Some(AnchorOnDevice::new(self.device, (self.chunk, self.vocab), slopes)?);
+        // SAFETY: written before they are read, row by row.
+        self.readings.divergences = Some(unsafe { self.device.alloc::<f32>(self.rows) }?);
+        Ok(())
+    }
+
+    /// Reads all rows, and takes the gradient by the slopes that follow. An anchor is looked at in the second pass.
     fn two_passes(
         &mut self,
-        inputs: (&CudaView<'_, E>, &CudaView<'_, E>),
+        inputs: Inputs<'_, E>,
         d_weight: bool,
         slopes: impl FnOnce(&OnDevice) -> Result<CudaSlice<f32>>,
     ) -> Result<()> {
-        self.chunks(inputs)?;
+        self.chunks(Inputs { anchor: None, ..inputs })?;
         self.is_read = true;
         let slopes = (slopes(&self.readings)?, 0.0, 0.0);
         self.grads = Some(GradsOnDevice::new(self, slopes, d_weight)?);
@@ -354,7 +417,7 @@ impl<'a, E: Number> Head<'a, E> {
     }
 
     /// One pass over all rows.
-    fn chunks(&mut self, inputs: (&CudaView<'_, E>, &CudaView<'_, E>)) -> Result<()> {
+    fn chunks(&mut self, inputs: Inputs<'_, E>) -> Result<()> {
         for first in (0..self.rows).step_by(self.chunk) {
             self.chunk_of(inputs, first..(first + self.chunk).min(self.rows))?;
         }
@@ -364,7 +427,7 @@ impl<'a, E: Number> Head<'a, E> {
     /// Reads the targets of some rows, if nobody has, and, where asked, adds their part to the gradients.
     fn chunk_of(
         &mut self,
-        (x, w): (&CudaView<'_, E>, &CudaView<'_, E>),
+        Inputs { own: (x, w), anchor }: Inputs<'_, E>,
         slots: std::ops::Range<usize>,
     ) -> Result<()> {
         let (width, vocab, count) = (self.width, self.vocab, slots.len());
@@ -374,6 +437,9 @@ impl<'a, E: Number> Head<'a, E> {
         product(self.device, (a, b), &mut logits, [count, vocab, width], false)?;
         if !self.is_read {
             self.read(&slots)?;
+        }
+        if let Some(anchor) = anchor {
+            self.diverge(anchor, &slots)?;
         }
         if self.grads.is_none() {
             return Ok(());
@@ -429,6 +495,22 @@ impl<'a, E: Number> Head<'a, E> {
         Ok(())
     }
 
+    /// Compares some rows with an anchor's.
+    fn diverge(&mut self, (x, w): Views<'_, E>, slots: &std::ops::Range<usize>) -> Result<()> {
+        let Self { anchor: Some(anchor), readings, .. } = self else { return Ok(()) };
+        let OnDevice { log_sums, divergences: Some(divergences), .. } = readings else {
+            return Ok(());
+        };
+        let rows = ReadRows {
+            logits: self.logits.slice(..slots.len() * self.vocab),
+            log_sums: log_sums.slice(slots.clone()),
+            starts: self.starts.slice(slots.start..),
+        };
+        let width = w.len() / self.vocab;
+        let x = x.slice(slots.start * width..slots.end * width);
+        anchor.diverge(self.device, &rows, (&x, w), divergences, slots.start)
+    }
+
     fn write_gradient(&mut self, slots: &std::ops::Range<usize>) -> Result<()> {
         let Some(grads) = &mut self.grads else { return Ok(()) };
         let function = super::ptx::kernel(self.device, "head", E::GRAD)?;
@@ -448,7 +530,11 @@ impl<'a, E: Number> Head<'a, E> {
         launch.arg(&grads.mean_logp).arg(&grads.squared_lse);
         // No teacher.
         let k = 0_u32;
-        launch.arg(NULL).arg(NULL).arg(NULL).arg(NULL).arg(&k);
+        launch.arg(NULL).arg(NULL).arg(NULL);
+        match &self.anchor {
+            Some(anchor) => launch.arg(&anchor.factors).arg(&k).arg(&anchor.logits),
+            None => launch.arg(NULL).arg(&k).arg(NULL),
+        };
         let parts = self.vocab.div_ceil(SPAN as usize);
         // SAFETY: as above; `own` is the address of the logits, which live as long as the stream's work on them.
         unsafe { launch.launch(grid("head", (slots.len(), parts), WRITE_BLOCK)?) }.w()?;
@@ -463,8 +549,8 @@ impl OnDevice {
         inputs.extend(self.stats.as_ref().map(|stats| stats.slice(..)));
         inputs.extend(self.top.as_ref().map(|top| top.logps.slice(..)));
         let compute = move |inputs: &[&[f32]]| {
-            let of_rows = (inputs.get(1).copied(), inputs.get(2).copied());
-            let slopes = weigh(&placed(&rows, inputs[0], of_rows));
+            let (stats, top) = (inputs.get(1).copied(), inputs.get(2).copied());
+            let slopes = weigh(&placed(&rows, inputs[0], [stats, top, None]));
             if slopes.len() != rows.order.len() {
                 return Vec::new();
             }
@@ -481,19 +567,26 @@ impl Unread {
         let logps = device.clone_dtoh(&readings.logps)?;
         let stats = readings.stats.as_ref().map(|stats| device.clone_dtoh(stats)).transpose()?;
         let top = readings.top.as_ref().map(|top| device.clone_dtoh(&top.logps)).transpose()?;
-        Ok(placed(rows, &logps, (stats.as_deref(), top.as_deref())))
+        let apart =
+            readings.divergences.as_ref().map(|apart| device.clone_dtoh(apart)).transpose()?;
+        Ok(placed(rows, &logps, [stats.as_deref(), top.as_deref(), apart.as_deref()]))
     }
 }
 
-/// What rows say, row by row, with each target where the caller has it.
-fn placed(rows: &Rows, logps: &[f32], (stats, top): (Option<&[f32]>, Option<&[f32]>)) -> Readings {
+/// What rows say, row by row, with each target where the caller has it: statistics, likeliest tokens and divergences, as far as
+/// they were read.
+fn placed(rows: &Rows, logps: &[f32], [stats, top, apart]: [Option<&[f32]>; 3]) -> Readings {
     let detail = if stats.is_some() { Detail::Rows } else { Detail::Targets };
     let mut readings = Readings::zeros(rows.order.len(), detail);
     let most = top.map_or(0, |top| top.len() / rows.hidden.len().max(1));
     for slot in 0..rows.hidden.len() {
         let top_entropy = top.map_or(0.0, |top| entropy_among(&top[slot * most..][..most]));
-        let row = stats
-            .map(|stats| RowStats { top_entropy, ..row_stats(&stats[slot * STATS..][..STATS]) });
+        let divergence = apart.map_or(0.0, |apart| apart[slot]);
+        let row = stats.map(|stats| RowStats {
+            top_entropy,
+            divergence,
+            ..row_stats(&stats[slot * STATS..][..STATS])
+        });
         for place in rows.starts[slot]..rows.starts[slot + 1] {
             readings.set(rows.order[place].0, logps[place], row);
         }
@@ -510,5 +603,6 @@ fn row_stats(five: &[f32]) -> RowStats {
         log_sum_squares: five[3],
         best_logp: five[4],
         top_entropy: 0.0,
+        divergence: 0.0,
     }
 }

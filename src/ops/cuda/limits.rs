@@ -33,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_does_not_fit_names_the_op_and_its_sizes() {
+    fn size_limit_errors_name_the_op_and_its_sizes() {
         assert_eq!(blocks("norm", (1 << 20, 65_535)).unwrap(), (1 << 20, 65_535));
         let most = i32::MAX as usize;
         assert_eq!(blocks("norm", (most, 1)).unwrap(), (i32::MAX as u32, 1));

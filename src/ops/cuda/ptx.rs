@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn the_drivers_words_are_explained() {
+    fn driver_refusals_are_explained() {
         let said = |text: &str| refused("norm", "f", text).to_string();
         assert!(said("CUDA_ERROR_UNSUPPORTED_PTX_VERSION").contains(OLD_DRIVER));
         let late = said("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"…\")");
@@ -214,7 +214,7 @@ mod tests {
     const PROOF: &str = "ARRIERO_CUDA_PROOF";
 
     #[test]
-    fn the_run_time_compiler_takes_every_file() {
+    fn run_time_compiler_accepts_every_file() {
         if let Err(error) = nvrtc::version() {
             assert!(std::env::var_os(PROOF).is_none(), "{error}");
             println!("NOT RUN: {error}");

@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
+use super::anchor::diverge;
 use super::{Detail, Grads, Pass, Readings, RowStats, Rows, TOP, entropy_among, log_of_sum};
 use crate::ops::cpu::{
     self, Element,
@@ -19,14 +20,37 @@ struct Dense<'a, E> {
     vocab: usize,
 }
 
+impl<E: Element> Dense<'_, E> {
+    /// Some of the hidden rows, in the weight's type.
+    fn rows(&self, rows: &[u32]) -> Vec<E> {
+        let mut x = Vec::with_capacity(rows.len() * self.width);
+        for &row in rows {
+            x.extend_from_slice(&self.h[row as usize * self.width..][..self.width]);
+        }
+        E::rounded(x)
+    }
+}
+
 pub(super) fn on_cpu<E: Element>(
     (hidden, weight): (&Tensor, &Tensor),
     rows: &Rows,
     pass: Pass<'_>,
 ) -> Result<(Readings, Grads)> {
+    with_dense::<E, _>((hidden, weight), |inputs| match pass.anchor {
+        None => by_chunks(inputs, rows, (pass, None)),
+        Some(anchor) => with_dense((&anchor.hidden, &anchor.weight), |beside| {
+            by_chunks(inputs, rows, (pass, Some(beside)))
+        }),
+    })
+}
+
+fn with_dense<E: Element, R>(
+    (hidden, weight): (&Tensor, &Tensor),
+    run: impl FnOnce(&Dense<'_, E>) -> Result<R>,
+) -> Result<R> {
     let ((t, width), vocab) = (hidden.dims2()?, weight.dim(0)?);
     cpu::with_slice(hidden, |h| {
-        cpu::with_slice::<E, _>(weight, |w| by_chunks(&Dense { h, w, t, width, vocab }, rows, pass))
+        cpu::with_slice::<E, _>(weight, |w| run(&Dense { h, w, t, width, vocab }))
     })??
 }
 
@@ -34,9 +58,9 @@ pub(super) fn on_cpu<E: Element>(
 fn by_chunks<E: Element>(
     inputs: &Dense<'_, E>,
     rows: &Rows,
-    pass: Pass<'_>,
+    (pass, beside): (Pass<'_>, Option<&Dense<'_, E>>),
 ) -> Result<(Readings, Grads)> {
-    let Dense { h, w, t, width, vocab } = *inputs;
+    let Dense { w, t, width, vocab, .. } = *inputs;
     let mut readings = Readings::zeros(rows.order.len(), pass.detail);
     let mut d_hidden = pass.gradient.map(|_| vec![0.0; t * width]);
     let mut d_weight =
@@ -45,18 +69,22 @@ fn by_chunks<E: Element>(
     let chunk = Rows::chunk(vocab);
     for first in (0..rows.hidden.len()).step_by(chunk) {
         let slots = first..(first + chunk).min(rows.hidden.len());
-        let mut x = Vec::with_capacity(slots.len() * width);
-        rows.hidden[slots.clone()]
-            .iter()
-            .for_each(|&row| x.extend_from_slice(&h[row as usize * width..][..width]));
-        let x = E::rounded(x);
+        let x = inputs.rows(&rows.hidden[slots.clone()]);
         let x = Mat::new(&x, slots.len(), width);
         let mut logits = matmul(x, weight.t(), Threads::All);
-        let found: Vec<(Vec<f32>, Option<RowStats>)> = logits
-            .par_chunks_mut(vocab)
-            .zip(slots.clone())
-            .map(|(logits, slot)| row_on_cpu(logits, rows.targets(slot), pass))
-            .collect();
+        let mut anchors = beside.map(|beside| {
+            let x = beside.rows(&rows.hidden[slots.clone()]);
+            let head = Mat::new(beside.w, vocab, beside.width);
+            matmul(Mat::new(&x, slots.len(), beside.width), head.t(), Threads::All)
+        });
+        let of_rows = logits.par_chunks_mut(vocab).zip(slots.clone());
+        let found: Vec<OfRow> = match &mut anchors {
+            None => of_rows.map(|(row, slot)| row_on_cpu(row, rows.targets(slot), pass)).collect(),
+            Some(anchors) => of_rows
+                .zip(anchors.par_chunks_mut(vocab))
+                .map(|((row, slot), anchor)| row_beside(row, anchor, rows.targets(slot), pass))
+                .collect(),
+        };
         for (slot, (logps, row)) in slots.clone().zip(found) {
             for (&(index, _), logp) in rows.targets(slot).iter().zip(logps) {
                 readings.set(index, logp, row);
@@ -85,13 +113,28 @@ fn by_chunks<E: Element>(
     Ok((readings, grads))
 }
 
-/// Reads one row's targets; where a gradient is asked for, turns the logits into `d logits` in place:
-/// `Σ_n d_n · onehot(id_n)` and the two parts of [`Slopes::of_row`].
-fn row_on_cpu(
+/// The log-probabilities of a row's targets, and what else is read of it.
+type OfRow = (Vec<f32>, Option<RowStats>);
+
+/// [`row_on_cpu`] beside an anchor's row, which is overwritten: reads the divergence too, and adds its gradient.
+fn row_beside(
     logits: &mut [f32],
+    anchor: &mut [f32],
     targets: &[(usize, u32)],
     pass: Pass<'_>,
-) -> (Vec<f32>, Option<RowStats>) {
+) -> OfRow {
+    let divergence = diverge(logits, anchor);
+    let (logps, stats) = row_on_cpu(logits, targets, pass);
+    let slope = pass.anchor.map_or(0.0, |anchor| anchor.slope_of_row(targets));
+    if pass.gradient.is_some() {
+        simd::axpy(logits, -slope, anchor);
+    }
+    (logps, stats.map(|stats| RowStats { divergence, ..stats }))
+}
+
+/// Reads one row's targets; where a gradient is asked for, turns the logits into `d logits` in place:
+/// `Σ_n d_n · onehot(id_n)` and the two parts of [`Slopes::of_row`].
+fn row_on_cpu(logits: &mut [f32], targets: &[(usize, u32)], pass: Pass<'_>) -> OfRow {
     let (max, vocab) = (simd::max(logits), logits.len());
     let picked: Vec<f32> = targets.iter().map(|&(_, id)| logits[id as usize]).collect();
     let moments = (pass.detail >= Detail::Rows).then(|| simd::moments(logits, max));
@@ -104,6 +147,8 @@ fn row_on_cpu(
     let log_sum_exp = log_of_sum(max, sum);
     if let Some((slopes, _)) = pass.gradient {
         let (softmax, one) = slopes.of_row(targets, log_sum_exp, vocab);
+        // An anchor's divergence has the softmax in its gradient too.
+        let softmax = softmax + pass.anchor.map_or(0.0, |anchor| anchor.slope_of_row(targets));
         simd::scale(logits, softmax / sum);
         if slopes.mean_logp != 0.0 {
             for logit in logits.iter_mut() {
@@ -121,6 +166,7 @@ fn row_on_cpu(
         log_sum_squares: squares.ln() - 2.0 * sum.ln(),
         best_logp: max - log_sum_exp,
         top_entropy: top,
+        divergence: 0.0,
     });
     (picked.into_iter().map(|logit| logit - log_sum_exp).collect(), stats)
 }

@@ -61,7 +61,7 @@ fn all_bits(weights: &Weights) -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn masters_in_host_memory_move_to_the_same_bits() {
+fn masters_in_host_memory_are_updated_to_the_same_bits() {
     for dtype in [Precision::F32, Precision::Bf16] {
         for in_backward in [false, true] {
             let [home, away] = [false, true].map(|offloaded| {
@@ -83,7 +83,7 @@ fn masters_in_host_memory_move_to_the_same_bits() {
 
 /// Stochastic rounding of the copies too, which affects the next step's gradients.
 #[test]
-fn copies_are_rounded_by_the_same_chance_wherever_masters_are() {
+fn rounding_by_chance_is_the_same_wherever_masters_are() {
     let settings = Settings { stochastic_rounding: true, dtype: Precision::Bf16, ..settings() };
     for in_backward in [false, true] {
         let [home, away] = [false, true].map(|offloaded| {
@@ -132,7 +132,7 @@ fn factors_of_adapters_are_rounded_by_chance() {
 
 /// The average follows, and a run resumes from a checkpoint, wherever the masters are.
 #[test]
-fn averages_and_checkpoints_do_not_mind_where_masters_are() {
+fn averages_and_checkpoints_are_the_same_wherever_masters_are() {
     let run = |offloaded: [bool; 2], stochastic_rounding: bool| {
         let dir = tempfile::tempdir().unwrap();
         let settings = Settings { stochastic_rounding, dtype: Precision::Bf16, ..settings() };
@@ -170,7 +170,7 @@ fn averages_and_checkpoints_do_not_mind_where_masters_are() {
 }
 
 #[test]
-fn bytes_on_the_device_are_those_of_what_is_computed_with() {
+fn device_bytes_count_only_what_is_computed_with() {
     let [home, away] = [false, true].map(|offloaded| learner(Precision::F32, offloaded).bytes());
     assert_eq!(home, away);
     let [home, away] = [false, true].map(|offloaded| learner(Precision::Bf16, offloaded).bytes());
@@ -178,7 +178,7 @@ fn bytes_on_the_device_are_those_of_what_is_computed_with() {
 }
 
 #[test]
-fn offload_that_does_nothing_is_refused_or_told() {
+fn ineffective_offload_is_refused_or_noted() {
     let settings = Settings { activation_offload: true, ..Settings::default() };
     let error = settings.check().unwrap_err().to_string();
     assert!(
@@ -213,7 +213,7 @@ impl Objective for Diverged {
         Sft::default().counts(forest)
     }
 
-    fn of_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
+    fn for_forest(&self, _: &Forest) -> Result<Box<dyn Objective>> {
         Ok(Box::new(Self))
     }
 
@@ -229,7 +229,7 @@ impl Objective for Diverged {
 }
 
 #[test]
-fn a_gradient_that_is_not_finite_is_named_and_moves_nothing() {
+fn non_finite_gradient_is_named_and_changes_no_weights() {
     let learner = learner(Precision::F32, false);
     let before = all_bits(&learner.weights());
     let trees = trees();
@@ -268,7 +268,7 @@ fn adapted(loraplus_lr_ratio: f64) -> (Weights, Learner) {
 
 /// AdamW's first step moves each weight by the learning rate, whatever the gradient.
 #[test]
-fn the_rate_of_b_is_the_ratio_times_that_of_a() {
+fn loraplus_ratio_scales_the_learning_rate_of_b() {
     for (ratio, expected) in [(0.0, 1.0), (1.0, 1.0), (16.0, 16.0)] {
         let (before, learner) = adapted(ratio);
         let hyper = Settings { weight_decay: 0.0, ..Settings::default() }.hyper();
@@ -286,7 +286,7 @@ fn the_rate_of_b_is_the_ratio_times_that_of_a() {
 }
 
 #[test]
-fn what_is_not_targeted_has_no_gradient() {
+fn only_targeted_modules_have_gradients() {
     let (factors, learner) = adapted(0.0);
     let trees = trees();
     let trees: Vec<&Tree> = trees.iter().collect();

@@ -74,12 +74,12 @@ fn all_shapes<T: Number>() {
 }
 
 #[test]
-fn in_f32_attention_is_what_its_definition_says() {
+fn f32_attention_matches_its_definition() {
     all_shapes::<f32>();
 }
 
 #[test]
-fn in_bf16_attention_is_what_its_definition_says_with_rounded_weights() {
+fn bf16_attention_matches_its_definition_with_rounded_weights() {
     all_shapes::<bf16>();
 }
 
@@ -123,7 +123,7 @@ fn attention_agrees_with_the_plain_form_and_its_gradients() {
 }
 
 #[test]
-fn a_token_alone_sees_itself() {
+fn single_token_attends_only_to_itself() {
     let case = Case::<f32>::new(&[&[(None, 1)]], (2, 2, 32));
     let found = case.on_kernels(all_manners()[0]);
     assert_eq!(found.out, case.v);
@@ -155,7 +155,7 @@ fn neighbours_do_not_matter<T: Number>() {
 }
 
 #[test]
-fn what_lies_beside_a_path_changes_no_bit() {
+fn attention_of_a_path_is_bitwise_independent_of_its_neighbours() {
     neighbours_do_not_matter::<f32>();
     neighbours_do_not_matter::<bf16>();
 }
@@ -180,7 +180,7 @@ fn deltas_are_sums<T: Number>(turn: usize, (heads, groups, width): Heads, tokens
 }
 
 #[test]
-fn deltas_are_sums_over_a_heads_width() {
+fn deltas_are_summed_over_the_head_width() {
     let shapes = [((1, 1, 1), 1), ((6, 2, 33), 5), ((3, 3, 64), 7), ((4, 1, 128), 2)];
     for (turn, (heads, tokens)) in shapes.into_iter().enumerate() {
         deltas_are_sums::<f32>(turn, heads, tokens);
@@ -243,7 +243,7 @@ fn cells(lists: &Lists) -> usize {
 }
 
 #[test]
-fn the_longest_tiles_go_first_and_a_forest_without_tokens_has_none() {
+fn longest_tiles_go_first_and_an_empty_forest_has_none() {
     let plan = plan(LONG);
     for lists in [Lists::of_queries(&plan, 2), Lists::of_keys(&plan)] {
         let tokens = lists.tiles.iter().map(|&[_, _, begin, end]| {
@@ -258,7 +258,7 @@ fn the_longest_tiles_go_first_and_a_forest_without_tokens_has_none() {
 }
 
 #[test]
-fn no_block_asks_for_more_shared_memory_than_gpus_since_sm_80_have() {
+fn blocks_fit_the_shared_memory_of_gpus_since_sm_80() {
     for which in [Kernel::Forward, Kernel::Cached, Kernel::BackwardKeys, Kernel::BackwardQueries] {
         for (size, width) in
             [2, 4].into_iter().flat_map(|size| [32, 64, 96, 128].map(|e| (size, e)))
@@ -312,7 +312,7 @@ fn every_mutant_of_attention_is_caught() {
 }
 
 #[test]
-fn every_mutant_of_what_attention_shares_is_caught() {
+fn every_mutant_of_the_shared_attention_code_is_caught() {
     let value = "b + k * 8 * O::ROW + n * 8);\n      mma_bf16(sum[n], left, {right[0], right[1]});";
     let key = "b + n * 8 * O::ROW + k);\n      mma_bf16(sum[n], left, {right[0], right[1]});";
     let other_value = value.replace("right[1]", "right[2]");

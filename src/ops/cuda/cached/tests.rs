@@ -184,12 +184,12 @@ fn all_shapes<T: Number>() {
 }
 
 #[test]
-fn in_f32_attention_over_pages_is_what_its_definition_says() {
+fn f32_attention_over_pages_matches_its_definition() {
     all_shapes::<f32>();
 }
 
 #[test]
-fn in_bf16_attention_over_pages_is_what_its_definition_says() {
+fn bf16_attention_over_pages_matches_its_definition() {
     all_shapes::<bf16>();
 }
 
@@ -209,7 +209,7 @@ fn neighbours_do_not_matter<T: Number>() {
 }
 
 #[test]
-fn what_is_computed_beside_a_sequence_changes_no_bit() {
+fn sequence_is_bitwise_independent_of_its_neighbours() {
     neighbours_do_not_matter::<f32>();
     neighbours_do_not_matter::<bf16>();
 }
@@ -247,7 +247,7 @@ fn rows_come_to_their_places<T: Number>(width: usize, turn: usize) {
 }
 
 #[test]
-fn keys_and_values_are_stored_where_their_places_are() {
+fn keys_and_values_are_stored_at_their_places() {
     for (turn, width) in [64, 12, 7, 1].into_iter().enumerate() {
         rows_come_to_their_places::<f32>(width, turn);
         rows_come_to_their_places::<bf16>(width, turn);
@@ -360,7 +360,7 @@ fn every_mutant_of_attention_over_pages_is_caught() {
 
 /// Header code used only for parts: a query may have seen nothing.
 #[test]
-fn every_mutant_of_what_attention_shares_is_caught_over_pages() {
+fn every_mutant_of_the_shared_attention_code_is_caught_over_pages() {
     let mutants = [
         ("most[half] == NEG_INF ? 1 : exponential", "most[half] == 1 ? 1 : exponential"),
         ("most[i / 2] == NEG_INF ? 0 : exponential", "most[i / 2] == 1 ? 0 : exponential"),

@@ -206,7 +206,7 @@ fn the_generator_is_the_cpus() {
 }
 
 #[test]
-fn steps_that_are_wrong_are_caught() {
+fn wrong_steps_are_caught() {
     let mutants = [
         ("(1.0f - update.beta1) * g;", "(1.0f - update.beta2) * g;"),
         ("* (g * g);", "* g;"),
@@ -220,7 +220,7 @@ fn steps_that_are_wrong_are_caught() {
 }
 
 #[test]
-fn chances_that_are_wrong_are_caught() {
+fn wrong_rounding_by_chance_is_caught() {
     let mutants = [
         ("u16((bits + (random >> 16)) >> 16)", "u16((bits + (random >> 17)) >> 16)"),
         ("u32 word = N == 4 ? j : u32(i % 4);", "u32 word = j;"),

@@ -74,7 +74,7 @@ fn both_directions_are_the_cpus() {
 }
 
 #[test]
-fn an_id_beyond_the_table_gives_no_numbers() {
+fn id_beyond_the_table_gives_nan() {
     for manner in manners(&[64]) {
         let table = Guarded::new(&random::<f32>(1, 3 * 5), manner.side);
         let ids = Guarded::new(&[2_u32, 3, u32::MAX], manner.side);

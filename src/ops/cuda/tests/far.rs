@@ -58,7 +58,7 @@ fn head(logits: *mut u8, rows: usize) -> Vec<f32> {
     let write = call("head_grad_f32", (VOCAB as u64).div_ceil(SPAN) as u32).arg(logits);
     let write = write.arg(VOCAB as u64).arg(SPAN).input(&log_sums).input(&starts).input(&ids);
     let write = write.input(&logps).input(&d_logps).arg(0.1_f32).arg(0.01_f32);
-    write.null().null().null().null().arg(0_u32).run();
+    write.null().null().null().null().arg(0_u32).null().run();
     let mut said = logps.as_slice().to_vec();
     said.extend(&stats.as_slice()[(rows - 1) * 5..]);
     said
@@ -96,7 +96,7 @@ fn a_far_row_of_a_table_is_a_near_one() {
 }
 
 #[test]
-fn kernels_that_count_in_32_bits_are_caught() {
+fn kernels_with_32_bit_offsets_are_caught() {
     let check = |test: &str| format!("ops::cuda::tests::far::{test}");
     every_mutant_is_caught(
         "head.cu",

@@ -5,6 +5,7 @@
 //! definitions in double precision.
 
 mod after;
+mod anchor;
 mod divergence;
 
 use std::collections::BTreeMap;
@@ -68,7 +69,7 @@ impl<T: Number> Batch<T> {
             }
         }
         let slopes = Slopes { d_logps: &self.d_logps, mean_logp, squared_lse };
-        let asked = Asked { detail: Detail::Rows, d_weight: false };
+        let asked = Asked { detail: Detail::Rows, ..Asked::default() };
         let out = head::backward(&hidden, &weight, &targets, slopes, asked).unwrap();
         let readings = out.readings.wait().unwrap();
         let stats = self.starts[..self.rows].iter().map(|&n| readings.rows[n as usize]);
@@ -171,7 +172,7 @@ fn rows_say_what_they_say_on_the_cpu() {
 }
 
 #[test]
-fn a_token_outside_the_vocabulary_has_no_log_probability_and_an_infinite_row_none_at_all() {
+fn out_of_vocabulary_tokens_and_infinite_rows_have_no_log_probability() {
     let manner = Manner { block: 64, order: Order::Forward, side: Side::End };
     let mut logits = vec![1.0_f32; 3 * 70];
     logits[70..140].fill(f32::NEG_INFINITY);
@@ -196,6 +197,20 @@ struct Teacher {
     factors: Vec<f32>,
 }
 
+/// The same of an anchor, as written by `head_anchor`.
+struct Beside<T> {
+    less: Vec<T>,
+    factors: Vec<f32>,
+}
+
+/// What a gradient holds beside that of the targets.
+#[derive(Clone, Copy)]
+enum Other<'a, T> {
+    None,
+    Teacher(&'a Teacher),
+    Anchor(&'a Beside<T>),
+}
+
 /// Which entry: in place of the logits, beside them, or beside them in another dtype.
 #[derive(Clone, Copy, Debug)]
 enum Onto {
@@ -209,7 +224,7 @@ fn gradient<T: Number>(
     case: &Batch<T>,
     (logps, log_sums): (&[f32], &[f32]),
     (mean_logp, squared_lse): (f32, f32),
-    teacher: Option<&Teacher>,
+    other: Other<'_, T>,
     (into, span, manner): (Onto, u64, Manner),
 ) -> (Vec<T>, Vec<bf16>) {
     let input = |values: &[f32]| Guarded::new(values, manner.side);
@@ -218,7 +233,7 @@ fn gradient<T: Number>(
     let (starts, ids) = (whole(&case.starts), whole(&case.ids));
     let (logps, log_sums, d_logps) = (input(logps), input(log_sums), input(&case.d_logps));
     let size = case.logits.len();
-    let (mut own, mut other) = (blank::<T>(size, manner), blank::<bf16>(size, manner));
+    let (mut own, mut narrower) = (blank::<T>(size, manner), blank::<bf16>(size, manner));
     let entry = match into {
         Onto::Bf16 => "head_grad_f32_to_bf16".to_owned(),
         _ => format!("head_grad_{}", T::NAME),
@@ -229,24 +244,28 @@ fn gradient<T: Number>(
     let call = match into {
         Onto::Place => call.output(&mut logits),
         Onto::Beside => call.output(&mut own),
-        Onto::Bf16 => call.output(&mut other),
+        Onto::Bf16 => call.output(&mut narrower),
     };
     let call = call.arg(case.vocab as u64).arg(span).input(&log_sums).input(&starts).input(&ids);
     let call = call.input(&logps).input(&d_logps).arg(mean_logp).arg(squared_lse);
-    match teacher {
-        None => call.null().null().null().null().arg(0_u32).run(),
-        Some(teacher) => {
+    match other {
+        Other::None => call.null().null().null().null().arg(0_u32).null().run(),
+        Other::Anchor(Beside { less, factors }) => {
+            let (less, factors) = (Guarded::new(less, manner.side), input(factors));
+            call.null().null().null().input(&factors).arg(0_u32).input(&less).run();
+        }
+        Other::Teacher(teacher) => {
             let ids = whole(&teacher.ids);
             let buffers = [&teacher.student, &teacher.addends, &teacher.factors];
             let buffers = buffers.map(|values| input(values));
             let [student, addends, factors] = &buffers;
             let call = call.input(&ids).input(student).input(addends).input(factors);
-            call.arg(teacher.k).run();
+            call.arg(teacher.k).null().run();
         }
     }
-    assert!(logits.is_clean() && own.is_clean() && other.is_clean(), "{manner:?}");
+    assert!(logits.is_clean() && own.is_clean() && narrower.is_clean(), "{manner:?}");
     let out = if matches!(into, Onto::Place) { logits } else { own };
-    (out.as_slice().to_vec(), other.as_slice().to_vec())
+    (out.as_slice().to_vec(), narrower.as_slice().to_vec())
 }
 
 fn gradients_are_the_cpus<T: Number>(shape: (usize, usize)) {
@@ -262,13 +281,13 @@ fn gradients_are_the_cpus<T: Number>(shape: (usize, usize)) {
             let into = [Onto::Place, Onto::Beside][(at / 2 + round) % 2];
             let span = [64, 16384, 8][(at + round) % 3];
             let read = (logps.as_slice(), log_sums.as_slice());
-            let (found, _) = gradient(&case, read, slopes, None, (into, span, manner));
+            let (found, _) = gradient(&case, read, slopes, Other::None, (into, span, manner));
             let what = format!("head_grad {shape:?} {slopes:?} {into:?} {span} {manner:?}");
             assert_close(&what, &found, &d_logits);
             repeats.check(manner, &wide(&found));
             if T::NAME == "f32" {
                 let how = (Onto::Bf16, span, manner);
-                let (_, found) = gradient(&case, read, slopes, None, how);
+                let (_, found) = gradient(&case, read, slopes, Other::None, how);
                 assert_close(&format!("{what} to bf16"), &found, &d_logits);
             }
         }
@@ -290,7 +309,7 @@ fn a_row_without_targets_has_no_gradient() {
     let manner = Manner { block: 32, order: Order::Forward, side: Side::End };
     let log_sums = case.log_sums();
     let how = (Onto::Place, 64, manner);
-    let (found, _) = gradient(&case, (&[], &log_sums), (0.3, 0.1), None, how);
+    let (found, _) = gradient(&case, (&[], &log_sums), (0.3, 0.1), Other::None, how);
     assert!(found.iter().all(|d| *d == 0.0), "{found:?}");
 }
 
@@ -299,7 +318,7 @@ fn caught(test: &str, mutants: &[(&str, &str)]) {
 }
 
 #[test]
-fn kernels_of_rows_that_are_wrong_are_caught() {
+fn wrong_row_kernels_are_caught() {
     caught(
         "rows_say_what_they_say_on_the_cpu",
         &[
@@ -344,7 +363,7 @@ fn kernels_of_rows_that_are_wrong_are_caught() {
 }
 
 #[test]
-fn kernels_of_teachers_and_pairs_that_are_wrong_are_caught() {
+fn wrong_teacher_and_pair_kernels_are_caught() {
     caught(
         "divergence::divergences_and_their_gradients_are_as_defined",
         &[
@@ -353,6 +372,22 @@ fn kernels_of_teachers_and_pairs_that_are_wrong_are_caught() {
             ("if (!among(ids, k, u32(at)))", "if (ids[0] != at)"),
             ("mean = block_sum(mean)", "mean = warp_sum(mean)"),
             ("mean += reverse ? p * rest : -q;", ""),
+        ],
+    );
+    caught(
+        "anchor::divergences_from_an_anchor_match_the_cpu",
+        &[
+            ("own_sums<T, false>(a, vocab)", "own_sums<T, false>(x, vocab)"),
+            ("slope += slopes[n]", "slope = slopes[n]"),
+            (
+                "sum = block_sum(sum);\n  if (threadIdx.x != 0) return;\n  divergences",
+                "sum = warp_sum(sum);\n  if (threadIdx.x != 0) return;\n  divergences",
+            ),
+            ("from_f32<T>(slope * q)", "from_f32<T>(q)"),
+            ("factors[row * 2 + 1] = slope;", "factors[row * 2 + 1] = 0.f;"),
+            ("anchor + row * vocab : nullptr", "anchor : nullptr"),
+            ("+ sum - less_at(less, id)", "+ sum"),
+            ("- less_at(less, at + i)", "- less_at(less, at)"),
         ],
     );
     caught(

@@ -146,7 +146,7 @@ fn the_address_sanitizer_sees_one_element_too_far() {
 }
 
 #[test]
-fn a_missing_barrier_shows_in_either_direction() {
+fn missing_barrier_changes_the_result_in_either_order() {
     let kernels = kernels();
     let expected: Vec<f32> = (0..64_u8).map(|thread| f32::from(thread ^ 32)).collect();
     let run = |barrier: u32, order| {
@@ -172,7 +172,7 @@ fn shared_memory_does_not_outlive_its_block() {
 }
 
 #[test]
-fn lanes_exchange_what_they_should() {
+fn lanes_exchange_the_expected_values() {
     let kernels = kernels();
     for order in Order::ALL {
         let mut out = Guarded::new(&[0_u32; 7 * 32], Side::End);
@@ -190,7 +190,7 @@ fn lanes_exchange_what_they_should() {
 }
 
 #[test]
-fn arguments_and_launches_that_do_not_fit_are_refused() {
+fn invalid_arguments_and_launches_are_refused() {
     let kernels = kernels();
     let mut out = blank(64);
     let one = manner(64, Order::Forward);
@@ -204,7 +204,7 @@ fn arguments_and_launches_that_do_not_fit_are_refused() {
 
 /// All kinds of values: ties, overflow to infinity, infinities, subnormals.
 #[test]
-fn bf16_is_rounded_as_half_rounds() {
+fn bf16_rounding_matches_the_half_crate() {
     let mut bits: Vec<u32> = (0..1 << 16).map(|i: u32| i << 16 | i.wrapping_mul(0x9e37)).collect();
     bits.extend((0..1 << 16).map(|i: u32| i << 16 | 0x8000));
     let values: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
@@ -221,7 +221,7 @@ fn bf16_is_rounded_as_half_rounds() {
 }
 
 #[test]
-fn a_warps_product_is_the_product_and_copies_take_a_wait() {
+fn warp_product_is_correct_and_copies_require_a_wait() {
     let kernels = kernels();
     let (a, b) = (random::<bf16>(1, 16 * 16), random::<bf16>(2, 16 * 8));
     let (left, right) = (Guarded::new(&a, Side::Start), Guarded::new(&b, Side::End));

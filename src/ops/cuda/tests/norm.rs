@@ -106,7 +106,7 @@ fn the_backward_is_the_cpus() {
 }
 
 #[test]
-fn forwards_that_are_wrong_are_caught() {
+fn wrong_forwards_are_caught() {
     let mutants = [
         ("u64 row = u64(blockIdx.x) * width;", "u64 row = u64(blockIdx.x + 1) * width;"),
         (
@@ -121,7 +121,7 @@ fn forwards_that_are_wrong_are_caught() {
 }
 
 #[test]
-fn backwards_that_are_wrong_are_caught() {
+fn wrong_backwards_are_caught() {
     let mutants = [
         ("end = first + part < rows ? first + part : rows", "end = first + part"),
         (

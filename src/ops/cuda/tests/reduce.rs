@@ -102,7 +102,7 @@ mod tests {
 
     /// The sum depends neither on a tensor's address nor on scheduling.
     #[test]
-    fn a_sum_has_one_order() {
+    fn sum_is_bitwise_independent_of_address_and_scheduling() {
         let values = random::<f32>(1, 4099);
         let sums = manners(&[128]).into_iter().map(|manner| square_sum(&values, manner));
         let bits: Vec<u64> = sums.map(|sum| sum.as_slice()[0].to_bits()).collect();

@@ -136,7 +136,7 @@ mod tests {
 
     /// More kept tokens than the kernel can list: uses the other sampling path, which hits no boundary here.
     #[test]
-    fn many_kept_tokens_are_drawn_from_by_pieces() {
+    fn draws_from_more_tokens_than_the_list_holds_match_the_cpu() {
         let manner = Manner { block: 1024, order: Order::Forward, side: Side::Start };
         let vocab = 3 * LIST;
         let way = Sampling { top_k: 2 * LIST, temperature: 3.0, ..Sampling::default() };
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_without_a_draw_say_why() {
+    fn rows_without_a_draw_report_the_reason() {
         let manner = Manner { block: 64, order: Order::Forward, side: Side::End };
         let rng = Stream::new(3, "sample").at(0, 0);
         let row = settings(&Sampling::default(), &rng);

@@ -303,7 +303,7 @@ fn slopes_by_kernels(
 }
 
 #[test]
-fn slopes_of_pairs_are_the_hosts_whatever_the_order_of_the_rows() {
+fn pair_slopes_match_the_host_for_any_row_order() {
     for manner in each_block(0) {
         check_pairs_of_a_head(manner);
     }

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::super::host::{Guarded, Kernels, Manner, Number, assert_close, manners, random, wide};
-use super::{Batch, FILE, Onto, Teacher, blank, gradient};
+use super::{Batch, FILE, Onto, Other, Teacher, blank, gradient};
 
 /// A teacher's top tokens for some rows: ascending ids, with nine tenths of its mass.
 struct Lesson {
@@ -127,7 +127,7 @@ fn divergences_are_as_defined<T: Number>(shape: (usize, usize), k: usize) {
             assert_close(&format!("{what} values {}", T::NAME), &found, &values);
             let read = (logps.as_slice(), log_sums.as_slice());
             let how = (Onto::Place, 16, manner);
-            let (found, _) = gradient(&case, read, (0.2, 0.01), Some(&teacher), how);
+            let (found, _) = gradient(&case, read, (0.2, 0.01), Other::Teacher(&teacher), how);
             assert_close(&format!("{what} gradient"), &found, &expected);
         }
     }

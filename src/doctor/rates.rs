@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kernel_is_timed_over_the_bytes_of_its_floor() {
+    fn every_kernel_is_timed_against_its_minimum_bytes() {
         let rates = run(&Device::Cpu).unwrap();
         assert!(rates.iter().all(|rate| rate.seconds > 0.0), "{rates:?}");
         let bytes: Vec<(&str, f64)> = rates.iter().map(|rate| (rate.kernel, rate.bytes)).collect();

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use llguidance::toktrie::SimpleVob;
 
-use super::device_check::{Checked, checked, home, numbers};
+use super::check::{Checked, checked, home, numbers};
 use crate::generate::sampler::{Draw, draw_rows};
 use crate::ops::cached::{CachePlan, PAGE, Page, Sequence, Span};
 use crate::ops::head;

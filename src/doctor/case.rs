@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 
-use super::device_check::{Checked, checked, home, numbers};
+use super::check::{Checked, checked, home, numbers};
 use crate::ops::residual;
 
 pub(super) type Op = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::device_check::{Checked, compared, home};
+use super::check::{Checked, compared, home};
 use crate::data::tree::{Role, Tree};
 use crate::error::Result;
 use crate::loss::Objective;
@@ -21,7 +21,7 @@ use crate::model::{Config, Precision, Tensors, Weights, init};
 use crate::optim::adamw::{AdamW, Hyper, is_decayed};
 use crate::train::step::StepOptions;
 use crate::train::update::{Pace, update};
-use crate::train::{Held, Learner, Recompute};
+use crate::train::{Held, Learner, Recompute, anchor};
 
 /// Number of steps: the second starts from the first's result.
 const STEPS: usize = 2;
@@ -37,6 +37,7 @@ enum Task {
     Reward,
     /// SFT whose slopes depend on the head's readings.
     Dft,
+    Asft,
     Eaft,
     /// Pair losses weighed on the host, one of them coupled over the whole step.
     Weighed,
@@ -94,6 +95,8 @@ pub(super) fn ways() -> Vec<Way> {
         Way { name: "dpo", task: dpo, change: PARTS, ..SFT },
         Way { name: "dpo bf16", task: dpo, change: PARTS, dtype: Precision::Bf16, ..SFT },
         Way { name: "dft", task: Task::Dft, change: PARTS, ..SFT },
+        Way { name: "asft", task: Task::Asft, change: PARTS, ..SFT },
+        Way { name: "asft bf16", task: Task::Asft, dtype: Precision::Bf16, ..SFT },
         Way { name: "eaft", task: Task::Eaft, change: PARTS, ..SFT },
         Way { name: "dpo by the host", task: Task::Weighed, change: PARTS, ..SFT },
         Way { name: "reward", task: reward, change: PARTS, ..SFT },
@@ -126,7 +129,7 @@ impl Way {
         // With such a large eps, updates are proportional to the gradient, so signs near 0 do not matter.
         let hyper =
             Hyper { beta1: 0.9, beta2: 0.95, eps: 1.0, weight_decay: 0.0, decayed: is_decayed };
-        let (objective, trees) = (self.objective(), self.trees());
+        let (objective, trees) = (self.objective(&learner)?, self.trees());
         let (trees, mut adamw): (Vec<&Tree>, _) = (trees.iter().collect(), AdamW::new(hyper));
         let pace = Pace { lr: 0.3, max_grad_norm: self.max_grad_norm };
         let (mut losses, mut norms) = (Vec::new(), Vec::new());
@@ -170,13 +173,22 @@ impl Way {
         ))
     }
 
-    fn objective(&self) -> Box<dyn Objective> {
+    fn objective(&self, learner: &Learner) -> Result<Box<dyn Objective>> {
         // Different from the policy's own, so that margins are not 0.
         let reference = (0..3).map(|row| (row, vec![-70.0 - row as f64, -64.0]));
         let reference: BTreeMap<_, _> = reference.collect();
-        match self.task {
+        Ok(match self.task {
             Task::Sft => Box::new(Sft::default()),
             Task::Dft => Box::new(Sft { loss: TokenLoss::Dft, ..Sft::default() }),
+            Task::Asft => {
+                let reference = Some(anchor(learner)?);
+                Box::new(Sft {
+                    loss: TokenLoss::Asft,
+                    asft_alpha: 2.0,
+                    reference,
+                    ..Sft::default()
+                })
+            }
             Task::Eaft => Box::new(Sft { loss: TokenLoss::Eaft, ..Sft::default() }),
             Task::Reward => Box::new(Reward::default()),
             Task::Dpo => Box::new(Preference { reference, ..Preference::default() }),
@@ -186,7 +198,7 @@ impl Way {
                 let base = Preference::default();
                 Box::new(Preference { losses, weighting: true, reference, ..base })
             }
-        }
+        })
     }
 
     /// Three rows, of which no two fit in a micro-batch of 64 tokens.
@@ -198,7 +210,7 @@ impl Way {
         let tree = |row: usize| {
             let (first, second) = (content(17 + 9 * row, 7 + row), content(12, 29 + row));
             match self.task {
-                Task::Sft | Task::Dft | Task::Eaft => {
+                Task::Sft | Task::Dft | Task::Asft | Task::Eaft => {
                     Tree::sequence(tokens(33 + 5 * row, 11), vec![Role::Content; 33 + 5 * row], row)
                 }
                 _ => Tree::siblings(tokens(21, 13 + row), vec![first, second], row),
@@ -235,7 +247,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_way_to_take_a_step_comes_to_the_same_weights() {
+    fn every_way_to_take_a_step_gives_the_same_weights() {
         for way in ways() {
             let all = way.check(&Device::Cpu).unwrap();
             assert!(all.len() == 3 && all.iter().all(Checked::agrees), "{all:?}");
@@ -243,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_of_another_pace_does_not_agree_and_the_clipping_bites() {
+    fn clipped_step_does_not_agree_with_an_unclipped_one() {
         let plain = &ways()[0];
         let clipped = ways().into_iter().find(|way| way.name == "clipped").unwrap();
         let (expected, found) = (plain.results(&Device::Cpu), clipped.results(&Device::Cpu));

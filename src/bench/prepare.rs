@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_dataset_of_either_kind_is_measured() {
+    fn sft_and_preference_datasets_are_measured() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.jsonl");
         let model = "data/tiny/student";

@@ -245,7 +245,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_steps_products_are_six_operations_a_parameter_and_token() {
+    fn step_products_take_six_operations_per_parameter_and_token() {
         let config = config(&options().model).unwrap();
         // More tokens than fit in a micro-batch, and chats of several lengths.
         for options in [

@@ -8,7 +8,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
-use super::device_check::{Checked, compared};
+use super::check::{Checked, compared};
 use crate::data::forest::Forest;
 use crate::data::tree::{Role, Tree};
 use crate::error::{Context, Error, Result};
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn another_models_numbers_do_not_agree_and_missing_files_are_named() {
+    fn results_of_another_model_do_not_agree_and_missing_files_are_named() {
         let mut checkpoint =
             Checkpoint::load_dir(&folder().join("model_tied"), &Device::Cpu).unwrap();
         let norm = checkpoint.weights.get_mut(crate::model::params::FINAL_NORM).unwrap();

@@ -4,6 +4,7 @@
 
 pub mod ceiling;
 mod parts;
+pub mod prepare;
 
 use std::path::Path;
 use std::time::Instant;
@@ -11,7 +12,6 @@ use std::time::Instant;
 use candle_core::{Device, Tensor};
 use serde::Serialize;
 
-use super::adapt::Adapt;
 use crate::data::tree::{Role, Tree};
 use crate::error::{Error, Result};
 use crate::generate::engine::Prompt;
@@ -31,6 +31,7 @@ use crate::ops::cpu::peak::read_rate;
 use crate::optim::adamw::AdamW;
 use crate::report::record::Silent;
 use crate::rng::Stream;
+use crate::stage::adapt::Adapt;
 use crate::train::reference::{Request, reference_logps};
 use crate::train::step::StepOptions;
 use crate::train::update::{Pace, update};
@@ -416,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn every_method_is_measured_and_nonsense_is_refused() {
+    fn every_method_is_measured_and_invalid_options_are_refused() {
         let methods = [Method::Sft, Method::Dpo, Method::Reward, Method::Generate];
         for method in methods.into_iter().chain([Method::Head, Method::Attention, Method::Score]) {
             let figures = run(method, &options()).unwrap();
@@ -436,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn chats_have_the_lengths_of_the_peers() {
+    fn chat_lengths_match_those_of_the_peers() {
         let options = Options { chat: true, batch: 3, ..options() };
         let trees = trees(Method::Sft, &options, 40, 1);
         let found: Vec<(usize, usize)> = trees

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use serde::Serialize;
 
-use super::device_case::{Case, Op};
-use super::{device_generation, device_steps};
+use super::case::{Case, Op};
+use super::{generation, steps};
 use crate::data::forest::{Forest, Target};
 use crate::data::tree::{Role, Tree};
 use crate::model::gradients::Gradients;
@@ -76,15 +76,16 @@ pub fn run(device: &Device) -> Result<Vec<Checked>> {
         // A small vocabulary and, on a GPU, more rows than fit in one chunk of logits.
         for shape in [(67, 96, 5003), (4101, 32, 101)] {
             keep("head", of_the_head(device, *dtype, shape));
+            keep("head beside an anchor", of_an_anchor(device, *dtype, shape));
         }
         keep("packed", of_packed(device, *dtype));
-        keep("cached attention", device_generation::of_the_cache(device, *dtype));
+        keep("cached attention", generation::of_the_cache(device, *dtype));
         keep("adamw", of_the_optimizer(device, *dtype));
     }
     keep("adamw", of_chance(device).map(|one| vec![one]));
     keep("embed", of_the_embedding(device));
-    keep("draws", device_generation::of_the_draws(device));
-    for way in device_steps::ways() {
+    keep("draws", generation::of_the_draws(device));
+    for way in steps::ways() {
         keep(&format!("step {}", way.name), way.check(device).map_err(candle_core::Error::wrap));
     }
     Ok(all)
@@ -210,14 +211,11 @@ fn of_the_head(
     dtype: DType,
     (t, d, v): (usize, usize, usize),
 ) -> Result<Vec<Checked>> {
-    let target = |(row, id)| Target { row, id, leaf: 0, role: Role::Content };
-    let rows = (1..t as u32).chain([5]);
-    let targets: Vec<Target> = rows.map(|row| target((row, row * 73 % v as u32))).collect();
-    let slopes: Vec<f32> = (0..targets.len()).map(|at| (at % 5) as f32 * 0.25 - 0.5).collect();
+    let (targets, slopes) = targets_of_the_head(t, v);
     let (hidden, weight) = (numbers(12, (t, d))?, numbers(13, (v, d))?);
     let results = |device: &Device, dtype: DType| -> Result<Vec<(&'static str, Tensor)>> {
         let weight = weight.to_device(device)?.to_dtype(dtype)?;
-        let asked = head::Asked { detail: head::Detail::Top, d_weight: true };
+        let asked = head::Asked { detail: head::Detail::Top, d_weight: true, anchor: None };
         let hidden = hidden.to_device(device)?;
         let grads = head::backward(&hidden, &weight, &targets, slopes.as_slice().into(), asked)?;
         let Some(d_weight) = &grads.d_weight else { candle_core::bail!("head: no d_weight") };
@@ -254,6 +252,49 @@ fn of_the_head(
     expected
         .iter()
         .zip(&found)
+        .map(|((what, expected), (_, found))| checked((&op, what), dtype, (expected, found)))
+        .collect()
+}
+
+/// Targets in all rows but the first, two in the sixth, and their slopes.
+fn targets_of_the_head(t: usize, v: usize) -> (Vec<Target>, Vec<f32>) {
+    let target = |(row, id)| Target { row, id, leaf: 0, role: Role::Content };
+    let rows = (1..t as u32).chain([5]);
+    let targets: Vec<Target> = rows.map(|row| target((row, row * 73 % v as u32))).collect();
+    let slopes = (0..targets.len()).map(|at| (at % 5) as f32 * 0.25 - 0.5).collect();
+    (targets, slopes)
+}
+
+/// The head beside a narrower frozen model: the divergences, and the gradients of both losses together.
+fn of_an_anchor(
+    device: &Device,
+    dtype: DType,
+    (t, d, v): (usize, usize, usize),
+) -> Result<Vec<Checked>> {
+    let (targets, slopes) = targets_of_the_head(t, v);
+    let results = |device: &Device, dtype: DType| -> Result<Vec<(&'static str, Tensor)>> {
+        let on = |name: u64, shape: (usize, usize)| numbers(name, shape)?.to_device(device);
+        let (hidden, weight) = (on(12, (t, d))?, on(13, (v, d))?.to_dtype(dtype)?);
+        let anchor = head::Anchor {
+            hidden: on(14, (t, d / 2))?,
+            weight: on(15, (v, d / 2))?.to_dtype(dtype)?,
+            slopes: slopes.iter().map(|slope| 0.3 - slope).collect(),
+        };
+        let (detail, own) = (head::Detail::Rows, slopes.clone());
+        let asked = head::Asked { detail, d_weight: true, anchor: Some(&anchor) };
+        let weigh = Box::new(move |_: &head::Readings| own);
+        let grads = head::backward_by(&hidden, &weight, &targets, weigh, asked)?;
+        let Some(d_weight) = &grads.d_weight else { candle_core::bail!("head: no d_weight") };
+        let (d_hidden, d_weight) = (home(&grads.d_hidden)?, home(d_weight)?);
+        let rows = grads.readings.wait()?.rows;
+        let apart: Vec<f32> = rows.iter().map(|row| row.divergence).collect();
+        let apart = Tensor::from_vec(apart, rows.len(), &Device::Cpu)?;
+        Ok(vec![("divergence", apart), ("d_hidden", d_hidden), ("d_weight", d_weight)])
+    };
+    let (expected, found) = (results(&Device::Cpu, DType::F32)?, results(device, dtype)?);
+    let op = format!("head {t}×{d}×{v} beside an anchor");
+    let pairs = expected.iter().zip(&found);
+    pairs
         .map(|((what, expected), (_, found))| checked((&op, what), dtype, (expected, found)))
         .collect()
 }
@@ -407,7 +448,7 @@ pub(super) fn numbers(index: u64, shape: impl Into<Shape>) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::device_case::Lie;
+    use super::super::case::Lie;
     use super::*;
 
     /// The CPU agrees with itself to the last bit, in f32: any difference would come from the check itself.
@@ -427,9 +468,10 @@ mod tests {
                     .collect::<Vec<_>>()
             })
             .chain(of_the_head(&Device::Cpu, DType::F32, (67, 96, 5003)).unwrap())
+            .chain(of_an_anchor(&Device::Cpu, DType::F32, (67, 96, 5003)).unwrap())
             .chain(of_the_embedding(&Device::Cpu).unwrap())
-            .chain(device_generation::of_the_cache(&Device::Cpu, DType::F32).unwrap())
-            .chain(device_generation::of_the_draws(&Device::Cpu).unwrap())
+            .chain(generation::of_the_cache(&Device::Cpu, DType::F32).unwrap())
+            .chain(generation::of_the_draws(&Device::Cpu).unwrap())
             .chain(of_the_optimizer(&Device::Cpu, DType::BF16).unwrap())
             .chain([of_chance(&Device::Cpu).unwrap()])
             .collect();
@@ -438,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn an_op_that_fails_is_a_result_that_does_not_agree() {
+    fn failed_op_is_reported_as_a_disagreement() {
         let failed = Checked::failed("op", &candle_core::Error::msg("illegal address"));
         assert!(!failed.agrees() && failed.what.contains("illegal address"));
         let all = run(&Device::Cpu).unwrap();
@@ -448,7 +490,7 @@ mod tests {
     }
 
     #[test]
-    fn what_differs_or_is_no_number_does_not_agree() {
+    fn differing_or_nan_results_do_not_agree() {
         let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
         let agrees = |found: &[f32], dtype| {
             let pair = (&tensor(&[1.0, -2.0]), &tensor(found));
