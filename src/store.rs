@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_may_not_be_touched_is_told_by_what_was_tried() {
+    fn permission_error_hint_tells_reading_from_writing() {
         let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
         let path = Path::new("run/weights");
         assert_eq!(io_error(path, denied()).hint_text(), Some("check who may write here"));
@@ -457,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn an_abandoned_directory_leaves_nothing_and_a_killed_one_is_swept_up() {
+    fn abandoned_directory_leaves_nothing_and_a_killed_one_is_cleaned_up() {
         let home = tempfile::tempdir().unwrap();
         let target = home.path().join("checkpoint-1");
         drop(AtomicDir::create(&target).unwrap());

@@ -41,7 +41,7 @@ fn help_lists_every_command() {
 }
 
 #[test]
-fn mistakes_exit_with_two_and_a_way_out() {
+fn mistakes_exit_with_status_2_and_a_hint() {
     refuses(
         &["run", RECIPE, "select.min_scor=1"],
         "error: `select.min_scor=1`: stage `select`: unknown key `min_scor`\nhint: did you mean `min_score`?",
@@ -115,7 +115,7 @@ fn a_recipe_runs_reports_and_is_reused() {
 }
 
 #[test]
-fn what_a_recipe_needs_besides_the_program_is_said() {
+fn data_that_a_recipe_needs_is_named() {
     let (status, stdout, _) = arriero(&["ls"]);
     assert_eq!(status, 0);
     assert!(stdout.contains("the better ones preferred.\n"), "{stdout}");
@@ -134,7 +134,7 @@ fn what_a_recipe_needs_besides_the_program_is_said() {
 }
 
 #[test]
-fn a_setting_with_dashes_is_shown_without() {
+fn setting_with_dashes_gets_a_tip_to_drop_them() {
     for arguments in [
         &["sft", "--learning_rate=1e-4"][..],
         &["sft", "--learning_rate", "1e-4"],
@@ -178,7 +178,7 @@ fn train_with(isa: &str) -> (i32, String, String) {
 }
 
 #[test]
-fn a_step_of_training_has_the_same_bits_on_every_instruction_set() {
+fn training_step_is_bitwise_equal_on_every_instruction_set() {
     let hash = |isa: &str| -> String {
         let (status, stdout, stderr) = train_with(isa);
         assert_eq!(status, 0, "{isa}: {stderr}");
@@ -272,7 +272,7 @@ fn a_run_of_adapters_is_exported_and_merged() {
 
 /// What a rounded policy says is weighed by its whole weights: against those as a reference nothing diverges.
 #[test]
-fn a_rounded_policy_is_rescored_by_its_own_weights() {
+fn rounded_policy_is_rescored_by_its_unrounded_weights() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("run").display().to_string();
     let datasets = "datasets=[{path=\"data/tiny/heldout.jsonl\",limit=6}]";
@@ -347,7 +347,7 @@ fn recipes_are_copied_once_and_validated() {
 /// Models and rows that are here already are looked at before a run would come to them.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "the data of a test")]
-fn validate_looks_at_models_and_at_the_rows_of_stages_that_judge() {
+fn validate_checks_models_and_the_rows_of_judging_stages() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let row = "{\"prompt\": \"2+2?\", \"answer\": \"4\"}\n";
@@ -372,7 +372,7 @@ fn validate_looks_at_models_and_at_the_rows_of_stages_that_judge() {
 
 #[test]
 #[expect(clippy::disallowed_methods, reason = "the data of a test")]
-fn labelled_responses_are_shown_by_validate() {
+fn validate_shows_labelled_responses() {
     let dir = tempfile::tempdir().unwrap();
     let rows = dir.path().join("rows.jsonl");
     std::fs::write(&rows, r#"{"prompt": "How many?", "completion": "4 pears", "label": true}"#)
@@ -406,7 +406,7 @@ fn chat_answers_line_by_line_and_keeps_the_conversation() {
 }
 
 #[test]
-fn doctor_and_ls_answer() {
+fn doctor_and_ls_succeed_and_an_unknown_device_is_refused() {
     let (status, stdout, _) = arriero(&["doctor"]);
     assert_eq!(status, 0);
     assert!(stdout.contains("HF_HOME") && stdout.contains("cuda"), "{stdout}");

@@ -238,7 +238,7 @@ fn prefix(chain: &Tree, part: usize) -> Tree {
 }
 
 #[test]
-fn steps_of_a_chain_are_scored_as_if_nothing_followed_them() {
+fn chain_steps_are_scored_independently_of_later_steps() {
     let (config, weights) = process_base();
     let learner = Learner::new(&config, &weights).unwrap();
     let chains: Vec<Tree> = (0..4).map(steps).collect();
@@ -261,7 +261,7 @@ fn steps_of_a_chain_are_scored_as_if_nothing_followed_them() {
 }
 
 #[test]
-fn ratings_of_responses_beside_each_other_are_those_of_separate_rows() {
+fn ratings_of_sibling_responses_equal_those_of_separate_rows() {
     let (config, weights) = base();
     let attributes = ["helpfulness", "verbosity", "coherence"].map(str::to_owned).to_vec();
     let model = Checkpoint { config, weights, tokenizer: None }
@@ -280,7 +280,7 @@ fn ratings_of_responses_beside_each_other_are_those_of_separate_rows() {
 }
 
 #[test]
-fn no_split_into_micro_batches_changes_a_gradient() {
+fn gradients_do_not_depend_on_the_micro_batch_split() {
     let (config, weights) = base();
     let learner = Learner::new(&config, &weights).unwrap();
     let trees: Vec<Tree> = (0..8).map(pair).collect();
@@ -294,7 +294,7 @@ fn no_split_into_micro_batches_changes_a_gradient() {
 
 /// The slopes of pairs are computed between the head's two passes, without the objective.
 #[test]
-fn a_step_of_dpo_is_the_same_where_the_host_does_not_wait_for_its_readings() {
+fn dpo_step_is_the_same_without_waiting_for_the_readings() {
     let (config, weights) = base();
     let learner = Learner::new(&config, &weights).unwrap();
     let trees: Vec<Tree> = (0..8).map(pair).collect();
@@ -352,7 +352,7 @@ fn every_parameter_moves_and_frozen_ones_keep_their_bits() {
 
 /// The end-of-turn token is a formatting token: its log-probability belongs to the NLL term, not to the DPO term.
 #[test]
-fn the_end_of_turn_token_enters_the_nll_and_not_the_preference_term() {
+fn end_of_turn_token_counts_in_the_nll_but_not_the_preference_term() {
     let (config, weights) = base();
     let model = Transformer::new(&config, &weights).unwrap();
     let trees = [pair(1)];

@@ -106,7 +106,7 @@ fn check(
 }
 
 #[test]
-fn losses_of_pairs_are_those_of_trl_token_by_token() {
+fn pair_losses_match_trl_token_by_token() {
     let golden = golden();
     let pairs = &golden["pairs"];
     let (chosen, rejected) = (lists(&pairs["chosen"]), lists(&pairs["rejected"]));
@@ -130,7 +130,7 @@ fn losses_of_pairs_are_those_of_trl_token_by_token() {
 }
 
 #[test]
-fn losses_of_labelled_responses_are_those_of_trl_token_by_token() {
+fn labelled_response_losses_match_trl_token_by_token() {
     let golden = golden();
     let labelled = &golden["labelled"];
     let (own, other) = (lists(&labelled["own"]), lists(&labelled["other"]));

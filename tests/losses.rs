@@ -149,7 +149,7 @@ fn hand_cases() -> Vec<Hand> {
 }
 
 #[test]
-fn every_loss_gives_what_was_worked_out_by_hand() {
+fn every_loss_matches_hand_computed_values() {
     let cases = hand_cases();
     for loss in PreferenceLoss::ALL {
         assert!(cases.iter().any(|case| case.loss == loss), "no case for {}", loss.name());
@@ -289,7 +289,7 @@ fn every_loss_equals_its_textbook_formula_in_double_precision() {
 }
 
 #[test]
-fn every_slope_is_the_finite_difference_of_its_loss() {
+fn every_slope_matches_the_finite_difference_of_its_loss() {
     let h = 1e-5;
     for loss in alone() {
         for (pair, options) in grid() {
@@ -388,7 +388,7 @@ fn limits(loss: PreferenceLoss) -> [(f64, f64); 4] {
 }
 
 #[test]
-fn saturated_slopes_are_the_limits() {
+fn saturated_slopes_approach_their_limits() {
     for loss in PreferenceLoss::ALL {
         let smoothing = if loss.reads_label_smoothing() { 0.25 } else { 0.0 };
         for (at, (chosen, rejected)) in limits(loss).into_iter().enumerate() {
@@ -432,7 +432,7 @@ fn beginning(loss: PreferenceLoss) -> (f64, f64) {
 
 /// At margin 0, where every run begins.
 #[test]
-fn an_untrained_policy_has_the_loss_and_the_slope_of_margin_0() {
+fn untrained_policy_has_the_loss_and_slope_of_zero_margin() {
     for loss in PreferenceLoss::ALL {
         // As many tokens on both sides where the sums are compared as they are.
         let mut pair = even();
@@ -449,7 +449,7 @@ fn an_untrained_policy_has_the_loss_and_the_slope_of_margin_0() {
 
 /// What is tested over [`PreferenceLoss::ALL`] is tested of everything that a recipe may write.
 #[test]
-fn every_name_of_a_recipe_is_in_the_list_of_all_losses() {
+fn every_loss_name_accepted_by_recipes_is_in_the_list_of_losses() {
     let read = |name: &str| serde_json::from_value::<PreferenceLoss>(name.into());
     let error = read("none of them").unwrap_err().to_string();
     let names: Vec<&str> = error.split('`').skip(3).step_by(2).collect();
@@ -464,7 +464,7 @@ fn every_name_of_a_recipe_is_in_the_list_of_all_losses() {
 
 /// Ranks are found in the sorted lists, and equal values share theirs.
 #[test]
-fn aot_over_a_step_is_the_sorted_sum_and_its_slopes_are_finite_differences() {
+fn aot_is_the_sorted_sum_and_slopes_match_finite_differences() {
     let pairs: Vec<Pair> = [(-5.0, -6.0), (-3.0, -7.0), (-8.0, -4.5), (-2.0, -2.5)]
         .into_iter()
         .enumerate()
@@ -564,7 +564,7 @@ fn golden_cases() -> Vec<Golden> {
 }
 
 #[test]
-fn losses_equal_trl_s_on_its_log_probabilities() {
+fn losses_match_trl_on_its_log_probabilities() {
     let dpo = golden("c_dpo.json");
     let column = |name: &str| numbers(&dpo["per_pair"][name]);
     let (chosen, rejected) = (column("chosen_logps"), column("rejected_logps"));
@@ -594,7 +594,7 @@ fn losses_equal_trl_s_on_its_log_probabilities() {
 
 /// CPO, SimPO and ORPO of TRL on given mean log-probabilities.
 #[test]
-fn losses_without_a_reference_equal_trl_s() {
+fn reference_free_losses_match_trl() {
     let golden = golden("c2_cpo_simpo_orpo.json");
     let beta = golden["beta"].as_f64().unwrap();
     let simpo_gamma = golden["simpo_gamma"].as_f64().unwrap();
@@ -675,7 +675,7 @@ fn weigh(objective: &dyn Objective, forests: &[Forest], logps: &[&[f32]]) -> Vec
     let weigh = |(forest, logps): &(&Forest, &[f32])| {
         let weighed = objective.weigh(forest, (*logps).into(), &totals).unwrap();
         // What a device asks of one forest says the same.
-        let own = objective.of_forest(forest).unwrap();
+        let own = objective.for_forest(forest).unwrap();
         let own = own.weigh(forest, (*logps).into(), &totals).unwrap();
         assert_eq!((&own.d_values, &own.sums), (&weighed.d_values, &weighed.sums));
         assert_eq!(own.metrics, weighed.metrics);
@@ -685,7 +685,7 @@ fn weigh(objective: &dyn Objective, forests: &[Forest], logps: &[&[f32]]) -> Vec
 }
 
 #[test]
-fn several_losses_at_once_are_their_weighted_sum_however_the_step_is_cut() {
+fn several_losses_sum_by_weight_for_any_split_of_the_step() {
     let (trees, logps) = step();
     let objective = objective();
     assert!(objective.coupled() && objective.needs_reference());
@@ -715,7 +715,7 @@ fn several_losses_at_once_are_their_weighted_sum_however_the_step_is_cut() {
 /// Statistics of `kto` and `bco` are constants to the gradient, so they are held here; the formatting tokens, the
 /// response to another prompt and every weight are in the difference.
 #[test]
-fn token_gradients_are_finite_differences_of_the_whole_loss() {
+fn token_gradients_match_finite_differences_of_the_whole_loss() {
     let (trees, logps) = step();
     let forest = Forest::pack(&trees).unwrap();
     let summing = Summing { mask_formatting_tokens: true, ld_alpha: 0.25 };
@@ -772,7 +772,7 @@ fn token_gradients_are_finite_differences_of_the_whole_loss() {
 
 /// A step of labelled responses against TRL's lines: the KL is the mean log-ratio of mismatched responses, not below 0.
 #[test]
-fn unpaired_kto_is_the_mean_over_labelled_responses() {
+fn unpaired_kto_averages_over_labelled_responses() {
     let trees: Vec<Tree> = [([10, 2], [20, 2]), ([11, 2], [21, 2]), ([12, 2], [22, 2])]
         .into_iter()
         .enumerate()
@@ -893,7 +893,7 @@ fn two_pairs() -> (Vec<Tree>, Vec<f32>) {
 
 /// Sums −3.5 and −1.5, −0.5 and −4; log-ratios −1 and 1, 3 and −1.
 #[test]
-fn the_log_of_pairs_says_what_was_worked_out_by_hand() {
+fn logged_pair_metrics_match_hand_computed_values() {
     let (trees, logps) = two_pairs();
     let forest = Forest::pack(&trees).unwrap();
     let objective = |loss| Preference {
@@ -931,7 +931,7 @@ fn the_log_of_pairs_says_what_was_worked_out_by_hand() {
 
 /// One formatting token a side, so unlikely that a sum or a length with it shows.
 #[test]
-fn lengths_are_the_tokens_that_the_formatting_mask_leaves() {
+fn lengths_count_only_tokens_left_by_the_formatting_mask() {
     let tree = Tree::siblings(vec![1, 5], vec![response(&[10, 11, 12, 2]), response(&[20, 2])], 0);
     let forest = Forest::pack([&tree]).unwrap();
     let logps = [-1.0_f32, -2.0, -3.0, -10.0, -4.0, -20.0];
@@ -979,7 +979,7 @@ fn lengths_are_the_tokens_that_the_formatting_mask_leaves() {
 /// Two wanted responses of log-ratios 1 and −0.5, an unwanted one of −1 and 3 tokens; a step cut in two says the same, and
 /// one with a label alone has no margin.
 #[test]
-fn the_log_of_labelled_responses_says_what_was_worked_out_by_hand() {
+fn logged_metrics_of_labelled_responses_match_hand_computed_values() {
     let trees: Vec<Tree> = [&[10, 2][..], &[11, 12, 2], &[13, 2]]
         .into_iter()
         .enumerate()

@@ -192,7 +192,7 @@ fn truncated_files_and_broken_indices_are_refused() {
 }
 
 #[test]
-fn a_tied_head_may_be_stored_but_must_be_a_copy() {
+fn stored_tied_head_must_be_a_copy_of_the_embedding() {
     let dir = tempfile::tempdir().unwrap();
     let mut model = golden_model("model_tied");
     let embedding = model.weights["model.embed_tokens.weight"].clone();
@@ -239,7 +239,7 @@ fn a_resized_embedding_keeps_its_rows_and_adds_their_mean() {
 }
 
 #[test]
-fn added_tokens_have_ids_rows_and_survive_saving() {
+fn added_tokens_get_ids_and_rows_and_survive_saving() {
     let mut model = Checkpoint::load_dir(std::path::Path::new("data/tiny/student"), &CPU).unwrap();
     let (rows, before) = (model.config.vocab_size, model.tokenizer().unwrap().vocab_size());
     let known = model.tokenizer().unwrap().token(0).unwrap();
@@ -260,7 +260,7 @@ fn added_tokens_have_ids_rows_and_survive_saving() {
 }
 
 #[test]
-fn a_reward_model_is_saved_without_a_head_and_with_padding_that_ends_no_row() {
+fn reward_model_is_saved_with_a_padding_token_that_ends_no_row() {
     let mut model = golden_model("model_untied").into_reward_model(3).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("reward");
@@ -316,17 +316,17 @@ fn check_logits_with_candle(variant: &str) {
 }
 
 #[test]
-fn golden_logits_come_out_of_another_program_reading_the_saved_tied_model() {
+fn candle_reproduces_golden_logits_from_the_saved_tied_model() {
     check_logits_with_candle("tied");
 }
 
 #[test]
-fn golden_logits_come_out_of_another_program_reading_the_saved_untied_model() {
+fn candle_reproduces_golden_logits_from_the_saved_untied_model() {
     check_logits_with_candle("untied");
 }
 
 #[test]
-fn golden_logits_come_out_of_another_program_reading_the_saved_llama3_rope_model() {
+fn candle_reproduces_golden_logits_from_the_saved_llama3_rope_model() {
     check_logits_with_candle("llama3rope");
 }
 
@@ -455,7 +455,7 @@ fn renamed(name: &str, tensor: &Tensor, config: &Config) -> (String, Tensor) {
 }
 
 #[test]
-fn golden_models_come_back_from_gguf_to_the_same_bits() {
+fn golden_models_round_trip_through_gguf_bitwise() {
     for name in ["model_tied", "model_untied", "model_llama3rope"] {
         let model = golden_model(name);
         let again = Gguf::of(&model).load(GgmlDType::F32).unwrap();
@@ -485,7 +485,7 @@ fn quantised_gguf_weights_are_close_to_the_original() {
 }
 
 #[test]
-fn gguf_files_that_are_not_supported_are_refused_by_name() {
+fn unsupported_gguf_files_are_refused_by_name() {
     let model = golden_model("model_untied");
     let text = |text: &str| Value::String(text.to_owned());
     let cases = [
@@ -508,7 +508,7 @@ fn gguf_files_that_are_not_supported_are_refused_by_name() {
 }
 
 #[test]
-fn a_truncated_gguf_file_is_an_error_wherever_it_ends() {
+fn gguf_file_truncated_anywhere_is_an_error() {
     let bytes = Gguf::of(&golden_model("model_tied")).bytes(GgmlDType::Q8_0);
     for keep in [0, 3, 20, 300, 9_000, bytes.len() / 2, bytes.len() - 64] {
         assert!(load_gguf_bytes(&bytes[..keep]).is_err(), "{keep} of {}", bytes.len());
@@ -571,7 +571,7 @@ fn smollm2_loads_from_gguf_with_its_own_tokenizer() {
 
 /// Llama-style SentencePiece pieces in a GGUF file: the merges follow from the scores.
 #[test]
-fn a_sentence_piece_vocabulary_is_read_from_its_scores() {
+fn sentence_piece_merges_follow_from_the_scores() {
     let mut gguf = Gguf::of(&golden_model("model_tied"));
     let mut pieces = vec!["<unk>".to_owned(), "<s>".to_owned(), "</s>".to_owned()];
     pieces.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));

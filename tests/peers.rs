@@ -294,7 +294,7 @@ fn assert_same_in_llama_cpp(
 }
 
 #[test]
-fn exported_models_speak_in_llama_cpp_as_here() {
+fn exported_models_match_in_llama_cpp() {
     let Some(python) = python("ARRIERO_PEERS") else { return };
     let teacher = root().join("data/tiny/teacher");
     let teacher = Checkpoint::load_dir(&teacher, &Device::Cpu).unwrap();
@@ -354,7 +354,7 @@ fn assert_llama_cpp_says(
 /// SmolLM2 after a few steps, whole or with adapters that `merge` makes part of it. llama.cpp keeps keys and values in f16:
 /// of a file in f32 its log-probabilities are a thousandth away.
 #[test]
-fn trained_and_merged_models_speak_in_llama_cpp_as_in_training() {
+fn trained_and_merged_models_match_in_llama_cpp() {
     let Some(python) = python("ARRIERO_PEERS") else { return };
     let (model, base) = (smollm2(), smollm2_path());
     let before = Transformer::new(&model.config, &model.weights).unwrap();
@@ -676,7 +676,7 @@ fn in_openai(python: &Path, model: &Path) -> Value {
 }
 
 #[test]
-fn openais_client_speaks_with_the_server() {
+fn openai_client_works_with_the_server() {
     let Some(python) = python("ARRIERO_PEERS") else { return };
     in_openai(&python, &root().join("data/tiny/student"));
     let got = in_openai(&python, &smollm2_path());

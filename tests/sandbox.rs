@@ -220,7 +220,7 @@ fn processes_called(mark: &str) -> usize {
 }
 
 #[test]
-fn hostile_programs_are_contained_and_this_machine_is_unharmed() {
+fn hostile_programs_are_contained_and_leave_the_host_unharmed() {
     let home = tempfile::tempdir().unwrap();
     let canary = home.path().join("canary");
     arriero::store::write_atomic(&canary, b"alive").unwrap();
@@ -265,7 +265,7 @@ fn hostile_programs_are_contained_and_this_machine_is_unharmed() {
 }
 
 #[test]
-fn what_a_program_says_and_how_it_ends_is_told() {
+fn program_output_and_exit_status_are_reported() {
     let sandbox = sandbox(PATIENCE);
     let execution = python(&sandbox, "print('out'); print('err', file=sys.stderr); sys.exit(3)");
     assert_eq!(execution.ending, Ending::Exited(3));
@@ -284,7 +284,7 @@ fn what_a_program_says_and_how_it_ends_is_told() {
 /// Each fails with EPERM and in no other way, whatever the kernel would say of it.
 #[test]
 #[cfg(target_arch = "x86_64")]
-fn system_calls_that_no_answer_needs_are_refused_by_any_number() {
+fn unneeded_system_calls_are_refused_under_any_number() {
     let calls = [
         ("shmget", 29),
         ("semget", 64),
@@ -344,7 +344,7 @@ fn judge_row(text: &str, row: &Value) -> arriero::Result<Score> {
 }
 
 #[test]
-fn a_program_passes_by_passing_its_tests_and_in_no_other_way() {
+fn program_passes_only_by_passing_its_tests() {
     let right = [
         "def square(x):\n    return x * x",
         "Sure:\n```python\ndef square(x):\n    return x * x\n```\nIt squares.",
@@ -407,7 +407,7 @@ fn a_program_passes_by_passing_its_tests_and_in_no_other_way() {
 }
 
 #[test]
-fn what_a_judged_program_wrote_comes_back_without_the_harness_words() {
+fn program_output_is_returned_without_harness_output() {
     let streams = |code: &str| {
         let score = judge(code);
         let streams = score.streams.unwrap();
@@ -429,7 +429,7 @@ fn what_a_judged_program_wrote_comes_back_without_the_harness_words() {
 }
 
 #[test]
-fn tests_come_as_text_or_as_a_list_and_mistakes_in_them_are_the_rows() {
+fn tests_are_text_or_a_list_and_mistakes_in_them_are_row_errors() {
     let code = "def square(x):\n    return x * x";
     let list = json!({"test_list": ["assert square(2) == 4", "assert square(0) == zero"], "test_setup_code": "zero = 0"});
     assert!(judge_row(code, &list).unwrap().value > 0.5);
@@ -473,7 +473,7 @@ const UNCALLED: &[&str] = &[
 ];
 
 #[test]
-fn tests_that_are_only_defined_are_found_and_run() {
+fn tests_that_are_defined_but_not_called_are_run() {
     let right = "def square(x):\n    return x * x\nif __name__ == '__main__':\n    print(square(int(input())))";
     for tests in UNCALLED {
         let row = json!({ "tests": tests });
@@ -509,7 +509,7 @@ fn tests_that_are_only_defined_are_found_and_run() {
 }
 
 #[test]
-fn tests_that_cannot_be_run_or_that_no_program_can_fail_are_mistakes_of_the_row() {
+fn tests_that_cannot_run_or_cannot_fail_are_row_errors() {
     for (tests, part) in [
         ("", "no program can fail them: there is no assertion"),
         (
@@ -569,7 +569,7 @@ fn tests_that_cannot_be_run_or_that_no_program_can_fail_are_mistakes_of_the_row(
 
 /// Where bubblewrap is missing nothing runs, unless somebody allowed that.
 #[test]
-fn without_bubblewrap_nothing_runs_unless_it_is_allowed() {
+fn without_bubblewrap_programs_run_only_if_allowed() {
     let home = tempfile::tempdir().unwrap();
     let [bin, data, out, mark] =
         ["bin", "rows.jsonl", "out.jsonl", "mark"].map(|name| home.path().join(name));

@@ -188,7 +188,7 @@ fn joined(chunks: &[Value], n: usize) -> Vec<(String, Vec<Value>, Value)> {
 }
 
 #[test]
-fn seeded_chat_answers_are_the_engines_whole_and_streamed() {
+fn seeded_chat_answers_match_the_engine_whole_and_streamed() {
     let server = Server::start(&[]);
     let mut body = json!({
         "model": "tiny", "messages": question(), "n": 3, "seed": 5, "temperature": 0.9, "max_tokens": 24,
@@ -244,7 +244,7 @@ fn seeded_chat_answers_are_the_engines_whole_and_streamed() {
 }
 
 #[test]
-fn echoed_prompts_are_scored_as_by_the_whole_forward() {
+fn echoed_prompt_scores_match_the_whole_forward() {
     let server = Server::start(&[]);
     let model = checkpoint();
     let text = "Dora has 3 coins — three. ünïcode 日本";
@@ -273,7 +273,7 @@ fn echoed_prompts_are_scored_as_by_the_whole_forward() {
 }
 
 #[test]
-fn a_text_that_takes_all_positions_is_scored() {
+fn text_that_fills_all_positions_is_scored() {
     let server = Server::start(&["--cache-tokens", "256"]);
     let model = checkpoint();
     let ids: Vec<u32> = (0..257).map(|i| 40 + (i * 29) % 300).collect();
@@ -297,7 +297,7 @@ fn a_text_that_takes_all_positions_is_scored() {
 }
 
 #[test]
-fn plain_completions_take_several_prompts_and_stream_what_they_say() {
+fn plain_completions_accept_several_prompts_and_stream() {
     let server = Server::start(&[]);
     let mut body = json!({"prompt": ["Tom has", "Dora has 2 coins"], "n": 2, "seed": 1, "max_tokens": 20,
                           "echo": true, "stop": ["coins.", "never seen"]});
@@ -323,7 +323,7 @@ fn plain_completions_take_several_prompts_and_stream_what_they_say() {
 }
 
 #[test]
-fn a_stop_token_ends_an_answer_and_is_no_part_of_it() {
+fn stop_token_ends_an_answer_and_is_not_part_of_it() {
     let server = Server::start(&[]);
     let model = LocalModel::new(&checkpoint()).unwrap();
     let asked = [Message::new("user", SUM)];
@@ -357,7 +357,7 @@ fn a_stop_token_ends_an_answer_and_is_no_part_of_it() {
 }
 
 #[test]
-fn a_stop_string_that_never_comes_ends_nothing() {
+fn stop_string_that_never_occurs_does_not_end_the_answer() {
     let server = Server::start(&[]);
     let body = json!({"prompt": "Tom", "max_tokens": 12, "stop": "zzzzzz", "logit_bias": endless(), "seed": 2});
     let answer = server.ask(PLAIN, &body);
@@ -366,7 +366,7 @@ fn a_stop_string_that_never_comes_ends_nothing() {
 }
 
 #[test]
-fn answers_have_the_form_that_was_asked_for_and_characters_are_never_cut() {
+fn answers_have_the_requested_form_and_never_split_characters() {
     let server = Server::start(&[]);
     let content = |extra: Value| {
         let mut body = json!({"messages": question(), "seed": 3, "max_tokens": 180});
@@ -409,7 +409,7 @@ fn answers_have_the_form_that_was_asked_for_and_characters_are_never_cut() {
 }
 
 #[test]
-fn a_required_tool_is_called_and_calls_go_back_into_the_template() {
+fn required_tool_is_called_and_calls_are_rendered_by_the_template() {
     let dir = tempfile::tempdir().unwrap();
     let template = dir.path().join("tools.jinja");
     std::fs::write(
@@ -459,7 +459,7 @@ fn a_required_tool_is_called_and_calls_go_back_into_the_template() {
 }
 
 #[test]
-fn embeddings_are_the_models_own_states() {
+fn embeddings_match_the_model_states() {
     let server = Server::start(&[]);
     let texts = ["Tom has 3 coins.", "Dora"];
     let body = |more: Value| {
@@ -528,7 +528,7 @@ fn the_reward_model_scores_completions() {
 }
 
 #[test]
-fn messages_that_a_chat_template_refuses_are_the_clients_mistake_everywhere() {
+fn messages_refused_by_the_chat_template_are_client_errors_everywhere() {
     let dir = tempfile::tempdir().unwrap();
     let (template, judge) = (dir.path().join("strict.jinja"), dir.path().join("reward"));
     std::fs::write(
@@ -566,7 +566,7 @@ fn messages_that_a_chat_template_refuses_are_the_clients_mistake_everywhere() {
 }
 
 #[test]
-fn without_a_host_it_listens_to_its_own_machine_alone() {
+fn default_host_listens_on_localhost_only() {
     let server = Server::start(&[]);
     let address: SocketAddr = server.url.strip_prefix("http://").unwrap().parse().unwrap();
     assert_eq!(address.ip(), Ipv4Addr::LOCALHOST);
@@ -602,7 +602,7 @@ fn models_health_and_metrics_are_shown() {
 }
 
 #[test]
-fn what_cannot_be_honoured_is_refused_with_words() {
+fn unsupported_requests_are_refused_with_an_explanation() {
     let server = Server::start(&["--max-body", "20000"]);
     let messages = question();
     let long = "coins ".repeat(400);
@@ -658,7 +658,7 @@ fn what_cannot_be_honoured_is_refused_with_words() {
 }
 
 #[test]
-fn a_form_that_cannot_be_enforced_is_refused_by_its_field() {
+fn unenforceable_form_is_refused_by_its_field() {
     let server = Server::start(&[]);
     let named = json!({"name": "s", "schema": {"type": 5}});
     for (field, value) in [
@@ -727,7 +727,7 @@ fn mistyped() -> Vec<String> {
 }
 
 #[test]
-fn hostile_chats_are_refused_nothing_is_fetched_and_the_server_goes_on() {
+fn hostile_chats_are_handled_without_fetching_and_the_server_survives() {
     let server = Server::start(&[]);
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
@@ -777,7 +777,7 @@ fn hostile_chats_are_refused_nothing_is_fetched_and_the_server_goes_on() {
 }
 
 #[test]
-fn hostile_requests_of_every_kind_are_refused_with_words() {
+fn malformed_requests_of_every_kind_are_refused() {
     let server = Server::start(&[]);
     for body in [
         json!({"prompt": null}),
@@ -803,7 +803,7 @@ fn hostile_requests_of_every_kind_are_refused_with_words() {
 }
 
 #[test]
-fn what_fits_into_the_caches_is_counted_in_whole_pages() {
+fn cache_capacity_is_counted_in_whole_pages() {
     // Four pages of 64: one for the prompt, three for answers.
     let server = Server::start(&["--cache-tokens", "256"]);
     let ask = |n: usize, more: Value| {
@@ -835,7 +835,7 @@ fn what_fits_into_the_caches_is_counted_in_whole_pages() {
 }
 
 #[test]
-fn without_the_key_nobody_enters() {
+fn requests_without_the_api_key_are_refused() {
     let mut server = Server::start(&["--api-key-env", "TINY_KEY"]);
     let body = json!({"prompt": "Tom", "max_tokens": 1});
     for key in [None, Some(""), Some("a secreT"), Some("a")] {
@@ -849,7 +849,7 @@ fn without_the_key_nobody_enters() {
 }
 
 #[test]
-fn a_client_that_goes_away_is_forgotten_and_gives_its_place_to_the_next() {
+fn disconnected_client_is_cancelled_and_frees_its_place() {
     let server = Server::start(&["--max-requests", "1"]);
     let mut stream = server.stream(CHAT, &long(true));
     stream.next().unwrap();
@@ -927,7 +927,7 @@ fn a_request_without_a_free_place_is_refused_before_its_body_is_read() {
 }
 
 #[test]
-fn whatever_is_wrong_with_a_request_its_place_is_given_back() {
+fn failed_requests_always_free_their_place() {
     let server = Server::start(&["--max-requests", "1", "--max-body", "20000"]);
     let embed = json!({"input": "a", "dimensions": 7}).to_string();
     let brief = json!({"prompt": "Tom", "max_tokens": 1});
@@ -953,7 +953,7 @@ fn whatever_is_wrong_with_a_request_its_place_is_given_back() {
 }
 
 #[test]
-fn a_server_told_to_stop_finishes_its_answers_and_takes_no_more() {
+fn stopping_server_finishes_its_answers_and_accepts_no_more() {
     let mut server = Server::start(&["--drain", "300"]);
     let mut stream = server.stream(CHAT, &long(true));
     stream.next().unwrap();
@@ -972,7 +972,7 @@ fn a_server_told_to_stop_finishes_its_answers_and_takes_no_more() {
 }
 
 #[test]
-fn an_answer_that_does_not_end_in_time_is_told_why() {
+fn answer_cut_off_by_the_drain_limit_says_why() {
     let mut server = Server::start(&["--drain", "0"]);
     let mut stream = server.stream(CHAT, &long(true));
     stream.next().unwrap();
@@ -984,7 +984,7 @@ fn an_answer_that_does_not_end_in_time_is_told_why() {
 }
 
 #[test]
-fn arguments_that_make_no_server_are_refused() {
+fn invalid_server_arguments_are_refused() {
     let refused = |arguments: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_arriero"));
         let output = command.arg("serve").arg(student()).args(arguments).output().unwrap();
@@ -1065,7 +1065,7 @@ fn merged(dir: &Path, prompt: &str) -> String {
 }
 
 #[test]
-fn adapters_come_and_go_beside_one_base() {
+fn adapters_load_and_unload_beside_one_base() {
     let home = tempfile::tempdir().unwrap();
     let [one, two] = ["one", "two"].map(|name| home.path().join(name));
     adapter(&one, 3);
@@ -1122,7 +1122,7 @@ fn adapters_come_and_go_beside_one_base() {
 }
 
 #[test]
-fn caches_of_an_adapter_are_let_go_when_it_is_unloaded() {
+fn caches_of_an_adapter_are_freed_when_it_is_unloaded() {
     let home = tempfile::tempdir().unwrap();
     adapter(home.path(), 3);
     let module = format!("one={}", home.path().display());
@@ -1138,7 +1138,7 @@ fn caches_of_an_adapter_are_let_go_when_it_is_unloaded() {
 }
 
 #[test]
-fn a_server_of_rounded_weights_takes_adapters_at_its_start_and_embeds() {
+fn server_with_rounded_weights_loads_adapters_at_start_and_embeds() {
     let home = tempfile::tempdir().unwrap();
     adapter(home.path(), 3);
     let module = format!("one={}", home.path().display());

@@ -46,7 +46,7 @@ fn question() -> Vec<Message> {
 }
 
 #[test]
-fn the_golden_prompt_has_its_ids() {
+fn golden_prompt_encodes_to_the_expected_ids() {
     let tokenizer = checkpoint().tokenizer().unwrap();
     let ids = tokenizer.prompt_ids(&question(), None).unwrap();
     assert!(ids.ends_with(&PROMPT), "{ids:?}");
@@ -56,7 +56,7 @@ fn the_golden_prompt_has_its_ids() {
 }
 
 #[test]
-fn the_golden_prompt_has_its_mean_nll() {
+fn golden_prompt_has_the_expected_mean_nll() {
     let Checkpoint { config, weights, .. } = checkpoint();
     let model = Transformer::new(config, weights).unwrap();
     let tree = Tree::sequence(PROMPT.to_vec(), vec![Role::Content; PROMPT.len()], 0);
@@ -82,7 +82,7 @@ fn greedy(format: WeightFormat) -> Answer {
 }
 
 #[test]
-fn the_golden_prompt_has_its_greedy_answer() {
+fn golden_prompt_has_the_expected_greedy_answer() {
     let answer = greedy(WeightFormat::None);
     assert_eq!(answer.text, "The capital of France is Paris.");
     assert_eq!((answer.ids.last(), answer.finish), (Some(&2), Finish::Stop));
@@ -91,7 +91,7 @@ fn the_golden_prompt_has_its_greedy_answer() {
 /// The file's own type of blocks, multiplied as integers: the same words, from a model that is rounded no further than its
 /// activations.
 #[test]
-fn the_golden_prompt_has_its_greedy_answer_from_blocks_of_four_bits() {
+fn golden_prompt_has_the_expected_greedy_answer_from_4_bit_blocks() {
     let (dense, blocks) = (greedy(WeightFormat::None), greedy(WeightFormat::Q4_1));
     assert_eq!(blocks.text, "The capital of France is Paris.");
     let apart = dense.logprobs.iter().zip(&blocks.logprobs).map(|(a, b)| (a - b).abs());
@@ -101,7 +101,7 @@ fn the_golden_prompt_has_its_greedy_answer_from_blocks_of_four_bits() {
 
 /// Packed, every projection is in the blocks of the file, and means to the last bit what the dense model holds.
 #[test]
-fn blocks_of_the_file_are_kept_as_they_stand() {
+fn packed_blocks_of_the_file_unpack_to_the_dense_weights() {
     let mut weights = checkpoint().weights.clone();
     let dense = weights.len();
     let packed = pack(&mut weights, Quantization::Gguf, &Source::Gguf(file()), &[]).unwrap();
@@ -116,7 +116,7 @@ fn blocks_of_the_file_are_kept_as_they_stand() {
 }
 
 #[test]
-fn it_goes_out_as_gguf_and_comes_back() {
+fn gguf_export_reads_back_with_small_divergence() {
     let home = tempfile::tempdir().unwrap();
     for (encoding, most) in [(Encoding::F16, 1e-5), (Encoding::Q4_1, 0.1)] {
         let path = home.path().join(format!("{}.gguf", encoding.name()));

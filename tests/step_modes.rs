@@ -76,7 +76,7 @@ fn with_threads<R: Send>(count: usize, work: impl FnOnce() -> R + Send) -> R {
 }
 
 #[test]
-fn weights_are_the_same_bits_however_a_step_is_computed() {
+fn weights_are_bitwise_equal_in_every_step_mode() {
     for precision in [Precision::F32, Precision::Bf16] {
         let plain = options(precision);
         let expected = with_threads(2, || three_steps(plain));
@@ -99,7 +99,7 @@ fn weights_are_the_same_bits_however_a_step_is_computed() {
 }
 
 #[test]
-fn copies_are_rounded_by_the_same_chance_however_a_step_is_computed() {
+fn rounding_by_chance_is_the_same_in_every_step_mode() {
     let settings =
         Settings { stochastic_rounding: true, dtype: Precision::Bf16, ..Settings::default() };
     let trees = trees();
@@ -133,7 +133,7 @@ fn copies_are_rounded_by_the_same_chance_however_a_step_is_computed() {
 }
 
 #[test]
-fn an_optimizer_in_the_backward_refuses_several_micro_batches_before_it_moves_anything() {
+fn optimizer_in_backward_refuses_several_micro_batches_before_moving() {
     let (learner, trees) = (learner(Precision::F32), trees());
     let trees: Vec<&Tree> = trees.iter().collect();
     let options = StepOptions { optimizer_in_backward: true, ..StepOptions::new(40) };
@@ -154,7 +154,7 @@ fn norm(tensor: &Tensor) -> f64 {
 }
 
 #[test]
-fn gradients_in_bf16_are_those_in_f32_up_to_rounding() {
+fn bf16_gradients_match_f32_up_to_rounding() {
     let trees = trees();
     let trees: Vec<&Tree> = trees.iter().collect();
     let gradients = |precision| {
@@ -173,7 +173,7 @@ fn gradients_in_bf16_are_those_in_f32_up_to_rounding() {
 }
 
 #[test]
-fn masters_move_and_their_copies_follow() {
+fn master_weights_move_and_their_copies_follow() {
     let (learner, trees) = (learner(Precision::Bf16), trees());
     let trees: Vec<&Tree> = trees.iter().collect();
     let mut adamw = AdamW::new(Settings::default().hyper());
@@ -196,7 +196,7 @@ fn masters_move_and_their_copies_follow() {
 }
 
 #[test]
-fn a_reference_in_bf16_equals_the_policy_that_starts_from_it_bit_for_bit() {
+fn bf16_reference_equals_the_policy_started_from_it_bitwise() {
     let forest = Forest::pack(&trees()).unwrap();
     let start = start().computed_in(Precision::Bf16).unwrap();
     let reference = Transformer::new(&start.config, &start.weights).unwrap();

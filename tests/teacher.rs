@@ -134,7 +134,7 @@ impl Events for Heard {
 }
 
 #[test]
-fn answers_come_back_whole_with_what_the_server_said() {
+fn answers_keep_text_tokens_and_log_probabilities_of_the_server() {
     let server = FakeServer::start(well_behaved);
     let spec = ServerSpec { logprobs: true, ..spec(&[&server]) };
     let (got, ended) = ask(&spec, None, 20, &samples(3));
@@ -155,7 +155,7 @@ fn answers_come_back_whole_with_what_the_server_said() {
 }
 
 #[test]
-fn a_server_without_n_is_asked_once_a_sample_with_seeds_in_a_row() {
+fn server_without_n_is_asked_once_per_sample_with_consecutive_seeds() {
     let server = FakeServer::start(|request| {
         let mut alone = request.clone();
         alone.body["n"] = json!(1);
@@ -171,7 +171,7 @@ fn a_server_without_n_is_asked_once_a_sample_with_seeds_in_a_row() {
 }
 
 #[test]
-fn what_passes_is_tried_again() {
+fn transient_failures_are_retried() {
     for trouble in [
         raw(500, "", "oops"),
         raw(429, "retry-after: 0\r\n", "{}"),
@@ -193,7 +193,7 @@ fn what_passes_is_tried_again() {
 }
 
 #[test]
-fn what_stays_is_named_with_its_url_and_a_way_out() {
+fn permanent_failures_are_named_with_their_url_and_a_hint() {
     let always = |response: Response| troubled(usize::MAX, response).0;
     assert_refused(
         &always(raw(200, "", "<html><title>Welcome</title>")),
@@ -226,7 +226,7 @@ fn what_stays_is_named_with_its_url_and_a_way_out() {
 }
 
 #[test]
-fn a_model_that_is_not_served_is_named_beside_those_that_are() {
+fn error_for_an_unknown_model_lists_the_served_models() {
     let server = FakeServer::start(well_behaved);
     let spec = ServerSpec { model: "bog".to_owned(), ..spec(&[&server]) };
     let error = format!("{:?}", ask(&spec, None, 1, &samples(1)).1.unwrap_err());
@@ -237,7 +237,7 @@ fn a_model_that_is_not_served_is_named_beside_those_that_are() {
 }
 
 #[test]
-fn a_url_with_another_model_is_found_out() {
+fn url_that_serves_another_model_is_detected() {
     let good = FakeServer::start(well_behaved);
     let listed = FakeServer::start(|request| match request.path.as_str() {
         "/v1/models" => Response::Json(json!({"data": [{"id": "bog"}]})),
@@ -262,7 +262,7 @@ fn a_url_with_another_model_is_found_out() {
 }
 
 #[test]
-fn what_is_ignored_in_silence_is_said_and_kept() {
+fn silently_ignored_parameters_are_reported_and_recorded() {
     let count = AtomicUsize::new(0);
     let server = FakeServer::start(move |request| {
         let mut body = chat(request);
@@ -334,7 +334,7 @@ fn ask_everything(server: &FakeServer) -> Result<[Option<bool>; 4]> {
 }
 
 #[test]
-fn a_failure_that_passes_is_no_word_on_what_a_server_can_do() {
+fn transient_failure_does_not_count_as_a_missing_capability() {
     for key in ["n", "logprobs", "response_format", "seed"] {
         for trouble in [
             raw(500, "", "oops"),
@@ -356,7 +356,7 @@ fn a_failure_that_passes_is_no_word_on_what_a_server_can_do() {
 }
 
 #[test]
-fn a_failure_that_stays_at_what_is_needed_names_it_and_a_way_around() {
+fn lasting_failure_of_a_needed_feature_names_it_and_a_workaround() {
     let found = |key, trouble| {
         let (server, seen) = troubled_at(key, usize::MAX, trouble);
         (ask_everything(&server), seen)
@@ -388,7 +388,7 @@ fn a_failure_that_stays_at_what_is_needed_names_it_and_a_way_around() {
 }
 
 #[test]
-fn what_was_seen_of_a_server_holds_for_a_resumed_run() {
+fn observed_server_behaviour_is_kept_for_a_resumed_run() {
     // With the second process it is seen to give one choice to the small request, and gives several to real ones.
     let (is_odd, seen) = <(Arc<AtomicBool>, Arc<Mutex<Vec<Value>>>)>::default();
     let (odd, record) = (is_odd.clone(), seen.clone());
@@ -424,7 +424,7 @@ fn what_was_seen_of_a_server_holds_for_a_resumed_run() {
 
 /// Of a server that lists no models, the answers' own word is all there is.
 #[test]
-fn a_model_that_was_exchanged_between_two_processes_is_refused() {
+fn model_replaced_between_two_processes_is_refused() {
     let name = Arc::new(Mutex::new("big-0613"));
     let named = name.clone();
     let server = FakeServer::start(move |request| {
@@ -470,7 +470,7 @@ fn lines(path: &Path) -> usize {
 }
 
 #[test]
-fn an_error_of_whoever_takes_answers_lets_those_under_way_come_in() {
+fn consumer_error_lets_requests_in_flight_finish() {
     let (server, seen) = slow(Duration::from_millis(300), Arc::default());
     let spec = ServerSpec { max_concurrency: 6, ..spec(&[&server]) };
     let home = tempfile::tempdir().unwrap();
@@ -498,7 +498,7 @@ fn an_error_of_whoever_takes_answers_lets_those_under_way_come_in() {
 }
 
 #[test]
-fn an_interrupt_lets_those_under_way_come_in() {
+fn interrupt_lets_requests_in_flight_finish() {
     let heard = Heard::default();
     let (server, seen) = slow(Duration::from_millis(900), heard.stop.clone());
     let spec = ServerSpec { max_concurrency: 4, ..spec(&[&server]) };
@@ -514,7 +514,7 @@ fn an_interrupt_lets_those_under_way_come_in() {
 }
 
 #[test]
-fn silence_ends_in_an_error_that_names_the_url() {
+fn silent_server_times_out_with_an_error_naming_the_url() {
     let (server, _) = troubled(usize::MAX, Response::Silence);
     let spec = ServerSpec { timeout: 0.1, max_retries: 1, ..spec(&[&server]) };
     let begun = Instant::now();
@@ -524,7 +524,7 @@ fn silence_ends_in_an_error_that_names_the_url() {
 }
 
 #[test]
-fn nobody_at_the_address_ends_in_an_error_that_names_it() {
+fn unreachable_server_gives_an_error_naming_its_address() {
     let server = FakeServer::start(well_behaved);
     let spec = spec(&[&server]);
     drop(server);
@@ -537,7 +537,7 @@ fn nobody_at_the_address_ends_in_an_error_that_names_it() {
 }
 
 #[test]
-fn what_a_server_leaves_out_in_silence_is_refused() {
+fn missing_choices_or_log_probabilities_are_refused() {
     let fewer = FakeServer::start(|request| {
         let mut changed = request.clone();
         if !is_probe(request) {
@@ -562,7 +562,7 @@ fn what_a_server_leaves_out_in_silence_is_refused() {
 }
 
 #[test]
-fn retry_after_is_waited_for() {
+fn retry_after_is_respected() {
     let (server, _) = troubled(1, raw(429, "retry-after: 1\r\n", "{}"));
     let begun = Instant::now();
     ask(&spec(&[&server]), None, 1, &samples(1)).1.unwrap();
@@ -570,7 +570,7 @@ fn retry_after_is_waited_for() {
 }
 
 #[test]
-fn a_slow_url_gets_less_and_a_dead_one_is_gone_around() {
+fn slow_url_gets_fewer_requests_and_a_dead_one_is_avoided() {
     let counts: Vec<Arc<AtomicUsize>> = (0..2).map(|_| Arc::default()).collect();
     let start = |index: usize, pause: u64| {
         let count = counts[index].clone();
@@ -605,7 +605,7 @@ fn a_refused_prompt_can_be_skipped() {
 }
 
 #[test]
-fn a_budget_ends_the_run_and_what_came_back_is_kept() {
+fn exhausted_budget_ends_the_run_and_keeps_the_answers() {
     let server = FakeServer::start(well_behaved);
     let home = tempfile::tempdir().unwrap();
     let ledger = home.path().join("requests.jsonl");
@@ -634,7 +634,7 @@ fn a_budget_ends_the_run_and_what_came_back_is_kept() {
 
 /// Runs 12 prompts of 3 single-sample requests, ends after some are recorded, tears the last line, and runs again.
 #[test]
-fn a_killed_run_repeats_nothing_that_was_recorded() {
+fn killed_run_does_not_repeat_recorded_requests() {
     let seen: Arc<Mutex<Vec<Value>>> = Arc::default();
     let record = seen.clone();
     let server = FakeServer::start(move |request: &Request| {
@@ -669,7 +669,7 @@ fn a_killed_run_repeats_nothing_that_was_recorded() {
 }
 
 #[test]
-fn the_key_reaches_the_server_and_nothing_else() {
+fn api_key_reaches_only_the_server() {
     // A variable that every test has and whose value no message here holds by accident.
     let secret = env!("CARGO_MANIFEST_DIR");
     let server = FakeServer::start(move |request| {
@@ -692,7 +692,7 @@ fn the_key_reaches_the_server_and_nothing_else() {
 }
 
 #[test]
-fn limits_by_the_minute_are_kept() {
+fn requests_per_minute_limit_is_respected() {
     let server = FakeServer::start(well_behaved);
     let spec = ServerSpec { requests_per_minute: 600.0, ..spec(&[&server]) };
     let begun = Instant::now();
@@ -703,7 +703,7 @@ fn limits_by_the_minute_are_kept() {
 }
 
 #[test]
-fn a_probe_finds_out_what_is_honoured() {
+fn probe_detects_supported_features() {
     let server = FakeServer::start(|request| {
         if request.body.get("response_format").is_some() {
             let mut body = chat(request);
@@ -766,7 +766,7 @@ impl Home {
 const KEY: &str = "sk-do-not-write-me-down";
 
 #[test]
-fn a_recipe_with_a_server_runs_and_its_key_is_written_nowhere() {
+fn recipe_with_a_server_runs_and_its_key_is_never_written() {
     let server = FakeServer::start(|request| {
         assert!(request.authorization.ends_with(KEY));
         well_behaved(request)
@@ -803,7 +803,7 @@ fn a_recipe_with_a_server_runs_and_its_key_is_written_nowhere() {
 }
 
 #[test]
-fn a_process_that_is_killed_asks_again_only_what_was_under_way() {
+fn killed_process_repeats_only_requests_in_flight() {
     let seen: Arc<Mutex<Vec<String>>> = Arc::default();
     let record = seen.clone();
     let server = FakeServer::start(move |request| {
@@ -873,7 +873,7 @@ fn judge(bad: fn(&Value) -> bool) -> (FakeServer, Arc<AtomicUsize>) {
 }
 
 #[test]
-fn a_server_judges_many_prompts_at_once() {
+fn server_judges_many_prompts_concurrently() {
     let (judge, most) = judge(|messages| messages[1]["content"].as_str().unwrap().contains("q7"));
     let server = FakeServer::start(well_behaved);
     let home = Home::new(&server.url(), 40, "timeout = 60");
@@ -903,7 +903,7 @@ fn a_server_judges_many_prompts_at_once() {
 
 /// What a judge has cost is the sum over the processes, also of those that it made fail.
 #[test]
-fn what_judges_cost_is_counted_over_all_processes() {
+fn judge_usage_is_counted_over_all_processes() {
     let (is_well, count) = <(Arc<AtomicBool>, Arc<AtomicUsize>)>::default();
     let (well, counter) = (is_well.clone(), count.clone());
     let judge = FakeServer::start(move |request| {
@@ -939,7 +939,7 @@ fn what_judges_cost_is_counted_over_all_processes() {
 }
 
 #[test]
-fn a_file_is_judged_by_a_server_many_rows_at_once() {
+fn server_judges_many_rows_of_a_file_concurrently() {
     let (judge, most) = judge(|messages| {
         let [system, user] = [0, 1].map(|at| messages[at]["content"].as_str().unwrap());
         assert!(system.starts_with("Is it true?"), "{system}");
@@ -1012,7 +1012,7 @@ fn verdicts(server: &FakeServer, more: Value, answers: &[&str]) -> Result<Vec<(f
 }
 
 #[test]
-fn a_judge_is_asked_for_verdicts_of_a_schema_and_its_votes_are_averaged() {
+fn judge_is_asked_for_schema_verdicts_and_its_votes_are_averaged() {
     let says = |_: &Value, at: usize| format!("{{\"reason\": \"so\", \"score\": {}}}", 4 + at);
     let (server, seen) = judging(true, says);
     let more = json!({"votes": 3, "rubric": "Is it true?", "max_tokens": 99});
@@ -1043,7 +1043,7 @@ fn a_judge_is_asked_for_verdicts_of_a_schema_and_its_votes_are_averaged() {
 }
 
 #[test]
-fn a_judge_that_cannot_be_held_to_a_schema_is_read_as_it_speaks() {
+fn verdict_of_a_judge_without_schema_support_is_read_from_prose() {
     let says = |_: &Value, _| "I would say {\"score\": \"8\"}, all in all.".to_owned();
     let (server, seen) = judging(false, says);
     let found = verdicts(&server, json!({}), &["x"]).unwrap();
@@ -1068,7 +1068,7 @@ fn a_judge_that_cannot_be_held_to_a_schema_is_read_as_it_speaks() {
 
 /// As a teacher's server is, with what it leaves out in silence and with Ctrl-C while it thinks.
 #[test]
-fn a_judges_server_is_heard_of_and_can_be_interrupted() {
+fn judge_server_notes_are_reported_and_it_can_be_interrupted() {
     let judged = |server: &FakeServer, heard: &Heard| {
         // One try: a judge that nobody can interrupt fails after five seconds.
         let judge =
@@ -1102,7 +1102,7 @@ fn a_judges_server_is_heard_of_and_can_be_interrupted() {
 }
 
 #[test]
-fn an_answer_that_a_judge_refuses_or_never_judges_can_fail_alone() {
+fn answer_refused_or_not_judged_can_fail_alone() {
     let server = FakeServer::start(|request| {
         if is_probe(request) {
             return well_behaved(request);
@@ -1131,7 +1131,7 @@ fn an_answer_that_a_judge_refuses_or_never_judges_can_fail_alone() {
 }
 
 #[test]
-fn a_judge_compares_in_both_orders_and_one_that_likes_the_first_gives_ties() {
+fn judge_compares_in_both_orders_and_position_bias_gives_ties() {
     let fair = |body: &Value, _: usize| {
         let asked = body["messages"][1]["content"].as_str().unwrap();
         let first = asked.split("[End of Answer A]").next().unwrap();
@@ -1159,7 +1159,7 @@ fn a_judge_compares_in_both_orders_and_one_that_likes_the_first_gives_ties() {
 }
 
 #[test]
-fn votes_are_asked_for_one_by_one_where_a_server_knows_no_n() {
+fn votes_are_requested_one_by_one_if_the_server_ignores_n() {
     let seen: Arc<Mutex<Vec<Value>>> = Arc::default();
     let record = seen.clone();
     let server = FakeServer::start(move |request| {
@@ -1184,7 +1184,7 @@ fn votes_are_asked_for_one_by_one_where_a_server_knows_no_n() {
 
 /// Everything that the client may send, our own server honours.
 #[test]
-fn our_own_server_is_found_out_and_teaches() {
+fn own_server_supports_every_probed_feature_and_teaches() {
     let served = Served::start("big", &[], &[]);
     let spec = ServerSpec {
         base_url: vec![format!("{}/v1", served.url)],
@@ -1238,7 +1238,7 @@ fn python() -> Option<PathBuf> {
 }
 
 #[test]
-fn llama_cpp_is_found_out_and_teaches() {
+fn llama_cpp_is_probed_and_teaches() {
     let Some(python) = python() else { return };
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = std::env::var_os("ARRIERO_SMOLLM2")

@@ -151,7 +151,7 @@ fn bits(weights: &Weights) -> BTreeMap<String, Vec<u32>> {
 }
 
 #[test]
-fn sft_learns_eight_conversations_by_heart() {
+fn sft_memorizes_eight_conversations() {
     let (start, dir) = (start(), tempfile::tempdir().unwrap());
     let trees = conversations(8);
     let trained = fit(
@@ -175,7 +175,7 @@ fn request<'a>(
 }
 
 #[test]
-fn dpo_tells_the_sides_of_eight_pairs_apart() {
+fn dpo_separates_the_sides_of_eight_pairs() {
     let (start, dir) = (start(), tempfile::tempdir().unwrap());
     let trees = pairs(8, 77);
     let settings = Settings { learning_rate: 3e-4, ..settings() };
@@ -201,7 +201,7 @@ fn dpo_tells_the_sides_of_eight_pairs_apart() {
 /// TR-DPO: a reference that is replaced after every step is the policy again when the next begins; one that follows
 /// half of the way every other step lies between; and a stop shows in neither.
 #[test]
-fn a_reference_follows_the_policy_and_a_stop_does_not_show() {
+fn reference_follows_the_policy_and_resumes_to_the_same_bits() {
     let start = start();
     let trees = pairs(8, 77);
     let settings = Settings { learning_rate: 3e-4, max_steps: 7, save_steps: 1, ..settings() };
@@ -239,9 +239,45 @@ fn a_reference_follows_the_policy_and_a_stop_does_not_show() {
     }
 }
 
+/// Keeps the notes.
+#[derive(Default)]
+struct Notes(Mutex<Vec<String>>);
+
+impl Events for Notes {
+    fn note(&self, text: &str) {
+        self.0.lock().unwrap().push(text.to_owned());
+    }
+}
+
+#[test]
+fn a_reference_that_never_follows_is_noted() {
+    let start = start();
+    let trees = pairs(8, 77);
+    let notes = |max_steps: usize| {
+        let settings = Settings { max_steps, learning_rate: 3e-4, ..settings() };
+        let pace = Pace { mixup_alpha: 0.5, sync_steps: 2 };
+        let masters = start.weights.clone();
+        let follower = Follower::new(&start.config, masters, settings.dtype, pace).unwrap();
+        let objective = Preference { live: Some(follower.live()), ..Preference::default() };
+        let objective = (&objective as &dyn Objective, Some(&follower));
+        let (dir, notes) = (tempfile::tempdir().unwrap(), Notes::default());
+        let model = (&start.config, &start.weights);
+        let place = (dir.path(), &notes as &dyn Events);
+        fit_against(model, objective, (&trees, &[]), &settings, place).outcome.unwrap();
+        notes.0.into_inner().unwrap()
+    };
+    assert_eq!(notes(2), [""; 0]);
+    assert_eq!(
+        notes(1),
+        [
+            "the reference never follows the policy: `ref_model_sync_steps` is 2, and the run ends after step 1"
+        ]
+    );
+}
+
 /// Held-out rows that training makes unlikely: the lowest loss is the first.
 #[test]
-fn training_stops_early_where_the_evaluation_loss_only_rises() {
+fn training_stops_early_when_the_evaluation_loss_rises() {
     let start = start();
     let (trees, held_out) = (conversations(4), conversations(12).split_off(8));
     let settings = Settings {
@@ -276,7 +312,7 @@ fn training_stops_early_where_the_evaluation_loss_only_rises() {
 
 /// Neither a reference nor its log-probabilities exist anywhere in this run.
 #[test]
-fn simpo_and_orpo_tell_the_sides_of_eight_pairs_apart_without_a_reference() {
+fn simpo_and_orpo_learn_eight_pairs_without_a_reference() {
     let start = start();
     let trees = pairs(8, 77);
     let settings = Settings { learning_rate: 3e-4, ..settings() };
@@ -333,7 +369,7 @@ fn kto_raises_wanted_responses_and_lowers_the_others() {
 }
 
 #[test]
-fn a_hole_in_the_reference_cache_is_named() {
+fn missing_value_in_the_reference_cache_is_named() {
     let (start, dir) = (start(), tempfile::tempdir().unwrap());
     let (trees, settings) = (pairs(4, 77), settings());
     let reference = Transformer::new(&start.config, &start.weights).unwrap();
@@ -356,7 +392,7 @@ fn a_hole_in_the_reference_cache_is_named() {
 }
 
 #[test]
-fn a_reward_model_finds_a_planted_token_in_answers_it_has_not_seen() {
+fn reward_model_detects_a_planted_token_in_unseen_answers() {
     let (start, dir) = (start().into_reward_model(5).unwrap(), tempfile::tempdir().unwrap());
     let all = pairs(544, 77);
     let settings = Settings { learning_rate: 1e-3, max_steps: 128, ..settings() };
@@ -373,7 +409,7 @@ fn a_reward_model_finds_a_planted_token_in_answers_it_has_not_seen() {
 
 /// Noise of the step and the row: neither the stop nor the cut into micro-batches shows.
 #[test]
-fn training_that_is_stopped_and_resumed_ends_with_the_same_bits() {
+fn resumed_training_ends_with_the_same_bits() {
     let start = start();
     let trees = conversations(20);
     let settings = Settings {
@@ -406,7 +442,7 @@ fn training_that_is_stopped_and_resumed_ends_with_the_same_bits() {
 
 /// No file holds the copies, which the next step's gradients are of.
 #[test]
-fn training_with_copies_rounded_by_chance_that_is_stopped_and_resumed_ends_with_the_same_bits() {
+fn resumed_training_with_rounding_by_chance_ends_with_the_same_bits() {
     let start = start();
     let trees = conversations(20);
     let (model, data) = ((&start.config, &start.weights), (&trees[..16], &trees[16..]));
@@ -449,7 +485,7 @@ fn training_with_copies_rounded_by_chance_that_is_stopped_and_resumed_ends_with_
 }
 
 #[test]
-fn rounding_by_chance_is_refused_where_nothing_is_rounded() {
+fn rounding_by_chance_is_refused_when_nothing_is_rounded() {
     let off = Settings::default();
     assert!(!off.stochastic_rounding);
     let error = Settings { stochastic_rounding: true, ..off }.check().unwrap_err();
@@ -499,7 +535,7 @@ fn rounding_by_chance_is_refused_where_nothing_is_rounded() {
 }
 
 #[test]
-fn the_average_of_weights_is_evaluated_and_saved_and_survives_a_stop() {
+fn weight_average_is_evaluated_saved_and_restored_after_a_stop() {
     let start = start();
     let trees = conversations(20);
     let (train, held_out) = trees.split_at(16);
@@ -554,7 +590,7 @@ impl Events for Numbers {
 
 /// Gradients shrink while eight conversations are learned by heart: early steps are clipped, late ones are not.
 #[test]
-fn the_clipped_share_counts_the_steps_above_the_norm_over_a_stop_too() {
+fn clipped_share_counts_clipped_steps_even_after_a_resume() {
     let start = start();
     let trees = conversations(8);
     let settings = Settings { max_grad_norm: 1.0, max_steps: 40, save_steps: 1, ..settings() };
@@ -579,7 +615,7 @@ fn the_clipped_share_counts_the_steps_above_the_norm_over_a_stop_too() {
 }
 
 #[test]
-fn noise_changes_training_and_not_evaluation() {
+fn noise_changes_training_but_not_evaluation() {
     let start = start();
     let trees = conversations(8);
     let trained = |neftune_noise_alpha: f64, learning_rate: f64| {
@@ -617,7 +653,7 @@ fn a_coupled_loss_learns_under_noise() {
 }
 
 #[test]
-fn numbers_that_are_not_finite_are_named_with_step_and_rows() {
+fn non_finite_numbers_are_named_with_step_and_rows() {
     let (mut start, dir) = (start(), tempfile::tempdir().unwrap());
     // One embedding row is poisoned: the row of the data that holds it is the one to name.
     let mut trees = conversations(8);
@@ -642,7 +678,7 @@ fn numbers_that_are_not_finite_are_named_with_step_and_rows() {
 }
 
 #[test]
-fn a_step_that_diverges_makes_no_update_and_says_so() {
+fn diverging_step_ends_training_with_an_error() {
     let (start, dir) = (start(), tempfile::tempdir().unwrap());
     let trees = conversations(8);
     let settings = Settings { learning_rate: 1e30, max_grad_norm: 0.0, ..settings() };

@@ -88,7 +88,7 @@ fn sets(name: &str, public: Public) -> Vec<(PathBuf, Vec<Map<String, Value>>)> {
 }
 
 #[test]
-fn a_named_folder_has_the_sets_that_it_has_and_one_at_least() {
+fn named_folder_may_hold_some_data_sets_but_at_least_one() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path();
     assert!(look(path, Folder::Named, GSM8K).unwrap_err().contains("gsm8k/train.jsonl"));
@@ -221,7 +221,7 @@ fn none(problems: &[&String]) {
 }
 
 #[test]
-fn sums_are_right_in_every_phrasing_and_wrong_numbers_in_none() {
+fn right_answers_pass_in_every_phrasing_and_wrong_ones_never() {
     for reader in READERS {
         let panel = Panel::new(&[json!({"verifier": reader.0})], &Device::Cpu).unwrap();
         for (path, rows) in sets("math.jsonl", GSM8K) {
@@ -249,7 +249,7 @@ fn sums_are_right_in_every_phrasing_and_wrong_numbers_in_none() {
 }
 
 #[test]
-fn large_whole_numbers_are_told_from_their_neighbours() {
+fn large_whole_numbers_are_distinguished_from_their_neighbours() {
     let numbers =
         ["1000000", "5600000", "5600005", "-1234567", "99999999", "1000000007", "123456789012345"];
     for reader in READERS {

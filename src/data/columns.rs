@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_that_no_row_has_is_refused_with_those_that_there_are() {
+    fn column_in_no_row_is_refused_with_the_columns_found() {
         let names = [("answer", "gold_answer"), ("prompt", "question")];
         let names = names.map(|(to, from)| (to.to_owned(), from.to_owned())).into();
         let mut unseen = Unseen::new(&names);

@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_in_a_shared_prompt_counts_once_a_sequence() {
+    fn shared_prompt_target_counts_once_per_sequence() {
         let tree = Tree {
             segments: vec![
                 segment(None, &[1, 5], Content),
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn the_parts_of_a_chain_see_those_before_them_and_are_each_read_at_their_end() {
+    fn chain_parts_see_earlier_parts_and_are_scored_at_their_ends() {
         let part = |tokens: &[u32]| (tokens.to_vec(), vec![Content; tokens.len()]);
         let chain = Tree::chain(vec![1, 5], vec![part(&[4, 2]), part(&[7])], 0);
         let labelled = chain.clone().labelled(vec![vec![Some(1.0)], vec![None]]);

@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn margins_add_up_to_levels_and_the_order_of_a_row_is_drawn_once() {
+    fn margins_sum_to_levels_and_row_order_is_fixed_by_the_seed() {
         let row = json!({"prompt": "q", "responses": ["a", "b", "c"], "margin": [2.0, 0.5]});
         let beside = tree_of(&ranked(true, None), row.clone(), None).unwrap();
         let label = |rank: f64, level: f64| vec![Some(rank), Some(level)];
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn steps_end_with_the_separator_and_what_is_too_long_loses_its_last_steps() {
+    fn steps_end_with_the_separator_and_long_rows_lose_their_last_steps() {
         let row =
             json!({"prompt": "q", "completions": ["ab", "c", "def"], "labels": [true, 1, false]});
         let tree = tree_of(&steps(), row.clone(), None).unwrap();
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn responses_that_cannot_be_compared_are_refused_with_their_place() {
+    fn incomparable_responses_are_refused_with_their_location() {
         let pair = |chosen: Value, rejected: Value, margin: Value| json!({"prompt": "q", "chosen": chosen, "rejected": rejected, "margin": margin});
         let ranked = ranked(true, None);
         refuses(
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_and_ratings_that_are_none_are_refused_with_their_place() {
+    fn invalid_labels_and_ratings_are_refused_with_their_location() {
         let outcome = |completion: &str, label: Value| json!({"prompt": "q", "completion": completion, "label": label});
         refuses(&Lesson::Outcome, outcome(" ", json!(true)), "`completion` is empty");
         let said = |text: &str| json!([{"role": "assistant", "content": text}]);

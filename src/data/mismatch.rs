@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_exchanges_responses_and_a_lone_tree_takes_the_one_before() {
+    fn responses_rotate_within_a_step_and_a_lone_tree_takes_the_previous() {
         let mut trees: Vec<Tree> = (0..4).map(|at| tree(at, &[10 + at as u32])).collect();
         add_mismatched(&mut trees, 3, 100);
         let given: Vec<u32> = trees.iter().map(|tree| tree.segments[2].tokens[0]).collect();
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn pairs_exchange_both_sides_cut_to_length() {
+    fn pairs_exchange_both_responses_truncated_to_length() {
         let mut trees = [tree(0, &[10, 11]), tree(1, &[20, 21])];
         add_mismatched(&mut trees, 2, 4);
         let given: Vec<&[u32]> = trees[0].segments[3..].iter().map(|s| &s.tokens[..]).collect();
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_no_room_or_no_other_tree() {
+    fn nothing_is_added_without_room_or_another_tree() {
         let mut trees = [tree(0, &[10]), tree(1, &[20])];
         add_mismatched(&mut trees, 2, 2);
         assert_eq!(trees[0].segments.len(), 2);

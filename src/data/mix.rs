@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn fractions_repeat_and_thin_out() {
+    fn fractions_repeat_or_subsample_rows() {
         let mixed = mix(vec![(rows("a", 10), 2.5), (rows("b", 10), 0.3)], 7).unwrap();
         assert_eq!(mixed.iter().filter(|row| row.place.starts_with('a')).count(), 25);
         assert_eq!(mixed.iter().filter(|row| row.place.starts_with('b')).count(), 3);
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_split_loses_and_repeats_nothing() {
+    fn split_keeps_every_row_exactly_once() {
         let (train, held) = split(rows("a", 10), HeldOut::Fraction(0.2), 1).unwrap();
         assert_eq!((train.len(), held.len()), (8, 2));
         let mut all = train.clone();

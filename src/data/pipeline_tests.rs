@@ -79,7 +79,7 @@ pub(super) fn lines(count: usize) -> String {
 }
 
 #[test]
-fn a_file_of_examples_holds_what_memory_would() {
+fn prepared_file_matches_in_memory_preparation() {
     let home = Home::new();
     let skip = SftOptions {
         on_bad_row: OnBadRow::Skip,
@@ -136,7 +136,7 @@ fn preferences_keep_their_shared_prompt() {
 }
 
 #[test]
-fn threads_change_no_byte() {
+fn prepared_file_is_identical_for_any_thread_count() {
     let home = Home::new();
     let options = SftOptions::default();
     let sources = [home.source("a.jsonl", &lines(3000), 1.25)];
@@ -151,7 +151,7 @@ fn threads_change_no_byte() {
 }
 
 #[test]
-fn the_first_bad_row_of_the_file_is_the_one_reported() {
+fn first_bad_row_of_the_file_is_reported() {
     let home = Home::new();
     let options = SftOptions::default();
     let unusable = "{\"prompt\": \"no answer\"}\n";
@@ -174,7 +174,7 @@ fn the_first_bad_row_of_the_file_is_the_one_reported() {
 }
 
 #[test]
-fn a_row_longer_than_the_model_is_refused_by_its_place() {
+fn row_longer_than_the_model_is_refused_with_its_location() {
     let home = Home::new();
     let options = SftOptions::default();
     let sources = [home.source("a.jsonl", &lines(9), 1.0)];
@@ -186,7 +186,7 @@ fn a_row_longer_than_the_model_is_refused_by_its_place() {
 }
 
 #[test]
-fn nothing_to_train_on_is_said() {
+fn sources_without_usable_rows_are_refused() {
     let home = Home::new();
     let options = SftOptions { on_bad_row: OnBadRow::Skip, ..SftOptions::default() };
     let error = |text: &str, fraction: f64| {
@@ -204,7 +204,7 @@ fn nothing_to_train_on_is_said() {
 }
 
 #[test]
-fn a_file_that_is_cut_damaged_or_foreign_is_not_opened() {
+fn truncated_damaged_or_foreign_files_are_not_opened() {
     let home = Home::new();
     let tree = Tree::sequence(vec![5, 6, 7], vec![Role::Context, Role::Content, Role::Format], 0)
         .labelled(vec![vec![Some(-1.5), None]]);
@@ -247,7 +247,7 @@ fn a_file_that_is_cut_damaged_or_foreign_is_not_opened() {
 }
 
 #[test]
-fn a_full_disk_names_the_file_and_the_way_out() {
+fn full_disk_error_names_the_file_and_hints_at_a_fix() {
     let home = Home::new();
     let options = SftOptions::default();
     let sources = [home.source("a.jsonl", &lines(9), 1.0)];
@@ -265,7 +265,7 @@ fn a_full_disk_names_the_file_and_the_way_out() {
 }
 
 #[test]
-fn a_stop_is_heard_after_each_batch_and_leaves_no_file() {
+fn interrupt_is_checked_after_each_batch_and_leaves_no_file() {
     let home = Home::new();
     let options = SftOptions::default();
     let sources = [home.source("a.jsonl", &lines(4000), 1.0)];
@@ -307,7 +307,7 @@ fn the_hash_depends_on_data_settings_and_tokenizer() {
 }
 
 #[test]
-fn files_of_lines_and_files_of_one_value_are_told_apart() {
+fn json_lines_and_single_value_files_are_distinguished() {
     let home = Home::new();
     let options = ReadOptions { on_bad_row: OnBadRow::Skip, ..ReadOptions::default() };
     let places = |name: &str, text: &[u8]| {
@@ -352,7 +352,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     /// Any tree round-trips.
     #[test]
-    fn trees_come_back(
+    fn any_tree_round_trips_through_a_file(
         prompt in proptest::collection::vec(any::<u32>(), 0..9),
         responses in proptest::collection::vec(
             proptest::collection::vec((any::<u32>(), 0..3_usize), 1..9), 1..4

@@ -426,6 +426,20 @@ fn conversation(
     if weights.iter().all(|weight| [1.0].contains(weight)) {
         weights.clear();
     }
+    let flags = Message::flags(messages)?;
+    let everything = everything && options.roles_to_train.is_none();
+    let trains = |role: &str| match &options.roles_to_train {
+        Some(roles) => roles.iter().any(|name| name == role),
+        None => everything || role == "assistant",
+    };
+    let last = messages.iter().rposition(|message| trains(message.role()));
+    let wanted = |index: usize| {
+        let by_role =
+            trains(messages[index].role()) && (!options.final_response_only || Some(index) == last);
+        let wanted = flags[index].unwrap_or(by_role);
+        index >= first && wanted && weights.get(index).is_none_or(|weight| *weight > 0.0)
+    };
+    Message::check_said(messages, wanted)?;
     let kwargs = merged(&options.chat_template_kwargs, &row.template_kwargs);
     let request = Request {
         messages,
@@ -435,27 +449,13 @@ fn conversation(
     };
     let rendered = render::render(tokenizer, request)?;
     let encoded = rendered.encode(tokenizer, options.parse_special_in_content)?;
-    let everything = everything && options.roles_to_train.is_none();
-    let all_alike = weights.is_empty()
-        && !options.final_response_only
-        && messages.iter().all(|message| message.training() != Some(false));
+    let all_alike =
+        weights.is_empty() && !options.final_response_only && !flags.contains(&Some(false));
     if everything && all_alike {
         let turn = render::Turn { message: 0, span: 0..rendered.text.len() };
         let roles = rendered.roles(&encoded, &[turn], messages);
         return Ok(Tree::sequence(encoded.ids, roles, 0));
     }
-    let trains = |role: &str| match &options.roles_to_train {
-        Some(roles) => roles.iter().any(|name| name == role),
-        None => everything || role == "assistant",
-    };
-    let last = messages.iter().rposition(|message| trains(message.role()));
-    let wanted = |index: usize| {
-        let message = &messages[index];
-        let by_role =
-            trains(message.role()) && (!options.final_response_only || Some(index) == last);
-        let wanted = message.training().unwrap_or(by_role);
-        index >= first && wanted && weights.get(index).is_none_or(|weight| *weight > 0.0)
-    };
     let turns = if everything {
         let mut parts = rendered.parts(tokenizer, request)?;
         parts.retain(|part| wanted(part.message));
@@ -482,11 +482,7 @@ pub(crate) fn prompt_text_ids(
     parse: bool,
 ) -> Result<Vec<u32>> {
     let mut ids = plain_ids(tokenizer, text, parse)?;
-    if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.settings().add_bos)
-        && ids.first() != Some(&bos)
-    {
-        ids.insert(0, bos);
-    }
+    tokenizer.begin(&mut ids);
     Ok(ids)
 }
 

@@ -306,6 +306,12 @@ fn raw_rows(file: &Path) -> Result<RawRows> {
     super::jsonl::rows(file)
 }
 
+const TOOLS: &str = "tools";
+const MARGIN: &str = "margin";
+const KWARGS: &str = "chat_template_kwargs";
+/// Columns that rows of every format take for themselves: they are never among [`Row::extra`].
+pub const RESERVED: [&str; 3] = [TOOLS, MARGIN, KWARGS];
+
 /// Converts one JSON object to a row. `place` names it in errors.
 ///
 /// # Errors
@@ -322,14 +328,14 @@ pub fn from_value(value: Value, place: &str, options: &ReadOptions) -> Result<Ro
     if listed && let Some(value) = columns.shift_remove("ranks") {
         ranks::rank(&mut row, &value)?;
     }
-    row.tools = columns.shift_remove("tools").map(tools).transpose()?;
-    if let Some(value) = columns.shift_remove("margin") {
+    row.tools = columns.shift_remove(TOOLS).map(tools).transpose()?;
+    if let Some(value) = columns.shift_remove(MARGIN) {
         row.margins = ranks::margins(&value, &row)?;
     }
-    row.template_kwargs = match columns.shift_remove("chat_template_kwargs") {
+    row.template_kwargs = match columns.shift_remove(KWARGS) {
         None => Map::new(),
         Some(Value::Object(kwargs)) => kwargs,
-        Some(other) => return Err(wrong_type("chat_template_kwargs", &other, "an object")),
+        Some(other) => return Err(wrong_type(KWARGS, &other, "an object")),
     };
     row.extra = columns;
     Ok(row)
@@ -504,11 +510,8 @@ fn preference(columns: &mut Map<String, Value>) -> Result<Record> {
     if responses.len() < 2 {
         return Err(Error::run(format!("{} response, expected two or more", responses.len())));
     }
-    let prompt = if columns.contains_key("prompt") {
-        side(columns, "prompt")?
-    } else {
-        Side::Text(String::new())
-    };
+    let named = columns.contains_key("prompt");
+    let prompt = if named { side(columns, "prompt")? } else { Side::Text(String::new()) };
     // Some datasets repeat the prompt in both conversations: with or without the column, the shared prefix is the
     // prompt.
     let prompt = if prompt.is_empty() {
@@ -517,7 +520,11 @@ fn preference(columns: &mut Map<String, Value>) -> Result<Record> {
         shared_prompt::repeated(prompt, &mut responses)?
     };
     if let Some(empty) = responses.iter().position(Side::is_empty) {
-        return Err(Error::run(format!("response {empty} is empty")));
+        return Err(Error::run(format!("response {empty} is empty"))
+            .hint("an answer needs text; on_bad_row = \"skip\" leaves such rows out"));
+    }
+    if !named {
+        shared_prompt::check(&prompt)?;
     }
     Ok(Record::Preference { prompt, responses })
 }

@@ -70,9 +70,60 @@ impl Message {
         }
     }
 
+    /// Whether it says nothing: no text but white space, which templates trim, and no tool call.
+    pub fn is_blank(&self) -> bool {
+        let calls = self.fields.get("tool_calls").and_then(Value::as_array);
+        self.text().trim().is_empty() && calls.is_none_or(Vec::is_empty)
+    }
+
     /// Whether to train on this message, if its row says so (`training` or `train`).
-    pub fn training(&self) -> Option<bool> {
-        ["training", "train"].iter().find_map(|key| self.fields.get(*key).and_then(Value::as_bool))
+    ///
+    /// # Errors
+    /// Neither a boolean nor 0 or 1.
+    pub fn training(&self) -> Result<Option<bool>> {
+        let flag =
+            ["training", "train"].into_iter().find_map(|key| Some((key, self.fields.get(key)?)));
+        let Some((key, value)) = flag else { return Ok(None) };
+        truth(value).map(Some).ok_or_else(|| {
+            Error::run(format!("`{key}` is {value}, expected true or false"))
+                .hint("false leaves a message out of the loss, true takes it in")
+        })
+    }
+
+    /// The [`training`](Self::training) of each message.
+    ///
+    /// # Errors
+    /// As there, with the message's index.
+    pub fn flags(messages: &[Self]) -> Result<Vec<Option<bool>>> {
+        let flag = |(index, message): (usize, &Self)| {
+            message.training().map_err(|error| error.at(format!("message {index}")))
+        };
+        messages.iter().enumerate().map(flag).collect()
+    }
+
+    /// Refuses an empty turn of the assistant among the messages to imitate.
+    ///
+    /// # Errors
+    /// Names the message.
+    pub fn check_said(messages: &[Self], trained: impl Fn(usize) -> bool) -> Result<()> {
+        // A template may write the reasoning, and nothing else, of a turn.
+        let reasons = |message: &Self| {
+            let reasoning = message.fields.get("reasoning_content").and_then(Value::as_str);
+            reasoning.is_some_and(|text| !text.trim().is_empty())
+        };
+        let says_nothing = |(index, message): &(usize, &Self)| {
+            message.role() == "assistant"
+                && message.is_blank()
+                && !reasons(message)
+                && trained(*index)
+        };
+        let Some((index, _)) = messages.iter().enumerate().find(says_nothing) else {
+            return Ok(());
+        };
+        Err(Error::run(format!("message {index}: the assistant's turn is empty")).hint(
+            "a trained turn needs text or a tool call; `training` = false leaves it out of the loss, \
+             on_bad_row = \"skip\" the whole row",
+        ))
     }
 
     /// Loss weight of the message's tokens, if its row has one (`weight`): 0 excludes them.
@@ -158,14 +209,11 @@ impl Side {
         }
     }
 
-    /// Whether it says nothing: no text, or only messages of white space, which templates trim, without tool calls.
+    /// Whether it says nothing: no text, or only [blank](Message::is_blank) messages.
     pub fn is_blank(&self) -> bool {
         match self {
             Self::Text(text) => text.trim().is_empty(),
-            Self::Messages(messages) => messages.iter().all(|message| {
-                let calls = message.fields().get("tool_calls").and_then(Value::as_array);
-                message.text().trim().is_empty() && calls.is_none_or(Vec::is_empty)
-            }),
+            Self::Messages(messages) => messages.iter().all(Message::is_blank),
         }
     }
 
@@ -307,10 +355,10 @@ impl Row {
         }
     }
 
-    /// Refuses an empty imitation target: the completion, the best of ranked responses, or any assistant turn.
+    /// Refuses an empty imitation target: the completion or the best of ranked responses.
     ///
     /// # Errors
-    /// Names it.
+    /// Names it. For the turns of a conversation see [`Message::check_said`].
     pub fn check_imitated(&self) -> Result<()> {
         match &self.record {
             Record::Completion { completion, .. } if completion.is_blank() => Err(self.blank(0)),
@@ -318,15 +366,6 @@ impl Row {
                 if responses.first().is_some_and(Side::is_blank) =>
             {
                 Err(self.blank(0))
-            }
-            Record::Conversation(messages) => {
-                let turns = messages.iter().filter(|message| message.role() == "assistant");
-                let turns = Side::Messages(turns.cloned().collect());
-                if matches!(&turns, Side::Messages(turns) if turns.is_empty()) || !turns.is_blank()
-                {
-                    return Ok(());
-                }
-                Err(Error::run("every turn of the assistant is empty").hint(SAY_SOMETHING))
             }
             _ => Ok(()),
         }
@@ -491,7 +530,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn the_answer_of_a_row_is_what_follows_its_prompt() {
+    fn reference_answer_is_what_follows_the_prompt() {
         let message = |role: &str, text: &str| Message::new(role, text);
         let answer = |record| Row::new("f:1", record).reference_answer();
         let talk = |messages: Vec<Message>| answer(Record::Conversation(messages));
@@ -509,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_and_labels_are_numbers_and_truths_or_refused() {
+    fn weights_must_be_numbers_and_labels_true_or_false() {
         let row = |value: Value| {
             let mut row = Row::new("f:1", Record::Text("t".to_owned()));
             row.extra.insert("label".to_owned(), value.clone());

@@ -52,6 +52,7 @@ fn chat_siblings(
         let mut messages = prompt.clone();
         messages.extend(response.clone().into_messages("assistant"));
         let weights = Message::weights(&messages)?;
+        let flags = Message::flags(&messages)?;
         let mut given = weights.iter().enumerate().skip(prompt.len());
         if let Some((index, weight)) = given.find(|(_, weight)| ![0.0, 1.0].contains(*weight)) {
             return Err(Error::run(format!(
@@ -64,9 +65,8 @@ fn chat_siblings(
             Request { messages: &messages, tools, kwargs: &kwargs, add_generation_prompt: false };
         let rendered = render::render(tokenizer, request)?;
         let wanted = |index: usize| {
-            let message = &messages[index];
             index >= prompt.len()
-                && message.training().unwrap_or(message.role() == "assistant")
+                && flags[index].unwrap_or(messages[index].role() == "assistant")
                 && weights.get(index).is_none_or(|weight| *weight > 0.0)
         };
         let turns = rendered.turns(tokenizer, request, wanted)?;

@@ -42,7 +42,7 @@ fn passes(stream: &mut Stream, count: usize) -> Vec<Tree> {
 }
 
 #[test]
-fn without_a_window_the_order_is_that_of_the_rows_pass_after_pass() {
+fn without_a_window_every_pass_keeps_row_order() {
     let home = Home::new();
     let sources =
         [home.source("a.jsonl", &lines(1500), 1.0), home.source("b.jsonl", &lines(10), 2.0)];
@@ -62,7 +62,7 @@ fn a_step_does_not_straddle_two_passes() {
 }
 
 #[test]
-fn a_window_gives_every_example_once_a_pass_in_another_order() {
+fn window_shuffles_each_pass_and_yields_every_example_once() {
     let home = Home::new();
     let sources = [home.source("a.jsonl", &lines(300), 1.0)];
     let sources_of = |trees: &[Tree]| trees.iter().map(|tree| tree.source).collect::<Vec<_>>();
@@ -82,7 +82,7 @@ fn a_window_gives_every_example_once_a_pass_in_another_order() {
 }
 
 #[test]
-fn a_stream_continues_where_another_stopped() {
+fn stream_resumes_from_the_cursor_of_another() {
     let home = Home::new();
     let sources = [home.source("a.jsonl", &lines(30), 1.0)];
     let origin = origin(&sources, &sft(), 8);
@@ -101,7 +101,7 @@ fn a_stream_continues_where_another_stopped() {
 }
 
 #[test]
-fn training_begins_before_the_last_row_is_read_and_stops_at_the_bad_one() {
+fn stream_yields_examples_before_reading_all_rows_and_stops_at_a_bad_one() {
     let home = Home::new();
     let text = lines(9000) + "not JSON\n";
     let sources = [home.source("a.jsonl", &text, 1.0)];
@@ -116,7 +116,7 @@ fn training_begins_before_the_last_row_is_read_and_stops_at_the_bad_one() {
 }
 
 #[test]
-fn streams_without_an_example_or_with_a_part_of_the_rows_are_refused() {
+fn streams_without_examples_or_with_partial_fractions_are_refused() {
     let home = Home::new();
     let start = |source: Source| {
         let options = SftOptions { on_bad_row: OnBadRow::Skip, ..SftOptions::default() };
@@ -135,7 +135,7 @@ fn streams_without_an_example_or_with_a_part_of_the_rows_are_refused() {
 }
 
 #[test]
-fn what_a_stream_left_out_is_counted() {
+fn rows_skipped_by_a_stream_are_counted() {
     let home = Home::new();
     let text = lines(20) + "{\"prompt\": \"x\"}\nnot JSON\n";
     let mut source = home.source("a.jsonl", &text, 1.0);
@@ -149,7 +149,7 @@ fn what_a_stream_left_out_is_counted() {
 }
 
 #[test]
-fn a_column_that_the_first_rows_lack_is_refused_before_training_begins() {
+fn column_missing_from_the_first_rows_is_refused_at_stream_start() {
     let home = Home::new();
     let mut source = home.source("a.jsonl", &lines(20), 1.0);
     source.read.columns = [("tools".to_owned(), "functions".to_owned())].into();

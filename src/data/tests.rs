@@ -62,7 +62,7 @@ pub(super) fn check_sft(value: Value, options: &SftOptions, content: &str, forma
 }
 
 #[test]
-fn each_format_of_rows_trains_its_response() {
+fn every_row_format_trains_its_response() {
     let options = SftOptions::default();
     for value in [
         json!({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]}),
@@ -79,7 +79,7 @@ fn each_format_of_rows_trains_its_response() {
 }
 
 #[test]
-fn the_mask_follows_roles_flags_and_the_final_response() {
+fn mask_follows_roles_flags_and_final_response_only() {
     let talk = json!({"messages": [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"}, {"role": "assistant", "content": " d "},
@@ -138,7 +138,7 @@ fn plain_encoding_never_makes_special_tokens() {
 }
 
 #[test]
-fn a_pair_shares_its_prompt_and_masks_its_end_of_turn_as_format() {
+fn pair_shares_its_prompt_and_marks_end_of_turn_as_format() {
     let tokenizer = tokenizer("chatml");
     let message = |role: &str, text: &str| json!({"role": role, "content": text});
     let explicit = json!({"prompt": [message("user", "q")], "chosen": [message("assistant", "yes")],
@@ -161,7 +161,7 @@ fn a_pair_shares_its_prompt_and_masks_its_end_of_turn_as_format() {
 }
 
 #[test]
-fn text_pairs_without_a_prompt_share_what_they_begin_with() {
+fn text_pairs_without_a_prompt_share_their_common_beginning() {
     let found = row(json!({"chosen": "Human: hi\n\nAI: well", "rejected": "Human: hi\n\nAI: no"}));
     let side = |text: &str| Side::Text(text.to_owned());
     let responses = vec![side(" well"), side(" no")];
@@ -169,7 +169,7 @@ fn text_pairs_without_a_prompt_share_what_they_begin_with() {
 }
 
 #[test]
-fn ranks_put_responses_in_order_and_may_be_equal() {
+fn ranks_order_the_responses_and_may_tie() {
     let side = |text: &str| Side::Text(text.to_owned());
     let listed =
         |ranks: Value| json!({"prompt": "q", "responses": ["a", "b", "c"], "ranks": ranks});
@@ -199,7 +199,7 @@ fn ranks_put_responses_in_order_and_may_be_equal() {
 }
 
 #[test]
-fn a_long_prompt_is_cut_once_from_the_left_and_responses_keep_their_start() {
+fn long_prompt_is_cut_from_the_left_and_responses_keep_their_start() {
     let tokenizer = tokenizer("chatml");
     let value = row(json!({"prompt": "0123456789", "chosen": "abc", "rejected": "x"}));
     let fit = |max_length| {
@@ -216,7 +216,7 @@ fn a_long_prompt_is_cut_once_from_the_left_and_responses_keep_their_start() {
 }
 
 #[test]
-fn sequences_are_cut_dropped_or_refused() {
+fn long_sequences_are_truncated_dropped_or_refused() {
     let tokenizer = tokenizer("chatml");
     let value = row(json!({"prompt": "0123", "completion": "abc"}));
     let cut = |max_length, truncation| {
@@ -260,7 +260,7 @@ fn bad_rows_are_named_by_file_and_line_or_skipped_and_listed() {
 }
 
 #[test]
-fn untrained_rows_and_refused_role_orders_are_errors() {
+fn rows_without_trained_tokens_and_refused_role_orders_are_errors() {
     let check = |template: &str, value: Value| {
         let error =
             sft_trees(&[row(value)], &tokenizer(template), &SftOptions::default()).unwrap_err();
@@ -276,7 +276,7 @@ fn untrained_rows_and_refused_role_orders_are_errors() {
 }
 
 #[test]
-fn files_come_gzipped_as_arrays_as_directories_and_by_glob() {
+fn files_are_read_gzipped_as_arrays_from_directories_and_by_glob() {
     use std::io::Write;
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
@@ -328,7 +328,7 @@ fn parquet_rows_read_like_json() {
 }
 
 #[test]
-fn a_saved_tokenizer_comes_back_the_same() {
+fn tokenizer_round_trips_through_save_and_load() {
     let dir = tempfile::tempdir().unwrap();
     let before = tokenizer("chatml");
     before.save(dir.path()).unwrap();
@@ -342,15 +342,17 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     /// Whatever the messages say, exactly the assistant texts and their ends are trained.
     #[test]
-    fn the_mask_is_the_assistants_words(
+    fn mask_covers_exactly_the_assistant_turns(
         texts in proptest::collection::vec("[ \\na-c<|>é🙂]{0,6}(<\\|im_end\\|>)?[ a]{0,2}", 1..5)
     ) {
-        // Conversations without text have nothing to learn: such rows are refused.
-        prop_assume!(texts.iter().any(|text| !text.trim().is_empty()));
+        // An answer without text has nothing to learn: such rows are refused.
+        let said = |text: &&String| !text.trim().is_empty();
+        let answers: Vec<&str> =
+            texts.iter().map(|text| Some(text).filter(said).map_or("a", String::as_str)).collect();
         let tokenizer = tokenizer("chatml");
         let mut messages = Vec::new();
-        for text in &texts {
-            messages.extend(chat(&[("user", text), ("assistant", text)]));
+        for (text, answer) in texts.iter().zip(&answers) {
+            messages.extend(chat(&[("user", text), ("assistant", answer)]));
         }
         let record = Record::Conversation(messages);
         let row = Row::new("data.jsonl:1", record);
@@ -359,7 +361,7 @@ proptest! {
         let trained: Vec<u32> = segment.tokens.iter().zip(&segment.roles)
             .filter(|(_, role)| **role != Context).map(|(&id, _)| id).collect();
         let mut expected = Vec::new();
-        for text in &texts {
+        for text in answers {
             expected.extend(tokenizer.encode(text));
             expected.push(END);
         }
@@ -368,7 +370,7 @@ proptest! {
 }
 
 #[test]
-fn rows_that_weigh_nothing_are_left_out_and_those_without_a_weight_refused() {
+fn zero_weight_rows_are_dropped_and_missing_weights_are_refused() {
     let tokenizer = tokenizer("chatml");
     let weighed = |weight: Value| row(json!({"prompt": "q", "completion": "a", "w": weight}));
     let options = SftOptions { weight_column: "w".to_owned(), ..SftOptions::default() };
@@ -386,7 +388,7 @@ fn rows_that_weigh_nothing_are_left_out_and_those_without_a_weight_refused() {
 }
 
 #[test]
-fn nothing_is_learned_from_an_answer_that_says_nothing() {
+fn rows_with_only_empty_answers_are_refused() {
     let tokenizer = tokenizer("chatml");
     let talk = |first: &str, last: &str| {
         json!({"messages": [
@@ -398,16 +400,35 @@ fn nothing_is_learned_from_an_answer_that_says_nothing() {
     for (value, expected) in [
         (json!({"prompt": "q", "completion": ""}), "`completion` is empty"),
         (json!({"prompt": "q", "completion": " \n"}), "`completion` is empty"),
-        (talk("", " "), "every turn of the assistant is empty"),
+        (talk("", " "), "message 1: the assistant's turn is empty"),
+        (talk("", "d"), "message 1: the assistant's turn is empty"),
+        (talk("b", "\n"), "message 3: the assistant's turn is empty"),
     ] {
-        let error = sft_trees(&[row(value)], &tokenizer, &options).unwrap_err().to_string();
-        assert!(error.contains(expected), "{error}");
+        let error = sft_trees(&[row(value)], &tokenizer, &options).unwrap_err();
+        assert_eq!(error.to_string(), format!("data.jsonl:1: {expected}"));
+        assert!(error.hint_text().is_some(), "{error}");
     }
-    assert!(sft_trees(&[row(talk("", "d"))], &tokenizer, &options).is_ok());
+    let everything = SftOptions { assistant_only_loss: false, ..options.clone() };
+    assert!(sft_trees(&[row(talk("", "d"))], &tokenizer, &everything).is_err());
+    // What is not trained may be empty.
+    let last = SftOptions { final_response_only: true, ..options.clone() };
+    let user = SftOptions { roles_to_train: Some(vec!["user".to_owned()]), ..options.clone() };
+    for options in [&last, &user] {
+        assert!(sft_trees(&[row(talk("", "d"))], &tokenizer, options).is_ok());
+    }
+    for (key, value) in [
+        ("training", json!(false)),
+        ("weight", json!(0)),
+        ("tool_calls", json!([{"function": {"name": "f", "arguments": {}}}])),
+    ] {
+        let mut row_of = talk("", "d");
+        row_of["messages"][1][key] = value;
+        assert!(sft_trees(&[row(row_of)], &tokenizer, &options).is_ok(), "{key}");
+    }
 }
 
 #[test]
-fn a_column_that_no_row_of_any_file_has_is_refused() {
+fn column_in_no_row_of_any_file_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("a.jsonl"), "{\"prompt\": \"p\", \"answer\": \"1\"}\n").unwrap();
     std::fs::write(dir.path().join("b.jsonl"), "{\"question\": \"q\", \"gold\": \"2\"}\n").unwrap();

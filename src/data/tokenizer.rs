@@ -241,6 +241,15 @@ impl ChatTokenizer {
         Ok(self.encode_where(text, |_| true)?.ids)
     }
 
+    /// Puts `bos` before ids that do not begin with it, if the settings ask for one. A text that spells it out may have
+    /// it already.
+    pub(crate) fn begin(&self, ids: &mut Vec<u32>) {
+        let bos = self.bos().filter(|_| self.settings().add_bos);
+        if let Some(bos) = bos.filter(|bos| ids.first() != Some(bos)) {
+            ids.insert(0, bos);
+        }
+    }
+
     /// The text of `ids`.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
         // Ids outside the vocabulary are skipped; if the decoder fails there is nothing to show.

@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn any_text_survives_the_round_trip() {
+    fn text_round_trips_through_the_trained_tokenizer() {
         let tokenizer = train();
         for text in ["the cat", "日本語 🙂\n\tü", "", "12345"] {
             let ids = tokenizer.encode(text, false).unwrap().get_ids().to_vec();

@@ -10,7 +10,7 @@ use super::tree::Role::Content;
 /// A weight of 1, or a flag that says yes, is no different from none; 0 and no take a message's part of the text out, with
 /// the template's words before it.
 #[test]
-fn where_everything_is_trained_messages_may_still_be_left_out_or_weigh_less() {
+fn messages_can_be_excluded_or_weighted_when_all_tokens_are_trained() {
     let talk = |first: Value, second: Value| {
         let mut row = json!({"messages": [
             {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
@@ -77,7 +77,45 @@ fn where_everything_is_trained_messages_may_still_be_left_out_or_weigh_less() {
 }
 
 #[test]
-fn messages_weigh_what_their_row_says() {
+fn a_flag_is_a_truth_or_refused_with_its_message() {
+    let talk = |key: &str, flag: Value| {
+        json!({"messages": [
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", key: flag},
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
+        ]})
+    };
+    let options = SftOptions::default();
+    for key in ["training", "train"] {
+        for (flag, content, format) in [
+            (json!(0), "d", "<|im_end|>"),
+            (json!(false), "d", "<|im_end|>"),
+            (json!(1), "b|d", "<|im_end|>|<|im_end|>"),
+            (json!(null), "b|d", "<|im_end|>|<|im_end|>"),
+        ] {
+            check_sft(talk(key, flag), &options, content, format);
+        }
+        for bad in [json!("false"), json!(2), json!([])] {
+            let rows = [row(talk(key, bad.clone()))];
+            let error = sft_trees(&rows, &tokenizer("chatml"), &options).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("data.jsonl:1: message 1: `{key}` is {bad}, expected true or false")
+            );
+            assert!(error.hint_text().is_some(), "{error}");
+        }
+    }
+    let pair = json!({
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": [{"role": "assistant", "content": "a", "train": "no"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+    });
+    let error = pair_trees(&[row(pair)], &tokenizer("chatml"), &PairOptions::default());
+    let expected = "data.jsonl:1: message 1: `train` is \"no\", expected true or false";
+    assert_eq!(error.unwrap_err().to_string(), expected);
+}
+
+#[test]
+fn message_weights_come_from_the_row() {
     let tokenizer = tokenizer("chatml");
     let talk = |first: Value, second: Value| {
         row(json!({"messages": [
@@ -122,7 +160,7 @@ fn messages_weigh_what_their_row_says() {
 }
 
 #[test]
-fn a_message_of_a_pairs_response_is_in_or_out_and_weighs_nothing_else() {
+fn message_weight_in_a_compared_response_must_be_0_or_1() {
     let tokenizer = tokenizer("chatml");
     let pair = |weight: f64| {
         row(json!({

@@ -116,7 +116,7 @@ fn adapted_answers_have_the_trainers_bits<E: Element>(precision: Precision) {
 }
 
 #[test]
-fn answers_with_adapters_have_the_trainers_bits_whoever_stands_beside_them() {
+fn answers_with_adapters_match_the_trainer_bitwise_in_any_batch() {
     adapted_answers_have_the_trainers_bits::<f32>(Precision::F32);
     adapted_answers_have_the_trainers_bits::<half::bf16>(Precision::Bf16);
 }
@@ -146,7 +146,7 @@ fn worst(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[test]
-fn every_decoder_adds_the_adapter_and_merging_it_comes_to_the_same() {
+fn every_decoder_with_an_adapter_agrees_with_merged_weights() {
     let checkpoint = golden("model_llama3rope");
     let Checkpoint { config, weights, .. } = &checkpoint;
     for dora in [false, true] {
@@ -178,7 +178,7 @@ fn every_decoder_adds_the_adapter_and_merging_it_comes_to_the_same() {
 }
 
 #[test]
-fn adapters_that_cannot_stand_beside_a_base_are_refused() {
+fn adapters_that_cannot_be_applied_unmerged_are_refused() {
     let checkpoint = golden("model_tied");
     let good = saved(&checkpoint, 7, false);
     let refused = |saved: &Saved| {
@@ -193,6 +193,11 @@ fn adapters_that_cannot_stand_beside_a_base_are_refused() {
     let norm = Tensor::ones(4, candle_core::DType::F32, &Device::Cpu).unwrap();
     let weights = Weights::from([(params::FINAL_NORM.to_owned(), norm)]);
     assert!(refused(&Saved { weights, ..good.clone() }).contains("fully trained"));
+    let mut head = good.clone();
+    let module = "lm_head".to_owned();
+    let adapter = head.adapters.values().next().unwrap().clone();
+    head.adapters.insert(module.clone(), Adapter { module, ..adapter });
+    assert!(refused(&head).starts_with("`lm_head`: the adapter has factors for it"));
     let mut narrow = good;
     let first = narrow.adapters.values_mut().next().unwrap();
     first.a = random(1, (3, 5));
@@ -200,7 +205,7 @@ fn adapters_that_cannot_stand_beside_a_base_are_refused() {
 }
 
 #[test]
-fn what_was_kept_of_an_adapter_goes_with_it_also_where_it_is_still_answering() {
+fn cached_prefixes_of_a_dropped_adapter_are_freed_even_mid_answer() {
     let checkpoint = golden("model_tied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let vocabulary = Bytes::default();

@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_drawn_by_chance_have_the_form() {
+    fn sampled_answers_match_the_grammar() {
         let tokenizer = tokenizer();
         let grammars =
             Grammars::new(&tokenizer, tokenizer.ends(), tokenizer.vocab_size() + 3).unwrap();

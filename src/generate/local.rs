@@ -469,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn guessing_as_the_settings_say_changes_no_answer() {
+    fn configured_guessing_does_not_change_answers() {
         let by_chance = Sampling { num_samples: 2, temperature: 0.7, ..Sampling::default() };
         for plain in [Sampling::greedy(40), Sampling { max_new_tokens: 40, ..by_chance }] {
             let nothing = |name: &str| -> Result<Checkpoint> { panic!("{name} is not wanted") };
@@ -497,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn a_draft_model_of_another_vocabulary_is_refused() {
+    fn draft_model_with_another_vocabulary_is_refused() {
         let sampling = Sampling { assistant_model: "other".to_owned(), ..Sampling::default() };
         let other = |_: &str| -> Result<Checkpoint> {
             let mut other = tiny("student");

@@ -24,7 +24,7 @@ use crate::model::transformer::Transformer;
 use crate::ops::sample::Chance;
 
 #[test]
-fn the_plain_decoder_predicts_what_the_cpu_decoder_does_on_a_golden_model() {
+fn plain_decoder_matches_the_cpu_decoder_on_a_golden_model() {
     let checkpoint = golden("model_llama3rope");
     let cpu: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let plain = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
@@ -87,7 +87,7 @@ fn states_of<D: States>(decoder: &D, texts: &[Vec<u32>]) -> Vec<Vec<f32>> {
 }
 
 #[test]
-fn states_of_texts_are_the_trainers_bits_whatever_is_read_beside_them() {
+fn text_states_match_the_trainer_bitwise_in_any_batch() {
     let checkpoint = golden("model_tied");
     let Checkpoint { config, weights, .. } = &checkpoint;
     let transformer = Transformer::new(config, weights).unwrap();
@@ -108,7 +108,7 @@ fn states_of_texts_are_the_trainers_bits_whatever_is_read_beside_them() {
 }
 
 #[test]
-fn a_decoder_that_draws_draws_what_the_engine_would() {
+fn drawing_decoder_draws_the_same_tokens_as_the_engine() {
     let checkpoint = golden("model_untied");
     let decoder = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let vocabulary = Bytes { ends: (0..40).collect(), ..Bytes::default() };
@@ -138,7 +138,7 @@ fn a_decoder_that_draws_draws_what_the_engine_would() {
 
 /// The decoder itself also returns top tokens and respects a grammar.
 #[test]
-fn a_decoder_that_draws_names_likely_tokens_and_keeps_to_a_form() {
+fn drawing_decoder_returns_top_tokens_and_respects_a_grammar() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
     let Checkpoint { config, weights, .. } = Checkpoint::load_dir(&dir, &Device::Cpu).unwrap();
     let decoder = PlainDecoder::new(&config, &weights).unwrap();
@@ -172,7 +172,7 @@ fn a_decoder_that_draws_names_likely_tokens_and_keeps_to_a_form() {
 }
 
 #[test]
-fn tokens_are_drawn_beside_predictions_in_the_order_of_the_feeds() {
+fn draws_and_predictions_mix_in_the_order_of_the_feeds() {
     let checkpoint = golden("model_tied");
     let decoder = PlainDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let greedy = Chance { temperature: 0.0, ..Chance::default() };

@@ -40,7 +40,7 @@ pub(super) fn stream<D: Decoder>(
 }
 
 #[test]
-fn a_streamed_answer_comes_in_whole_characters_and_never_shows_a_stop_string() {
+fn streamed_pieces_are_whole_characters_and_hide_stop_strings() {
     let vocabulary = Bytes { ends: vec![0], pieces: vec!["one ST", "OP two", "AY "] };
     let said: Vec<u32> =
         [256, 258, 256].into_iter().chain(ids("aé")).chain([257, 256, 257]).collect();
@@ -60,7 +60,7 @@ fn a_streamed_answer_comes_in_whole_characters_and_never_shows_a_stop_string() {
 }
 
 #[test]
-fn a_prompts_own_tokens_are_scored_as_by_the_whole_forward() {
+fn prompt_token_scores_match_the_whole_forward() {
     let checkpoint = golden("model_untied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let model = Transformer::new(&checkpoint.config, &checkpoint.weights).unwrap();
@@ -81,7 +81,7 @@ fn a_prompts_own_tokens_are_scored_as_by_the_whole_forward() {
 }
 
 #[test]
-fn a_prompt_alone_may_take_all_positions() {
+fn prompt_only_request_may_use_all_positions() {
     let checkpoint = golden("model_untied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let limit = WIDE.max_positions;
@@ -104,7 +104,7 @@ fn a_prompt_alone_may_take_all_positions() {
 }
 
 #[test]
-fn prompts_that_begin_alike_are_read_once_and_requests_may_leave() {
+fn shared_prefixes_are_read_once_and_requests_can_be_cancelled() {
     let checkpoint = golden("model_tied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let vocabulary = Bytes::default();
@@ -188,7 +188,7 @@ impl Decoder for Watched<'_> {
 }
 
 #[test]
-fn limits_are_kept_and_a_finished_answers_place_is_taken_at_once() {
+fn limits_hold_and_the_slot_of_a_finished_answer_is_reused_at_once() {
     let checkpoint = golden("model_tied");
     let inner: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let decoder = Watched { inner: &inner, passes: Mutex::default() };
@@ -224,7 +224,7 @@ fn limits_are_kept_and_a_finished_answers_place_is_taken_at_once() {
 }
 
 #[test]
-fn bytes_that_are_no_text_come_through_pieces_as_through_the_whole() {
+fn invalid_utf8_streams_the_same_text_as_the_whole_answer() {
     for said in [vec![97, 0xff, 98, 0xc3, 99, 0], vec![97, 0xe2, 0x82, 0]] {
         let vocabulary = Bytes { ends: vec![0], ..Bytes::default() };
         let extras = Extras { stream: true, ..Extras::default() };
@@ -240,7 +240,7 @@ fn bytes_that_are_no_text_come_through_pieces_as_through_the_whole() {
 }
 
 #[test]
-fn rounded_weights_predict_nearly_the_same_and_keep_the_row_rule() {
+fn rounded_weights_predict_closely_and_are_batch_independent() {
     for (kind, most) in [(BlockType::Q8_0, 0.04), (BlockType::Q4_1, 0.25), (BlockType::Q4_0, 0.3)] {
         let checkpoint = golden("model_llama3rope");
         let dense: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
@@ -275,7 +275,7 @@ fn rounded_weights_predict_nearly_the_same_and_keep_the_row_rule() {
 }
 
 #[test]
-fn a_prompt_goes_on_being_read_while_no_sample_finds_room() {
+fn prompt_reading_continues_while_no_sample_fits() {
     let checkpoint = golden("model_tied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let vocabulary = Bytes::default();
@@ -343,7 +343,7 @@ fn sized(index: u64, len: u32, most: usize) -> Request {
 }
 
 #[test]
-fn answers_of_unequal_lengths_never_pass_the_budget_of_the_caches() {
+fn unequal_answer_lengths_stay_within_the_cache_budget() {
     let checkpoint = golden("model_tied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let vocabulary = Bytes::default();
@@ -368,7 +368,7 @@ fn answers_of_unequal_lengths_never_pass_the_budget_of_the_caches() {
 }
 
 #[test]
-fn a_prompt_without_room_beside_what_it_would_continue_is_read_anew() {
+fn prompt_is_reread_when_its_cached_prefix_leaves_no_room() {
     let checkpoint = golden("model_tied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let vocabulary = Bytes::default();
@@ -385,7 +385,7 @@ fn a_prompt_without_room_beside_what_it_would_continue_is_read_anew() {
 }
 
 #[test]
-fn a_stop_token_ends_the_answer_and_is_no_text() {
+fn stop_token_ends_the_answer_and_is_not_in_its_text() {
     let said = ids("hi!there");
     let sampling = Arc::new(Sampling::greedy(40));
     let request = |stop_token_ids| Request {

@@ -476,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn top_p_keeps_the_fewest_that_reach_the_mass() {
+    fn top_p_keeps_the_fewest_tokens_that_reach_the_mass() {
         // 1 and 4 hold 0.78 together; 2 makes it 0.92.
         check(&Sampling { top_p: 0.7, ..Sampling::default() }, &LOGITS, &renormalised(&[1, 4]));
         check(&Sampling { top_p: 0.9, ..Sampling::default() }, &LOGITS, &renormalised(&[1, 2, 4]));
@@ -484,21 +484,21 @@ mod tests {
     }
 
     #[test]
-    fn min_p_measures_against_the_likeliest() {
+    fn min_p_is_relative_to_the_most_likely_token() {
         // e^-1 = 0.37 of the maximum passes 0.3, e^-2 = 0.135 does not.
         check(&Sampling { min_p: 0.3, ..Sampling::default() }, &LOGITS, &renormalised(&[1, 2, 4]));
         check(&Sampling { min_p: 1.0, ..Sampling::default() }, &LOGITS, &renormalised(&[1, 4]));
     }
 
     #[test]
-    fn top_p_looks_at_what_top_k_left() {
+    fn top_p_applies_to_the_tokens_left_by_top_k() {
         // Of {1, 2, 4} renormalised, 1 and 4 hold 0.84.
         let both = Sampling { top_k: 3, top_p: 0.8, ..Sampling::default() };
         check(&both, &LOGITS, &renormalised(&[1, 4]));
     }
 
     #[test]
-    fn greedy_takes_the_first_of_equals_and_reports_the_untempered_log_probability() {
+    fn greedy_takes_the_first_tie_and_reports_untempered_log_probability() {
         let mut sampler = Sampler::new(&Sampling::greedy(1), &Extras::default());
         let mut rng = Stream::new(0, "test").at(0, 0);
         let draw = sampler.draw(&mut LOGITS.to_vec(), (&[], 0), None, &mut rng).unwrap();
@@ -508,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn the_penalty_weakens_seen_tokens_of_either_sign_once() {
+    fn repetition_penalty_applies_once_to_logits_of_either_sign() {
         let settings = Sampling { repetition_penalty: 4.0, ..Sampling::greedy(1) };
         let mut sampler = Sampler::new(&settings, &Extras::default());
         let mut rng = Stream::new(0, "test").at(0, 0);
@@ -526,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn logits_that_are_not_finite_are_an_error() {
+    fn non_finite_logits_are_an_error() {
         let mut sampler = Sampler::new(&Sampling::default(), &Extras::default());
         let mut rng = Stream::new(0, "test").at(0, 0);
         for bad in [f32::NAN, f32::INFINITY] {
@@ -540,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn bias_and_penalties_change_the_draw_and_not_the_models_log_probability() {
+    fn bias_and_penalties_change_the_draw_but_not_the_log_probability() {
         let extras = Extras {
             logit_bias: vec![(5, 100.0)],
             presence_penalty: 60.0,
@@ -562,7 +562,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_allowed_is_drawn() {
+    fn only_allowed_tokens_are_drawn() {
         let mut allowed = SimpleVob::alloc(6);
         for id in [0, 2] {
             allowed.allow_token(id);
@@ -583,7 +583,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_large_vocabulary_every_piece_is_drawn_from() {
+    fn every_piece_of_a_large_vocabulary_can_be_drawn() {
         let weights: Vec<f32> = (0..1000).map(|id| if id % 3 == 0 { 0.0 } else { 1.0 }).collect();
         let total = 666.0;
         for (place, &id) in [1_u32, 2, 4, 254, 256, 511, 512, 998].iter().enumerate() {

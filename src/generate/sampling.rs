@@ -184,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_that_no_distribution_has_are_refused_by_name() {
+    fn invalid_sampling_values_are_refused_by_name() {
         let bad = [
             (Sampling { temperature: -1.0, ..Sampling::default() }, "temperature"),
             (Sampling { temperature: f64::NAN, ..Sampling::default() }, "temperature"),

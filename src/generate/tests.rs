@@ -136,7 +136,7 @@ pub(super) fn ids(text: &str) -> Vec<u32> {
 }
 
 #[test]
-fn an_end_token_ends_the_answer_and_is_no_text() {
+fn end_token_ends_the_answer_and_is_not_in_its_text() {
     let vocabulary = Bytes { ends: vec![0, 1], ..Bytes::default() };
     let answer = parrot(&[104, 105, 1, 9], &[], &vocabulary);
     assert_eq!((answer.text.as_str(), answer.finish), ("hi", Finish::Stop));
@@ -153,7 +153,7 @@ fn max_new_tokens_ends_the_answer_by_length() {
 }
 
 #[test]
-fn a_stop_string_is_found_across_token_edges() {
+fn stop_string_is_found_across_token_boundaries() {
     let vocabulary = Bytes { ends: vec![], pieces: vec!["one ST", "OP two", "O"] };
     for says in [ids("one STOP two"), vec![256, 257], vec![256, 258, 80, 33]] {
         let answer = parrot(&says, &["STOP"], &vocabulary);
@@ -227,7 +227,7 @@ fn greedy_answers_of_golden_models_are_the_argmax_of_the_whole_forward() {
 }
 
 #[test]
-fn log_probabilities_of_samples_are_the_trainers_bit_for_bit() {
+fn sample_log_probabilities_match_the_trainer_bitwise() {
     samples_have_the_trainers_bits::<f32>(Precision::F32);
     samples_have_the_trainers_bits::<half::bf16>(Precision::Bf16);
 }
@@ -324,7 +324,7 @@ pub(super) fn predict<D: Decoder>(decoder: &D) -> Vec<f32> {
 }
 
 #[test]
-fn an_answer_of_a_golden_model_is_the_same_whatever_it_is_batched_with() {
+fn answers_of_a_golden_model_do_not_depend_on_the_batch() {
     let checkpoint = golden("model_untied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let vocabulary = Bytes { ends: (0..40).collect(), ..Bytes::default() };
@@ -362,7 +362,7 @@ fn an_answer_of_a_golden_model_is_the_same_whatever_it_is_batched_with() {
 }
 
 #[test]
-fn guesses_change_no_answer() {
+fn guesses_do_not_change_answers() {
     let checkpoint = golden("model_tied");
     let decoder: CpuDecoder = CpuDecoder::new(&checkpoint.config, &checkpoint.weights).unwrap();
     let other = golden("model_untied");

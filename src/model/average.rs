@@ -7,10 +7,11 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::checkpoint::Checkpoint;
 use super::lora;
+use super::lora::load::lasting_base;
 use super::lora::peft::{self, BaseRecord, Saved};
 use super::on_disk::{AdapterFiles, Kind, OnDisk};
 use super::save::{Files, shards, write_index};
@@ -124,7 +125,10 @@ pub fn write_sum(
     let first = OnDisk::open(&names[0])?;
     let dtype = dtype.unwrap_or_else(|| first.dtype());
     let building = AtomicDir::create(dir)?;
-    let (config, base) = (sum.config.clone(), sum.base.clone());
+    let (mut config, base) = (sum.config.clone(), sum.base.clone());
+    if let Kind::Adapter(files) = &first.kind {
+        config.base_model_name_or_path = lasting_base(&files.dir, &files.config)?;
+    }
     peft::write_in(dtype, building.path(), &config, (&sum.into_trained(), base.as_ref()))?;
     if let Kind::Adapter(files) = &first.kind {
         write_beside_adapter(building.path(), files, dtype)?;
@@ -304,33 +308,47 @@ fn check_vocabularies(first: Option<&ChatTokenizer>, other: Option<&ChatTokenize
     }
 }
 
-/// Adapter configuration keys that change the meaning of its tensors.
-const ADAPTER_KEYS: [&str; 12] = [
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "use_rslora",
-    "use_dora",
-    "bias",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layers_to_transform",
-];
-
 fn check_adapters(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
     BaseRecord::check_same([&first.base, &other.base])?;
     check_origins(first, other)?;
-    for key in ADAPTER_KEYS {
-        let (one, two) = (adapter_value(&first.config, key), adapter_value(&other.config, key));
-        if one != two {
-            return Err(Error::run(format!("`{key}` is {two}, in the first adapter {one}"))
-                .hint("only adapters of the same rank, scale and targets can be averaged"));
+    let both = meaning(first).into_iter().zip(meaning(other));
+    match both.into_iter().find(|(first, other)| first != other) {
+        None => Ok(()),
+        Some(((key, first), (_, other))) => {
+            Err(Error::run(format!("`{key}` is {other}, in the first adapter {first}"))
+                .hint("only adapters of the same rank, scale and targets can be averaged"))
         }
     }
-    Ok(())
+}
+
+/// Settings that change the meaning of an adapter's tensors, in one spelling: a missing key is its default, 32 is 32.0,
+/// and lists are sorted, since peft writes sets.
+fn meaning(files: &AdapterFiles) -> [(&'static str, String); 10] {
+    let AdapterFiles { config, written, .. } = files;
+    let mut saved = config.modules_to_save.clone().unwrap_or_default();
+    saved.sort();
+    [
+        ("r", config.r.to_string()),
+        ("lora_alpha", config.lora_alpha.to_string()),
+        ("target_modules", sorted(&config.target_modules)),
+        ("layers_to_transform", sorted(written.get("layers_to_transform").unwrap_or(&Value::Null))),
+        ("use_rslora", config.use_rslora.to_string()),
+        ("use_dora", config.use_dora.to_string()),
+        // In their order: the first that fits a module is its own.
+        ("rank_pattern", format!("{:?}", config.rank_pattern)),
+        ("alpha_pattern", format!("{:?}", config.alpha_pattern)),
+        ("modules_to_save", format!("{saved:?}")),
+        ("ensure_weight_tying", config.ensure_weight_tying.to_string()),
+    ]
+}
+
+/// A list with its entries in order; any other value as it is.
+fn sorted(value: &Value) -> String {
+    let mut value = value.clone();
+    if let Value::Array(list) = &mut value {
+        list.sort_by_key(Value::to_string);
+    }
+    value.to_string()
 }
 
 /// Rejects adapters with different bases, and heads whose outputs mean different things.
@@ -348,10 +366,10 @@ fn check_origins(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
 /// such as a hub id and its local copy; they are still rejected, since a sum over different bases would run but be
 /// meaningless, and the user can write one name into both.
 fn check_named_bases(first: &AdapterFiles, other: &AdapterFiles) -> Result<()> {
-    let key = "base_model_name_or_path";
+    let key = peft::BASE_NAME;
     let base = |files: &AdapterFiles| {
-        let name = files.config.get(key)?.as_str().filter(|name| !name.is_empty())?;
-        Some(place(name, &files.dir))
+        let name = files.config.base_model_name_or_path.as_deref();
+        Some(place(name.filter(|name| !name.is_empty())?, &files.dir))
     };
     match (base(first), base(other)) {
         (Some(one), Some(two)) if one != two => {
@@ -372,15 +390,6 @@ pub fn place(name: &str, beside: &Path) -> String {
     found.map_or_else(|| name.to_owned(), |path| path.display().to_string())
 }
 
-/// The value with its lists sorted, since PEFT writes sets.
-fn adapter_value(config: &Map<String, Value>, key: &str) -> Value {
-    let mut value = config.get(key).cloned().unwrap_or(Value::Null);
-    if let Value::Array(list) = &mut value {
-        list.sort_by_key(Value::to_string);
-    }
-    value
-}
-
 fn write_beside(dir: &Path, first: &OnDisk, dtype: DType) -> Result<()> {
     match &first.kind {
         Kind::Model(config, tokenizer) => {
@@ -389,7 +398,11 @@ fn write_beside(dir: &Path, first: &OnDisk, dtype: DType) -> Result<()> {
                 .write_beside(dir, dtype)
         }
         Kind::Adapter(files) => {
-            store::write_json(&dir.join(peft::CONFIG), &files.config)?;
+            let mut config = files.written.clone();
+            if let Some(base) = lasting_base(&files.dir, &files.config)? {
+                config.insert(peft::BASE_NAME.to_owned(), Value::from(base));
+            }
+            store::write_json(&dir.join(peft::CONFIG), &config)?;
             write_beside_adapter(dir, files, dtype)
         }
     }
@@ -412,6 +425,7 @@ mod tests {
     use std::f32::consts::FRAC_1_SQRT_2;
 
     use candle_core::Tensor;
+    use serde_json::Map;
 
     use super::*;
     use crate::model::checkpoint::load_weights;
@@ -455,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn methods_have_the_values_that_hands_compute() {
+    fn averaging_methods_match_hand_computed_values() {
         let home = tempfile::tempdir().unwrap();
         let options = SaveOptions::new(DType::F32);
         let model = |name: &str, row, rest| save(&home.path().join(name), row, rest, &options);
@@ -478,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn the_arc_ends_where_vectors_are_parallel_or_zero() {
+    fn spherical_shares_are_linear_for_parallel_or_zero_vectors() {
         let check = |[one, two]: [f64; 2], expected: [f64; 2]| {
             let off = (one - expected[0]).abs().max((two - expected[1]).abs());
             assert!(off < 1e-12, "{one} {two}, expected {expected:?}");
@@ -490,7 +504,7 @@ mod tests {
 
     /// Random models in one file and in many give the same result as whole tensors in memory.
     #[test]
-    fn shards_in_and_shards_out_need_not_be_the_same() {
+    fn input_and_output_shards_may_differ() {
         let home = tempfile::tempdir().unwrap();
         let config = config();
         let random = |seed| init::random(&config, seed, &Device::Cpu).unwrap();
@@ -534,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_averaged_is_refused_by_name_and_nothing_is_left() {
+    fn models_that_cannot_be_averaged_are_refused_and_leave_no_files() {
         let home = tempfile::tempdir().unwrap();
         let options = SaveOptions::new(DType::F32);
         let a = save(&home.path().join("a"), [1.0, 0.0], 2.0, &options);
@@ -566,8 +580,12 @@ mod tests {
             "base_model_name_or_path": base,
         });
         store::write_json(&dir.join(peft::CONFIG), &config).unwrap();
-        let a = Tensor::full(value, (2, width), &Device::Cpu).unwrap();
-        let tensors = BTreeMap::from([("base_model.model.q_proj.lora_A.weight", &a)]);
+        let full = |shape: (usize, usize)| Tensor::full(value, shape, &Device::Cpu).unwrap();
+        let (a, b) = (full((2, width)), full((4, 2)));
+        let tensors = BTreeMap::from([
+            ("base_model.model.q_proj.lora_A.weight", &a),
+            ("base_model.model.q_proj.lora_B.weight", &b),
+        ]);
         store::write_atomic_with(&dir.join("adapter_model.safetensors"), |out| {
             tensor_file::write(out, &tensors, DType::F32)
         })
@@ -606,8 +624,60 @@ mod tests {
         );
     }
 
+    /// Versions of peft write other keys, and numbers with a point or without.
     #[test]
-    fn a_base_has_one_place_however_its_path_is_written() {
+    fn adapters_whose_settings_are_only_spelt_differently_are_averaged() {
+        let home = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| adapter(&home.path().join(name), (8, 3), 1.0).name);
+        let path = home.path().join("b").join(peft::CONFIG);
+        let written: Map<String, Value> = store::read_json(&path).unwrap();
+        let with = |keys: Value| {
+            let mut config = written.clone();
+            config.extend(keys.as_object().unwrap().clone());
+            store::write_json(&path, &config).unwrap();
+            open([&a, &b]).map(|_| ())
+        };
+        with(serde_json::json!({
+            "lora_alpha": 8.0, "use_dora": false, "use_rslora": false, "rank_pattern": {}, "modules_to_save": null,
+            "target_modules": ["q_proj", "v_proj"],
+        }))
+        .unwrap();
+        for (keys, expected) in [
+            (
+                serde_json::json!({"use_dora": true}),
+                "`use_dora` is true, in the first adapter false",
+            ),
+            (serde_json::json!({"init_lora_weights": "pissa"}), "`init_lora_weights` is \"pissa\""),
+            (serde_json::json!({"kasa_config": {"beta": 1.0}}), "`kasa_config` is set"),
+        ] {
+            let error = with(keys).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_base_named_relative_to_an_adapter_is_found_from_the_average() {
+        let home = tempfile::tempdir().unwrap();
+        let base = home.path().join("inputs/the-base");
+        store::create_dir(&base).unwrap();
+        let models = ["a", "b"].map(|name| {
+            adapter_of("../the-base", &home.path().join("inputs").join(name), (8, 3), 1.0)
+        });
+        let names = models.each_ref().map(|model| model.name.clone());
+        let [linear, cat] =
+            ["linear", "cat"].map(|name| home.path().join("results/far").join(name));
+        write(&linear, &models, &Shares::Fixed(vec![0.5, 0.5]), SAME, &mut |_| Ok(())).unwrap();
+        write_sum(&cat, &names, (&[0.5, 0.5], None), None).unwrap();
+        for dir in [linear, cat] {
+            let config = peft::AdapterConfig::read(&dir).unwrap();
+            let named = config.base_model_name_or_path.unwrap();
+            let found = Path::new(&named).canonicalize().unwrap();
+            assert_eq!(found, base.canonicalize().unwrap(), "{named}");
+        }
+    }
+
+    #[test]
+    fn base_path_is_canonical_however_it_is_written() {
         let home = tempfile::tempdir().unwrap();
         let base = home.path().join("base");
         store::create_dir(&base).unwrap();
@@ -625,7 +695,7 @@ mod tests {
 
     /// `model-00001-of-00001.safetensors` is found only through its index, and a single file is written without one.
     #[test]
-    fn the_average_of_models_of_one_shard_is_a_model() {
+    fn average_of_models_with_one_indexed_shard_can_be_loaded() {
         const SHARD: &str = "model-00001-of-00001.safetensors";
         let home = tempfile::tempdir().unwrap();
         let weights = init::random(&config(), 1, &Device::Cpu).unwrap();
@@ -648,7 +718,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_with_a_tensor_missing_is_refused_when_it_is_opened() {
+    fn model_with_a_missing_tensor_is_refused_on_open() {
         let home = tempfile::tempdir().unwrap();
         let mut weights = init::random(&config(), 1, &Device::Cpu).unwrap();
         weights.remove(params::FINAL_NORM);

@@ -11,7 +11,7 @@ use candle_core::{Device, DeviceLocation, Tensor};
 
 use super::checkpoint::{self, Checkpoint};
 use super::lora::load::{base_of, is_adapter};
-use super::lora::peft::{self, Fingerprint, Saved};
+use super::lora::peft::{self, BaseId, Fingerprint, Saved};
 use super::lora::{self, Adapter, Adapters};
 use super::one_by_one;
 use super::packed::{self, Packed, Quantization};
@@ -51,8 +51,8 @@ pub struct Base {
     pub tensors: Tensors,
     /// Its tokenizer.
     pub tokenizer: Option<ChatTokenizer>,
-    /// The fingerprint that adapters record, see [`peft::fingerprint`].
-    pub fingerprint: String,
+    /// The fingerprints that its adapters record.
+    pub id: BaseId,
 }
 
 /// A model: a base, with or without an adapter.
@@ -162,7 +162,7 @@ impl Base {
             tensors.packed = packed::of_file(source, &form.in_full)?;
         }
         let mut fingerprint = Fingerprint::default();
-        one_by_one::each(source, &config, &form.device, &mut |name, tensor| {
+        let id = one_by_one::each(source, &config, &form.device, &mut |name, tensor| {
             fingerprint.add(name, &tensor)?;
             match form.quantization {
                 _ if lora::trains(&form.in_full, name) => {
@@ -180,7 +180,8 @@ impl Base {
             Ok(())
         })
         .map_err(|error| unread(error, &config, form))?;
-        Ok(Self { config, tensors, tokenizer, fingerprint: fingerprint.finish() })
+        let id = id.unwrap_or_else(|| BaseId::new(fingerprint.finish()));
+        Ok(Self { config, tensors, tokenizer, id })
     }
 
     /// Configuration, tokenizer and the unquantised weights, shared.
@@ -209,7 +210,7 @@ impl Model {
     }
 
     fn beside(base: Arc<Base>, (saved, dir): (Saved, &Path), dtype: Precision) -> Result<Self> {
-        saved.check_base(&base.fingerprint)?;
+        saved.check_base(&base.id)?;
         let Checkpoint { config, weights, tokenizer } =
             base.checkpoint().with_trained(&saved, dir)?;
         let mut tensors = Tensors { weights: dtype.cast(weights)?, ..base.tensors.clone() };

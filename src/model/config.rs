@@ -464,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn both_generations_of_rope_keys_mean_the_same() {
+    fn old_and_new_rope_keys_are_equivalent() {
         let scaling = json!({
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
@@ -480,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_reads_back_the_same() {
+    fn config_round_trips_through_json() {
         let scaling = json!({
             "type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
             "original_max_position_embeddings": 64,
@@ -504,7 +504,7 @@ mod tests {
     }
 
     #[test]
-    fn biases_follow_the_family() {
+    fn biases_follow_the_model_family() {
         let biases = |changes: &[(&str, Value)]| {
             let config = with(changes).unwrap();
             (config.qkv_bias, config.output_bias)

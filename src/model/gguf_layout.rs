@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_rows_go_there_and_back() {
+    fn names_and_row_orders_round_trip() {
         let names = ["model.norm.weight", "lm_head.weight", "model.layers.12.mlp.up_proj.weight"];
         for name in names {
             assert_eq!(hugging_face_name(&gguf_name(name).unwrap()).as_deref(), Some(name));

@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn a_score_is_the_same_bits_whatever_is_scored_beside_it() {
+    fn score_is_bitwise_independent_of_the_batch() {
         let (hidden, head) = (random(1, (40, 577)), random(2, (3, 577)));
         let bias = random(3, 3);
         let ends: Vec<End> = (0..40).map(end).collect();

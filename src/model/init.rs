@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn the_seed_and_the_name_decide_every_number() {
+    fn initial_weights_depend_on_the_seed_and_the_tensor_name() {
         let two = random(&config(2), 7, &Device::Cpu).unwrap();
         let three = random(&config(3), 7, &Device::Cpu).unwrap();
         let other = random(&config(2), 8, &Device::Cpu).unwrap();

@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn outputs_without_a_name_of_their_own_may_mean_anything() {
+    fn default_labels_agree_with_any_output_names() {
         let check = |first: &[&str], other: &[&str], expected: bool| {
             let [first, other] =
                 [first, other].map(|names| names.iter().map(|&name| name.to_owned()).collect());

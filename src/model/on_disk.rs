@@ -15,7 +15,7 @@ use super::checkpoint::{self, SINGLE};
 use super::gguf::Gguf;
 use super::lora;
 use super::lora::load::is_adapter;
-use super::lora::peft::{self, BaseRecord};
+use super::lora::peft::{self, AdapterConfig, BaseRecord};
 use super::save::Files;
 use super::source::{self, Source};
 use super::tensor_file::{self, Mapped};
@@ -49,8 +49,10 @@ pub enum Kind {
 pub struct AdapterFiles {
     /// Its directory.
     pub dir: PathBuf,
-    /// `adapter_config.json`.
-    pub config: Map<String, Value>,
+    /// `adapter_config.json`, as read.
+    pub config: AdapterConfig,
+    /// The same, as written.
+    pub written: Map<String, Value>,
     /// The base it was trained on.
     pub base: Option<BaseRecord>,
     /// Its own tokenizer, if any.
@@ -109,7 +111,8 @@ impl OnDisk {
     fn adapter(name: &str, dir: &Path) -> Result<Self> {
         let files = AdapterFiles {
             dir: dir.to_owned(),
-            config: store::read_json(&dir.join(peft::CONFIG))?,
+            config: AdapterConfig::read(dir)?,
+            written: store::read_json(&dir.join(peft::CONFIG))?,
             base: peft::base(dir)?,
             tokenizer: ChatTokenizer::in_dir(dir)?,
             scorer: lora::load::scorer(dir)?,

@@ -9,6 +9,7 @@ use candle_core::{Device, Tensor};
 use super::checkpoint::{self, Checkpoint};
 use super::gguf::Gguf;
 use super::lora::load::is_adapter;
+use super::lora::peft::BaseId;
 use super::source::Source;
 use super::tensor_file::{self, Mapped};
 use super::{Config, params};
@@ -18,7 +19,7 @@ use crate::error::{Context, Result};
 pub(super) type Take<'a> = dyn FnMut(&str, Tensor) -> Result<()> + 'a;
 
 /// Passes every parameter of the model, which has this configuration, to `take`. An adapter is merged into its base,
-/// which requires reading all of it first.
+/// which requires reading all of it first; returns its fingerprints, which do not follow from the weights.
 ///
 /// # Errors
 /// As [`Checkpoint::load`].
@@ -27,16 +28,17 @@ pub(super) fn each(
     config: &Config,
     device: &Device,
     take: &mut Take<'_>,
-) -> Result<()> {
+) -> Result<Option<BaseId>> {
     match source {
         Source::Directory(dir) if is_adapter(dir) => {
-            let mut weights = Checkpoint::load_adapter(dir, device)?.weights;
+            let (Checkpoint { mut weights, .. }, id) =
+                Checkpoint::load_adapter_with_id(dir, device)?;
             while let Some((name, tensor)) = weights.pop_first() {
                 take(&name, tensor)?;
             }
-            Ok(())
+            return Ok(Some(id));
         }
-        Source::Directory(dir) => of_directory(dir, config, device, take),
+        Source::Directory(dir) => of_directory(dir, config, device, take)?,
         Source::Gguf(path) => {
             let gguf = Gguf::open(path)?;
             let mut read = || -> Result<()> {
@@ -49,9 +51,10 @@ pub(super) fn each(
                 }
                 Ok(())
             };
-            read().at(path.display())
+            read().at(path.display())?;
         }
     }
+    Ok(None)
 }
 
 fn of_directory(dir: &Path, config: &Config, device: &Device, take: &mut Take<'_>) -> Result<()> {
@@ -113,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn one_by_one_is_what_is_read_at_once() {
+    fn reading_one_by_one_equals_reading_at_once() {
         for name in ["data/tiny/student", "data/tiny/teacher"] {
             let whole = Checkpoint::load_dir(name.as_ref(), &Device::Cpu).unwrap();
             assert_eq!(bits(&read(&Source::Directory(name.into()))), bits(&whole.weights));
@@ -121,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_is_stored_twice_must_be_the_embedding() {
+    fn stored_head_of_a_tied_model_must_equal_the_embedding() {
         let whole = Checkpoint::load_dir("data/tiny/student".as_ref(), &Device::Cpu).unwrap();
         let mut config = whole.config.clone();
         config.tie_word_embeddings = true;

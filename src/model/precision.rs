@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn matrices_are_rounded_and_what_is_small_and_sensitive_is_not() {
+    fn matrices_are_rounded_and_norms_and_score_heads_are_not() {
         let tensor = |shape: &[usize]| Tensor::full(1.000_1_f32, shape, &Device::Cpu).unwrap();
         let weights = Weights::from([
             ("a.weight".to_owned(), tensor(&[2, 3])),

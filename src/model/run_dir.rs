@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stage_stands_for_its_checkpoint_and_a_run_for_its_only_one() {
+    fn stage_resolves_to_its_checkpoint_and_run_to_its_only_one() {
         let home = tempfile::tempdir().unwrap();
         let run = home.path();
         assert_eq!(model(run).unwrap(), run);

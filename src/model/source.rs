@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hub_names_are_told_from_paths() {
+    fn hub_names_are_distinguished_from_paths() {
         let hub =
             ["org/name", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/b:q4.gguf", "a/b:x/y.gguf"];
         for name in hub {
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_path_is_named_with_its_nearest_neighbour() {
+    fn missing_path_error_suggests_the_most_similar_name() {
         let dir = tempfile::tempdir().unwrap();
         store::create_dir(&dir.path().join("checkpoint")).unwrap();
         let path = dir.path().join("chekpoint");
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stage_is_the_model_that_it_made() {
+    fn stage_directory_resolves_to_its_checkpoint() {
         let stage = tempfile::tempdir().unwrap();
         let checkpoint = stage.path().join("checkpoint");
         store::write_atomic(&checkpoint.join("config.json"), b"{}").unwrap();
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_other_kinds_are_refused() {
+    fn unsupported_model_files_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["model.safetensors", "notes.txt"] {
             let path = dir.path().join(name);

@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hand_written_backward_is_the_graphs() {
+    fn hand_written_backward_matches_the_graph() {
         let all = 2 * 12 + 2;
         by_hand_is_the_graph((Precision::F32, Trained::All), 1e-5, all);
         for (dora, packed, count) in
@@ -444,7 +444,7 @@ mod tests {
 
     /// The graph rounds differently: product outputs to bf16, input gradients not at all.
     #[test]
-    fn in_bf16_it_is_the_graphs_up_to_rounding() {
+    fn bf16_backward_matches_the_graph_up_to_rounding() {
         by_hand_is_the_graph((Precision::Bf16, Trained::All), 2e-2, 2 * 12 + 2);
         let adapters = Trained::Adapters { dora: false, packed: true };
         by_hand_is_the_graph((Precision::Bf16, adapters), 2e-2, 2 * 14);

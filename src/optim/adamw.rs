@@ -549,7 +549,7 @@ mod tests {
     const SEED: u64 = 0x0005_1234_8765_4321;
 
     #[test]
-    fn copies_are_rounded_by_the_words_of_step_place_and_element() {
+    fn copies_are_rounded_by_words_of_step_place_and_element() {
         for offloaded in [false, true] {
             let (params, plain) =
                 (parameters(DType::BF16, offloaded), parameters(DType::BF16, false));
@@ -575,7 +575,7 @@ mod tests {
     }
 
     #[test]
-    fn the_plain_form_draws_the_same_words() {
+    fn plain_form_draws_the_same_random_words() {
         let params = parameters(DType::BF16, false);
         let mut adamw = AdamW::new(HYPER).rounding_by_chance(Some(SEED));
         adamw.begin_step();
@@ -591,7 +591,7 @@ mod tests {
 
     /// Files store masters; a parameter's copy is rounded to nearest when read.
     #[test]
-    fn copies_of_masters_that_were_read_are_what_the_last_step_left() {
+    fn copies_of_loaded_masters_match_those_of_the_last_step() {
         for offloaded in [false, true] {
             let params = parameters(DType::BF16, false);
             let mut adamw = AdamW::new(HYPER).rounding_by_chance(Some(SEED));

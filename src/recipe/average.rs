@@ -33,6 +33,35 @@ pub enum AverageMethod {
     Svd,
 }
 
+impl AverageMethod {
+    /// Its name in recipes.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Mean => "mean",
+            Self::Linear => "linear",
+            Self::Slerp => "slerp",
+            Self::TaskArithmetic => "task_arithmetic",
+            Self::GreedySoup => "greedy_soup",
+            Self::Cat => "cat",
+            Self::Svd => "svd",
+        }
+    }
+
+    /// The method that alone reads a key, which may be in a section of the stage; `None` for keys of several methods.
+    pub(super) fn reader(key: &str, section: Option<&str>) -> Option<Self> {
+        match (section, key) {
+            (Some("data"), _)
+            | (None, "eval_datasets" | "metric_for_best_model" | "head" | "chat_template") => {
+                Some(Self::GreedySoup)
+            }
+            (None, "t") => Some(Self::Slerp),
+            (None, "base_model" | "lambda") => Some(Self::TaskArithmetic),
+            (None, "svd_rank") => Some(Self::Svd),
+            _ => None,
+        }
+    }
+}
+
 /// The selection criterion of a greedy soup.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -164,7 +193,7 @@ impl Average {
         if !self.lambda.is_finite() {
             return Err(Error::usage(format!("`lambda` is {}, expected a number", self.lambda)));
         }
-        // Settings that the method ignores may come from [defaults].
+        // Resolution refuses or notes settings of other methods: it knows where they are written.
         if method == AverageMethod::TaskArithmetic && self.base_model.is_empty() {
             return Err(Error::usage("`base_model` is missing, which `task_arithmetic` needs")
                 .hint("the model that the others were trained from"));

@@ -296,6 +296,17 @@ impl Dpo {
     pub(super) fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         let (rate, pairs) = (self.train.learning_rate, self.train.examples_per_step());
+        if let Some(preset) = self.preset
+            && pairs != PRESET_PAIRS
+        {
+            let (batch, times) =
+                (self.train.per_device_train_batch_size, self.train.gradient_accumulation_steps);
+            notes.push(format!(
+                "`preset` \"{}\" has {PRESET_PAIRS} pairs a step, this stage {pairs}: \
+                 `per_device_train_batch_size` {batch} times `gradient_accumulation_steps` {times}",
+                preset.name()
+            ));
+        }
         // Small models use larger rates and small batches.
         if rate > 5e-6 && (self.preset.is_some() || pairs >= 64) {
             notes.push(format!(
@@ -326,6 +337,9 @@ impl Dpo {
     }
 }
 
+/// Pairs per step of every preset.
+const PRESET_PAIRS: usize = 128;
+
 /// The value for no reference.
 const NO_REFERENCE: &str = "none";
 
@@ -341,6 +355,13 @@ pub enum Preset {
 }
 
 impl Preset {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Llama3 => "llama3",
+            Self::Tulu3 => "tulu3",
+        }
+    }
+
     /// The values it sets, by section.
     fn values(self) -> Value {
         let train = json!({
@@ -348,7 +369,7 @@ impl Preset {
             "lr_scheduler_type": "linear",
             "warmup_ratio": 0.1,
             "num_train_epochs": 1.0,
-            "per_device_train_batch_size": 128,
+            "per_device_train_batch_size": PRESET_PAIRS,
         });
         match self {
             Self::Llama3 => json!({
@@ -380,6 +401,23 @@ pub(super) fn dependent_defaults<'a>(
         defaults["sft_loss_weight"] = Value::from(0.0);
     }
     Ok(())
+}
+
+/// A note on the values of a stage's own preset that `[defaults]` replace. An unknown preset is refused elsewhere.
+pub(super) fn replaced_by_defaults<'a>(
+    preset: &Value,
+    defaults: impl Iterator<Item = (&'a str, &'a Value)>,
+) -> Option<String> {
+    let preset: Preset = serde_json::from_value(preset.clone()).ok()?;
+    let values = preset.values();
+    let tables = [&values, &values["train"], &values["data"]];
+    let replaced: Vec<String> = defaults
+        .filter(|(key, _)| tables.iter().any(|table| table.get(*key).is_some()))
+        .map(|(key, value)| format!("`{key}` is {value}"))
+        .collect();
+    let (name, replaced) = (preset.name(), replaced.join(", "));
+    let note = format!("[defaults] replace values of `preset` \"{name}\": {replaced}");
+    (!replaced.is_empty()).then_some(note)
 }
 
 /// Merges the leaves of `values` into `object`.
@@ -423,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_word_the_loss_is_llama_3s_and_a_written_loss_is_the_whole_loss() {
+    fn default_loss_is_that_of_llama_3_and_a_written_loss_replaces_it() {
         use PreferenceLoss::{Hinge, Ipo, Sigmoid};
         let shown = |keys: &str| {
             let dpo = dpo(keys);
@@ -441,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn presets_set_what_was_published_and_written_keys_win() {
+    fn presets_use_published_values_and_written_keys_win() {
         let tulu = dpo("preset = 'tulu3'");
         assert_eq!(tulu.losses(), [(PreferenceLoss::SigmoidNorm, 1.0)]);
         let shown = (tulu.beta, tulu.train.learning_rate, tulu.train.examples_per_step());
@@ -463,7 +501,7 @@ mod tests {
 
     /// The base is what the recipe's first policy starts from, in all rounds.
     #[test]
-    fn a_reference_is_the_stages_start_the_base_another_stage_or_none() {
+    fn reference_is_the_stage_start_the_base_another_stage_or_none() {
         let references = |key: &str| -> Vec<String> {
             let text = format!(
                 "rounds = 2\n[[stage]]\nkind = 'sft'\nmodel = ['@dpo?', 'src']\ndatasets = 'src/lib.rs'\n\
@@ -487,7 +525,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_that_are_likely_mistakes_are_noted() {
+    fn likely_mistakes_in_settings_are_noted() {
         let notes = |keys: &str| plan(keys).unwrap().notes.join("; ");
         assert_eq!(
             notes("preset = 'llama3'\nlearning_rate = 1e-5"),
@@ -505,7 +543,39 @@ mod tests {
     }
 
     #[test]
-    fn references_that_nothing_reads_or_that_are_missing_are_refused() {
+    fn what_replaces_a_preset_is_noted() {
+        let notes = |defaults: &str, keys: &str| {
+            let text = format!(
+                "[defaults]\n{defaults}\n[[stage]]\nkind = 'dpo'\nmodel = 'src'\ndatasets = 'src/lib.rs'\n{keys}\n"
+            );
+            let file = RecipeFile::parse(&text, Path::new("r.toml")).unwrap();
+            resolve(&file, None).unwrap().notes.join("; ")
+        };
+        assert_eq!(
+            notes("max_length = 64\nlogging_steps = 5\nrl_beta = 2", "preset = 'tulu3'"),
+            "stage `dpo`: [defaults] replace values of `preset` \"tulu3\": `max_length` is 64, `beta` is 2"
+        );
+        // Beside the preset they are its exceptions, wherever both are written.
+        assert_eq!(notes("beta = 0.2", "preset = 'llama3'\nbeta = 0.3"), "");
+        assert_eq!(notes("preset = 'llama3'\nbeta = 0.2", ""), "");
+        let batch = "stage `dpo`: `preset` \"llama3\" has 128 pairs a step, this stage";
+        assert_eq!(
+            notes("", "preset = 'llama3'\ngradient_accumulation_steps = 4"),
+            format!(
+                "{batch} 512: `per_device_train_batch_size` 128 times `gradient_accumulation_steps` 4"
+            )
+        );
+        assert_eq!(
+            notes("gradient_accumulation_steps = 8", "preset = 'llama3'\nbatch_size = 16"),
+            ""
+        );
+        let found = notes("per_device_train_batch_size = 32", "preset = 'llama3'");
+        assert!(found.contains(&format!("{batch} 32: ")), "{found}");
+        assert!(found.contains("`per_device_train_batch_size` is 32"), "{found}");
+    }
+
+    #[test]
+    fn unused_or_missing_references_are_refused() {
         refuses(
             "loss_type = ['simpo', 'ipo']\nreference = 'none'",
             "r.toml:6: stage `dpo`: `ref_model_name_or_path` is \"none\", but ipo reads a reference (hint: leave it out, or take cpo, simpo or orpo)",
@@ -525,7 +595,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_are_ranked_by_the_plain_loss_alone() {
+    fn plackett_luce_ranking_requires_the_plain_loss() {
         let lists = "`ranking` is \"plackett_luce\" with another loss than plain `sigmoid` (hint: rank by \"all_pairs\" or \
                      \"adjacent\", or leave label_smoothing, use_weighting and f_divergence_type out)";
         for other in [
@@ -541,7 +611,7 @@ mod tests {
     }
 
     #[test]
-    fn constants_that_nothing_reads_are_refused() {
+    fn unused_constants_are_refused() {
         for (keys, key, value, other) in [
             ("simpo_gamma = 1.0", "simpo_gamma", "1", "loss_type"),
             (
@@ -569,7 +639,7 @@ desirable_weight = 1.5",
     }
 
     #[test]
-    fn losses_that_cannot_be_taken_are_refused() {
+    fn invalid_loss_settings_are_refused() {
         refuses(
             "loss_type = ['sigmoid', 'sft']\nloss_weights = [1, 0.2, 3]",
             "r.toml:6: stage `dpo`: `loss_weights` has 3 entries for 2 losses (hint: one weight a loss, or none for 1 each)",

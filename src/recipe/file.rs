@@ -1,6 +1,6 @@
 //! The recipe as written: entries with their lines, before any resolution.
 //!
-//! Knows TOML and overrides, but not what the keys mean.
+//! Knows TOML, overrides and which keys are names of one another, but not what the keys mean.
 
 use std::path::{Path, PathBuf};
 
@@ -8,6 +8,7 @@ use serde_json::{Map, Number, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::keys::written;
 use crate::error::{Error, Result};
 use crate::store;
 
@@ -224,8 +225,15 @@ impl RecipeFile {
     }
 }
 
+/// Replaces what `entry` writes, under any of its names. A loss also replaces the weights that the file gives to its own.
 fn set(entries: &mut Vec<Entry>, entry: Entry) {
-    entries.retain(|old| old.key != entry.key);
+    let written_key = written(&entry.key);
+    let of_old_losses = |old: &Entry| {
+        written_key == "loss_type"
+            && old.key == "loss_weights"
+            && matches!(old.place, Place::Line(_))
+    };
+    entries.retain(|old| written(&old.key) != written_key && !of_old_losses(old));
     entries.push(entry);
 }
 
@@ -292,7 +300,7 @@ mod tests {
     const TWO: &str = "rounds = 2\n[defaults]\nseed = 1\n[[stage]]\nkind = 'sft'\n\n[[stage]]\nname = 'prefer'\nkind = 'dpo'\nbeta = 0.1\n";
 
     #[test]
-    fn every_entry_knows_its_line() {
+    fn every_entry_records_its_line() {
         let recipe = parse(TWO);
         assert_eq!(recipe.top[0].place, Place::Line(1));
         assert_eq!(recipe.defaults[0].place, Place::Line(3));
@@ -330,7 +338,23 @@ mod tests {
     }
 
     #[test]
-    fn argument_values_are_toml_or_else_text() {
+    fn an_override_replaces_what_is_written_under_another_name() {
+        for (written, argument) in [
+            ("pref_loss = ['sft', 'hinge']", "dpo.loss_type=ipo"),
+            ("adapter = 'qlora'", "dpo.finetuning_type=lora"),
+            ("lr = 1e-4", "dpo.learning_rate=1e-5"),
+        ] {
+            let mut recipe = parse(&format!("[[stage]]\nkind = 'dpo'\n{written}\n"));
+            recipe.apply(&[argument.to_owned()]).unwrap();
+            let keys: Vec<&str> =
+                recipe.stages[0].entries.iter().map(|entry| entry.key.as_str()).collect();
+            let (key, _) = argument["dpo.".len()..].split_once('=').unwrap();
+            assert_eq!(keys, ["kind", key], "{argument}");
+        }
+    }
+
+    #[test]
+    fn argument_values_parse_as_toml_or_fall_back_to_text() {
         for (text, value) in [
             ("1", json!(1)),
             ("2e-4", json!(2e-4)),

@@ -242,6 +242,16 @@ pub fn alias(key: &str) -> &str {
     ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key, |(_, canonical)| canonical)
 }
 
+/// The one name of all keys that write what `key` writes, also for keys that combine several settings.
+pub(super) fn written(key: &str) -> &str {
+    match alias(key) {
+        "adapter" => "finetuning_type",
+        "train_on_input" | "train_on_prompt" => "train_on_inputs",
+        "mask_history" => "final_response_only",
+        name => name,
+    }
+}
+
 /// A "did you mean" for a name among `known`, or else the list of options.
 pub fn suggestion(name: &str, known: &[&str]) -> String {
     match did_you_mean(name, known.iter().copied()) {
@@ -270,7 +280,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn every_alias_leads_to_a_key_of_some_kind_and_hides_none() {
+    fn every_alias_maps_to_a_known_key() {
         let all: Vec<_> = Kind::ALL.iter().map(|&kind| known(kind).unwrap()).collect();
         for (alias, key) in ALIASES {
             let known_somewhere = all.iter().any(|keys| keys.contains_key(*key));

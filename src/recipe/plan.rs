@@ -156,17 +156,20 @@ impl Kind {
     /// an older version is then not reused.
     pub fn version(self) -> u32 {
         match self {
-            // 3: responses without text are not selected; `average` refuses heads and bases that do not match, and copies an
-            // adapter that stays alone in a soup.
-            Self::Select | Self::Average => 3,
-            // 4: `sft` applies message weights and flags where everything is trained, and divides its logged loss by the
-            // true count; `dpo` applies the loss weight to single responses.
-            Self::Sft | Self::Dpo => 4,
-            // 5: `synth` verifiers compare whole numbers exactly and call the tests that a row only defines; `reward`
-            // records length correlations of every head.
-            Self::Synth | Self::Reward => 5,
-            // 6: verifiers as in `synth` 5. 5: reward models that learned from text are queried with text.
-            Self::Sample | Self::Eval => 6,
+            // 3: responses without text are not selected.
+            Self::Select => 3,
+            // 4: measures the first ingredient of a soup as written, leaves out models whose output is not finite, and names
+            // the base of adapters by a lasting path.
+            Self::Average => 4,
+            // 5: no part of a word is taken as the prompt that responses share; a message's `training` may be 0 or 1; `sft`
+            // refuses empty turns among others.
+            Self::Sft | Self::Dpo => 5,
+            // 6: the shared prompt as in `dpo` 5. `synth` 5: verifiers compare whole numbers exactly and call the tests that a
+            // row only defines.
+            Self::Synth | Self::Reward => 6,
+            // 7: the shared prompt as in `dpo` 5. 6: verifiers as in `synth` 5. 5: reward models that learned from text are
+            // queried with text.
+            Self::Sample | Self::Eval => 7,
         }
     }
 }

@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_has_the_stages_settings_but_for_its_own() {
+    fn policy_inherits_stage_settings_except_for_its_own() {
         let spec = sample(
             "[{ where = { capability = ['code', 'sql'] }, model = 'tests', n = 4, stop = 'x' }, \
               { name = 'other', where = { source = 'a', level = 2 }, system = '' }]",
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn select_takes_whole_outputs() {
+    fn select_refuses_partial_datasets() {
         let all = Dataset { path: "data.jsonl".to_owned(), ..Dataset::default() };
         let select =
             |dataset: &Dataset| Select { datasets: vec![dataset.clone()], ..Select::default() };
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_that_fits_all_or_says_nothing_known_is_refused_with_its_place() {
+    fn unconditional_or_invalid_policies_are_refused_with_their_location() {
         for (policies, part) in [
             ("[{ temperature = 0.1 }]", "`policies`[0]: `where` is missing"),
             ("[{ where = 'code' }]", "expected a table"),

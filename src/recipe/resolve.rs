@@ -8,12 +8,12 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::dpo::dependent_defaults;
+use super::dpo::{dependent_defaults, replaced_by_defaults};
 use super::file::{Entry, Place, RecipeFile, StageTable};
 use super::keys::{self, INERT, Known, suggestion};
-use super::plan::{Kind, Plan, Spec, Step};
+use super::plan::{AverageMethod, Kind, Plan, Spec, Step};
 use super::refs::{Done, Scope};
-use super::shape::{expand, inputs, shaped};
+use super::shape::{beside, expand, inputs, shaped};
 use super::top::Top;
 use crate::error::{Context, Error, Result};
 
@@ -136,7 +136,8 @@ impl Stage {
             stage.set(&entry, notes).map_err(|error| stage.locate(file, &entry.place, error))?;
         }
         let own = stage.values.len();
-        for entry in expand(&file.defaults).map_err(|error| error.at("[defaults]"))? {
+        let defaults = beside(&table.entries, &file.defaults);
+        for entry in expand(&defaults).map_err(|error| error.at("[defaults]"))? {
             // `seed` is a key of every stage, and in some kinds also a setting, which is derived rather than set.
             let is_said = match keys::canonical(&entry.key, &stage.keys) {
                 _ if entry.key == "seed" => stage.seed.is_some(),
@@ -150,7 +151,58 @@ impl Stage {
             }
         }
         notes.extend(stage.unused_adapter_keys(file, own)?);
+        notes.extend(stage.replaced_preset(own));
+        notes.extend(stage.keys_of_other_methods(file, own)?);
         Ok(stage)
+    }
+
+    /// A note on the values of the stage's own preset that `[defaults]` replace. `own`: how many of the values are
+    /// the stage's own.
+    fn replaced_preset(&self, own: usize) -> Option<String> {
+        let (at, _, (preset, _)) = self.values.get_full("preset")?;
+        let defaults = self.values.iter().skip(own).map(|(key, (value, _))| (key.as_str(), value));
+        let note = replaced_by_defaults(preset, defaults).filter(|_| at < own)?;
+        Some(format!("stage `{}`: {note}", self.name))
+    }
+
+    /// Keys of an `average` stage that only another `method` reads: returns a note if they are in `[defaults]` and no stage
+    /// reads them. `own`: how many of the values are the stage's own.
+    ///
+    /// # Errors
+    /// Keys of the stage itself.
+    fn keys_of_other_methods(&self, file: &RecipeFile, own: usize) -> Result<Option<String>> {
+        if self.kind != Kind::Average {
+            return Ok(None);
+        }
+        let written = self.values.get("method").map(|(value, _)| value.clone());
+        let method = written.map_or(Ok(AverageMethod::default()), serde_json::from_value);
+        // An unknown method is refused with the types.
+        let Ok(method) = method else { return Ok(None) };
+        let mut unused = Vec::new();
+        for (at, (key, (value, place))) in self.values.iter().enumerate() {
+            let known = &self.keys[key];
+            let reader = AverageMethod::reader(key, known.section.as_deref());
+            let Some(reader) = reader.filter(|reader| *reader != method) else { continue };
+            if is_off(value) && *value == known.default {
+                continue;
+            }
+            if at < own {
+                let (name, reader) = (method.name(), reader.name());
+                let error = Error::usage(format!(
+                    "`{key}` is {value} with method = \"{name}\", which does not read it"
+                ))
+                .hint(format!("leave it out, or set method = \"{reader}\", which does"));
+                return Err(self.locate(file, place, error));
+            }
+            if !read_elsewhere(file, key)? {
+                unused.push(format!("`{key}`"));
+            }
+        }
+        let note = || {
+            let (keys, method) = (unused.join(", "), method.name());
+            format!("stage `{}`: no effect with method = \"{method}\": {keys}", self.name)
+        };
+        Ok((!unused.is_empty()).then(note))
     }
 
     /// Adapter keys in a stage that trains the whole model: returns a note if that is explicit or if the keys are in
@@ -392,6 +444,21 @@ fn check_defaults(file: &RecipeFile) -> Result<()> {
     Ok(())
 }
 
+/// Whether a stage of another kind than `average` has the key.
+fn read_elsewhere(file: &RecipeFile, key: &str) -> Result<bool> {
+    for table in &file.stages {
+        let kind = table
+            .text("kind")
+            .and_then(|name| Kind::ALL.into_iter().find(|kind| kind.name() == name));
+        if let Some(kind) = kind.filter(|kind| *kind != Kind::Average)
+            && keys::known(kind)?.contains_key(key)
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -411,7 +478,7 @@ mod tests {
         "[[stage]]\nkind = 'sft'\nmodel_name_or_path = 'src'\ndatasets = 'src/lib.rs'\n";
 
     #[test]
-    fn a_plan_has_every_default_and_unrolls_the_rounds() {
+    fn plan_applies_defaults_and_unrolls_the_rounds() {
         let resolved = plan(&format!(
             "seed = 7\nrounds = 2\n[defaults]\nlr = 2e-4\nbeta = 0.3\n{SFT}sample_packing = true\n[[stage]]\nkind = 'dpo'\nonce = true\nmodel_name_or_path = ['@dpo?', '@sft']\ndatasets = ['src/lib.rs']\n"
         ))
@@ -433,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_evaluations_that_change_nothing_are_named() {
+    fn evaluation_keys_without_effect_are_noted() {
         let check = |stage: &str, expected: &[&str]| {
             let start = "model_name_or_path = 'src'\ndatasets = 'src/lib.rs'\n";
             let text = format!("[[stage]]\n{start}{stage}");
@@ -470,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn a_default_seed_is_that_of_every_stage_without_its_own() {
+    fn default_seed_applies_to_every_stage_without_its_own() {
         let sample =
             "[[stage]]\nkind = 'sample'\nmodel_name_or_path = '@sft'\ndatasets = 'src/lib.rs'\n";
         let seeds = |defaults: &str, of_sft: &str, of_sample: &str| {
@@ -488,7 +555,7 @@ mod tests {
     }
 
     #[test]
-    fn bf16_is_a_dtype_and_contradicts_another() {
+    fn bf16_key_sets_the_dtype_and_conflicts_with_another() {
         let dtype = |defaults: &str, own: &str| {
             let plan = plan(&format!("{defaults}{SFT}{own}\n")).unwrap().plan;
             let Spec::Sft(sft) = &plan.steps[0].spec else { panic!("not sft") };
@@ -532,7 +599,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_other_trainers_are_read_as_ours() {
+    fn key_names_of_other_trainers_are_accepted() {
         let resolved = plan("[[stage]]\nkind = 'dpo'\nbase_model = 'src'\ndataset_name = 'src/lib.rs'\nmicro_batch_size = 3\nloss_type = ['sigmoid', 'sft']\nloss_weights = [1.0, 0.5]\nlr_scheduler = 'constant_with_warmup'\nepochs = 2\nrl_beta = 0.2\n").unwrap();
         let Spec::Dpo(dpo) = &resolved.plan.steps[0].spec else { panic!("not dpo") };
         let shown = (
@@ -546,7 +613,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named_with_line_value_and_way_out() {
+    fn mistakes_are_reported_with_line_value_and_hint() {
         refuses(
             &format!("{SFT}learning_rat = 1e-5\n"),
             "r.toml:5: stage `sft`: unknown key `learning_rat` (hint: did you mean `learning_rate`?)",
@@ -587,7 +654,7 @@ mod tests {
 
     /// A recipe may keep them in `[defaults]` for some of its stages, and a stage may be tried without adapters.
     #[test]
-    fn keys_of_adapters_without_use_peft_are_refused_unless_the_whole_model_is_meant() {
+    fn adapter_keys_need_use_peft_unless_full_training_is_intended() {
         for (key, shown) in [
             ("lora_rank = 16", "`lora_r` is 16"),
             ("use_dora = true", "`use_dora` is true"),
@@ -612,8 +679,91 @@ mod tests {
         assert_eq!(notes(&format!("{SFT}use_peft = false\n{keys}")), unused);
     }
 
+    /// A key that combines several settings gives way as a whole, under any of its names.
     #[test]
-    fn mistakes_outside_the_settings_are_named_too() {
+    fn a_default_leaves_nothing_behind_in_a_stage_that_writes_its_key() {
+        let read = |defaults: &str, own: &str, argument: Option<&str>| {
+            let start = "model = 'src'\ndatasets = 'src/lib.rs'\n";
+            let text = format!("[defaults]\n{defaults}\n[[stage]]\nkind = 'dpo'\n{start}{own}\n");
+            let mut file = RecipeFile::parse(&text, Path::new("r.toml")).unwrap();
+            file.apply(&argument.map(str::to_owned).into_iter().collect::<Vec<_>>()).unwrap();
+            match resolve(&file, None).unwrap().plan.steps.remove(0).spec {
+                Spec::Dpo(dpo) => dpo,
+                other => panic!("{other:?}"),
+            }
+        };
+        let loss = |defaults: &str, own: &str, argument: Option<&str>| {
+            let dpo = read(defaults, own, argument);
+            format!("{:?} {}", dpo.losses(), dpo.sft_loss_weight)
+        };
+        let both = "loss_type = ['sigmoid', 'sft']";
+        assert_eq!(loss(both, "", None), "[(Sigmoid, 1.0)] 1");
+        assert_eq!(loss(both, "loss_type = 'ipo'", None), "[(Ipo, 1.0)] 0");
+        let weighed = format!("{both}\nloss_weights = [2, 0.5]");
+        assert_eq!(loss(&weighed, "", None), "[(Sigmoid, 2.0)] 0.5");
+        assert_eq!(loss(&weighed, "pref_loss = 'ipo'", None), "[(Ipo, 1.0)] 0");
+        let listed = "pref_loss = ['sft', 'hinge']";
+        assert_eq!(loss("", listed, Some("dpo.loss_type=ipo")), "[(Ipo, 1.0)] 0");
+        // What is written apart stays.
+        assert_eq!(loss("rpo_alpha = 0.3", "loss_type = 'ipo'", None), "[(Ipo, 1.0)] 0.3");
+        let lora = |defaults: &str, own: &str, argument: Option<&str>| {
+            let lora = read(defaults, own, argument).lora;
+            format!("{} {} {:?}", lora.use_peft, lora.use_dora, lora.quantization)
+        };
+        assert_eq!(lora("finetuning_type = 'qlora'", "", None), "true false Nf4");
+        assert_eq!(lora("finetuning_type = 'qlora'", "adapter = 'lora'", None), "true false None");
+        assert_eq!(lora("finetuning_type = 'qlora'", "adapter = 'full'", None), "false false None");
+        assert_eq!(lora("adapter = 'dora'", "finetuning_type = 'lora'", None), "true false None");
+        let argument = Some("dpo.finetuning_type=lora");
+        assert_eq!(lora("", "adapter = 'qlora'", argument), "true false None");
+    }
+
+    /// A recipe may keep them in `[defaults]` for another stage.
+    #[test]
+    fn keys_of_other_averaging_methods_are_refused_or_noted() {
+        const AVERAGE: &str = "[[stage]]\nkind = 'average'\nmodels = ['src', 'src']\n";
+        for (keys, shown, reader) in [
+            ("t = 0.3", "`t` is 0.3 with method = \"mean\"", "slerp"),
+            ("t = 0.0", "`t` is 0.0 with method = \"mean\"", "slerp"),
+            ("lambda = 1", "`lambda` is 1 with method = \"mean\"", "task_arithmetic"),
+            (
+                "base_model = 'src'",
+                "`base_model` is \"src\" with method = \"mean\"",
+                "task_arithmetic",
+            ),
+            ("svd_rank = 4", "`svd_rank` is 4 with method = \"mean\"", "svd"),
+            ("head = 'outcome'", "`head` is \"outcome\" with method = \"mean\"", "greedy_soup"),
+            ("max_length = 64", "`max_length` is 64 with method = \"mean\"", "greedy_soup"),
+            ("svd_rank = 4\nmethod = 'cat'", "`svd_rank` is 4 with method = \"cat\"", "svd"),
+        ] {
+            refuses(
+                &format!("{AVERAGE}{keys}\n"),
+                &format!(
+                    "r.toml:4: stage `average`: {shown}, which does not read it (hint: leave it out, or set method = \
+                     \"{reader}\", which does)"
+                ),
+            );
+        }
+        let error = plan(&format!("{AVERAGE}eval_datasets = 'src/lib.rs'\n")).unwrap_err();
+        assert!(error.to_string().starts_with("r.toml:4: stage `average`: `eval_datasets` is [{"));
+        for fine in ["svd_rank = 0", "method = 'slerp'\nt = 0.3", "method = 'svd'\nsvd_rank = 4"] {
+            assert_eq!(plan(&format!("{AVERAGE}{fine}\n")).unwrap().notes, [""; 0]);
+        }
+        let defaults = "[defaults]\neval_datasets = 'src/lib.rs'\nt = 0.3\n";
+        let noted = |stage: &str| plan(&format!("{defaults}{AVERAGE}{stage}\n")).unwrap().notes;
+        let start = "stage `average`: no effect with method = ";
+        assert_eq!(noted(""), [format!("{start}\"mean\": `eval_datasets`, `t`")]);
+        assert_eq!(noted("method = 'slerp'"), [format!("{start}\"slerp\": `eval_datasets`")]);
+
+        let mut file = RecipeFile::of_one_stage("average");
+        let arguments = ["models=[\"src\", \"src\"]", "t=0.3"].map(str::to_owned);
+        file.apply(&arguments).unwrap();
+        let error = resolve(&file, None).unwrap_err().to_string();
+        assert!(error.starts_with("`t=0.3`: stage `average`: `t` is 0.3 with"), "{error}");
+    }
+
+    #[test]
+    fn mistakes_outside_stage_settings_are_reported() {
         refuses(
             &format!("round = 2\n{SFT}"),
             "r.toml:1: unknown key `round` (hint: did you mean `rounds`?)",
@@ -686,7 +836,7 @@ mod tests {
     }
 
     #[test]
-    fn a_teacher_is_a_model_or_the_table_of_a_server() {
+    fn teacher_is_a_model_or_a_server_table() {
         let synth = |teacher: &str| {
             format!("[[stage]]\nkind = 'synth'\ndatasets = 'src/lib.rs'\nteacher = {teacher}\n")
         };
@@ -723,7 +873,7 @@ mod tests {
     }
 
     #[test]
-    fn an_output_that_does_not_exist_in_some_round_is_refused_unless_marked() {
+    fn output_missing_in_some_round_is_refused_unless_marked_optional() {
         let later = |mark: &str| {
             format!(
                 "rounds = 2\n{SFT}[[stage]]\nkind = 'select'\ndatasets = ['src/lib.rs', '@sample{mark}']\n[[stage]]\nkind = 'sample'\nmodel_name_or_path = '@sft'\ndatasets = 'src/lib.rs'\n"

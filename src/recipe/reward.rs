@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::plan::Dataset;
 use crate::data::lessons::{Lesson, Ranked};
 use crate::data::prepare::{PairOptions, Rule};
+use crate::data::read::RESERVED;
 use crate::error::{Error, Result};
 use crate::loss::ranking::Ranking;
 use crate::model::lora::Lora;
@@ -71,6 +72,9 @@ pub struct Reward {
     pub step_separator: String,
 }
 
+/// Ends a step unless `step_separator` says otherwise.
+const LINE_END: &str = "\n";
+
 impl Default for Reward {
     fn default() -> Self {
         Self {
@@ -87,7 +91,7 @@ impl Default for Reward {
             center_rewards_coefficient: 0.0,
             concatenate_responses: false,
             attributes: Vec::new(),
-            step_separator: "\n".to_owned(),
+            step_separator: LINE_END.to_owned(),
         }
     }
 }
@@ -114,18 +118,22 @@ impl Reward {
                 "`center_rewards_coefficient` is {coefficient}, expected 0 or more"
             )));
         }
-        if self.head != Head::BradleyTerry {
-            let written = [
-                ("ranking", self.ranking != Ranking::AllPairs),
-                ("use_margin", self.use_margin),
-                ("center_rewards_coefficient", coefficient > 0.0),
-                ("concatenate_responses", self.concatenate_responses),
-            ];
-            if let Some((key, _)) = written.iter().find(|(_, written)| *written) {
-                let head = self.head.name();
-                return Err(Error::usage(format!("`{key}` with head = \"{head}\""))
-                    .hint("only `bradley_terry` compares responses"));
-            }
+        let (pairs, steps) = (Head::BradleyTerry, Head::Process);
+        let written = [
+            ("ranking", self.ranking != Ranking::AllPairs, pairs),
+            ("use_margin", self.use_margin, pairs),
+            ("center_rewards_coefficient", coefficient > 0.0, pairs),
+            ("concatenate_responses", self.concatenate_responses, pairs),
+            ("step_separator", self.step_separator != LINE_END, steps),
+        ];
+        let unread = written.iter().find(|(_, written, head)| *written && *head != self.head);
+        if let Some((key, _, head)) = unread {
+            let hint = match head {
+                Head::Process => "only `process` reads steps",
+                _ => "only `bradley_terry` compares responses",
+            };
+            let head = self.head.name();
+            return Err(Error::usage(format!("`{key}` with head = \"{head}\"")).hint(hint));
         }
         if self.step_separator.is_empty() {
             return Err(Error::usage("`step_separator` is empty")
@@ -135,6 +143,10 @@ impl Reward {
             return Err(Error::usage("`use_margin` with ranking = \"plackett_luce\"")
                 .hint("a margin is between two responses: rank by `all_pairs` or `adjacent`"));
         }
+        self.check_attributes()
+    }
+
+    fn check_attributes(&self) -> Result<()> {
         if (self.head == Head::Regression) == self.attributes.is_empty() {
             let found = if self.attributes.is_empty() { "missing" } else { "written" };
             return Err(Error::usage(format!(
@@ -147,6 +159,15 @@ impl Reward {
         if let Some(at) = (0..self.attributes.len()).find(twice) {
             let name = &self.attributes[at];
             return Err(Error::usage(format!("`attributes` names `{name}` twice")));
+        }
+        if let Some(name) = self.attributes.iter().find(|name| RESERVED.contains(&name.as_str())) {
+            return Err(Error::usage(format!(
+                "`attributes` names `{name}`, which is never read as a rating, expected none of {}",
+                RESERVED.join(", ")
+            ))
+            .hint(format!(
+                "give the ratings another name: columns = {{ {name}_rating = \"{name}\" }} in the dataset"
+            )));
         }
         Ok(())
     }
@@ -173,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn each_head_reads_rows_of_its_own() {
+    fn each_head_reads_its_own_kind_of_rows() {
         let lesson = |keys: &str| match reward(keys).unwrap().rule(7) {
             Rule::Reward(lesson, _) => lesson,
             other => panic!("{other:?}"),
@@ -212,6 +233,19 @@ mod tests {
             (
                 "head = 'regression'\nattributes = ['a', 'a']",
                 "r.toml:6: stage `reward`: `attributes` names `a` twice",
+            ),
+            (
+                "head = 'regression'\nattributes = ['help', 'margin']",
+                "r.toml:6: stage `reward`: `attributes` names `margin`, which is never read as a rating, expected none \
+                 of tools, margin, chat_template_kwargs",
+            ),
+            (
+                "step_separator = ' ки'",
+                "r.toml:5: stage `reward`: `step_separator` with head = \"bradley_terry\"",
+            ),
+            (
+                "head = 'outcome'\nstep_separator = ' ки'",
+                "r.toml:6: stage `reward`: `step_separator` with head = \"outcome\"",
             ),
             (
                 "use_margin = true\nranking = 'plackett_luce'",

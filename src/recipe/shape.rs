@@ -78,6 +78,20 @@ pub(super) fn expand(entries: &[Entry]) -> Result<Vec<Entry>> {
     Ok(expanded)
 }
 
+/// The entries of `[defaults]` for a stage that writes `own`. A key that the stage writes under any of its names is left
+/// out before it is expanded: none of the settings that it combines may stay behind.
+pub(super) fn beside(own: &[Entry], defaults: &[Entry]) -> Vec<Entry> {
+    let writes = |entries: &[Entry], name: &str| {
+        entries.iter().any(|entry| keys::written(&entry.key) == name)
+    };
+    let applies = |entry: &&Entry| match keys::written(&entry.key) {
+        // They weigh the losses beside them.
+        "loss_weights" if writes(defaults, "loss_type") => !writes(own, "loss_type"),
+        name => !writes(own, name),
+    };
+    defaults.iter().filter(applies).cloned().collect()
+}
+
 /// Converts the boolean of Hugging Face, axolotl and LLaMA-Factory to the equivalent `dtype`; `None` if `dtype` is
 /// written too. If only one of them is on the command line, that one wins.
 fn bf16(entry: &Entry, entries: &[Entry]) -> Result<Option<Entry>> {

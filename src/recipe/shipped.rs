@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_that_a_script_brings_names_it() {
+    fn hint_for_a_missing_path_names_the_script_that_fetches_it() {
         assert_eq!(hint("data/missing.jsonl"), None);
         assert_eq!(hint("data/tinyworld/x"), None);
         let hint = |path| hint(path).unwrap();

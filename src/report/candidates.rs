@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_needs_nothing_else_and_no_text_of_a_row_becomes_markup() {
+    fn page_is_self_contained_and_row_text_is_escaped() {
         let dir = tempfile::tempdir().unwrap();
         let work = dir.path().join("03-a<b>&c.work");
         store::create_dir(&work).unwrap();
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn what_programs_wrote_and_who_could_not_judge_is_on_the_page() {
+    fn page_shows_program_output_and_failed_judges() {
         let dir = tempfile::tempdir().unwrap();
         let mut row = row("print('<hello>')");
         let one = &mut row.candidates[0];

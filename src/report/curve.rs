@@ -96,7 +96,7 @@ mod tests {
     use crate::score::curve::Drawn;
 
     #[test]
-    fn a_curve_reads_as_a_table() {
+    fn curve_is_rendered_as_a_table() {
         let prompt = |right: u32| -> Vec<Drawn> {
             (0..4).map(|i| Drawn { score: f64::from(i), passed: Some(i >= 4 - right) }).collect()
         };

@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resumed_log_equals_one_that_was_never_cut() {
+    fn resumed_log_equals_an_uninterrupted_one() {
         let write = |log: &mut MetricsLog, steps: std::ops::RangeInclusive<u64>| {
             for step in steps {
                 log.write(step, &loss(step as f64)).unwrap();

@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn levels_and_bins_become_rows() {
+    fn levels_and_bins_become_table_rows() {
         let metrics: Metrics = [
             ("eval_accuracy", 0.75),
             ("eval_accuracy/margin=0.333", 0.5),

@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stage_that_trained_is_told_by_what_was_held_out() {
+    fn headline_of_a_trained_stage_uses_held_out_metrics() {
         let metrics = |all: &[(&str, f64)]| -> Metrics {
             all.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
         };

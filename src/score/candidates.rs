@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_best_is_one_that_may_win_and_old_rows_still_read() {
+    fn best_prefers_candidates_that_may_win_and_old_rows_still_parse() {
         // Rows in the format before explanations were added.
         let row = |parts: &[(&str, f64, &str)]| -> Candidates {
             let candidates: Vec<Value> = parts

@@ -177,7 +177,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn expectations_equal_those_over_all_subsets(
+        fn expectations_match_enumeration_of_all_subsets(
             parts in prop::collection::vec((0_u8..5, any::<bool>()), 1..8),
             k in 1_usize..8,
         ) {
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_curve_ends_at_the_fewest_answers_and_grows_with_k() {
+    fn curve_ends_at_the_smallest_answer_count_and_grows_with_k() {
         let prompt = |n: u32| -> Vec<Drawn> {
             (0..n).map(|i| Drawn { score: f64::from(i), passed: Some(i == 0) }).collect()
         };
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn many_answers_overflow_nothing() {
+    fn large_answer_counts_do_not_overflow() {
         assert!((pass_at_k(100_000, 10, 1000) - 0.0956).abs() < 1e-3);
         let drawn: Vec<Drawn> =
             (0..5000).map(|i| Drawn { score: f64::from(i), passed: None }).collect();

@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_asked_again_and_then_given_up_with_its_words() {
+    fn unreadable_verdict_is_retried_then_reported_with_its_text() {
         let late = |_: &str, call: usize| match call {
             1 => "I would say it is rather good.".to_owned(),
             2 => "{\"score\": 11}".to_owned(),
@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn pairs_are_compared_in_both_orders_and_a_judge_that_likes_the_first_gives_ties() {
+    fn pairs_are_compared_in_both_orders_and_position_bias_gives_ties() {
         // The better answer is the longer one: 3 beats 2 beats 1.
         let fair = |text: &str, _: usize| {
             let part = |name: &str| {
@@ -501,7 +501,7 @@ mod tests {
 
     /// A tiny untrained model still gives verdicts when constrained by the schema.
     #[test]
-    fn a_model_of_ones_own_is_held_to_the_schema() {
+    fn local_judge_is_constrained_to_the_schema() {
         let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/data/tiny/student");
         let mut checkpoint = Checkpoint::load(tiny, &Device::Cpu, &LoadOptions::default()).unwrap();
         // The rubric is longer than the model's maximum positions.
@@ -529,7 +529,7 @@ mod tests {
     }
 
     #[test]
-    fn code_passes_with_both_criteria_only() {
+    fn code_passes_only_with_both_criteria() {
         let says = |text: &str, _: usize| {
             let style = i32::from(!text.contains("ugly"));
             json!({"reason": "", "correctness": 1, "style": style}).to_string()

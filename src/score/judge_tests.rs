@@ -48,7 +48,7 @@ fn unjudged(scores: &[Score]) -> Vec<bool> {
 }
 
 #[test]
-fn an_answer_without_a_verdict_fails_alone_where_the_recipe_says_so() {
+fn answer_without_a_verdict_fails_alone_with_on_error_fail() {
     let answers = ["fine", "odd", "long"];
     let error = format!("{:?}", judged(json!({}), &answers).unwrap_err());
     assert!(
@@ -62,7 +62,7 @@ fn an_answer_without_a_verdict_fails_alone_where_the_recipe_says_so() {
 }
 
 #[test]
-fn comparisons_that_cannot_be_made_count_for_nobody() {
+fn failed_comparisons_count_for_neither_answer() {
     let pairwise = json!({"form": "pairwise", "on_error": "fail"});
     let scores = judged(pairwise.clone(), &["fine", "odd", "good", "long"]).unwrap();
     assert_eq!(unjudged(&scores), [false, true, false, true]);

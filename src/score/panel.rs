@@ -20,12 +20,12 @@ const ASKED_AT_ONCE: usize = 64;
 
 /// All judges of a stage.
 pub struct Panel<'a> {
-    judges: Vec<Seat<'a>>,
+    judges: Vec<Member<'a>>,
     /// Held by a judge that computes locally, so that only one at a time uses the memory and cores.
     computing: Mutex<()>,
 }
 
-struct Seat<'a> {
+struct Member<'a> {
     label: String,
     weight: f64,
     length_penalty: f64,
@@ -90,7 +90,7 @@ impl<'a> Panel<'a> {
         bases: &Bases,
         events: &'a dyn Events,
     ) -> Result<Self> {
-        let mut judges: Vec<Seat<'a>> = Vec::new();
+        let mut judges: Vec<Member<'a>> = Vec::new();
         for (index, spec) in specs.iter().enumerate() {
             let place = || format!("scorers[{index}]");
             let spec: ScorerSpec = serde_path_to_error::deserialize(spec)
@@ -102,7 +102,7 @@ impl<'a> Panel<'a> {
                     .hint("give one of them another `name`"));
             }
             let scorer = spec.build(device, bases, events).at(place())?;
-            judges.push(Seat {
+            judges.push(Member {
                 label,
                 weight: spec.weight,
                 length_penalty: spec.length_penalty,
@@ -115,7 +115,7 @@ impl<'a> Panel<'a> {
 
     /// Identity and usage of the judges that are servers, by name.
     pub fn served_by(&self) -> BTreeMap<String, Account> {
-        let served = |judge: &Seat<'_>| Some((judge.label.clone(), judge.scorer.served_by()?));
+        let served = |judge: &Member<'_>| Some((judge.label.clone(), judge.scorer.served_by()?));
         self.judges.iter().filter_map(served).collect()
     }
 
@@ -189,7 +189,7 @@ impl<'a> Panel<'a> {
     }
 }
 
-impl Seat<'_> {
+impl Member<'_> {
     /// Adds one score to the verdict on an answer of that length.
     fn enter(&self, verdict: &mut Verdict, score: Score, length: usize) {
         if score.unjudged {
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn scores_are_weighed_and_every_verifier_must_agree() {
+    fn scores_are_weighted_and_every_verifier_must_agree() {
         let panel = panel(&[
             json!({"verifier": "exact"}),
             json!({"verifier": "length", "max": 3, "weight": 0.5}),
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn length_takes_off_the_weighted_score_and_never_decides_what_is_right() {
+    fn length_penalty_lowers_the_score_but_not_the_verdict() {
         let panel = panel(&[
             json!({"verifier": "exact", "length_penalty": 0.25, "weight": 2.0}),
             json!({"verifier": "contains", "length_penalty": 0.01, "length_unit": "characters"}),
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_spec_that_cannot_judge_is_refused_with_its_place() {
+    fn invalid_scorer_specs_are_refused_with_their_index() {
         for (spec, part) in [
             (json!({}), "neither"),
             (json!({"verifier": "exact", "reward_model": "x"}), "both"),
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_are_waited_for_and_nothing_else_that_verifies() {
+    fn only_verifiers_that_run_programs_wait() {
         let code = json!({"verifier": "code", "allow_unsandboxed": true});
         let waits = |specs: &[Value]| {
             let panel = panel(specs).unwrap();
@@ -324,9 +324,9 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_could_judge_does_not_pass_and_has_no_score_of_that_judge() {
+    fn unjudged_answer_does_not_pass_and_has_no_score_of_that_judge() {
         for verifies in [false, true] {
-            let seat = Seat {
+            let member = Member {
                 label: "judge".to_owned(),
                 weight: 2.0,
                 length_penalty: 0.5,
@@ -334,7 +334,7 @@ mod tests {
                 scorer: Box::new(Shortsighted(verifies)),
             };
             let mut panel = panel(&[json!({"verifier": "contains", "values": ["o"]})]).unwrap();
-            panel.judges.push(seat);
+            panel.judges.push(member);
             let question =
                 Question { place: "p:1", prompt: &[], tools: None, answer: None, extra: None };
             let verdicts = panel.judge(&question, &["no", "all or nothing"], &[]).unwrap();

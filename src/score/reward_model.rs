@@ -98,6 +98,12 @@ impl Outputs {
                 let separator = labels::step_separator(config).to_owned();
                 Ok(Self::Steps { separator, aggregation: reading.step_aggregation })
             }
+            Architecture::SequenceClassification
+                if reading.step_aggregation != StepAggregation::default() =>
+            {
+                Err(Error::usage("`step_aggregation` for a model that judges no steps")
+                    .hint(format!("it scores whole answers; {}", known())))
+            }
             Architecture::SequenceClassification if weights.is_empty() => match labels.len() {
                 1 => Ok(Self::Weighted(vec![1.0])),
                 count => {
@@ -367,19 +373,37 @@ mod tests {
     }
 
     fn outputs_of(class: &str, labels: &[&str], weights: &[(&str, f64)]) -> Result<Outputs> {
+        let attribute_weights =
+            weights.iter().map(|(name, weight)| ((*name).to_owned(), *weight)).collect();
+        read(class, labels, &Reading { attribute_weights, ..Reading::default() })
+    }
+
+    fn read(class: &str, labels: &[&str], reading: &Reading) -> Result<Outputs> {
         let keys = serde_json::json!({
             "model_type": "llama", "architectures": [class], "vocab_size": 8,
             "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1,
             "id2label": labels.iter().enumerate().map(|(id, name)| (id.to_string(), *name)).collect::<BTreeMap<_, _>>(),
         });
-        let attribute_weights =
-            weights.iter().map(|(name, weight)| ((*name).to_owned(), *weight)).collect();
-        let reading = Reading { attribute_weights, ..Reading::default() };
-        Outputs::of(&Config::from_json(&keys.to_string())?, &reading)
+        Outputs::of(&Config::from_json(&keys.to_string())?, reading)
     }
 
     #[test]
-    fn attributes_are_weighed_by_name_and_a_model_of_several_needs_weights() {
+    fn a_way_to_aggregate_steps_is_for_models_that_judge_them() {
+        let of = |class: &str, labels: &[&str], step_aggregation| {
+            read(class, labels, &Reading { step_aggregation, ..Reading::default() })
+        };
+        let (steps, whole) = ("LlamaForTokenClassification", "LlamaForSequenceClassification");
+        assert!(of(steps, &labels::STEP, StepAggregation::Last).is_ok());
+        assert!(of(whole, &["reward"], StepAggregation::Min).is_ok());
+        let error = of(whole, &["reward"], StepAggregation::Last).err().unwrap();
+        assert_eq!(
+            format!("{error:?}"),
+            "`step_aggregation` for a model that judges no steps (hint: it scores whole answers; the model's are: reward)"
+        );
+    }
+
+    #[test]
+    fn attributes_are_weighted_by_name_and_several_require_weights() {
         let two = ["helpfulness", "verbosity"];
         let Ok(Outputs::Weighted(weights)) = outputs(&two, &[("verbosity", -0.5)]) else {
             panic!()
@@ -399,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_of_steps_says_wrong_and_right_and_nothing_else() {
+    fn step_model_must_have_exactly_the_outputs_wrong_and_right() {
         let of = |labels: &[&str], weights: &[(&str, f64)]| {
             outputs_of("LlamaForTokenClassification", labels, weights)
         };
@@ -418,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_cut_into_its_steps() {
+    fn answer_is_split_into_steps() {
         assert_eq!(steps_of("a = 1\n\nb = 2\n", "\n"), ["a = 1", "b = 2"]);
         assert_eq!(steps_of("", "\n"), [""]);
     }

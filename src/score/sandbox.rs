@@ -435,7 +435,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn output_keeps_its_beginning_and_its_end() {
+    fn long_output_keeps_its_beginning_and_end() {
         let mut output = Output::default();
         output.push("héllo".as_bytes());
         assert_eq!(output.text(), "héllo");
@@ -449,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_is_cut_between_letters() {
+    fn shown_output_is_cut_between_characters() {
         let long = "é".repeat(SHOWN);
         let Streams { stdout, stderr } = Streams::of(&long, &format!("x{long}"));
         for text in [&stdout, &stderr] {
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_of_exactly_what_is_kept_is_whole() {
+    fn output_of_exactly_the_kept_size_is_not_cut() {
         let mut output = Output::default();
         for part in [b'a', b'b', b'c', b'd'] {
             output.push(&[part; KEPT / 4]);

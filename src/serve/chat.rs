@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_of_tokens_must_agree() {
+    fn conflicting_token_limits_are_refused() {
         let of = |body: Value| max_tokens(&mut fields(&body));
         assert_eq!(of(json!({})).unwrap(), None);
         assert_eq!(of(json!({"max_tokens": 3})).unwrap(), Some(3));

@@ -306,7 +306,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prompts_come_as_text_and_as_tokens() {
+    fn prompts_are_accepted_as_text_or_tokens() {
         let of = |value: Value| serde_json::from_value::<Texts>(value);
         assert_eq!(of(json!("a")).unwrap(), Texts::One("a".to_owned()));
         assert_eq!(

@@ -459,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn what_still_waits_when_it_stops_is_not_computed() {
+    fn waiting_requests_are_dropped_when_the_engine_stops() {
         let model = student();
         let (sender, commands) = std::sync::mpsc::channel();
         let client = Client::new(sender.clone(), 4);
@@ -480,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_of_a_bounded_size_and_together_all_there_is() {
+    fn parts_have_a_bounded_size_and_cover_everything() {
         let sizes = vec![100, 20, 1, 300, 40, 0, 0];
         let parts = parts(sizes.clone(), 130, |size| *size);
         assert_eq!(parts, [vec![100, 20], vec![1], vec![300], vec![40, 0, 0]]);
@@ -522,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn many_texts_are_computed_part_by_part_and_only_while_somebody_waits() {
+    fn texts_are_computed_in_parts_only_while_the_client_waits() {
         let judged = |count| Judged {
             prompt: Vec::new(),
             tools: None,
@@ -621,7 +621,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_that_is_lost_ends_the_engine_and_one_that_is_full_does_not() {
+    fn lost_gpu_ends_the_engine_and_a_full_one_does_not() {
         let (ended, heard) = failing(FULL, true);
         assert!(ended.is_ok() && heard == [true, true], "{ended:?}");
         for (embeds, expected) in [(true, [true, false]), (false, [false, true])] {

@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_took_is_a_mistake_unless_it_never_matters() {
+    fn unknown_fields_are_refused_unless_they_never_matter() {
         let mut good = fields(&json!({"n": 3, "seed": null, "user": "me", "metadata": {"a": 1}}));
         assert_eq!(good.take::<usize>("n").unwrap(), Some(3));
         assert_eq!(good.take::<i64>("seed").unwrap(), None);
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_types_and_bad_json_are_told_by_their_place() {
+    fn wrong_types_name_their_location_and_bad_json_is_refused() {
         let problem = fields(&json!({"n": "three"})).take::<usize>("n").unwrap_err();
         assert!(message(&problem).starts_with("`n`: invalid type: string"), "{problem:?}");
         let problem = fields(&json!({"stop": ["a", 2]})).take::<Vec<String>>("stop").unwrap_err();

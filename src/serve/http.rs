@@ -322,14 +322,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn strangers_paths_are_counted_together() {
+    fn unknown_paths_are_counted_together() {
         assert_eq!(route("/v1/completions"), "/v1/completions");
         assert_eq!(route("/v1/models/a/b"), "/v1/models");
         assert_eq!(route("/wp-admin"), "other");
     }
 
     #[test]
-    fn seeds_and_ids_differ_by_request_and_by_start() {
+    fn seeds_and_ids_differ_per_request_and_per_server_start() {
         let entropy = Entropy::new(1);
         let all = [entropy.fresh(), entropy.fresh(), Entropy::new(2).fresh()];
         assert!(all[0] != all[1] && all[0] != all[2]);
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_body_that_does_not_come_is_waited_for_so_long_only() {
+    async fn reading_a_request_body_times_out() {
         let never = futures_util::stream::pending::<Result<Bytes, std::convert::Infallible>>();
         let request = Request::new(Body::from_stream(never));
         let problem = read(request, Duration::from_millis(20)).await.unwrap_err();
@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn work_keeps_its_place_when_nobody_waits_for_it_any_more() {
+    async fn abandoned_work_keeps_its_place_until_it_ends() {
         let places = Places::new(1);
         let (go, gone) = std::sync::mpsc::channel::<()>();
         let works = aside(places.take().unwrap(), move || {

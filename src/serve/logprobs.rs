@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_of_characters_are_spelled_as_bytes() {
+    fn partial_characters_are_spelled_as_bytes() {
         assert_eq!(spelled("é".as_bytes()), "é");
         assert_eq!(spelled(&"é".as_bytes()[..1]), "bytes:\\xc3");
     }

@@ -91,7 +91,7 @@ impl Manner {
         // Without a limit, whatever fits: the smallest room over all prompts, since they share their settings.
         let rooms: Vec<usize> = prompts
             .iter()
-            .map(|tokens| room(served, tokens.len(), max_tokens, n))
+            .map(|tokens| room(served, tokens.len(), max_tokens, n, &extras))
             .collect::<Result<_, _>>()?;
         sampling.max_new_tokens = rooms.into_iter().min().unwrap_or(1).max(1);
         sampling.check()?;
@@ -110,22 +110,25 @@ impl Manner {
 }
 
 /// Token limit of an answer to a prompt of `len` tokens.
-fn room(served: &Served, len: usize, wanted: Option<usize>, n: usize) -> Result<usize, Problem> {
+fn room(
+    served: &Served,
+    len: usize,
+    wanted: Option<usize>,
+    n: usize,
+    extras: &Extras,
+) -> Result<usize, Problem> {
     let (positions, cache) = (served.limits.max_positions, served.limits.cache_tokens);
     let too_long = |message: String| Problem::invalid(message).code("context_length_exceeded");
     if len == 0 {
         return Err(Problem::invalid("a prompt without tokens"));
     }
-    let prompt_only = wanted == Some(0);
-    if prompt_only && len > positions {
-        return Err(too_long(format!(
-            "the prompt has {len} tokens, expected at most the model's {positions} positions"
-        )));
-    }
-    if !prompt_only && len >= positions {
-        return Err(too_long(format!(
-            "the prompt has {len} tokens, and the model's {positions} positions must hold an answer too"
-        )));
+    if len > extras.longest_prompt(positions) {
+        let most = if extras.prompt_only {
+            format!("expected at most the model's {positions} positions")
+        } else {
+            format!("and the model's {positions} positions must hold an answer too")
+        };
+        return Err(too_long(format!("the prompt has {len} tokens, {most}")));
     }
     let room = positions - len;
     // Without a limit, all `n` answers must fit in the cache at once, in whole pages.
@@ -321,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_become_settings() {
+    fn request_fields_become_sampling_settings() {
         let manner = take(&json!({
             "n": 3, "seed": -1, "temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "stop": "x",
             "stop_token_ids": [9, 7, 9],
@@ -339,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn forms_are_read_from_all_their_fields() {
+    fn forms_are_read_from_every_supported_field() {
         let form = |body: Value| take(&body).unwrap().form.map(|(_, form)| form);
         let schema = json!({"type": "string"});
         let of_schema = Some(Form::Schema(schema.clone()));
@@ -361,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_honoured_is_refused_with_its_name() {
+    fn unsupported_fields_and_values_are_refused_by_name() {
         for (body, part) in [
             (json!({"n": 0}), "`n` is 0"),
             (json!({"n": 129}), "1 to 128"),

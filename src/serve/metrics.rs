@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buckets_count_all_that_is_below_their_bound() {
+    fn histogram_buckets_are_cumulative() {
         let metrics = Metrics::default();
         for millis in [4, 20, 20, 700, 1_000_000] {
             metrics.request.observe(Duration::from_millis(millis));

@@ -36,6 +36,7 @@ use tokio::sync::Notify;
 use crate::error::{Context, Error, Result};
 use crate::generate::sampling::WeightFormat;
 use crate::model::checkpoint::Checkpoint;
+use crate::model::lora::peft::BaseId;
 use crate::score::reward_model::RewardModel;
 use engine::{Client, Command, Engine};
 use http::{Entropy, Shared};
@@ -76,8 +77,8 @@ pub struct Settings {
 pub struct Models {
     /// The model that answers.
     pub policy: Checkpoint,
-    /// Result of [`peft::fingerprint`](crate::model::lora::peft::fingerprint) for the policy as loaded.
-    pub fingerprint: String,
+    /// The fingerprints that adapters of the policy record.
+    pub id: BaseId,
     /// A reward model and its name, for `/score`.
     pub judge: Option<(String, RewardModel)>,
 }
@@ -112,8 +113,8 @@ pub fn serve(
     settings: &Settings,
     ready: impl FnOnce(SocketAddr),
 ) -> Result<()> {
-    let Models { policy, fingerprint, judge } = models;
-    let served = Arc::new(served(policy, fingerprint, settings)?);
+    let Models { policy, id, judge } = models;
+    let served = Arc::new(served(policy, id, settings)?);
     let (judge_name, judge) = judge.unzip();
     let companions = Companions { served: Arc::clone(&served), judge };
     let (sender, commands) = mpsc::channel();
@@ -162,11 +163,11 @@ fn shared(
     })
 }
 
-fn served(policy: Checkpoint, fingerprint: String, settings: &Settings) -> Result<Served> {
+fn served(policy: Checkpoint, id: BaseId, settings: &Settings) -> Result<Served> {
     let by_request = settings.allow_runtime_lora_updating;
     // Weights that nothing else owns are freed while the model converts them.
     let adapted = by_request || !settings.adapters.is_empty();
-    let base = adapted.then(|| Base { weights: policy.weights.clone(), fingerprint });
+    let base = adapted.then(|| Base { weights: policy.weights.clone(), id });
     let voices = Voices::new(base, by_request);
     let mut served = Served::new(policy, settings.names.clone(), settings.quantization, voices)?;
     served.limits.max_batch = settings.max_batch.unwrap_or(served.limits.max_batch);
@@ -305,7 +306,7 @@ mod tests {
         };
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
         let policy = Checkpoint::load_dir(&dir, &Device::Cpu).unwrap();
-        let served = Arc::new(served(policy, String::new(), &settings).unwrap());
+        let served = Arc::new(served(policy, BaseId::default(), &settings).unwrap());
         let (sender, commands) = mpsc::channel();
         let shared = Arc::new(shared(served, None, sender, &settings).unwrap());
         let listener = bind("127.0.0.1", 0).unwrap();

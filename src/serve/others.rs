@@ -7,7 +7,7 @@ use super::completions::Texts;
 use super::engine::{Embed, Judged, Pooling};
 use super::fields::Fields;
 use super::problem::Problem;
-use super::served::{Served, begin, check_ids, in_base64};
+use super::served::{Served, check_ids, in_base64};
 use super::tools::Tools;
 use crate::data::record::Message;
 
@@ -106,7 +106,7 @@ pub(super) fn tokenize(served: &Served, body: &[u8]) -> Result<Value, Problem> {
         let mut ids = conversation.encode(tokenizer, tools.described.as_ref())?;
         // Templates write them where they belong.
         if add_special.unwrap_or(false) {
-            begin(&mut ids, tokenizer);
+            tokenizer.begin(&mut ids);
         }
         ids
     };
@@ -187,7 +187,7 @@ mod tests {
     use crate::serve::voices::Voices;
 
     #[test]
-    fn special_tokens_are_added_to_a_text_unasked_and_to_a_conversation_where_asked() {
+    fn special_tokens_default_on_for_text_and_off_for_conversations() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny/student");
         let mut model = Checkpoint::load_dir(&dir, &Device::Cpu).unwrap();
         let own = model.tokenizer().unwrap();

@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_taken_is_bounded_and_comes_back_when_it_is_dropped() {
+    fn places_are_bounded_and_released_on_drop() {
         let places = Places::new(3);
         let mut first = places.take().unwrap();
         first.hold(2).unwrap();

@@ -95,7 +95,7 @@ impl Served {
         let tokenizer = self.tokenizer();
         let mut ids = tokenizer.encode_special(text)?;
         if add_special {
-            begin(&mut ids, tokenizer);
+            tokenizer.begin(&mut ids);
         }
         Ok(ids)
     }
@@ -104,14 +104,6 @@ impl Served {
     pub(super) fn bytes(&self, id: u32) -> &[u8] {
         let words = self.words.get_or_init(|| words(self.tokenizer()));
         words.get(id as usize).map_or(&[], Vec::as_slice)
-    }
-}
-
-/// Prepends `bos` to ids that do not begin with it, if the tokenizer is set to add it.
-pub(super) fn begin(ids: &mut Vec<u32>, tokenizer: &ChatTokenizer) {
-    let bos = tokenizer.bos().filter(|_| tokenizer.settings().add_bos);
-    if let Some(bos) = bos.filter(|bos| ids.first() != Some(bos)) {
-        ids.insert(0, bos);
     }
 }
 
@@ -255,7 +247,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn states_become_one_vector_of_length_one() {
+    fn states_are_pooled_into_one_unit_vector() {
         let states = [3.0, 0.0, 3.0, 8.0];
         // The mean is (3, 4), whose length is 5.
         assert_eq!(pooled(&states, 2, Pooling::Mean), [0.6, 0.8]);

@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_found_in_every_form_and_nothing_else_is_a_call() {
+    fn tool_calls_are_found_in_every_form_and_other_text_is_no_call() {
         let tools = take(&json!({"tools": offered()})).unwrap();
         let names = |text: &str| {
             tools
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_required_call_binds_the_answer() {
+    fn required_tool_choice_constrains_the_answer() {
         let form = |choice: Value| {
             take(&json!({"tools": offered(), "tool_choice": choice})).map(|tools| tools.form)
         };
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn references_of_a_tools_parameters_find_their_aims_in_the_form() {
+    fn references_in_tool_parameters_resolve_within_the_form() {
         let list = json!({"type": "object", "properties": {"rest": {"$ref": "#"}}});
         let items = json!({"type": "array", "items": {"$ref": "#/$defs/node"}});
         let tree = json!({

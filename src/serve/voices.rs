@@ -14,7 +14,7 @@ use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
 use crate::generate::adaptation::Adaptation;
 use crate::model::Weights;
-use crate::model::lora::peft;
+use crate::model::lora::peft::{self, BaseId};
 use crate::model::packed::Quantization;
 use crate::ops::cuda::device;
 use crate::store::sha256_path;
@@ -43,8 +43,8 @@ pub(super) struct Loaded {
 pub(super) struct Base {
     /// In the compute dtype, neither quantised nor packed.
     pub(super) weights: Weights,
-    /// Result of [`peft::fingerprint`] for the weights as loaded.
-    pub(super) fingerprint: String,
+    /// The fingerprints that its adapters record.
+    pub(super) id: BaseId,
 }
 
 impl Base {
@@ -206,7 +206,7 @@ impl Served {
         let home = base.device().unwrap_or(&Device::Cpu);
         device::bind(home)?;
         let saved = peft::read(path, home).map_err(Error::as_usage)?;
-        saved.check_base(&base.fingerprint).map_err(Error::as_usage)?;
+        saved.check_base(&base.id).map_err(Error::as_usage)?;
         let adaptation = self.model.adaptation(&saved, &base.weights).map_err(Error::as_usage)?;
         let tokenizer = ChatTokenizer::in_dir(path).map_err(Error::as_usage)?;
         if tokenizer.as_ref().is_some_and(|own| own.hash() != self.tokenizer().hash()) {

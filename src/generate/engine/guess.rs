@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_longest_newest_tokens_seen_before_are_continued() {
+    fn lookup_continues_the_longest_and_most_recent_match() {
         let after = |seen: &[u32], most| Lookup::default().after(seen, most).to_vec();
         assert_eq!(after(&[1, 2, 3, 4, 5, 1, 2, 3], 2), [4, 5]);
         assert_eq!(after(&[1, 2, 9, 1, 2, 8, 1, 2], 5), [8, 1, 2]);

@@ -73,7 +73,8 @@ pub trait Schedule {
     /// Tokens in all caches, including reserved ones.
     fn cached_tokens(&self) -> usize;
 
-    /// Lets caches go that were kept for prompts of adapters that nobody has any more. Each step does so at its end.
+    /// Lets caches go that were kept for prompts of adapters that nobody has any more. The end of every request does so
+    /// too, since it may have been the last with its adapter; whoever drops an adapter elsewhere has to call this.
     fn tidy(&mut self);
 }
 

@@ -147,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_longest_beginning_is_found_and_the_oldest_goes_first() {
+    fn longest_prefix_is_found_and_the_oldest_is_evicted_first() {
         let reserved = Reserved::default();
         let held = |name: &'static str| {
             let share = Share::new(10, &reserved);

@@ -114,6 +114,11 @@ impl Extras {
     pub(super) fn same_adaptation(&self, other: &Self) -> bool {
         self.adaptation.as_ref().map(Arc::as_ptr) == other.adaptation.as_ref().map(Arc::as_ptr)
     }
+
+    /// Most tokens of a prompt for a model with `limit` positions: an answer, if one is wanted, needs at least one.
+    pub(crate) fn longest_prompt(&self, limit: usize) -> usize {
+        if self.prompt_only { limit } else { limit.saturating_sub(1) }
+    }
 }
 
 /// A prompt and how to answer it.
@@ -140,12 +145,7 @@ impl Request {
 
     /// Whether a model with `limit` positions has room for an answer token, if one is wanted.
     pub fn leaves_room(&self, limit: usize) -> bool {
-        self.prompt.tokens.len() <= self.longest(limit)
-    }
-
-    /// Most tokens of the prompt for a model with `limit` positions.
-    fn longest(&self, limit: usize) -> usize {
-        if self.extras.prompt_only { limit } else { limit.saturating_sub(1) }
+        self.prompt.tokens.len() <= self.extras.longest_prompt(limit)
     }
 
     /// Rejects requests that no model with `limit` positions and `vocab_size` tokens can answer.
@@ -159,7 +159,7 @@ impl Request {
             let answer = if self.extras.prompt_only { "them" } else { "an answer" };
             return Err(Error::usage(format!(
                 "{len} tokens, expected 1 to {} so that the model's {limit} positions hold {answer}",
-                self.longest(limit)
+                self.extras.longest_prompt(limit)
             )));
         }
         if let Some(id) = self.prompt.tokens.iter().find(|&&id| id as usize >= vocab_size) {

@@ -240,6 +240,8 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 Ok(())
             }
             Err(error) => {
+                // It has the request, and with it the adapter, whose caches go only where nobody has it any more.
+                drop(running);
                 self.cancel(ticket);
                 on(Event::Failed(ticket, error))
             }
@@ -427,6 +429,9 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             return Ok(());
         }
         let Some(open) = self.open.remove(&ticket) else { return Ok(()) };
+        // An adapter may have been unloaded while it answered: its caches go with the last request that has it.
+        drop((request, open.request));
+        self.tidy();
         on(Event::Done(ticket, open.answers.into_iter().flatten().collect(), open.scores))
     }
 }
@@ -474,8 +479,6 @@ impl<D: Decoder> Schedule for Scheduler<'_, D> {
             self.cancel(ticket);
             on(Event::Failed(ticket, error))?;
         }
-        // The last requests with an adapter may be among those that have ended.
-        self.tidy();
         Ok(true)
     }
 

@@ -86,7 +86,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn the_window_doubles_then_halves_once_a_round_then_creeps() {
+    fn window_doubles_then_halves_once_per_round_then_grows_slowly() {
         let mut window = Window::new(64);
         for _ in 0..24 {
             window.answered(0.01, true);
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn the_window_stays_where_requests_become_slow_or_it_is_not_used() {
+    fn window_stops_growing_when_requests_slow_down_or_it_is_unused() {
         let mut window = Window::new(64);
         window.answered(0.01, true);
         for _ in 0..100 {
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn the_window_never_closes_and_never_passes_its_limit() {
+    fn window_stays_between_one_and_its_limit() {
         let mut window = Window::new(3);
         assert_eq!(window.limit(), 3);
         window.answered(0.01, true);

@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_go_where_the_fewest_are_under_way() {
+    fn requests_go_to_the_url_with_the_fewest_in_flight() {
         let endpoints = endpoints(&["a", "b"], 2);
         let urls: Vec<String> =
             (0..4).map(|_| endpoints.try_lease(0.0, Instant::now()).unwrap().url).collect();
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_url_is_set_aside_and_tried_with_one_request() {
+    fn dead_url_is_set_aside_and_retried_with_one_request() {
         let endpoints = endpoints(&["a", "b"], 4);
         let now = Instant::now();
         for _ in 0..PATIENCE {
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_is_dead_takes_nothing_from_its_neighbour() {
+    fn dead_path_does_not_disable_another_path_of_the_same_host() {
         let endpoints = endpoints(&PATHS[..2], 8);
         let now = Instant::now();
         let [dead, alive] = [0, 1].map(|_| endpoints.try_lease(0.0, now).unwrap());
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_holds_for_the_whole_host() {
+    fn retry_after_applies_to_the_whole_host() {
         let endpoints = endpoints(&PATHS[..2], 4);
         let lease = endpoints.try_lease(0.0, Instant::now()).unwrap();
         let busy = Failure { retry_after: Some(Duration::from_secs(5)), ..failure(Trouble::Busy) };

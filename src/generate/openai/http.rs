@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_found_in_every_shape() {
+    fn error_message_is_found_in_every_body_shape() {
         for (body, expected) in [
             (r#"{"error": {"message": "no", "code": "c"}}"#, Some("no (c)")),
             (r#"{"error": "no"}"#, Some("no")),

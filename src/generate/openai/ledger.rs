@@ -64,9 +64,6 @@ pub struct Seen {
     pub seed: Option<bool>,
 }
 
-/// The name of [`Seen`]'s file beside a ledger of requests.
-pub const SEEN: &str = "requests.seen.json";
-
 /// Path of [`Seen`] beside a ledger.
 ///
 /// ```
@@ -201,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_recorded_is_found_again_after_a_torn_line() {
+    fn ledger_recovers_recorded_answers_after_a_torn_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("requests.jsonl");
         let used = Spent { requests: 2, tokens: 10 };
@@ -224,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_model_was_seen_to_do_is_found_again_for_it_alone() {
+    fn observed_server_behaviour_is_stored_per_model() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("requests.jsonl");
         let (ledger, _) = Ledger::open(&path).unwrap();

@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_double_up_to_a_minute_and_are_spread_over_their_span() {
+    fn backoff_doubles_up_to_a_minute_and_is_uniform_over_its_span() {
         const REQUESTS: u64 = 400;
         for (tried, span) in
             [(1, 0.5), (2, 1.0), (3, 2.0), (7, 32.0), (8, 60.0), (31, 60.0), (u32::MAX, 60.0)]
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_minute_has_as_many_as_the_limit_says() {
+    fn bucket_admits_its_limit_per_minute() {
         let start = Instant::now();
         let mut bucket = Bucket::new(60.0, start);
         let mut now = start;

@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_needs_a_url_and_a_model_and_no_secret_in_it() {
+    fn server_table_needs_a_url_and_a_model_and_refuses_secrets() {
         let good = spec(json!({"base_url": "http://a:1/v1/chat/completions/", "model": "m"}));
         assert_eq!(good.unwrap().base_url, ["http://a:1/v1"]);
         for (value, part) in [
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_shows_itself_to_nobody() {
+    fn api_key_is_redacted_in_debug_output_and_messages() {
         let key = ApiKey("sk-123".to_owned());
         assert_eq!(format!("{key:?}"), "ApiKey(…)");
         assert_eq!(key.redact("no such key sk-123!"), "no such key …!");
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn speed_and_place_decide_no_answers() {
+    fn speed_and_location_keys_do_not_decide_answers() {
         let mut table = json!({"kind": "openai", "base_url": ["u"], "model": "m", "timeout": 3});
         ServerSpec::deciding(table.as_object_mut().unwrap());
         assert_eq!(table, json!({"kind": "openai", "model": "m"}));

@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_off_is_not_sent() {
+    fn disabled_settings_are_not_sent() {
         let spec = ServerSpec { model: "m".to_owned(), ..ServerSpec::default() };
         let asked = Asked { messages: vec![Message::new("user", "hi")], ..Asked::default() };
         let plain = body(&spec, &asked, &Sampling::default(), 1, true);
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_has_tools_arguments_as_text_and_what_templates_and_the_recipe_add() {
+    fn request_has_tools_text_arguments_template_kwargs_and_extra_body() {
         let mut call = Message::new("assistant", "");
         let calls = json!([{"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2]}}}]);
         call.fields_mut().insert("tool_calls".to_owned(), calls);
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_does_not_say_how_it_ended_is_refused_where_others_do() {
+    fn missing_finish_reason_is_refused_when_other_answers_have_one() {
         let read = |reasons: [Option<&str>; 2], says_end: bool| {
             let choices =
                 reasons.map(|reason| json!({"message": {"content": "x"}, "finish_reason": reason}));
@@ -408,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_keep_what_the_server_said_and_nothing_else() {
+    fn answers_keep_only_what_the_server_returned() {
         let answers = reply(json!({
             "choices": [
                 {"index": 1, "message": {"role": "assistant", "content": "b"}, "finish_reason": "length"},
@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_server_leaves_out_silently_is_refused() {
+    fn silently_omitted_parts_of_a_reply_are_refused() {
         let choice = |entries: usize, reason: &str| {
             let content: Vec<Value> =
                 (0..entries).map(|id| json!({"id": id, "logprob": -0.5})).collect();

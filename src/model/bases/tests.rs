@@ -71,7 +71,7 @@ fn bytes(weights: &Weights) -> usize {
 }
 
 #[test]
-fn a_policy_its_reference_and_its_reward_model_are_one_base() {
+fn policy_reference_and_reward_model_share_one_base() {
     let home = tempfile::tempdir().unwrap();
     let policy = adapter(home.path(), "policy", 1, (false, false));
     let reference = adapter(home.path(), "reference", 2, (true, false));
@@ -117,7 +117,7 @@ fn a_policy_its_reference_and_its_reward_model_are_one_base() {
 }
 
 #[test]
-fn a_base_is_read_again_once_nobody_holds_it_or_it_was_written_anew_or_in_another_form() {
+fn base_is_reread_once_released_rewritten_or_needed_in_another_form() {
     let home = tempfile::tempdir().unwrap();
     let policy = adapter(home.path(), "policy", 1, (false, false));
     let bases = Bases::default();
@@ -139,20 +139,20 @@ fn a_base_is_read_again_once_nobody_holds_it_or_it_was_written_anew_or_in_anothe
     whole.save(&copy, &crate::model::save::SaveOptions::new(DType::F32)).unwrap();
     let name = copy.to_str().unwrap();
     let before = bases.base(name, &form()).unwrap();
-    assert_eq!(before.fingerprint, again.base.fingerprint);
+    assert_eq!(before.id, again.base.id);
     let mut weights = whole.weights.clone();
     weights.insert(FINAL_NORM.to_owned(), (&weights[FINAL_NORM] * 2.0).unwrap());
     store::remove(&copy).unwrap();
     let moved = Checkpoint { weights, ..whole };
     moved.save(&copy, &crate::model::save::SaveOptions::new(DType::F32)).unwrap();
     let after = bases.base(name, &form()).unwrap();
-    assert_ne!(before.fingerprint, after.fingerprint);
+    assert_ne!(before.id, after.id);
     assert_eq!(bases.reads(), 6);
 }
 
 /// Packing tensor by tensor equals packing the whole model.
 #[test]
-fn a_packed_base_is_what_packing_the_whole_model_gives() {
+fn packed_base_equals_packing_the_whole_model() {
     let home = tempfile::tempdir().unwrap();
     let file = home.path().join("student.gguf");
     let student = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
@@ -173,7 +173,7 @@ fn a_packed_base_is_what_packing_the_whole_model_gives() {
         let source = source::resolve(name, None).unwrap();
         let mut weights =
             Checkpoint::load(name, &Device::Cpu, &LoadOptions::default()).unwrap().weights;
-        assert_eq!(found.fingerprint, peft::fingerprint(&weights).unwrap());
+        assert_eq!(found.id, BaseId::new(peft::fingerprint(&weights).unwrap()));
         let packed = packed::pack(&mut weights, quantization, &source, &in_full).unwrap();
         assert!(!packed.is_empty() && packed.keys().eq(found.tensors.packed.keys()));
         for (name, expected) in &packed {
@@ -195,7 +195,7 @@ fn a_packed_base_is_what_packing_the_whole_model_gives() {
 /// Rows of Q and K are interleaved in the file and moved block by block: every projection is the student's own, rounded
 /// once.
 #[test]
-fn blocks_of_each_type_are_held_as_they_stand_in_the_file() {
+fn blocks_of_each_type_are_kept_as_stored_in_the_file() {
     let home = tempfile::tempdir().unwrap();
     let student = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
     let kinds = [
@@ -244,7 +244,7 @@ fn an_adapter_of_another_base_is_refused() {
     let mut narrow = trained;
     let module = "model.layers.0.mlp.up_proj";
     narrow.insert(parameter(module, A), random(1, (4, 8)));
-    let fingerprint = Bases::default().base(BASE, &form()).unwrap().fingerprint.clone();
+    let fingerprint = Bases::default().base(BASE, &form()).unwrap().id.fingerprint.clone();
     peft::write(&dir, &config, &narrow, &BaseRecord::dense(&fingerprint)).unwrap();
     let error = Bases::default().model(dir.to_str().unwrap(), &form()).err().unwrap();
     assert!(error.to_string().contains("for a projection"), "{error}");
@@ -299,7 +299,7 @@ fn one_model(dir: &Path) -> Checkpoint {
 
 /// peft stores the tied head beside the embedding, and expects it in our files.
 #[test]
-fn a_tied_embedding_that_was_trained_stays_the_head() {
+fn trained_tied_embedding_is_still_the_head() {
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().join("tied");
     let tied = AdapterConfig { ensure_weight_tying: true, ..AdapterConfig::default() };
@@ -319,7 +319,7 @@ fn a_tied_embedding_that_was_trained_stays_the_head() {
 
 /// Without `ensure_weight_tying` peft trains the embedding and the head independently.
 #[test]
-fn a_tied_base_is_untied_by_an_adapter_that_moves_one_of_the_two() {
+fn tied_base_is_untied_by_a_separately_trained_embedding_or_head() {
     let home = tempfile::tempdir().unwrap();
     let base = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
     let old = &base.weights[EMBEDDING];
@@ -340,7 +340,7 @@ fn a_tied_base_is_untied_by_an_adapter_that_moves_one_of_the_two() {
 }
 
 #[test]
-fn a_reward_adapter_without_a_configuration_has_as_many_outputs_as_its_head_has_rows() {
+fn reward_adapter_without_config_has_one_output_per_head_row() {
     let home = tempfile::tempdir().unwrap();
     let width = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap().config.hidden_size;
     for (task, rows, labels) in [
@@ -357,4 +357,90 @@ fn a_reward_adapter_without_a_configuration_has_as_many_outputs_as_its_head_has_
         assert_eq!(model.config.labels, labels);
         assert_eq!(numbers(&model.weights[SCORE]), numbers(&head[SCORE]));
     }
+}
+
+/// peft adapts a head as well, and then saves the base's own weight beside the factors.
+#[test]
+fn an_adapter_of_the_head_is_refused_by_name_however_it_is_loaded() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("head");
+    store::create_dir(&dir).unwrap();
+    let base = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
+    let embedding = base.weights[EMBEDDING].clone();
+    let (rows, width) = embedding.dims2().unwrap();
+    let trained = Weights::from([
+        (parameter("lm_head", A), random(1, (4, width))),
+        (parameter("lm_head", B), random(2, (rows, 4))),
+        ("lm_head.base_layer.weight".to_owned(), embedding),
+    ]);
+    let base_model_name_or_path = Some(lora::load::lasting_name(BASE).unwrap());
+    let config = AdapterConfig { base_model_name_or_path, r: 4, ..AdapterConfig::default() };
+    peft::write(&dir, &config, &trained, None).unwrap();
+    assert!(peft::read(&dir, &Device::Cpu).unwrap().weights.is_empty());
+    let (bases, name) = (Bases::default(), dir.to_str().unwrap());
+    for error in [
+        bases.model(name, &form()).err(),
+        bases.base(name, &form()).err(),
+        Checkpoint::load_dir(&dir, &Device::Cpu).err(),
+    ] {
+        let error = error.unwrap().to_string();
+        let expected = "`lm_head`: the adapter has factors for it, expected only projections";
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+/// Merged weights have other last bits on another device, so they do not say which base it is.
+#[test]
+fn a_base_that_is_an_adapter_is_known_by_what_it_was_made_of() {
+    let home = tempfile::tempdir().unwrap();
+    let policy = adapter(home.path(), "policy", 1, (false, false));
+    let name = policy.to_str().unwrap();
+    let id = |form: &Form| Bases::default().base(name, form).unwrap().id.clone();
+    let known = id(&form());
+    let (merged, loaded) = Checkpoint::load_with_id(name, &Device::Cpu).unwrap();
+    assert_eq!(loaded, known);
+    let former = peft::fingerprint(&merged.weights).unwrap();
+    assert_eq!(known.former.as_ref(), Some(&former));
+    assert_ne!(known.fingerprint, former);
+    assert_eq!(id(&Form { quantization: Quantization::Nf4, ..form() }), known);
+
+    // An adapter of it, as it is recorded and as earlier versions did.
+    let second = adapter(home.path(), "second", 2, (false, false));
+    let config = AdapterConfig {
+        base_model_name_or_path: Some(name.to_owned()),
+        ..AdapterConfig::read(&second).unwrap()
+    };
+    let trained = peft::read(&second, &Device::Cpu).unwrap().into_trained();
+    for recorded in [&known.fingerprint, &former] {
+        peft::write(&second, &config, &trained, &BaseRecord::dense(recorded)).unwrap();
+        one_model(&second);
+    }
+    // And on the model that its base was merged into.
+    let both = BaseRecord { merged: known.former.clone(), ..BaseRecord::dense(&known.fingerprint) };
+    peft::write(&second, &config, &trained, &both).unwrap();
+    assert_eq!(peft::base(&second).unwrap(), Some(both));
+    let dense = home.path().join("dense");
+    merged.save(&dense, &crate::model::save::SaveOptions::new(DType::F32)).unwrap();
+    let dense = Bases::default().base(dense.to_str().unwrap(), &form()).unwrap();
+    peft::read(&second, &Device::Cpu).unwrap().check_base(&dense.id).unwrap();
+
+    // Its own base may move, its factors may not.
+    let copy = home.path().join("copy");
+    let student = Checkpoint::load_dir(BASE.as_ref(), &Device::Cpu).unwrap();
+    student.save(&copy, &crate::model::save::SaveOptions::new(DType::F32)).unwrap();
+    let moved = AdapterConfig {
+        base_model_name_or_path: Some(copy.display().to_string()),
+        ..AdapterConfig::read(&policy).unwrap()
+    };
+    store::write_json(&policy.join(peft::CONFIG), &moved).unwrap();
+    assert_eq!(id(&form()), known);
+    let record = peft::base(&policy).unwrap();
+    let mut trained = peft::read(&policy, &Device::Cpu).unwrap().into_trained();
+    for (_, tensor) in trained.iter_mut().filter(|(name, _)| name.contains(B)) {
+        *tensor = (&*tensor * 1.5).unwrap();
+    }
+    peft::write(&policy, &moved, &trained, record.as_ref()).unwrap();
+    assert_ne!(id(&form()).fingerprint, known.fingerprint);
+    let error = Checkpoint::load_dir(&second, &Device::Cpu).err().unwrap().to_string();
+    assert!(error.contains("the adapter was trained on"), "{error}");
 }

@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_divergence_is_that_of_hands() {
+    fn divergence_matches_a_hand_computed_value() {
         // p = (1/2, 1/2), q = (1/4, 3/4): ½ ln 2 + ½ ln ⅔ = 0.1438.
         let found = divergence(&[1.0, 1.0], &[0.0, 3.0_f32.ln()]);
         assert!((found - 0.143_841).abs() < 1e-6, "{found}");

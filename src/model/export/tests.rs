@@ -48,7 +48,7 @@ fn to(home: &TempDir, name: &str) -> std::path::PathBuf {
 }
 
 #[test]
-fn a_gguf_file_in_f32_is_the_same_model_to_the_last_bit() {
+fn f32_gguf_export_round_trips_bitwise() {
     let home = tempfile::tempdir().unwrap();
     let models = [teacher(), golden("model_llama3rope"), golden("model_untied"), qwen2()];
     for (at, model) in models.into_iter().enumerate() {
@@ -73,7 +73,7 @@ fn a_gguf_file_in_f32_is_the_same_model_to_the_last_bit() {
 }
 
 #[test]
-fn smaller_encodings_are_further_away_and_smaller() {
+fn smaller_encodings_diverge_more_and_take_fewer_bytes() {
     let home = tempfile::tempdir().unwrap();
     let encodings = [Encoding::F32, Encoding::F16, Encoding::Q8_0, Encoding::Q4_1, Encoding::Q4_0];
     let found = encodings.map(|encoding| {
@@ -92,7 +92,7 @@ fn smaller_encodings_are_further_away_and_smaller() {
 }
 
 #[test]
-fn a_directory_in_another_type_has_that_type_and_its_shards() {
+fn exported_directory_has_the_requested_type_and_shards() {
     let home = tempfile::tempdir().unwrap();
     let dir = to(&home, "bf16");
     let format = Format::Safetensors(50_000);
@@ -108,7 +108,7 @@ fn a_directory_in_another_type_has_that_type_and_its_shards() {
 }
 
 #[test]
-fn what_cannot_be_written_is_refused_and_nothing_is_left() {
+fn unsupported_exports_are_refused_and_leave_no_files() {
     let home = tempfile::tempdir().unwrap();
     let refuse = |model: Checkpoint, format, encoding, expected: &str| {
         let error = export(model, &to(&home, "out"), format, encoding).unwrap_err();
@@ -142,7 +142,7 @@ fn what_cannot_be_written_is_refused_and_nothing_is_left() {
 }
 
 #[test]
-fn a_model_that_reads_back_differently_is_noticed() {
+fn model_that_reads_back_differently_is_refused() {
     let live = Reading::of(&teacher()).unwrap();
     live.compare(&teacher(), Encoding::F32).unwrap();
     // A typical conversion error: rows of q in the wrong order.

@@ -197,7 +197,7 @@ fn private_repositories_need_the_token() {
 }
 
 #[test]
-fn what_is_not_there_is_named() {
+fn missing_repositories_and_files_are_named() {
     let (server, home) = (Server::start(), tempfile::tempdir().unwrap());
     let hub = server.hub(home.path(), &[]);
     let error = hub.model("org/absent", None).unwrap_err();
@@ -215,7 +215,7 @@ fn what_is_not_there_is_named() {
 }
 
 #[test]
-fn a_split_of_a_data_set_is_found_by_its_name() {
+fn dataset_split_is_found_by_its_name() {
     let (server, home) = (Server::start(), tempfile::tempdir().unwrap());
     let hub = server.hub(home.path(), &[]);
     let train = hub.dataset("org/rows", "train", &[]).unwrap();

@@ -105,7 +105,7 @@ mod tests {
     use crate::data::tree::{Role, Tree};
 
     #[test]
-    fn a_token_drops_the_same_in_any_batch_and_the_rate_is_kept() {
+    fn dropout_of_a_token_is_batch_independent_and_keeps_the_rate() {
         const WIDTH: usize = 1001;
         let tree = |source, len| Tree::sequence(vec![5; len], vec![Role::Content; len], source);
         let trees = [tree(4, 30), tree(2, 9)];

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 
 use super::is_projection;
-use super::peft::{self, AdapterConfig, Saved};
+use super::peft::{self, AdapterConfig, BaseId, Saved};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Context, Error, Result};
-use crate::model::checkpoint::{Checkpoint, INDEX, LoadOptions, SINGLE, is_same, load_config};
+use crate::model::checkpoint::{Checkpoint, INDEX, SINGLE, is_same, load_config};
 use crate::model::packed::{Packed, Quantization};
 use crate::model::source::{self, Source};
 use crate::model::{Architecture, Config, Tensors, Weights, labels, params};
@@ -92,38 +92,74 @@ impl Saved {
 }
 
 impl Checkpoint {
+    /// Loads a model as [`load`](Self::load) does, with the fingerprints that its adapters record.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_with_id(name: &str, device: &Device) -> Result<(Self, BaseId)> {
+        let checkpoint = match source::resolve(name, None)? {
+            Source::Directory(dir) if is_adapter(&dir) => {
+                return Self::load_adapter_with_id(&dir, device);
+            }
+            Source::Directory(dir) => Self::load_dir(&dir, device)?,
+            Source::Gguf(path) => Self::load_gguf(&path, device)?,
+        };
+        let id = BaseId::new(peft::fingerprint(&checkpoint.weights)?);
+        Ok((checkpoint, id))
+    }
+
     /// Loads the base of an adapter directory and merges the adapter into it, in f32.
     ///
     /// # Errors
     /// As [`peft::read`] and [`Checkpoint::load`]; an adapter of another base.
     pub fn load_adapter(dir: &Path, device: &Device) -> Result<Self> {
-        let saved = peft::read(dir, device)?;
-        let base = base_of(dir, &saved.config)?;
-        let base = Self::load(&base, device, &LoadOptions::default())
-            .map_err(|error| error.at(format!("base of {}", dir.display())))?;
-        base.with_adapter(&saved, dir)
+        Ok(Self::load_adapter_with_id(dir, device)?.0)
     }
 
-    /// Merges an adapter read from `dir`; its tokenizer, if any, replaces the base's. If the base was quantised in
-    /// training, the quantised values are used.
+    /// As [`load_adapter`](Self::load_adapter), with the fingerprints of the merged model.
+    ///
+    /// # Errors
+    /// As [`load_adapter`](Self::load_adapter).
+    pub(in crate::model) fn load_adapter_with_id(
+        dir: &Path,
+        device: &Device,
+    ) -> Result<(Self, BaseId)> {
+        let saved = peft::read(dir, device)?;
+        let base = base_of(dir, &saved.config)?;
+        let (base, id) = Self::load_with_id(&base, device)
+            .map_err(|error| error.at(format!("base of {}", dir.display())))?;
+        saved.check_base(&id)?;
+        let merged = base.joined(&saved, dir)?;
+        let id = BaseId::of_adapter(&id, dir, peft::fingerprint(&merged.weights)?)?;
+        Ok((merged, id))
+    }
+
+    /// Merges an adapter read from `dir` into its base, of which only the weights are known.
     ///
     /// # Errors
     /// An adapter of a base with other weights or shapes.
     pub fn with_adapter(self, saved: &Saved, dir: &Path) -> Result<Self> {
+        saved.check_base(&BaseId::new(peft::fingerprint(&self.weights)?))?;
+        self.joined(saved, dir)
+    }
+
+    /// Merges an adapter read from `dir` into its base, which [`Saved::check_base`] accepts; its tokenizer, if any,
+    /// replaces the base's. If the base was quantised in training, the quantised values are used.
+    ///
+    /// # Errors
+    /// An adapter of a base with other shapes.
+    pub fn joined(self, saved: &Saved, dir: &Path) -> Result<Self> {
         let mut checkpoint = self.prepare_for(saved, dir)?;
         checkpoint.weights = saved.beside(checkpoint.weights)?.merged()?;
         checkpoint.tokenizer = ChatTokenizer::in_dir(dir)?.or(checkpoint.tokenizer);
         Ok(checkpoint)
     }
 
-    /// The base in f32 with the fully trained parameters, after checking that the adapter belongs to it.
+    /// The base in f32 with the fully trained parameters, after checking that the adapter's shapes fit it.
     ///
     /// # Errors
-    /// As [`with_adapter`](Self::with_adapter).
+    /// As [`joined`](Self::joined).
     pub fn prepare_for(self, saved: &Saved, dir: &Path) -> Result<Self> {
-        if saved.base.is_some() {
-            saved.check_base(&peft::fingerprint(&self.weights)?)?;
-        }
         let checkpoint = self.with_trained(saved, dir)?;
         let tensors = Tensors::dense(checkpoint.weights.clone());
         super::check_fit(&tensors, &saved.adapters).at(dir.display())?;
@@ -261,4 +297,15 @@ pub fn lasting_name(base: &str) -> Result<String> {
     let absolute =
         std::path::absolute(base).map_err(|error| store::io_error(Path::new(base), error))?;
     Ok(absolute.display().to_string())
+}
+
+/// Base of the adapter in `dir`, as [`lasting_name`] stores it in the file of another adapter; `None` if it names none.
+///
+/// # Errors
+/// As [`base_of`] and [`lasting_name`].
+pub fn lasting_base(dir: &Path, config: &AdapterConfig) -> Result<Option<String>> {
+    match config.base_model_name_or_path.as_deref() {
+        None | Some("") => Ok(None),
+        Some(_) => Ok(Some(lasting_name(&base_of(dir, config)?)?)),
+    }
 }

@@ -5,6 +5,7 @@
 
 mod adapter;
 mod dropout;
+mod fingerprint;
 mod init;
 pub mod load;
 pub mod peft;
@@ -313,16 +314,28 @@ fn names(pattern: &str, module: &str) -> bool {
 /// Rejects adapters that do not fit a model.
 ///
 /// # Errors
-/// An adapter for a module the model does not have, or of another shape.
+/// An adapter for a module the model does not have, one that is no projection of a block, or of another shape.
 pub fn check_fit(tensors: &Tensors, adapters: &Adapters) -> Result<()> {
     adapters.iter().try_for_each(|(module, adapter)| {
         let name = format!("{module}.weight");
         let dense = tensors.weights.get(&name).map(|weight| weight.dims().to_vec());
         let packed =
             || tensors.packed.get(&name).map(|packed| <[usize; 2]>::from(packed.shape()).to_vec());
-        let shape = dense.or_else(packed).ok_or_else(|| unknown(module))?;
-        adapter.check(&shape)
+        let shape = dense.or_else(packed);
+        if !is_projection(&name) && (shape.is_some() || name == params::HEAD) {
+            return Err(not_adaptable(module));
+        }
+        adapter.check(&shape.ok_or_else(|| unknown(module))?)
     })
+}
+
+fn not_adaptable(module: &str) -> Error {
+    let projections = PROJECTIONS.join(", ");
+    Error::run(format!(
+        "the adapter has factors for it, expected only projections of blocks: {projections}"
+    ))
+    .at(format!("`{module}`"))
+    .hint("merge the adapter in peft, or train the module in full there: modules_to_save")
 }
 
 /// Merges adapters, which must [fit](check_fit), into a model's weights, in f32.

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use indexmap::IndexMap;
 use regex::Regex;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::Value;
-use sha2::{Digest, Sha256};
+use serde_json::{Map, Value};
 
+pub(crate) use super::fingerprint::Fingerprint;
+pub use super::fingerprint::{BaseId, fingerprint};
 use super::{A, Adapter, Adapters, Attached, B, Dora, MAGNITUDE};
 use crate::error::{Context, Error, Result};
 use crate::model::packed::Quantization;
@@ -21,6 +23,8 @@ use crate::store;
 pub const CONFIG: &str = "adapter_config.json";
 /// The file with the factors.
 pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
+/// The key of the configuration that names the base.
+pub(in crate::model) const BASE_NAME: &str = "base_model_name_or_path";
 /// peft's prefix for base model names.
 const PREFIX: &str = "base_model.model.";
 
@@ -45,10 +49,10 @@ pub struct AdapterConfig {
     pub target_modules: Value,
     /// Names of fully trained modules.
     pub modules_to_save: Option<Vec<String>>,
-    /// Ranks of modules that deviate from `r`.
-    pub rank_pattern: BTreeMap<String, usize>,
-    /// Alphas of modules that deviate from `lora_alpha`.
-    pub alpha_pattern: BTreeMap<String, f64>,
+    /// Ranks of modules that deviate from `r`; the first pattern that matches counts.
+    pub rank_pattern: IndexMap<String, usize>,
+    /// Alphas of modules that deviate from `lora_alpha`, likewise.
+    pub alpha_pattern: IndexMap<String, f64>,
     /// See [`Lora::use_rslora`](super::Lora::use_rslora).
     pub use_rslora: bool,
     /// See [`Lora::use_dora`](super::Lora::use_dora).
@@ -66,13 +70,25 @@ pub struct AdapterConfig {
     /// For peft: the head stays tied to the embedding when that is fully trained.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub ensure_weight_tying: bool,
-    /// Of an activated LoRA: the tokens from which on the adapter applies. Such adapters are refused.
-    #[serde(skip_serializing)]
-    pub alora_invocation_tokens: Value,
 }
 
+/// Fields that, if set, make another function of the same factors, or one with further tensors: such adapters are
+/// refused.
+const REFUSED: [(&str, &str); 10] = [
+    ("alora_invocation_tokens", "the adapter is for a part of each text"),
+    ("arrow_config", "the adapter mixes others"),
+    ("kasa_config", "a diagonal stands between the factors, and the base was cut"),
+    ("layer_replication", "the base's layers are repeated"),
+    ("lora_bias", "the factors have a bias"),
+    ("monteclora_config", "the factors are drawn at random"),
+    ("target_parameters", "parameters that belong to no linear layer are adapted"),
+    ("trainable_token_indices", "single rows of the embedding are trained"),
+    ("use_bdlora", "the factors are block-diagonal"),
+    ("use_qalora", "the first factor reads pooled inputs"),
+];
+
 /// peft initialisation methods that leave the base unchanged.
-const HARMLESS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
+const HARMLESS: [&str; 4] = ["gaussian", "eva", "mica", "orthogonal"];
 
 fn beginning<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
     match Value::deserialize(deserializer)? {
@@ -97,8 +113,8 @@ impl Default for AdapterConfig {
             lora_dropout: 0.0,
             target_modules: Value::Null,
             modules_to_save: None,
-            rank_pattern: BTreeMap::new(),
-            alpha_pattern: BTreeMap::new(),
+            rank_pattern: IndexMap::new(),
+            alpha_pattern: IndexMap::new(),
             use_rslora: false,
             use_dora: false,
             bias: "none".to_owned(),
@@ -106,7 +122,6 @@ impl Default for AdapterConfig {
             inference_mode: true,
             init_lora_weights: true,
             ensure_weight_tying: false,
-            alora_invocation_tokens: Value::Null,
         }
     }
 }
@@ -118,7 +133,18 @@ impl AdapterConfig {
     /// A missing or broken file, or an unsupported kind of adapter.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG);
-        let config: Self = store::read_json(&path)?;
+        let text = store::read_text(&path)?;
+        let config: Self = serde_json::from_str(&text).at(path.display())?;
+        let written: Map<String, Value> = serde_json::from_str(&text).at(path.display())?;
+        let is_set = |key: &str| {
+            // peft takes an empty list for none.
+            let is_none = |value: &Value| {
+                matches!(value, Value::Null | Value::Bool(false))
+                    || value.as_array().is_some_and(Vec::is_empty)
+            };
+            written.get(key).is_some_and(|value| !is_none(value))
+        };
+        let set = REFUSED.iter().find(|(key, _)| is_set(key));
         let refused = [
             (
                 config.peft_type != "LORA",
@@ -127,9 +153,8 @@ impl AdapterConfig {
             (config.bias != "none", format!("`bias` is {}, expected none", config.bias)),
             (config.fan_in_fan_out, "`fan_in_fan_out` is true".to_owned()),
             (
-                !config.alora_invocation_tokens.is_null(),
-                "`alora_invocation_tokens` is set: the adapter is for a part of each text"
-                    .to_owned(),
+                set.is_some(),
+                set.map_or_else(String::new, |(key, why)| format!("`{key}` is set: {why}")),
             ),
             (config.r == 0, "`r` is 0, expected 1 or more".to_owned()),
         ];
@@ -157,16 +182,21 @@ impl AdapterConfig {
         is_apart && [params::EMBEDDING, params::HEAD].into_iter().any(holds)
     }
 
+    /// Rank of a module's factors.
+    fn rank(&self, module: &str) -> Result<usize> {
+        Ok(pattern(&self.rank_pattern, module)?.unwrap_or(self.r))
+    }
+
     /// Scale of a module's product of factors.
     pub(super) fn scale(&self, module: &str) -> Result<f64> {
-        let r = pattern(&self.rank_pattern, module)?.unwrap_or(self.r) as f64;
+        let r = self.rank(module)? as f64;
         let alpha = pattern(&self.alpha_pattern, module)?.unwrap_or(self.lora_alpha);
         Ok(alpha / if self.use_rslora { r.sqrt() } else { r })
     }
 }
 
 /// Value of the first pattern that matches the end of a module's name, as in peft.
-fn pattern<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Result<Option<T>> {
+fn pattern<T: Copy>(patterns: &IndexMap<String, T>, module: &str) -> Result<Option<T>> {
     for (pattern, value) in patterns {
         let whole = Regex::new(&format!("^(?:.*\\.)?(?:{pattern})$"))
             .map_err(|error| Error::run(error).at(format!("pattern `{pattern}`")))?;
@@ -193,8 +223,10 @@ pub struct Saved {
 /// An adapter's record of the base it was trained on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseRecord {
-    /// Its [`fingerprint`] before quantisation.
+    /// Its [fingerprint](BaseId) before quantisation.
     pub fingerprint: String,
+    /// That of its merged weights, if it is itself an adapter.
+    pub merged: Option<String>,
     /// Quantisation of its projections.
     pub quantization: Quantization,
     /// PiSSA: number of trailing ranks that represent, with opposite sign, the part taken out of each weight before
@@ -206,7 +238,12 @@ impl BaseRecord {
     /// Record of an unquantised base.
     pub fn dense(fingerprint: &str) -> Self {
         let fingerprint = fingerprint.to_owned();
-        Self { fingerprint, quantization: Quantization::None, taken: 0 }
+        Self { fingerprint, merged: None, quantization: Quantization::None, taken: 0 }
+    }
+
+    /// Whether this is the record of that base, or of what it was merged from.
+    fn is_of(&self, found: &BaseId) -> bool {
+        found.is(&self.fingerprint) || self.merged.as_ref().is_some_and(|merged| found.is(merged))
     }
 
     /// Rejects summing adapters if one was trained on weights that PiSSA reduced before quantisation.
@@ -226,6 +263,7 @@ impl BaseRecord {
     /// Metadata of the safetensors file. Omits quantisation if there is none.
     pub(crate) fn texts(&self) -> Vec<(&'static str, String)> {
         let mut texts = vec![(BASE, self.fingerprint.clone())];
+        texts.extend(self.merged.iter().map(|merged| (BASE_MERGED, merged.clone())));
         if self.quantization != Quantization::None {
             texts.push((BASE_QUANTIZATION, self.quantization.name().to_owned()));
             texts.push((BASE_TAKEN, self.taken.to_string()));
@@ -258,24 +296,27 @@ impl Saved {
     /// The same adapter, treated as trained on the base's dense weights.
     #[must_use]
     pub fn of_dense_base(mut self) -> Self {
-        self.base = self.base.map(|base| BaseRecord::dense(&base.fingerprint));
+        let dense = |BaseRecord { fingerprint, merged, .. }| BaseRecord {
+            merged,
+            ..BaseRecord::dense(&fingerprint)
+        };
+        self.base = self.base.map(dense);
         self
     }
 
-    /// Rejects a base other than the recorded one, if one is recorded. `found`: its [`fingerprint`].
+    /// Rejects a base other than the recorded one, if one is recorded.
     ///
     /// # Errors
     /// Another base.
-    pub fn check_base(&self, found: &str) -> Result<()> {
-        let expected = self.base.as_ref().map(|base| base.fingerprint.as_str());
-        let Some(expected) = expected.filter(|expected| *expected != found) else {
+    pub fn check_base(&self, found: &BaseId) -> Result<()> {
+        let Some(expected) = self.base.as_ref().filter(|expected| !expected.is_of(found)) else {
             return Ok(());
         };
         let short = |hash: &str| hash.chars().take(12).collect::<String>();
         Err(Error::run(format!(
             "the base's weights have fingerprint {}, the adapter was trained on {}",
-            short(found),
-            short(expected)
+            short(&found.fingerprint),
+            short(&expected.fingerprint)
         ))
         .hint("give the exact model that the adapter was trained on"))
     }
@@ -302,12 +343,24 @@ pub fn read(dir: &Path, device: &Device) -> Result<Saved> {
     let (mut factors, mut weights) = (Weights::new(), Weights::new());
     for (name, tensor) in tensors {
         let plain = plain(&name).to_owned();
-        let is_factor = [A, B, MAGNITUDE].iter().any(|part| plain.contains(&format!(".{part}")));
+        let is_factor = plain.contains(FACTOR);
         if is_factor { &mut factors } else { &mut weights }.insert(plain, tensor);
     }
     let adapters = assemble(&config, factors).at(path.display())?;
+    // peft saves the base's own weight beside the factors of a head or an embedding.
+    let is_copy = |name: &str| {
+        let of = name.strip_suffix(COPY).filter(|of| adapters.contains_key(*of));
+        // Beside a projection it may be a base that was changed.
+        of.is_some_and(|of| !super::is_projection(&format!("{of}.weight")))
+    };
+    weights.retain(|name, _| !is_copy(name));
     Ok(Saved { config, adapters, weights, base })
 }
+
+/// Begins the last part of the name of every tensor of an adapter, such as `lora_A` or `lora_embedding_A`.
+const FACTOR: &str = ".lora_";
+/// Ends the name of a copy of an adapted module's own weight.
+const COPY: &str = ".base_layer.weight";
 
 /// A tensor's name in the model itself.
 fn plain(name: &str) -> &str {
@@ -350,6 +403,7 @@ fn assemble(config: &AdapterConfig, mut factors: Weights) -> Result<Adapters> {
             ))
             .at(format!("`{module}`")));
         }
+        check_rank(config, &module, a.dims()[0])?;
         let scale = config.scale(&module)?;
         adapters.insert(module.clone(), Adapter { module, a, b, scale, dora });
     }
@@ -360,9 +414,23 @@ fn assemble(config: &AdapterConfig, mut factors: Weights) -> Result<Adapters> {
     }
 }
 
+/// Rejects factors of another rank than the configuration's, by which they are scaled.
+fn check_rank(config: &AdapterConfig, module: &str, found: usize) -> Result<()> {
+    let expected = config.rank(module)?;
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::run(format!("factors of rank {found}, expected {expected} by {CONFIG}"))
+        .at(format!("`{module}`"))
+        .hint(
+            "`r` and `rank_pattern` there must be those of the training: the scale depends on them",
+        ))
+}
+
 /// Metadata keys of the safetensors file that describe the base.
 const BASE: &str = "base_fingerprint";
 const BASE_QUANTIZATION: &str = "base_quantization";
+const BASE_MERGED: &str = "base_merged_fingerprint";
 const BASE_TAKEN: &str = "base_taken_ranks";
 
 /// An adapter's record of the base it was trained on.
@@ -373,7 +441,8 @@ pub fn base(dir: &Path) -> Result<Option<BaseRecord>> {
     let path = dir.join(WEIGHTS);
     let mut texts = tensor_file::metadata(&path)?;
     let Some(fingerprint) = texts.remove(BASE) else { return Ok(None) };
-    let mut record = BaseRecord::dense(&fingerprint);
+    let mut record =
+        BaseRecord { merged: texts.remove(BASE_MERGED), ..BaseRecord::dense(&fingerprint) };
     if let Some(text) = texts.remove(BASE_QUANTIZATION) {
         let name = Value::from(text);
         record.quantization =
@@ -420,47 +489,4 @@ pub(crate) fn write_in(
     store::write_atomic_with(&path, |out| tensor_file::write_with(out, &tensors, dtype, &texts))
         .at(path.display())?;
     store::write_json(&dir.join(CONFIG), config)
-}
-
-/// A short hash that identifies a model's weights: names, shapes, and evenly spaced values of each tensor.
-///
-/// # Errors
-/// A device error.
-pub fn fingerprint(weights: &Weights) -> Result<String> {
-    let mut fingerprint = Fingerprint::default();
-    weights.iter().try_for_each(|(name, tensor)| fingerprint.add(name, tensor))?;
-    Ok(fingerprint.finish())
-}
-
-/// As [`fingerprint`], for tensors added one at a time, in any order.
-#[derive(Debug, Default)]
-pub(crate) struct Fingerprint(BTreeMap<String, String>);
-
-impl Fingerprint {
-    /// Adds one tensor, read as f32.
-    ///
-    /// # Errors
-    /// A device error.
-    pub(crate) fn add(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
-        const SAMPLES: usize = 64;
-        // A reward model's head differs from its base's.
-        if [params::HEAD, params::SCORE, params::SCORE_BIAS].contains(&name) {
-            return Ok(());
-        }
-        let count = tensor.elem_count();
-        let ids: Vec<u32> =
-            (0..SAMPLES.min(count)).map(|i| (i * count / SAMPLES.min(count)) as u32).collect();
-        let ids = Tensor::new(ids, tensor.device())?;
-        let samples = tensor.flatten_all()?.index_select(&ids, 0)?.to_dtype(DType::F32)?;
-        let (shape, samples) = (tensor.dims(), samples.to_vec1::<f32>()?);
-        self.0.insert(name.to_owned(), format!("{name} {shape:?} {samples:?}\n"));
-        Ok(())
-    }
-
-    /// The hash.
-    pub(crate) fn finish(self) -> String {
-        let mut hasher = Sha256::new();
-        self.0.values().for_each(|line| hasher.update(line));
-        store::hex(&hasher.finalize())
-    }
 }

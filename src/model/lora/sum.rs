@@ -2,6 +2,7 @@
 //! factors themselves would give a different matrix.
 
 use candle_core::{DType, Tensor};
+use indexmap::IndexMap;
 
 use super::init::{matrix, tensor};
 use super::peft::{AdapterConfig, BaseRecord, Saved};
@@ -21,8 +22,8 @@ pub fn sum(adapters: &[(&str, Saved)], weights: &[f64], rank: Option<usize>) -> 
     let adapters: Vec<&Saved> = adapters.iter().map(|(_, saved)| saved).collect();
     let mut config = AdapterConfig {
         use_rslora: false,
-        rank_pattern: [].into(),
-        alpha_pattern: [].into(),
+        rank_pattern: IndexMap::new(),
+        alpha_pattern: IndexMap::new(),
         lora_dropout: 0.0,
         ..first.config.clone()
     };
@@ -31,6 +32,10 @@ pub fn sum(adapters: &[(&str, Saved)], weights: &[f64], rank: Option<usize>) -> 
         let parts = adapters.iter().filter_map(|one| one.adapters.get(module)).zip(weights);
         let adapter = join(module, parts, rank)?;
         joined.insert(module.clone(), adapter);
+    }
+    if !joined.is_empty() {
+        // In peft, `layers_to_transform` and `exclude_modules` narrow the targets as first written.
+        config.target_modules = joined.keys().cloned().collect();
     }
     config.r = joined.values().map(Adapter::rank).max().unwrap_or(config.r);
     config.lora_alpha = config.r as f64;
@@ -76,8 +81,10 @@ impl BaseRecord {
     /// Another base, or the same with another quantisation.
     pub(in crate::model) fn check_same([first, other]: [&Option<Self>; 2]) -> Result<()> {
         Self::check_whole([first, other])?;
+        // Merged weights differ between devices.
+        let of = |base: &Self| (base.fingerprint.clone(), base.quantization, base.taken);
         match (first, other) {
-            (Some(one), Some(two)) if one != two => {
+            (Some(one), Some(two)) if of(one) != of(two) => {
                 Err(Error::usage("trained on another base than the first adapter")
                     .hint("adapters of one base, held in one way, can be averaged"))
             }

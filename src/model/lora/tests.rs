@@ -22,7 +22,7 @@ fn product(attached: &Attached, module: &str) -> Tensor {
 }
 
 #[test]
-fn a_fresh_adapter_adds_nothing_and_its_first_factor_is_spread_as_pytorchs() {
+fn fresh_adapter_adds_nothing_and_initializes_a_like_pytorch() {
     let Checkpoint { config, mut weights, .. } = base();
     let lora = Lora { lora_r: 4, use_dora: true, ..Lora::default() };
     let attached = attach(&lora, &config, &mut weights, 5).unwrap();
@@ -82,7 +82,7 @@ fn pissa_takes_the_largest_singular_values_and_leaves_the_rest() {
 }
 
 #[test]
-fn targets_are_all_projections_names_or_patterns_of_whole_names() {
+fn lora_targets_are_all_projections_names_or_full_name_patterns() {
     let Checkpoint { config, .. } = base();
     let modules = |targets: &[&str]| {
         let targets = targets.iter().map(|target| (*target).to_owned()).collect();
@@ -107,7 +107,7 @@ fn targets_are_all_projections_names_or_patterns_of_whole_names() {
 
 /// The tiny student's head is its embedding.
 #[test]
-fn modules_to_train_in_full_are_ones_that_the_model_has() {
+fn modules_to_save_must_exist_in_the_model() {
     let Checkpoint { config, .. } = base();
     let check = |saved: &str| {
         let lora = Lora { lora_modules_to_save: vec![saved.to_owned()], ..Lora::default() };
@@ -130,7 +130,7 @@ fn modules_to_train_in_full_are_ones_that_the_model_has() {
 
 /// peft matches every module that ends with a name: `norm` would include each `input_layernorm`.
 #[test]
-fn modules_to_train_in_full_have_whole_names_in_files() {
+fn modules_to_save_are_stored_with_full_names() {
     let Checkpoint { config, .. } = base();
     let saved = |names: &[&str]| {
         let names = names.iter().map(|name| (*name).to_owned()).collect();
@@ -144,14 +144,15 @@ fn modules_to_train_in_full_have_whole_names_in_files() {
 
 /// If the method changed the base, the factors alone do not represent the trained model.
 #[test]
-fn ways_to_begin_that_leave_the_base_alone_are_read_and_others_refused() {
+fn init_methods_that_changed_the_base_are_refused_on_load() {
     let home = tempfile::tempdir().unwrap();
     let read = |value: &str| {
         let config = format!(r#"{{"peft_type": "LORA", "r": 8, "init_lora_weights": {value}}}"#);
         crate::store::write_atomic(&home.path().join(peft::CONFIG), config.as_bytes()).unwrap();
         peft::AdapterConfig::read(home.path())
     };
-    for value in ["true", "false", "null", "\"gaussian\"", "\"eva\"", "\"orthogonal\""] {
+    let named = ["\"gaussian\"", "\"eva\"", "\"mica\"", "\"orthogonal\""];
+    for value in ["true", "false", "null"].into_iter().chain(named) {
         read(value).unwrap();
     }
     for value in ["\"pissa\"", "\"olora\"", "\"loftq\"", "\"corda\"", "\"pissa_niter_4\"", "3"] {
@@ -163,7 +164,7 @@ fn ways_to_begin_that_leave_the_base_alone_are_read_and_others_refused() {
 /// The first has norm six along one direction, the second two along another: the best rank-1 approximation of the sum
 /// is the first.
 #[test]
-fn sums_of_adapters_are_exact_side_by_side_and_nearest_at_a_rank() {
+fn adapter_sum_is_exact_when_joined_and_nearest_at_a_given_rank() {
     let (inner, outer, module) = (6, 5, "model.layers.0.self_attn.q_proj");
     let unit = |at: usize, len: usize, size: f32| -> Vec<f32> {
         (0..len).map(|i| if i == at { size } else { 0.0 }).collect()
@@ -195,6 +196,8 @@ fn sums_of_adapters_are_exact_side_by_side_and_nearest_at_a_rank() {
     // 0.5 · 3 · 4 and 0.5 · 0.5 · 8.
     let joined = sum(&two, &[0.5, 0.5], None).unwrap();
     assert_eq!((joined.config.r, product(&joined)), (3, expected(6.0, 2.0)));
+    // Whatever the first one's targets were narrowed by.
+    assert_eq!(joined.config.target_modules, serde_json::json!([module]));
     let nearest = sum(&two, &[0.5, 0.5], Some(1)).unwrap();
     assert_eq!(nearest.config.r, 1);
     for (found, expected) in product(&nearest).iter().flatten().zip(expected(6.0, 0.0).concat()) {
@@ -208,7 +211,7 @@ fn sums_of_adapters_are_exact_side_by_side_and_nearest_at_a_rank() {
 
 /// The hand-written form matches the graph of ops with the same dropped elements.
 #[test]
-fn dropout_has_the_gradients_of_the_graph() {
+fn dropout_gradients_match_the_graph_of_ops() {
     let (tokens, inner, outer) = (23, 40, 24);
     let tree = Tree::sequence(vec![5; tokens], vec![Role::Content; tokens], 4);
     let forest = Forest::pack(&[tree]).unwrap();
@@ -263,7 +266,7 @@ fn dropout_has_the_gradients_of_the_graph() {
 
 /// Not a multiple of a task's outputs, and more tokens than a task of any other op.
 #[test]
-fn doras_gradients_are_the_same_bits_on_any_number_of_threads() {
+fn dora_gradients_are_bitwise_equal_on_any_number_of_threads() {
     let (tokens, inner, outer) = (301, 48, 200);
     let weight = Matrix::Dense(random(1, (outer, inner)));
     let magnitude = (random(2, outer).abs().unwrap() + 0.5).unwrap();
@@ -305,7 +308,7 @@ fn doras_gradients_are_the_same_bits_on_any_number_of_threads() {
 }
 
 #[test]
-fn what_cannot_be_adapted_is_refused_with_a_hint() {
+fn invalid_adaptations_are_refused_with_a_hint() {
     let Checkpoint { config, mut weights, .. } = base();
     let refused = |lora: Lora| {
         lora.check().and_then(|()| attach(&lora, &config, &mut weights.clone(), 1)).unwrap_err()
@@ -370,7 +373,7 @@ fn what_cannot_be_adapted_is_refused_with_a_hint() {
 }
 
 #[test]
-fn ranks_and_alphas_of_patterns_are_those_of_peft() {
+fn rank_and_alpha_patterns_match_peft() {
     let config: AdapterConfig = serde_json::from_str(
         r#"{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4},
         "alpha_pattern": {"layers.1.self_attn.q_proj": 2, "mlp\\..*": 32}}"#,
@@ -390,7 +393,7 @@ fn ranks_and_alphas_of_patterns_are_those_of_peft() {
 /// Applied to all of a text it would say something else than in peft.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "the file of another program")]
-fn an_adapter_for_a_part_of_each_text_is_refused() {
+fn adapter_with_invocation_tokens_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("adapter_config.json");
     for (tokens, refused) in [("null", false), ("[5, 7]", true)] {
@@ -403,5 +406,83 @@ fn an_adapter_for_a_part_of_each_text_is_refused() {
         if let Err(error) = read {
             assert!(error.to_string().contains("`alora_invocation_tokens` is set"), "{error}");
         }
+    }
+}
+
+/// Each makes something else of the factors, or has tensors of its own.
+#[test]
+fn settings_of_peft_that_change_what_factors_mean_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let read = |key: &str, value: &str| {
+        let text = format!(r#"{{"peft_type": "LORA", "r": 8, "{key}": {value}}}"#);
+        crate::store::write_atomic(&dir.path().join(peft::CONFIG), text.as_bytes()).unwrap();
+        AdapterConfig::read(dir.path())
+    };
+    for (key, value) in [
+        ("kasa_config", r#"{"beta": 1e-4, "gamma": 1e-3}"#),
+        ("layer_replication", "[[0, 2], [1, 3]]"),
+        ("lora_bias", "true"),
+        ("target_parameters", r#"["q_proj.weight"]"#),
+        ("trainable_token_indices", "[5, 7]"),
+        ("use_qalora", "true"),
+    ] {
+        read(key, "null").unwrap();
+        let error = read(key, value).unwrap_err().to_string();
+        assert!(error.contains(&format!("`{key}` is set: ")), "{error}");
+    }
+    read("lora_bias", "false").unwrap();
+}
+
+/// Elsewhere than in a block an adapter would be merged by some programs and dropped by others.
+#[test]
+fn adapters_of_other_modules_than_projections_are_refused_by_name() {
+    let Checkpoint { mut weights, .. } = base();
+    let (rows, width) = weights[params::EMBEDDING].dims2().unwrap();
+    let refused = |weights: &Weights, module: &str| {
+        let (a, b) = (random(1, (4, width)), random(2, (rows, 4)));
+        let adapter = Adapter { module: module.to_owned(), a, b, scale: 1.0, dora: None };
+        let adapters = Adapters::from([(module.to_owned(), adapter)]);
+        check_fit(&Tensors::dense(weights.clone()), &adapters).unwrap_err().to_string()
+    };
+    let expected = |module: &str| {
+        format!(
+            "`{module}`: the adapter has factors for it, expected only projections of blocks: q_proj, "
+        )
+    };
+    weights.remove(params::HEAD);
+    for module in ["lm_head", "model.embed_tokens"] {
+        let error = refused(&weights, module);
+        assert!(error.starts_with(&expected(module)), "{error}");
+    }
+    weights.insert(params::HEAD.to_owned(), weights[params::EMBEDDING].clone());
+    let error = refused(&weights, "lm_head");
+    assert!(error.starts_with(&expected("lm_head")), "{error}");
+    let error = refused(&weights, "model.layers.99.mlp.up_proj");
+    assert!(error.ends_with("the base model has no such projection"), "{error}");
+}
+
+/// The scale is `lora_alpha` over the rank: with another one the adapter would be another.
+#[test]
+fn factors_of_another_rank_than_the_configurations_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let module = "model.layers.0.self_attn.q_proj";
+    let factors = Weights::from([
+        (parameter(module, A), random(1, (4, 6))),
+        (parameter(module, B), random(2, (5, 4))),
+    ]);
+    let read = |r: usize, patterns: &[(&str, usize)]| {
+        let named = patterns.iter().map(|(pattern, rank)| ((*pattern).to_owned(), *rank));
+        let config = AdapterConfig { r, rank_pattern: named.collect(), ..AdapterConfig::default() };
+        peft::write(dir.path(), &config, &factors, None).unwrap();
+        peft::read(dir.path(), &Device::Cpu)
+    };
+    read(4, &[]).unwrap();
+    read(8, &[("q_proj", 4)]).unwrap();
+    // In peft the first pattern that matches counts.
+    read(8, &[("self_attn.q_proj", 4), ("q_proj", 2)]).unwrap();
+    let expected = format!("`{module}`: factors of rank 4, expected 8 by adapter_config.json");
+    for read in [read(8, &[]), read(4, &[("q_proj", 8)])] {
+        let error = read.unwrap_err().to_string();
+        assert!(error.ends_with(&expected), "{error}");
     }
 }

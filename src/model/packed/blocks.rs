@@ -127,7 +127,7 @@ mod tests {
     use crate::ops::linear::tests::random;
 
     #[test]
-    fn blocks_mean_what_candle_takes_them_for() {
+    fn unpacked_blocks_match_candle() {
         for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0] {
             let weight: Tensor = (random(3, (9, 64)) * 0.02).unwrap();
             let packed = QTensor::quantize(&weight, dtype).unwrap();

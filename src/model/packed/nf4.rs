@@ -140,7 +140,7 @@ mod tests {
     use crate::rng::Stream;
 
     #[test]
-    fn the_tables_ascend_and_are_those_of_bitsandbytes() {
+    fn tables_ascend_and_match_bitsandbytes() {
         assert!(LEVELS.is_sorted() && BYTES.is_sorted());
         // create_dynamic_map(True, 7, 8): both ends, zero, and the smallest steps next to it.
         let expected =
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_themselves_come_back_to_the_rounding_of_their_scale() {
+    fn weights_on_the_levels_round_trip() {
         let weights: Vec<f32> = (0..4).flat_map(|_| LEVELS.map(|x| 0.5 * x)).collect();
         let nf4 = Nf4::pack(&weights);
         let mut out = vec![0.0; LEN];

@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_filter_fits_a_page_and_comes_whole_out_of_the_pipe() {
+    fn filter_fits_a_page_and_passes_through_the_pipe_intact() {
         let expected = bytes(&program().unwrap());
         let mut read = Vec::new();
         pipe().unwrap().read_to_end(&mut read).unwrap();

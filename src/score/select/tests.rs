@@ -63,7 +63,7 @@ fn best_and_worst_become_a_pair_with_scores_and_origins() {
 
 /// Its score of 0 is a placeholder and says nothing about it.
 #[test]
-fn an_answer_that_nobody_could_judge_is_no_pairs_worse_side() {
+fn unjudged_answer_is_never_the_rejected_side() {
     let mut row = group(&[("b", 0.5, None), ("a", 0.9, None), ("c", 0.0, Some(false))]);
     row.candidates[2].scores.clear();
     row.candidates[2].why.insert("judge".to_owned(), "too long".to_owned());
@@ -86,7 +86,7 @@ fn an_answer_that_nobody_could_judge_is_no_pairs_worse_side() {
 }
 
 #[test]
-fn groups_that_teach_nothing_give_no_pair() {
+fn uninformative_groups_give_no_pair() {
     let rules = Rules { min_margin: 0.3, ..Rules::default() };
     let outcome = |row: &Candidates| select(row, &rules).outcome;
     assert_eq!(outcome(&group(&[("a", 1.0, None), (" a", 1.0, None)])), Outcome::Identical);
@@ -124,7 +124,7 @@ fn candidates_without_text_are_counted_and_left_out() {
 }
 
 #[test]
-fn what_was_cut_off_or_refused_can_only_lose() {
+fn truncated_or_failed_candidates_are_never_chosen() {
     let mut row = group(&[("long", 0.9, None), ("b", 0.5, None)]);
     row.candidates[0].finish = Finish::Length;
     let chosen = select(&row, &Rules::default());
@@ -138,7 +138,7 @@ fn what_was_cut_off_or_refused_can_only_lose() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
-    fn a_selection_never_pairs_equals_and_never_prefers_the_worse(
+    fn selection_never_pairs_equals_or_prefers_the_worse(
         parts in prop::collection::vec(("[ab]{1,2}", 0_u8..4, prop::option::of(any::<bool>())), 0..8),
         min_margin in 0_u8..3,
         pairs_per_prompt in 1_usize..4,
@@ -169,7 +169,7 @@ proptest! {
 }
 
 #[test]
-fn strategies_choose_the_pairs_that_they_name() {
+fn pair_strategies_choose_the_expected_pairs() {
     let row = group(&[
         ("a", 0.9, None),
         ("b", 0.8, Some(false)),
@@ -197,7 +197,7 @@ fn strategies_choose_the_pairs_that_they_name() {
 }
 
 #[test]
-fn a_random_partner_depends_on_the_seed_and_the_prompt_alone() {
+fn random_partner_depends_only_on_the_seed_and_the_prompt() {
     let parts: Vec<(String, f64)> =
         (0..12).map(|i| (format!("t{i}"), f64::from(i) / 10.0)).collect();
     let parts: Vec<_> = parts.iter().map(|(text, score)| (text.as_str(), *score, None)).collect();
@@ -216,7 +216,7 @@ fn a_random_partner_depends_on_the_seed_and_the_prompt_alone() {
 }
 
 #[test]
-fn the_majority_decides_and_the_judge_picks_among_its_answers() {
+fn majority_decides_and_scores_rank_its_answers() {
     let mut row = group(&[
         ("it is 4", 0.1, None),
         ("so 5", 0.9, None),
@@ -252,7 +252,7 @@ fn the_majority_decides_and_the_judge_picks_among_its_answers() {
 }
 
 #[test]
-fn a_quantile_keeps_the_best_share_of_all_prompts_and_takes_turns_at_its_border() {
+fn top_quantile_keeps_the_best_of_all_prompts_and_alternates_on_ties() {
     let high =
         group(&[("a", 0.9, None), ("b", 0.8, None), ("c", 0.7, None), ("x", 3.0, Some(false))]);
     let low = group(&[("a", 0.4, None), ("b", 0.3, None), ("c", 0.2, None), ("d", 0.1, None)]);
@@ -272,7 +272,7 @@ fn a_quantile_keeps_the_best_share_of_all_prompts_and_takes_turns_at_its_border(
 }
 
 #[test]
-fn rules_that_choose_nothing_or_are_not_looked_at_are_refused() {
+fn empty_or_unused_selection_rules_are_refused() {
     let majority = SftStrategy::Majority;
     for (rules, key) in [
         (Rules { top_quantile: 0.0, ..Rules::default() }, "top_quantile"),

@@ -87,7 +87,7 @@ mod tests {
     use super::letter;
 
     #[test]
-    fn the_letter_is_found_as_people_write_it() {
+    fn letter_is_found_in_common_phrasings() {
         let right = [
             "B",
             "b",
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn options_that_an_explanation_names_are_not_the_answer() {
+    fn options_named_in_an_explanation_are_not_the_answer() {
         let of_b = [
             ("The answer is B. Option A is incorrect because Paris lies north of it.", true),
             ("The answer is option B. Option C: wrong.", true),
@@ -171,7 +171,7 @@ mod tests {
     proptest::proptest! {
         #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
         #[test]
-        fn any_text_has_a_letter_or_none(text in "[A-Ca-c (){}\\\\.:*é]{0,24}") {
+        fn finding_the_letter_never_panics(text in "[A-Ca-c (){}\\\\.:*é]{0,24}") {
             let _ = letter(&text);
         }
     }

@@ -317,7 +317,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_program_is_the_block_that_defines_what_is_asked_for() {
+    fn program_is_the_block_that_defines_the_requested_function() {
         let of = |text: &str| code_of(text, Some("square"));
         let solution = "def square(x):\n    return x * x";
         let usage = "print(square(2))";
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_are_waited_for_in_threads_that_compute_nothing() {
+    fn programs_are_awaited_in_dedicated_threads() {
         let name = |text: &str| {
             let thread = thread::current().name().unwrap_or_default().to_owned();
             Ok(judged(true, format!("{text} {thread}")))

@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_schema_that_is_none_or_points_elsewhere_is_refused_and_nothing_is_fetched() {
+    fn invalid_or_external_schemas_are_refused_without_fetching() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let here = format!("http://{}/x.json", listener.local_addr().unwrap());
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn deep_values_and_schemas_that_point_at_themselves_come_to_an_end() {
+    fn deep_values_and_recursive_schemas_terminate() {
         let tree =
             r##"{"verifier": "json_schema", "schema": {"type": "array", "items": {"$ref": "#"}}}"##;
         let nested = |depth: usize| "[".repeat(depth) + &"]".repeat(depth);

@@ -170,7 +170,7 @@ mod tests {
     use super::{CODES, canonical};
 
     #[test]
-    fn every_code_is_one_of_the_detector_and_every_language_of_it_has_a_code() {
+    fn language_codes_and_detector_languages_cover_each_other() {
         for (two, three) in CODES {
             assert!(Lang::from_code(three).is_some(), "{two} {three}");
         }
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_beyond_ascii_do_not_make_swahili_another_language() {
+    fn non_ascii_punctuation_does_not_hide_swahili() {
         let text = "“Habari za asubuhi” — mimi ni mwalimu wa shule ya msingi, na ninaishi katika mji wa Nairobi… 🙂";
         let mixed = "Mimi ni mwalimu wa shule ya msingi na ninaishi katika mji wa Zürich";
         check(
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_are_told_apart() {
+    fn languages_of_texts_are_distinguished() {
         let german = "Das ist ein kurzer Satz über das Wetter in den Bergen, und morgen wird es wieder schön.";
         let english = "This is a short sentence about the weather in the mountains, and tomorrow it will be fine again.";
         let swahili = "Habari za asubuhi. Mimi ni mwalimu wa shule ya msingi na ninaishi katika mji wa Nairobi.";

@@ -77,7 +77,7 @@ mod tests {
     use crate::score::ScorerSpec;
 
     #[test]
-    fn bounds_that_every_answer_fits_are_refused() {
+    fn bounds_that_accept_every_answer_are_refused() {
         for spec in
             [r#"{"verifier": "length"}"#, r#"{"verifier": "length", "min": 0, "unit": "words"}"#]
         {
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn each_unit_counts_its_own() {
+    fn each_length_unit_is_counted() {
         let spec = r#"{"verifier": "length", "min": 2, "max": 3}"#;
         check(spec, None, &[("é", false), ("éé", true), ("abcd", false)]);
         let spec = r#"{"verifier": "length", "min": 2, "max": 3, "unit": "words"}"#;

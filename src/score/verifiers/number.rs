@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn number_takes_the_last_one_in_any_notation() {
+    fn number_compares_the_last_number_in_any_notation() {
         let cases = [
             ("1,234", true),
             ("first 5, so it is $1,234.00.", true),
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_numbers_are_equal_exactly_and_decimals_but_for_rounding() {
+    fn whole_numbers_match_exactly_and_decimals_up_to_rounding() {
         let spec = r#"{"verifier": "number"}"#;
         for (answer, cases) in [
             ("1000000", [("1000001", false), ("1,000,000.0", true), ("1e6", true)]),
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_read_as_people_write_them() {
+    fn numbers_are_read_in_common_notations() {
         for (text, value) in [
             ("3.", Some(3.0)),
             ("1,2,3", Some(3.0)),
@@ -216,12 +216,12 @@ mod tests {
     proptest::proptest! {
         #![proptest_config(proptest::prelude::ProptestConfig::with_cases(32))]
         #[test]
-        fn any_text_has_a_last_number_or_none(text in "[-+0-9.,/e a-zé]{0,24}") {
+        fn finding_the_last_number_never_panics(text in "[-+0-9.,/e a-zé]{0,24}") {
             let _ = last_number(&text);
         }
 
         #[test]
-        fn a_printed_number_is_read_back(value in -1e6_f64..1e6) {
+        fn printed_number_round_trips(value in -1e6_f64..1e6) {
             let text = format!("the answer is {value:.3}");
             let expected: f64 = format!("{value:.3}").parse().unwrap();
             proptest::prop_assert!((last_number(&text).unwrap() - expected).abs() < 1e-9);

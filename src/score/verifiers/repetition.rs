@@ -52,7 +52,7 @@ mod tests {
     use super::share;
 
     #[test]
-    fn what_is_said_again_counts() {
+    fn repeated_word_sequences_are_counted() {
         // Bigrams ab bc ca ab bc: 3 of 5 are new.
         assert!((share("a b c A b c", 2) - 0.4).abs() < 1e-12);
         assert!(share("a b", 3).abs() < 1e-12 && share("", 1).abs() < 1e-12);

@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn regex_and_contains_look_at_the_text_alone() {
+    fn regex_and_contains_search_the_whole_text() {
         let spec = r#"{"verifier": "regex", "pattern": "^a+$"}"#;
         check(spec, None, &[("b\naa", true), ("ab", false)]);
         let spec = r#"{"verifier": "contains", "values": ["Red", "blue"]}"#;

@@ -165,7 +165,7 @@ fn of_the_whole() -> Vec<Case> {
 }
 
 #[test]
-fn every_type_tells_what_follows_from_what_does_not() {
+fn every_instruction_type_separates_good_from_bad_answers() {
     let cases = cases();
     for id in TYPES {
         assert!(cases.iter().any(|case| case.0 == id), "{id} is not tested");
@@ -180,7 +180,7 @@ fn every_type_tells_what_follows_from_what_does_not() {
 }
 
 #[test]
-fn the_loose_form_forgives_a_line_around_and_asterisks() {
+fn loose_form_ignores_surrounding_lines_and_asterisks() {
     let lower = row("change_case:english_lowercase", &json!({}));
     let text = "Sure, here it is:\nall of this text is small and in english\nHope it helps!";
     assert!(!followed(false, &lower, text) && followed(true, &lower, text));

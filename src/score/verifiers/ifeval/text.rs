@@ -99,7 +99,7 @@ mod tests {
     use super::{capital_words, has_word, sentences, words};
 
     #[test]
-    fn a_word_is_found_alone_and_marks_need_no_edge() {
+    fn words_match_whole_and_punctuation_needs_no_word_boundary() {
         for (word, text, found) in [
             ("tea", "No TEA!", true),
             ("tea", "steak, teas", false),

@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_is_what_the_text_ends_in() {
+    fn answer_is_taken_from_the_end_of_the_text() {
         for (text, answer) in [
             ("a \\boxed{1} then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
             ("so 5\n#### 42\nDone", "42"),

@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_with_its_unit_is_told_from_the_remark_behind_it() {
+    fn number_with_unit_is_separated_from_a_trailing_remark() {
         for (sentence, text, is_alone) in [
             ("72 clips (48 + 24)", "72 clips", true),
             ("72 (48 + 24 = 72)", "72", true),

@@ -73,7 +73,7 @@ fn numbers_in_other_notations_are_equal() {
 }
 
 #[test]
-fn percents_are_hundredths_or_meant_as_they_stand() {
+fn percents_match_as_hundredths_or_as_written() {
     same("50\\%", &["50%", "0.5", "1/2", "50", "50 percent"]);
     same("0.5", &["50\\%"]);
     same("50", &["50%"]);
@@ -150,7 +150,7 @@ fn the_answer_is_found_in_a_text() {
 }
 
 #[test]
-fn a_remark_behind_the_answer_is_not_the_answer() {
+fn remark_after_the_answer_is_not_the_answer() {
     let spec = r#"{"verifier": "math"}"#;
     let clips = "The answer is 72 clips (48 + 24).";
     check(
@@ -198,7 +198,7 @@ fn read_as(cases: &[(&str, &str, Option<&str>)]) {
 }
 
 #[test]
-fn solutions_are_paired_by_their_names() {
+fn solutions_are_matched_by_variable_name() {
     same("x=1,y=2", &["y=2, x=1", "(x, y) = (1, 2)", "1, 2", "x = 1 \\text{ and } y = 2"]);
     same("(1,2)", &["y=2, x=1", "x=1, y=2", "(y=2, x=1)"]);
     same("y=2, x=1", &["(1,2)"]);
@@ -214,7 +214,7 @@ fn solutions_are_paired_by_their_names() {
 }
 
 #[test]
-fn what_has_variables_on_both_sides_is_an_equation() {
+fn variables_on_both_sides_make_an_equation() {
     same("y = x", &["x = y", "x", "x - y = 0"]);
     same("y = 2x + 3", &["x = \\frac{y-3}{2}", "2x + 3", "y = 3 + 2x", "f(x) = 2x + 3"]);
     same("2x + y = 3", &["y = 3 - 2x"]);
@@ -257,7 +257,7 @@ fn an_exclamation_mark_is_a_factorial_or_the_end_of_a_sentence() {
 }
 
 #[test]
-fn no_part_of_a_number_is_taken_for_it() {
+fn part_of_a_number_is_not_taken_for_the_whole() {
     read_as(&[
         ("The answer is 12π square inches.", "12\\pi", Some("12")),
         ("Its area is 12π square inches, as said.", "12\\pi", Some("12")),
@@ -299,7 +299,7 @@ fn no_part_of_a_number_is_taken_for_it() {
 }
 
 #[test]
-fn what_the_answer_is_not_is_no_answer() {
+fn negated_answer_is_not_the_answer() {
     read_as(&[
         ("The answer is not 16. It is 17.", "17", Some("16")),
         ("The answer is 17. So the answer is not 16.", "17", Some("16")),
@@ -336,7 +336,7 @@ fn units_are_dropped_and_variables_are_not() {
 }
 
 #[test]
-fn a_sign_is_that_of_all_of_a_mixed_number() {
+fn sign_applies_to_the_whole_mixed_number() {
     same("-2.5", &["-2 1/2", "-2\\frac12", "− 2½", "negative 2 1/2"]);
     same("-1 1/2", &["-1.5", "-\\frac32"]);
     same("1", &["3 1/2 - 2 1/2"]);
@@ -346,7 +346,7 @@ fn a_sign_is_that_of_all_of_a_mixed_number() {
 }
 
 #[test]
-fn what_rounds_has_three_significant_digits() {
+fn rounded_answers_need_three_significant_digits() {
     same("0.0123456", &["0.01235", "0.0123"]);
     same("12.3456%", &["0.12345649"]);
     different("0.00012345", &["0.0001", "0.00012"]);
@@ -359,7 +359,7 @@ fn what_rounds_has_three_significant_digits() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
     #[test]
-    fn no_text_makes_it_panic(text in r"[-+*/^!()\[\]{}|=,.;:%$ \\0-9a-eUxyπ√²½é±∈−£€°_⁻⁴⅔\u{2}]{0,40}", other in r"(\\frac|\\sqrt|\\boxed|\\text|\\left|\\pm|\\,| million| minus |not |, | m|[{}()1-9x^+_!-]){0,24}") {
+    fn arbitrary_text_does_not_panic(text in r"[-+*/^!()\[\]{}|=,.;:%$ \\0-9a-eUxyπ√²½é±∈−£€°_⁻⁴⅔\u{2}]{0,40}", other in r"(\\frac|\\sqrt|\\boxed|\\text|\\left|\\pm|\\,| million| minus |not |, | m|[{}()1-9x^+_!-]){0,24}") {
         let (a, b) = (Answer::read(&text), Answer::read(&other));
         let _ = (a.equals(&b), b.equals(&a));
         let _ = super::extract::of_text(&(text + &other));
@@ -377,7 +377,7 @@ proptest! {
 
 /// A hundred kilobytes of degenerate model output: all wrong, and judged quickly.
 #[test]
-fn endless_answers_are_judged_in_no_time() {
+fn very_long_answers_are_judged_quickly() {
     let verifier = verifier(r#"{"verifier": "math"}"#);
     for part in [
         "\\boxed{",
