@@ -96,7 +96,6 @@ pub(super) fn ways() -> Vec<Way> {
         Way { name: "dpo bf16", task: dpo, change: PARTS, dtype: Precision::Bf16, ..SFT },
         Way { name: "dft", task: Task::Dft, change: PARTS, ..SFT },
         Way { name: "asft", task: Task::Asft, change: PARTS, ..SFT },
-        Way { name: "asft bf16", task: Task::Asft, dtype: Precision::Bf16, ..SFT },
         Way { name: "eaft", task: Task::Eaft, change: PARTS, ..SFT },
         Way { name: "dpo by the host", task: Task::Weighed, change: PARTS, ..SFT },
         Way { name: "reward", task: reward, change: PARTS, ..SFT },

@@ -197,7 +197,7 @@ fn by_chunks<E: Number>(
     let views = (&view::<E>(cuda(&x)?, of_x)?, &view::<E>(cuda(&w)?, of_w)?);
     let slopes_of =
         if anchor.slopes.is_empty() { Vec::new() } else { in_order(&rows, &anchor.slopes) };
-    beside((hidden, weight), Some((views, slopes_of)), (rows, detail), slopes)
+    beside((hidden, weight), Some(&(views, slopes_of)), (rows, detail), slopes)
 }
 
 /// The ids of a head's rows, where they are not all rows.
@@ -214,7 +214,7 @@ fn rows_of(hidden: &Tensor, some: Option<&Tensor>) -> Result<Tensor> {
 /// `anchor`: its inputs of the rows, and the slopes of their targets, row by row.
 fn beside<E: Number>(
     (hidden, weight): (&Tensor, &Tensor),
-    anchor: Option<(Views<'_, E>, Vec<f32>)>,
+    anchor: Option<&(Views<'_, E>, Vec<f32>)>,
     (rows, detail): (Rows, Detail),
     slopes: Option<(Origin<'_>, bool)>,
 ) -> Result<(Pending, Grads)> {
@@ -233,8 +233,8 @@ fn beside<E: Number>(
     let mut head = Head::<E>::new(device, &rows, (width, vocab), detail)?;
     let ((x, of_x), (w, of_w)) = (x.storage_and_layout(), weight.storage_and_layout());
     let own = (&view::<E>(cuda(&x)?, of_x)?, &view::<E>(cuda(&w)?, of_w)?);
-    let inputs = Inputs { own, anchor: anchor.as_ref().map(|(views, _)| *views) };
-    if let Some((_, slopes)) = &anchor {
+    let inputs = Inputs { own, anchor: anchor.map(|(views, _)| *views) };
+    if let Some((_, slopes)) = anchor {
         head.stand_beside(slopes)?;
     }
     match slopes {
@@ -469,7 +469,7 @@ impl<'a, E: Number> Head<'a, E> {
         let entry = if self.readings.stats.is_some() { "head_stats_f32" } else { "head_logps_f32" };
         let function = super::ptx::kernel(self.device, "head", entry)?;
         let (vocab, starts) = (self.vocab as u64, self.starts.slice(slots.start..));
-        let OnDevice { logps, log_sums, stats, top } = &mut self.readings;
+        let OnDevice { logps, log_sums, stats, top, .. } = &mut self.readings;
         let mut log_sums = log_sums.slice_mut(slots.start..slots.end);
         let mut stats =
             stats.as_mut().map(|all| all.slice_mut(slots.start * STATS..slots.end * STATS));
@@ -508,7 +508,8 @@ impl<'a, E: Number> Head<'a, E> {
         };
         let width = w.len() / self.vocab;
         let x = x.slice(slots.start * width..slots.end * width);
-        anchor.diverge(self.device, &rows, (&x, w), divergences, slots.start)
+        let mut divergences = divergences.slice_mut(slots.clone());
+        anchor.diverge(self.device, &rows, (&x, w), &mut divergences)
     }
 
     fn write_gradient(&mut self, slots: &std::ops::Range<usize>) -> Result<()> {

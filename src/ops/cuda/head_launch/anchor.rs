@@ -1,7 +1,7 @@
 //! The divergence from an anchor, chunk by chunk, by `head.cu`.
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, PushKernelArg};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut, PushKernelArg};
 use candle_core::{CudaDevice, Result};
 
 use super::product::{Matrix, product};
@@ -49,8 +49,7 @@ impl AnchorOnDevice {
         device: &CudaDevice,
         rows: &ReadRows<'_>,
         (x, w): (&CudaView<'_, E>, &CudaView<'_, E>),
-        divergences: &mut CudaSlice<f32>,
-        first: usize,
+        divergences: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
         let count = rows.log_sums.len();
         let vocab = rows.logits.len() / count;
@@ -60,7 +59,6 @@ impl AnchorOnDevice {
         product(device, factors, &mut logits, [count, vocab, width], false)?;
         let function = kernel(device, "head", "head_anchor_f32")?;
         let vocab = vocab as u64;
-        let mut divergences = divergences.slice_mut(first..first + count);
         let mut launch = function.builder();
         launch.arg(&rows.logits).arg(&mut logits).arg(&vocab).arg(&rows.starts);
         launch.arg(&rows.log_sums);
@@ -68,7 +66,7 @@ impl AnchorOnDevice {
             Some(slopes) => launch.arg(slopes),
             None => launch.arg(NULL),
         };
-        launch.arg(&mut divergences).arg(&mut self.factors);
+        launch.arg(divergences).arg(&mut self.factors);
         // SAFETY: the kernel's arguments, each as long as the rows of the launch ask for.
         unsafe { launch.launch(grid("head", (count, 1), READ_BLOCK)?) }.w()?;
         Ok(())
